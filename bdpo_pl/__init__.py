@@ -1,0 +1,1 @@
+"""Balanced DPO (arXiv:2603.22829) for open language models, on PyTorch Lightning."""
