@@ -1,0 +1,205 @@
+"""Preference losses: pure functions of per-sequence log-probabilities.
+
+A loss is a small callable, picked in YAML by its `class_path`; the training module knows none by name. Write your own by
+subclassing `PreferenceLoss`.
+
+Shapes: B pairs. All log-probabilities are sums over a response's tokens, in nats.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from bdpo_pl.comprehension import (
+    ESTIMATORS,
+    POSITIVE_ESTIMATORS,
+    WEIGHTINGS,
+    Estimator,
+    Weighting,
+    balance_weights,
+    scaling_factor,
+)
+from bdpo_pl.errors import InputError
+
+
+@dataclass(frozen=True)
+class PairLogProbs:
+    """What a loss may read of B pairs; every tensor is (B,). Only the policy's log-probabilities carry gradients.
+
+    Attributes:
+        policy_chosen: log π_θ(y_w | x).
+        policy_rejected: log π_θ(y_l | x).
+        chosen_length: tokens in the chosen response.
+        rejected_length: tokens in the rejected response.
+        reference_chosen: log π_ref(y_w | x), or None without a reference.
+        reference_rejected: log π_ref(y_l | x), or None without a reference.
+        comprehension_chosen: c(x, y_w) by the loss's estimator, or None if it was not measured.
+        comprehension_rejected: c(x, y_l), likewise.
+    """
+
+    policy_chosen: Tensor
+    policy_rejected: Tensor
+    chosen_length: Tensor
+    rejected_length: Tensor
+    reference_chosen: Tensor | None = None
+    reference_rejected: Tensor | None = None
+    comprehension_chosen: Tensor | None = None
+    comprehension_rejected: Tensor | None = None
+
+    def log_ratios(self) -> tuple[Tensor, Tensor]:
+        """(log π_θ/π_ref of the chosen, of the rejected), two (B,) float32 tensors: how far each has drifted.
+
+        Raises:
+            ValueError: there are no reference log-probabilities.
+        """
+        if self.reference_chosen is None or self.reference_rejected is None:
+            raise ValueError("log-ratios need reference log-probabilities, and these pairs carry none")
+        chosen = self.policy_chosen.float() - self.reference_chosen.float()
+        rejected = self.policy_rejected.float() - self.reference_rejected.float()
+        return chosen, rejected
+
+
+@dataclass(frozen=True)
+class PairWeights:
+    """Balance weights and scaling factor of B pairs; every tensor is (B,) float32 and carries no gradient."""
+
+    chosen: Tensor
+    rejected: Tensor
+    scale: Tensor
+
+
+class PreferenceLoss(ABC):
+    """A loss on preference pairs.
+
+    Attributes:
+        beta: scale of the implicit reward β·log(π_θ/π_ref).
+        estimator: the comprehension estimator whose values the loss is given.
+        needs_reference: the loss reads reference log-probabilities.
+        needs_comprehension: the loss reads comprehension.
+        initial_value: the loss of any pair when policy and reference are one model; None if it depends on the pair.
+    """
+
+    beta: float
+    estimator: Estimator = "pmi"
+    needs_reference: bool = True
+    needs_comprehension: bool = False
+    initial_value: ClassVar[float | None] = None
+
+    @abstractmethod
+    def __call__(self, pairs: PairLogProbs) -> Tensor:
+        """Loss of each pair, (B,) float32; the caller takes the mean."""
+
+    def weights(self, pairs: PairLogProbs) -> PairWeights | None:
+        """The balance weights the loss applies to `pairs`, for the logs; None for a loss that has none."""
+        return None
+
+
+class BalancedDPOLoss(PreferenceLoss):
+    """Balanced DPO (B-DPO), arXiv:2603.22829.
+
+    z = β·s·( w_w·log[π_θ(y_w|x)/π_ref(y_w|x)] − w_l·log[π_θ(y_l|x)/π_ref(y_l|x)] ),  L = −log σ(z).
+
+    The balance weights w and the scaling factor s are the paper's ideas; the formulas for them are this project's
+    (`bdpo_pl.comprehension`). Both are constants in the gradient:
+    ∂L/∂log π_θ(y_w|x) = −β·s·w_w·σ(−z) and ∂L/∂log π_θ(y_l|x) = +β·s·w_l·σ(−z).
+
+    The paper's ablation: `balance=False, scale=1` is DPO to the last bit; `scale=1` is DPO+BW; `balance=False, scale=2`
+    is DPO+SF.
+
+    Args:
+        beta: β > 0.
+        balance: apply balance weights; without, w = (1, 1).
+        tau: temperature τ > 0 of the `softmax` weighting, in the estimator's unit (nats per token for `pmi`).
+        weighting: `softmax`, or `ratio` for the positive estimators `ifd` and `hsic`.
+        estimator: `pmi`, `pmi_sum`, `ifd` or `hsic`; see `bdpo_pl.comprehension.comprehension`.
+        scale: scaling factor s: a number > 0, or `norm` for s = √(2/(w_w² + w_l²)). Default: 2 with balance, 1 without.
+        label_smoothing: ε in [0, 0.5): the assumed share of flipped labels (conservative DPO),
+            L = −(1−ε)·log σ(z) − ε·log σ(−z).
+
+    Raises:
+        InputError: an argument is out of its range, or `ratio` meets an estimator that can be negative.
+    """
+
+    initial_value = math.log(2.0)
+
+    def __init__(
+        self,
+        beta: float = 0.1,
+        balance: bool = True,
+        tau: float = 1.0,
+        weighting: Weighting = "softmax",
+        estimator: Estimator = "pmi",
+        scale: float | Literal["norm"] | None = None,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        if scale is None:
+            scale = 2.0 if balance else 1.0
+        _require_positive("beta", beta)
+        _require_positive("tau", tau)
+        if scale != "norm":
+            _require_positive("scale", scale)
+        if not 0.0 <= label_smoothing < 0.5:
+            raise InputError(f"loss: label_smoothing must be in [0, 0.5), got {label_smoothing}")
+        if estimator not in ESTIMATORS:
+            raise InputError(f"loss: unknown estimator {estimator!r}; choose one of {', '.join(ESTIMATORS)}")
+        if weighting not in WEIGHTINGS:
+            raise InputError(f"loss: unknown weighting {weighting!r}; choose one of {', '.join(WEIGHTINGS)}")
+        if balance and weighting == "ratio" and estimator not in POSITIVE_ESTIMATORS:
+            raise InputError(
+                f"loss: weighting 'ratio' needs an estimator that is never negative, and {estimator!r} can be; "
+                "use estimator 'ifd' or 'hsic', or weighting 'softmax'"
+            )
+        self.beta = beta
+        self.balance = balance
+        self.tau = tau
+        self.weighting = weighting
+        self.estimator = estimator
+        self.scale = scale
+        self.label_smoothing = label_smoothing
+        self.needs_comprehension = balance
+
+    def __call__(self, pairs: PairLogProbs) -> Tensor:
+        """Loss of each pair, (B,) float32."""
+        chosen, rejected = pairs.log_ratios()
+        weights = self.weights(pairs)
+        z = self.beta * weights.scale * (weights.chosen * chosen - weights.rejected * rejected)
+        if self.label_smoothing == 0.0:
+            return -F.logsigmoid(z)
+        return -(1.0 - self.label_smoothing) * F.logsigmoid(z) - self.label_smoothing * F.logsigmoid(-z)
+
+    def weights(self, pairs: PairLogProbs) -> PairWeights:
+        """Balance weights and scaling factor of each pair."""
+        if self.balance:
+            if pairs.comprehension_chosen is None or pairs.comprehension_rejected is None:
+                raise ValueError("balance weights need comprehension, and these pairs carry none")
+            chosen, rejected = balance_weights(
+                pairs.comprehension_chosen, pairs.comprehension_rejected, self.tau, self.weighting
+            )
+        else:
+            chosen = rejected = pairs.policy_chosen.detach().float().new_ones(pairs.policy_chosen.shape)
+        return PairWeights(chosen, rejected, scaling_factor(chosen, rejected, self.scale))
+
+
+class DPOLoss(BalancedDPOLoss):
+    """DPO, arXiv:2305.18290: L = −log σ(β·[log-ratio of the chosen − log-ratio of the rejected]).
+
+    Balanced DPO with the balance off and no scaling, bit for bit.
+
+    Args:
+        beta: β > 0.
+        label_smoothing: ε in [0, 0.5), conservative DPO.
+    """
+
+    def __init__(self, beta: float = 0.1, label_smoothing: float = 0.0) -> None:
+        super().__init__(beta=beta, balance=False, scale=1.0, label_smoothing=label_smoothing)
+
+
+def _require_positive(name: str, value: float) -> None:
+    if not (value > 0.0 and math.isfinite(value)):
+        raise InputError(f"loss: {name} must be a positive number, got {value}")

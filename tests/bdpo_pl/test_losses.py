@@ -1,0 +1,133 @@
+"""Losses against the closed forms, float64 autograd and the plain DPO formula."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bdpo_pl.comprehension import balance_weights, scaling_factor
+from bdpo_pl.errors import InputError
+from bdpo_pl.losses import BalancedDPOLoss, DPOLoss, PairLogProbs
+
+
+def make_pairs(B=64, seed=0, requires_grad=True) -> PairLogProbs:
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(scale, offset=0.0):
+        return torch.randn(B, generator=g) * scale + offset
+
+    policy = [draw(20.0, -60.0).requires_grad_(requires_grad) for _ in range(2)]
+    lengths = [torch.randint(1, 60, (B,), generator=g) for _ in range(2)]
+    reference = [draw(20.0, -60.0) for _ in range(2)]
+    return PairLogProbs(*policy, *lengths, *reference, draw(1.5), draw(1.5))
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0, "norm", None])
+@pytest.mark.parametrize(("weighting", "estimator"), [("softmax", "pmi"), ("ratio", "ifd")])
+def test_gradients_match_closed_form(scale, weighting, estimator):
+    pairs = make_pairs()
+    loss = BalancedDPOLoss(beta=0.3, tau=0.7, scale=scale, weighting=weighting, estimator=estimator)
+    loss(pairs).sum().backward()
+
+    w_w, w_l = balance_weights(pairs.comprehension_chosen, pairs.comprehension_rejected, 0.7, weighting)
+    s = scaling_factor(w_w, w_l, 2.0 if scale is None else scale).double()
+    d_w = (pairs.policy_chosen - pairs.reference_chosen).detach().double()
+    d_l = (pairs.policy_rejected - pairs.reference_rejected).detach().double()
+    z = 0.3 * s * (w_w.double() * d_w - w_l.double() * d_l)
+    torch.testing.assert_close(
+        pairs.policy_chosen.grad.double(), -0.3 * s * w_w * torch.sigmoid(-z), rtol=1e-4, atol=1e-7
+    )
+    torch.testing.assert_close(
+        pairs.policy_rejected.grad.double(), 0.3 * s * w_l * torch.sigmoid(-z), rtol=1e-4, atol=1e-7
+    )
+
+
+def test_dpo_is_balanced_dpo_with_balance_off_bit_for_bit():
+    a, b, c = make_pairs(), make_pairs(), make_pairs()
+    plain = -F.logsigmoid(0.1 * ((c.policy_chosen - c.reference_chosen) - (c.policy_rejected - c.reference_rejected)))
+    dpo, off = DPOLoss(beta=0.1)(a), BalancedDPOLoss(beta=0.1, balance=False)(b)
+    assert torch.equal(dpo, plain)
+    assert torch.equal(off, plain)
+    for loss in (plain, dpo, off):
+        loss.mean().backward()
+    for pairs in (a, b):
+        assert torch.equal(pairs.policy_chosen.grad, c.policy_chosen.grad)
+        assert torch.equal(pairs.policy_rejected.grad, c.policy_rejected.grad)
+
+
+def test_balanced_pair_at_scale_two_is_dpo():
+    pairs = make_pairs(requires_grad=False)
+    balanced = PairLogProbs(**{**vars(pairs), "comprehension_rejected": pairs.comprehension_chosen})
+    torch.testing.assert_close(BalancedDPOLoss()(balanced), DPOLoss()(pairs), rtol=1e-6, atol=1e-7)
+
+
+def test_ablation_cells():
+    pairs = make_pairs(requires_grad=False)
+    d_w, d_l = pairs.log_ratios()
+    w_w, w_l = balance_weights(pairs.comprehension_chosen, pairs.comprehension_rejected)
+    bw = BalancedDPOLoss(scale=1.0)(pairs)
+    sf = BalancedDPOLoss(balance=False, scale=2.0)(pairs)
+    torch.testing.assert_close(bw, -F.logsigmoid(0.1 * (w_w * d_w - w_l * d_l)))
+    torch.testing.assert_close(sf, -F.logsigmoid(0.2 * (d_w - d_l)))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.49])
+@pytest.mark.parametrize("loss_class", [DPOLoss, BalancedDPOLoss])
+def test_loss_is_ln2_when_policy_equals_reference(loss_class, smoothing):
+    pairs = make_pairs(requires_grad=False)
+    same = PairLogProbs(
+        **{**vars(pairs), "reference_chosen": pairs.policy_chosen, "reference_rejected": pairs.policy_rejected}
+    )
+    losses = loss_class(label_smoothing=smoothing)(same)
+    torch.testing.assert_close(losses, torch.full_like(losses, math.log(2)), rtol=0, atol=1e-6)
+    assert loss_class.initial_value == math.log(2)
+
+
+def test_label_smoothing_by_hand():
+    one = torch.tensor([1.0])
+    zero = torch.zeros(1)
+    pairs = PairLogProbs(one * 3.0, zero, one, one, zero, zero)
+    # z = 0.5 · 3 = 1.5
+    expected = 0.8 * math.log(1 + math.exp(-1.5)) + 0.2 * math.log(1 + math.exp(1.5))
+    assert DPOLoss(beta=0.5, label_smoothing=0.2)(pairs).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_half_precision_inputs_are_accumulated_in_float32():
+    pairs = make_pairs(requires_grad=False)
+    half = PairLogProbs(**{k: v.bfloat16() if v.is_floating_point() else v for k, v in vars(pairs).items()})
+    assert BalancedDPOLoss()(half).dtype == torch.float32
+
+
+def test_better_comprehended_side_gets_the_smaller_gradient():
+    zero = torch.zeros(1)
+    chosen, rejected = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
+    pairs = PairLogProbs(chosen, rejected, zero + 1, zero + 1, zero, zero, zero + 2.0, zero + 0.5)
+    BalancedDPOLoss()(pairs).sum().backward()
+    assert abs(chosen.grad.item()) < abs(rejected.grad.item())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"beta": 0.0}, "beta"),
+        ({"beta": float("nan")}, "beta"),
+        ({"tau": -1.0}, "tau"),
+        ({"scale": 0.0}, "scale"),
+        ({"label_smoothing": 0.5}, "label_smoothing"),
+        ({"weighting": "hard"}, "weighting"),
+        ({"estimator": "mine"}, "estimator"),
+        ({"weighting": "ratio"}, "ifd"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, named):
+    with pytest.raises(InputError, match=named):
+        BalancedDPOLoss(**arguments)
+
+
+def test_missing_reference_or_comprehension_is_an_error():
+    pairs = make_pairs(requires_grad=False)
+    with pytest.raises(ValueError, match="reference"):
+        DPOLoss()(PairLogProbs(**{**vars(pairs), "reference_chosen": None}))
+    with pytest.raises(ValueError, match="comprehension"):
+        BalancedDPOLoss()(PairLogProbs(**{**vars(pairs), "comprehension_chosen": None}))
