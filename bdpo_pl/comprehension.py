@@ -1,9 +1,9 @@
 """How well a model comprehends a response to its prompt, and the balance weights that follow from it.
 
 The paper (arXiv:2603.22829) measures comprehension as the mutual information between prompt and response under the
-reference model and gives the better comprehended response of a pair less optimisation strength. Its exact formulas could
-not be read, so the estimators, the weights and the scaling factor below are this project's reconstruction, each choice a
-named option.
+reference model and gives the better comprehended response of a pair less optimisation strength. Its exact formulas
+could not be read, so the estimators, the weights and the scaling factor below are this project's reconstruction, each
+choice a named option.
 
 Shapes: B pairs or responses; R response tokens; P prompt tokens; D hidden size.
 """
@@ -72,8 +72,8 @@ def comprehension(
 def normalised_hsic(prompt_hidden: Tensor, response_hidden: Tensor) -> Tensor:
     """Normalised Hilbert-Schmidt independence criterion between a prompt's and a response's hidden states.
 
-    The D hidden coordinates are the paired samples and the tokens are the features, so prompt and response may differ in
-    length. With linear kernels: ‖X Yᵀ‖²_F / (‖X Xᵀ‖_F · ‖Y Yᵀ‖_F), X and Y centred over D. Only (P, R), (P, P) and
+    The D hidden coordinates are the paired samples and the tokens are the features, so prompt and response may differ
+    in length. With linear kernels: ‖X Yᵀ‖²_F / (‖X Xᵀ‖_F · ‖Y Yᵀ‖_F), X and Y centred over D. Only (P, R), (P, P) and
     (R, R) matrices are formed. The choice of samples and kernel is this project's.
 
     Args:

@@ -1,7 +1,7 @@
 """Preference losses: pure functions of per-sequence log-probabilities.
 
-A loss is a small callable, picked in YAML by its `class_path`; the training module knows none by name. Write your own by
-subclassing `PreferenceLoss`.
+A loss is a small callable, picked in YAML by its `class_path`; the training module knows none by name. Write your own
+by subclassing `PreferenceLoss`.
 
 Shapes: B pairs. All log-probabilities are sums over a response's tokens, in nats.
 """

@@ -1,0 +1,117 @@
+"""Tokenised pairs of a split in a few flat arrays: compact, and shared by data workers without copies."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bdpo_pl.data.tokenization import Ids, PreferencePair
+
+
+@dataclass(frozen=True)
+class PairTable:
+    """M preference pairs; pair i is `tokens[starts[i]:starts[i + 1]]`, laid out as [prompt | chosen | rejected].
+
+    Attributes:
+        tokens: (total,) int32 token ids.
+        starts: (M + 1,) int64.
+        prompt_lengths: (M,) int32.
+        chosen_lengths: (M,) int32.
+        rejected_lengths: (M,) int32.
+        null_prompt_ids: the null prompt x₀ that comprehension is measured against.
+        places: file and row of each pair, for messages.
+        categories: label of each pair, "" without one.
+    """
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    prompt_lengths: np.ndarray
+    chosen_lengths: np.ndarray
+    rejected_lengths: np.ndarray
+    null_prompt_ids: Ids
+    places: list[str]
+    categories: list[str]
+
+    @classmethod
+    def from_pairs(
+        cls,
+        pairs: Sequence[PreferencePair],
+        null_prompt_ids: Ids,
+        places: Sequence[str] | None = None,
+        categories: Sequence[str] | None = None,
+    ) -> PairTable:
+        """Pack `pairs`; `places` and `categories` default to the index and to no label."""
+        lengths = np.array(
+            [(len(p.prompt_ids), len(p.chosen_ids), len(p.rejected_ids)) for p in pairs], dtype=np.int32
+        ).reshape(-1, 3)
+        starts = np.zeros(len(pairs) + 1, dtype=np.int64)
+        np.cumsum(lengths.sum(axis=1), out=starts[1:])
+        tokens = np.fromiter(
+            (i for p in pairs for ids in (p.prompt_ids, p.chosen_ids, p.rejected_ids) for i in ids),
+            dtype=np.int32,
+            count=int(starts[-1]),
+        )
+        prompt_lengths, chosen_lengths, rejected_lengths = lengths.T.copy()
+        return cls(
+            tokens,
+            starts,
+            prompt_lengths,
+            chosen_lengths,
+            rejected_lengths,
+            null_prompt_ids=list(null_prompt_ids),
+            places=list(places) if places is not None else [f"pair {i}" for i in range(len(pairs))],
+            categories=list(categories) if categories is not None else [""] * len(pairs),
+        )
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> PreferencePair:
+        if not 0 <= index < len(self):
+            raise IndexError(f"pair {index} of a table of {len(self)}")
+        ids = self.tokens[self.starts[index] : self.starts[index + 1]].tolist()
+        prompt_end = int(self.prompt_lengths[index])
+        chosen_end = prompt_end + int(self.chosen_lengths[index])
+        return PreferencePair(ids[:prompt_end], ids[prompt_end:chosen_end], ids[chosen_end:])
+
+    def select(self, indices: np.ndarray) -> PairTable:
+        """The table of the pairs at `indices`, in that order."""
+        return PairTable.from_pairs(
+            [self[int(i)] for i in indices],
+            self.null_prompt_ids,
+            [self.places[int(i)] for i in indices],
+            [self.categories[int(i)] for i in indices],
+        )
+
+    def prompt_digests(self) -> list[bytes]:
+        """A digest of each pair's prompt tokens: equal digests, equal prompts."""
+        ends = self.starts[:-1] + self.prompt_lengths
+        return [_digest(self.tokens[a:b]) for a, b in zip(self.starts[:-1], ends, strict=True)]
+
+    def pair_digests(self) -> list[bytes]:
+        """A digest of each whole pair, boundaries included."""
+        return [
+            _digest(self.tokens[self.starts[i] : self.starts[i + 1]], self.prompt_lengths[i], self.chosen_lengths[i])
+            for i in range(len(self))
+        ]
+
+    def content_digest(self) -> str:
+        """SHA-256 over all that a model would read: token ids, boundaries and null prompt."""
+        digest = hashlib.sha256()
+        for array in (
+            self.tokens,
+            self.prompt_lengths,
+            self.chosen_lengths,
+            self.rejected_lengths,
+            np.array(self.null_prompt_ids, dtype=np.int32),
+        ):
+            digest.update(len(array).to_bytes(8, "little"))
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+
+def _digest(*parts: np.ndarray | np.integer) -> bytes:
+    return hashlib.blake2b(b"".join(part.tobytes() for part in parts), digest_size=16).digest()

@@ -1,0 +1,68 @@
+"""What happens to a pair that is longer than the window."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from bdpo_pl.data.tokenization import PreferencePair
+from bdpo_pl.errors import InputError
+
+TruncationMode = Literal["drop", "keep_start", "keep_end"]
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """The policy for pairs whose prompt and longer response exceed `max_length` tokens.
+
+    `drop` leaves the pair out. `keep_start` and `keep_end` first shorten the prompt, from its end or from its start (a
+    leading BOS stays), down to `max_prompt_length` at the least; what still does not fit is cut off the responses'
+    ends, which then have no EOS. A response never becomes empty.
+
+    Args:
+        max_length: window in tokens, prompt + response.
+        mode: `drop`, `keep_start` or `keep_end`.
+        max_prompt_length: tokens that the prompt may always keep; default half the window.
+
+    Raises:
+        InputError: a length out of range.
+    """
+
+    max_length: int
+    mode: TruncationMode = "drop"
+    max_prompt_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_length < 2:
+            raise InputError(f"data.max_length must be at least 2, one token of each side; got {self.max_length}")
+        if self.max_prompt_length is not None and not 1 <= self.max_prompt_length < self.max_length:
+            raise InputError(
+                f"data.max_prompt_length must be in [1, max_length), got {self.max_prompt_length} "
+                f"with max_length {self.max_length}"
+            )
+
+    def fits(self, pair: PreferencePair) -> bool:
+        """Whether both sequences of `pair` are within the window as they are."""
+        return len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) <= self.max_length
+
+    def apply(self, pair: PreferencePair, bos_token_id: int | None) -> PreferencePair | None:
+        """`pair` cut to the window; None where the policy drops it or the cut leaves two equal responses."""
+        if self.fits(pair):
+            return pair
+        if self.mode == "drop":
+            return None
+        longest = max(len(pair.chosen_ids), len(pair.rejected_ids))
+        allowance = self.max_prompt_length or max(1, self.max_length // 2)
+        prompt = self._shorten(pair.prompt_ids, max(allowance, self.max_length - longest), bos_token_id)
+        room = self.max_length - len(prompt)
+        cut = replace(pair, prompt_ids=prompt, chosen_ids=pair.chosen_ids[:room], rejected_ids=pair.rejected_ids[:room])
+        return None if cut.chosen_ids == cut.rejected_ids else cut
+
+    def _shorten(self, prompt: list[int], length: int, bos_token_id: int | None) -> list[int]:
+        if len(prompt) <= length:
+            return prompt
+        if self.mode == "keep_start":
+            return prompt[:length]
+        if length > 1 and prompt[0] == bos_token_id:
+            return [prompt[0], *prompt[-(length - 1) :]]
+        return prompt[-length:]

@@ -1,0 +1,72 @@
+"""A causal language model's log-probabilities of responses, with only their positions sent through its LM head.
+
+Shapes: S sequences; T positions; N scored tokens; D hidden size; V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bdpo_kernels import sequence_logprob
+from bdpo_pl.data.batches import SequenceBatch
+
+
+def response_logps(model: nn.Module, batch: SequenceBatch, on_hidden: Callable[[Tensor], None] | None = None) -> Tensor:
+    """log π(response | context) of each sequence, summed over its scored tokens.
+
+    Args:
+        model: a transformers causal language model (or a wrapper with its `get_output_embeddings`).
+        batch: S sequences, N scored tokens in them.
+        on_hidden: called with the (S, T, D) hidden states that enter the LM head.
+
+    Returns:
+        (S,) float32, with gradients to the model's parameters.
+    """
+    with _head_input_at(model, batch.score_index, on_hidden) as head_calls:
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    calls = len(head_calls)
+    N, V = batch.labels.shape[0], logits.shape[-1]
+    if not calls:
+        # A model whose head is not the module it names: its logits cover every position.
+        logits = logits.flatten(0, -2).index_select(0, batch.score_index)
+    elif calls != 1 or logits.numel() != N * V:
+        raise RuntimeError(
+            f"{type(model).__name__} does not send its final hidden states through its LM head just once, "
+            "so the positions to score cannot be selected before it"
+        )
+    logits = logits.reshape(N, V)
+    # Labels were checked against the vocabulary before training (models.check_vocabulary): no need to wait for the GPU.
+    return sequence_logprob(logits, batch.labels, batch.sequence_ids, batch.num_sequences, check_labels=False)
+
+
+@contextmanager
+def _head_input_at(model: Any, index: Tensor, on_hidden: Callable[[Tensor], None] | None) -> Iterator[list[None]]:
+    """While open, the LM head sees only the flattened positions `index`: (S, T, D) becomes (1, N, D).
+
+    A hook on the head, instead of a computation of our own in its place, keeps whatever the architecture does around it
+    (Gemma's soft-cap, Cohere's and Granite's scales) and works for wrapped and sharded heads alike. Yields a list that
+    grows by one with each call of the head.
+    """
+    head = model.get_output_embeddings()
+    calls: list[None] = []
+    if head is None:
+        yield calls
+        return
+
+    def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden, *rest = args
+        calls.append(None)
+        if on_hidden is not None:
+            on_hidden(hidden)
+        return (hidden.flatten(0, 1).index_select(0, index).unsqueeze(0), *rest)
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield calls
+    finally:
+        handle.remove()

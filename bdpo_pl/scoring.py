@@ -1,0 +1,210 @@
+"""The scoring pass: one run of a frozen model over every pair, before training.
+
+It gives the reference log-probabilities and both mutual informations at once, from four scorings of each pair (chosen and
+rejected, given the prompt and given the null prompt). Training then needs no reference model in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from bdpo_pl.comprehension import normalised_hsic
+from bdpo_pl.data.batches import SequenceBatch, collate_sequences
+from bdpo_pl.data.scores import ScoreTable
+from bdpo_pl.data.table import PairTable
+from bdpo_pl.data.tokenization import Ids
+from bdpo_pl.errors import InputError
+from bdpo_pl.forward import response_logps
+from bdpo_pl.score_cache import ScoreCache
+
+
+@dataclass
+class ScoringOptions:
+    """How the scoring pass runs. None of it changes a score by more than rounding, but for `comprehension`.
+
+    Args:
+        batch_tokens: padded tokens in one forward pass; lower it if scoring runs out of memory.
+        chunk_pairs: pairs scored between two writes to the cache: what an interruption loses at most.
+        cache_dir: folder of the cache, shared by all nodes; default `$BDPO_PL_CACHE` or `~/.cache/bdpo_pl`.
+        comprehension: score against the null prompt too. Without it the pass is half the work, but there are no
+            comprehension metrics and no balance weights.
+    """
+
+    batch_tokens: int = 16_384
+    chunk_pairs: int = 256
+    cache_dir: str | None = None
+    comprehension: bool = True
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that share the scoring."""
+
+    rank: int = 0
+    world_size: int = 1
+    barrier: Callable[[], None] = lambda: None
+
+
+class _Request(NamedTuple):
+    column: str
+    side: int
+    position: int
+    context: Ids
+    response: Ids
+
+
+@torch.no_grad()
+def score_pairs(
+    model: nn.Module,
+    table: PairTable,
+    indices: Sequence[int] | np.ndarray,
+    *,
+    batch_tokens: int = 16_384,
+    pad_id: int = 0,
+    comprehension: bool = True,
+    hsic: bool = False,
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> ScoreTable:
+    """Score the pairs at `indices` of `table` with `model`, in evaluation mode.
+
+    Args:
+        model: causal language model, on the device to score on.
+        table: the pairs.
+        indices: which, and in which order the scores are given.
+        batch_tokens: padded tokens in one forward pass (a longer sequence goes alone).
+        pad_id: fills the padding.
+        comprehension: score against the null prompt as well.
+        hsic: compute `normalised_hsic` as well.
+        context: entered around each forward pass, for autocast.
+
+    Raises:
+        InputError: a log-probability is not finite; the pair is named.
+    """
+    requests: list[_Request] = []
+    for position, index in enumerate(indices):
+        pair = table[int(index)]
+        for side, response in enumerate((pair.chosen_ids, pair.rejected_ids)):
+            requests.append(_Request("reference", side, position, pair.prompt_ids, response))
+            if comprehension:
+                requests.append(_Request("null", side, position, table.null_prompt_ids, response))
+    # Like lengths together: less padding. The sort is stable, so the same pairs always meet in the same batch.
+    requests.sort(key=lambda r: len(r.context) + len(r.response), reverse=True)
+
+    names = ["reference", *(["null"] if comprehension else []), *(["hsic"] if hsic else [])]
+    columns = {name: np.full((2, len(indices)), np.nan, dtype=np.float32) for name in names}
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    try:
+        for group in _groups(requests, batch_tokens):
+            batch = collate_sequences([(r.context, r.response) for r in group], pad_id)
+            batch = SequenceBatch(**{name: tensor.to(device) for name, tensor in vars(batch).items()})
+            hidden: list[Tensor] = []
+            with context():
+                logps = response_logps(model, batch, hidden.append if hsic else None)
+            for i, (request, logp) in enumerate(zip(group, logps.tolist(), strict=True)):
+                columns[request.column][request.side, request.position] = logp
+                if hsic and request.column == "reference":
+                    end = len(request.context)
+                    states = hidden[0][i, : end + len(request.response)]
+                    value = normalised_hsic(states[:end], states[end:]).item()
+                    columns["hsic"][request.side, request.position] = value
+    finally:
+        model.train(was_training)
+    for values in columns.values():
+        if not np.isfinite(values).all():
+            bad = int(indices[int(np.argwhere(~np.isfinite(values))[0, 1])])
+            raise InputError(
+                f"{table.places[bad]}: the reference model gives this pair a log-probability that is not finite; "
+                "check the model's weights and dtype (float16 overflows: use bfloat16 or float32), or remove the row"
+            )
+    return ScoreTable(**columns)
+
+
+def score_table(
+    name: str,
+    table: PairTable,
+    model: Callable[[], nn.Module],
+    cache: ScoreCache,
+    options: ScoringOptions,
+    *,
+    pad_id: int = 0,
+    hsic: bool = False,
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ranks: Ranks | None = None,
+) -> ScoreTable:
+    """Scores of the whole `table`: from the cache as far as it goes, by `model` for the rest.
+
+    Ranks take turns with the chunks and meet at the cache, so the scores do not depend on how many there are.
+
+    Args:
+        name: the table's, for the progress bar.
+        table: the pairs.
+        model: gives the frozen model; called only if something is left to score.
+        cache: where chunks are kept.
+        options: see `ScoringOptions`.
+        pad_id: fills the padding.
+        hsic: compute `normalised_hsic` as well.
+        context: entered around each forward pass, for autocast.
+        ranks: the processes that share the work.
+
+    Raises:
+        InputError: a pair cannot be scored, or another rank's chunks are nowhere to be found.
+    """
+    ranks = ranks or Ranks()
+    chunks = [cache.load(chunk) for chunk in range(cache.num_chunks)]
+    missing = [i for i, scores in enumerate(chunks) if scores is None]
+    # All ranks have looked before any writes: they agree on what is missing.
+    ranks.barrier()
+    if missing:
+        with _progress(enabled=ranks.rank == 0) as progress:
+            done = sum(len(scores) for scores in chunks if scores is not None)
+            task = progress.add_task(f"Scoring {name}", total=len(table), completed=done)
+            for chunk in missing[ranks.rank :: ranks.world_size]:
+                indices = cache.indices(chunk)
+                scores = score_pairs(
+                    model(),
+                    table,
+                    indices,
+                    batch_tokens=options.batch_tokens,
+                    pad_id=pad_id,
+                    comprehension=options.comprehension,
+                    hsic=hsic,
+                    context=context,
+                )
+                cache.save(chunk, scores)
+                progress.advance(task, len(indices) * ranks.world_size)
+        ranks.barrier()
+        chunks = [scores or cache.load(chunk) for chunk, scores in enumerate(chunks)]
+    complete = [scores for scores in chunks if scores is not None]
+    if len(complete) < len(chunks):
+        raise InputError(
+            f"the score cache {cache.folder} lacks chunks that another process scored; "
+            "set scoring.cache_dir to a folder that all nodes share"
+        )
+    return ScoreTable.concatenate(complete)
+
+
+def _groups(requests: list[_Request], batch_tokens: int) -> Iterator[list[_Request]]:
+    """Runs of `requests` (longest first) whose padded size stays within `batch_tokens`."""
+    start = 0
+    while start < len(requests):
+        longest = len(requests[start].context) + len(requests[start].response)
+        size = max(1, batch_tokens // longest)
+        yield requests[start : start + size]
+        start += size
+
+
+def _progress(enabled: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("pairs"), TimeRemainingColumn(),
+        disable=not enabled,
+    )  # fmt: skip
