@@ -27,7 +27,7 @@ class ModelSource:
     Attributes:
         name: folder in the Hugging Face layout, or a name on the hub.
         revision: git revision on the hub; pin it to make a run repeatable.
-        attn_implementation: as in transformers (`sdpa`, `eager`, `flash_attention_2`, …); None lets transformers choose.
+        attn_implementation: as in transformers (`sdpa`, `eager`, `flash_attention_2`, …); None: transformers chooses.
         trust_remote_code: run Python code that comes with the model. Off by default: it runs with your permissions.
     """
 
@@ -112,7 +112,7 @@ def load_model(source: ModelSource, dtype: torch.dtype) -> nn.Module:
 def resolve_dtype(name: DTypeName, precision: str) -> torch.dtype:
     """The dtype to hold weights in: as named, or for `auto` what Lightning's `precision` wants of the module."""
     if name != "auto":
-        return getattr(torch, name)  # type: ignore[no-any-return]
+        return getattr(torch, name)
     return {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision, torch.float32)
 
 

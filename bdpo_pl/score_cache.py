@@ -1,8 +1,8 @@
 """A cache of scores on disk: chunks of consecutive pairs, each a safetensors file that can prove what it holds.
 
 The folder is named by a digest of everything that the scores depend on, so a changed model, data set or option never
-meets old scores. A chunk is written to a temporary file and renamed, so an interrupted run leaves whole chunks behind and
-the next one goes on from there.
+meets old scores. A chunk is written to a temporary file and renamed, so an interrupted run leaves whole chunks behind
+and the next one goes on from there.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The scoring pass: one run of a frozen model over every pair, before training.
 
-It gives the reference log-probabilities and both mutual informations at once, from four scorings of each pair (chosen and
-rejected, given the prompt and given the null prompt). Training then needs no reference model in memory.
+It gives the reference log-probabilities and both mutual informations at once, from four scorings of each pair (chosen
+and rejected, given the prompt and given the null prompt). Training then needs no reference model in memory.
 """
 
 from __future__ import annotations

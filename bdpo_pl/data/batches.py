@@ -7,7 +7,7 @@ N scored tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from bdpo_pl.data.scores import ScoreTable
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.data.tokenization import Ids
 
@@ -56,18 +55,14 @@ class PreferenceBatch:
         pair_index: (B,) int64, index of each pair in its table.
         pair_weight: (B,) float32; the step's loss is Σ weight·loss. Zero for a pair that only fills a rank's batch.
         lengths: (2, B) int64, response tokens of the chosen and of the rejected.
-        reference_logps: (2, B) float32, or None where there is no precomputed reference.
-        null_logps: (2, B) float32 log π_ref(y | x₀), or None.
-        hsic: (2, B) float32, or None.
+        num_tokens: tokens in the sequences, padding left out.
     """
 
     sequences: SequenceBatch
     pair_index: Tensor
     pair_weight: Tensor
     lengths: Tensor
-    reference_logps: Tensor | None = None
-    null_logps: Tensor | None = None
-    hsic: Tensor | None = None
+    num_tokens: int
 
 
 def collate_sequences(sequences: Sequence[tuple[Ids, Ids]], pad_id: int) -> SequenceBatch:
@@ -97,9 +92,8 @@ def collate_sequences(sequences: Sequence[tuple[Ids, Ids]], pad_id: int) -> Sequ
 class PairDataset(Dataset[PairKey]):
     """Hands keys through; `collate` reads the table, so that a batch is built in one go."""
 
-    def __init__(self, table: PairTable, scores: ScoreTable | None, pad_id: int) -> None:
+    def __init__(self, table: PairTable, pad_id: int) -> None:
         self.table = table
-        self.scores = scores
         self.pad_id = pad_id
 
     def __len__(self) -> int:
@@ -117,19 +111,13 @@ class PairDataset(Dataset[PairKey]):
             self.pad_id,
         )
         lengths = np.stack([self.table.chosen_lengths[index], self.table.rejected_lengths[index]])
-        batch = PreferenceBatch(
+        return PreferenceBatch(
             sequences,
-            torch.from_numpy(index),
-            torch.tensor([weight for _, weight in keys], dtype=torch.float32),
-            torch.from_numpy(lengths.astype(np.int64)),
+            pair_index=torch.from_numpy(index),
+            pair_weight=torch.tensor([weight for _, weight in keys], dtype=torch.float32),
+            lengths=torch.from_numpy(lengths.astype(np.int64)),
+            num_tokens=int(sequences.attention_mask.sum()),
         )
-        if self.scores is not None:
-            batch.reference_logps = torch.from_numpy(self.scores.reference[:, index])
-            if self.scores.null is not None:
-                batch.null_logps = torch.from_numpy(self.scores.null[:, index])
-            if self.scores.hsic is not None:
-                batch.hsic = torch.from_numpy(self.scores.hsic[:, index])
-        return batch
 
 
 class PairBatchSampler(Sampler[list[PairKey]]):
@@ -143,8 +131,8 @@ class PairBatchSampler(Sampler[list[PairKey]]):
     Args:
         num_pairs: pairs in the table.
         batch_size: pairs in one micro-batch of one rank.
-        shuffle: a new order each epoch, by `seed` and epoch.
-        seed: the order's seed, the same on every rank.
+        epoch: called when a pass begins; each epoch has an order of its own. None keeps the table's order.
+        seed: the orders' seed, the same on every rank.
         accumulate: micro-batches to an optimiser step.
         rank: this process.
         world_size: number of processes that split the data.
@@ -155,7 +143,7 @@ class PairBatchSampler(Sampler[list[PairKey]]):
         num_pairs: int,
         batch_size: int,
         *,
-        shuffle: bool,
+        epoch: Callable[[], int] | None = None,
         seed: int = 0,
         accumulate: int = 1,
         rank: int = 0,
@@ -163,17 +151,12 @@ class PairBatchSampler(Sampler[list[PairKey]]):
     ) -> None:
         self.num_pairs = num_pairs
         self.batch_size = batch_size
-        self.shuffle = shuffle
+        self.epoch = epoch
         self.seed = seed
         self.accumulate = accumulate
         self.rank = rank
         self.world_size = world_size
-        self.epoch = 0
         self.skip = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch's order; Lightning calls this before each epoch."""
-        self.epoch = epoch
 
     def skip_batches(self, count: int) -> None:
         """Leave out the first `count` batches of the next pass alone: the ones a resumed run has behind it."""
@@ -192,8 +175,8 @@ class PairBatchSampler(Sampler[list[PairKey]]):
 
     def _batches(self) -> Iterator[list[PairKey]]:
         order = np.arange(self.num_pairs)
-        if self.shuffle:
-            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_pairs)
+        if self.epoch is not None:
+            order = np.random.default_rng([self.seed, self.epoch()]).permutation(self.num_pairs)
         window = self.batch_size * self.world_size * self.accumulate
         for start in range(0, self.num_pairs, window):
             step = order[start : start + window]

@@ -37,7 +37,6 @@ class LoadOptions:
             `error` for the common schema, `drop` for PKU-SafeRLHF, which is known to be messy.
         duplicates: pairs that repeat an earlier pair token for token are left out and counted (`drop`) or kept.
         safe_rlhf: which pairs of PKU-SafeRLHF to take.
-        seed: of the draw from PKU-SafeRLHF.
     """
 
     format: DataFormat = "auto"
@@ -45,7 +44,6 @@ class LoadOptions:
     bad_rows: BadRows = "auto"
     duplicates: Literal["drop", "keep"] = "drop"
     safe_rlhf: SafeRLHFOptions = field(default_factory=SafeRLHFOptions)
-    seed: int = 0
 
 
 def load_pairs(
@@ -56,6 +54,7 @@ def load_pairs(
     options: LoadOptions | None = None,
     split: str = "train",
     revision: str | None = None,
+    seed: int = 0,
 ) -> tuple[PairTable, DataReport]:
     """Read, check, select, tokenise, truncate and deduplicate the pairs of `source`.
 
@@ -67,6 +66,7 @@ def load_pairs(
         options: see `LoadOptions`.
         split: split of a hub dataset.
         revision: revision of a hub dataset.
+        seed: of the draw from PKU-SafeRLHF.
 
     Raises:
         InputError: unreadable source, missing column, a bad row under `error`, or nothing left to train on.
@@ -79,7 +79,7 @@ def load_pairs(
         raise InputError(f"{source}: no rows")
     schema = _schema(first, options.format)
     strict = options.bad_rows == "error" or (options.bad_rows == "auto" and schema == "preference")
-    rows = _rows(chain([first], records), schema, options, report, strict)
+    rows = _rows(chain([first], records), schema, options, seed, report, strict)
     table = _tokenize(rows, tokenizer, truncation, options, report, strict)
     if not len(table):
         raise InputError(_nothing_left(report, truncation))
@@ -116,7 +116,7 @@ def _schema(first: Record, format: DataFormat) -> str:
 
 
 def _rows(
-    records: Iterable[Record], schema: str, options: LoadOptions, report: DataReport, strict: bool
+    records: Iterable[Record], schema: str, options: LoadOptions, seed: int, report: DataReport, strict: bool
 ) -> Iterable[PreferenceRow]:
     def parsed(parse: Callable[[Record], _Parsed]) -> Iterator[_Parsed]:
         for record in records:
@@ -131,7 +131,7 @@ def _rows(
         return parsed(preference.parse_preference)
     both_unsafe = options.safe_rlhf.both_unsafe
     kinds = parsed(lambda record: safe_rlhf.parse_safe_rlhf(record, both_unsafe))
-    rows, drawn = safe_rlhf.draw_queries(kinds, options.safe_rlhf, options.seed)
+    rows, drawn = safe_rlhf.draw_queries(kinds, options.safe_rlhf, seed)
     for kind, (asked, taken) in drawn.items():
         plural = kind.replace("query", "queries")
         report.notes[plural] = f"{taken:,}" if asked is None else f"{taken:,} of {asked:,} asked"

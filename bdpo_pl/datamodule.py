@@ -1,0 +1,213 @@
+"""The LightningDataModule: preference pairs for training, held-out pairs, and a probe of the training pairs."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import lightning as L
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_info
+from rich.console import Console
+from torch.utils.data import DataLoader
+
+from bdpo_pl import embedded
+from bdpo_pl.data.batches import PairBatchSampler, PairDataset
+from bdpo_pl.data.loading import LoadOptions, count_shared_prompts, load_pairs, split_by_prompt
+from bdpo_pl.data.report import DataReport, report_table
+from bdpo_pl.data.table import PairTable
+from bdpo_pl.data.tokenization import PairTokenizer
+from bdpo_pl.data.truncation import Truncation, TruncationMode
+from bdpo_pl.errors import InputError
+from bdpo_pl.models import ModelSource, load_tokenizer
+
+EMBEDDED = "embedded"
+VALIDATION_SPLITS = ("held_out", "train_probe")
+
+
+class PreferenceDataModule(L.LightningDataModule):
+    """Preference pairs, read, checked, tokenised and batched.
+
+    Args:
+        train: JSONL or Parquet file, a folder of them, a hub dataset, or `embedded` for the set shipped with bdpo_pl.
+        held_out: the same, of pairs kept from training; default: a part of `train` (see `held_out_fraction`).
+        held_out_fraction: share of `train` to hold out if `held_out` is not given, split by prompt; 0 holds out none.
+        split: split of a hub dataset to train on.
+        held_out_split: split of a hub dataset to hold out; needs `held_out`.
+        revision: git revision of a hub dataset.
+        load: schema, column names, bad rows, duplicates and the draw from PKU-SafeRLHF.
+        max_length: window in tokens, prompt + response.
+        truncation: what happens to longer pairs: `drop`, or the prompt's `keep_start` or `keep_end` is kept.
+        max_prompt_length: tokens a prompt may always keep when truncating; default half of `max_length`.
+        tokenizer: folder or hub name; default: the policy's.
+        chat_template: `auto` (the tokenizer's, if it has one), `none`, or a Jinja file.
+        null_prompt: the user's words in the null prompt that comprehension is measured against.
+        batch_size: pairs in a micro-batch on each device.
+        eval_batch_size: pairs in a validation batch on each device; default `batch_size`.
+        train_probe: validate on a sample of the training pairs, as many as are held out, so that the gap between the
+            two, the measure of overfitting, compares like with like.
+        num_workers: processes that build batches.
+        seed: of the held-out split, the probe and the draw; the order of training is seeded by `seed_everything`.
+    """
+
+    def __init__(
+        self,
+        train: str = EMBEDDED,
+        held_out: str | None = None,
+        held_out_fraction: float = 0.05,
+        split: str = "train",
+        held_out_split: str = "test",
+        revision: str | None = None,
+        load: LoadOptions | None = None,
+        max_length: int = 1024,
+        truncation: TruncationMode = "drop",
+        max_prompt_length: int | None = None,
+        tokenizer: str | None = None,
+        chat_template: str = "auto",
+        null_prompt: str = "",
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        train_probe: bool = True,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+            if value is not None and value < 1:
+                raise InputError(f"data.{name} must be at least 1, got {value}")
+        if not 0.0 <= held_out_fraction < 1.0:
+            raise InputError(f"data.held_out_fraction must be in [0, 1), got {held_out_fraction}")
+        if train == EMBEDDED:
+            train = str(embedded.TRAIN_FILE)
+            held_out = held_out or str(embedded.HELD_OUT_FILE)
+        self.train_source = train
+        self.held_out_source = held_out
+        self.held_out_fraction = held_out_fraction
+        self.split = split
+        self.held_out_split = held_out_split
+        self.revision = revision
+        self.load_options = load or LoadOptions()
+        self.truncation = Truncation(max_length, truncation, max_prompt_length)
+        self.tokenizer_name = tokenizer
+        self.chat_template = chat_template
+        self.null_prompt = null_prompt
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size or batch_size
+        self.train_probe = train_probe
+        self.num_workers = num_workers
+        self.seed = seed
+        self.tokenizer: Any = None
+        self.tables: dict[str, PairTable] = {}
+        self.probe_indices: np.ndarray | None = None
+        self.reports: list[DataReport] = []
+        self._resume_batches = 0
+
+    @property
+    def pad_id(self) -> int:
+        """Fills padding, which the model does not see; any id will do."""
+        pad = self.tokenizer.pad_token_id
+        return int(pad if pad is not None else self.tokenizer.eos_token_id)
+
+    def setup(self, stage: str) -> None:
+        """Load every split once, and print what was kept and dropped."""
+        if self.tables:
+            return
+        self.tokenizer = load_tokenizer(self._tokenizer_source())
+        pairs = PairTokenizer(self.tokenizer, self.chat_template, self.null_prompt)
+        train, report = self._load("train", self.train_source, pairs, self.split)
+        self.reports = [report]
+        held_out = None
+        if self.held_out_source is not None:
+            held_out, held_out_report = self._load("held_out", self.held_out_source, pairs, self.held_out_split)
+            held_out_report.note("prompts that stand in train too (a leak)", count_shared_prompts(train, held_out))
+            self.reports.append(held_out_report)
+        elif self.held_out_fraction > 0:
+            train, held_out = split_by_prompt(train, self.held_out_fraction, self.seed)
+            report.note("held out for validation, by prompt", len(held_out))
+        self.tables = {"train": train}
+        if held_out is not None:
+            self.tables["held_out"] = held_out
+            if self.train_probe:
+                size = min(len(train), len(held_out))
+                chosen = np.random.default_rng(self.seed).choice(len(train), size, replace=False)
+                self.probe_indices = np.sort(chosen)
+                self.tables["train_probe"] = train.select(self.probe_indices)
+        if self.trainer is None or self.trainer.is_global_zero:
+            Console().print(report_table(self.reports))
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Training pairs, in an order of their own each epoch."""
+        trainer = self._trainer()
+        sampler = PairBatchSampler(
+            len(self.tables["train"]),
+            self.batch_size,
+            # Asked for, not told: Lightning tells the epoch only to a plain sampler.
+            epoch=lambda: trainer.current_epoch,
+            seed=int(os.environ.get("PL_GLOBAL_SEED", self.seed)),
+            accumulate=trainer.accumulate_grad_batches,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+        )
+        sampler.skip_batches(self._resume_batches)
+        self._resume_batches = 0
+        return self._loader("train", sampler)
+
+    def val_dataloader(self) -> list[DataLoader[Any]]:
+        """The held-out pairs, then the probe of training pairs, as far as they exist."""
+        trainer = self._trainer()
+        return [
+            self._loader(
+                name,
+                PairBatchSampler(
+                    len(self.tables[name]),
+                    self.eval_batch_size,
+                    rank=trainer.global_rank,
+                    world_size=trainer.world_size,
+                ),
+            )
+            for name in VALIDATION_SPLITS
+            if name in self.tables
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far into the epoch the run is, for a resume that goes on where it stopped."""
+        trainer = self._trainer()
+        processed = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        return {"batches_done": processed % max(1, int(trainer.num_training_batches))}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Skip the batches that the resumed epoch has behind it."""
+        self._resume_batches = int(state_dict["batches_done"])
+        if self._resume_batches:
+            rank_zero_info(f"Resuming after batch {self._resume_batches} of the epoch")
+
+    def _load(self, name: str, source: str, pairs: PairTokenizer, split: str) -> tuple[PairTable, DataReport]:
+        return load_pairs(name, source, pairs, self.truncation, self.load_options, split, self.revision, self.seed)
+
+    def _loader(self, name: str, sampler: PairBatchSampler) -> DataLoader[Any]:
+        dataset = PairDataset(self.tables[name], self.pad_id)
+        return DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=dataset.collate,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=_on_gpu(self._trainer()),
+        )
+
+    def _tokenizer_source(self) -> ModelSource:
+        policy = getattr(self._trainer().lightning_module, "source", None)
+        if self.tokenizer_name is None:
+            if policy is None:
+                raise InputError("data.tokenizer: name one, the module does not say which model it trains")
+            return policy
+        return ModelSource(self.tokenizer_name, trust_remote_code=bool(policy and policy.trust_remote_code))
+
+    def _trainer(self) -> L.Trainer:
+        if self.trainer is None:
+            raise RuntimeError("PreferenceDataModule works under a Trainer: call trainer.fit(module, datamodule)")
+        return self.trainer
+
+
+def _on_gpu(trainer: L.Trainer) -> bool:
+    return trainer.strategy.root_device.type == "cuda"

@@ -1,0 +1,28 @@
+"""Export of a trained policy as a plain Hugging Face folder."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+
+def export_policy(policy: Any, tokenizer: Any, folder: Path) -> Path:
+    """Write weights (safetensors), config, generation config, tokenizer and chat template to `folder`.
+
+    `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` load it. The folder appears only when it
+    is complete.
+
+    Args:
+        policy: transformers model.
+        tokenizer: its tokenizer.
+        folder: must not exist yet.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    # Training had no use for the key/value cache; generation does.
+    policy.config.use_cache = True
+    policy.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    partial.rename(folder)
+    return folder

@@ -1,0 +1,142 @@
+"""Align a model: `python -m bdpo_pl.fit [--config FILE] [any option]`.
+
+With no argument it aligns the small embedded model on the embedded preference set, on whatever machine this is.
+`--help` and `--print_config` show every option.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from pathlib import Path
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from rich.console import Console
+
+from bdpo_pl import embedded
+from bdpo_pl.callbacks import RandomState, SafetyProbe, SaveOnNonFinite
+from bdpo_pl.datamodule import PreferenceDataModule
+from bdpo_pl.errors import InputError, NonFiniteError
+from bdpo_pl.export import export_policy
+from bdpo_pl.module import PreferenceModule
+from bdpo_pl.summary import paths_table, summary_table
+
+_NAMES_A_MODEL = ("--config", "-c", "--model.policy", "--model", "--data.train", "--data")
+_EMBEDDED_CONFIG = Path(embedded.__file__).with_name("fit.yaml")
+_CONSOLE = Console()
+
+
+class FitCLI(LightningCLI):
+    """The command line of `fit`: the Trainer's, the module's and the data module's options, and a few of our own."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the checkpoint, the safety probe and where to resume from."""
+        parser.add_argument(
+            "--ckpt_path", default=None, type=str | None, help="Checkpoint to resume from: a file, `last` or `best`."
+        )
+        parser.add_argument("--export", default=True, type=bool, help="Write the policy as a Hugging Face folder.")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(SafetyProbe, "safety")
+        parser.set_defaults(
+            {
+                "checkpoint.monitor": "held_out/loss",
+                "checkpoint.mode": "min",
+                "checkpoint.save_last": True,
+                "checkpoint.filename": "step={step}",
+                "checkpoint.auto_insert_metric_name": False,
+                "model.loss": {"class_path": "bdpo_pl.losses.BalancedDPOLoss"},
+            }
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """With nothing held out there is no held-out loss for the checkpoint to watch."""
+        if self.config.data.held_out is None and self.config.data.held_out_fraction == 0:
+            self.config.checkpoint.monitor = None
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the job. Faults of the input are printed without a traceback, and exit with status 2."""
+    _quieten()
+    try:
+        _run(args)
+    except (InputError, NonFiniteError) as error:
+        _CONSOLE.print(f"[bold red]error:[/bold red] {error}", soft_wrap=True, highlight=False)
+        sys.exit(2 if isinstance(error, InputError) else 3)
+
+
+def _run(args: list[str] | None) -> None:
+    start = time.perf_counter()
+    given = sys.argv[1:] if args is None else args
+    # The embedded run has settings of its own, which must not leak into the runs of others.
+    is_embedded = not any(argument.split("=")[0].startswith(_NAMES_A_MODEL) for argument in given)
+    cli = FitCLI(
+        PreferenceModule,
+        PreferenceDataModule,
+        run=False,
+        args=args,
+        seed_everything_default=42,
+        auto_configure_optimizers=False,
+        # Resuming writes into the folder it began in.
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={
+            "description": __doc__,
+            "default_config_files": [str(_EMBEDDED_CONFIG)] if is_embedded else [],
+        },
+        trainer_defaults={
+            "max_epochs": 1,
+            "gradient_clip_val": 1.0,
+            "log_every_n_steps": 5,
+            # Before training, validate on everything: the table's "before", and the point the curves start from.
+            "num_sanity_val_steps": -1,
+            # The batches are split between ranks by our own sampler, which keeps the mean over pairs exact.
+            "use_distributed_sampler": False,
+            "default_root_dir": "runs",
+            "logger": {
+                "class_path": "lightning.pytorch.loggers.CSVLogger",
+                "init_args": {"save_dir": "runs", "name": ""},
+            },
+            "callbacks": [SaveOnNonFinite(), RandomState()],
+        },
+    )
+    trainer, module, data = cli.trainer, cli.model, cli.datamodule
+    probe: SafetyProbe = cli.config_init.safety
+    trainer.fit(module, data, ckpt_path=cli.config.ckpt_path)
+    if module.global_step not in module.evaluations and "held_out" in data.tables:
+        trainer.validate(module, data, verbose=False)
+    if not trainer.is_global_zero:
+        return
+    folder = Path(trainer.log_dir or trainer.default_root_dir)
+    paths = {"configuration": folder / "config.yaml", "metrics": folder / "metrics.csv"}
+    if isinstance(trainer.checkpoint_callback, ModelCheckpoint) and trainer.checkpoint_callback.best_model_path:
+        paths["best checkpoint"] = Path(trainer.checkpoint_callback.best_model_path)
+    if cli.config.export:
+        paths["aligned model"] = export_policy(module.policy, data.tokenizer, _free(folder / "model"))
+    _CONSOLE.print(summary_table(module.evaluations, module.global_step, probe.before, probe.after))
+    _CONSOLE.print(paths_table(paths))
+    _CONSOLE.print(f"Done in {time.perf_counter() - start:.0f} s, {module.global_step} optimiser steps")
+
+
+def _free(folder: Path) -> Path:
+    """`folder`, or if a resumed run finds its own earlier export there, the next free name beside it."""
+    number = 1
+    free = folder
+    while free.exists():
+        number += 1
+        free = folder.with_name(f"{folder.name}-{number}")
+    return free
+
+
+def _quieten() -> None:
+    """Silence warnings that are wrong here, so that the right ones are seen."""
+    for message in (
+        r".*does not have many workers.*",  # batches are padded token lists: cheap to build
+        r".*your dataloader is not resumable.*",  # the data module's own state resumes it
+        r".*The number of training batches .* is smaller than the logging interval.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+if __name__ == "__main__":
+    main()

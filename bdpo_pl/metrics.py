@@ -1,0 +1,87 @@
+"""What is logged of every batch of pairs, on training and on held-out pairs alike."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from bdpo_pl.losses import PairLogProbs, PreferenceLoss
+
+NAMES = (
+    "loss",
+    "reward_chosen",
+    "reward_rejected",
+    "margin",
+    "accuracy",
+    "logp_chosen",
+    "logp_rejected",
+    "drift_chosen",
+    "drift_rejected",
+    "weight_chosen",
+    "weight_rejected",
+    "imbalance",
+    "comprehension_chosen",
+    "comprehension_rejected",
+)
+
+
+def pair_metrics(loss: PreferenceLoss, pairs: PairLogProbs, losses: Tensor) -> dict[str, Tensor]:
+    """Values of `NAMES` for each pair, those that the loss and the data allow; every tensor is (B,), detached.
+
+    - reward_*: implicit reward β·log(π_θ/π_ref); margin: chosen − rejected; accuracy: margin > 0, a tie counting ½.
+    - logp_*: log π_θ(y|x); drift_*: log π_θ(y|x) − log π_ref(y|x). A falling drift_chosen is the sign of a policy that
+      learns to avoid the rejected response at the cost of the chosen one.
+    - weight_*: balance weights; imbalance: |w_w − w_l|. comprehension_*: by the loss's estimator.
+    """
+    values = {"loss": losses, "logp_chosen": pairs.policy_chosen, "logp_rejected": pairs.policy_rejected}
+    if pairs.reference_chosen is not None:
+        chosen, rejected = pairs.log_ratios()
+        margin = loss.beta * (chosen - rejected)
+        values |= {
+            "reward_chosen": loss.beta * chosen,
+            "reward_rejected": loss.beta * rejected,
+            "margin": margin,
+            "accuracy": 0.5 * (1.0 + margin.sign()),
+            "drift_chosen": chosen,
+            "drift_rejected": rejected,
+        }
+    if (weights := loss.weights(pairs)) is not None:
+        values |= {
+            "weight_chosen": weights.chosen,
+            "weight_rejected": weights.rejected,
+            "imbalance": (weights.chosen - weights.rejected).abs(),
+        }
+    if pairs.comprehension_chosen is not None and pairs.comprehension_rejected is not None:
+        values |= {
+            "comprehension_chosen": pairs.comprehension_chosen,
+            "comprehension_rejected": pairs.comprehension_rejected,
+        }
+    return {name: value.detach().float() for name, value in values.items()}
+
+
+class PairMeans(Metric):
+    """Means over pairs of everything in `NAMES`, in two vectors, so that ranks synchronise all of them at once."""
+
+    full_state_update = False
+
+    sums: Tensor
+    counts: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("sums", torch.zeros(len(NAMES), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("counts", torch.zeros(len(NAMES), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, values: dict[str, Tensor], counted: Tensor) -> None:
+        """Add the (B,) `values` of the pairs where `counted` (B,) is true."""
+        number = counted.sum()
+        for i, name in enumerate(NAMES):
+            if name in values:
+                self.sums[i] += torch.where(counted, values[name], 0.0).sum(dtype=self.sums.dtype)
+                self.counts[i] += number
+
+    def compute(self) -> dict[str, float]:
+        """Mean of each value that has been seen."""
+        sums, counts = self.sums.tolist(), self.counts.tolist()
+        return {name: sums[i] / counts[i] for i, name in enumerate(NAMES) if counts[i]}

@@ -1,0 +1,283 @@
+"""The LightningModule: a policy trained on preference pairs against the scores of its frozen reference."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+
+from bdpo_pl import embedded
+from bdpo_pl.data.batches import PreferenceBatch
+from bdpo_pl.datamodule import EMBEDDED, VALIDATION_SPLITS, PreferenceDataModule
+from bdpo_pl.errors import InputError, NonFiniteError
+from bdpo_pl.forward import response_logps
+from bdpo_pl.losses import BalancedDPOLoss, PairLogProbs, PreferenceLoss
+from bdpo_pl.metrics import PairMeans, pair_metrics
+from bdpo_pl.models import (
+    DTypeName,
+    ModelSource,
+    check_vocabulary,
+    check_window,
+    load_config,
+    load_model,
+    resolve_dtype,
+)
+from bdpo_pl.optim import LRSchedule, lr_lambda, parameter_groups
+from bdpo_pl.reference import Reference, ReferenceMode
+from bdpo_pl.scoring import ScoringOptions
+
+
+def adamw(params: Any) -> torch.optim.Optimizer:
+    """The default optimiser: AdamW at DPO's own learning rate for full fine-tuning, 1e-6 (arXiv:2305.18290)."""
+    return torch.optim.AdamW(params, lr=1e-6, betas=(0.9, 0.999), weight_decay=0.0)
+
+
+class PreferenceModule(L.LightningModule):
+    """Aligns a causal language model on preference pairs.
+
+    Args:
+        policy: model to align: a folder in the Hugging Face layout, a hub name, or `embedded` for the small one that
+            ships with bdpo_pl.
+        loss: any `PreferenceLoss`; default Balanced DPO.
+        reference: frozen reference; default the policy as it is before training.
+        reference_mode: `precomputed` (scored once before training, cached, then not in memory), `live` or `none`.
+        reference_dtype: of the reference's weights; `auto`: the policy's.
+        scoring: of the scoring pass.
+        optimizer: takes parameter groups; matrices decay by its weight_decay, norms and biases never.
+        lr_schedule: `cosine`, `linear` or `constant`, after the warm-up.
+        warmup_ratio: share of all optimiser steps that warms the learning rate up.
+        dtype: of the policy's weights; `auto`: as the Trainer's precision wants (float32 unless it ends in `-true`).
+        revision: git revision of a hub policy.
+        attn_implementation: as in transformers; default its own choice.
+        gradient_checkpointing: recompute activations in the backward pass, to save memory.
+        trust_remote_code: run Python code that comes with the model. It runs with your permissions: read it first.
+
+    Raises:
+        InputError: options out of range, or a loss that needs what the reference does not give.
+    """
+
+    def __init__(
+        self,
+        policy: str = EMBEDDED,
+        loss: PreferenceLoss | None = None,
+        reference: str | None = None,
+        reference_mode: ReferenceMode = "precomputed",
+        reference_dtype: DTypeName = "auto",
+        scoring: ScoringOptions | None = None,
+        optimizer: OptimizerCallable = adamw,
+        lr_schedule: LRSchedule = "cosine",
+        warmup_ratio: float = 0.1,
+        dtype: DTypeName = "auto",
+        revision: str | None = None,
+        attn_implementation: str | None = None,
+        gradient_checkpointing: bool = False,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        if not 0.0 <= warmup_ratio < 1.0:
+            raise InputError(f"model.warmup_ratio must be in [0, 1), got {warmup_ratio}")
+        self.source = ModelSource(_resolve(policy), revision, attn_implementation, trust_remote_code)
+        self.reference_source = self.source
+        if reference is not None:
+            self.reference_source = ModelSource(_resolve(reference), None, attn_implementation, trust_remote_code)
+        self.loss = loss or BalancedDPOLoss()
+        self.reference_mode: ReferenceMode = reference_mode
+        self.reference_dtype: DTypeName = reference_dtype
+        self.scoring = scoring or ScoringOptions()
+        self.optimizer = optimizer
+        self.lr_schedule: LRSchedule = lr_schedule
+        self.warmup_ratio = warmup_ratio
+        self.dtype_name: DTypeName = dtype
+        self.gradient_checkpointing = gradient_checkpointing
+        self.policy: Any = None
+        self.reference: Reference | None = None
+        self.train_means = PairMeans()
+        self.split_means = nn.ModuleDict({split: PairMeans() for split in VALIDATION_SPLITS})
+        self.evaluations: dict[int, dict[str, float]] = {}
+        """Validation results by optimiser step; step 0 is the policy before training."""
+        self._window_tokens = 0
+        self._window_start = 0.0
+
+    # Setting up
+
+    def setup(self, stage: str) -> None:
+        """Check that model, data and loss fit each other, and score the pairs with the reference."""
+        data = self._data()
+        config = load_config(self.source)
+        check_window(config, data.truncation.max_length, self.source.name)
+        check_vocabulary(config, data.tokenizer, self.source.name)
+        if self.reference is None:
+            if self.reference_source != self.source:
+                check_vocabulary(load_config(self.reference_source), data.tokenizer, self.reference_source.name)
+            precision = str(self.trainer.precision)
+            policy_dtype = resolve_dtype(self.dtype_name, precision)
+            dtype = policy_dtype if self.reference_dtype == "auto" else resolve_dtype(self.reference_dtype, precision)
+            self.reference = Reference(self.reference_source, self.reference_mode, dtype, self.scoring)
+        self.reference.check_fits(self.loss)
+        self.reference.prepare(self.trainer, data, self.loss)
+
+    def configure_model(self) -> None:
+        """Load the policy, once; by now the scoring pass has let go of the reference."""
+        if self.policy is not None:
+            return
+        self.policy = load_model(self.source, resolve_dtype(self.dtype_name, str(self.trainer.precision)))
+        # transformers loads in evaluation mode, and Lightning keeps the mode it finds.
+        self.policy.train()
+        if self.gradient_checkpointing:
+            self.policy.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def configure_optimizers(self) -> Any:
+        """The optimiser on its parameter groups, and the schedule over all of the run's steps."""
+        optimizer = self.optimizer(parameter_groups(self.policy))
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = lr_lambda(self.lr_schedule, round(self.warmup_ratio * steps), steps)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # Steps
+
+    def forward(self, batch: PreferenceBatch) -> Tensor:
+        """(2, B) float32 log-probabilities of the chosen and of the rejected responses under the policy."""
+        return response_logps(self.policy, batch.sequences).view(2, -1)
+
+    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
+        """Weighted sum of the pairs' losses, which over an optimiser step is their mean."""
+        pairs, losses = self._losses(batch, "train")
+        loss = (losses * batch.pair_weight).sum()
+        self._require_finite(loss, batch, batch_idx)
+        self.train_means.update(pair_metrics(self.loss, pairs, losses), batch.pair_weight > 0)
+        self._window_tokens += batch.num_tokens
+        if self.global_step == 0 and batch_idx == 0:
+            self._check_start(losses)
+        return loss
+
+    def validation_step(self, batch: PreferenceBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Collect the metrics of held-out pairs, and of the probe of training pairs."""
+        split = VALIDATION_SPLITS[dataloader_idx]
+        pairs, losses = self._losses(batch, split)
+        self.split_means[split].update(pair_metrics(self.loss, pairs, losses), batch.pair_weight > 0)
+
+    def _losses(self, batch: PreferenceBatch, split: str) -> tuple[PairLogProbs, Tensor]:
+        assert self.reference is not None
+        logps = self(batch)
+        scores = self.reference.scores(split, batch.pair_index, self._data(), self.loss)
+        pairs = PairLogProbs(
+            *logps,
+            *batch.lengths,
+            *(scores.reference if scores.reference is not None else (None, None)),
+            *(scores.comprehension if scores.comprehension is not None else (None, None)),
+        )
+        return pairs, self.loss(pairs)
+
+    # Guards
+
+    def _require_finite(self, loss: Tensor, batch: PreferenceBatch, batch_idx: int) -> None:
+        """Raise on every rank if `loss` is not finite on any: before the backward pass, with the weights still good."""
+        finite = bool(torch.isfinite(loss.detach()))
+        if self.trainer.strategy.reduce_boolean_decision(finite, all=True):
+            return
+        places = [self._data().tables["train"].places[i] for i in batch.pair_index.tolist()]
+        culprit = "" if finite else f" Its pairs: {'; '.join(places[:8])}{'; …' if len(places) > 8 else ''}."
+        raise NonFiniteError(
+            f"the loss is {loss.item()} in epoch {self.current_epoch}, batch {batch_idx} (after {self.global_step} "
+            f"optimiser steps).{culprit} The weights are those of the last good step. "
+            "Lower the learning rate, or use bf16 instead of fp16"
+        )
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the gradient's norm, and stop before a step with a gradient that is not finite."""
+        grads = [p.grad for p in self.policy.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        self.log("train/grad_norm", norm)
+        # With fp16's loss scaling an overflow is ordinary: the scaler skips the step and lowers the scale.
+        if not str(self.trainer.precision).startswith("16") and not torch.isfinite(norm):
+            raise NonFiniteError(
+                f"the gradient's norm is {norm.item()} at optimiser step {self.global_step} in epoch "
+                f"{self.current_epoch}, with a finite loss. The weights are those of the last good step. "
+                "Lower the learning rate"
+            )
+
+    def _check_start(self, losses: Tensor) -> None:
+        """Warn if the first loss is not what it must be when the policy is its own reference (ln 2 for DPO)."""
+        expected = self.loss.initial_value
+        if expected is None or self.reference_mode == "none" or self.reference_source != self.source:
+            return
+        low = str(self.trainer.precision).startswith(("bf16", "16"))
+        error = (losses.detach() - expected).abs().max().item()
+        if error > (2e-2 if low else 1e-4):
+            rank_zero_warn(
+                f"the first loss is off by {error:.2g} from {expected:.4f}, its value for a policy that equals its "
+                "reference: policy and reference are computed differently (dtype, attention, or a stale cache?)"
+            )
+        else:
+            rank_zero_info(f"First loss {losses.detach().mean().item():.6f}: policy and reference agree")
+
+    # Logging
+
+    def on_train_start(self) -> None:
+        """Start the clock of the throughput."""
+        self._window_start, self._window_tokens = time.perf_counter(), 0
+
+    def on_train_batch_end(self, outputs: Any, batch: PreferenceBatch, batch_idx: int) -> None:
+        """Every `log_every_n_steps` optimiser steps, log the means over all pairs since the last time."""
+        stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
+        if not stepped or self.global_step % max(1, self.trainer.log_every_n_steps):
+            return
+        means = self.train_means.compute()
+        self.train_means.reset()
+        for name, value in means.items():
+            self.log(f"train/{name}", value, prog_bar=name in ("loss", "margin", "accuracy"))
+        self.log("train/lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
+        self.log("train/tokens_per_second", self._tokens_per_second(), prog_bar=True)
+
+    def _tokens_per_second(self) -> Tensor:
+        now = time.perf_counter()
+        rate = torch.tensor(self._window_tokens / (now - self._window_start), device=self.device, dtype=torch.float32)
+        self._window_start, self._window_tokens = now, 0
+        return self.trainer.strategy.reduce(rate, reduce_op="sum")  # type: ignore[return-value]
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means of each split, and the gap between them: overfitting as a curve."""
+        values: dict[str, float] = {}
+        for split, means in self.split_means.items():
+            assert isinstance(means, PairMeans)
+            values |= {f"{split}/{name}": value for name, value in means.compute().items()}
+            means.reset()
+        for name in ("margin", "accuracy"):
+            if f"train_probe/{name}" in values and f"held_out/{name}" in values:
+                values[f"gap/{name}"] = values[f"train_probe/{name}"] - values[f"held_out/{name}"]
+        self.evaluations[self.global_step] = values
+        # The means are the same on every rank already; sync_dist only says so to Lightning.
+        self.log_dict(values, sync_dist=True)
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say which model the weights belong to."""
+        checkpoint["bdpo_pl"] = {"policy": self.source.name, "revision": self.source.revision}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the checkpoint of another model.
+
+        Raises:
+            InputError: the checkpoint was written for another policy.
+        """
+        saved = checkpoint.get("bdpo_pl", {}).get("policy")
+        if saved is not None and saved != self.source.name:
+            raise InputError(f"the checkpoint holds weights of {saved}, but model.policy is {self.source.name}")
+
+    def _data(self) -> PreferenceDataModule:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, PreferenceDataModule):
+            raise InputError("PreferenceModule trains on a PreferenceDataModule: trainer.fit(module, datamodule)")
+        return data
+
+
+def _resolve(name: str) -> str:
+    return str(embedded.MODEL_DIR) if name == EMBEDDED else name

@@ -1,0 +1,168 @@
+"""The frozen reference during a run: scored once before training, kept live, or absent."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+import transformers
+from torch import Tensor, nn
+
+import bdpo_kernels
+from bdpo_pl.comprehension import Estimator, comprehension
+from bdpo_pl.data.scores import ScoreTable
+from bdpo_pl.datamodule import PreferenceDataModule
+from bdpo_pl.errors import InputError
+from bdpo_pl.losses import PreferenceLoss
+from bdpo_pl.models import ModelSource, load_model, model_fingerprint
+from bdpo_pl.score_cache import ScoreCache, default_cache_dir
+from bdpo_pl.scoring import Ranks, ScoringOptions, score_pairs, score_table
+
+ReferenceMode = Literal["precomputed", "live", "none"]
+
+
+@dataclass
+class SplitScores:
+    """What a loss is given besides the policy's log-probabilities, of M pairs: (2, M) float32 each, chosen first."""
+
+    reference: Tensor | None = None
+    comprehension: Tensor | None = None
+
+
+class Reference:
+    """Scores of the frozen reference model for the pairs of each split.
+
+    Args:
+        source: the reference model.
+        mode: `precomputed`: score every pair once, before the policy is loaded, and cache it; `live`: keep the model
+            in memory and score each batch; `none`: no reference, for losses that need none.
+        dtype: of its weights; the policy's own gives a log-ratio of exactly zero at the start.
+        options: of the scoring pass.
+
+    Raises:
+        InputError: an unknown mode.
+    """
+
+    def __init__(self, source: ModelSource, mode: ReferenceMode, dtype: torch.dtype, options: ScoringOptions) -> None:
+        self.source = source
+        self.mode = mode
+        self.dtype = dtype
+        self.options = options
+        self._scores: dict[str, SplitScores] = {}
+        self._model: nn.Module | None = None
+
+    def check_fits(self, loss: PreferenceLoss) -> None:
+        """Raise `InputError` if `loss` reads what this reference does not give."""
+        name = type(loss).__name__
+        if self.mode == "none" and (loss.needs_reference or loss.needs_comprehension):
+            raise InputError(
+                f"{name} needs a reference model, and model.reference_mode is none; set it to precomputed or live"
+            )
+        if loss.needs_comprehension and not self.options.comprehension:
+            raise InputError(
+                f"{name} needs comprehension, and model.scoring.comprehension is false; set it to true, "
+                "or turn the balance off"
+            )
+
+    def prepare(self, trainer: L.Trainer, data: PreferenceDataModule, loss: PreferenceLoss) -> None:
+        """Score every split of `data` that is not scored yet (`precomputed`), or load the model to keep (`live`)."""
+        if self.mode == "live" and self._model is None:
+            self._model = self._load(trainer)
+        if self.mode != "precomputed" or self._scores:
+            return
+        load = cache(lambda: self._load(trainer))
+        for split in ("train", "held_out"):
+            if split in data.tables:
+                scores = self._score(split, load, trainer, data, loss)
+                self._scores[split] = _split_scores(scores, data.tables[split], loss.estimator)
+        if data.probe_indices is not None:
+            train, probe = self._scores["train"], torch.from_numpy(data.probe_indices)
+            self._scores["train_probe"] = SplitScores(_take(train.reference, probe), _take(train.comprehension, probe))
+        # Nothing may hold on to the model: training has its memory.
+        del load
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def scores(self, split: str, pair_index: Tensor, data: PreferenceDataModule, loss: PreferenceLoss) -> SplitScores:
+        """Scores of the B pairs at `pair_index` of `split`, on its device."""
+        device = pair_index.device
+        if self.mode == "none":
+            return SplitScores()
+        if self.mode == "live":
+            assert self._model is not None
+            table, indices = data.tables[split], pair_index.cpu().numpy()
+            scores = score_pairs(self._model, table, indices, **self._options(data, loss))
+            found = _split_scores(scores, table.select(indices), loss.estimator)
+            return SplitScores(*(None if t is None else t.to(device) for t in (found.reference, found.comprehension)))
+        held = self._scores[split]
+        if held.reference is not None and held.reference.device != device:
+            held = SplitScores(*(None if t is None else t.to(device) for t in (held.reference, held.comprehension)))
+            self._scores[split] = held
+        return SplitScores(_take(held.reference, pair_index), _take(held.comprehension, pair_index))
+
+    def _load(self, trainer: L.Trainer) -> nn.Module:
+        model = load_model(self.source, self.dtype)
+        return model.requires_grad_(False).eval().to(trainer.strategy.root_device)
+
+    def _options(self, data: PreferenceDataModule, loss: PreferenceLoss) -> dict[str, Any]:
+        return {
+            "batch_tokens": self.options.batch_tokens,
+            "pad_id": data.pad_id,
+            "comprehension": self.options.comprehension,
+            "hsic": self.options.comprehension and loss.estimator == "hsic",
+        }
+
+    def _score(
+        self, split: str, load: Any, trainer: L.Trainer, data: PreferenceDataModule, loss: PreferenceLoss
+    ) -> ScoreTable:
+        table = data.tables[split]
+        hsic = self.options.comprehension and loss.estimator == "hsic"
+        key = {
+            "format": 1,
+            # Token ids, boundaries and null prompt: what template, truncation and tokenizer come to.
+            "pairs": table.content_digest(),
+            "template": data.chat_template,
+            "truncation": repr(data.truncation),
+            "model": model_fingerprint(self.source),
+            "revision": self.source.revision,
+            "dtype": str(self.dtype),
+            "precision": trainer.precision,
+            "attention": self.source.attn_implementation,
+            "device": trainer.strategy.root_device.type,
+            "kernels": bdpo_kernels.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "comprehension": self.options.comprehension,
+            "hsic": hsic,
+        }
+        root = Path(self.options.cache_dir).expanduser() if self.options.cache_dir else default_cache_dir()
+        return score_table(
+            split,
+            table,
+            load,
+            ScoreCache(root, key, len(table), self.options.chunk_pairs),
+            self.options,
+            pad_id=data.pad_id,
+            hsic=hsic,
+            context=trainer.precision_plugin.forward_context,
+            ranks=Ranks(trainer.global_rank, trainer.world_size, trainer.strategy.barrier),
+        )
+
+
+def _split_scores(scores: ScoreTable, table: Any, estimator: Estimator) -> SplitScores:
+    reference = torch.from_numpy(scores.reference)
+    if scores.null is None:
+        return SplitScores(reference)
+    lengths = torch.stack([torch.from_numpy(table.chosen_lengths), torch.from_numpy(table.rejected_lengths)])
+    hsic = None if scores.hsic is None else torch.from_numpy(scores.hsic)
+    return SplitScores(reference, comprehension(estimator, reference, torch.from_numpy(scores.null), lengths, hsic))
+
+
+def _take(values: Tensor | None, index: Tensor) -> Tensor | None:
+    return None if values is None else values.index_select(1, index)
