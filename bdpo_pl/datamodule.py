@@ -19,10 +19,11 @@ from bdpo_pl.data.table import PairTable
 from bdpo_pl.data.tokenization import PairTokenizer
 from bdpo_pl.data.truncation import Truncation, TruncationMode
 from bdpo_pl.errors import InputError
-from bdpo_pl.models import ModelSource, load_tokenizer
+from bdpo_pl.models import ModelSource, load_config, load_tokenizer, num_positions
 
 EMBEDDED = "embedded"
 VALIDATION_SPLITS = ("held_out", "train_probe")
+_DEFAULT_WINDOW = 1024
 
 
 class PreferenceDataModule(L.LightningDataModule):
@@ -36,7 +37,7 @@ class PreferenceDataModule(L.LightningDataModule):
         held_out_split: split of a hub dataset to hold out; needs `held_out`.
         revision: git revision of a hub dataset.
         load: schema, column names, bad rows, duplicates and the draw from PKU-SafeRLHF.
-        max_length: window in tokens, prompt + response.
+        max_length: window in tokens, prompt + response; default 1,024, or all the positions of a model that has fewer.
         truncation: what happens to longer pairs: `drop`, or the prompt's `keep_start` or `keep_end` is kept.
         max_prompt_length: tokens a prompt may always keep when truncating; default half of `max_length`.
         tokenizer: folder or hub name; default: the policy's.
@@ -59,7 +60,7 @@ class PreferenceDataModule(L.LightningDataModule):
         held_out_split: str = "test",
         revision: str | None = None,
         load: LoadOptions | None = None,
-        max_length: int = 1024,
+        max_length: int | None = None,
         truncation: TruncationMode = "drop",
         max_prompt_length: int | None = None,
         tokenizer: str | None = None,
@@ -87,7 +88,8 @@ class PreferenceDataModule(L.LightningDataModule):
         self.held_out_split = held_out_split
         self.revision = revision
         self.load_options = load or LoadOptions()
-        self.truncation = Truncation(max_length, truncation, max_prompt_length)
+        self.max_length = max_length
+        self.truncation = Truncation(max_length or _DEFAULT_WINDOW, truncation, max_prompt_length)
         self.tokenizer_name = tokenizer
         self.chat_template = chat_template
         self.null_prompt = null_prompt
@@ -112,7 +114,15 @@ class PreferenceDataModule(L.LightningDataModule):
         """Load every split once, and print what was kept and dropped."""
         if self.tables:
             return
-        self.tokenizer = load_tokenizer(self._tokenizer_source())
+        policy: ModelSource = self._trainer().lightning_module.source  # type: ignore[assignment]
+        self.tokenizer = load_tokenizer(
+            policy
+            if self.tokenizer_name is None
+            else ModelSource(self.tokenizer_name, trust_remote_code=policy.trust_remote_code)
+        )
+        if self.max_length is None:
+            window = min(_DEFAULT_WINDOW, num_positions(load_config(policy)) or _DEFAULT_WINDOW)
+            self.truncation = Truncation(window, self.truncation.mode, self.truncation.max_prompt_length)
         pairs = PairTokenizer(self.tokenizer, self.chat_template, self.null_prompt)
         train, report = self._load("train", self.train_source, pairs, self.split)
         self.reports = [report]
@@ -172,7 +182,8 @@ class PreferenceDataModule(L.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """How far into the epoch the run is, for a resume that goes on where it stopped."""
         trainer = self._trainer()
-        processed = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        # Processed, not ready: a batch whose step failed is to be done again.
+        processed = trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
         return {"batches_done": processed % max(1, int(trainer.num_training_batches))}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -194,14 +205,6 @@ class PreferenceDataModule(L.LightningDataModule):
             persistent_workers=self.num_workers > 0,
             pin_memory=_on_gpu(self._trainer()),
         )
-
-    def _tokenizer_source(self) -> ModelSource:
-        policy = getattr(self._trainer().lightning_module, "source", None)
-        if self.tokenizer_name is None:
-            if policy is None:
-                raise InputError("data.tokenizer: name one, the module does not say which model it trains")
-            return policy
-        return ModelSource(self.tokenizer_name, trust_remote_code=bool(policy and policy.trust_remote_code))
 
     def _trainer(self) -> L.Trainer:
         if self.trainer is None:

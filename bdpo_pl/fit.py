@@ -43,7 +43,7 @@ class FitCLI(LightningCLI):
             {
                 "checkpoint.monitor": "held_out/loss",
                 "checkpoint.mode": "min",
-                "checkpoint.save_last": True,
+                "checkpoint.save_last": "link",
                 "checkpoint.filename": "step={step}",
                 "checkpoint.auto_insert_metric_name": False,
                 "model.loss": {"class_path": "bdpo_pl.losses.BalancedDPOLoss"},

@@ -116,10 +116,14 @@ def resolve_dtype(name: DTypeName, precision: str) -> torch.dtype:
     return {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision, torch.float32)
 
 
+def num_positions(config: Any) -> int | None:
+    """Positions that the model has, None if it names no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def check_window(config: Any, max_length: int, name: str) -> None:
     """Raise `InputError` if sequences of `max_length` tokens exceed the positions the model has."""
-    text_config = config.get_text_config()
-    window = getattr(text_config, "max_position_embeddings", None)
+    window = num_positions(config)
     if window is not None and max_length > window:
         raise InputError(
             f"data.max_length is {max_length}, but {name} has positions for {window} tokens; lower data.max_length"

@@ -102,6 +102,7 @@ class PreferenceModule(L.LightningModule):
         """Validation results by optimiser step; step 0 is the policy before training."""
         self._window_tokens = 0
         self._window_start = 0.0
+        self._validation_start = 0.0
 
     # Setting up
 
@@ -160,7 +161,12 @@ class PreferenceModule(L.LightningModule):
         """Collect the metrics of held-out pairs, and of the probe of training pairs."""
         split = VALIDATION_SPLITS[dataloader_idx]
         pairs, losses = self._losses(batch, split)
-        self.split_means[split].update(pair_metrics(self.loss, pairs, losses), batch.pair_weight > 0)
+        self._means(split).update(pair_metrics(self.loss, pairs, losses), batch.pair_weight > 0)
+
+    def _means(self, split: str) -> PairMeans:
+        means = self.split_means[split]
+        assert isinstance(means, PairMeans)
+        return means
 
     def _losses(self, batch: PreferenceBatch, split: str) -> tuple[PairLogProbs, Tensor]:
         assert self.reference is not None
@@ -227,7 +233,7 @@ class PreferenceModule(L.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: PreferenceBatch, batch_idx: int) -> None:
         """Every `log_every_n_steps` optimiser steps, log the means over all pairs since the last time."""
         stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
-        if not stepped or self.global_step % max(1, self.trainer.log_every_n_steps):
+        if not stepped or self.global_step % max(1, self.trainer.log_every_n_steps):  # type: ignore[attr-defined]
             return
         means = self.train_means.compute()
         self.train_means.reset()
@@ -240,13 +246,21 @@ class PreferenceModule(L.LightningModule):
         now = time.perf_counter()
         rate = torch.tensor(self._window_tokens / (now - self._window_start), device=self.device, dtype=torch.float32)
         self._window_start, self._window_tokens = now, 0
-        return self.trainer.strategy.reduce(rate, reduce_op="sum")  # type: ignore[return-value]
+        return self.trainer.strategy.reduce(rate, reduce_op="sum")
+
+    def on_validation_start(self) -> None:
+        """Stop the clock: validation is no part of the throughput."""
+        self._validation_start = time.perf_counter()
+
+    def on_validation_end(self) -> None:
+        """Let the clock go on."""
+        self._window_start += time.perf_counter() - self._validation_start
 
     def on_validation_epoch_end(self) -> None:
         """Log the means of each split, and the gap between them: overfitting as a curve."""
         values: dict[str, float] = {}
-        for split, means in self.split_means.items():
-            assert isinstance(means, PairMeans)
+        for split in VALIDATION_SPLITS:
+            means = self._means(split)
             values |= {f"{split}/{name}": value for name, value in means.compute().items()}
             means.reset()
         for name in ("margin", "accuracy"):

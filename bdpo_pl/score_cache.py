@@ -82,19 +82,20 @@ class ScoreCache:
     def save(self, chunk: int, scores: ScoreTable) -> None:
         """Write the scores of `chunk`, all or nothing."""
         arrays = {"pair_index": self.indices(chunk), **scores.columns()}
-        metadata = {"key": self.digest, "checksum": _checksum(arrays)}
-        self._write(self._path(chunk), save(arrays, metadata=metadata))
+        # One entry, because safetensors writes several in no fixed order, and equal chunks shall be equal files.
+        proof = json.dumps({"key": self.digest, "checksum": _checksum(arrays)})
+        self._write(self._path(chunk), save(arrays, metadata={"bdpo_pl": proof}))
 
     def _path(self, chunk: int) -> Path:
         return self.folder / f"chunk-{chunk:06d}.safetensors"
 
     def _read(self, path: Path, chunk: int) -> ScoreTable:
         with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
+            proof = json.loads((file.metadata() or {})["bdpo_pl"])
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        if metadata.get("key") != self.digest:
+        if proof["key"] != self.digest:
             raise ValueError("it was written for another model, data set or option")
-        if metadata.get("checksum") != _checksum(arrays):
+        if proof["checksum"] != _checksum(arrays):
             raise ValueError("its contents do not match its checksum")
         if not np.array_equal(arrays.pop("pair_index"), self.indices(chunk)):
             raise ValueError("it holds other rows than its name says")

@@ -34,7 +34,9 @@ def load(tokenizer):
 
 def texts(table, tokenizer):
     return [
-        tuple(tokenizer.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in (p.chosen_ids, p.rejected_ids))
+        tuple(
+            tokenizer.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in (p.chosen_ids, p.rejected_ids)
+        )
         for p in (table[i] for i in range(len(table)))
     ]
 
@@ -308,7 +310,9 @@ json_values = st.recursive(
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.lists(
-        st.dictionaries(st.sampled_from(["prompt", "chosen", "rejected", "better_response_id"]), json_values, max_size=4),
+        st.dictionaries(
+            st.sampled_from(["prompt", "chosen", "rejected", "better_response_id"]), json_values, max_size=4
+        ),
         max_size=4,
     ),
     raw=st.binary(max_size=20),
