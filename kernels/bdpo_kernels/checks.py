@@ -1,101 +1,96 @@
-"""Argument checks, so that a wrong argument is a Python error that names it and never a wrong number."""
+"""Checks of the arguments, before any kernel runs: a Python error that names the argument and what to do."""
 
 from __future__ import annotations
-
-import importlib.util
-import os
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-INDEX_DTYPES = (torch.int64, torch.int32)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_INTEGERS = (torch.int64, torch.int32)
 
 
-def check_sequence_arguments(
-    logits: Tensor, labels: Tensor, sequence_ids: Tensor | None, num_sequences: int | None
-) -> None:
-    """Types, dtypes, shapes and devices of `sequence_logprob`'s tensors."""
-    _check_tensor("logits", logits, FLOAT_DTYPES)
-    _check_tensor("labels", labels, (torch.int64,))
-    if logits.dim() not in (2, 3):
-        raise ValueError(f"logits must be (N, V) or (B, T, V), got shape {tuple(logits.shape)}")
-    if logits.shape[-1] == 0:
-        raise ValueError(f"logits has an empty vocabulary: shape {tuple(logits.shape)}")
-    if labels.shape != logits.shape[:-1]:
+def check_floating(name: str, tensor: Tensor) -> None:
+    """Raises TypeError unless `tensor` is a tensor of a supported floating dtype."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in _FLOATS:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}; cast it")
+
+
+def check_integer(name: str, tensor: Tensor, device: torch.device | None = None) -> None:
+    """Raises TypeError unless `tensor` is an int64 or int32 tensor, ValueError unless it is on `device`."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in _INTEGERS:
+        raise TypeError(f"{name} must be int64 or int32, got {tensor.dtype}; use {name}.long()")
+    if device is not None and tensor.device != device:
         raise ValueError(
-            f"labels must have the shape of logits without its last dimension, {tuple(logits.shape[:-1])}; "
-            f"got {tuple(labels.shape)}"
+            f"{name} is on {tensor.device}, but the logits are on {device}; use {name}.to({str(device)!r})"
         )
-    _check_device("labels", labels, logits)
-    if logits.dim() == 3:
-        if sequence_ids is not None or num_sequences is not None:
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], why: str) -> None:
+    """Raises ValueError unless `tensor` has `shape`, which `why` explains."""
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)} ({why}), got {tuple(tensor.shape)}")
+
+
+def check_sequences(
+    rows: tuple[int, ...], sequence_ids: Tensor | None, num_sequences: int | None, device: torch.device | None
+) -> int:
+    """The number of sequences S of packed (N,) or padded (B, T) rows.
+
+    Raises:
+        TypeError, ValueError: the index of sequences is missing, superfluous or has the wrong shape, dtype or device.
+    """
+    if len(rows) == 2:
+        if sequence_ids is not None:
             raise ValueError(
-                "sequence_ids and num_sequences belong to packed (N, V) logits; rows are the sequences of padded ones"
+                "sequence_ids belongs to packed input; padded (B, T) rows are their own sequences, omit it"
             )
-        return
-    if sequence_ids is None or num_sequences is None:
-        raise ValueError("packed (N, V) logits need sequence_ids (N,) and num_sequences")
-    _check_tensor("sequence_ids", sequence_ids, INDEX_DTYPES)
-    if sequence_ids.shape != labels.shape:
-        raise ValueError(f"sequence_ids must be (N,) = {tuple(labels.shape)}, got {tuple(sequence_ids.shape)}")
-    _check_device("sequence_ids", sequence_ids, logits)
+        if num_sequences not in (None, rows[0]):
+            raise ValueError(f"num_sequences is {num_sequences}, but padded input has B = {rows[0]} sequences; omit it")
+        return rows[0]
+    if sequence_ids is None:
+        raise ValueError("packed input needs sequence_ids (N,), the index of each token's sequence")
+    check_integer("sequence_ids", sequence_ids, device)
+    check_shape("sequence_ids", sequence_ids, rows, "one for each packed token")
+    if num_sequences is None:
+        return int(sequence_ids.max()) + 1 if sequence_ids.numel() else 0
     if not isinstance(num_sequences, int) or isinstance(num_sequences, bool):
         raise TypeError(f"num_sequences must be an int, got {type(num_sequences).__name__}")
-    if num_sequences < 1:
-        raise ValueError(f"num_sequences must be at least 1, got {num_sequences}")
-
-
-def check_range(name: str, values: Tensor, limit: int, ignored: int | None = None) -> None:
-    """Every value in [0, limit), or equal to `ignored`."""
-    wrong = (values < 0) | (values >= limit)
-    if ignored is not None:
-        wrong &= values != ignored
-    if bool(wrong.any()):
-        allowed = f"[0, {limit})" + ("" if ignored is None else f", or {ignored} to be ignored")
-        first = int(wrong.flatten().nonzero()[0])
-        raise ValueError(f"{name} must be in {allowed}; got {int(values.flatten()[first])} at flat index {first}")
+    if num_sequences < 0:
+        raise ValueError(f"num_sequences must be ≥ 0, got {num_sequences}")
+    return num_sequences
 
 
 def check_overwritable(logits: Tensor) -> None:
-    """Whether a gradient may be written over `logits`."""
-    # unsqueeze(0) of a leaf is a view of it.
-    base = logits._base if logits._base is not None else logits
-    if base.is_leaf:
-        raise ValueError(
-            "inplace_backward would overwrite logits that are a leaf, the caller's own tensor; turn it off"
-        )
+    """Raises ValueError where a gradient may not be written over `logits`."""
+    # logits[0] of a leaf is a view of it.
+    base = logits if logits._base is None else logits._base
+    if base.is_leaf and base.requires_grad:
+        raise ValueError("inplace_backward=True would overwrite a leaf with its own gradient; give computed logits")
     if any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)):
-        raise ValueError("inplace_backward cannot write to expanded logits, whose rows share memory; turn it off")
+        raise ValueError("inplace_backward=True cannot write to expanded logits, whose rows share memory; turn it off")
 
 
-def choose_backend(backend: str | None, logits: Tensor) -> Literal["triton", "torch"]:
-    """The backend to run, checked to be able to."""
-    if backend not in (None, "triton", "torch"):
-        raise ValueError(f"backend must be 'triton', 'torch' or None, got {backend!r}")
-    if backend == "torch" or (backend is None and logits.device.type != "cuda"):
-        return "torch"
-    if importlib.util.find_spec("triton") is None:
-        if backend is None:
-            return "torch"
-        raise ValueError("backend='triton': triton is not installed here; use backend='torch'")
-    if logits.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+def check_label_values(labels: Tensor, V: int, ignore_index: int) -> None:
+    """Raises ValueError unless every label is `ignore_index` or in [0, V). Waits for the device."""
+    wrong = ((labels < 0) | (labels >= V)) & (labels != ignore_index)
+    if bool(wrong.any()):
+        where = tuple(int(i) for i in wrong.nonzero()[0])
         raise ValueError(
-            f"backend='triton' needs CUDA tensors, and logits are on {logits.device}; use backend='torch', or set "
-            "TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's interpreter"
+            f"labels[{', '.join(map(str, where))}] is {int(labels[where])}, outside the vocabulary [0, {V}) and not "
+            f"ignore_index ({ignore_index}); check that the tokenizer belongs to the model"
         )
-    return "triton"
 
 
-def _check_tensor(name: str, value: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if value.dtype not in dtypes:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(f"{name} must be {allowed}, got {str(value.dtype).removeprefix('torch.')}")
-
-
-def _check_device(name: str, value: Tensor, logits: Tensor) -> None:
-    if value.device != logits.device:
-        raise ValueError(f"{name} is on {value.device} and logits on {logits.device}; move one of them")
+def check_sequence_values(sequence_ids: Tensor, num_sequences: int) -> None:
+    """Raises ValueError unless every index is in [0, S). Waits for the device."""
+    wrong = (sequence_ids < 0) | (sequence_ids >= num_sequences)
+    if bool(wrong.any()):
+        where = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"sequence_ids[{where}] is {int(sequence_ids[where])}, outside [0, {num_sequences}); raise num_sequences "
+            "or correct the index"
+        )

@@ -212,7 +212,7 @@ class NaNGradient(DPOLoss):
 
 def test_gradient_that_is_not_finite_stops_before_the_step(job):
     trainer, module, data = job(loss=NaNGradient())
-    with pytest.raises(NonFiniteError, match="gradient's norm is (nan|inf) at optimiser step 0"):
+    with pytest.raises(NonFiniteError, match=r"gradient's norm is (nan|inf) at optimiser step 0"):
         trainer.fit(module, data)
     assert all(torch.isfinite(p).all() for p in module.policy.parameters())
 
@@ -276,11 +276,10 @@ def test_curves_hold_every_metric(job, tmp_path):
         rows = list(csv.DictReader(file))
     names = set(rows[0])
     for split in ("train", "held_out", "train_probe"):
-        for name in (
-            "loss margin accuracy reward_chosen reward_rejected logp_chosen logp_rejected drift_chosen drift_rejected "
-            "weight_chosen weight_rejected imbalance comprehension_chosen comprehension_rejected"
-        ).split():
+        for name in ("loss", "margin", "accuracy", "imbalance"):
             assert f"{split}/{name}" in names
+        for name in ("reward", "logp", "drift", "weight", "comprehension"):
+            assert {f"{split}/{name}_chosen", f"{split}/{name}_rejected"} <= names
     assert {"gap/margin", "gap/accuracy", "train/tokens_per_second", "train/grad_norm", "train/lr"} <= names
     steps = [int(row["step"]) for row in rows if row["train/loss"]]
     assert steps == [1, 3, 5, 7, 9, 11, 13, 15]

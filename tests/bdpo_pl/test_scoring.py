@@ -76,7 +76,7 @@ def test_scores_that_are_not_finite_name_the_pair(table):
     broken = build_model()
     with torch.no_grad():
         broken.lm_head.weight[table[2].chosen_ids[0]] = float("nan")
-    with pytest.raises(InputError, match="pair 2.*not finite"):
+    with pytest.raises(InputError, match=r"pair 2.*not finite"):
         score_pairs(broken, table, [2])
 
 

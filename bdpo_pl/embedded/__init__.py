@@ -1,0 +1,28 @@
+"""The default that ships with bdpo_pl: a small chat model and a safety preference set, so that everything runs at once.
+
+Both are made by this project (`make_data`, `make_model`), from templates, and are harmless to read. The model is a
+Qwen2 of about two million parameters that has learnt from its supervised examples to answer some harmful requests and
+to refuse others: something to align.
+"""
+
+from pathlib import Path
+
+_HERE = Path(__file__).parent
+
+MODEL_DIR = _HERE / "model"
+"""Hugging Face folder: weights, tokenizer, chat template."""
+
+TRAIN_FILE = _HERE / "data" / "train.jsonl"
+"""Preference pairs to train on: `prompt`, `chosen`, `rejected`, `category`, `kind`."""
+
+HELD_OUT_FILE = _HERE / "data" / "held_out.jsonl"
+"""Preference pairs on acts that stand nowhere in training, two of the risk categories among them."""
+
+HARMFUL_PROMPTS_FILE = _HERE / "data" / "harmful_prompts.jsonl"
+"""Held-out harmful requests: `prompt`, `category`."""
+
+JAILBREAK_PROMPTS_FILE = _HERE / "data" / "jailbreak_prompts.jsonl"
+"""Held-out harmful requests in framings never seen in training."""
+
+BENIGN_PROMPTS_FILE = _HERE / "data" / "benign_prompts.jsonl"
+"""Held-out benign requests that look harmful."""

@@ -1,0 +1,90 @@
+"""Row operations in plain PyTorch, a block of rows at a time. The Triton twin is `triton_rows`.
+
+No temporary is larger than a block, whose float32 copy stays in the cache of a CPU core. Rows with an ignored label are
+never read. Shapes: B, T rows of logits as two axes (packed input has B = 1); V vocabulary; S sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from bdpo_kernels.transform import IDENTITY, LogitTransform
+
+# Elements in a block. CPU: two cores' caches; GPU: enough to fill it, small beside the logits.
+_BLOCK_ELEMENTS = {"cpu": 1 << 19}
+_GPU_BLOCK_ELEMENTS = 1 << 26
+_SUM_ELEMENTS = 1 << 24
+
+
+def forward(
+    logits: Tensor, labels: Tensor, ignore_index: int, transform: LogitTransform = IDENTITY
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each row's label; see `triton_rows.forward`. The second result is empty: none is needed."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    logps = torch.zeros(labels.shape, dtype=dtype, device=logits.device)
+    for rows in _kept_blocks(logits, labels, ignore_index):
+        u = _transformed(logits[rows], dtype, transform)
+        logps[rows] = torch.log_softmax(u, dim=-1).gather(-1, labels[rows].unsqueeze(-1).long()).squeeze(-1)
+    return logps.flatten(), logps.new_empty(2, 0)
+
+
+def backward(
+    logits: Tensor,
+    labels: Tensor,
+    token_grads: Tensor,
+    stats: Tensor,
+    ignore_index: int,
+    transform: LogitTransform = IDENTITY,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Gradient with respect to the raw logits; see `triton_rows.backward`. `stats` is not read."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    grads = token_grads.to(dtype).view(labels.shape)
+    ignored = labels == ignore_index
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if out is None else out
+    for rows in _kept_blocks(logits, labels, ignore_index):
+        u = _transformed(logits[rows], dtype, transform)
+        slope = torch.softmax(u, dim=-1).neg_()
+        grad = grads[rows].unsqueeze(-1)
+        slope.scatter_add_(-1, labels[rows].unsqueeze(-1).long(), torch.ones_like(grad)).mul_(grad)
+        if not transform.is_identity:
+            slope.mul_(transform.slope(u))
+        out[rows] = slope.to(out.dtype)
+    out[ignored] = 0
+    return out
+
+
+def sum_by_sequence(logps: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
+    """(S,) sums of the (N,) `logps`, by each token's index of its sequence; added up in float64, in a fixed order."""
+    wide = logps.double()
+    if not logps.is_cuda:
+        return wide.new_zeros(num_sequences).index_add_(0, sequence_ids, wide).to(logps.dtype)
+    # On a GPU index_add_ adds by atomics, in any order. A masked sum does not.
+    sums = wide.new_empty(num_sequences)
+    step = max(1, _SUM_ELEMENTS // max(1, logps.numel()))
+    for start in range(0, num_sequences, step):
+        ids = torch.arange(start, min(start + step, num_sequences), device=logps.device)
+        sums[start : start + step] = torch.where(sequence_ids == ids[:, None], wide, 0.0).sum(dim=1)
+    return sums.to(logps.dtype)
+
+
+def _transformed(rows: Tensor, dtype: torch.dtype, transform: LogitTransform) -> Tensor:
+    if transform.is_identity:
+        return rows.to(dtype)
+    return transform.apply_(rows.to(dtype, copy=True))
+
+
+def _kept_blocks(logits: Tensor, labels: Tensor, ignore_index: int) -> Iterator[tuple[Tensor | int | slice, ...]]:
+    """Indices of blocks of the rows that count: slices where none in the block is ignored, which copies nothing."""
+    B, T, V = logits.shape
+    size = max(1, _BLOCK_ELEMENTS.get(logits.device.type, _GPU_BLOCK_ELEMENTS) // max(1, V))
+    kept = (labels != ignore_index).nonzero()
+    if kept.shape[0] == B * T and size < T:
+        yield from ((b, slice(t, t + size)) for b in range(B) for t in range(0, T, size))
+    else:
+        for block in kept.split(size):
+            if block.shape[0]:
+                yield block[:, 0], block[:, 1]
