@@ -23,7 +23,7 @@ from bdpo_pl.export import export_policy
 from bdpo_pl.module import PreferenceModule
 from bdpo_pl.summary import paths_table, summary_table
 
-_NAMES_A_MODEL = ("--config", "-c", "--model.policy", "--model", "--data.train", "--data")
+_NAMES_A_JOB = {"--config", "-c", "--model", "--model.policy", "--data", "--data.train"}
 _EMBEDDED_CONFIG = Path(embedded.__file__).with_name("fit.yaml")
 _CONSOLE = Console()
 
@@ -70,7 +70,7 @@ def _run(args: list[str] | None) -> None:
     start = time.perf_counter()
     given = sys.argv[1:] if args is None else args
     # The embedded run has settings of its own, which must not leak into the runs of others.
-    is_embedded = not any(argument.split("=")[0].startswith(_NAMES_A_MODEL) for argument in given)
+    is_embedded = _NAMES_A_JOB.isdisjoint(argument.split("=")[0] for argument in given)
     cli = FitCLI(
         PreferenceModule,
         PreferenceDataModule,

@@ -28,6 +28,7 @@ from bdpo_pl.models import (
     resolve_dtype,
 )
 from bdpo_pl.optim import LRSchedule, lr_lambda, parameter_groups
+from bdpo_pl.reestimation import Reestimation
 from bdpo_pl.reference import Reference, ReferenceMode
 from bdpo_pl.scoring import ScoringOptions
 
@@ -47,6 +48,8 @@ class PreferenceModule(L.LightningModule):
         reference: frozen reference; default the policy as it is before training.
         reference_mode: `precomputed` (scored once before training, cached, then not in memory), `live` or `none`.
         reference_dtype: of the reference's weights; `auto`: the policy's.
+        reestimate_every: measure comprehension anew, on the policy, each so many optimiser steps; default never: the
+            reference's holds throughout, as in the paper.
         scoring: of the scoring pass.
         optimizer: takes parameter groups; matrices decay by its weight_decay, norms and biases never.
         lr_schedule: `cosine`, `linear` or `constant`, after the warm-up.
@@ -68,6 +71,7 @@ class PreferenceModule(L.LightningModule):
         reference: str | None = None,
         reference_mode: ReferenceMode = "precomputed",
         reference_dtype: DTypeName = "auto",
+        reestimate_every: int | None = None,
         scoring: ScoringOptions | None = None,
         optimizer: OptimizerCallable = adamw,
         lr_schedule: LRSchedule = "cosine",
@@ -96,6 +100,7 @@ class PreferenceModule(L.LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.policy: Any = None
         self.reference: Reference | None = None
+        self.reestimation = Reestimation(reestimate_every)
         self.train_means = PairMeans()
         self.split_means = nn.ModuleDict({split: PairMeans() for split in VALIDATION_SPLITS})
         self.evaluations: dict[int, dict[str, float]] = {}
@@ -120,6 +125,7 @@ class PreferenceModule(L.LightningModule):
             dtype = policy_dtype if self.reference_dtype == "auto" else resolve_dtype(self.reference_dtype, precision)
             self.reference = Reference(self.reference_source, self.reference_mode, dtype, self.scoring)
         self.reference.check_fits(self.loss)
+        self.reestimation.check_fits(self.trainer, self.loss, self.scoring)
         self.reference.prepare(self.trainer, data, self.loss)
 
     def configure_model(self) -> None:
@@ -145,6 +151,11 @@ class PreferenceModule(L.LightningModule):
     def forward(self, batch: PreferenceBatch) -> Tensor:
         """(2, B) float32 log-probabilities of the chosen and of the rejected responses under the policy."""
         return response_logps(self.policy, batch.sequences).view(2, -1)
+
+    def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        """Measure comprehension on the policy, where it is due."""
+        if self.reestimation.due(self.global_step):
+            self.reestimation.update(self.policy, self.trainer, self._data(), self.loss, self.scoring)
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """Weighted sum of the pairs' losses, which over an optimiser step is their mean."""
@@ -172,11 +183,13 @@ class PreferenceModule(L.LightningModule):
         assert self.reference is not None
         logps = self(batch)
         scores = self.reference.scores(split, batch.pair_index, self._data(), self.loss)
+        latest = self.reestimation.values(split, batch.pair_index)
+        comprehension = scores.comprehension if latest is None else latest
         pairs = PairLogProbs(
             *logps,
             *batch.lengths,
             *(scores.reference if scores.reference is not None else (None, None)),
-            *(scores.comprehension if scores.comprehension is not None else (None, None)),
+            *(comprehension if comprehension is not None else (None, None)),
         )
         return pairs, self.loss(pairs)
 
@@ -273,8 +286,12 @@ class PreferenceModule(L.LightningModule):
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say which model the weights belong to."""
-        checkpoint["bdpo_pl"] = {"policy": self.source.name, "revision": self.source.revision}
+        """Say which model the weights belong to, and keep what was measured on the way."""
+        checkpoint["bdpo_pl"] = {
+            "policy": self.source.name,
+            "revision": self.source.revision,
+            "reestimation": self.reestimation.state_dict(),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of another model.
@@ -282,9 +299,13 @@ class PreferenceModule(L.LightningModule):
         Raises:
             InputError: the checkpoint was written for another policy.
         """
-        saved = checkpoint.get("bdpo_pl", {}).get("policy")
-        if saved is not None and saved != self.source.name:
-            raise InputError(f"the checkpoint holds weights of {saved}, but model.policy is {self.source.name}")
+        saved = checkpoint.get("bdpo_pl", {})
+        if saved.get("policy", self.source.name) != self.source.name:
+            raise InputError(
+                f"the checkpoint holds weights of {saved['policy']}, but model.policy is {self.source.name}"
+            )
+        if "reestimation" in saved:
+            self.reestimation.load_state_dict(saved["reestimation"])
 
     def _data(self) -> PreferenceDataModule:
         data = self.trainer.datamodule  # type: ignore[attr-defined]

@@ -14,14 +14,15 @@ import transformers
 from torch import Tensor, nn
 
 import bdpo_kernels
-from bdpo_pl.comprehension import Estimator, comprehension
+from bdpo_pl.comprehension import Estimator
 from bdpo_pl.data.scores import ScoreTable
+from bdpo_pl.data.table import PairTable
 from bdpo_pl.datamodule import PreferenceDataModule
 from bdpo_pl.errors import InputError
 from bdpo_pl.losses import PreferenceLoss
 from bdpo_pl.models import ModelSource, load_model, model_fingerprint
 from bdpo_pl.score_cache import ScoreCache, default_cache_dir
-from bdpo_pl.scoring import Ranks, ScoringOptions, score_pairs, score_table
+from bdpo_pl.scoring import Ranks, ScoringOptions, score_pairs, score_table, table_comprehension
 
 ReferenceMode = Literal["precomputed", "live", "none"]
 
@@ -155,13 +156,9 @@ class Reference:
         )
 
 
-def _split_scores(scores: ScoreTable, table: Any, estimator: Estimator) -> SplitScores:
-    reference = torch.from_numpy(scores.reference)
-    if scores.null is None:
-        return SplitScores(reference)
-    lengths = torch.stack([torch.from_numpy(table.chosen_lengths), torch.from_numpy(table.rejected_lengths)])
-    hsic = None if scores.hsic is None else torch.from_numpy(scores.hsic)
-    return SplitScores(reference, comprehension(estimator, reference, torch.from_numpy(scores.null), lengths, hsic))
+def _split_scores(scores: ScoreTable, table: PairTable, estimator: Estimator) -> SplitScores:
+    measured = None if scores.null is None else table_comprehension(scores, table, estimator)
+    return SplitScores(torch.from_numpy(scores.reference), measured)
 
 
 def _take(values: Tensor | None, index: Tensor) -> Tensor | None:

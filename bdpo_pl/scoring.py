@@ -16,7 +16,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from bdpo_pl.comprehension import normalised_hsic
+from bdpo_pl.comprehension import Estimator, comprehension, normalised_hsic
 from bdpo_pl.data.batches import SequenceBatch, collate_sequences
 from bdpo_pl.data.scores import ScoreTable
 from bdpo_pl.data.table import PairTable
@@ -123,7 +123,7 @@ def score_pairs(
         if not np.isfinite(values).all():
             bad = int(indices[int(np.argwhere(~np.isfinite(values))[0, 1])])
             raise InputError(
-                f"{table.places[bad]}: the reference model gives this pair a log-probability that is not finite; "
+                f"{table.places[bad]}: the model gives this pair a log-probability that is not finite; "
                 "check the model's weights and dtype (float16 overflows: use bfloat16 or float32), or remove the row"
             )
     return ScoreTable(**columns)
@@ -191,6 +191,14 @@ def score_table(
             "set scoring.cache_dir to a folder that all nodes share"
         )
     return ScoreTable.concatenate(complete)
+
+
+def table_comprehension(scores: ScoreTable, table: PairTable, estimator: Estimator) -> Tensor:
+    """(2, M) float32 comprehension of the M pairs of `table` by `estimator`; `scores` must hold the null prompt's."""
+    assert scores.null is not None
+    lengths = torch.stack([torch.from_numpy(table.chosen_lengths), torch.from_numpy(table.rejected_lengths)])
+    hsic = None if scores.hsic is None else torch.from_numpy(scores.hsic)
+    return comprehension(estimator, torch.from_numpy(scores.reference), torch.from_numpy(scores.null), lengths, hsic)
 
 
 def _groups(requests: list[_Request], batch_tokens: int) -> Iterator[list[_Request]]:

@@ -1,16 +1,19 @@
-"""Fixtures that the tests of bdpo_pl share, and the environment they run in."""
+"""Fixtures that the tests of bdpo_pl share."""
 
-import os
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from makers import build_model, build_tokenizer, preference_rows, write_jsonl
+from training import adamw
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-if not torch.cuda.is_available():
-    # Read when the kernels are first imported: with no GPU their Triton code runs in the interpreter.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+from bdpo_pl.callbacks import RandomState, SaveOnNonFinite
+from bdpo_pl.datamodule import PreferenceDataModule
+from bdpo_pl.module import PreferenceModule
+from bdpo_pl.scoring import ScoringOptions
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +33,36 @@ def model_dir(tmp_path_factory) -> Path:
 @pytest.fixture
 def preference_file(tmp_path) -> Path:
     return write_jsonl(tmp_path / "pairs.jsonl", preference_rows(40))
+
+
+@pytest.fixture
+def job(model_dir, tmp_path):
+    """Builds (trainer, module, data) on small files; every option can be replaced."""
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", preference_rows(40))
+
+    def build(folder="run", trainer=None, data=None, **model):
+        torch.manual_seed(0)
+        callbacks = [RandomState(), SaveOnNonFinite(), *(trainer or {}).pop("callbacks", [])]
+        options = {
+            "max_epochs": 1,
+            "accelerator": "cpu",
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": -1,
+            "log_every_n_steps": 2,
+            "gradient_clip_val": 1.0,
+            "use_distributed_sampler": False,
+            "logger": CSVLogger(tmp_path / folder, name="", version=""),
+            "callbacks": callbacks,
+            "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        }
+        module = PreferenceModule(
+            str(model_dir),
+            **{"optimizer": adamw, "scoring": ScoringOptions(cache_dir=str(tmp_path / "cache")), **model},
+        )
+        datamodule = PreferenceDataModule(
+            str(pairs), **{"held_out_fraction": 0.2, "batch_size": 4, "max_length": 128, **(data or {})}
+        )
+        return L.Trainer(**{**options, **(trainer or {})}), module, datamodule
+
+    return build

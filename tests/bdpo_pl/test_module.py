@@ -8,66 +8,13 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
-from makers import build_model, build_tokenizer, preference_rows, write_jsonl
+from makers import build_model, build_tokenizer
+from training import fit, same, weights
 
-from bdpo_pl.callbacks import RandomState, SaveOnNonFinite
-from bdpo_pl.datamodule import PreferenceDataModule
 from bdpo_pl.errors import InputError, NonFiniteError
 from bdpo_pl.losses import BalancedDPOLoss, DPOLoss
 from bdpo_pl.module import PreferenceModule
 from bdpo_pl.scoring import ScoringOptions
-
-
-def adamw(params):
-    return torch.optim.AdamW(params, lr=2e-3, weight_decay=0.1)
-
-
-@pytest.fixture
-def job(model_dir, tmp_path):
-    """Builds (trainer, module, data) on small files; every option can be replaced."""
-    pairs = write_jsonl(tmp_path / "pairs.jsonl", preference_rows(40))
-
-    def build(folder="run", trainer=None, data=None, **model):
-        torch.manual_seed(0)
-        callbacks = [RandomState(), SaveOnNonFinite(), *(trainer or {}).pop("callbacks", [])]
-        options = {
-            "max_epochs": 1,
-            "accelerator": "cpu",
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "num_sanity_val_steps": -1,
-            "log_every_n_steps": 2,
-            "gradient_clip_val": 1.0,
-            "use_distributed_sampler": False,
-            "logger": CSVLogger(tmp_path / folder, name="", version=""),
-            "callbacks": callbacks,
-            "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
-        }
-        module = PreferenceModule(
-            str(model_dir),
-            **{"optimizer": adamw, "scoring": ScoringOptions(cache_dir=str(tmp_path / "cache")), **model},
-        )
-        datamodule = PreferenceDataModule(
-            str(pairs), **{"held_out_fraction": 0.2, "batch_size": 4, "max_length": 128, **(data or {})}
-        )
-        return L.Trainer(**{**options, **(trainer or {})}), module, datamodule
-
-    return build
-
-
-def fit(job, ckpt_path=None):
-    trainer, module, data = job
-    trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
-    return module
-
-
-def weights(module):
-    return {name: p.detach().clone() for name, p in module.policy.named_parameters()}
-
-
-def same(a, b):
-    return all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize("loss", [DPOLoss(), BalancedDPOLoss(), BalancedDPOLoss(scale="norm", estimator="hsic")])
