@@ -49,7 +49,7 @@ class DataReport:
         """Note the token lengths of the kept pairs."""
         for what, values in (("prompt tokens", prompt), ("response tokens", response)):
             if len(values):
-                self.notes[f"{what}, median / 95th percentile / longest"] = (
+                self.notes[f"{what}: median / 95 % / max"] = (
                     f"{np.median(values):.0f} / {np.percentile(values, 95):.0f} / {values.max()}"
                 )
 
