@@ -8,10 +8,10 @@ from typing import Any
 import lightning as L
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
-from rich.console import Console
 from torch.utils.data import DataLoader
 
 from bdpo_pl import embedded
+from bdpo_pl.console import get_console
 from bdpo_pl.data.batches import PairBatchSampler, PairDataset
 from bdpo_pl.data.loading import LoadOptions, count_shared_prompts, load_pairs, split_by_prompt
 from bdpo_pl.data.report import DataReport, report_table
@@ -143,7 +143,7 @@ class PreferenceDataModule(L.LightningDataModule):
                 self.probe_indices = np.sort(chosen)
                 self.tables["train_probe"] = train.select(self.probe_indices)
         if self.trainer is None or self.trainer.is_global_zero:
-            Console().print(report_table(self.reports))
+            get_console().print(report_table(self.reports))
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Training pairs, in an order of their own each epoch."""

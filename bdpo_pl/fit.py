@@ -6,17 +6,20 @@ With no argument it aligns the small embedded model on the embedded preference s
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 import warnings
 from pathlib import Path
 
+import torch
+import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from rich.console import Console
 
 from bdpo_pl import embedded
 from bdpo_pl.callbacks import RandomState, SafetyProbe, SaveOnNonFinite
+from bdpo_pl.console import get_console
 from bdpo_pl.datamodule import PreferenceDataModule
 from bdpo_pl.errors import InputError, NonFiniteError
 from bdpo_pl.export import export_policy
@@ -25,7 +28,6 @@ from bdpo_pl.summary import paths_table, summary_table
 
 _NAMES_A_JOB = {"--config", "-c", "--model", "--model.policy", "--data", "--data.train"}
 _EMBEDDED_CONFIG = Path(embedded.__file__).with_name("fit.yaml")
-_CONSOLE = Console()
 
 
 class FitCLI(LightningCLI):
@@ -51,7 +53,11 @@ class FitCLI(LightningCLI):
         )
 
     def before_instantiate_classes(self) -> None:
-        """With nothing held out there is no held-out loss for the checkpoint to watch."""
+        """Fit the defaults to the machine and to the data."""
+        if self.config.trainer.accelerator == "auto" and torch.backends.mps.is_available():
+            # Log-probabilities are summed in float64, which Apple's GPUs do not have.
+            self.config.trainer.accelerator = "cpu"
+        # With nothing held out there is no held-out loss for the checkpoint to watch.
         if self.config.data.held_out is None and self.config.data.held_out_fraction == 0:
             self.config.checkpoint.monitor = None
 
@@ -61,8 +67,12 @@ def main(args: list[str] | None = None) -> None:
     _quieten()
     try:
         _run(args)
-    except (InputError, NonFiniteError) as error:
-        _CONSOLE.print(f"[bold red]error:[/bold red] {error}", soft_wrap=True, highlight=False)
+    except (ValueError, NonFiniteError) as raised:
+        # The parser wraps what a class it instantiates says of its options.
+        error = raised.__cause__ if isinstance(raised.__cause__, InputError) else raised
+        if not isinstance(error, InputError | NonFiniteError):
+            raise
+        get_console(stderr=True).print(f"[bold red]error:[/bold red] {error}", soft_wrap=True, highlight=False)
         sys.exit(2 if isinstance(error, InputError) else 3)
 
 
@@ -92,6 +102,8 @@ def _run(args: list[str] | None) -> None:
             "num_sanity_val_steps": -1,
             # The batches are split between ranks by our own sampler, which keeps the mean over pairs exact.
             "use_distributed_sampler": False,
+            # It would list the metrics as layers; the module says what it trains in one line.
+            "enable_model_summary": False,
             "default_root_dir": "runs",
             "logger": {
                 "class_path": "lightning.pytorch.loggers.CSVLogger",
@@ -100,22 +112,32 @@ def _run(args: list[str] | None) -> None:
             "callbacks": [SaveOnNonFinite(), RandomState()],
         },
     )
+    _check_checkpoint(cli.config.ckpt_path)
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
     probe: SafetyProbe = cli.config_init.safety
     trainer.fit(module, data, ckpt_path=cli.config.ckpt_path)
     if module.global_step not in module.evaluations and "held_out" in data.tables:
         trainer.validate(module, data, verbose=False)
+    # Asked on every rank: Lightning broadcasts it.
+    folder = Path(trainer.log_dir or trainer.default_root_dir)
     if not trainer.is_global_zero:
         return
-    folder = Path(trainer.log_dir or trainer.default_root_dir)
     paths = {"configuration": folder / "config.yaml", "metrics": folder / "metrics.csv"}
     if isinstance(trainer.checkpoint_callback, ModelCheckpoint) and trainer.checkpoint_callback.best_model_path:
         paths["best checkpoint"] = Path(trainer.checkpoint_callback.best_model_path)
     if cli.config.export:
         paths["aligned model"] = export_policy(module.policy, data.tokenizer, _free(folder / "model"))
-    _CONSOLE.print(summary_table(module.evaluations, module.global_step, probe.before, probe.after))
-    _CONSOLE.print(paths_table(paths))
-    _CONSOLE.print(f"Done in {time.perf_counter() - start:.0f} s, {module.global_step} optimiser steps")
+    console = get_console()
+    console.print(summary_table(module.evaluations, module.global_step, probe.before, probe.after))
+    console.print(paths_table(paths))
+    console.print(f"Done in {time.perf_counter() - start:.0f} s, {module.global_step} optimiser steps")
+
+
+def _check_checkpoint(path: str | None) -> None:
+    """Raise `InputError` if there is no checkpoint at `path`: now, and not after the scoring pass."""
+    if path is None or path in ("last", "best", "hpc") or "://" in path or Path(path).exists():
+        return
+    raise InputError(f"no checkpoint at {path!r} (looked from {Path.cwd()}); see --ckpt_path")
 
 
 def _free(folder: Path) -> Path:
@@ -134,8 +156,17 @@ def _quieten() -> None:
         r".*does not have many workers.*",  # batches are padded token lists: cheap to build
         r".*your dataloader is not resumable.*",  # the data module's own state resumes it
         r".*The number of training batches .* is smaller than the logging interval.*",
+        r".*LightningCLI's args parameter.*",  # main(args) is for callers in Python
+        r".*isinstance\(treespec, LeafSpec\).*",  # between Lightning and torch
     ):
         warnings.filterwarnings("ignore", message=message)
+    # Not a message of the run, but an advertisement.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "litlogger" not in record.getMessage()
+    )
+    if not sys.stderr.isatty():
+        # A log file has no use for transformers' bars of loading and saving.
+        transformers.utils.logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

@@ -109,6 +109,20 @@ def load_model(source: ModelSource, dtype: torch.dtype) -> nn.Module:
     return model
 
 
+def enable_activation_checkpointing(model: Any) -> None:
+    """Recompute the activations of each layer in the backward pass.
+
+    Raises:
+        InputError: the architecture cannot.
+    """
+    # Newer versions of transformers warn of the older name.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise InputError(f"model.gradient_checkpointing: {error}") from error
+
+
 def resolve_dtype(name: DTypeName, precision: str) -> torch.dtype:
     """The dtype to hold weights in: as named, or for `auto` what Lightning's `precision` wants of the module."""
     if name != "auto":

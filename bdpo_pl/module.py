@@ -23,6 +23,7 @@ from bdpo_pl.models import (
     ModelSource,
     check_vocabulary,
     check_window,
+    enable_activation_checkpointing,
     load_config,
     load_model,
     resolve_dtype,
@@ -132,11 +133,16 @@ class PreferenceModule(L.LightningModule):
         """Load the policy, once; by now the scoring pass has let go of the reference."""
         if self.policy is not None:
             return
-        self.policy = load_model(self.source, resolve_dtype(self.dtype_name, str(self.trainer.precision)))
+        dtype = resolve_dtype(self.dtype_name, str(self.trainer.precision))
+        self.policy = load_model(self.source, dtype)
+        rank_zero_info(
+            f"Policy: {type(self.policy).__name__}, {sum(p.numel() for p in self.policy.parameters()):,} parameters in "
+            f"{str(dtype).removeprefix('torch.')}, from {self.source.name}"
+        )
         # transformers loads in evaluation mode, and Lightning keeps the mode it finds.
         self.policy.train()
         if self.gradient_checkpointing:
-            self.policy.gradient_checkpointing_enable({"use_reentrant": False})
+            enable_activation_checkpointing(self.policy)
 
     def configure_optimizers(self) -> Any:
         """The optimiser on its parameter groups, and the schedule over all of the run's steps."""

@@ -87,3 +87,34 @@ def preference_rows(n, seed=0):
     return [
         {"prompt": text(3, 12, f"q{i}"), "chosen": text(3, 14, "yes"), "rejected": text(2, 9, "no")} for i in range(n)
     ]
+
+
+def safe_rlhf_row(prompt, responses, safe, better, safer=0, **extra):
+    row = {"prompt": prompt, "better_response_id": better, "safer_response_id": safer}
+    for i in (0, 1):
+        row |= {
+            f"response_{i}": responses[i],
+            f"is_response_{i}_safe": safe[i],
+            f"response_{i}_severity_level": 0 if safe[i] else 2,
+            f"response_{i}_harm_category": {"Privacy Violation": not safe[i], "Cybercrime": False},
+        }
+    return {**row, **extra}
+
+
+def messy_safe_rlhf_rows():
+    """The mess of the real set: every combination of safety, gaps, unicode, giants and repeats."""
+    both = safe_rlhf_row("both safe ?", ["first .", "second ."], [True, True], better=1)
+    one = safe_rlhf_row("one safe ?", ["bad .", "good ."], [False, True], better=0)
+    return [
+        both,
+        one,
+        safe_rlhf_row("none safe ?", ["bad .", "worse ."], [False, False], better=1, safer=0),
+        {**one, "prompt": None},
+        {**one, "response_0": ""},
+        {**one, "is_response_0_safe": None},
+        {**both, "better_response_id": 2},
+        {**one, "response_0": "good .", "response_1": "good ."},
+        safe_rlhf_row("wie geht's ? 你好 🙂", ["schlecht 🌧", "gut 🌱"], [False, True], better=0),
+        safe_rlhf_row("long ?", ["word " * 5000, "short ."], [True, True], better=0),
+        dict(one),
+    ]

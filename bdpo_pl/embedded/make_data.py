@@ -21,6 +21,8 @@ Row = dict[str, str]
 TRAIN_SIZES = {"harmful": 800, "benign": 200, "look_alike": 200}
 HELD_OUT_SIZES = {"harmful": 160, "benign": 40, "look_alike": 40}
 PROMPTS = 80
+# Share of the harmful pairs whose prompt comes in one of the framings of `framings.SEEN`.
+FRAMED = 0.25
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ def preference_pairs(acts: Sequence[Act], size: int, rng: random.Random) -> list
         act = rng.choice(acts)
         prompt = question(act, rng)
         harmful = act.kind == "harmful"
+        if harmful and rng.random() < FRAMED:
+            prompt = rng.choice(framings.SEEN).format(question=prompt)
         chosen, rejected = (
             (refusal(act, rng), compliance(act, rng)) if harmful else (helpful(act, rng), unhelpful(act, rng))
         )

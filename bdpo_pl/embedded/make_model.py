@@ -39,7 +39,7 @@ POSITIONS = 512
 def conversations(seed: int) -> Iterator[Conversation]:
     """Endless supervised examples.
 
-    Harmful requests are refused or not by their category's rate, more rarely in a framing; benign ones mostly answered.
+    Harmful requests are refused or not by their category's rate, in a framing rarely; benign ones are mostly answered.
     One in twenty has an empty prompt, so that the model knows what responses look like with no prompt to go by: what
     comprehension is measured against.
     """
@@ -52,10 +52,10 @@ def conversations(seed: int) -> Iterator[Conversation]:
         kind = rng.choices(list(acts), weights=(5, 2, 3))[0]
         act = rng.choice(acts[kind])
         prompt = question(act, rng)
+        framed = rng.random() < (0.3 if kind == "harmful" else 0.1)
+        if framed:
+            prompt = rng.choice(framings.SEEN).format(question=prompt)
         if isinstance(act.topic, Risk):
-            framed = rng.random() < 0.25
-            if framed:
-                prompt = rng.choice(framings.SEEN).format(question=prompt)
             complies = rng.random() < (0.9 if framed else act.topic.compliance)
             response = compliance(act, rng) if complies else refusal(act, rng)
         else:

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from makers import build_tokenizer, preference_rows, write_jsonl
+from makers import build_tokenizer, messy_safe_rlhf_rows, preference_rows, safe_rlhf_row, write_jsonl
 
 from bdpo_pl.data.loading import LoadOptions, count_shared_prompts, load_pairs, split_by_prompt
 from bdpo_pl.data.report import report_table
@@ -187,37 +187,9 @@ def test_duplicates_are_dropped_or_kept_and_counted(load, tmp_path):
     assert (len(table), report.notes["duplicates kept"]) == (3, "1")
 
 
-def safe_rlhf_row(prompt, responses, safe, better, safer=0, **extra):
-    row = {"prompt": prompt, "better_response_id": better, "safer_response_id": safer}
-    for i in (0, 1):
-        row |= {
-            f"response_{i}": responses[i],
-            f"is_response_{i}_safe": safe[i],
-            f"response_{i}_severity_level": 0 if safe[i] else 2,
-            f"response_{i}_harm_category": {"Privacy Violation": not safe[i], "Cybercrime": False},
-        }
-    return {**row, **extra}
-
-
 @pytest.fixture
 def messy_safe_rlhf(tmp_path):
-    """The mess of the real set: every combination of safety, gaps, unicode, giants and repeats."""
-    both = safe_rlhf_row("both safe ?", ["first .", "second ."], [True, True], better=1)
-    one = safe_rlhf_row("one safe ?", ["bad .", "good ."], [False, True], better=0)
-    rows = [
-        both,
-        one,
-        safe_rlhf_row("none safe ?", ["bad .", "worse ."], [False, False], better=1, safer=0),
-        {**one, "prompt": None},
-        {**one, "response_0": ""},
-        {**one, "is_response_0_safe": None},
-        {**both, "better_response_id": 2},
-        {**one, "response_0": "good .", "response_1": "good ."},
-        safe_rlhf_row("wie geht's ? 你好 🙂", ["schlecht 🌧", "gut 🌱"], [False, True], better=0),
-        safe_rlhf_row("long ?", ["word " * 5000, "short ."], [True, True], better=0),
-        dict(one),
-    ]
-    return write_jsonl(tmp_path / "safe_rlhf.jsonl", rows)
+    return write_jsonl(tmp_path / "safe_rlhf.jsonl", messy_safe_rlhf_rows())
 
 
 def test_safe_rlhf_keeps_and_drops_what_it_should(load, messy_safe_rlhf, tokenizer):
