@@ -148,6 +148,11 @@ class PreferenceDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Training pairs, in an order of their own each epoch."""
         trainer = self._trainer()
+        if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+            raise InputError(
+                "trainer.use_distributed_sampler must be false: this data module splits the batches between ranks "
+                "itself, which keeps the mean over pairs exact"
+            )
         sampler = PairBatchSampler(
             len(self.tables["train"]),
             self.batch_size,

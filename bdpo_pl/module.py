@@ -33,6 +33,9 @@ from bdpo_pl.reestimation import Reestimation
 from bdpo_pl.reference import Reference, ReferenceMode
 from bdpo_pl.scoring import ScoringOptions
 
+# A weight of 0.02, a usual size, is 6e-5 from its next neighbour in bfloat16; a step of Adam is about the rate.
+_SMALLEST_HALF_RATE = 1e-5
+
 
 def adamw(params: Any) -> torch.optim.Optimizer:
     """The default optimiser: AdamW at DPO's own learning rate for full fine-tuning, 1e-6 (arXiv:2305.18290)."""
@@ -147,6 +150,12 @@ class PreferenceModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimiser on its parameter groups, and the schedule over all of the run's steps."""
         optimizer = self.optimizer(parameter_groups(self.policy))
+        rate = max(group["lr"] for group in optimizer.param_groups)
+        if rate < _SMALLEST_HALF_RATE and self.policy.dtype in (torch.bfloat16, torch.float16):
+            rank_zero_warn(
+                f"a learning rate of {rate:g} changes {self.policy.dtype} weights by less than their rounding, so most "
+                "updates are lost; hold the weights in float32 with --trainer.precision bf16-mixed"
+            )
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = lr_lambda(self.lr_schedule, round(self.warmup_ratio * steps), steps)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)

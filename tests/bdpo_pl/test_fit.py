@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from makers import messy_safe_rlhf_rows, safe_rlhf_row, write_jsonl
 
 from bdpo_pl.fit import main
 from bdpo_pl.generation import generate_responses
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @pytest.fixture(autouse=True)
@@ -120,6 +123,19 @@ def test_settings_of_the_embedded_run_do_not_leak_into_others(base):
     options = yaml.safe_load(run([*base[:2], "--print_config"]).stdout)
     assert options["model"]["optimizer"] == "bdpo_pl.module.adamw"
     assert options["safety"]["harmful"] is None
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configurations_are_valid(config, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([f"--config={config}", "--print_config"])
+    assert stopped.value.code == 0
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["optimizer"]["init_args"]["lr"] == 1e-6
+
+
+def test_configuration_for_own_data_runs(base):
+    main([f"--config={CONFIGS / 'own_data.yaml'}", *base, "--trainer.val_check_interval=1.0", "--data.batch_size=1"])
+    assert exported()
 
 
 def test_loss_by_class_path(base):

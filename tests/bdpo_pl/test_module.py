@@ -14,6 +14,7 @@ from training import fit, same, weights
 from bdpo_pl.errors import InputError, NonFiniteError
 from bdpo_pl.losses import BalancedDPOLoss, DPOLoss
 from bdpo_pl.module import PreferenceModule
+from bdpo_pl.module import adamw as default_adamw
 from bdpo_pl.scoring import ScoringOptions
 
 
@@ -254,6 +255,12 @@ def test_gradient_checkpointing_changes_no_number(job):
     plain, saving = fit(job("a")), fit(job("b", gradient_checkpointing=True))
     for name, value in weights(plain).items():
         torch.testing.assert_close(value, weights(saving)[name], rtol=1e-5, atol=1e-6)
+
+
+def test_updates_that_bfloat16_weights_would_lose_are_warned_of(job):
+    trainer, module, data = job(trainer={"precision": "bf16-true", "max_steps": 1}, optimizer=default_adamw)
+    with pytest.warns(UserWarning, match="updates are lost.*bf16-mixed"):
+        trainer.fit(module, data)
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
