@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from bdpo_pl import embedded
@@ -78,6 +79,18 @@ class SafetyProbe(L.Callback):
                 )
                 rates[name] = refusal_rate(responses)
         return rates
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Writes `last.ckpt` at every validation, to resume from.
+
+    `ModelCheckpoint(monitor=..., save_last=True)` writes one only when the monitored value has improved.
+    """
+
+    NAME = "last"
+
+    def __init__(self) -> None:
+        super().__init__(filename=self.NAME, save_top_k=1, monitor=None, enable_version_counter=False)
 
 
 class SaveOnNonFinite(L.Callback):

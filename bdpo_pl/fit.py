@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from bdpo_pl import embedded
-from bdpo_pl.callbacks import RandomState, SafetyProbe, SaveOnNonFinite
+from bdpo_pl.callbacks import LastCheckpoint, RandomState, SafetyProbe, SaveOnNonFinite
 from bdpo_pl.console import get_console
 from bdpo_pl.datamodule import PreferenceDataModule
 from bdpo_pl.errors import InputError, NonFiniteError
@@ -36,7 +36,10 @@ class FitCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the checkpoint, the safety probe and where to resume from."""
         parser.add_argument(
-            "--ckpt_path", default=None, type=str | None, help="Checkpoint to resume from: a file, `last` or `best`."
+            "--ckpt_path",
+            default=None,
+            type=str | None,
+            help="Checkpoint to resume from: a file, or `last`, the newest of all runs.",
         )
         parser.add_argument("--export", default=True, type=bool, help="Write the policy as a Hugging Face folder.")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
@@ -45,8 +48,7 @@ class FitCLI(LightningCLI):
             {
                 "checkpoint.monitor": "held_out/loss",
                 "checkpoint.mode": "min",
-                "checkpoint.save_last": "link",
-                "checkpoint.filename": "step={step}",
+                "checkpoint.filename": "best-step={step}",
                 "checkpoint.auto_insert_metric_name": False,
                 "model.loss": {"class_path": "bdpo_pl.losses.BalancedDPOLoss"},
             }
@@ -109,13 +111,13 @@ def _run(args: list[str] | None) -> None:
                 "class_path": "lightning.pytorch.loggers.CSVLogger",
                 "init_args": {"save_dir": "runs", "name": ""},
             },
-            "callbacks": [SaveOnNonFinite(), RandomState()],
+            "callbacks": [LastCheckpoint(), SaveOnNonFinite(), RandomState()],
         },
     )
-    _check_checkpoint(cli.config.ckpt_path)
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
     probe: SafetyProbe = cli.config_init.safety
-    trainer.fit(module, data, ckpt_path=cli.config.ckpt_path)
+    checkpoint = _checkpoint(cli.config.ckpt_path, Path(trainer.default_root_dir))
+    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     if module.global_step not in module.evaluations and "held_out" in data.tables:
         trainer.validate(module, data, verbose=False)
     # Asked on every rank: Lightning broadcasts it.
@@ -123,8 +125,10 @@ def _run(args: list[str] | None) -> None:
     if not trainer.is_global_zero:
         return
     paths = {"configuration": folder / "config.yaml", "metrics": folder / "metrics.csv"}
-    if isinstance(trainer.checkpoint_callback, ModelCheckpoint) and trainer.checkpoint_callback.best_model_path:
-        paths["best checkpoint"] = Path(trainer.checkpoint_callback.best_model_path)
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.best_model_path:
+            name = "last checkpoint" if isinstance(callback, LastCheckpoint) else "best checkpoint"
+            paths[name] = Path(callback.best_model_path)
     if cli.config.export:
         paths["aligned model"] = export_policy(module.policy, data.tokenizer, _free(folder / "model"))
     console = get_console()
@@ -133,11 +137,24 @@ def _run(args: list[str] | None) -> None:
     console.print(f"Done in {time.perf_counter() - start:.0f} s, {module.global_step} optimiser steps")
 
 
-def _check_checkpoint(path: str | None) -> None:
-    """Raise `InputError` if there is no checkpoint at `path`: now, and not after the scoring pass."""
-    if path is None or path in ("last", "best", "hpc") or "://" in path or Path(path).exists():
-        return
-    raise InputError(f"no checkpoint at {path!r} (looked from {Path.cwd()}); see --ckpt_path")
+def _checkpoint(path: str | None, root: Path) -> str | None:
+    """The checkpoint to resume from; `last` is the newest of all runs under `root`.
+
+    Lightning looks for `last` in the new run's own folder, finds none, and starts over with a warning.
+
+    Raises:
+        InputError: there is none: found out now, and not after the scoring pass.
+    """
+    if path is None or "://" in path:
+        return path
+    if path == "last":
+        found = sorted(root.rglob(f"checkpoints/{LastCheckpoint.NAME}.ckpt"), key=lambda file: file.stat().st_mtime)
+        if not found:
+            raise InputError(f"--ckpt_path last: no run under {root.resolve()} has a last.ckpt")
+        return str(found[-1])
+    if not Path(path).exists():
+        raise InputError(f"no checkpoint at {path!r} (looked from {Path.cwd()}); see --ckpt_path")
+    return path
 
 
 def _free(folder: Path) -> Path:

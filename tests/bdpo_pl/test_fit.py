@@ -15,6 +15,7 @@ from makers import messy_safe_rlhf_rows, safe_rlhf_row, write_jsonl
 
 from bdpo_pl.fit import main
 from bdpo_pl.generation import generate_responses
+from bdpo_pl.module import PreferenceModule
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -76,7 +77,7 @@ def test_run_from_options_to_a_folder_that_answers(base, model_dir, tmp_path, ca
     assert generate_responses(model, tokenizer, ["how do i keep my garden safe ?"], max_new_tokens=4)[0] is not None
     before, after = AutoModelForCausalLM.from_pretrained(model_dir).state_dict(), model.state_dict()
     assert any(not torch.equal(before[name], after[name]) for name in before)
-    checkpoint = next((folder / "checkpoints").glob("step=*.ckpt"))
+    checkpoint = next((folder / "checkpoints").glob("best-step=*.ckpt"))
     assert torch.load(checkpoint, weights_only=True)["state_dict"].keys() == {f"policy.{name}" for name in after}
 
 
@@ -146,10 +147,33 @@ def test_loss_by_class_path(base):
 
 def test_resume_from_the_command_line_ends_in_the_same_weights(base, capsys):
     main([*base, "--checkpoint.save_top_k=-1"])
-    main([*base, "--ckpt_path=runs/version_0/checkpoints/step=4.ckpt"])
+    main([*base, "--ckpt_path=runs/version_0/checkpoints/best-step=4.ckpt"])
     assert capsys.readouterr().out.count("8 optimiser steps") == 2
     whole, resumed = exported(), exported("runs/version_1/model")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_last_checkpoint_is_written_though_nothing_improves_and_found_again(base, monkeypatch, capsys):
+    def stop(module):
+        if module.global_step == 6:
+            raise KeyError("a fault of the machine")
+
+    base.append("--model.optimizer.init_args.lr=0")
+    with monkeypatch.context() as patch:
+        patch.setattr(PreferenceModule, "on_validation_start", stop)
+        with pytest.raises(KeyError, match="fault of the machine"):
+            main([*base, "--trainer.val_check_interval=2"])
+    last = torch.load("runs/version_0/checkpoints/last.ckpt", weights_only=True)
+    assert last["global_step"] == 4
+    capsys.readouterr()
+    main([*base, "--ckpt_path=last"])
+    assert "8 optimiser steps" in capsys.readouterr().out
+
+
+def test_last_checkpoint_of_no_run_is_refused(base, capsys):
+    with pytest.raises(SystemExit):
+        main([*base, "--ckpt_path=last"])
+    assert "last.ckpt" in capsys.readouterr().err
 
 
 def test_messy_safe_rlhf_file_trains_and_reports(base, tmp_path, capsys):
