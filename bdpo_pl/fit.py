@@ -16,6 +16,8 @@ import torch
 import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from rich.text import Text
 
 from bdpo_pl import embedded
 from bdpo_pl.callbacks import LastCheckpoint, RandomState, SafetyProbe, SaveOnNonFinite
@@ -65,17 +67,17 @@ class FitCLI(LightningCLI):
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the job. Faults of the input are printed without a traceback, and exit with status 2."""
+    """Run the job. Faults of the input are printed with no traceback and exit with status 2, a NaN loss with 3."""
     _quieten()
     try:
         _run(args)
-    except (ValueError, NonFiniteError) as raised:
+    except (ValueError, NonFiniteError, MisconfigurationException) as raised:
         # The parser wraps what a class it instantiates says of its options.
         error = raised.__cause__ if isinstance(raised.__cause__, InputError) else raised
-        if not isinstance(error, InputError | NonFiniteError):
+        if not isinstance(error, InputError | NonFiniteError | MisconfigurationException):
             raise
-        get_console(stderr=True).print(f"[bold red]error:[/bold red] {error}", soft_wrap=True, highlight=False)
-        sys.exit(2 if isinstance(error, InputError) else 3)
+        get_console(stderr=True).print("[bold red]error:[/bold red]", Text(str(error)), soft_wrap=True, highlight=False)
+        sys.exit(3 if isinstance(error, NonFiniteError) else 2)
 
 
 def _run(args: list[str] | None) -> None:

@@ -220,6 +220,8 @@ def test_two_processes_train_as_one(base, tmp_path):
         (None, ["--data.bach_size=4"], "bach_size"),
         (None, ["--model.loss=NoSuchLoss"], "NoSuchLoss"),
         (None, ["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
+        (None, ["--trainer.devices=0"], r"error: .*devices"),
+        (None, ["--data.train=[bold].jsonl"], r"\[bold\]\.jsonl"),
     ],
 )
 def test_faults_end_with_status_2_and_their_name(base, tmp_path, capsys, row, options, fault):
