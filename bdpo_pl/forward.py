@@ -26,7 +26,13 @@ def response_logps(model: nn.Module, batch: SequenceBatch, on_hidden: Callable[[
     Returns:
         (S,) float32, with gradients to the model's parameters.
     """
-    with _head_input_at(model, batch.score_index, on_hidden) as head_calls:
+
+    def select(hidden: Tensor) -> Tensor:
+        if on_hidden is not None:
+            on_hidden(hidden)
+        return hidden.flatten(0, 1).index_select(0, batch.score_index).unsqueeze(0)
+
+    with head_input(model, select) as head_calls:
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
     calls = len(head_calls)
     N, V = batch.labels.shape[0], logits.shape[-1]
@@ -44,8 +50,8 @@ def response_logps(model: nn.Module, batch: SequenceBatch, on_hidden: Callable[[
 
 
 @contextmanager
-def _head_input_at(model: Any, index: Tensor, on_hidden: Callable[[Tensor], None] | None) -> Iterator[list[None]]:
-    """While open, the LM head sees only the flattened positions `index`: (S, T, D) becomes (1, N, D).
+def head_input(model: Any, replace: Callable[[Tensor], Tensor]) -> Iterator[list[None]]:
+    """While open, the LM head is given `replace(hidden)` in place of its (S, T, D) hidden states.
 
     A hook on the head, instead of a computation of our own in its place, keeps whatever the architecture does around it
     (Gemma's soft-cap, Cohere's and Granite's scales) and works for wrapped and sharded heads alike. Yields a list that
@@ -57,14 +63,12 @@ def _head_input_at(model: Any, index: Tensor, on_hidden: Callable[[Tensor], None
         yield calls
         return
 
-    def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def before_head(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden, *rest = args
         calls.append(None)
-        if on_hidden is not None:
-            on_hidden(hidden)
-        return (hidden.flatten(0, 1).index_select(0, index).unsqueeze(0), *rest)
+        return (replace(hidden), *rest)
 
-    handle = head.register_forward_pre_hook(select)
+    handle = head.register_forward_pre_hook(before_head)
     try:
         yield calls
     finally:

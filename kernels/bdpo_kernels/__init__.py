@@ -1,9 +1,15 @@
 """Fused log-probability kernels for preference losses: Triton on GPU, chunked PyTorch everywhere else.
 
-`sequence_logprob` is the public function; `backends` picks `triton_rows` or `torch_rows`, twins under one contract.
+- `sequence_logprob`: from logits.
+- `linear_sequence_logprob`: from the hidden states before the LM head.
+- `linear_preference_loss`: the same, through a loss on pairs, with its gradients computed on the way forward.
+
+`backends` picks `triton_rows` or `torch_rows` for all three, twins under one contract.
 """
 
+from bdpo_kernels.linear_preference_loss import linear_preference_loss
+from bdpo_kernels.linear_sequence_logprob import linear_sequence_logprob
 from bdpo_kernels.sequence_logprob import sequence_logprob
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "sequence_logprob"]
+__all__ = ["__version__", "linear_preference_loss", "linear_sequence_logprob", "sequence_logprob"]

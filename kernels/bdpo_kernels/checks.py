@@ -25,7 +25,7 @@ def check_integer(name: str, tensor: Tensor, device: torch.device | None = None)
         raise TypeError(f"{name} must be int64 or int32, got {tensor.dtype}; use {name}.long()")
     if device is not None and tensor.device != device:
         raise ValueError(
-            f"{name} is on {tensor.device}, but the logits are on {device}; use {name}.to({str(device)!r})"
+            f"{name} is on {tensor.device}, but it must be on {device} with the others; use {name}.to({str(device)!r})"
         )
 
 
@@ -62,6 +62,35 @@ def check_sequences(
     if num_sequences < 0:
         raise ValueError(f"num_sequences must be ≥ 0, got {num_sequences}")
     return num_sequences
+
+
+def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> torch.dtype:
+    """The dtype of hidden @ weightᵀ + bias: autocast's where it is on, else the tensors' own.
+
+    Raises:
+        TypeError, ValueError: a tensor has the wrong dtype, shape or device.
+    """
+    tensors = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
+    for name, tensor in tensors.items():
+        check_floating(name, tensor)
+        if tensor.device != hidden.device:
+            raise ValueError(f"{name} is on {tensor.device}, but hidden is on {hidden.device}; move one of them")
+    if hidden.dim() != 2:
+        raise ValueError(f"hidden must be packed (N, D), got shape {tuple(hidden.shape)}; flatten padded positions")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1]:
+        raise ValueError(f"weight must have shape (V, {hidden.shape[1]}) as hidden has D, got {tuple(weight.shape)}")
+    if weight.shape[0] == 0:
+        raise ValueError("weight has an empty vocabulary: its first dimension must be ≥ 1")
+    if bias is not None:
+        check_shape("bias", bias, (weight.shape[0],), "one for each row of weight")
+    check_integer("labels", labels, hidden.device)
+    check_shape("labels", labels, (hidden.shape[0],), "one for each row of hidden")
+    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(hidden.device.type)
+    for name, tensor in tensors.items():
+        if tensor.dtype != hidden.dtype:
+            raise TypeError(f"{name} is {tensor.dtype} and hidden {hidden.dtype}; cast one, or use autocast")
+    return hidden.dtype
 
 
 def check_overwritable(logits: Tensor) -> None:

@@ -17,6 +17,8 @@ from bdpo_kernels.transform import IDENTITY, LogitTransform
 _BLOCK_ELEMENTS = {"cpu": 1 << 19}
 _GPU_BLOCK_ELEMENTS = 1 << 26
 _SUM_ELEMENTS = 1 << 24
+# No label: the packed operations walk over rows that count.
+_NONE_IGNORED = -(1 << 62)
 
 
 def forward(
@@ -55,6 +57,41 @@ def backward(
         out[rows] = slope.to(out.dtype)
     out[ignored] = 0
     return out
+
+
+def forward_in_place(logits: Tensor, labels: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the labels of (n, V) logits, none ignored; see `triton_rows.forward_in_place`.
+
+    The logits become probabilities where that is all the backward needs: one exponential a logit for both passes.
+    """
+    if not _keeps_probabilities(logits, transform):
+        return forward(logits.unsqueeze(0), labels.unsqueeze(0), _NONE_IGNORED, transform)
+    if transform.scale != 1.0:
+        logits.mul_(transform.scale)
+    index = labels.long().unsqueeze(-1)
+    at_label = logits.gather(-1, index)
+    largest = logits.amax(dim=-1, keepdim=True)
+    # Row by row, each read before it is written.
+    torch.softmax(logits, dim=-1, out=logits)
+    # The largest probability is 1 / Σ exp(u − max): its logarithm completes the logsumexp without another pass.
+    return (at_label - largest + logits.amax(dim=-1, keepdim=True).log()).squeeze(-1), logits.new_empty(0)
+
+
+def backward_in_place(
+    logits: Tensor, labels: Tensor, token_grads: Tensor, state: Tensor, transform: LogitTransform
+) -> None:
+    """Write the gradient over what `forward_in_place` left; see `triton_rows.backward_in_place`."""
+    if not _keeps_probabilities(logits, transform):
+        padded = logits.unsqueeze(0)
+        backward(padded, labels.unsqueeze(0), token_grads, state, _NONE_IGNORED, transform, out=padded)
+        return
+    grads = (token_grads * transform.scale).to(logits.dtype).unsqueeze(-1)
+    logits.mul_(-grads).scatter_add_(-1, labels.long().unsqueeze(-1), grads)
+
+
+def _keeps_probabilities(logits: Tensor, transform: LogitTransform) -> bool:
+    # A soft-cap's slope needs the logits themselves, and half precision is too coarse for probabilities.
+    return transform.softcap is None and logits.dtype in (torch.float32, torch.float64)
 
 
 def sum_by_sequence(logps: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:

@@ -20,6 +20,8 @@ INTERPRETED = not isinstance(kernels.token_logprob_forward, triton.JITFunction)
 # One program reads its row in blocks of this many bytes: enough loads in flight to fill the memory bus.
 _BLOCK_BYTES = 16_384
 _SUM_BLOCK = 1_024
+# No label: the packed operations walk over rows that count.
+_NONE_IGNORED = -(1 << 62)
 
 if INTERPRETED:
     _forward = kernels.token_logprob_forward
@@ -122,6 +124,23 @@ def backward(
             num_warps=8 if block >= 4096 else 4,
         )
     return out
+
+
+def forward_in_place(logits: Tensor, labels: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the labels of (n, V) logits, none of them ignored.
+
+    Returns:
+        (n,) log-probabilities, and a state for `backward_in_place`. The logits may have been overwritten.
+    """
+    return forward(logits.unsqueeze(0), labels.unsqueeze(0), _NONE_IGNORED, transform)
+
+
+def backward_in_place(
+    logits: Tensor, labels: Tensor, token_grads: Tensor, state: Tensor, transform: LogitTransform
+) -> None:
+    """Write the gradient of Σ token_grads · log p(label) over the (n, V) that `forward_in_place` left."""
+    padded = logits.unsqueeze(0)
+    backward(padded, labels.unsqueeze(0), token_grads, state, _NONE_IGNORED, transform, out=padded)
 
 
 def sum_by_sequence(logps: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:

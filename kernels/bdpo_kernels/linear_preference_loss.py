@@ -1,0 +1,210 @@
+"""A preference loss from hidden states, its gradients computed on the way forward.
+
+A pair's loss depends on that pair alone, so the gradient of its logits is known as soon as its log-probabilities are:
+each chunk of whole pairs is projected once, turned into its gradient where it lies, and multiplied back. That is
+6·N·V·D floating-point operations for the three products a training step cannot do without, and one chunk of logits.
+
+Shapes: N packed tokens; D hidden size; V vocabulary; B pairs; b pairs of one chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bdpo_kernels.backends import Backend, load, resolve_backend
+from bdpo_kernels.checks import check_label_values, check_linear, check_sequence_values, check_sequences
+from bdpo_kernels.linear_head import LinearHead, chunk_tokens
+from bdpo_kernels.linear_sequence_logprob import gathered
+from bdpo_kernels.transform import LogitTransform
+
+LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(chosen (b,), rejected (b,) log-probabilities, pair index (b,)) → losses (b,)."""
+
+
+@torch.compiler.disable(reason="the loss is any Python function, called chunk by chunk")
+def linear_preference_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    sequence_ids: Tensor,
+    loss_fn: LossFunction,
+    *,
+    num_pairs: int,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    chunk_bytes: int | None = None,
+    backend: Backend | None = None,
+    check_labels: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of the losses of B pairs of sequences; sequence p is the chosen one of pair p, sequence B + p the rejected.
+
+    The loss may be multiplied by any factor, and its backward runs once. A pair with more tokens than a chunk is
+    projected twice. Memory beyond inputs and gradients: one chunk of logits.
+
+    Args:
+        hidden: (N, D), what enters the LM head.
+        weight: (V, D), in the dtype of `hidden` (any dtypes under autocast); a DTensor is gathered. Without
+            `requires_grad` (a frozen head) its product is left out: 4·N·V·D.
+        labels: (N,) int64 or int32. Rows labelled `ignore_index` never reach the product; their gradient is exactly 0.
+        sequence_ids: (N,) integers in [0, 2B), the index of each token's sequence, in any order.
+        loss_fn: gives the loss of each of b pairs; called under autograd with float32 log-probabilities that require a
+            gradient, for a few pairs at a time, so it must not mix pairs.
+        num_pairs: B.
+        bias, softcap, logit_scale, ignore_index, chunk_bytes, backend, check_labels: as in `linear_sequence_logprob`.
+
+    Returns:
+        Scalar loss, (B,) log-probabilities of the chosen and (B,) of the rejected, without gradient; float32, float64
+        for float64 products.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype, shape or device, a label or index is out of range, or
+            `loss_fn` does not give one loss a pair.
+        RuntimeError: at a second backward, or a backward of the backward.
+    """
+    weight = gathered(weight)
+    dtype = check_linear(hidden, weight, bias, labels)
+    transform = LogitTransform(softcap, logit_scale)
+    if not isinstance(num_pairs, int) or isinstance(num_pairs, bool) or num_pairs < 1:
+        raise ValueError(f"num_pairs must be an int ≥ 1, got {num_pairs!r}")
+    check_sequences(tuple(labels.shape), sequence_ids, 2 * num_pairs, hidden.device)
+    if check_labels:
+        check_label_values(labels, weight.shape[0], ignore_index)
+        check_sequence_values(sequence_ids, 2 * num_pairs)
+    chosen = resolve_backend(backend, hidden.device)
+    size = chunk_tokens(chunk_bytes, weight.shape[0], dtype, hidden.device)
+    needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias))
+    options = (num_pairs, transform, ignore_index, size, dtype, chosen, needs)
+    return _LinearPreferenceLoss.apply(hidden, weight, bias, labels, sequence_ids, loss_fn, *options)
+
+
+class _Chunk(NamedTuple):
+    """Consecutive pairs [first, last) and their tokens, those of a pair in the order they came in."""
+
+    first: int
+    last: int
+    tokens: Tensor
+
+
+class _LinearPreferenceLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        sequence_ids: Tensor,
+        loss_fn: LossFunction,
+        num_pairs: int,
+        transform: LogitTransform,
+        ignore_index: int,
+        max_tokens: int,
+        dtype: torch.dtype,
+        backend: Backend,
+        needs: tuple[bool, bool, bool],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.autocast(hidden.device.type, enabled=False):
+            chunks = list(_chunks(labels, sequence_ids, num_pairs, ignore_index, max_tokens))
+            longest = max(len(chunk.tokens) for chunk in chunks)
+            head = LinearHead(
+                hidden, weight, bias, labels, transform, backend, min(max_tokens, longest), dtype, needs
+            )  # fmt: skip
+            wide = torch.promote_types(dtype, torch.float32)
+            total = torch.zeros((), dtype=wide, device=hidden.device)
+            logps = torch.zeros(2, num_pairs, dtype=wide, device=hidden.device)
+            for chunk in chunks:
+                loss, logps[:, chunk.first : chunk.last] = _walk(
+                    head, chunk, sequence_ids, loss_fn, num_pairs, max_tokens, backend, any(needs)
+                )
+                total += loss
+        ctx.gradients = head.gradients(weight, bias)
+        ctx.needs = needs
+        chosen, rejected = logps.unbind()
+        ctx.mark_non_differentiable(chosen, rejected)
+        return total, chosen, rejected
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("linear_preference_loss has no second derivative: call backward without create_graph")
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "linear_preference_loss: the first backward has given its gradients away, so there is no second; "
+                "compute the loss again"
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        # In place: the gradient of a weight is too large to hold twice.
+        scaled = (g.mul_(grad) if needed else None for g, needed in zip(gradients, ctx.needs, strict=True))
+        return (*scaled, *[None] * 10)
+
+
+def _chunks(
+    labels: Tensor, sequence_ids: Tensor, num_pairs: int, ignore_index: int, max_tokens: int
+) -> Iterator[_Chunk]:
+    """Tokens that count, by pair; pairs together as long as their tokens fit."""
+    kept = (labels != ignore_index).nonzero().squeeze(-1)
+    pairs = sequence_ids.index_select(0, kept) % num_pairs
+    kept = kept.index_select(0, torch.argsort(pairs, stable=True))
+    # The one time that a GPU is waited for.
+    counts = torch.bincount(pairs, minlength=num_pairs).tolist()
+    first = start = end = 0
+    for pair, count in enumerate(counts):
+        if pair > first and end + count - start > max_tokens:
+            yield _Chunk(first, pair, kept[start:end])
+            first, start = pair, end
+        end += count
+    yield _Chunk(first, num_pairs, kept[start:end])
+
+
+def _walk(
+    head: LinearHead,
+    chunk: _Chunk,
+    sequence_ids: Tensor,
+    loss_fn: LossFunction,
+    num_pairs: int,
+    max_tokens: int,
+    backend: Backend,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Loss (scalar) and log-probabilities (2, b) of one chunk; adds to the gradients of `head`."""
+    b = chunk.last - chunk.first
+    global_ids = sequence_ids.index_select(0, chunk.tokens).long()
+    rejected = global_ids >= num_pairs
+    ids = global_ids - chunk.first - torch.where(rejected, num_pairs - b, 0)
+    parts = chunk.tokens.split(max_tokens) if len(chunk.tokens) else ()
+    token_logps = [head.logps(part).flatten() for part in parts]
+    flat = torch.cat(token_logps) if token_logps else head.hidden.new_empty(0, dtype=head.wide)
+    sums = load(backend).sum_by_sequence(flat, ids, 2 * b).view(2, b)
+    pair_index = torch.arange(chunk.first, chunk.last, device=ids.device)
+    loss, grads = _loss_and_gradient(loss_fn, sums, pair_index, needs_grad)
+    if needs_grad:
+        token_grads = grads.flatten().index_select(0, ids)
+        for i, part in enumerate(parts):
+            # One part: its logits are still there. More: a pair too long for a chunk, projected again.
+            if len(parts) > 1:
+                head.logps(part)
+            head.backward(token_grads[i * max_tokens : i * max_tokens + len(part)])
+    return loss, sums
+
+
+def _loss_and_gradient(
+    loss_fn: LossFunction, sums: Tensor, pair_index: Tensor, needs_grad: bool
+) -> tuple[Tensor, Tensor]:
+    with torch.set_grad_enabled(needs_grad):
+        sums = sums.detach().requires_grad_(needs_grad)
+        losses = loss_fn(sums[0], sums[1], pair_index)
+        if losses.shape != pair_index.shape:
+            raise ValueError(f"loss_fn must give one loss a pair, shape {tuple(pair_index.shape)}; got {losses.shape}")
+        loss = losses.sum()
+    if not needs_grad:
+        return loss, sums
+    if not loss.requires_grad:
+        return loss.detach(), torch.zeros_like(sums)
+    (grads,) = torch.autograd.grad(loss, sums)
+    return loss.detach(), grads

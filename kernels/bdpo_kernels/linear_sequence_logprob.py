@@ -1,0 +1,196 @@
+"""Per-sequence log-probabilities from hidden states: the LM head included, and never more than a chunk of logits.
+
+Shapes: N packed tokens; D hidden size; V vocabulary; S sequences.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bdpo_kernels.backends import Backend, load, resolve_backend
+from bdpo_kernels.checks import check_label_values, check_linear, check_sequence_values, check_sequences
+from bdpo_kernels.linear_head import LinearHead, chunk_tokens
+from bdpo_kernels.transform import LogitTransform
+
+
+def linear_sequence_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    sequence_ids: Tensor,
+    num_sequences: int | None = None,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    chunk_bytes: int | None = None,
+    backend: Backend | None = None,
+    check_labels: bool = True,
+) -> Tensor:
+    """Sum of log softmax(u)[label] over each sequence.
+
+    u = logit_scale · softcap · tanh(x / softcap), x = hidden @ weightᵀ + bias; without a soft-cap, u = logit_scale · x.
+    Logits are computed a chunk of tokens at a time, again in the backward: 8·N·V·D floating-point operations in all.
+    Where the loss is known pair by pair, `linear_preference_loss` does it in 6. Under autocast the products run in its
+    dtype. Gradients have the dtype of what they belong to; that of the weight is accumulated in float32.
+
+    Args:
+        hidden: (N, D), what enters the LM head.
+        weight: (V, D), in the dtype of `hidden` (any dtypes under autocast); a DTensor is gathered.
+        labels: (N,) int64 or int32. Rows labelled `ignore_index` never reach the product; their gradient is exactly 0.
+        sequence_ids: (N,) integers, the index of each token's sequence, in any order.
+        num_sequences: S. Default: the largest index + 1, which waits for the GPU.
+        bias: (V,) of the LM head.
+        softcap: bound of the logits (Gemma 2: 30).
+        logit_scale: factor of the logits: Cohere's `logit_scale`, 1 / Granite's `logits_scaling`, 1 / temperature.
+        ignore_index: the label that counts for nothing.
+        chunk_bytes: bytes of logits in memory at a time; default by device (64 MiB on a CPU, 1 GiB on a GPU),
+            and at least 512 tokens.
+        backend: "triton", "torch", or None: Triton for CUDA tensors, PyTorch for others.
+        check_labels: check that labels and indices are in range. On a GPU that waits for it.
+
+    Returns:
+        (S,) float32, float64 for float64 products; 0 for a sequence with no counting label.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype, shape or device, or a label or index is out of range.
+        RuntimeError: at a backward of the backward.
+    """
+    weight = gathered(weight)
+    dtype = check_linear(hidden, weight, bias, labels)
+    LogitTransform(softcap, logit_scale)
+    S = check_sequences(tuple(labels.shape), sequence_ids, num_sequences, hidden.device)
+    chosen = resolve_backend(backend, hidden.device)
+    size = chunk_tokens(chunk_bytes, weight.shape[0], dtype, hidden.device)
+    options = (softcap, logit_scale, ignore_index, size, dtype, chosen)
+    return _op(hidden, weight, bias, labels, sequence_ids, S, *options, check_labels)
+
+
+def gathered(weight: Tensor) -> Tensor:
+    """`weight`, whole: FSDP2 shards parameters as DTensors."""
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+
+
+@torch.library.custom_op("bdpo_kernels::linear_sequence_logprob", mutates_args=())
+def _op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    sequence_ids: Tensor,
+    num_sequences: int,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    max_tokens: int,
+    dtype: torch.dtype,
+    backend: str,
+    check_labels: bool,
+) -> Tensor:
+    if check_labels:
+        check_label_values(labels, weight.shape[0], ignore_index)
+        check_sequence_values(sequence_ids, num_sequences)
+    transform = LogitTransform(softcap, logit_scale)
+    logps = torch.zeros(len(labels), dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
+    kept = (labels != ignore_index).nonzero().squeeze(-1)
+    head = LinearHead(hidden, weight, bias, labels, transform, backend, min(max_tokens, len(kept)), dtype)
+    for tokens in kept.split(max_tokens):
+        if len(tokens):
+            logps.index_copy_(0, tokens, head.logps(tokens).flatten())
+    return load(backend).sum_by_sequence(logps, sequence_ids, num_sequences)
+
+
+@_op.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    sequence_ids: Tensor,
+    num_sequences: int,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    max_tokens: int,
+    dtype: torch.dtype,
+    backend: str,
+    check_labels: bool,
+) -> Tensor:
+    return hidden.new_empty(num_sequences, dtype=torch.promote_types(dtype, torch.float32))
+
+
+@torch.library.custom_op("bdpo_kernels::linear_sequence_logprob_backward", mutates_args=())
+def _backward_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    token_grads: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    max_tokens: int,
+    dtype: torch.dtype,
+    backend: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias; an empty tensor for one that is not wanted."""
+    transform = LogitTransform(softcap, logit_scale)
+    kept = (labels != ignore_index).nonzero().squeeze(-1)
+    wanted = (needs[0], needs[1], needs[2])
+    head = LinearHead(hidden, weight, bias, labels, transform, backend, min(max_tokens, len(kept)), dtype, wanted)
+    for tokens in kept.split(max_tokens):
+        if len(tokens):
+            head.logps(tokens)
+            head.backward(token_grads.index_select(0, tokens))
+    return head.gradients(weight, bias)
+
+
+@_backward_op.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    token_grads: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    max_tokens: int,
+    dtype: torch.dtype,
+    backend: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = [
+        torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        if needed and tensor is not None
+        else hidden.new_empty(0)
+        for tensor, needed in zip((hidden, weight, bias), needs, strict=True)
+    ]
+    return grads[0], grads[1], grads[2]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    hidden, weight, bias, labels, sequence_ids, _, *ctx.options, _ = inputs
+    ctx.save_for_backward(hidden, weight, bias, labels, sequence_ids)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    hidden, weight, bias, labels, sequence_ids = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
+    grads = _backward_op(
+        hidden, weight, bias, labels, grad.index_select(0, sequence_ids), *ctx.options, needs
+    )  # fmt: skip
+    return (*(g if needed else None for g, needed in zip(grads, needs, strict=True)), *[None] * 10)
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    raise RuntimeError("linear_sequence_logprob has no second derivative; use torch.log_softmax where one is needed")
+
+
+_op.register_autograd(_backward, setup_context=_setup_context)
+_backward_op.register_autograd(_no_second_derivative)
