@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch.nn.functional as F
@@ -51,6 +51,11 @@ class PairLogProbs:
     reference_rejected: Tensor | None = None
     comprehension_chosen: Tensor | None = None
     comprehension_rejected: Tensor | None = None
+
+    def __getitem__(self, index: Tensor) -> PairLogProbs:
+        """The pairs at `index` (b,)."""
+        chosen = {name: tensor[index] for name, tensor in vars(self).items() if tensor is not None}
+        return replace(self, **chosen)
 
     def log_ratios(self) -> tuple[Tensor, Tensor]:
         """(log π_θ/π_ref of the chosen, of the rejected), two (B,) float32 tensors: how far each has drifted.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -16,6 +17,7 @@ from bdpo_pl.data.batches import PreferenceBatch
 from bdpo_pl.datamodule import EMBEDDED, VALIDATION_SPLITS, PreferenceDataModule
 from bdpo_pl.errors import InputError, NonFiniteError
 from bdpo_pl.forward import response_logps
+from bdpo_pl.fused_head import fused_preference_loss, why_not_fused
 from bdpo_pl.losses import BalancedDPOLoss, PairLogProbs, PreferenceLoss
 from bdpo_pl.metrics import PairMeans, pair_metrics
 from bdpo_pl.models import (
@@ -32,6 +34,8 @@ from bdpo_pl.optim import LRSchedule, lr_lambda, parameter_groups
 from bdpo_pl.reestimation import Reestimation
 from bdpo_pl.reference import Reference, ReferenceMode
 from bdpo_pl.scoring import ScoringOptions
+
+LMHead = Literal["auto", "fused", "logits"]
 
 # A weight of 0.02, a usual size, is 6e-5 from its next neighbour in bfloat16; a step of Adam is about the rate.
 _SMALLEST_HALF_RATE = 1e-5
@@ -61,6 +65,8 @@ class PreferenceModule(L.LightningModule):
         dtype: of the policy's weights; `auto`: as the Trainer's precision wants (float32 unless it ends in `-true`).
         revision: git revision of a hub policy.
         attn_implementation: as in transformers; default its own choice.
+        lm_head: `fused` with the loss, a chunk of logits at a time; `logits`, as the model computes them; `auto`: fused
+            where a comparison on the first batch finds no difference.
         gradient_checkpointing: recompute activations in the backward pass, to save memory.
         trust_remote_code: run Python code that comes with the model. It runs with your permissions: read it first.
 
@@ -83,6 +89,7 @@ class PreferenceModule(L.LightningModule):
         dtype: DTypeName = "auto",
         revision: str | None = None,
         attn_implementation: str | None = None,
+        lm_head: LMHead = "auto",
         gradient_checkpointing: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
@@ -101,6 +108,7 @@ class PreferenceModule(L.LightningModule):
         self.lr_schedule: LRSchedule = lr_schedule
         self.warmup_ratio = warmup_ratio
         self.dtype_name: DTypeName = dtype
+        self.lm_head = lm_head
         self.gradient_checkpointing = gradient_checkpointing
         self.policy: Any = None
         self.reference: Reference | None = None
@@ -109,6 +117,7 @@ class PreferenceModule(L.LightningModule):
         self.split_means = nn.ModuleDict({split: PairMeans() for split in VALIDATION_SPLITS})
         self.evaluations: dict[int, dict[str, float]] = {}
         """Validation results by optimiser step; step 0 is the policy before training."""
+        self._fused: bool | None = None
         self._window_tokens = 0
         self._window_start = 0.0
         self._validation_start = 0.0
@@ -174,8 +183,9 @@ class PreferenceModule(L.LightningModule):
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """Weighted sum of the pairs' losses, which over an optimiser step is their mean."""
-        pairs, losses = self._losses(batch, "train")
-        loss = (losses * batch.pair_weight).sum()
+        if self._fused is None:
+            self._fused = self._choose_head(batch)
+        pairs, losses, loss = self._fused_losses(batch) if self._fused else self._losses(batch, "train")
         self._require_finite(loss, batch, batch_idx)
         self.train_means.update(pair_metrics(self.loss, pairs, losses), batch.pair_weight > 0)
         self._window_tokens += batch.num_tokens
@@ -186,7 +196,7 @@ class PreferenceModule(L.LightningModule):
     def validation_step(self, batch: PreferenceBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Collect the metrics of held-out pairs, and of the probe of training pairs."""
         split = VALIDATION_SPLITS[dataloader_idx]
-        pairs, losses = self._losses(batch, split)
+        pairs, losses, _ = self._losses(batch, split)
         self._means(split).update(pair_metrics(self.loss, pairs, losses), batch.pair_weight > 0)
 
     def _means(self, split: str) -> PairMeans:
@@ -194,19 +204,50 @@ class PreferenceModule(L.LightningModule):
         assert isinstance(means, PairMeans)
         return means
 
-    def _losses(self, batch: PreferenceBatch, split: str) -> tuple[PairLogProbs, Tensor]:
+    def _losses(self, batch: PreferenceBatch, split: str) -> tuple[PairLogProbs, Tensor, Tensor]:
+        """The pairs' log-probabilities, their losses (B,), and the weighted sum of these."""
+        pairs = self._pairs(batch, split, self(batch))
+        losses = self.loss(pairs)
+        return pairs, losses, (losses * batch.pair_weight).sum()
+
+    def _fused_losses(self, batch: PreferenceBatch) -> tuple[PairLogProbs, Tensor, Tensor]:
+        """The same, where only the sum carries gradients: they are computed with it, a few pairs at a time."""
+        zeros = torch.zeros(2, len(batch.pair_weight), device=batch.pair_weight.device)
+        known = self._pairs(batch, "train", zeros)
+
+        def loss_of_pairs(chosen: Tensor, rejected: Tensor, index: Tensor) -> Tensor:
+            some = dataclasses.replace(known[index], policy_chosen=chosen, policy_rejected=rejected)
+            return self.loss(some) * batch.pair_weight[index]
+
+        loss, logps = fused_preference_loss(self.policy, batch.sequences, loss_of_pairs)
+        pairs = dataclasses.replace(known, policy_chosen=logps[0], policy_rejected=logps[1])
+        with torch.no_grad():
+            return pairs, self.loss(pairs), loss
+
+    def _choose_head(self, batch: PreferenceBatch) -> bool:
+        """Whether to fuse LM head and loss."""
+        if self.lm_head == "logits":
+            return False
+        objection = why_not_fused(self.policy, batch.sequences)
+        if objection is None:
+            return True
+        if self.lm_head == "fused":
+            raise InputError(f"model.lm_head is fused, but {self.source.name} cannot be: {objection}; set it to auto")
+        rank_zero_info(f"LM head and loss are not fused: {objection}")
+        return False
+
+    def _pairs(self, batch: PreferenceBatch, split: str, logps: Tensor) -> PairLogProbs:
+        """(2, B) `logps` with what is known of the pairs at `batch` of `split`."""
         assert self.reference is not None
-        logps = self(batch)
         scores = self.reference.scores(split, batch.pair_index, self._data(), self.loss)
         latest = self.reestimation.values(split, batch.pair_index)
         comprehension = scores.comprehension if latest is None else latest
-        pairs = PairLogProbs(
+        return PairLogProbs(
             *logps,
             *batch.lengths,
             *(scores.reference if scores.reference is not None else (None, None)),
             *(comprehension if comprehension is not None else (None, None)),
         )
-        return pairs, self.loss(pairs)
 
     # Guards
 
