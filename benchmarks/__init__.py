@@ -1,0 +1,1 @@
+"""Measurements: kernels beside their peers. Results with their machine lie in `results/`."""

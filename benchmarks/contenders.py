@@ -1,0 +1,155 @@
+"""Ours and the peers, each as a function from a problem to its loss, at the settings its own documentation recommends.
+
+`linear` contenders start from hidden states, `logits` contenders from logits that are there already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bdpo_kernels import linear_preference_loss, linear_sequence_logprob, sequence_logprob
+from benchmarks.problem import BETA, Problem, pair_losses
+
+LinearContender = Callable[[Problem], Tensor]
+LogitsContender = Callable[[Problem, Tensor], Tensor]
+
+
+class NotRunError(RuntimeError):
+    """A contender that cannot run here, and why."""
+
+
+def ours_fused_loss(p: Problem) -> Tensor:
+    """bdpo_kernels.linear_preference_loss."""
+    B = p.num_pairs
+    loss, _, _ = linear_preference_loss(
+        p.hidden, p.weight, p.labels, p.sequence_ids, pair_losses, num_pairs=B, softcap=p.shape.softcap,
+        check_labels=False,
+    )  # fmt: skip
+    return loss / B
+
+
+def ours_linear_logprob(p: Problem) -> Tensor:
+    """bdpo_kernels.linear_sequence_logprob."""
+    return p.mean_loss(
+        linear_sequence_logprob(
+            p.hidden, p.weight, p.labels, p.sequence_ids, 2 * p.num_pairs, softcap=p.shape.softcap, check_labels=False
+        )
+    )
+
+
+def _logits(p: Problem, hidden: Tensor, weight: Tensor) -> Tensor:
+    logits = hidden @ weight.t()
+    cap = p.shape.softcap
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def naive(p: Problem) -> Tensor:
+    """log_softmax + gather in float32."""
+    logps = _logits(p, p.hidden, p.weight).float().log_softmax(-1).gather(1, p.labels[:, None]).squeeze(1)
+    return p.mean_loss(p.sums(logps))
+
+
+def naive_compiled(p: Problem) -> Tensor:
+    """The same under torch.compile."""
+    return torch.compile(naive)(p)
+
+
+def trl_selective(p: Problem) -> Tensor:
+    """TRL's selective_log_softmax on full logits."""
+    from trl.trainer.utils import selective_log_softmax
+
+    return p.mean_loss(p.sums(selective_log_softmax(_logits(p, p.hidden, p.weight), p.labels)))
+
+
+def trl_chunked(p: Problem) -> Tensor:
+    """TRL's ChunkedLogProbFunction, at TRL's own chunk size."""
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    outputs = ChunkedLogProbFunction.apply(p.hidden, p.weight, None, p.labels, 1.0, 32_768, p.shape.softcap, 1.0, ())
+    return p.mean_loss(p.sums(outputs[0]))
+
+
+def liger_dpo(p: Problem) -> Tensor:
+    """Liger's LigerFusedLinearDPOLoss, compiled, one pair a chunk: its defaults."""
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+    if p.shape.softcap is not None:
+        raise NotRunError("it has no soft-cap")
+    T, D = p.shape.T, p.shape.D
+    loss = LigerFusedLinearDPOLoss(beta=BETA, use_ref_model=False)
+    result = loss(p.weight, p.hidden.view(-1, T, D), p.labels.view(-1, T))
+    return result[0] if isinstance(result, tuple) else result
+
+
+def cut_cross_entropy(p: Problem) -> Tensor:
+    """Apple's cut-cross-entropy per token, then the loss; compiled PyTorch where there is no GPU, as it advises."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    impl = "cce" if p.hidden.is_cuda else "torch_compile"
+    nll = linear_cross_entropy(p.hidden, p.weight, p.labels, softcap=p.shape.softcap, reduction="none", impl=impl)
+    return p.mean_loss(p.sums(-nll))
+
+
+def liger_cross_entropy(p: Problem) -> Tensor:
+    """Liger's LigerFusedLinearCrossEntropyLoss: not a preference loss, only the same products."""
+    if not p.hidden.is_cuda:
+        raise NotRunError("its Triton kernel needs a GPU")
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    return LigerFusedLinearCrossEntropyLoss(softcap=p.shape.softcap)(p.weight, p.hidden, p.labels)
+
+
+def logits_ours(p: Problem, logits: Tensor) -> Tensor:
+    """bdpo_kernels.sequence_logprob."""
+    return sequence_logprob(logits, p.labels, p.sequence_ids, 2 * p.num_pairs, check_labels=False).sum()
+
+
+def logits_naive(p: Problem, logits: Tensor) -> Tensor:
+    """log_softmax + gather in float32."""
+    return logits.float().log_softmax(-1).gather(1, p.labels[:, None]).sum()
+
+
+def logits_naive_compiled(p: Problem, logits: Tensor) -> Tensor:
+    """The same under torch.compile."""
+    return torch.compile(logits_naive)(p, logits)
+
+
+def logits_trl_selective(p: Problem, logits: Tensor) -> Tensor:
+    """TRL's selective_log_softmax."""
+    from trl.trainer.utils import selective_log_softmax
+
+    return selective_log_softmax(logits, p.labels).sum()
+
+
+def logits_quack(p: Problem, logits: Tensor) -> Tensor:
+    """QuACK's cross_entropy."""
+    if not logits.is_cuda:
+        raise NotRunError("it needs a GPU")
+    from quack import cross_entropy
+
+    return -cross_entropy(logits, p.labels).sum()
+
+
+LINEAR: dict[str, LinearContender] = {
+    "naive": naive,
+    "ours, fused loss": ours_fused_loss,
+    "ours, linear logprob": ours_linear_logprob,
+    "naive, compiled": naive_compiled,
+    "TRL selective_log_softmax": trl_selective,
+    "TRL ChunkedLogProbFunction": trl_chunked,
+    "Liger fused linear DPO": liger_dpo,
+    "cut-cross-entropy": cut_cross_entropy,
+    "Liger fused linear CE": liger_cross_entropy,
+}
+LOGITS: dict[str, LogitsContender] = {
+    "naive": logits_naive,
+    "ours": logits_ours,
+    "naive, compiled": logits_naive_compiled,
+    "TRL selective_log_softmax": logits_trl_selective,
+    "QuACK cross_entropy": logits_quack,
+}
+OTHER_LOSS = frozenset({"Liger fused linear CE"})
+"""Contenders whose loss is another one, so that their numbers cannot agree with the rest."""

@@ -1,0 +1,148 @@
+"""One contender in a process of its own: `python -m benchmarks.measure TASK SHAPE CONTENDER DEVICE REPEATS`, JSON out.
+
+A fresh process each, so that no contender's memory hides in another's.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.contenders import LINEAR, LOGITS, NotRunError
+from benchmarks.problem import SHAPES, Problem, Shape, make_problem
+
+
+def find_shape(name: str) -> Shape:
+    """The shape of that name."""
+    return next(shape for shapes in SHAPES.values() for shape in shapes if shape.name == name)
+
+
+def seconds(function: Callable[[], Any], device: str) -> float:
+    """Time of one call, the device's work included."""
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1000
+    begin = time.perf_counter()
+    function()
+    return time.perf_counter() - begin
+
+
+def extra_peak_bytes(function: Callable[[], Any], device: str) -> int:
+    """Most memory in use during one call beyond what was in use before it."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    # Linux: resets the high-water mark of the resident set.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    function()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"no {field} in /proc/self/status")
+
+
+def measure(forward: Callable[[], Tensor], leaves: list[Tensor], device: str, repeats: int) -> dict[str, Any]:
+    """Times, memory and values of one contender."""
+
+    def clear() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+
+    def both() -> Tensor:
+        clear()
+        loss = forward()
+        loss.backward()
+        return loss
+
+    loss = both().item()
+    sample = [leaf.grad.flatten()[:: max(1, leaf.numel() // 64)].float() for leaf in leaves if leaf.grad is not None]
+    result: dict[str, Any] = {"loss": loss, "grad_sample": torch.cat(sample).tolist()}
+    clear()
+    grads = sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+    result["extra_bytes"] = extra_peak_bytes(both, device) - grads
+    clear()
+    result["forward_backward_s"] = [seconds(both, device) for _ in range(repeats)]
+    clear()
+    result["forward_s"] = statistics.median(seconds(forward, device) for _ in range(min(3, repeats)))
+    return result
+
+
+def linear_task(problem: Problem, contender: str, device: str, repeats: int) -> dict[str, Any]:
+    """From hidden states to the loss and back."""
+    function = LINEAR[contender]
+    return measure(lambda: function(problem), [problem.hidden, problem.weight], device, repeats)
+
+
+def logits_task(problem: Problem, contender: str, device: str, repeats: int) -> dict[str, Any]:
+    """From logits to the log-probabilities and back."""
+    with torch.no_grad():
+        logits = problem.hidden @ problem.weight.t()
+    logits.requires_grad_()
+    function = LOGITS[contender]
+    return measure(lambda: function(problem, logits), [logits], device, repeats)
+
+
+def ceilings(problem: Problem, device: str, repeats: int) -> dict[str, Any]:
+    """What the machine can do: the three products of a training step alone, and a copy."""
+    hidden, weight = problem.hidden.detach(), problem.weight.detach()
+    logits = hidden @ weight.t()
+
+    def products() -> None:
+        torch.mm(hidden, weight.t(), out=logits)
+        torch.mm(logits, weight)
+        torch.mm(logits.t(), hidden)
+
+    target = torch.empty_like(logits)
+    for _ in range(2):
+        products()
+        target.copy_(logits)
+    copy = statistics.median(seconds(lambda: target.copy_(logits), device) for _ in range(max(5, repeats)))
+    return {
+        "products_s": [seconds(products, device) for _ in range(repeats)],
+        "copy_bytes_per_s": 2 * logits.numel() * logits.element_size() / copy,
+    }
+
+
+def main() -> None:
+    """Command line."""
+    task, shape, contender, device, repeats = sys.argv[1:6]
+    problem = make_problem(find_shape(shape), device)
+    try:
+        if task == "ceilings":
+            result = ceilings(problem, device, int(repeats))
+        else:
+            run = linear_task if task == "linear" else logits_task
+            result = run(problem, contender, device, int(repeats))
+    except (NotRunError, ImportError) as error:
+        result = {"not_run": f"{error}"}
+    except torch.OutOfMemoryError:
+        result = {"not_run": "out of memory"}
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""What every contender is given: one batch of preference pairs at the LM head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BETA = 0.1
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a problem.
+
+    Attributes:
+        name: as on the command line.
+        N: tokens.
+        D: hidden size.
+        V: vocabulary.
+        T: tokens in each response; all alike, so that padded peers pad nothing.
+        softcap: of the logits.
+        dtype: of hidden states and weight.
+    """
+
+    name: str
+    N: int
+    D: int
+    V: int
+    T: int
+    softcap: float | None = None
+    dtype: torch.dtype = torch.float32
+
+
+_HALF = torch.bfloat16
+SHAPES = {
+    "cpu": (
+        Shape("1024x512x32000", 1024, 512, 32_000, 128),
+        Shape("2048x512x152064", 2048, 512, 152_064, 128),
+        Shape("4096x1024x32000", 4096, 1024, 32_000, 256),
+    ),
+    "tiny": (Shape("tiny", 32, 16, 100, 8),),
+    "qwen2-7b": (Shape("Qwen2-7B", 8192, 3584, 152_064, 512, dtype=_HALF),),
+    "llama-3-8b": (Shape("Llama-3-8B", 8192, 4096, 128_256, 512, dtype=_HALF),),
+    "mistral-7b": (Shape("Mistral-7B", 8192, 4096, 32_768, 512, dtype=_HALF),),
+    "gemma-2-9b": (Shape("Gemma-2-9B", 8192, 3584, 256_000, 512, softcap=30.0, dtype=_HALF),),
+}
+
+
+@dataclass
+class Problem:
+    """The tensors of a problem: 2B sequences of T tokens, the chosen of all pairs before the rejected.
+
+    Attributes:
+        shape: its sizes.
+        hidden: (N, D), a leaf.
+        weight: (V, D), a leaf.
+        labels: (N,).
+        sequence_ids: (N,).
+    """
+
+    shape: Shape
+    hidden: Tensor
+    weight: Tensor
+    labels: Tensor
+    sequence_ids: Tensor
+
+    @property
+    def num_pairs(self) -> int:
+        """B."""
+        return self.shape.N // (2 * self.shape.T)
+
+    def sums(self, token_logps: Tensor) -> Tensor:
+        """(2B,) sums of the (N,) log-probabilities."""
+        return token_logps.float().view(2 * self.num_pairs, self.shape.T).sum(dim=1)
+
+    def mean_loss(self, sequence_logps: Tensor) -> Tensor:
+        """DPO without a reference: the same arithmetic, one subtraction less."""
+        chosen, rejected = sequence_logps.view(2, -1)
+        return pair_losses(chosen, rejected).mean()
+
+
+def pair_losses(chosen: Tensor, rejected: Tensor, index: Tensor | None = None) -> Tensor:
+    """Loss of each pair."""
+    return -F.logsigmoid(BETA * (chosen - rejected))
+
+
+def make_problem(shape: Shape, device: str, seed: int = 0) -> Problem:
+    """Random hidden states and weights of a trained head's size, the same for every contender."""
+    generator = torch.Generator().manual_seed(seed)
+    # Filled in place: no temporary that a later peak could hide in.
+    hidden = torch.empty(shape.N, shape.D).normal_(generator=generator).to(device, shape.dtype)
+    weight = torch.empty(shape.V, shape.D).normal_(0.0, 2.0 / shape.D**0.5, generator=generator)
+    labels = torch.randint(shape.V, (shape.N,), generator=generator)
+    ids = torch.arange(shape.N // shape.T).repeat_interleave(shape.T)
+    return Problem(
+        shape,
+        hidden.requires_grad_(),
+        weight.to(device, shape.dtype).requires_grad_(),
+        labels.to(device),
+        ids.to(device),
+    )
