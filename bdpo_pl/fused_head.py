@@ -74,6 +74,10 @@ def why_not_fused(model: Any, batch: SequenceBatch) -> str | None:
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:
         return f"its LM head is a {type(head).__name__}, not a plain Linear"
+    device = head.weight.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+    if dtype == torch.float16:
+        return "float16 gradients vanish unless the loss is scaled before they are computed; use bf16"
     was_training = model.training
     model.eval()
     try:
@@ -82,7 +86,6 @@ def why_not_fused(model: Any, batch: SequenceBatch) -> str | None:
             _, fused = fused_preference_loss(model, batch, lambda chosen, rejected, _: chosen - rejected)
     finally:
         model.train(was_training)
-    dtype = torch.get_autocast_dtype(own.device.type) if torch.is_autocast_enabled(own.device.type) else model.dtype
     tolerance = _TOLERANCE.get(dtype, _HALF_TOLERANCE)
     error = ((fused.flatten() - own).abs() / own.abs().clamp_min(1.0)).max().item()
     if not error <= tolerance:

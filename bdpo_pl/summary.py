@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+_ZERO = 5e-4
 _HELD_OUT = (
     ("held-out preference accuracy", "held_out/accuracy", "{:.1%}"),
     ("held-out margin", "held_out/margin", "{:+.3f}"),
@@ -31,7 +32,7 @@ def summary_table(
         rates_before: refusal rates before training, by name.
         rates_after: after it.
     """
-    table = Table(title="What changed", title_justify="left", pad_edge=False)
+    table = Table(title="What changed", title_justify="left")
     table.add_column("")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
@@ -46,7 +47,7 @@ def summary_table(
 
 def paths_table(paths: Mapping[str, Path]) -> Table:
     """Where the run's files are, those that exist."""
-    table = Table(title="Written", title_justify="left", show_header=False, pad_edge=False)
+    table = Table(title="Written", title_justify="left", show_header=False)
     table.add_column()
     table.add_column(overflow="fold")
     for what, path in paths.items():
@@ -56,4 +57,8 @@ def paths_table(paths: Mapping[str, Path]) -> Table:
 
 
 def _cell(values: Mapping[str, float], name: str, form: str) -> str:
-    return form.format(values[name]) if name in values else "–"
+    if name not in values:
+        return "–"
+    value = values[name]
+    # Rounding of nothing is no "-0.000".
+    return form.format(value if abs(value) >= _ZERO else 0.0)

@@ -56,7 +56,7 @@ class DataReport:
 
 def report_table(reports: Sequence[DataReport]) -> Table:
     """The reports as a rich table, one block a split."""
-    table = Table(title="Data", title_justify="left", show_header=False, pad_edge=False)
+    table = Table(title="Data", title_justify="left", show_header=False)
     table.add_column(overflow="fold")
     table.add_column(justify="right")
     table.add_column(overflow="fold", style="dim")

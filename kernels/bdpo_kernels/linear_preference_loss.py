@@ -44,7 +44,8 @@ def linear_preference_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sum of the losses of B pairs of sequences; sequence p is the chosen one of pair p, sequence B + p the rejected.
 
-    The loss may be multiplied by any factor, and its backward runs once. A pair with more tokens than a chunk is
+    The loss may be multiplied by any factor, and its backward runs once. The factor comes after the gradients, so it
+    cannot save float16 ones from vanishing, as a gradient scaler means to. A pair with more tokens than a chunk is
     projected twice. Memory beyond inputs and gradients: one chunk of logits.
 
     Args:

@@ -18,7 +18,7 @@ TOLERANCES = {
 }
 DTYPES = list(TOLERANCES)
 # One, fewer than a block, more, and vocabularies that are no multiple of it.
-VOCABULARIES = [1, 7, 1000, 32000, 151936]
+VOCABULARIES = [1, 7, 1000, 32000, 151936, 262144]
 
 
 def oracle(logits, labels, sequence_ids, num_sequences, weights):

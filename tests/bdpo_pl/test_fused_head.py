@@ -77,6 +77,14 @@ def test_head_that_is_more_than_a_matrix_is_left_alone():
     assert "its LM head is a Sequential" in why_not_fused(model, batch())
 
 
+def test_float16_is_left_to_the_gradient_scaler():
+    model = build_model()
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert "float16 gradients vanish" in why_not_fused(model, batch())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert why_not_fused(model, batch()) is None
+
+
 def test_fused_training_equals_training_on_logits(job):
     fused, plain = fit(job("fused", lm_head="fused")), fit(job("plain", lm_head="logits"))
     for name, value in weights(fused).items():

@@ -1,6 +1,7 @@
 """Training through Lightning: the first loss, exactness, resuming, guards and what is logged."""
 
 import csv
+import gc
 import math
 import warnings
 
@@ -99,6 +100,24 @@ def test_live_reference_equals_the_precomputed_one(job):
     live = fit(job("live", reference_mode="live"))
     for step, values in precomputed.evaluations.items():
         assert live.evaluations[step] == pytest.approx(values, abs=1e-4)
+
+
+@pytest.mark.parametrize(("mode", "models"), [("precomputed", 1), ("live", 2)])
+def test_training_holds_no_reference_once_its_scores_are_known(job, mode, models):
+    from transformers import PreTrainedModel
+
+    def living():
+        return sum(isinstance(thing, PreTrainedModel) for thing in gc.get_objects()) // per_model
+
+    class Count(L.Callback):
+        def on_train_batch_start(self, *_):
+            counts.append(living())
+
+    per_model = sum(isinstance(part, PreTrainedModel) for part in build_model().modules())
+    gc.collect()
+    before, counts = living(), []
+    fit(job(trainer={"callbacks": [Count()]}, reference_mode=mode))
+    assert {count - before for count in counts} == {models}
 
 
 def test_checkpoint_holds_the_policy_alone_and_no_pickled_code(job, tmp_path, model_dir):

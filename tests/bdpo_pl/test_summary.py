@@ -15,11 +15,14 @@ def printed(table):
 
 
 def test_before_and_after_stand_side_by_side_with_dashes_for_gaps():
-    evaluations = {0: {"held_out/accuracy": 0.5}, 7: {"held_out/accuracy": 0.975, "gap/margin": 0.25}}
+    evaluations = {
+        0: {"held_out/accuracy": 0.5, "gap/margin": -1e-7},
+        7: {"held_out/accuracy": 0.975, "gap/margin": 0.25},
+    }
     rows = printed(summary_table(evaluations, 7, {"refusal rate": 0.25}, {"refusal rate": 1.0, "over-refusal": 0.0}))
     assert rows == [
         ["held-out preference accuracy", "50.0%", "97.5%"],
-        ["margin gap, train − held-out", "–", "+0.250"],
+        ["margin gap, train − held-out", "+0.000", "+0.250"],
         ["refusal rate", "25.0%", "100.0%"],
         ["over-refusal", "–", "0.0%"],
     ]
