@@ -87,7 +87,7 @@ def measure(forward: Callable[[], Tensor], leaves: list[Tensor], device: str, re
     clear()
     result["forward_backward_s"] = [seconds(both, device) for _ in range(repeats)]
     clear()
-    result["forward_s"] = statistics.median(seconds(forward, device) for _ in range(min(3, repeats)))
+    result["forward_s"] = seconds(forward, device)
     return result
 
 
