@@ -176,6 +176,7 @@ def _quieten() -> None:
         r".*your dataloader is not resumable.*",  # the data module's own state resumes it
         r".*The number of training batches .* is smaller than the logging interval.*",
         r".*LightningCLI's args parameter.*",  # main(args) is for callers in Python
+        r".*Total length of `list` across ranks is zero.*",  # nothing held out, as asked for
         r".*isinstance\(treespec, LeafSpec\).*",  # between Lightning and torch
     ):
         warnings.filterwarnings("ignore", message=message)

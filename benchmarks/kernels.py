@@ -107,26 +107,28 @@ def main() -> None:
     unknown = set(options.only or ()) - LINEAR.keys() - LOGITS.keys()
     if unknown:
         parser.error(f"unknown contenders {sorted(unknown)}; there are {sorted(LINEAR.keys() | LOGITS.keys())}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    started = datetime.datetime.now(datetime.UTC)
+    stem = options.out / f"{started:%Y-%m-%d}-{options.device}-kernels"
     rows, ceilings = [], {}
+    report = {
+        "command": ["python", "-m", "benchmarks.kernels", *sys.argv[1:]],
+        "date": f"{started:%Y-%m-%dT%H:%M:%SZ}",
+        "machine": machine(options.device),
+        "ceilings": ceilings,
+        "rows": rows,
+    }
     for shape in (shape for name in names for shape in SHAPES[name]):
         ceilings[shape.name] = limits(shape, options.device, options.rounds, options.repeats)
         for task in options.tasks:
             contenders = [c for c in (LINEAR if task == "linear" else LOGITS) if not options.only or c in options.only]
             rows += compare(task, shape, contenders, options.device, options.rounds, options.repeats)
-    options.out.mkdir(parents=True, exist_ok=True)
-    stem = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}-{options.device}-kernels"
-    report = {
-        "command": ["python", "-m", "benchmarks.kernels", *sys.argv[1:]],
-        "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%SZ}",
-        "machine": machine(options.device),
-        "ceilings": ceilings,
-        "rows": rows,
-    }
-    (options.out / f"{stem}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    if not plot(rows, options.out / f"{stem}.png"):
+            # Kept as it grows: a run over large shapes is long.
+            stem.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if not plot(rows, stem.with_suffix(".png")):
         print("no plot: matplotlib is not installed")
     print(markdown(rows, ceilings))
-    print(f"Written to {options.out / stem}.json")
+    print(f"Written to {stem}.json")
 
 
 if __name__ == "__main__":

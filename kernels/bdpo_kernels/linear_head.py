@@ -82,7 +82,9 @@ class LinearHead:
         self._buffer = torch.empty(min(max_tokens, len(labels)), V, dtype=dtype, device=hidden.device)
         self.wide = wide = torch.promote_types(dtype, torch.float32)
         self.grad_hidden = torch.zeros_like(hidden) if needs[0] else None
-        self.grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needs[1] else None
+        # Written by the first chunk, not cleared before it: of a large vocabulary that is a pass less over it.
+        self.grad_weight = torch.empty(weight.shape, dtype=wide, device=weight.device) if needs[1] else None
+        self._weight_is_written = False
         self.grad_bias = torch.zeros(V, dtype=wide, device=weight.device) if needs[2] and bias is not None else None
         self._chunk: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
@@ -108,13 +110,16 @@ class LinearHead:
         if self.grad_hidden is not None:
             self.grad_hidden.index_copy_(0, tokens, torch.mm(grad, self._weight).to(self.grad_hidden.dtype))
         if self.grad_weight is not None:
-            add_product(self.grad_weight, grad.t(), hidden)
+            add_product(self.grad_weight, grad.t(), hidden, beta=float(self._weight_is_written))
+            self._weight_is_written = True
         if self.grad_bias is not None:
             self.grad_bias += grad.sum(dim=0, dtype=self.grad_bias.dtype)
         self._chunk = None
 
     def gradients(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Those of hidden, weight and bias in their dtypes; an empty tensor, no two the same, for one not wanted."""
+        if self.grad_weight is not None and not self._weight_is_written:
+            self.grad_weight.zero_()
         new = self.hidden.new_empty
         return (
             new(0) if self.grad_hidden is None else self.grad_hidden,
@@ -123,15 +128,19 @@ class LinearHead:
         )
 
 
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total (V, D) += left (V, n) @ right (n, D), in the precision of `total`."""
+def add_product(total: Tensor, left: Tensor, right: Tensor, beta: float) -> None:
+    """total (V, D) = beta · total + left (V, n) @ right (n, D), in the precision of `total`; beta 0 reads no total."""
     if left.dtype == total.dtype:
-        total.addmm_(left, right)
+        total.addmm_(left, right, beta=beta)
     elif total.is_cuda and _adds_half_products_in_float32(total.device):
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+        torch.addmm(total, left, right, out_dtype=total.dtype, beta=beta, out=total)
     else:
         for rows in _slabs(total):
-            total[rows] += torch.mm(left[rows], right)
+            product = torch.mm(left[rows], right)
+            if beta:
+                total[rows] += product
+            else:
+                total[rows] = product
 
 
 @cache
@@ -140,7 +149,7 @@ def _adds_half_products_in_float32(device: torch.device) -> bool:
     half = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
     total = torch.ones(16, 16, dtype=torch.float32, device=device)
     try:
-        torch.addmm(total, half, half, out_dtype=torch.float32, out=total)
+        torch.addmm(total, half, half, out_dtype=torch.float32, beta=1.0, out=total)
     except (RuntimeError, TypeError, NotImplementedError):
         return False
     return bool((total == 17).all())
