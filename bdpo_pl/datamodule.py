@@ -12,9 +12,11 @@ from torch.utils.data import DataLoader
 
 from bdpo_pl import embedded
 from bdpo_pl.console import get_console
-from bdpo_pl.data.batches import PairBatchSampler, PairDataset
+from bdpo_pl.data.batches import PairDataset
+from bdpo_pl.data.documents import RowLayout
 from bdpo_pl.data.loading import LoadOptions, count_shared_prompts, load_pairs, split_by_prompt
 from bdpo_pl.data.report import DataReport, report_table
+from bdpo_pl.data.samplers import PairBatchSampler, StepSampler, TokenBatchSampler, check_budget
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.data.tokenization import PairTokenizer
 from bdpo_pl.data.truncation import Truncation, TruncationMode
@@ -45,6 +47,8 @@ class PreferenceDataModule(L.LightningDataModule):
         null_prompt: the user's words in the null prompt that comprehension is measured against.
         batch_size: pairs in a micro-batch on each device.
         eval_batch_size: pairs in a validation batch on each device; default `batch_size`.
+        max_tokens_per_batch: tokens in a micro-batch on each device, training and validation, in place of the two
+            above: batches of like-sized pairs, as many as fit. A prompt that its two responses share counts once.
         train_probe: validate on a sample of the training pairs, as many as are held out, so that the gap between the
             two, the measure of overfitting, compares like with like.
         num_workers: processes that build batches.
@@ -68,12 +72,17 @@ class PreferenceDataModule(L.LightningDataModule):
         null_prompt: str = "",
         batch_size: int = 8,
         eval_batch_size: int | None = None,
+        max_tokens_per_batch: int | None = None,
         train_probe: bool = True,
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+        for name, value in (
+            ("batch_size", batch_size),
+            ("eval_batch_size", eval_batch_size),
+            ("max_tokens_per_batch", max_tokens_per_batch),
+        ):
             if value is not None and value < 1:
                 raise InputError(f"data.{name} must be at least 1, got {value}")
         if not 0.0 <= held_out_fraction < 1.0:
@@ -95,6 +104,7 @@ class PreferenceDataModule(L.LightningDataModule):
         self.null_prompt = null_prompt
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
+        self.max_tokens_per_batch = max_tokens_per_batch
         self.train_probe = train_probe
         self.num_workers = num_workers
         self.seed = seed
@@ -153,15 +163,13 @@ class PreferenceDataModule(L.LightningDataModule):
                 "trainer.use_distributed_sampler must be false: this data module splits the batches between ranks "
                 "itself, which keeps the mean over pairs exact"
             )
-        sampler = PairBatchSampler(
-            len(self.tables["train"]),
+        sampler = self._sampler(
+            "train",
             self.batch_size,
             # Asked for, not told: Lightning tells the epoch only to a plain sampler.
             epoch=lambda: trainer.current_epoch,
             seed=int(os.environ.get("PL_GLOBAL_SEED", self.seed)),
             accumulate=trainer.accumulate_grad_batches,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
         )
         sampler.skip_batches(self._resume_batches)
         self._resume_batches = 0
@@ -169,17 +177,8 @@ class PreferenceDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """The held-out pairs, then the probe of training pairs, as far as they exist."""
-        trainer = self._trainer()
         return [
-            self._loader(
-                name,
-                PairBatchSampler(
-                    len(self.tables[name]),
-                    self.eval_batch_size,
-                    rank=trainer.global_rank,
-                    world_size=trainer.world_size,
-                ),
-            )
+            self._loader(name, self._sampler(name, self.eval_batch_size))
             for name in VALIDATION_SPLITS
             if name in self.tables
         ]
@@ -200,8 +199,21 @@ class PreferenceDataModule(L.LightningDataModule):
     def _load(self, name: str, source: str, pairs: PairTokenizer, split: str) -> tuple[PairTable, DataReport]:
         return load_pairs(name, source, pairs, self.truncation, self.load_options, split, self.revision, self.seed)
 
-    def _loader(self, name: str, sampler: PairBatchSampler) -> DataLoader[Any]:
-        dataset = PairDataset(self.tables[name], self.pad_id)
+    def _sampler(self, name: str, batch_size: int, **kwargs: Any) -> StepSampler:
+        trainer, table = self._trainer(), self.tables[name]
+        kwargs |= {"rank": trainer.global_rank, "world_size": trainer.world_size}
+        if self.max_tokens_per_batch is None:
+            return PairBatchSampler(len(table), batch_size, **kwargs)
+        sizes = table.num_tokens(shared=self._layout() is not RowLayout.SPLIT)
+        check_budget(sizes, self.max_tokens_per_batch, table.places, "data.max_tokens_per_batch")
+        return TokenBatchSampler(sizes, self.max_tokens_per_batch, **kwargs)
+
+    def _layout(self) -> RowLayout:
+        """How the module's policy reads pairs."""
+        return self._trainer().lightning_module.row_layout  # type: ignore[return-value]
+
+    def _loader(self, name: str, sampler: StepSampler) -> DataLoader[Any]:
+        dataset = PairDataset(self.tables[name], self.pad_id, self._layout())
         return DataLoader(
             dataset,
             batch_sampler=sampler,

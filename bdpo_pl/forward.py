@@ -1,6 +1,6 @@
 """A causal language model's log-probabilities of responses, with only their positions sent through its LM head.
 
-Shapes: S sequences; T positions; N scored tokens; D hidden size; V vocabulary.
+Shapes: S sequences; R rows of T positions; N scored tokens; D hidden size; V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from bdpo_kernels import sequence_logprob
-from bdpo_pl.data.batches import SequenceBatch
+from bdpo_pl.attention import model_inputs
+from bdpo_pl.data.documents import SequenceBatch
 
 
 def response_logps(model: nn.Module, batch: SequenceBatch, on_hidden: Callable[[Tensor], None] | None = None) -> Tensor:
@@ -21,7 +22,7 @@ def response_logps(model: nn.Module, batch: SequenceBatch, on_hidden: Callable[[
     Args:
         model: a transformers causal language model (or a wrapper with its `get_output_embeddings`).
         batch: S sequences, N scored tokens in them.
-        on_hidden: called with the (S, T, D) hidden states that enter the LM head.
+        on_hidden: called with the (R, T, D) hidden states that enter the LM head.
 
     Returns:
         (S,) float32, with gradients to the model's parameters.
@@ -33,7 +34,7 @@ def response_logps(model: nn.Module, batch: SequenceBatch, on_hidden: Callable[[
         return hidden.flatten(0, 1).index_select(0, batch.score_index).unsqueeze(0)
 
     with head_input(model, select) as head_calls:
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        logits = model(**model_inputs(model, batch)).logits
     calls = len(head_calls)
     N, V = batch.labels.shape[0], logits.shape[-1]
     if not calls:
@@ -51,7 +52,7 @@ def response_logps(model: nn.Module, batch: SequenceBatch, on_hidden: Callable[[
 
 @contextmanager
 def head_input(model: Any, replace: Callable[[Tensor], Tensor]) -> Iterator[list[None]]:
-    """While open, the LM head is given `replace(hidden)` in place of its (S, T, D) hidden states.
+    """While open, the LM head is given `replace(hidden)` in place of its (R, T, D) hidden states.
 
     A hook on the head, instead of a computation of our own in its place, keeps whatever the architecture does around it
     (Gemma's soft-cap, Cohere's and Granite's scales) and works for wrapped and sharded heads alike. Yields a list that

@@ -16,15 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from bdpo_kernels import linear_preference_loss
-from bdpo_pl.data.batches import SequenceBatch
+from bdpo_pl.agreement import compute_dtype, relative_error, tolerance
+from bdpo_pl.attention import model_inputs
+from bdpo_pl.data.documents import SequenceBatch
 from bdpo_pl.forward import head_input, response_logps
 
 LossOfPairs = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(chosen (b,), rejected (b,), pair index (b,)) → weighted loss of each pair (b,)."""
-
-# Log-probabilities of a response by two orders of the same arithmetic, relative to their size.
-_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
-_HALF_TOLERANCE = 3e-2
 
 
 def fused_preference_loss(model: Any, batch: SequenceBatch, loss_of_pairs: LossOfPairs) -> tuple[Tensor, Tensor]:
@@ -64,7 +62,7 @@ def fused_preference_loss(model: Any, batch: SequenceBatch, loss_of_pairs: LossO
         return hidden[:, :0]
 
     with head_input(model, compute):
-        model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        model(**model_inputs(model, batch))
     ((loss, chosen, rejected),) = results
     return loss, torch.stack([chosen, rejected])
 
@@ -74,8 +72,7 @@ def why_not_fused(model: Any, batch: SequenceBatch) -> str | None:
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:
         return f"its LM head is a {type(head).__name__}, not a plain Linear"
-    device = head.weight.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+    dtype = compute_dtype(model)
     if dtype == torch.float16:
         return "float16 gradients vanish unless the loss is scaled before they are computed; use bf16"
     was_training = model.training
@@ -86,9 +83,8 @@ def why_not_fused(model: Any, batch: SequenceBatch) -> str | None:
             _, fused = fused_preference_loss(model, batch, lambda chosen, rejected, _: chosen - rejected)
     finally:
         model.train(was_training)
-    tolerance = _TOLERANCE.get(dtype, _HALF_TOLERANCE)
-    error = ((fused.flatten() - own).abs() / own.abs().clamp_min(1.0)).max().item()
-    if not error <= tolerance:
+    error = relative_error(fused.flatten(), own)
+    if not error <= tolerance(dtype):
         return f"its logits are not those of its LM head alone (log-probabilities differ by {error:.2g} of their size)"
     return None
 

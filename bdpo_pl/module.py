@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bdpo_pl import embedded
 from bdpo_pl.data.batches import PreferenceBatch
+from bdpo_pl.data.documents import RowLayout
 from bdpo_pl.datamodule import EMBEDDED, VALIDATION_SPLITS, PreferenceDataModule
 from bdpo_pl.errors import InputError, NonFiniteError
 from bdpo_pl.forward import response_logps
@@ -33,6 +34,7 @@ from bdpo_pl.models import (
 from bdpo_pl.optim import LRSchedule, lr_lambda, parameter_groups
 from bdpo_pl.reestimation import Reestimation
 from bdpo_pl.reference import Reference, ReferenceMode
+from bdpo_pl.row_layout import PrefixSharing, choose_layout
 from bdpo_pl.scoring import ScoringOptions
 
 LMHead = Literal["auto", "fused", "logits"]
@@ -65,6 +67,8 @@ class PreferenceModule(L.LightningModule):
         dtype: of the policy's weights; `auto`: as the Trainer's precision wants (float32 unless it ends in `-true`).
         revision: git revision of a hub policy.
         attn_implementation: as in transformers; default its own choice.
+        prefix_sharing: read each pair as one row [prompt | chosen | rejected], the prompt once. `auto`: where a
+            comparison on the first pairs finds no difference from two rows; `always`: or stop; `never`.
         lm_head: `fused` with the loss, a chunk of logits at a time; `logits`, as the model computes them; `auto`: fused
             where a comparison on the first batch finds no difference.
         gradient_checkpointing: recompute activations in the backward pass, to save memory.
@@ -89,6 +93,7 @@ class PreferenceModule(L.LightningModule):
         dtype: DTypeName = "auto",
         revision: str | None = None,
         attn_implementation: str | None = None,
+        prefix_sharing: PrefixSharing = "auto",
         lm_head: LMHead = "auto",
         gradient_checkpointing: bool = False,
         trust_remote_code: bool = False,
@@ -108,6 +113,7 @@ class PreferenceModule(L.LightningModule):
         self.lr_schedule: LRSchedule = lr_schedule
         self.warmup_ratio = warmup_ratio
         self.dtype_name: DTypeName = dtype
+        self.prefix_sharing: PrefixSharing = prefix_sharing
         self.lm_head = lm_head
         self.gradient_checkpointing = gradient_checkpointing
         self.policy: Any = None
@@ -118,6 +124,7 @@ class PreferenceModule(L.LightningModule):
         self.evaluations: dict[int, dict[str, float]] = {}
         """Validation results by optimiser step; step 0 is the policy before training."""
         self._fused: bool | None = None
+        self._layout: RowLayout | None = None
         self._window_tokens = 0
         self._window_start = 0.0
         self._validation_start = 0.0
@@ -136,7 +143,9 @@ class PreferenceModule(L.LightningModule):
             precision = str(self.trainer.precision)
             policy_dtype = resolve_dtype(self.dtype_name, precision)
             dtype = policy_dtype if self.reference_dtype == "auto" else resolve_dtype(self.reference_dtype, precision)
-            self.reference = Reference(self.reference_source, self.reference_mode, dtype, self.scoring)
+            self.reference = Reference(
+                self.reference_source, self.reference_mode, dtype, self.scoring, self.prefix_sharing
+            )
         self.reference.check_fits(self.loss)
         self.reestimation.check_fits(self.trainer, self.loss, self.scoring)
         self.reference.prepare(self.trainer, data, self.loss)
@@ -155,6 +164,22 @@ class PreferenceModule(L.LightningModule):
         self.policy.train()
         if self.gradient_checkpointing:
             enable_activation_checkpointing(self.policy)
+
+    @property
+    def row_layout(self) -> RowLayout:
+        """How the policy reads pairs: tried out when first asked for, with the policy on its device."""
+        if self._layout is None:
+            data = self._data()
+            self._layout = choose_layout(
+                self.policy,
+                data.tables["train"],
+                self.prefix_sharing,
+                name=self.source.name,
+                attention=self.source.attn_implementation,
+                pad_id=data.pad_id,
+                context=self.trainer.precision_plugin.forward_context,
+            )
+        return self._layout
 
     def configure_optimizers(self) -> Any:
         """The optimiser on its parameter groups, and the schedule over all of the run's steps."""
@@ -179,7 +204,7 @@ class PreferenceModule(L.LightningModule):
     def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """Measure comprehension on the policy, where it is due."""
         if self.reestimation.due(self.global_step):
-            self.reestimation.update(self.policy, self.trainer, self._data(), self.loss, self.scoring)
+            self.reestimation.update(self.policy, self.trainer, self._data(), self.loss, self.scoring, self.row_layout)
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """Weighted sum of the pairs' losses, which over an optimiser step is their mean."""

@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from bdpo_pl.data.documents import RowLayout
 from bdpo_pl.datamodule import PreferenceDataModule
 from bdpo_pl.errors import InputError
 from bdpo_pl.losses import PreferenceLoss
@@ -65,6 +66,7 @@ class Reestimation:
         data: PreferenceDataModule,
         loss: PreferenceLoss,
         options: ScoringOptions,
+        layout: RowLayout,
     ) -> None:
         """Score all pairs with `policy`; the ranks share them."""
         self._step = trainer.global_step
@@ -80,6 +82,7 @@ class Reestimation:
                     policy,
                     table,
                     mine,
+                    layout=layout,
                     batch_tokens=options.batch_tokens,
                     pad_id=data.pad_id,
                     hsic=loss.estimator == "hsic",

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 import bdpo_kernels
 from bdpo_pl.comprehension import Estimator
+from bdpo_pl.data.documents import RowLayout
 from bdpo_pl.data.scores import ScoreTable
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.datamodule import PreferenceDataModule
 from bdpo_pl.errors import InputError
 from bdpo_pl.losses import PreferenceLoss
 from bdpo_pl.models import ModelSource, load_model, model_fingerprint
+from bdpo_pl.row_layout import PrefixSharing, choose_layout
 from bdpo_pl.score_cache import ScoreCache, default_cache_dir
 from bdpo_pl.scoring import Ranks, ScoringOptions, score_pairs, score_table, table_comprehension
 
@@ -44,18 +46,28 @@ class Reference:
             in memory and score each batch; `none`: no reference, for losses that need none.
         dtype: of its weights; the policy's own gives a log-ratio of exactly zero at the start.
         options: of the scoring pass.
+        prefix_sharing: whether a prompt is read once for all that follows it; see `choose_layout`.
 
     Raises:
         InputError: an unknown mode.
     """
 
-    def __init__(self, source: ModelSource, mode: ReferenceMode, dtype: torch.dtype, options: ScoringOptions) -> None:
+    def __init__(
+        self,
+        source: ModelSource,
+        mode: ReferenceMode,
+        dtype: torch.dtype,
+        options: ScoringOptions,
+        prefix_sharing: PrefixSharing = "auto",
+    ) -> None:
         self.source = source
         self.mode = mode
         self.dtype = dtype
         self.options = options
+        self.prefix_sharing: PrefixSharing = prefix_sharing
         self._scores: dict[str, SplitScores] = {}
         self._model: nn.Module | None = None
+        self._layout = RowLayout.SPLIT
 
     def check_fits(self, loss: PreferenceLoss) -> None:
         """Raise `InputError` if `loss` reads what this reference does not give."""
@@ -74,21 +86,25 @@ class Reference:
         """Score every split of `data` that is not scored yet (`precomputed`), or load the model to keep (`live`)."""
         if self.mode == "live" and self._model is None:
             self._model = self._load(trainer)
+            self._layout = self._choose_layout(self._model, trainer, data)
         if self.mode != "precomputed" or self._scores:
             return
-        load = cache(lambda: self._load(trainer))
-        for split in ("train", "held_out"):
-            if split in data.tables:
-                scores = self._score(split, load, trainer, data, loss)
-                self._scores[split] = _split_scores(scores, data.tables[split], loss.estimator)
+        self._score_splits(trainer, data, loss)
         if data.probe_indices is not None:
             train, probe = self._scores["train"], torch.from_numpy(data.probe_indices)
             self._scores["train_probe"] = SplitScores(_take(train.reference, probe), _take(train.comprehension, probe))
-        # Nothing may hold on to the model: training has its memory.
-        del load
+        # By now nothing holds on to the model: training has its memory.
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def _score_splits(self, trainer: L.Trainer, data: PreferenceDataModule, loss: PreferenceLoss) -> None:
+        load = cache(lambda: self._load(trainer))
+        layout = cache(lambda: self._choose_layout(load(), trainer, data))
+        for split in ("train", "held_out"):
+            if split in data.tables:
+                scores = self._score(split, load, layout, trainer, data, loss)
+                self._scores[split] = _split_scores(scores, data.tables[split], loss.estimator)
 
     def scores(self, split: str, pair_index: Tensor, data: PreferenceDataModule, loss: PreferenceLoss) -> SplitScores:
         """Scores of the B pairs at `pair_index` of `split`, on its device."""
@@ -98,7 +114,7 @@ class Reference:
         if self.mode == "live":
             assert self._model is not None
             table, indices = data.tables[split], pair_index.cpu().numpy()
-            scores = score_pairs(self._model, table, indices, **self._options(data, loss))
+            scores = score_pairs(self._model, table, indices, layout=self._layout, **self._options(data, loss))
             found = _split_scores(scores, table.select(indices), loss.estimator)
             return SplitScores(*(None if t is None else t.to(device) for t in (found.reference, found.comprehension)))
         held = self._scores[split]
@@ -111,6 +127,17 @@ class Reference:
         model = load_model(self.source, self.dtype)
         return model.requires_grad_(False).eval().to(trainer.strategy.root_device)
 
+    def _choose_layout(self, model: nn.Module, trainer: L.Trainer, data: PreferenceDataModule) -> RowLayout:
+        return choose_layout(
+            model,
+            data.tables["train"],
+            self.prefix_sharing,
+            name=self.source.name,
+            attention=self.source.attn_implementation,
+            pad_id=data.pad_id,
+            context=trainer.precision_plugin.forward_context,
+        )
+
     def _options(self, data: PreferenceDataModule, loss: PreferenceLoss) -> dict[str, Any]:
         return {
             "batch_tokens": self.options.batch_tokens,
@@ -120,12 +147,12 @@ class Reference:
         }
 
     def _score(
-        self, split: str, load: Any, trainer: L.Trainer, data: PreferenceDataModule, loss: PreferenceLoss
+        self, split: str, load: Any, layout: Any, trainer: L.Trainer, data: PreferenceDataModule, loss: PreferenceLoss
     ) -> ScoreTable:
         table = data.tables[split]
         hsic = self.options.comprehension and loss.estimator == "hsic"
         key = {
-            "format": 1,
+            "format": 2,
             # Token ids, boundaries and null prompt: what template, truncation and tokenizer come to.
             "pairs": table.content_digest(),
             "template": data.chat_template,
@@ -135,6 +162,7 @@ class Reference:
             "dtype": str(self.dtype),
             "precision": trainer.precision,
             "attention": self.source.attn_implementation,
+            "prefix_sharing": self.prefix_sharing,
             "device": trainer.strategy.root_device.type,
             "kernels": bdpo_kernels.__version__,
             "torch": torch.__version__,
@@ -149,6 +177,7 @@ class Reference:
             load,
             ScoreCache(root, key, len(table), self.options.chunk_pairs),
             self.options,
+            layout=layout,
             pad_id=data.pad_id,
             hsic=hsic,
             context=trainer.precision_plugin.forward_context,

@@ -1,11 +1,13 @@
 """The scoring pass: one run of a frozen model over every pair, before training.
 
 It gives the reference log-probabilities and both mutual informations at once, from four scorings of each pair (chosen
-and rejected, given the prompt and given the null prompt). Training then needs no reference model in memory.
+and rejected, given the prompt and given the null prompt), in two documents: each prompt is read once. Training then
+needs no reference model in memory.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,10 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from bdpo_pl.comprehension import Estimator, comprehension, normalised_hsic
-from bdpo_pl.data.batches import SequenceBatch, collate_sequences
+from bdpo_pl.data.documents import Document, RowLayout, lay_out
 from bdpo_pl.data.scores import ScoreTable
 from bdpo_pl.data.table import PairTable
-from bdpo_pl.data.tokenization import Ids
 from bdpo_pl.errors import InputError
 from bdpo_pl.forward import response_logps
 from bdpo_pl.score_cache import ScoreCache
@@ -31,14 +32,15 @@ class ScoringOptions:
     """How the scoring pass runs. None of it changes a score by more than rounding, but for `comprehension`.
 
     Args:
-        batch_tokens: padded tokens in one forward pass; lower it if scoring runs out of memory.
+        batch_tokens: tokens in one forward pass; lower it if scoring runs out of memory. Default: 16,384 on a GPU,
+            2,048 on a CPU, which gains nothing from more.
         chunk_pairs: pairs scored between two writes to the cache: what an interruption loses at most.
         cache_dir: folder of the cache, shared by all nodes; default `$BDPO_PL_CACHE` or `~/.cache/bdpo_pl`.
         comprehension: score against the null prompt too. Without it the pass is half the work, but there are no
             comprehension metrics and no balance weights.
     """
 
-    batch_tokens: int = 16_384
+    batch_tokens: int | None = None
     chunk_pairs: int = 256
     cache_dir: str | None = None
     comprehension: bool = True
@@ -53,12 +55,12 @@ class Ranks:
     barrier: Callable[[], None] = lambda: None
 
 
-class _Request(NamedTuple):
+class _Place(NamedTuple):
+    """Where in the table of scores a sequence's number goes."""
+
     column: str
     side: int
     position: int
-    context: Ids
-    response: Ids
 
 
 @torch.no_grad()
@@ -67,7 +69,8 @@ def score_pairs(
     table: PairTable,
     indices: Sequence[int] | np.ndarray,
     *,
-    batch_tokens: int = 16_384,
+    layout: RowLayout = RowLayout.SPLIT,
+    batch_tokens: int | None = None,
     pad_id: int = 0,
     comprehension: bool = True,
     hsic: bool = False,
@@ -79,7 +82,8 @@ def score_pairs(
         model: causal language model, on the device to score on.
         table: the pairs.
         indices: which, and in which order the scores are given.
-        batch_tokens: padded tokens in one forward pass (a longer sequence goes alone).
+        layout: how documents become rows; any but `SPLIT` only where the model allows it (`choose_layout`).
+        batch_tokens: tokens in one forward pass (a longer document goes alone); default as in `ScoringOptions`.
         pad_id: fills the padding.
         comprehension: score against the null prompt as well.
         hsic: compute `normalised_hsic` as well.
@@ -88,35 +92,40 @@ def score_pairs(
     Raises:
         InputError: a log-probability is not finite; the pair is named.
     """
-    requests: list[_Request] = []
+    device = next(model.parameters()).device
+    places: list[_Place] = []
+    documents: list[Document] = []
     for position, index in enumerate(indices):
         pair = table[int(index)]
-        for side, response in enumerate((pair.chosen_ids, pair.rejected_ids)):
-            requests.append(_Request("reference", side, position, pair.prompt_ids, response))
-            if comprehension:
-                requests.append(_Request("null", side, position, table.null_prompt_ids, response))
+        prompts = {"reference": pair.prompt_ids} | ({"null": table.null_prompt_ids} if comprehension else {})
+        for column, prompt in prompts.items():
+            responses = list(enumerate((pair.chosen_ids, pair.rejected_ids), start=len(places)))
+            documents.append(Document(prompt, responses))
+            places += [_Place(column, side, position) for side in range(2)]
+    if layout is RowLayout.SPLIT:
+        documents = [part for document in documents for part in document.split()]
     # Like lengths together: less padding. The sort is stable, so the same pairs always meet in the same batch.
-    requests.sort(key=lambda r: len(r.context) + len(r.response), reverse=True)
+    documents.sort(key=lambda document: document.num_tokens, reverse=True)
 
     names = ["reference", *(["null"] if comprehension else []), *(["hsic"] if hsic else [])]
     columns = {name: np.full((2, len(indices)), np.nan, dtype=np.float32) for name in names}
     was_training = model.training
     model.eval()
-    device = next(model.parameters()).device
     try:
-        for group in _groups(requests, batch_tokens):
-            batch = collate_sequences([(r.context, r.response) for r in group], pad_id)
-            batch = SequenceBatch(**{name: tensor.to(device) for name, tensor in vars(batch).items()})
+        for group in _groups(documents, batch_tokens or _default_batch_tokens(device), layout):
+            numbers = [number for document in group for number, _ in document.responses]
+            batch = lay_out(_renumbered(group), layout, pad_id).to(device)
             hidden: list[Tensor] = []
             with context():
                 logps = response_logps(model, batch, hidden.append if hsic else None)
-            for i, (request, logp) in enumerate(zip(group, logps.tolist(), strict=True)):
-                columns[request.column][request.side, request.position] = logp
-                if hsic and request.column == "reference":
-                    end = len(request.context)
-                    states = hidden[0][i, : end + len(request.response)]
-                    value = normalised_hsic(states[:end], states[end:]).item()
-                    columns["hsic"][request.side, request.position] = value
+            spans = batch.spans.tolist()
+            for i, (number, logp) in enumerate(zip(numbers, logps.tolist(), strict=True)):
+                place = places[number]
+                columns[place.column][place.side, place.position] = logp
+                if hsic and place.column == "reference":
+                    states, (start, end, first, last) = hidden[0].flatten(0, 1), spans[i]
+                    value = normalised_hsic(states[start:end], states[first:last]).item()
+                    columns["hsic"][place.side, place.position] = value
     finally:
         model.train(was_training)
     for values in columns.values():
@@ -136,6 +145,7 @@ def score_table(
     cache: ScoreCache,
     options: ScoringOptions,
     *,
+    layout: Callable[[], RowLayout] = lambda: RowLayout.SPLIT,
     pad_id: int = 0,
     hsic: bool = False,
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
@@ -151,6 +161,7 @@ def score_table(
         model: gives the frozen model; called only if something is left to score.
         cache: where chunks are kept.
         options: see `ScoringOptions`.
+        layout: gives the model's layout; called only if something is left to score.
         pad_id: fills the padding.
         hsic: compute `normalised_hsic` as well.
         context: entered around each forward pass, for autocast.
@@ -174,6 +185,7 @@ def score_table(
                     model(),
                     table,
                     indices,
+                    layout=layout(),
                     batch_tokens=options.batch_tokens,
                     pad_id=pad_id,
                     comprehension=options.comprehension,
@@ -201,14 +213,30 @@ def table_comprehension(scores: ScoreTable, table: PairTable, estimator: Estimat
     return comprehension(estimator, torch.from_numpy(scores.reference), torch.from_numpy(scores.null), lengths, hsic)
 
 
-def _groups(requests: list[_Request], batch_tokens: int) -> Iterator[list[_Request]]:
-    """Runs of `requests` (longest first) whose padded size stays within `batch_tokens`."""
-    start = 0
-    while start < len(requests):
-        longest = len(requests[start].context) + len(requests[start].response)
-        size = max(1, batch_tokens // longest)
-        yield requests[start : start + size]
-        start += size
+def _groups(documents: list[Document], batch_tokens: int, layout: RowLayout) -> Iterator[list[Document]]:
+    """Runs of `documents` (longest first) whose size stays within `batch_tokens`."""
+    group: list[Document] = []
+    total = 0
+    for document in documents:
+        # Rows of their own are padded to the longest, shared ones are filled.
+        size = document.num_tokens if layout is not RowLayout.SPLIT or not group else group[0].num_tokens
+        if group and total + size > batch_tokens:
+            yield group
+            group, total, size = [], 0, document.num_tokens
+        group.append(document)
+        total += size
+    if group:
+        yield group
+
+
+def _renumbered(documents: list[Document]) -> list[Document]:
+    """`documents` with their sequences numbered from 0, in order."""
+    number = itertools.count()
+    return [Document(context, [(next(number), ids) for _, ids in responses]) for context, responses in documents]
+
+
+def _default_batch_tokens(device: torch.device) -> int:
+    return 2_048 if device.type == "cpu" else 16_384
 
 
 def _progress(enabled: bool) -> Progress:

@@ -70,6 +70,23 @@ def build_model(architecture="qwen2", vocab_size=400, **overrides):
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
+def rows_alone(sequences, pad_id=0):
+    """A batch of (context, response), each in a row of its own."""
+    from bdpo_pl.data.documents import Document, RowLayout, lay_out
+
+    return lay_out([Document(c, [(i, r)]) for i, (c, r) in enumerate(sequences)], RowLayout.SPLIT, pad_id)
+
+
+def large(model, std=0.3):
+    """Random weights of a size that makes the logits differ, and the attention matter."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0.0, std)
+    return model
+
+
 def write_jsonl(path: Path, rows) -> Path:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path

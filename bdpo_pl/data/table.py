@@ -86,6 +86,11 @@ class PairTable:
             [self.categories[int(i)] for i in indices],
         )
 
+    def num_tokens(self, shared: bool) -> np.ndarray:
+        """(M,) tokens that a pair takes in a batch, its prompt counted once if `shared`, else for each response."""
+        prompts = self.prompt_lengths if shared else 2 * self.prompt_lengths
+        return (prompts + self.chosen_lengths + self.rejected_lengths).astype(np.int64)
+
     def prompt_digests(self) -> list[bytes]:
         """A digest of each pair's prompt tokens: equal digests, equal prompts."""
         ends = self.starts[:-1] + self.prompt_lengths

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from makers import build_model
+from makers import build_model, rows_alone
 from torch import nn
 
-from bdpo_pl.data.batches import collate_sequences
 from bdpo_pl.forward import response_logps
 
 SEQUENCES = [([5, 6, 7, 8], [9, 10, 4]), ([5], [11, 12, 13, 14, 15, 4]), ([7, 7, 9], [4])]
@@ -25,7 +24,7 @@ def naive(model, sequences):
 def test_padded_batch_equals_each_sequence_alone(architecture):
     extra = {"logits_scaling": 8.0} if architecture == "granite" else {}
     model = build_model(architecture, **extra).eval()
-    batch = collate_sequences(SEQUENCES, pad_id=0)
+    batch = rows_alone(SEQUENCES)
     ours = response_logps(model, batch)
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours.double(), naive(model, SEQUENCES), rtol=1e-5, atol=1e-4)
@@ -34,7 +33,7 @@ def test_padded_batch_equals_each_sequence_alone(architecture):
 def test_gradients_equal_the_naive_ones():
     model = build_model().eval()
     weights = torch.tensor([1.0, -2.0, 0.5])
-    (response_logps(model, collate_sequences(SEQUENCES, 0)) * weights).sum().backward()
+    (response_logps(model, rows_alone(SEQUENCES)) * weights).sum().backward()
     ours = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     (naive(model, SEQUENCES) * weights).sum().backward()
@@ -46,7 +45,7 @@ def test_only_scored_positions_reach_the_head():
     model = build_model().eval()
     shapes = []
     handle = model.lm_head.register_forward_hook(lambda _m, _i, out: shapes.append(tuple(out.shape)))
-    batch = collate_sequences(SEQUENCES, 0)
+    batch = rows_alone(SEQUENCES)
     hidden = []
     response_logps(model, batch, hidden.append)
     handle.remove()
@@ -72,7 +71,7 @@ class WithoutNamedHead(nn.Module):
 
 def test_model_without_a_named_head_falls_back_to_all_logits():
     model = WithoutNamedHead()
-    ours = response_logps(model, collate_sequences(SEQUENCES, 0))
+    ours = response_logps(model, rows_alone(SEQUENCES))
     torch.testing.assert_close(ours.double(), naive(model.inner, SEQUENCES), rtol=1e-5, atol=1e-4)
 
 
@@ -89,4 +88,4 @@ class CallsHeadTwice(WithoutNamedHead):
 
 def test_model_that_uses_its_head_twice_is_refused():
     with pytest.raises(RuntimeError, match="just once"):
-        response_logps(CallsHeadTwice(), collate_sequences(SEQUENCES, 0))
+        response_logps(CallsHeadTwice(), rows_alone(SEQUENCES))

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from makers import build_model
+from makers import build_model, large, rows_alone
 from torch import nn
 from training import fit, same, weights
 
-from bdpo_pl.data.batches import collate_sequences
 from bdpo_pl.errors import InputError
 from bdpo_pl.forward import response_logps
 from bdpo_pl.fused_head import fused_preference_loss, why_not_fused
@@ -23,21 +22,11 @@ ARCHITECTURES = {
 def batch():
     """Two pairs of different lengths."""
     sequences = [([5, 6, 7], [8, 9, 4]), ([10, 11], [12, 4]), ([5, 6, 7], [13, 4]), ([10, 11], [14, 15, 16, 17, 4])]
-    return collate_sequences(sequences, 0)
+    return rows_alone(sequences)
 
 
 def loss_of_pairs(chosen, rejected, index):
     return (1.0 + index) * -nn.functional.logsigmoid(0.5 * chosen - 0.4 * rejected)
-
-
-def large(model):
-    """Random weights of a size that makes the logits differ."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0.0, 0.3)
-    return model
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -1,0 +1,191 @@
+"""Which pairs a step sees, on which rank, and what each counts for: always the exact mean over the step's pairs.
+
+Lightning divides every micro-batch's loss by the number of them that it accumulates and averages over ranks, also where
+a step has fewer of them, or of unequal size. So a pair's weight is accumulate · world_size / (pairs in the step).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from bdpo_pl.errors import InputError
+
+PairKey = tuple[int, float]
+"""(index of a pair in its table, weight of its loss)."""
+
+Step = list[np.ndarray]
+"""Pair indices of each micro-batch of one optimiser step: of rank 0, 1, … and then of the next round of them."""
+
+# Pairs that differ by less than a 32nd of their size can stand in for each other.
+_SIZES_PER_OCTAVE = 32
+# Batches among which like sizes are brought together: enough for tight batches, few enough for mixed steps.
+_POOL_BATCHES = 32
+
+
+class StepSampler(Sampler[list[PairKey]]):
+    """Micro-batches of (index, weight) for one rank.
+
+    A rank left with no pair gets one of weight zero, because all ranks must take part.
+
+    Args:
+        epoch: called when a pass begins; each epoch has an order of its own. None keeps the table's order.
+        seed: the orders' seed, the same on every rank.
+        accumulate: micro-batches to an optimiser step.
+        rank: this process.
+        world_size: number of processes that split the data.
+    """
+
+    def __init__(
+        self,
+        *,
+        epoch: Callable[[], int] | None = None,
+        seed: int = 0,
+        accumulate: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.epoch = epoch
+        self.seed = seed
+        self.accumulate = accumulate
+        self.rank = rank
+        self.world_size = world_size
+        self.skip = 0
+
+    def skip_batches(self, count: int) -> None:
+        """Leave out the first `count` batches of the next pass alone: the ones a resumed run has behind it."""
+        self.skip = count
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Micro-batches of this rank in an epoch, the same in each."""
+
+    @abstractmethod
+    def steps(self, rng: np.random.Generator | None) -> Iterator[Step]:
+        """The steps of an epoch in the order that `rng` gives, the same on every rank."""
+
+    def __iter__(self) -> Iterator[list[PairKey]]:
+        skip, self.skip = self.skip, 0
+        for number, batch in enumerate(self._batches()):
+            if number >= skip:
+                yield batch
+
+    def _batches(self) -> Iterator[list[PairKey]]:
+        rng = None if self.epoch is None else np.random.default_rng([self.seed, self.epoch()])
+        for step in self.steps(rng):
+            weight = self.accumulate * self.world_size / sum(map(len, step))
+            for batch in step[self.rank :: self.world_size]:
+                yield [(int(i), weight) for i in batch] or [(int(step[0][0]), 0.0)]
+
+
+class PairBatchSampler(StepSampler):
+    """Micro-batches of a fixed number of pairs.
+
+    A step takes the next `batch_size · world_size · accumulate` pairs of the epoch's order; the last one of an epoch
+    may hold fewer, which are then dealt out evenly.
+
+    Args:
+        num_pairs: pairs in the table.
+        batch_size: pairs in one micro-batch of one rank.
+        kwargs: as in `StepSampler`.
+    """
+
+    def __init__(self, num_pairs: int, batch_size: int, **kwargs: object) -> None:
+        super().__init__(**kwargs)  # type: ignore[arg-type]
+        self.num_pairs = num_pairs
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        window = self.batch_size * self.world_size * self.accumulate
+        full, rest = divmod(self.num_pairs, window)
+        return full * self.accumulate + math.ceil(rest / (self.batch_size * self.world_size))
+
+    def steps(self, rng: np.random.Generator | None) -> Iterator[Step]:
+        """Consecutive pairs of the order."""
+        order = np.arange(self.num_pairs) if rng is None else rng.permutation(self.num_pairs)
+        window = self.batch_size * self.world_size * self.accumulate
+        for start in range(0, self.num_pairs, window):
+            step = order[start : start + window]
+            rounds = math.ceil(len(step) / (self.batch_size * self.world_size))
+            yield np.array_split(step, rounds * self.world_size)
+
+
+class TokenBatchSampler(StepSampler):
+    """Micro-batches of a bounded number of tokens, like sizes together.
+
+    Which sizes meet in a batch is drawn once, from the seed; which pairs of those sizes, and the order of the batches,
+    are drawn anew each epoch. So batches are shuffled, and there are as many of them in every epoch, which the length
+    of a run and its learning rates are computed from.
+
+    Args:
+        sizes: (M,) tokens of each pair.
+        max_tokens: tokens in a micro-batch at most.
+        kwargs: as in `StepSampler`.
+
+    Raises:
+        ValueError: a pair is larger than a batch.
+    """
+
+    def __init__(self, sizes: np.ndarray, max_tokens: int, **kwargs: object) -> None:
+        super().__init__(**kwargs)  # type: ignore[arg-type]
+        if len(sizes) and sizes.max() > max_tokens:
+            raise ValueError(f"pair {int(sizes.argmax())} has {int(sizes.max())} tokens, a batch {max_tokens}")
+        classes = np.minimum(_rounded_up(sizes), max_tokens)
+        order = np.arange(len(sizes))
+        if self.epoch is not None:
+            order = np.random.default_rng(self.seed).permutation(order)
+        self._by_size = {int(size): np.flatnonzero(classes == size) for size in np.unique(classes)}
+        self._batches_of_sizes = list(_fill(classes[order], max_tokens))
+
+    def __len__(self) -> int:
+        return math.ceil(len(self._batches_of_sizes) / self.world_size)
+
+    def steps(self, rng: np.random.Generator | None) -> Iterator[Step]:
+        """Batches of the planned sizes, in the order that `rng` gives."""
+        shuffle = (lambda values: values) if rng is None else rng.permutation
+        supply = {size: iter(shuffle(pairs)) for size, pairs in self._by_size.items()}
+        number = len(self._batches_of_sizes)
+        batches: Step = [np.empty(0, dtype=np.int64)] * number
+        # Drawn in random order too: pairs of one size do not follow each other through the epochs.
+        for at in shuffle(np.arange(number)):
+            batches[at] = np.array([next(supply[size]) for size in self._batches_of_sizes[at]])
+        order = shuffle(np.arange(number))
+        window = self.world_size * self.accumulate
+        for start in range(0, number, window):
+            step = [batches[at] for at in order[start : start + window]]
+            yield step + [np.empty(0, dtype=np.int64)] * (-len(step) % self.world_size)
+
+
+def check_budget(sizes: np.ndarray, max_tokens: int, places: Sequence[str], option: str) -> None:
+    """Raise `InputError` that names the first pair with more than `max_tokens` tokens, and the `option` to raise."""
+    over = np.flatnonzero(sizes > max_tokens)
+    if len(over):
+        raise InputError(
+            f"{places[over[0]]}: the pair takes {sizes[over[0]]} tokens ({len(over)} pairs take more than "
+            f"{option} = {max_tokens}); raise it to at least {sizes.max()}, or lower data.max_length"
+        )
+
+
+def _rounded_up(sizes: np.ndarray) -> np.ndarray:
+    step = np.maximum(1, 2 ** np.floor(np.log2(np.maximum(sizes, 1))).astype(np.int64) // _SIZES_PER_OCTAVE)
+    return -(-sizes.astype(np.int64) // step) * step
+
+
+def _fill(sizes: np.ndarray, max_tokens: int) -> Iterator[list[int]]:
+    """Batches of sizes whose sums stay within `max_tokens`: pool after pool of `sizes`, each from large to small."""
+    pools = np.cumsum(sizes) // (max_tokens * _POOL_BATCHES)
+    batch: list[int] = []
+    total = 0
+    for pool in np.unique(pools):
+        for size in sorted(sizes[pools == pool].tolist(), reverse=True):
+            if total + size > max_tokens:
+                yield batch
+                batch, total = [], 0
+            batch.append(size)
+            total += size
+    if batch:
+        yield batch
