@@ -6,7 +6,7 @@ Shapes: S sequences; R rows of T positions; N scored tokens; D hidden size; V vo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,15 +14,23 @@ from torch import Tensor, nn
 from bdpo_kernels import sequence_logprob
 from bdpo_pl.attention import model_inputs
 from bdpo_pl.data.documents import SequenceBatch
+from bdpo_pl.last_layer import scored_positions_only
 
 
-def response_logps(model: nn.Module, batch: SequenceBatch, on_hidden: Callable[[Tensor], None] | None = None) -> Tensor:
+def response_logps(
+    model: nn.Module,
+    batch: SequenceBatch,
+    on_hidden: Callable[[Tensor], None] | None = None,
+    *,
+    whole: bool = False,
+) -> Tensor:
     """log π(response | context) of each sequence, summed over its scored tokens.
 
     Args:
         model: a transformers causal language model (or a wrapper with its `get_output_embeddings`).
         batch: S sequences, N scored tokens in them.
-        on_hidden: called with the (R, T, D) hidden states that enter the LM head.
+        on_hidden: called with the (R, T, D) hidden states that enter the LM head, those of all positions.
+        whole: leave nothing out that is not read, as without `on_hidden` (for comparisons).
 
     Returns:
         (S,) float32, with gradients to the model's parameters.
@@ -33,7 +41,8 @@ def response_logps(model: nn.Module, batch: SequenceBatch, on_hidden: Callable[[
             on_hidden(hidden)
         return hidden.flatten(0, 1).index_select(0, batch.score_index).unsqueeze(0)
 
-    with head_input(model, select) as head_calls:
+    narrow = nullcontext() if whole or on_hidden is not None else scored_positions_only(model, batch)
+    with narrow, head_input(model, select) as head_calls:
         logits = model(**model_inputs(model, batch)).logits
     calls = len(head_calls)
     N, V = batch.labels.shape[0], logits.shape[-1]

@@ -20,6 +20,7 @@ from bdpo_pl.agreement import compute_dtype, relative_error, tolerance
 from bdpo_pl.attention import model_inputs
 from bdpo_pl.data.documents import SequenceBatch
 from bdpo_pl.forward import head_input, response_logps
+from bdpo_pl.last_layer import scored_positions_only
 
 LossOfPairs = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(chosen (b,), rejected (b,), pair index (b,)) → weighted loss of each pair (b,)."""
@@ -61,7 +62,7 @@ def fused_preference_loss(model: Any, batch: SequenceBatch, loss_of_pairs: LossO
         # The head itself gets nothing to do.
         return hidden[:, :0]
 
-    with head_input(model, compute):
+    with scored_positions_only(model, batch), head_input(model, compute):
         model(**model_inputs(model, batch))
     ((loss, chosen, rejected),) = results
     return loss, torch.stack([chosen, rejected])
@@ -79,7 +80,7 @@ def why_not_fused(model: Any, batch: SequenceBatch) -> str | None:
     model.eval()
     try:
         with torch.no_grad():
-            own = response_logps(model, batch)
+            own = response_logps(model, batch, whole=True)
             _, fused = fused_preference_loss(model, batch, lambda chosen, rejected, _: chosen - rejected)
     finally:
         model.train(was_training)

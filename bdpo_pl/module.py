@@ -13,8 +13,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from bdpo_pl import embedded
+from bdpo_pl.attention import set_attention
 from bdpo_pl.data.batches import PreferenceBatch
-from bdpo_pl.data.documents import RowLayout
+from bdpo_pl.data.documents import RowLayout, lay_out
 from bdpo_pl.datamodule import EMBEDDED, VALIDATION_SPLITS, PreferenceDataModule
 from bdpo_pl.errors import InputError, NonFiniteError
 from bdpo_pl.forward import response_logps
@@ -34,7 +35,7 @@ from bdpo_pl.models import (
 from bdpo_pl.optim import LRSchedule, lr_lambda, parameter_groups
 from bdpo_pl.reestimation import Reestimation
 from bdpo_pl.reference import Reference, ReferenceMode
-from bdpo_pl.row_layout import PrefixSharing, choose_layout
+from bdpo_pl.row_layout import PrefixSharing, choose_layout, probe_documents
 from bdpo_pl.scoring import ScoringOptions
 
 LMHead = Literal["auto", "fused", "logits"]
@@ -70,7 +71,7 @@ class PreferenceModule(L.LightningModule):
         prefix_sharing: read each pair as one row [prompt | chosen | rejected], the prompt once. `auto`: where a
             comparison on the first pairs finds no difference from two rows; `always`: or stop; `never`.
         lm_head: `fused` with the loss, a chunk of logits at a time; `logits`, as the model computes them; `auto`: fused
-            where a comparison on the first batch finds no difference.
+            where a comparison on the longest pair finds no difference.
         gradient_checkpointing: recompute activations in the backward pass, to save memory.
         trust_remote_code: run Python code that comes with the model. It runs with your permissions: read it first.
 
@@ -125,6 +126,7 @@ class PreferenceModule(L.LightningModule):
         """Validation results by optimiser step; step 0 is the policy before training."""
         self._fused: bool | None = None
         self._layout: RowLayout | None = None
+        self._grad_norm = torch.zeros(())
         self._window_tokens = 0
         self._window_start = 0.0
         self._validation_start = 0.0
@@ -140,9 +142,8 @@ class PreferenceModule(L.LightningModule):
         if self.reference is None:
             if self.reference_source != self.source:
                 check_vocabulary(load_config(self.reference_source), data.tokenizer, self.reference_source.name)
-            precision = str(self.trainer.precision)
-            policy_dtype = resolve_dtype(self.dtype_name, precision)
-            dtype = policy_dtype if self.reference_dtype == "auto" else resolve_dtype(self.reference_dtype, precision)
+            name = self.dtype_name if self.reference_dtype == "auto" else self.reference_dtype
+            dtype = resolve_dtype(name, str(self.trainer.precision))
             self.reference = Reference(
                 self.reference_source, self.reference_mode, dtype, self.scoring, self.prefix_sharing
             )
@@ -154,7 +155,7 @@ class PreferenceModule(L.LightningModule):
         """Load the policy, once; by now the scoring pass has let go of the reference."""
         if self.policy is not None:
             return
-        dtype = resolve_dtype(self.dtype_name, str(self.trainer.precision))
+        dtype = self.dtype_used
         self.policy = load_model(self.source, dtype)
         rank_zero_info(
             f"Policy: {type(self.policy).__name__}, {sum(p.numel() for p in self.policy.parameters()):,} parameters in "
@@ -169,7 +170,14 @@ class PreferenceModule(L.LightningModule):
     def row_layout(self) -> RowLayout:
         """How the policy reads pairs: tried out when first asked for, with the policy on its device."""
         if self._layout is None:
-            data = self._data()
+            data, reference = self._data(), self.reference
+            assert reference is not None
+            if reference.layout is not None and reference.source == self.source and reference.dtype == self.dtype_used:
+                # The same model has been tried, for the scoring.
+                assert reference.attention is not None
+                set_attention(self.policy, reference.attention)
+                self._layout = reference.layout
+                return self._layout
             self._layout = choose_layout(
                 self.policy,
                 data.tables["train"],
@@ -180,6 +188,11 @@ class PreferenceModule(L.LightningModule):
                 context=self.trainer.precision_plugin.forward_context,
             )
         return self._layout
+
+    @property
+    def dtype_used(self) -> torch.dtype:
+        """The dtype that the policy's weights are held in."""
+        return resolve_dtype(self.dtype_name, str(self.trainer.precision))
 
     def configure_optimizers(self) -> Any:
         """The optimiser on its parameter groups, and the schedule over all of the run's steps."""
@@ -209,7 +222,7 @@ class PreferenceModule(L.LightningModule):
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """Weighted sum of the pairs' losses, which over an optimiser step is their mean."""
         if self._fused is None:
-            self._fused = self._choose_head(batch)
+            self._fused = self._choose_head()
         pairs, losses, loss = self._fused_losses(batch) if self._fused else self._losses(batch, "train")
         self._require_finite(loss, batch, batch_idx)
         self.train_means.update(pair_metrics(self.loss, pairs, losses), batch.pair_weight > 0)
@@ -249,11 +262,13 @@ class PreferenceModule(L.LightningModule):
         with torch.no_grad():
             return pairs, self.loss(pairs), loss
 
-    def _choose_head(self, batch: PreferenceBatch) -> bool:
+    def _choose_head(self) -> bool:
         """Whether to fuse LM head and loss."""
         if self.lm_head == "logits":
             return False
-        objection = why_not_fused(self.policy, batch.sequences)
+        data = self._data()
+        probe = lay_out(probe_documents(data.tables["train"]), self.row_layout, data.pad_id)
+        objection = why_not_fused(self.policy, probe.to(self.device))
         if objection is None:
             return True
         if self.lm_head == "fused":
@@ -295,6 +310,7 @@ class PreferenceModule(L.LightningModule):
         norm = torch.nn.utils.get_total_norm(grads)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         self.log("train/grad_norm", norm)
+        self._grad_norm = norm
         # With fp16's loss scaling an overflow is ordinary: the scaler skips the step and lowers the scale.
         if not str(self.trainer.precision).startswith("16") and not torch.isfinite(norm):
             raise NonFiniteError(
@@ -302,6 +318,23 @@ class PreferenceModule(L.LightningModule):
                 f"{self.current_epoch}, with a finite loss. The weights are those of the last good step. "
                 "Lower the learning rate"
             )
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the norm that `on_before_optimizer_step` has measured.
+
+        Lightning would measure it again, and refuses to clip for a fused optimiser under bf16-mixed, which is harmless:
+        only fp16's scaler is in the way of that.
+        """
+        by_norm = gradient_clip_algorithm in (None, "norm")
+        if not by_norm or not gradient_clip_val or str(self.trainer.precision).startswith("16"):
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif self._grad_norm.device.type != "cpu" or self._grad_norm > gradient_clip_val:
+            torch.nn.utils.clip_grads_with_norm_(self.policy.parameters(), gradient_clip_val, self._grad_norm)
 
     def _check_start(self, losses: Tensor) -> None:
         """Warn if the first loss is not what it must be when the policy is its own reference (ln 2 for DPO)."""

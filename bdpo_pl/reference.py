@@ -67,7 +67,9 @@ class Reference:
         self.prefix_sharing: PrefixSharing = prefix_sharing
         self._scores: dict[str, SplitScores] = {}
         self._model: nn.Module | None = None
-        self._layout = RowLayout.SPLIT
+        self.layout: RowLayout | None = None
+        """How the model reads pairs; None as long as it has read none."""
+        self.attention: str | None = None
 
     def check_fits(self, loss: PreferenceLoss) -> None:
         """Raise `InputError` if `loss` reads what this reference does not give."""
@@ -86,7 +88,7 @@ class Reference:
         """Score every split of `data` that is not scored yet (`precomputed`), or load the model to keep (`live`)."""
         if self.mode == "live" and self._model is None:
             self._model = self._load(trainer)
-            self._layout = self._choose_layout(self._model, trainer, data)
+            self._choose_layout(self._model, trainer, data)
         if self.mode != "precomputed" or self._scores:
             return
         self._score_splits(trainer, data, loss)
@@ -113,8 +115,9 @@ class Reference:
             return SplitScores()
         if self.mode == "live":
             assert self._model is not None
+            assert self.layout is not None
             table, indices = data.tables[split], pair_index.cpu().numpy()
-            scores = score_pairs(self._model, table, indices, layout=self._layout, **self._options(data, loss))
+            scores = score_pairs(self._model, table, indices, layout=self.layout, **self._options(data, loss))
             found = _split_scores(scores, table.select(indices), loss.estimator)
             return SplitScores(*(None if t is None else t.to(device) for t in (found.reference, found.comprehension)))
         held = self._scores[split]
@@ -127,8 +130,8 @@ class Reference:
         model = load_model(self.source, self.dtype)
         return model.requires_grad_(False).eval().to(trainer.strategy.root_device)
 
-    def _choose_layout(self, model: nn.Module, trainer: L.Trainer, data: PreferenceDataModule) -> RowLayout:
-        return choose_layout(
+    def _choose_layout(self, model: Any, trainer: L.Trainer, data: PreferenceDataModule) -> RowLayout:
+        self.layout = choose_layout(
             model,
             data.tables["train"],
             self.prefix_sharing,
@@ -137,6 +140,8 @@ class Reference:
             pad_id=data.pad_id,
             context=trainer.precision_plugin.forward_context,
         )
+        self.attention = model.config._attn_implementation
+        return self.layout
 
     def _options(self, data: PreferenceDataModule, loss: PreferenceLoss) -> dict[str, Any]:
         return {

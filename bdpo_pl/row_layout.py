@@ -45,7 +45,7 @@ def choose_layout(
 
     Args:
         model: causal language model, on the device it will run on.
-        table: pairs to try it on: the longest one and the first.
+        table: pairs to try it on: the longest one and the shortest.
         option: `never` keeps a row for each response; `always` does not take less than shared rows for an answer.
         name: of the model, for messages.
         attention: the implementation that the user named, if any.
@@ -57,7 +57,7 @@ def choose_layout(
     """
     if option == "never":
         return RowLayout.SPLIT
-    documents = _probe(table)
+    documents = probe_documents(table)
     on_gpu = next(model.parameters()).device.type == "cuda"
     if on_gpu and attention is None and getattr(model, "_supports_flex_attn", False):
         before = model.config._attn_implementation
@@ -79,9 +79,10 @@ def choose_layout(
     return RowLayout.SPLIT
 
 
-def _probe(table: PairTable) -> list[Document]:
-    longest = int(table.num_tokens(shared=True).argmax())
-    return pair_documents([table[i] for i in dict.fromkeys((longest, 0))])
+def probe_documents(table: PairTable) -> list[Document]:
+    """A few pairs to try a model on: the longest and the shortest."""
+    sizes = table.num_tokens(shared=True)
+    return pair_documents([table[i] for i in dict.fromkeys((int(sizes.argmax()), int(sizes.argmin())))])
 
 
 def _objection(
@@ -105,7 +106,7 @@ def _objection(
             if reference is not None:
                 used = model.config._attn_implementation
                 set_attention(model, reference)
-            alone = _logps(model, documents, RowLayout.SPLIT, pad_id)
+            alone = _logps(model, documents, RowLayout.SPLIT, pad_id, whole=True)
             if reference is not None:
                 set_attention(model, used)
     except torch.OutOfMemoryError:
@@ -125,9 +126,9 @@ def _objection(
     return None
 
 
-def _logps(model: Any, documents: Sequence[Document], layout: RowLayout, pad_id: int) -> Tensor:
+def _logps(model: Any, documents: Sequence[Document], layout: RowLayout, pad_id: int, whole: bool = False) -> Tensor:
     batch = lay_out(documents, layout, pad_id)
-    return response_logps(model, batch.to(next(model.parameters()).device))
+    return response_logps(model, batch.to(next(model.parameters()).device), whole=whole)
 
 
 def _with_another_response(documents: Sequence[Document], model: Any) -> list[Document]:

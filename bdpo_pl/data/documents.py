@@ -69,6 +69,7 @@ class SequenceBatch:
         documents: (R, T) int32, which document of its row a token belongs to; −1 on padding.
         branches: (R, T) int32, 0 in a document's context, 1, 2, … in its responses.
         score_index: (N,) int64 into the flattened (R·T) positions: where each scored token is predicted from.
+        scored: (U,) int64, the same positions, each once, in order.
         labels: (N,) int64, the scored tokens.
         sequence_ids: (N,) int64, the sequence each scored token belongs to.
         spans: (S, 4) int64: start and end of each sequence's context, start and end of its response, flattened.
@@ -80,6 +81,7 @@ class SequenceBatch:
     documents: Tensor
     branches: Tensor
     score_index: Tensor
+    scored: Tensor
     labels: Tensor
     sequence_ids: Tensor
     spans: Tensor
@@ -146,12 +148,14 @@ def lay_out(documents: Sequence[Document], layout: RowLayout, pad_id: int) -> Se
                 labels[s] = ids
     input_ids, position_ids, document_ids, branches = torch.from_numpy(grid)
     lengths = torch.tensor([len(ids) for ids in labels])
+    score_index = np.concatenate(index)
     return SequenceBatch(
         input_ids=input_ids,
         position_ids=position_ids,
         documents=document_ids.int(),
         branches=branches.int(),
-        score_index=torch.from_numpy(np.concatenate(index)),
+        score_index=torch.from_numpy(score_index),
+        scored=torch.from_numpy(np.unique(score_index)),
         labels=torch.tensor([token for ids in labels for token in ids]),
         sequence_ids=torch.repeat_interleave(torch.arange(S), lengths),
         spans=torch.from_numpy(spans),

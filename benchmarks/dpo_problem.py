@@ -1,0 +1,141 @@
+"""A model with random weights and preference pairs of chosen lengths, the same for every trainer.
+
+A word is a token here, so that lengths are exact and no tokenizer can cut one trainer's prompts differently. Chosen and
+rejected responses prefer different words: there is something to learn, and a held-out loss that falls.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+MIXES = {
+    "prompt-heavy": (192, 64),
+    "balanced": (96, 96),
+    "response-heavy": (64, 192),
+}
+"""Mean tokens of the prompt and of each response."""
+
+MODELS: dict[str, dict[str, Any]] = {
+    "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 500},
+    "small": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "num_attention_heads": 8,
+              "num_key_value_heads": 2, "vocab_size": 32_000},
+    "qwen2-7b": {"hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28, "num_attention_heads": 28,
+                 "num_key_value_heads": 4, "vocab_size": 152_064},
+}  # fmt: skip
+"""Shapes of Qwen2."""
+
+# Words that a side prefers, and how often it uses one of them.
+_PREFERRED, _SHARE = 200, 0.5
+
+
+@dataclass(frozen=True)
+class DPOProblem:
+    """What every contender is given.
+
+    Attributes:
+        model: a name in `MODELS`.
+        mix: a name in `MIXES`.
+        scale: factor of the mix's lengths.
+        spread: σ of the log-normal lengths; 0 gives every pair the same.
+        num_pairs: pairs to train on, one epoch.
+        num_held_out: pairs to validate on, for curves.
+        batch_size: pairs in an optimiser step.
+        precision: `float32` or `bfloat16`.
+        lora: train an adapter of rank 16 on all linear layers instead of all weights.
+        learning_rate: constant, of AdamW.
+        device: `cpu` or `cuda`.
+        curve: validate this many times on the way.
+    """
+
+    model: str = "small"
+    mix: str = "prompt-heavy"
+    scale: float = 1.0
+    spread: float = 0.0
+    num_pairs: int = 32
+    num_held_out: int = 0
+    batch_size: int = 4
+    precision: str = "float32"
+    lora: bool = False
+    learning_rate: float = 1e-5
+    device: str = "cpu"
+    curve: int = 0
+
+    @property
+    def max_length(self) -> int:
+        """Room for the longest sequence that `lengths` draws."""
+        prompt, response = MIXES[self.mix]
+        return int((prompt + response) * self.scale * (4 if self.spread else 1)) + 2
+
+
+def build(problem: DPOProblem, folder: Path) -> None:
+    """Write `model/`, `tokenizer/`, `train.jsonl`, `held_out.jsonl` and `problem.json` into `folder`."""
+    sizes = MODELS[problem.model]
+    _write_model(sizes, problem, folder / "model")
+    rng = np.random.default_rng(0)
+    for name, count in (("train", problem.num_pairs), ("held_out", problem.num_held_out)):
+        lines = [json.dumps(_row(rng, problem, sizes["vocab_size"])) for _ in range(count)]
+        (folder / f"{name}.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    (folder / "problem.json").write_text(json.dumps(asdict(problem)), encoding="utf-8")
+
+
+def read(folder: Path) -> tuple[DPOProblem, list[dict[str, str]], list[dict[str, str]]]:
+    """The problem, its training rows and its held-out rows."""
+    problem = DPOProblem(**json.loads((folder / "problem.json").read_text(encoding="utf-8")))
+    train, held_out = (
+        [json.loads(line) for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+        for name in ("train", "held_out")
+    )
+    return problem, train, held_out
+
+
+def _write_model(sizes: dict[str, Any], problem: DPOProblem, folder: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    words = ["<pad>", "</s>", *(f"w{i}" for i in range(2, sizes["vocab_size"]))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
+    # Not beside the model: transformers would take it for Qwen2's own, which has other rules.
+    fast.save_pretrained(folder.with_name("tokenizer"))
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "qwen2", **sizes, max_position_embeddings=max(2048, problem.max_length), pad_token_id=0, eos_token_id=1,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    dtype = getattr(torch, problem.precision)
+    with torch.device(problem.device):
+        AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
+
+
+def _row(rng: np.random.Generator, problem: DPOProblem, vocabulary: int) -> dict[str, str]:
+    prompt, response = MIXES[problem.mix]
+
+    def length(mean: int) -> int:
+        mean = max(4, int(mean * problem.scale))
+        if not problem.spread:
+            return mean
+        # A log-normal of that mean, cut off where `max_length` is.
+        drawn = rng.lognormal(np.log(mean) - problem.spread**2 / 2, problem.spread)
+        return int(np.clip(drawn, 4, 4 * mean))
+
+    def text(count: int, first: int) -> str:
+        words = rng.integers(2, vocabulary, count)
+        if first:
+            preferred = rng.random(count) < _SHARE
+            words = np.where(preferred, rng.integers(first, first + _PREFERRED, count), words)
+        return " ".join(f"w{i}" for i in words)
+
+    return {
+        "prompt": text(length(prompt), 0),
+        # The end-of-sequence token that both trainers add belongs to the response.
+        "chosen": " " + text(length(response) - 1, 2),
+        "rejected": " " + text(length(response) - 1, 2 + _PREFERRED),
+    }

@@ -1,0 +1,201 @@
+"""A whole alignment job, ours and TRL's: `python -m benchmarks.end_to_end [--device cpu|cuda] [--mixes NAME ...]`.
+
+Same model, pairs, order, precision, batch of pairs and optimiser. Every trainer runs in a process of its own, in rounds
+that alternate, so that a drift of the machine meets all alike. Writes JSON to `benchmarks/results/`, prints Markdown.
+`--curve K` validates K times on the way and compares the time to the same held-out loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.dpo_jobs import CONTENDERS
+from benchmarks.dpo_problem import MIXES, MODELS, DPOProblem, build
+from benchmarks.machine import machine
+
+_RESULTS = Path(__file__).parent / "results"
+_TIMEOUT_S = 3600
+_SAME_LOSS_STEPS = 20
+_MB = 1 << 20
+_LIVE, _PRECOMPUTED = "TRL DPO, live reference", "TRL DPO, precomputed reference"
+
+
+def child(contender: str, folder: Path) -> dict[str, Any]:
+    """One job in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.dpo_jobs", contender, str(folder)]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        return {"not_run": f"not done after {_TIMEOUT_S} s"}
+    if result.returncode != 0:
+        lines = result.stderr.strip().splitlines()
+        return {"not_run": f"failed: {lines[-1] if lines else f'exit status {result.returncode}'}"[:300]}
+    return json.loads(result.stdout.strip().splitlines()[-1])
+
+
+def compare(problem: DPOProblem, names: list[str], rounds: int) -> list[dict[str, Any]]:
+    """Every contender on one problem."""
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    with tempfile.TemporaryDirectory() as folder:
+        build(problem, Path(folder))
+        for _ in range(rounds):
+            for name in names:
+                if not any("not_run" in run for run in runs[name]):
+                    runs[name].append(child(name, Path(folder)))
+                    seconds = runs[name][-1].get("job_s")
+                    print(f"{problem.mix:15} {name:32} {seconds and round(seconds, 1)} s", flush=True)
+    return [_row(problem, name, results) for name, results in runs.items()]
+
+
+def _row(problem: DPOProblem, name: str, results: list[dict[str, Any]]) -> dict[str, Any]:
+    row: dict[str, Any] = {"problem": asdict(problem), "contender": name}
+    failed = next((run["not_run"] for run in results if "not_run" in run), None)
+    if failed is not None:
+        return row | {"not_run": failed}
+    first = results[0]
+    job = statistics.median(run["job_s"] for run in results)
+    return row | {
+        "job_s": job,
+        "jobs_s": [run["job_s"] for run in results],
+        "scoring_s": statistics.median(run["scoring_s"] for run in results),
+        "training_s": statistics.median(run["training_s"] for run in results),
+        "pairs_per_s": first["num_pairs"] / job,
+        "tokens_per_s": first["num_tokens"] / job,
+        "training_pairs_per_s": first["num_pairs"] / statistics.median(run["training_s"] for run in results),
+        "peak_bytes": max(run["peak_bytes"] for run in results),
+        "losses": first["losses"][:_SAME_LOSS_STEPS],
+        "curve": first["curve"],
+        "row_layout": first.get("row_layout"),
+    }
+
+
+def loss_difference(rows: list[dict[str, Any]]) -> float | None:
+    """Largest difference of our DPO's losses from TRL's, over the first steps of the same batches."""
+    losses = {row["contender"]: row["losses"] for row in rows if "losses" in row}
+    theirs = losses.get(_PRECOMPUTED) or losses.get(_LIVE)
+    mine = losses.get("ours, DPO")
+    if not mine or not theirs or len(mine) != len(theirs):
+        return None
+    return max(abs(a - b) for a, b in zip(mine, theirs, strict=True))
+
+
+def seconds_to(loss: float, curve: list[list[float]]) -> float | None:
+    """When a curve of (seconds, loss) first reaches `loss`, between two points by a straight line."""
+    for (t0, l0), (t1, l1) in itertools.pairwise(curve):
+        if l1 <= loss < l0:
+            return t0 + (t1 - t0) * (l0 - loss) / (l0 - l1)
+    return curve[0][0] if curve and curve[0][1] <= loss else None
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """One line a contender and problem, ratios to both of TRL's modes on the same problem."""
+    lines = [
+        "| lengths | trainer | job, s | pairs/s | tokens/s | × TRL live | × TRL precomputed | peak MB | of live's |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        problem = row["problem"]
+        spread = f", σ {problem['spread']:g}" if problem["spread"] else ""
+        head = f"| {problem['mix']} {'/'.join(map(str, MIXES[problem['mix']]))}{spread} | {row['contender']} |"
+        if "not_run" in row:
+            lines.append(f"{head} not run: {row['not_run']} | | | | | | |")
+            continue
+        peers = {r["contender"]: r for r in rows if r["problem"] == problem and "job_s" in r}
+        live, precomputed = peers.get(_LIVE), peers.get(_PRECOMPUTED)
+        speed = [f"{p['job_s'] / row['job_s']:.2f}" if p else "–" for p in (live, precomputed)]
+        memory = f"{row['peak_bytes'] / live['peak_bytes']:.0%}" if live else "–"
+        lines.append(
+            f"{head} {row['job_s']:.1f} | {row['pairs_per_s']:.2f} | {row['tokens_per_s']:,.0f} | {speed[0]} | "
+            f"{speed[1]} | {row['peak_bytes'] / _MB:,.0f} | {memory} |"
+        )
+    return "\n".join(lines)
+
+
+def curve_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """Time to the same held-out loss: to the highest of the trainers' lowest ones, which all of them reach."""
+    curves = {row["contender"]: row["curve"] for row in rows if row.get("curve")}
+    if not curves:
+        return []
+    target = max(min(loss for _, loss in curve) for curve in curves.values())
+    reached = {name: seconds_to(target, curve) for name, curve in curves.items()}
+    return [
+        f"{name}: held-out DPO loss {target:.4f} after {seconds:.1f} s" for name, seconds in reached.items() if seconds
+    ]
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--model", choices=MODELS, help="default: small on a CPU, qwen2-7b on a GPU")
+    parser.add_argument("--mixes", nargs="+", choices=MIXES, default=list(MIXES))
+    parser.add_argument("--spread", nargs="+", type=float, default=[0.0, 0.5], help="σ of the log-normal lengths")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor of the lengths")
+    parser.add_argument("--pairs", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--learning-rate", type=float, default=1e-5)
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), help="default: float32 on a CPU")
+    parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--curve", type=int, default=0, help="validations on the way, on as many held-out pairs again")
+    parser.add_argument("--out", type=Path, default=_RESULTS)
+    parser.add_argument("--tag", default="", help="goes into the result's name")
+    options = parser.parse_args()
+    on_gpu = options.device == "cuda"
+    problem = DPOProblem(
+        model=options.model or ("qwen2-7b" if on_gpu else "small"),
+        scale=options.scale,
+        num_pairs=options.pairs,
+        num_held_out=options.pairs if options.curve else 0,
+        batch_size=options.batch_size,
+        precision=options.precision or ("bfloat16" if on_gpu else "float32"),
+        lora=options.lora,
+        learning_rate=options.learning_rate,
+        device=options.device,
+        curve=options.curve,
+    )
+    options.out.mkdir(parents=True, exist_ok=True)
+    started = datetime.datetime.now(datetime.UTC)
+    tag = f"-{options.tag}" if options.tag else ""
+    path = options.out / f"{started:%Y-%m-%d}-{options.device}-end-to-end{tag}.json"
+    rows: list[dict[str, Any]] = []
+    report: dict[str, Any] = {
+        "command": ["python", "-m", "benchmarks.end_to_end", *sys.argv[1:]],
+        "date": f"{started:%Y-%m-%dT%H:%M:%SZ}",
+        "machine": machine(options.device),
+        "rows": rows,
+        "loss_differences": [],
+    }
+    for mix in options.mixes:
+        for spread in options.spread:
+            found = compare(replace(problem, mix=mix, spread=spread), options.only, options.rounds)
+            rows += found
+            difference = loss_difference(found)
+            report["loss_differences"].append(difference)
+            # Kept as it grows: the slow trainers take their time.
+            path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            if difference is not None:
+                print(f"Our DPO's losses differ from TRL's by {difference:.1e} at most, over the first steps")
+            print("\n".join(curve_lines(found)))
+    print(markdown(rows))
+    if np.isnan([d for d in report["loss_differences"] if d is not None]).any():
+        raise SystemExit("a loss is not a number")
+    print(f"Written to {path}")
+
+
+if __name__ == "__main__":
+    main()
