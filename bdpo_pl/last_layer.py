@@ -65,8 +65,11 @@ def _last_mlp(model: Any) -> nn.Module | None:
     if getattr(model, "is_gradient_checkpointing", False):
         return None
     layers = decoder_layers(model) if hasattr(model, "config") else None
-    if not layers or layers[-1]._compiled_call_impl is not None:
+    if not layers:
         return None
-    mlp = getattr(layers[-1], "mlp", None)
+    last = layers[-1]
+    if last._compiled_call_impl is not None or getattr(last, "gradient_checkpointing", False):
+        return None
+    mlp = getattr(last, "mlp", None)
     # transformers names the plain, position-wise ones so; mixtures of experts have other names.
     return mlp if isinstance(mlp, nn.Module) and type(mlp).__name__.endswith("MLP") else None

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from bdpo_pl.errors import InputError
+from bdpo_pl.last_layer import decoder_layers
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -121,6 +122,21 @@ def enable_activation_checkpointing(model: Any) -> None:
         enable({"use_reentrant": False})
     except ValueError as error:
         raise InputError(f"model.gradient_checkpointing: {error}") from error
+
+
+def compile_layers(model: Any, backend: str) -> None:
+    """Compile each decoder layer: one compilation serves all, and hooks around the LM head stay outside.
+
+    Raises:
+        InputError: no such backend, or a model whose layers cannot be told.
+    """
+    if backend not in (known := torch.compiler.list_backends(exclude_tags=())):
+        raise InputError(f"model.compile: there is no backend {backend!r}; choose one of {', '.join(known)}")
+    layers = decoder_layers(model)
+    if layers is None:
+        raise InputError(f"model.compile: the layers of {type(model).__name__} cannot be told; leave it unset")
+    for layer in layers:
+        layer.compile(backend=backend)
 
 
 def resolve_dtype(name: DTypeName, precision: str) -> torch.dtype:

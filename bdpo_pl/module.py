@@ -27,6 +27,7 @@ from bdpo_pl.models import (
     ModelSource,
     check_vocabulary,
     check_window,
+    compile_layers,
     enable_activation_checkpointing,
     load_config,
     load_model,
@@ -45,8 +46,8 @@ _SMALLEST_HALF_RATE = 1e-5
 
 
 def adamw(params: Any) -> torch.optim.Optimizer:
-    """The default optimiser: AdamW at DPO's own learning rate for full fine-tuning, 1e-6 (arXiv:2305.18290)."""
-    return torch.optim.AdamW(params, lr=1e-6, betas=(0.9, 0.999), weight_decay=0.0)
+    """The default optimiser: fused AdamW at DPO's learning rate for full fine-tuning, 1e-6 (arXiv:2305.18290)."""
+    return torch.optim.AdamW(params, lr=1e-6, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
 
 
 class PreferenceModule(L.LightningModule):
@@ -73,6 +74,8 @@ class PreferenceModule(L.LightningModule):
         lm_head: `fused` with the loss, a chunk of logits at a time; `logits`, as the model computes them; `auto`: fused
             where a comparison on the longest pair finds no difference.
         gradient_checkpointing: recompute activations in the backward pass, to save memory.
+        compile: backend for `torch.compile` of the layers (`inductor` is PyTorch's own); default: not compiled. Worth
+            its minute of compilation in long runs.
         trust_remote_code: run Python code that comes with the model. It runs with your permissions: read it first.
 
     Raises:
@@ -97,6 +100,7 @@ class PreferenceModule(L.LightningModule):
         prefix_sharing: PrefixSharing = "auto",
         lm_head: LMHead = "auto",
         gradient_checkpointing: bool = False,
+        compile: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
@@ -117,6 +121,7 @@ class PreferenceModule(L.LightningModule):
         self.prefix_sharing: PrefixSharing = prefix_sharing
         self.lm_head = lm_head
         self.gradient_checkpointing = gradient_checkpointing
+        self.compile_backend = compile
         self.policy: Any = None
         self.reference: Reference | None = None
         self.reestimation = Reestimation(reestimate_every)
@@ -165,6 +170,8 @@ class PreferenceModule(L.LightningModule):
         self.policy.train()
         if self.gradient_checkpointing:
             enable_activation_checkpointing(self.policy)
+        if self.compile_backend is not None:
+            compile_layers(self.policy, self.compile_backend)
 
     @property
     def row_layout(self) -> RowLayout:

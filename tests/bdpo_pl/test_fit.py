@@ -195,10 +195,12 @@ def test_messy_safe_rlhf_file_trains_and_reports(base, tmp_path, capsys):
 
 
 def test_two_processes_train_as_one(base, tmp_path):
-    one = run([*base, "--data.batch_size=8"])
+    """By tokens, where batches differ in their number of pairs; of pairs, `test_samplers` proves the same."""
+    budget = "--data.max_tokens_per_batch=300"
+    one = run([*base, budget, "--trainer.accumulate_grad_batches=2"])
     assert one.returncode == 0, one.stderr
-    ranks = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=4"]
-    two = run([*base, *ranks], OMP_NUM_THREADS="1", BDPO_PL_CACHE=str(tmp_path / "cache of two"))
+    ranks = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    two = run([*base, budget, *ranks], OMP_NUM_THREADS="1", BDPO_PL_CACHE=str(tmp_path / "cache of two"))
     assert two.returncode == 0, two.stderr
     whole, shared = exported(), exported("runs/version_1/model")
     for name in whole:
