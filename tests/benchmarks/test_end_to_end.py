@@ -1,0 +1,95 @@
+"""The end-to-end benchmark at a shape of no consequence, and what it proves on the way: our losses are TRL's."""
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from benchmarks.dpo_problem import DPOProblem, build, read
+from benchmarks.end_to_end import curve_lines, loss_difference, markdown, seconds_to
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(module, *arguments):
+    command = [sys.executable, "-m", module, "--device", "cpu", "--model", "tiny", *arguments]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_our_jobs_run_and_learn(tmp_path):
+    arguments = ["--mixes", "balanced", "--spread", "0.5", "--scale", "0.2", "--pairs", "48", "--learning-rate", "3e-3"]
+    only = ["--only", "ours, B-DPO", "--curve", "3", "--out", str(tmp_path)]
+    printed = run("benchmarks.end_to_end", *arguments, *only)
+    assert "| balanced 96/96, σ 0.5 | ours, B-DPO |" in printed
+    (report,) = (json.loads(path.read_text()) for path in tmp_path.glob("*-cpu-end-to-end.json"))
+    (row,) = report["rows"]
+    assert row["row_layout"] == "shared"
+    assert row["losses"][0] == pytest.approx(0.6931, abs=1e-3)
+    assert len(row["curve"]) == 3
+    assert row["curve"][-1][1] < row["curve"][0][1]
+    assert row["job_s"] == pytest.approx(row["scoring_s"] + row["training_s"])
+
+
+@pytest.mark.skipif(find_spec("trl") is None, reason="TRL is in the extra `bench`")
+def test_dpo_losses_are_trls_over_twenty_steps(tmp_path):
+    arguments = ["--mixes", "prompt-heavy", "--spread", "0.5", "--scale", "0.2", "--pairs", "80"]
+    only = ["--only", "ours, DPO", "TRL DPO, precomputed reference", "--learning-rate", "2e-3", "--out", str(tmp_path)]
+    run("benchmarks.end_to_end", *arguments, *only)
+    (report,) = (json.loads(path.read_text()) for path in tmp_path.glob("*.json"))
+    ours, theirs = (row["losses"] for row in report["rows"])
+    assert len(ours) == len(theirs) == 20
+    assert max(ours) - min(ours) > 0.02
+    assert report["loss_differences"] == [pytest.approx(0, abs=1e-3)]
+
+
+def test_scoring_benchmark_runs(tmp_path):
+    printed = run("benchmarks.scoring", "--mixes", "balanced", "--pairs", "2", "--rounds", "1", "--out", str(tmp_path))
+    assert "× an epoch's forward" in printed
+    (report,) = (json.loads(path.read_text()) for path in tmp_path.glob("*-cpu-scoring.json"))
+    assert report["rows"][0]["layout"] == "shared"
+
+
+def test_problem_has_the_lengths_it_says(tmp_path):
+    problem = DPOProblem(model="tiny", mix="response-heavy", scale=0.5, num_pairs=300, num_held_out=2, spread=0.5)
+    build(problem, tmp_path)
+    again, train, held_out = read(tmp_path)
+    assert again == problem
+    assert len(train) == 300
+    assert len(held_out) == 2
+    prompts = [len(row["prompt"].split()) for row in train]
+    responses = [len(row[side].split()) + 1 for row in train for side in ("chosen", "rejected")]
+    assert sum(prompts) / 300 == pytest.approx(32, rel=0.1)
+    assert sum(responses) / 600 == pytest.approx(96, rel=0.1)
+    assert max(responses) > 2 * 96
+    assert max(map(max, zip(prompts, responses, strict=False))) < problem.max_length
+
+
+def test_time_to_a_loss_is_read_off_the_curve():
+    curve = [[1.0, 0.69], [2.0, 0.67], [3.0, 0.63]]
+    assert seconds_to(0.65, curve) == pytest.approx(2.5)
+    assert seconds_to(0.69, curve) == 1.0
+    assert seconds_to(0.5, curve) is None
+    rows = [{"contender": "a", "curve": curve}, {"contender": "b", "curve": [[4.0, 0.69], [8.0, 0.65]]}]
+    assert curve_lines(rows) == [
+        "a: held-out DPO loss 0.6500 after 2.5 s",
+        "b: held-out DPO loss 0.6500 after 8.0 s",
+    ]
+
+
+def test_table_gives_ratios_and_reasons():
+    problem = {"mix": "balanced", "spread": 0.0}
+    done = {"problem": problem, "pairs_per_s": 1.0, "tokens_per_s": 10.0}
+    rows = [
+        done | {"contender": "ours, DPO", "job_s": 5.0, "peak_bytes": 1 << 30, "losses": [0.6931, 0.5]},
+        done | {"contender": "TRL DPO, live reference", "job_s": 20.0, "peak_bytes": 2 << 30, "losses": [0.6931, 0.51]},
+        {"problem": problem, "contender": "TRL DPO, precomputed reference", "not_run": "out of memory"},
+    ]
+    lines = markdown(rows).splitlines()
+    assert lines[2] == "| balanced 96/96 | ours, DPO | 5.0 | 1.00 | 10 | 4.00 | – | 1,024 | 50% |"
+    assert "not run: out of memory" in lines[4]
+    assert loss_difference(rows) == pytest.approx(0.01)
