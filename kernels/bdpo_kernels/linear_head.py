@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bdpo_kernels.backends import load
 from bdpo_kernels.transform import LogitTransform
+from bdpo_kernels.vocab_parallel import ShardedRows, VocabShard
 
 # Bytes of logits in one chunk. CPU: enough rows for the matrix products to run at full speed, no more. GPU: enough
 # tokens to fill it (1 GiB is 3,500 tokens of a vocabulary of 152k in bfloat16), small beside a model.
@@ -51,6 +53,7 @@ class LinearHead:
         max_tokens: tokens in a chunk at most.
         dtype: of the products: the tensors' own, or autocast's.
         needs: whether gradients of hidden, weight and bias are wanted.
+        shard: of the vocabulary, where weight and bias are a rank's part of it.
 
     Attributes:
         grad_hidden: (N, D), zero at tokens not walked; None unless wanted.
@@ -70,13 +73,15 @@ class LinearHead:
         max_tokens: int,
         dtype: torch.dtype,
         needs: tuple[bool, bool, bool] = (False, False, False),
+        shard: VocabShard | None = None,
     ) -> None:
         self.hidden = hidden
         self.labels = labels
         self._weight = weight.to(dtype)
         self._bias = None if bias is None else bias.to(dtype)
         self._transform = transform
-        self._rows = load(backend)
+        self._rows: Any = load(backend) if shard is None else ShardedRows(backend, shard)
+        self._shard = shard
         self._dtype = dtype
         V = weight.shape[0]
         self._buffer = torch.empty(min(max_tokens, len(labels)), V, dtype=dtype, device=hidden.device)
@@ -120,6 +125,8 @@ class LinearHead:
         """Those of hidden, weight and bias in their dtypes; an empty tensor, no two the same, for one not wanted."""
         if self.grad_weight is not None and not self._weight_is_written:
             self.grad_weight.zero_()
+        if self._shard is not None and self.grad_hidden is not None:
+            self._rows.reduce(self.grad_hidden)
         new = self.hidden.new_empty
         return (
             new(0) if self.grad_hidden is None else self.grad_hidden,

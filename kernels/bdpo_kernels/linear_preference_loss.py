@@ -20,6 +20,7 @@ from bdpo_kernels.checks import check_label_values, check_linear, check_sequence
 from bdpo_kernels.linear_head import LinearHead, chunk_tokens
 from bdpo_kernels.linear_sequence_logprob import gathered
 from bdpo_kernels.transform import LogitTransform
+from bdpo_kernels.vocab_parallel import VocabShard
 
 LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(chosen (b,), rejected (b,) log-probabilities, pair index (b,)) → losses (b,)."""
@@ -41,6 +42,7 @@ def linear_preference_loss(
     chunk_bytes: int | None = None,
     backend: Backend | None = None,
     check_labels: bool = True,
+    shard: VocabShard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sum of the losses of B pairs of sequences; sequence p is the chosen one of pair p, sequence B + p the rejected.
 
@@ -58,6 +60,8 @@ def linear_preference_loss(
             gradient, for a few pairs at a time, so it must not mix pairs.
         num_pairs: B.
         bias, softcap, logit_scale, ignore_index, chunk_bytes, backend, check_labels: as in `linear_sequence_logprob`.
+        shard: which rows of the vocabulary this rank holds, where `weight` (v, D) and `bias` (v,) are its part of them;
+            see `vocab_parallel`. All ranks call with the same tokens, and get the same loss.
 
     Returns:
         Scalar loss, (B,) log-probabilities of the chosen and (B,) of the rejected, without gradient; float32, float64
@@ -68,19 +72,21 @@ def linear_preference_loss(
             `loss_fn` does not give one loss a pair.
         RuntimeError: at a second backward, or a backward of the backward.
     """
-    weight = gathered(weight)
+    if shard is None:
+        weight = gathered(weight)
+    V, widest = (weight.shape[0],) * 2 if shard is None else (shard.vocab_size, shard.largest)
     dtype = check_linear(hidden, weight, bias, labels)
     transform = LogitTransform(softcap, logit_scale)
     if not isinstance(num_pairs, int) or isinstance(num_pairs, bool) or num_pairs < 1:
         raise ValueError(f"num_pairs must be an int ≥ 1, got {num_pairs!r}")
     check_sequences(tuple(labels.shape), sequence_ids, 2 * num_pairs, hidden.device)
     if check_labels:
-        check_label_values(labels, weight.shape[0], ignore_index)
+        check_label_values(labels, V, ignore_index)
         check_sequence_values(sequence_ids, 2 * num_pairs)
     chosen = resolve_backend(backend, hidden.device)
-    size = chunk_tokens(chunk_bytes, weight.shape[0], dtype, hidden.device)
+    size = chunk_tokens(chunk_bytes, widest, dtype, hidden.device)
     needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias))
-    options = (num_pairs, transform, ignore_index, size, dtype, chosen, needs)
+    options = (num_pairs, transform, ignore_index, size, dtype, chosen, needs, shard)
     return _LinearPreferenceLoss.apply(hidden, weight, bias, labels, sequence_ids, loss_fn, *options)
 
 
@@ -109,12 +115,13 @@ class _LinearPreferenceLoss(torch.autograd.Function):
         dtype: torch.dtype,
         backend: Backend,
         needs: tuple[bool, bool, bool],
+        shard: VocabShard | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         with torch.autocast(hidden.device.type, enabled=False):
             chunks = list(_chunks(labels, sequence_ids, num_pairs, ignore_index, max_tokens))
             longest = max(len(chunk.tokens) for chunk in chunks)
             head = LinearHead(
-                hidden, weight, bias, labels, transform, backend, min(max_tokens, longest), dtype, needs
+                hidden, weight, bias, labels, transform, backend, min(max_tokens, longest), dtype, needs, shard
             )  # fmt: skip
             wide = torch.promote_types(dtype, torch.float32)
             total = torch.zeros((), dtype=wide, device=hidden.device)
@@ -142,7 +149,7 @@ class _LinearPreferenceLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         # In place: the gradient of a weight is too large to hold twice.
         scaled = (g.mul_(grad) if needed else None for g, needed in zip(gradients, ctx.needs, strict=True))
-        return (*scaled, *[None] * 10)
+        return (*scaled, *[None] * 11)
 
 
 def _chunks(
