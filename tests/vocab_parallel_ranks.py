@@ -87,7 +87,7 @@ def nothing_of_the_vocabulary_is_sent(rank):
     dist.all_reduce = counting
     for name in ("all_gather", "all_gather_into_tensor", "all_gather_object", "broadcast", "all_to_all"):
         setattr(dist, name, forbidden)
-    hidden, weight, bias, labels, ids = inputs(torch.float32)
+    hidden, weight, _, labels, ids = inputs(torch.float32)
     start, end = (0, 26) if rank == 0 else (26, 51)
     loss, *_ = linear_preference_loss(
         hidden.requires_grad_(), weight[start:end].clone().requires_grad_(), labels, ids, loss_fn, num_pairs=B,
