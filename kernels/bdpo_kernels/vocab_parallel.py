@@ -164,7 +164,7 @@ class _VocabParallelSequenceLogprob(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight, bias, labels, sequence_ids)
         ctx.options = options
-        head, parts = _walk(hidden, weight, bias, labels, *options, (False, False, False))
+        head, parts = _walk(hidden, weight, bias, labels, options, (False, False, False))
         logps = torch.zeros(len(labels), dtype=head.wide, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             for tokens in parts:
@@ -175,7 +175,7 @@ class _VocabParallelSequenceLogprob(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, labels, sequence_ids = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        head, parts = _walk(hidden, weight, bias, labels, *ctx.options, needs)
+        head, parts = _walk(hidden, weight, bias, labels, ctx.options, needs)
         token_grads = grad.index_select(0, sequence_ids)
         with torch.autocast(hidden.device.type, enabled=False):
             for tokens in parts:
@@ -190,17 +190,13 @@ def _walk(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
-    transform: LogitTransform,
-    ignore_index: int,
-    max_tokens: int,
-    dtype: torch.dtype,
-    backend: str,
-    shard: VocabShard,
+    options: tuple[Any, ...],
     needs: tuple[bool, bool, bool],
 ) -> tuple[Any, list[Tensor]]:
     """The head, and the tokens that count in chunks."""
     from bdpo_kernels.linear_head import LinearHead
 
+    transform, ignore_index, max_tokens, dtype, backend, shard = options
     kept = (labels != ignore_index).nonzero().squeeze(-1)
     head = LinearHead(
         hidden, weight, bias, labels, transform, backend, min(max_tokens, len(kept)), dtype, needs, shard
