@@ -22,6 +22,7 @@ from bdpo_pl.data.tokenization import PairTokenizer
 from bdpo_pl.data.truncation import Truncation, TruncationMode
 from bdpo_pl.errors import InputError
 from bdpo_pl.models import ModelSource, load_config, load_tokenizer, num_positions
+from bdpo_pl.policy import data_ranks
 
 EMBEDDED = "embedded"
 VALIDATION_SPLITS = ("held_out", "train_probe")
@@ -201,7 +202,8 @@ class PreferenceDataModule(L.LightningDataModule):
 
     def _sampler(self, name: str, batch_size: int, **kwargs: Any) -> StepSampler:
         trainer, table = self._trainer(), self.tables[name]
-        kwargs |= {"rank": trainer.global_rank, "world_size": trainer.world_size}
+        rank, world_size = data_ranks(trainer)
+        kwargs |= {"rank": rank, "world_size": world_size}
         if self.max_tokens_per_batch is None:
             return PairBatchSampler(len(table), batch_size, **kwargs)
         sizes = table.num_tokens(shared=self._layout() is not RowLayout.SPLIT)

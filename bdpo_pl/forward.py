@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bdpo_kernels import sequence_logprob
+from bdpo_kernels import sequence_logprob, vocab_parallel_sequence_logprob
 from bdpo_pl.attention import model_inputs
 from bdpo_pl.data.documents import SequenceBatch
 from bdpo_pl.last_layer import scored_positions_only
+from bdpo_pl.tensor_parallel import VocabParallelHead
 
 
 def response_logps(
@@ -42,6 +43,10 @@ def response_logps(
         return hidden.flatten(0, 1).index_select(0, batch.score_index).unsqueeze(0)
 
     narrow = nullcontext() if whole or on_hidden is not None else scored_positions_only(model, batch)
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if isinstance(head, VocabParallelHead):
+        with narrow:
+            return _vocab_parallel_logps(model, head, batch, select)
     with narrow, head_input(model, select) as head_calls:
         logits = model(**model_inputs(model, batch)).logits
     calls = len(head_calls)
@@ -57,6 +62,27 @@ def response_logps(
     logits = logits.reshape(N, V)
     # Labels were checked against the vocabulary before training (models.check_vocabulary): no need to wait for the GPU.
     return sequence_logprob(logits, batch.labels, batch.sequence_ids, batch.num_sequences, check_labels=False)
+
+
+def _vocab_parallel_logps(
+    model: nn.Module, head: VocabParallelHead, batch: SequenceBatch, select: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """The same of a head that is split over ranks, none of which sees all logits."""
+    results: list[Tensor] = []
+
+    def compute(hidden: Tensor) -> Tensor:
+        results.append(
+            vocab_parallel_sequence_logprob(
+                select(hidden).squeeze(0), head.local_weight(), batch.labels, batch.sequence_ids, batch.num_sequences,
+                head.shard, check_labels=False,
+            )
+        )  # fmt: skip
+        return hidden[:, :0]
+
+    with head_input(model, compute):
+        model(**model_inputs(model, batch))
+    (logps,) = results
+    return logps
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from bdpo_pl.attention import model_inputs
 from bdpo_pl.data.documents import SequenceBatch
 from bdpo_pl.forward import head_input, response_logps
 from bdpo_pl.last_layer import scored_positions_only
+from bdpo_pl.tensor_parallel import VocabParallelHead, head_weight
 
 LossOfPairs = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(chosen (b,), rejected (b,), pair index (b,)) → weighted loss of each pair (b,)."""
@@ -45,10 +46,11 @@ def fused_preference_loss(model: Any, batch: SequenceBatch, loss_of_pairs: LossO
     def compute(hidden: Tensor) -> Tensor:
         # Inside the head's call: here a sharded weight is whole.
         packed = hidden.flatten(0, 1).index_select(0, batch.score_index)
+        weight, shard = head_weight(head)
         results.append(
             linear_preference_loss(
                 packed,
-                head.weight,
+                weight,
                 batch.labels,
                 batch.sequence_ids,
                 loss_of_pairs,
@@ -57,6 +59,7 @@ def fused_preference_loss(model: Any, batch: SequenceBatch, loss_of_pairs: LossO
                 softcap=softcap,
                 logit_scale=scale,
                 check_labels=False,
+                shard=shard,
             )
         )
         # The head itself gets nothing to do.
@@ -71,7 +74,7 @@ def fused_preference_loss(model: Any, batch: SequenceBatch, loss_of_pairs: LossO
 def why_not_fused(model: Any, batch: SequenceBatch) -> str | None:
     """Why `fused_preference_loss` cannot stand in for `model`'s own logits, or None: they agree on `batch`."""
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear:
+    if type(head) not in (nn.Linear, VocabParallelHead):
         return f"its LM head is a {type(head).__name__}, not a plain Linear"
     dtype = compute_dtype(model)
     if dtype == torch.float16:

@@ -78,8 +78,31 @@ def load_config(source: ModelSource) -> Any:
     return config
 
 
-def load_model(source: ModelSource, dtype: torch.dtype) -> nn.Module:
+def model_class(source: ModelSource, config: Any, dtype: torch.dtype) -> Any:
+    """A model of `source`'s architecture without its weights; under `torch.device("meta")` it takes no memory.
+
+    Raises:
+        InputError: transformers has no causal language model of that configuration.
+    """
+    from transformers import AutoModelForCausalLM
+
+    kwargs = {} if source.attn_implementation is None else {"attn_implementation": source.attn_implementation}
+    try:
+        return AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=source.trust_remote_code, **kwargs
+        )
+    except Exception as error:
+        raise InputError(f"cannot build a causal language model of {source.name!r}: {_reason(error)}") from error
+
+
+def load_model(source: ModelSource, dtype: torch.dtype, quantization: Any = None, device: Any = None) -> nn.Module:
     """The causal language model of `source`, without dropout.
+
+    Args:
+        source: which model.
+        dtype: of its weights.
+        quantization: a transformers configuration of the quantisation of its weights, which then lie on `device`.
+        device: default the CPU.
 
     Raises:
         InputError: there is no causal language model of that name, or its weights do not load.
@@ -87,7 +110,11 @@ def load_model(source: ModelSource, dtype: torch.dtype) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     config = load_config(source)
-    kwargs = {} if source.attn_implementation is None else {"attn_implementation": source.attn_implementation}
+    kwargs: dict[str, Any] = {}
+    if source.attn_implementation is not None:
+        kwargs["attn_implementation"] = source.attn_implementation
+    if quantization is not None:
+        kwargs |= {"quantization_config": quantization, "device_map": {"": device}}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             source.name,

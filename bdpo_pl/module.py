@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from bdpo_pl import embedded
+from bdpo_pl.adapters import LoraOptions, quantization_config
 from bdpo_pl.attention import set_attention
 from bdpo_pl.data.batches import PreferenceBatch
 from bdpo_pl.data.documents import RowLayout, lay_out
@@ -28,12 +29,12 @@ from bdpo_pl.models import (
     check_vocabulary,
     check_window,
     compile_layers,
-    enable_activation_checkpointing,
     load_config,
     load_model,
     resolve_dtype,
 )
 from bdpo_pl.optim import LRSchedule, lr_lambda, parameter_groups
+from bdpo_pl.policy import build_policy
 from bdpo_pl.reestimation import Reestimation
 from bdpo_pl.reference import Reference, ReferenceMode
 from bdpo_pl.row_layout import PrefixSharing, choose_layout, probe_documents
@@ -76,6 +77,8 @@ class PreferenceModule(L.LightningModule):
         gradient_checkpointing: recompute activations in the backward pass, to save memory.
         compile: backend for `torch.compile` of the layers (`inductor` is PyTorch's own); default: not compiled. Worth
             its minute of compilation in long runs.
+        lora: train low-rank adapters and nothing else; the reference is then the policy without them, and checkpoints
+            hold them alone.
         trust_remote_code: run Python code that comes with the model. It runs with your permissions: read it first.
 
     Raises:
@@ -101,6 +104,7 @@ class PreferenceModule(L.LightningModule):
         lm_head: LMHead = "auto",
         gradient_checkpointing: bool = False,
         compile: str | None = None,
+        lora: LoraOptions | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
@@ -122,6 +126,11 @@ class PreferenceModule(L.LightningModule):
         self.lm_head = lm_head
         self.gradient_checkpointing = gradient_checkpointing
         self.compile_backend = compile
+        self.lora = lora
+        self.quantization = None if lora is None or lora.quantize == "none" else lora.quantize
+        if lora is not None:
+            # Checkpoints hold the adapters alone; on_load_checkpoint sees to it that they hold all of them.
+            self.strict_loading = False
         self.policy: Any = None
         self.reference: Reference | None = None
         self.reestimation = Reestimation(reestimate_every)
@@ -132,6 +141,8 @@ class PreferenceModule(L.LightningModule):
         self._fused: bool | None = None
         self._layout: RowLayout | None = None
         self._grad_norm = torch.zeros(())
+        # In a list, so that it is no part of this module before it is its policy.
+        self._base: list[nn.Module] = []
         self._window_tokens = 0
         self._window_start = 0.0
         self._validation_start = 0.0
@@ -149,9 +160,16 @@ class PreferenceModule(L.LightningModule):
                 check_vocabulary(load_config(self.reference_source), data.tokenizer, self.reference_source.name)
             name = self.dtype_name if self.reference_dtype == "auto" else self.reference_dtype
             dtype = resolve_dtype(name, str(self.trainer.precision))
+            adapted: Any = self if self.lora is not None and self.reference_source == self.source else None
+            if adapted is not None and dtype != self.dtype_used:
+                raise InputError(
+                    f"model.reference_dtype is {self.reference_dtype}, but with LoRA the reference is the policy "
+                    "without its adapters, in the policy's own dtype; leave it out"
+                )
             self.reference = Reference(
-                self.reference_source, self.reference_mode, dtype, self.scoring, self.prefix_sharing
+                self.reference_source, self.reference_mode, dtype, self.scoring, self.prefix_sharing, adapted
             )
+        self.reference.check_strategy(self.trainer)
         self.reference.check_fits(self.loss)
         self.reestimation.check_fits(self.trainer, self.loss, self.scoring)
         self.reference.prepare(self.trainer, data, self.loss)
@@ -160,18 +178,24 @@ class PreferenceModule(L.LightningModule):
         """Load the policy, once; by now the scoring pass has let go of the reference."""
         if self.policy is not None:
             return
-        dtype = self.dtype_used
-        self.policy = load_model(self.source, dtype)
-        rank_zero_info(
-            f"Policy: {type(self.policy).__name__}, {sum(p.numel() for p in self.policy.parameters()):,} parameters in "
-            f"{str(dtype).removeprefix('torch.')}, from {self.source.name}"
+        self.policy = build_policy(
+            self.trainer,
+            self.source,
+            self.dtype_used,
+            self.base_model,
+            lora=self.lora,
+            gradient_checkpointing=self.gradient_checkpointing,
         )
-        # transformers loads in evaluation mode, and Lightning keeps the mode it finds.
-        self.policy.train()
-        if self.gradient_checkpointing:
-            enable_activation_checkpointing(self.policy)
+        self._base.clear()
         if self.compile_backend is not None:
             compile_layers(self.policy, self.compile_backend)
+
+    def base_model(self) -> nn.Module:
+        """The whole model before training, loaded once for reference and policy."""
+        if not self._base:
+            quantization = quantization_config(self.lora)
+            self._base.append(load_model(self.source, self.dtype_used, quantization, self.trainer.strategy.root_device))
+        return self._base[0]
 
     @property
     def row_layout(self) -> RowLayout:
@@ -205,9 +229,10 @@ class PreferenceModule(L.LightningModule):
         """The optimiser on its parameter groups, and the schedule over all of the run's steps."""
         optimizer = self.optimizer(parameter_groups(self.policy))
         rate = max(group["lr"] for group in optimizer.param_groups)
-        if rate < _SMALLEST_HALF_RATE and self.policy.dtype in (torch.bfloat16, torch.float16):
+        dtype = optimizer.param_groups[0]["params"][0].dtype
+        if rate < _SMALLEST_HALF_RATE and dtype in (torch.bfloat16, torch.float16):
             rank_zero_warn(
-                f"a learning rate of {rate:g} changes {self.policy.dtype} weights by less than their rounding, so most "
+                f"a learning rate of {rate:g} changes {dtype} weights by less than their rounding, so most "
                 "updates are lost; hold the weights in float32 with --trainer.precision bf16-mixed"
             )
         steps = int(self.trainer.estimated_stepping_batches)
@@ -412,7 +437,11 @@ class PreferenceModule(L.LightningModule):
             "policy": self.source.name,
             "revision": self.source.revision,
             "reestimation": self.reestimation.state_dict(),
+            "lora": None if self.lora is None else dataclasses.asdict(self.lora),
         }
+        trained = self._trained_names()
+        # Where the weights are split, only rank 0 has them.
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of another model.
@@ -425,8 +454,19 @@ class PreferenceModule(L.LightningModule):
             raise InputError(
                 f"the checkpoint holds weights of {saved['policy']}, but model.policy is {self.source.name}"
             )
+        if not self._trained_names() <= checkpoint["state_dict"].keys():
+            raise InputError(
+                f"the checkpoint holds {'the whole model' if saved.get('lora') is None else 'adapters'} "
+                f"({saved.get('lora')}), but model.lora is {self.lora}; resume with the options it was written with"
+            )
         if "reestimation" in saved:
             self.reestimation.load_state_dict(saved["reestimation"])
+
+    def _trained_names(self) -> set[str]:
+        """Names in a checkpoint's state: everything, or with LoRA the adapters."""
+        if self.lora is None:
+            return set(self.state_dict())
+        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def _data(self) -> PreferenceDataModule:
         data = self.trainer.datamodule  # type: ignore[attr-defined]

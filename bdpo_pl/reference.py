@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import lightning as L
 import torch
 import transformers
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
 import bdpo_kernels
+from bdpo_pl.adapters import adapters_off
 from bdpo_pl.comprehension import Estimator
 from bdpo_pl.data.documents import RowLayout
 from bdpo_pl.data.scores import ScoreTable
@@ -37,6 +41,25 @@ class SplitScores:
     comprehension: Tensor | None = None
 
 
+class AdaptedPolicy(Protocol):
+    """A policy whose adapters can be switched off, which makes it its own reference.
+
+    Attributes:
+        policy: the model with its adapters.
+        row_layout: how it reads pairs.
+        quantization: name of the quantisation of its frozen weights, if any.
+    """
+
+    policy: Any
+    quantization: str | None
+
+    @property
+    def row_layout(self) -> RowLayout: ...  # noqa: D102
+
+    def base_model(self) -> nn.Module:
+        """The model before it is given adapters: loaded once, and handed on to the policy."""
+
+
 class Reference:
     """Scores of the frozen reference model for the pairs of each split.
 
@@ -47,6 +70,7 @@ class Reference:
         dtype: of its weights; the policy's own gives a log-ratio of exactly zero at the start.
         options: of the scoring pass.
         prefix_sharing: whether a prompt is read once for all that follows it; see `choose_layout`.
+        adapted: the policy, where the reference is that without its adapters: no second model is loaded.
 
     Raises:
         InputError: an unknown mode.
@@ -59,6 +83,7 @@ class Reference:
         dtype: torch.dtype,
         options: ScoringOptions,
         prefix_sharing: PrefixSharing = "auto",
+        adapted: AdaptedPolicy | None = None,
     ) -> None:
         self.source = source
         self.mode = mode
@@ -70,6 +95,7 @@ class Reference:
         self.layout: RowLayout | None = None
         """How the model reads pairs; None as long as it has read none."""
         self.attention: str | None = None
+        self._adapted = adapted
 
     def check_fits(self, loss: PreferenceLoss) -> None:
         """Raise `InputError` if `loss` reads what this reference does not give."""
@@ -84,9 +110,17 @@ class Reference:
                 "or turn the balance off"
             )
 
+    def check_strategy(self, trainer: L.Trainer) -> None:
+        """Raise `InputError` if the policy is split and each rank would have to score with it alone."""
+        if self.mode == "live" and self._adapted is not None and isinstance(trainer.strategy, ModelParallelStrategy):
+            raise InputError(
+                "model.reference_mode is live, and the reference is the policy without its adapters, which "
+                f"{type(trainer.strategy).__name__} splits over the devices; set it to precomputed"
+            )
+
     def prepare(self, trainer: L.Trainer, data: PreferenceDataModule, loss: PreferenceLoss) -> None:
         """Score every split of `data` that is not scored yet (`precomputed`), or load the model to keep (`live`)."""
-        if self.mode == "live" and self._model is None:
+        if self.mode == "live" and self._model is None and self._adapted is None:
             self._model = self._load(trainer)
             self._choose_layout(self._model, trainer, data)
         if self.mode != "precomputed" or self._scores:
@@ -114,10 +148,9 @@ class Reference:
         if self.mode == "none":
             return SplitScores()
         if self.mode == "live":
-            assert self._model is not None
-            assert self.layout is not None
             table, indices = data.tables[split], pair_index.cpu().numpy()
-            scores = score_pairs(self._model, table, indices, layout=self.layout, **self._options(data, loss))
+            with self._live() as (model, layout):
+                scores = score_pairs(model, table, indices, layout=layout, **self._options(data, loss))
             found = _split_scores(scores, table.select(indices), loss.estimator)
             return SplitScores(*(None if t is None else t.to(device) for t in (found.reference, found.comprehension)))
         held = self._scores[split]
@@ -126,8 +159,19 @@ class Reference:
             self._scores[split] = held
         return SplitScores(_take(held.reference, pair_index), _take(held.comprehension, pair_index))
 
+    @contextmanager
+    def _live(self) -> Iterator[tuple[nn.Module, RowLayout]]:
+        """The model in memory: the reference, or the policy without its adapters."""
+        if self._adapted is None:
+            assert self._model is not None
+            assert self.layout is not None
+            yield self._model, self.layout
+        else:
+            with adapters_off(self._adapted.policy) as model:
+                yield model, self._adapted.row_layout
+
     def _load(self, trainer: L.Trainer) -> nn.Module:
-        model = load_model(self.source, self.dtype)
+        model = load_model(self.source, self.dtype) if self._adapted is None else self._adapted.base_model()
         return model.requires_grad_(False).eval().to(trainer.strategy.root_device)
 
     def _choose_layout(self, model: Any, trainer: L.Trainer, data: PreferenceDataModule) -> RowLayout:
@@ -167,6 +211,7 @@ class Reference:
             "dtype": str(self.dtype),
             "precision": trainer.precision,
             "attention": self.source.attn_implementation,
+            "quantization": None if self._adapted is None else self._adapted.quantization,
             "prefix_sharing": self.prefix_sharing,
             "device": trainer.strategy.root_device.type,
             "kernels": bdpo_kernels.__version__,

@@ -1,0 +1,89 @@
+"""The policy as it is trained: whole or split, with adapters or without; and its way back to a plain model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from bdpo_pl.adapters import LoraOptions, add_adapters, merged
+from bdpo_pl.models import ModelSource, enable_activation_checkpointing, load_config, load_model, model_class
+
+
+def data_ranks(trainer: L.Trainer) -> tuple[int, int]:
+    """(number of this process, number of processes) among those that are given different data.
+
+    Ranks that share a layer by tensor parallelism share its data too.
+    """
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        kwargs = trainer.strategy.distributed_sampler_kwargs
+        return int(kwargs["rank"]), int(kwargs["num_replicas"])
+    return trainer.global_rank, trainer.world_size
+
+
+def build_policy(
+    trainer: L.Trainer,
+    source: ModelSource,
+    dtype: torch.dtype,
+    load: Callable[[], nn.Module],
+    *,
+    lora: LoraOptions | None = None,
+    gradient_checkpointing: bool = False,
+) -> Any:
+    """The policy in training mode, as the Trainer's strategy wants it.
+
+    Args:
+        trainer: its strategy says whether and how the model is split.
+        source: the model.
+        dtype: of its weights.
+        load: gives the whole model; not called where it is split.
+        lora: adapters to add; then nothing else is trained.
+        gradient_checkpointing: recompute activations in the backward pass.
+
+    Raises:
+        InputError: the model, the adapters and the strategy do not fit each other.
+    """
+    strategy = trainer.strategy
+    model: Any
+    if isinstance(strategy, ModelParallelStrategy):
+        from bdpo_pl.sharding import build_sharded
+
+        model = build_sharded(
+            source,
+            dtype,
+            strategy.device_mesh,
+            strategy.root_device,
+            lora=lora,
+            gradient_checkpointing=gradient_checkpointing,
+            half_products={"bf16-mixed": torch.bfloat16}.get(str(trainer.precision)),
+        )
+    else:
+        model = load()
+        if gradient_checkpointing:
+            enable_activation_checkpointing(model)
+        if lora is not None:
+            add_adapters(model, lora)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    share = "" if lora is None else f", {trained:,} of them trained"
+    rank_zero_info(
+        f"Policy: {type(model).__name__.removeprefix('FSDP')}, {sum(p.numel() for p in model.parameters()):,} "
+        f"parameters in {str(dtype).removeprefix('torch.')}{share}, from {source.name}"
+    )
+    # transformers loads in evaluation mode, and Lightning keeps the mode it finds.
+    return model.train()
+
+
+def plain_model(source: ModelSource, dtype: torch.dtype, state: dict[str, Tensor], lora: LoraOptions | None) -> Any:
+    """A model of transformers on the CPU with the weights of `state` (see `sharding.whole_state`), adapters merged."""
+    if lora is not None:
+        return merged(load_model(source, dtype), lora, state)
+    with torch.device("meta"):
+        model = model_class(source, load_config(source), dtype)
+    model.load_state_dict(state, assign=True, strict=False)
+    model.tie_weights()
+    return model
