@@ -105,19 +105,27 @@ class SaveOnNonFinite(L.Callback):
 
 
 class RandomState(L.Callback):
-    """Keeps PyTorch's random state in checkpoints, which Lightning does not."""
+    """Keeps the random state of every rank in checkpoints, which Lightning does not."""
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Save this process's generators."""
+        """Collect the ranks' generators. All ranks save together."""
         state = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             state["cuda"] = torch.cuda.get_rng_state()
-        checkpoint["random_state"] = state
+        device = trainer.strategy.root_device
+        checkpoint["random_state"] = {
+            name: trainer.strategy.all_gather(value.to(device)).cpu().view(trainer.world_size, -1)
+            for name, value in state.items()
+        }
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Restore them."""
-        state = checkpoint.get("random_state")
-        if state is not None:
-            torch.set_rng_state(state["cpu"])
-            if "cuda" in state and torch.cuda.is_available():
-                torch.cuda.set_rng_state(state["cuda"])
+        """Restore this rank's."""
+        state = checkpoint.get("random_state", {})
+        ranks = len(state.get("cpu", ()))
+        if ranks != trainer.world_size:
+            if ranks:
+                rank_zero_info(f"The random state is not restored: it was saved on {ranks} ranks")
+            return
+        torch.set_rng_state(state["cpu"][trainer.global_rank].clone())
+        if "cuda" in state and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda"][trainer.global_rank].clone())

@@ -12,23 +12,33 @@ import time
 import warnings
 from pathlib import Path
 
+import lightning as L
 import torch
 import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.text import Text
+from torch import Tensor
 
 from bdpo_pl import embedded
+from bdpo_pl.adapters import export_adapter
 from bdpo_pl.callbacks import LastCheckpoint, RandomState, SafetyProbe, SaveOnNonFinite
+from bdpo_pl.checkpoints import RunFolder, StopSignals, find_checkpoint, write_atomically
 from bdpo_pl.console import get_console
 from bdpo_pl.datamodule import PreferenceDataModule
-from bdpo_pl.errors import InputError, NonFiniteError
-from bdpo_pl.export import export_policy
+from bdpo_pl.errors import InputError, MachineError, NonFiniteError, StoppedError
+from bdpo_pl.export import export_policy, write_whole
+from bdpo_pl.faults import machine_error
+from bdpo_pl.models import load_model
 from bdpo_pl.module import PreferenceModule
+from bdpo_pl.policy import plain_model
+from bdpo_pl.sharding import whole_state
 from bdpo_pl.summary import paths_table, summary_table
 
 _NAMES_A_JOB = {"--config", "-c", "--model", "--model.policy", "--data", "--data.train"}
+_STATUS = {InputError: 2, MisconfigurationException: 2, NonFiniteError: 3, MachineError: 4}
 _EMBEDDED_CONFIG = Path(embedded.__file__).with_name("fit.yaml")
 
 
@@ -41,9 +51,12 @@ class FitCLI(LightningCLI):
             "--ckpt_path",
             default=None,
             type=str | None,
-            help="Checkpoint to resume from: a file, or `last`, the newest of all runs.",
+            help="Checkpoint to resume from: a file, or `last`, the newest whole one of all runs.",
         )
         parser.add_argument("--export", default=True, type=bool, help="Write the policy as a Hugging Face folder.")
+        parser.add_argument(
+            "--export_adapter", default=False, type=bool, help="Write a LoRA adapter alone too, in peft's layout."
+        )
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(SafetyProbe, "safety")
         parser.set_defaults(
@@ -67,17 +80,31 @@ class FitCLI(LightningCLI):
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the job. Faults of the input are printed with no traceback and exit with status 2, a NaN loss with 3."""
+    """Run the job, and say in one line why it ended early.
+
+    Exit status: 2 a fault of the input, 3 a loss or gradient that is not finite, 4 a fault of the machine, 128 + the
+    signal's number where one stopped it.
+    """
     _quieten()
     try:
         _run(args)
-    except (ValueError, NonFiniteError, MisconfigurationException) as raised:
+    except StoppedError as stopped:
+        _print_error(str(stopped))
+        # A process that another one stopped ends well, or Lightning would kill that other one.
+        sys.exit(128 + stopped.signal if stopped.signal else 0)
+    except Exception as raised:
         # The parser wraps what a class it instantiates says of its options.
         error = raised.__cause__ if isinstance(raised.__cause__, InputError) else raised
-        if not isinstance(error, InputError | NonFiniteError | MisconfigurationException):
+        error = machine_error(error) or error
+        status = next((status for kind, status in _STATUS.items() if isinstance(error, kind)), None)
+        if status is None:
             raise
-        get_console(stderr=True).print("[bold red]error:[/bold red]", Text(str(error)), soft_wrap=True, highlight=False)
-        sys.exit(3 if isinstance(error, NonFiniteError) else 2)
+        _print_error(str(error))
+        sys.exit(status)
+
+
+def _print_error(message: str) -> None:
+    get_console(stderr=True).print("[bold red]error:[/bold red]", Text(message), soft_wrap=True, highlight=False)
 
 
 def _run(args: list[str] | None) -> None:
@@ -113,17 +140,20 @@ def _run(args: list[str] | None) -> None:
                 "class_path": "lightning.pytorch.loggers.CSVLogger",
                 "init_args": {"save_dir": "runs", "name": ""},
             },
-            "callbacks": [LastCheckpoint(), SaveOnNonFinite(), RandomState()],
+            "callbacks": [RunFolder(), LastCheckpoint(), SaveOnNonFinite(), RandomState(), StopSignals()],
         },
     )
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
     probe: SafetyProbe = cli.config_init.safety
-    checkpoint = _checkpoint(cli.config.ckpt_path, Path(trainer.default_root_dir))
+    checkpoint = find_checkpoint(cli.config.ckpt_path, Path(trainer.default_root_dir))
+    write_atomically(trainer)
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     if module.global_step not in module.evaluations and "held_out" in data.tables:
         trainer.validate(module, data, verbose=False)
     # Asked on every rank: Lightning broadcasts it.
     folder = Path(trainer.log_dir or trainer.default_root_dir)
+    # All ranks give their parts.
+    state = None if _is_plain(module, trainer) else whole_state(module.policy, module.lora is not None)
     if not trainer.is_global_zero:
         return
     paths = {"configuration": folder / "config.yaml", "metrics": folder / "metrics.csv"}
@@ -131,32 +161,39 @@ def _run(args: list[str] | None) -> None:
         if isinstance(callback, ModelCheckpoint) and callback.best_model_path:
             name = "last checkpoint" if isinstance(callback, LastCheckpoint) else "best checkpoint"
             paths[name] = Path(callback.best_model_path)
-    if cli.config.export:
-        paths["aligned model"] = export_policy(module.policy, data.tokenizer, _free(folder / "model"))
+    paths |= _export(module, data, folder, state, cli.config.export, cli.config.export_adapter)
     console = get_console()
     console.print(summary_table(module.evaluations, module.global_step, probe.before, probe.after))
     console.print(paths_table(paths))
     console.print(f"Done in {time.perf_counter() - start:.0f} s, {module.global_step} optimiser steps")
 
 
-def _checkpoint(path: str | None, root: Path) -> str | None:
-    """The checkpoint to resume from; `last` is the newest of all runs under `root`.
+def _is_plain(module: PreferenceModule, trainer: L.Trainer) -> bool:
+    return module.lora is None and not isinstance(trainer.strategy, ModelParallelStrategy)
 
-    Lightning looks for `last` in the new run's own folder, finds none, and starts over with a warning.
 
-    Raises:
-        InputError: there is none: found out now, and not after the scoring pass.
-    """
-    if path is None or "://" in path:
-        return path
-    if path == "last":
-        found = sorted(root.rglob(f"checkpoints/{LastCheckpoint.NAME}.ckpt"), key=lambda file: file.stat().st_mtime)
-        if not found:
-            raise InputError(f"--ckpt_path last: no run under {root.resolve()} has a last.ckpt")
-        return str(found[-1])
-    if not Path(path).exists():
-        raise InputError(f"no checkpoint at {path!r} (looked from {Path.cwd()}); see --ckpt_path")
-    return path
+def _export(
+    module: PreferenceModule,
+    data: PreferenceDataModule,
+    folder: Path,
+    state: dict[str, Tensor] | None,
+    model: bool,
+    adapter: bool,
+) -> dict[str, Path]:
+    """Write the whole model, its adapters merged, and if wanted the adapter by itself; names and folders of both."""
+    paths = {}
+    if adapter and module.lora is not None:
+        assert state is not None
+        lora, adapters, base = module.lora, state, load_model(module.source, module.weights_dtype)
+        paths["adapter"] = write_whole(
+            _free(folder / "adapter"), lambda partial: export_adapter(base, lora, adapters, partial)
+        )
+    if model:
+        policy = module.policy
+        if state is not None:
+            policy = plain_model(module.source, module.weights_dtype, state, module.lora)
+        paths["aligned model"] = export_policy(policy, data.tokenizer, _free(folder / "model"))
+    return paths
 
 
 def _free(folder: Path) -> Path:

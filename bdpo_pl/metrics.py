@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -85,6 +87,19 @@ class PairMeans(Metric):
             if name in values:
                 self.sums[i] += torch.where(counted, values[name], 0.0).sum(dtype=self.sums.dtype)
                 self.counts[i] += number
+
+    def joined(self, reduce: Callable[..., Tensor]) -> dict[str, Tensor]:
+        """The sums and counts of all ranks, by a strategy's `reduce`; all ranks call it."""
+        return {
+            name: reduce(value.clone(), reduce_op="sum").cpu()
+            for name, value in (("sums", self.sums), ("counts", self.counts))
+        }
+
+    def take_up(self, state: dict[str, Tensor]) -> None:
+        """Go on from what `joined` gave; on one rank alone."""
+        self.sums.copy_(state["sums"])
+        self.counts.copy_(state["counts"])
+        self._update_count = 1
 
     def compute(self) -> dict[str, float]:
         """Mean of each value that has been seen."""

@@ -438,6 +438,8 @@ class PreferenceModule(L.LightningModule):
             "revision": self.source.revision,
             "reestimation": self.reestimation.state_dict(),
             "lora": None if self.lora is None else dataclasses.asdict(self.lora),
+            # Over all ranks: what the next log line will be the mean of.
+            "train_means": self.train_means.joined(self.trainer.strategy.reduce),
         }
         trained = self._trained_names()
         # Where the weights are split, only rank 0 has them.
@@ -461,6 +463,8 @@ class PreferenceModule(L.LightningModule):
             )
         if "reestimation" in saved:
             self.reestimation.load_state_dict(saved["reestimation"])
+        if "train_means" in saved and self.trainer.is_global_zero:
+            self.train_means.take_up(saved["train_means"])
 
     def _trained_names(self) -> set[str]:
         """Names in a checkpoint's state: everything, or with LoRA the adapters."""

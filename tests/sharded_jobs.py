@@ -18,7 +18,9 @@ from bdpo_pl.sharding import ShardedStrategy, whole_state
 WORLD_BATCH = 8
 
 
-def train(folder, name, world_size=1, *, model="model", sharing=None, ckpt_path=None, callbacks=(), data=None, **options):
+def train(
+    folder, name, world_size=1, *, model="model", sharing=None, ckpt_path=None, callbacks=(), data=None, **options
+):
     """Two epochs on the pairs of `folder`, WORLD_BATCH of them to a step however many processes share it.
 
     Args:
@@ -55,7 +57,11 @@ def train(folder, name, world_size=1, *, model="model", sharing=None, ckpt_path=
     )
     module = PreferenceModule(
         str(folder / model),
-        **{"optimizer": adamw, "scoring": ScoringOptions(cache_dir=str(folder / "cache" / name), chunk_pairs=8), **options},
+        **{
+            "optimizer": adamw,
+            "scoring": ScoringOptions(cache_dir=str(folder / "cache" / name), chunk_pairs=8),
+            **options,
+        },
     )
     datamodule = PreferenceDataModule(
         str(folder / "pairs.jsonl"),

@@ -1,0 +1,41 @@
+"""What to do when memory, a data worker or the disk gives out in the middle of a run."""
+
+from __future__ import annotations
+
+import errno
+import re
+
+import torch
+
+from bdpo_pl.errors import MachineError
+
+_LOWER = (
+    "Lower, in this order of what it costs: data.batch_size or data.max_tokens_per_batch (raise "
+    "trainer.accumulate_grad_batches to keep the batch), scoring.batch_tokens if it was in the scoring pass, "
+    "data.max_length; or set model.gradient_checkpointing true, add model.lora, or split the model over more devices "
+    "with trainer.strategy fsdp2. --dry_run true prints what a run will need"
+)
+
+
+def machine_error(error: BaseException) -> MachineError | None:
+    """`error` as one that says what to do, if it is a fault of the machine; else None."""
+    text = str(error)
+    first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+    if isinstance(error, MachineError):
+        return error
+    # The CPU's allocator raises a plain RuntimeError.
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: can't allocate" in text:
+        return MachineError(f"out of memory: {first}. {_LOWER}")
+    if isinstance(error, RuntimeError) and re.search(
+        r"DataLoader worker .*(killed by signal|exited unexpectedly)", text
+    ):
+        return MachineError(
+            f"a process that builds batches died: {first}. The system kills such processes when memory runs out: lower "
+            "data.num_workers, or set it to 0; then go on with --ckpt_path last"
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return MachineError(
+            f"the disk is full: {error}. Free space, or set trainer.logger.init_args.save_dir; then go on with "
+            "--ckpt_path last"
+        )
+    return None
