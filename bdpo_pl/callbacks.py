@@ -7,8 +7,10 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from bdpo_pl import embedded
 from bdpo_pl.datamodule import EMBEDDED
@@ -112,11 +114,7 @@ class RandomState(L.Callback):
         state = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             state["cuda"] = torch.cuda.get_rng_state()
-        device = trainer.strategy.root_device
-        checkpoint["random_state"] = {
-            name: trainer.strategy.all_gather(value.to(device)).cpu().view(trainer.world_size, -1)
-            for name, value in state.items()
-        }
+        checkpoint["random_state"] = {name: _of_all_ranks(trainer, value) for name, value in state.items()}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore this rank's."""
@@ -129,3 +127,13 @@ class RandomState(L.Callback):
         torch.set_rng_state(state["cpu"][trainer.global_rank].clone())
         if "cuda" in state and torch.cuda.is_available():
             torch.cuda.set_rng_state(state["cuda"][trainer.global_rank].clone())
+
+
+def _of_all_ranks(trainer: L.Trainer, value: Tensor) -> Tensor:
+    """(W, …), the `value` of each of W ranks."""
+    if trainer.world_size == 1:
+        return value.unsqueeze(0)
+    mine = value.to(trainer.strategy.root_device)
+    parts = [torch.empty_like(mine) for _ in range(trainer.world_size)]
+    dist.all_gather(parts, mine)
+    return torch.stack(parts).cpu()

@@ -114,6 +114,7 @@ class PreferenceDataModule(L.LightningDataModule):
         self.probe_indices: np.ndarray | None = None
         self.reports: list[DataReport] = []
         self._resume_batches = 0
+        self._train_sampler: StepSampler | None = None
 
     @property
     def pad_id(self) -> int:
@@ -173,6 +174,7 @@ class PreferenceDataModule(L.LightningDataModule):
             accumulate=trainer.accumulate_grad_batches,
         )
         sampler.skip_batches(self._resume_batches)
+        self._train_sampler = sampler
         self._resume_batches = 0
         return self._loader("train", sampler)
 
@@ -194,6 +196,9 @@ class PreferenceDataModule(L.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Skip the batches that the resumed epoch has behind it."""
         self._resume_batches = int(state_dict["batches_done"])
+        if self._train_sampler is not None:
+            # Split models are restored after the optimiser is set up, which has asked for the loader already.
+            self._train_sampler.skip_batches(self._resume_batches)
         if self._resume_batches:
             rank_zero_info(f"Resuming after batch {self._resume_batches} of the epoch")
 

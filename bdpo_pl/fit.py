@@ -22,6 +22,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.text import Text
 from torch import Tensor
 
+import bdpo_pl.sharding  # noqa: F401 - names the strategy fsdp2
 from bdpo_pl import embedded
 from bdpo_pl.adapters import export_adapter
 from bdpo_pl.callbacks import LastCheckpoint, RandomState, SafetyProbe, SaveOnNonFinite
@@ -34,7 +35,7 @@ from bdpo_pl.faults import machine_error
 from bdpo_pl.models import load_model
 from bdpo_pl.module import PreferenceModule
 from bdpo_pl.policy import plain_model
-from bdpo_pl.sharding import whole_state
+from bdpo_pl.sharded_state import whole_state
 from bdpo_pl.summary import paths_table, summary_table
 
 _NAMES_A_JOB = {"--config", "-c", "--model", "--model.policy", "--data", "--data.train"}

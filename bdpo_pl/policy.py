@@ -79,7 +79,7 @@ def build_policy(
 
 
 def plain_model(source: ModelSource, dtype: torch.dtype, state: dict[str, Tensor], lora: LoraOptions | None) -> Any:
-    """A model of transformers on the CPU with the weights of `state` (see `sharding.whole_state`), adapters merged."""
+    """A model of transformers on the CPU with the weights of `state` (of `whole_state`), adapters merged."""
     if lora is not None:
         return merged(load_model(source, dtype), lora, state)
     with torch.device("meta"):

@@ -6,25 +6,30 @@ of them from the safetensors files. Checkpoints are single files, loaded with `w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from bdpo_pl.adapters import LoraOptions, add_adapters, base_name, initial_value, is_adapter
 from bdpo_pl.errors import InputError
 from bdpo_pl.models import ModelSource, enable_activation_checkpointing, load_config, model_class
+from bdpo_pl.sharded_state import (
+    DATA,
+    TENSOR,
+    load_optimizer_state,
+    load_state,
+    split_like,
+    whole_optimizer_state,
+)
 from bdpo_pl.tensor_parallel import check_tensor_parallel, parallelize
 from bdpo_pl.weight_files import WeightFiles
-
-DATA, TENSOR = "data_parallel", "tensor_parallel"
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -71,6 +76,24 @@ class ShardedStrategy(ModelParallelStrategy):
             full_state_dict=not self._save_distributed_checkpoint, cpu_offload=True, ignore_frozen_params=True
         )
         return get_model_state_dict(self.model, options=options)
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """Whole, in the form that it has on one device."""
+        if self._save_distributed_checkpoint:
+            return super().optimizer_state(optimizer)
+        return whole_optimizer_state(getattr(optimizer, "_optimizer", optimizer))
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Of a file: every rank maps it and reads its own part."""
+        path = Path(self.broadcast(checkpoint_path))
+        if path.is_dir():
+            return super().load_checkpoint(path, weights_only)
+        checkpoint = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
+        assert self.lightning_module is not None
+        load_state(self.lightning_module, checkpoint["state_dict"])
+        for optimizer, state in zip(self.optimizers, checkpoint.get("optimizer_states", ()), strict=False):
+            load_optimizer_state(getattr(optimizer, "_optimizer", optimizer), state)
+        return checkpoint
 
 
 StrategyRegistry.register("fsdp2", ShardedStrategy, description="FSDP2, and tensor parallelism by tensor_parallel_size")
@@ -131,18 +154,6 @@ def build_sharded(
     return model
 
 
-def whole_state(model: nn.Module, trained_only: bool) -> dict[str, Tensor]:
-    """Parameters and buffers of `model` on the CPU, put together from all ranks, on rank 0 (elsewhere maybe empty).
-
-    All ranks call it. A model that is not split is copied.
-    """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
-    if dist.is_available() and dist.is_initialized():
-        return dict(get_model_state_dict(model, options=options))  # type: ignore[arg-type]
-    kept = {name for name, parameter in model.named_parameters() if parameter.requires_grad or not trained_only}
-    return {name: value.cpu() for name, value in model.state_dict().items() if not trained_only or name in kept}
-
-
 def _blocks(model: Any) -> list[nn.Module]:
     names = set(model._no_split_modules or ())
     blocks = [module for module in model.modules() if type(module).__name__ in names]
@@ -162,40 +173,17 @@ def _load(model: nn.Module, files: WeightFiles, device: torch.device) -> None:
     state: dict[str, Tensor] = {}
     for names in aliases.values():
         old = tensors[names[0]]
-        local = _read(files, names, old).to(device=device, dtype=old.dtype)
-        value: Tensor = local
-        if isinstance(old, DTensor):
-            assert local.shape == old.to_local().shape
-            value = DTensor.from_local(
-                local, old.device_mesh, old.placements, run_check=False, shape=old.shape, stride=old.stride()
-            )
+        value = split_like(old, _reader(files, names, old.shape), device)
         if isinstance(old, nn.Parameter):
             value = nn.Parameter(value, requires_grad=old.requires_grad)
         state |= dict.fromkeys(names, value)
     model.load_state_dict(state, assign=True)
 
 
-def _read(files: WeightFiles, names: list[str], tensor: Tensor) -> Tensor:
-    ranges = tuple(_local_ranges(tensor))
+def _reader(files: WeightFiles, names: list[str], shape: torch.Size) -> Callable[[tuple[slice, ...]], Tensor]:
     if is_adapter(names[0]):
-        return initial_value(names[0], tensor.shape)[ranges].clone()
-    return files.read([base_name(name) for name in names], tuple(tensor.shape), ranges)
-
-
-def _local_ranges(tensor: Tensor) -> Iterator[slice]:
-    """This rank's part of `tensor`, dimension by dimension."""
-    ranges = [(0, size) for size in tensor.shape]
-    if isinstance(tensor, DTensor):
-        mesh, names = tensor.device_mesh, tensor.device_mesh.mesh_dim_names or ()
-        # FSDP2 cuts what tensor parallelism has left of a weight.
-        for number in sorted(range(mesh.ndim), key=lambda i: names[i] == DATA):
-            dim = getattr(tensor.placements[number], "dim", None)
-            if dim is not None:
-                start, end = ranges[dim]
-                size = -(-(end - start) // mesh.size(number))
-                first = min(end, start + mesh.get_local_rank(number) * size)
-                ranges[dim] = (first, min(end, first + size))
-    return (slice(start, end) for start, end in ranges)
+        return lambda ranges: initial_value(names[0], shape)[ranges]
+    return lambda ranges: files.read([base_name(name) for name in names], tuple(shape), ranges)
 
 
 def _compute_buffers(model: Any, device: torch.device) -> None:

@@ -13,7 +13,8 @@ from bdpo_pl.callbacks import RandomState
 from bdpo_pl.datamodule import PreferenceDataModule
 from bdpo_pl.module import PreferenceModule
 from bdpo_pl.scoring import ScoringOptions
-from bdpo_pl.sharding import ShardedStrategy, whole_state
+from bdpo_pl.sharded_state import whole_state
+from bdpo_pl.sharding import ShardedStrategy
 
 WORLD_BATCH = 8
 

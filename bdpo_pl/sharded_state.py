@@ -1,0 +1,105 @@
+"""Tensors that are split over ranks, to whole ones and back: what checkpoints and exports hold is always whole.
+
+So a checkpoint says nothing of the strategy that wrote it: one written by FSDP2 is gone on with by DDP or on one
+device, and the other way round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
+
+DATA, TENSOR = "data_parallel", "tensor_parallel"
+
+
+def local_ranges(tensor: Tensor) -> tuple[slice, ...]:
+    """This rank's part of `tensor`, dimension by dimension."""
+    ranges = [(0, size) for size in tensor.shape]
+    if isinstance(tensor, DTensor):
+        mesh, names = tensor.device_mesh, tensor.device_mesh.mesh_dim_names or ()
+        # FSDP2 cuts what tensor parallelism has left of a weight.
+        for number in sorted(range(mesh.ndim), key=lambda i: names[i] == DATA):
+            dim = getattr(tensor.placements[number], "dim", None)
+            if dim is not None:
+                start, end = ranges[dim]
+                size = -(-(end - start) // mesh.size(number))
+                first = min(end, start + mesh.get_local_rank(number) * size)
+                ranges[dim] = (first, min(end, first + size))
+    return tuple(slice(start, end) for start, end in ranges)
+
+
+def split_like(like: Tensor, read: Callable[[tuple[slice, ...]], Tensor], device: torch.device) -> Tensor:
+    """What `read` gives for this rank's part of `like`, on `device`: a tensor split as that is, or whole as that is."""
+    local = read(local_ranges(like)).to(device=device, dtype=like.dtype).contiguous()
+    if not isinstance(like, DTensor):
+        return local
+    assert local.shape == like.to_local().shape
+    return DTensor.from_local(
+        local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+def whole_state(model: nn.Module, trained_only: bool) -> dict[str, Tensor]:
+    """Parameters and buffers of `model` on the CPU, put together from all ranks, on rank 0 (elsewhere maybe empty).
+
+    All ranks call it.
+    """
+    if dist.is_available() and dist.is_initialized():
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
+        return dict(get_model_state_dict(model, options=options))  # type: ignore[arg-type]
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name: value.cpu() for name, value in model.state_dict().items() if not trained_only or name in trained}
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy this rank's parts of the whole tensors of `state` into the parameters and buffers that it names."""
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name in state:
+                whole = state[name]
+                _local(tensor).copy_(whole[local_ranges(tensor)])
+
+
+def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """`optimizer.state_dict()` with every tensor whole and on the CPU; on rank 0, others give their parts alone."""
+    state = optimizer.state_dict()
+    keeps = dist.get_rank() == 0
+    gathered = {}
+    for number, values in state["state"].items():
+        # A tensor at a time, which the device needs room for.
+        whole = {name: v.full_tensor() if isinstance(v, DTensor) else v for name, v in values.items()}
+        gathered[number] = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in whole.items()} if keeps else {}
+    return {**state, "state": gathered}
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Give `optimizer` this rank's parts of the whole tensors of `state`."""
+    parts = {}
+    for number, parameter in enumerate(_parameters(optimizer)):
+        if number in state["state"]:
+            parts[number] = {
+                name: _part_of(value, parameter) if isinstance(value, Tensor) else value
+                for name, value in state["state"][number].items()
+            }
+    optimizer.load_state_dict({**state, "state": parts})
+
+
+def _part_of(value: Tensor, parameter: Tensor) -> Tensor:
+    if value.shape != parameter.shape:
+        return value
+    part = split_like(parameter, lambda ranges: value[ranges], parameter.device)
+    return part.to(value.dtype)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

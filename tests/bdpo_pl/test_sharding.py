@@ -1,0 +1,96 @@
+"""One process = two of DDP = two of FSDP2 = two of tensor parallelism: losses, weights, caches and resuming."""
+
+import pytest
+import sharded_ranks
+import torch
+from makers import build_model, build_tokenizer, preference_rows, write_jsonl
+from sharded_jobs import spawn, train
+
+# float32, 8 steps at a rate that moves weights of 0.02 by up to 0.016: orders of summation differ, nothing else does.
+WEIGHTS = {"rtol": 1e-4, "atol": 5e-6}
+LOSSES = {"rel": 1e-5, "abs": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folder with every result of two ranks."""
+    folder = tmp_path_factory.mktemp("runs")
+    models = {
+        "model": build_model(vocab_size=401),  # odd: the ranks hold 201 and 200 rows
+        "llama": build_model("llama"),
+        "mistral": build_model("mistral"),
+        "tied": build_model("qwen2", tie_word_embeddings=True),
+        "gpt2": build_model("gpt2"),
+        "odd": build_model("llama", num_key_value_heads=1),
+    }
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+        build_tokenizer().save_pretrained(folder / name)
+    write_jsonl(folder / "pairs.jsonl", preference_rows(40))
+    spawn(sharded_ranks.everything, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(runs):
+    """Results of one process, by what distinguishes them."""
+    lora = {"lora": sharded_ranks.LORA}
+    found = {"": train(runs, "one"), "lora": train(runs, "one-lora", **lora)}
+    for model in set(sharded_ranks.OTHER_MODELS.values()):
+        found[model] = train(runs, f"one-{model}", model=model, trainer={"max_epochs": 1})
+    return found
+
+
+@pytest.mark.parametrize("name", [*sharded_ranks.RUNS, *sharded_ranks.OTHER_MODELS])
+def test_two_processes_equal_one(runs, one, name):
+    state, evaluations, held = torch.load(runs / f"{name}.pt", weights_only=True)
+    kind = name.partition("-")[2]
+    expected, expected_evaluations, _ = one[kind if kind in one else ""]
+    assert state.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(state[key], value, **WEIGHTS, msg=lambda m, key=key: f"{key}: {m}")
+    assert evaluations.keys() == expected_evaluations.keys()
+    for step, values in expected_evaluations.items():
+        assert evaluations[step] == pytest.approx(values, **LOSSES)
+    # And the runs went somewhere.
+    first, last = min(evaluations), max(evaluations)
+    assert evaluations[last]["held_out/loss"] < evaluations[first]["held_out/loss"] - 0.01
+    if not name.startswith("ddp"):
+        assert held < 0.53
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "tp", "fsdp2-lora", "ddp-lora"])
+def test_interrupted_and_resumed_on_two_ranks_equals_uninterrupted(runs, name):
+    whole, evaluations, _ = torch.load(runs / f"{name}.pt", weights_only=True)
+    resumed, resumed_evaluations, _ = torch.load(runs / f"{name}-resumed.pt", weights_only=True)
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert resumed_evaluations[8] == evaluations[8]
+
+
+def test_checkpoint_says_nothing_of_the_strategy_that_wrote_it(runs, one):
+    expected = one[""][0]
+    path = str(runs / "fsdp2-steps" / "step=6.ckpt")
+    whole, _, _ = train(runs, "one-from-fsdp2", ckpt_path=path)
+    for state in (whole, torch.load(runs / "tp-from-fsdp2.pt", weights_only=True)[0]):
+        for key, value in expected.items():
+            torch.testing.assert_close(state[key], value, **WEIGHTS)
+
+
+def test_checkpoint_of_a_split_model_is_a_plain_file_of_its_trained_weights(runs):
+    for name in ("fsdp2", "tp", "fsdp2-lora"):
+        checkpoint = torch.load(runs / f"{name}-steps" / "step=6.ckpt", weights_only=True)
+        state, _, _ = torch.load(runs / f"{name}.pt", weights_only=True)
+        assert checkpoint["state_dict"].keys() == {f"policy.{key}" for key in state}
+
+
+def test_two_ranks_write_the_cache_that_one_writes(runs, one):
+    """Byte for byte, whatever the strategy."""
+
+    def files(name):
+        root = runs / "cache" / name
+        return {path.relative_to(root): path.read_bytes() for path in root.rglob("*.safetensors")}
+
+    expected = files("one")
+    assert len(expected) == 5  # 32 and 8 pairs, 8 to a chunk
+    for name in ("ddp", "fsdp2", "tp", "fsdp2-lora"):
+        assert files(name) == expected
