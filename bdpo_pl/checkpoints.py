@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import pickle
 import signal
@@ -10,7 +9,7 @@ import threading
 import zipfile
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import Any
 
 import lightning as L
 import torch
@@ -47,7 +46,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         # Where the disk is full, torch's writer may raise an error of its own over that of the operating system.
         except (OSError, RuntimeError) as error:
             temporary.unlink(missing_ok=True)
-            reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+            reason = error.strerror if isinstance(error, OSError) else _first_line(error)
             raise MachineError(
                 f"the checkpoint {path} cannot be written ({reason}); the one before it is untouched. Free space, then "
                 "go on with --ckpt_path last"
@@ -67,8 +66,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         try:
             return super().load_checkpoint(path, map_location, weights_only)
-        except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-            raise InputError(f"{path} does not load as a checkpoint: {str(error).splitlines()[0]}") from error
+        except FileNotFoundError:
+            raise
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+            raise InputError(f"{path} does not load as a checkpoint: {_first_line(error)}") from error
 
 
 def write_atomically(trainer: L.Trainer) -> None:
@@ -174,54 +175,8 @@ class StopSignals(L.Callback):
         self._before.clear()
 
 
-class RunFolder(L.Callback):
-    """Makes sure, before any work, that this run and no other writes its folder, and that it can."""
-
-    def __init__(self) -> None:
-        self._lock: IO[str] | None = None
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Hold the folder's lock until the process ends, however it ends.
-
-        Raises:
-            InputError: on every rank, if another run holds it or the folder cannot be written.
-        """
-        if self._lock is not None:
-            return
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
-        fault = self._take(folder) if trainer.is_global_zero else None
-        if fault := trainer.strategy.broadcast(fault):
-            raise InputError(fault)
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Let go of it."""
-        if self._lock is not None:
-            Path(self._lock.name).unlink(missing_ok=True)
-            self._lock.close()
-            self._lock = None
-
-    def _take(self, folder: Path) -> str | None:
-        lock = folder.with_name(f".{folder.name}.lock")
-        try:
-            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-            probe = folder / "checkpoints" / ".writable"
-            probe.touch()
-            probe.unlink()
-            file = lock.open("a", encoding="utf-8")
-        except OSError as error:
-            return (
-                f"the run folder {folder} cannot be written ({error.strerror}); set trainer.logger.init_args.save_dir"
-            )
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            return (
-                f"another run is writing the folder {folder}; wait for its end, or give this run a folder of its own "
-                "with trainer.logger.init_args.name or version"
-            )
-        self._lock = file
-        return None
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _sync_folder(folder: Path) -> None:

@@ -10,6 +10,7 @@ import logging
 import sys
 import time
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import lightning as L
@@ -18,6 +19,7 @@ import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.text import Text
 from torch import Tensor
@@ -26,7 +28,7 @@ import bdpo_pl.sharding  # noqa: F401 - names the strategy fsdp2
 from bdpo_pl import embedded
 from bdpo_pl.adapters import export_adapter
 from bdpo_pl.callbacks import LastCheckpoint, RandomState, SafetyProbe, SaveOnNonFinite
-from bdpo_pl.checkpoints import RunFolder, StopSignals, find_checkpoint, write_atomically
+from bdpo_pl.checkpoints import StopSignals, find_checkpoint, write_atomically
 from bdpo_pl.console import get_console
 from bdpo_pl.datamodule import PreferenceDataModule
 from bdpo_pl.errors import InputError, MachineError, NonFiniteError, StoppedError
@@ -35,6 +37,7 @@ from bdpo_pl.faults import machine_error
 from bdpo_pl.models import load_model
 from bdpo_pl.module import PreferenceModule
 from bdpo_pl.policy import plain_model
+from bdpo_pl.run_folder import RunFolder
 from bdpo_pl.sharded_state import whole_state
 from bdpo_pl.summary import paths_table, summary_table
 
@@ -141,13 +144,20 @@ def _run(args: list[str] | None) -> None:
                 "class_path": "lightning.pytorch.loggers.CSVLogger",
                 "init_args": {"save_dir": "runs", "name": ""},
             },
-            "callbacks": [RunFolder(), LastCheckpoint(), SaveOnNonFinite(), RandomState(), StopSignals()],
+            "callbacks": [LastCheckpoint(), SaveOnNonFinite(), RandomState(), StopSignals()],
         },
     )
-    trainer, module, data = cli.trainer, cli.model, cli.datamodule
-    probe: SafetyProbe = cli.config_init.safety
+    trainer = cli.trainer
     checkpoint = find_checkpoint(cli.config.ckpt_path, Path(trainer.default_root_dir))
     write_atomically(trainer)
+    # Known to rank 0 alone, which writes it; the others wait for it where the strategy sets up.
+    first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    with RunFolder(Path(trainer.log_dir or trainer.default_root_dir)) if first else nullcontext():
+        _align(cli, checkpoint, start)
+
+
+def _align(cli: FitCLI, checkpoint: str | None, start: float) -> None:
+    trainer, module, data = cli.trainer, cli.model, cli.datamodule
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     if module.global_step not in module.evaluations and "held_out" in data.tables:
         trainer.validate(module, data, verbose=False)
@@ -163,6 +173,7 @@ def _run(args: list[str] | None) -> None:
             name = "last checkpoint" if isinstance(callback, LastCheckpoint) else "best checkpoint"
             paths[name] = Path(callback.best_model_path)
     paths |= _export(module, data, folder, state, cli.config.export, cli.config.export_adapter)
+    probe: SafetyProbe = cli.config_init.safety
     console = get_console()
     console.print(summary_table(module.evaluations, module.global_step, probe.before, probe.after))
     console.print(paths_table(paths))

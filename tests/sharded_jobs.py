@@ -39,7 +39,7 @@ def train(
         "tp": ShardedStrategy(tensor_parallel_size=2),
     }[name.split("-")[0]]
     sharing = sharing or {"one": 1, "tp": max(1, world_size // 2)}.get(name.split("-")[0], world_size)
-    trainer_options = {"max_epochs": 2, **options.pop("trainer", {})}
+    trainer_options = {"max_epochs": 2, "log_every_n_steps": 1, **options.pop("trainer", {})}
     torch.manual_seed(0)
     trainer = L.Trainer(
         accelerator="cpu",
@@ -48,7 +48,6 @@ def train(
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=-1,
-        log_every_n_steps=1,
         gradient_clip_val=0.5,
         use_distributed_sampler=False,
         logger=CSVLogger(folder / name, name="", version=""),
@@ -77,7 +76,10 @@ def spawn(function, *args, world_size=2):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(_start, (function, port, args), nprocs=world_size)
+    processes = mp.spawn(_start, (function, port, args), nprocs=world_size, join=False)
+    # A rank whose peer is gone waits for it, and minds no signal.
+    while not processes.join(grace_period=1):
+        pass
 
 
 def _start(rank, function, port, args):
