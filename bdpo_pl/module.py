@@ -456,10 +456,11 @@ class PreferenceModule(L.LightningModule):
             raise InputError(
                 f"the checkpoint holds weights of {saved['policy']}, but model.policy is {self.source.name}"
             )
-        if not self._trained_names() <= checkpoint["state_dict"].keys():
+        adapters = None if self.lora is None else dataclasses.asdict(self.lora)
+        if saved.get("lora") != adapters or not self._trained_names() <= checkpoint["state_dict"].keys():
             raise InputError(
-                f"the checkpoint holds {'the whole model' if saved.get('lora') is None else 'adapters'} "
-                f"({saved.get('lora')}), but model.lora is {self.lora}; resume with the options it was written with"
+                f"the checkpoint was written with model.lora {saved.get('lora')}, but it is now {adapters}; "
+                "resume with the options it was written with"
             )
         if "reestimation" in saved:
             self.reestimation.load_state_dict(saved["reestimation"])

@@ -50,13 +50,14 @@ def keep(rank, folder, name, result):
         torch.save(result[:2], folder / f"{name}.pt")
 
 
-def whole_and_signalled(rank, folder):
+def signalled_and_killed(rank, folder):
     keep(rank, folder, "whole", run(folder, "ddp-whole", 2))
     # The signal reaches one rank alone, as a batch system may have it.
     for number, receiver in ((signal.SIGTERM, 1), (signal.SIGINT, 0)):
         with pytest.raises(StoppedError, match="after 5 optimiser steps"):
-            run(folder, f"ddp-{number}", 2, SignalAt(number, receiver))
-        keep(rank, folder, f"resumed-{number}", resume(folder, str(int(number)), 2, "ddp"))
+            run(folder, f"ddp-{int(number)}", 2, SignalAt(number, receiver))
+        keep(rank, folder, f"resumed-{int(number)}", resume(folder, str(int(number)), 2, "ddp"))
+    killed(rank, folder, "ddp-killed", 2)
 
 
 def killed(rank, folder, name, world_size):
