@@ -1,6 +1,6 @@
 # make demo   install, then align the embedded model end to end (no network needed after the install)
 # make test   install, then run every test this machine can run
-# make lint   ruff (rules and format) and mypy
+# make lint   ruff (rules and format), mypy, and pip-audit where its service can be reached
 # make bench  kernel benchmarks against the peers of the `bench` extra
 PYTHON ?= python3
 VENV   ?= .venv
@@ -25,6 +25,7 @@ lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python .ci/audit.py
 
 format: $(VENV)/.installed-lint
 	$(BIN)/ruff check --fix .

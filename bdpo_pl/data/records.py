@@ -104,20 +104,37 @@ def _parquet(path: Path) -> Iterator[Record]:
             for fields in batch.to_pylist():
                 yield Record(str(path), number, fields)
                 number += 1
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # the last two: of damaged text and dates
         raise InputError(f"{path}: not a whole Parquet file ({error}); fetch or write it again") from None
 
 
 def _saved_dataset(path: Path, split: str) -> Iterator[Record]:
     import datasets
 
-    data = datasets.load_from_disk(str(path))
+    try:
+        _require_inside(path)
+        data = datasets.load_from_disk(str(path))
+    except InputError:
+        raise
+    except Exception as error:  # of whatever kind: the folder is not what save_to_disk wrote
+        raise InputError(
+            f"{path}: not a whole saved dataset ({type(error).__name__}: {error}); write it again with save_to_disk"
+        ) from error
     if isinstance(data, datasets.DatasetDict):
         if split not in data:
             raise InputError(f"{path}: no split {split!r}; it has {', '.join(data)}")
         data = data[split]
     for number, fields in enumerate(data):
         yield Record(str(path), number, dict(fields))
+
+
+def _require_inside(path: Path) -> None:
+    """Raise `InputError` if the dataset saved at `path` would read files from elsewhere."""
+    for state in path.rglob("state.json"):
+        for entry in json.loads(state.read_text(encoding="utf-8"))["_data_files"]:
+            name = entry["filename"]
+            if Path(name).name != name or name in ("", ".", ".."):
+                raise InputError(f"{state}: {name!r} names a file outside the folder; such a dataset is not read")
 
 
 def _hub_dataset(name: str, split: str, revision: str | None) -> Iterator[Record]:
