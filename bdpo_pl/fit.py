@@ -196,14 +196,14 @@ def _export(
     paths = {}
     if adapter and module.lora is not None:
         assert state is not None
-        lora, adapters, base = module.lora, state, load_model(module.source, module.weights_dtype)
+        lora, adapters, base = module.lora, state, load_model(module.source, module.dtype_used)
         paths["adapter"] = write_whole(
             _free(folder / "adapter"), lambda partial: export_adapter(base, lora, adapters, partial)
         )
     if model:
         policy = module.policy
         if state is not None:
-            policy = plain_model(module.source, module.weights_dtype, state, module.lora)
+            policy = plain_model(module.source, module.dtype_used, state, module.lora)
         paths["aligned model"] = export_policy(policy, data.tokenizer, _free(folder / "model"))
     return paths
 
