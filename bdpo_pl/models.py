@@ -224,5 +224,10 @@ def _check_path(name: str) -> None:
 
 
 def _reason(error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return (
+            "it runs Python code that comes with it. Read that code first; to run it, with your permissions, set "
+            "model.trust_remote_code to true"
+        )
     first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
     return f"{type(error).__name__}: {first_line}"
