@@ -34,6 +34,7 @@ from bdpo_pl.datamodule import PreferenceDataModule
 from bdpo_pl.errors import InputError, MachineError, NonFiniteError, StoppedError
 from bdpo_pl.export import export_policy, write_whole
 from bdpo_pl.faults import machine_error
+from bdpo_pl.memory_plan import planned
 from bdpo_pl.models import load_model
 from bdpo_pl.module import PreferenceModule
 from bdpo_pl.policy import plain_model
@@ -60,6 +61,12 @@ class FitCLI(LightningCLI):
         parser.add_argument("--export", default=True, type=bool, help="Write the policy as a Hugging Face folder.")
         parser.add_argument(
             "--export_adapter", default=False, type=bool, help="Write a LoRA adapter alone too, in peft's layout."
+        )
+        parser.add_argument(
+            "--dry_run",
+            default=False,
+            type=bool,
+            help="Print what each device needs of memory, and do nothing else: no weights are read.",
         )
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(SafetyProbe, "safety")
@@ -148,6 +155,9 @@ def _run(args: list[str] | None) -> None:
         },
     )
     trainer = cli.trainer
+    if cli.config.dry_run:
+        get_console().print(planned(trainer, cli.model, cli.datamodule).table())
+        return
     checkpoint = find_checkpoint(cli.config.ckpt_path, Path(trainer.default_root_dir))
     write_atomically(trainer)
     # Known to rank 0 alone, which writes it; the others wait for it where the strategy sets up.
