@@ -12,11 +12,12 @@ Plots: `histogram`, `bar_chart` (with intervals), `scatter`, `line_chart`; each 
 as a table beside it. Every text given is data and is escaped; only what `markupsafe.Markup` marks is taken as markup.
 """
 
-from bdpo_pl.reporting.elements import Figure, Finding, Level, Table
+from bdpo_pl.reporting.elements import Cell, Figure, Finding, Level, Table
 from bdpo_pl.reporting.page import Page, Section
 from bdpo_pl.reporting.plots import Estimate, Line, bar_chart, histogram, line_chart, scatter
 
 __all__ = [
+    "Cell",
     "Estimate",
     "Figure",
     "Finding",

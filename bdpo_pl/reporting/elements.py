@@ -17,7 +17,7 @@ class Table:
     """A table of texts and whole numbers; the caller formats other numbers.
 
     Attributes:
-        columns: their headings.
+        columns: their headings; all empty for a table with none.
         rows: cells, as many as there are columns; None is a dash.
         caption: what the table shows.
         align: `l` or `r` for each column; default: the first to the left, the others to the right.
@@ -44,10 +44,11 @@ class Table:
         )
         body = Markup("").join(Markup("<tr>{}</tr>").format(_cells(row, align)) for row in self.rows)
         # Focusable, so that a wide table can be scrolled with the keyboard.
+        head = Markup("<thead><tr>{}</tr></thead>").format(heads) if any(self.columns) else ""
         return Markup(
             '<div class="scroll" role="region" tabindex="0" aria-label="{0}"><table><caption>{0}</caption>'
-            "<thead><tr>{1}</tr></thead><tbody>{2}</tbody></table></div>"
-        ).format(self.caption, heads, body)
+            "{1}<tbody>{2}</tbody></table></div>"
+        ).format(self.caption, head, body)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,12 @@ class Section:
 
     def quote(self, label: str, text: str) -> None:
         """Add a text of the data, its line breaks kept."""
-        self.parts.append(Markup('<div class="quote"><b>{}</b><pre>{}</pre></div>').format(label, text))
+        self.parts.append(_quote(label, text))
+
+    def folded(self, title: str, texts: Mapping[str, str]) -> None:
+        """Add texts of the data, by label, that show only when the reader unfolds them; paper leaves them out."""
+        quotes = Markup("").join(_quote(label, text) for label, text in texts.items())
+        self.parts.append(Markup("<details><summary>{}</summary>{}</details>").format(title, quotes))
 
     def table(self, table: Table) -> None:
         """Add a table."""
@@ -92,3 +97,7 @@ class Page:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(self.render(), encoding="utf-8")
         return path
+
+
+def _quote(label: str, text: str) -> Markup:
+    return Markup('<div class="quote"><b>{}</b><pre>{}</pre></div>').format(label, text)

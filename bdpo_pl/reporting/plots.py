@@ -128,21 +128,22 @@ def bar_chart(
     low, high = limits or (min(0.0, *ends), max(0.0, *ends))
     pad = 0.0 if limits else 0.04 * (high - low)
     group = _ROW_HEIGHT * len(bars) + 10
+    top = 34 if len(bars) > 1 else 6
     left = 24 + round(6.6 * min(_LABEL_LETTERS, max(map(len, labels))))
     frame = Frame(
         (low - pad if low < 0 else low, high + pad if high > 0 else high), (0.0, 1.0), x_label,
-        height=80 + group * len(labels), left=left, x_percent=percent,
+        height=46 + top + group * len(labels), left=left, top=top, x_percent=percent,
     )  # fmt: skip
     rows = []
     for g, label in enumerate(labels):
-        top = frame.top + g * group + 5.0
+        at = frame.top + g * group + 5.0
         short = label if len(label) <= _LABEL_LETTERS else label[: _LABEL_LETTERS - 1] + "…"
-        frame.text(left - 8.0, top + (group - 10) / 2 + 4.0, short, "row", "end")
+        frame.text(left - 8.0, at + (group - 10) / 2 + 4.0, short, "row", "end")
         row = [label]
         for i, values in enumerate(bars.values()):
             row.append(_told(values[g], percent))
             if values[g] is not None:
-                _bar(frame, values[g], top + i * _ROW_HEIGHT, i, f"{label}, {list(bars)[i]}: {row[-1]}")
+                _bar(frame, values[g], at + i * _ROW_HEIGHT, i, f"{label}, {list(bars)[i]}: {row[-1]}")
         rows.append(row)
     frame.path([(frame.x(0.0), frame.top), (frame.x(0.0), frame.bottom)], "axis")
     if len(bars) > 1:

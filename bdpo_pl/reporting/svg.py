@@ -23,6 +23,7 @@ class Frame:
         y_label: of the vertical axis; "" draws neither label nor ticks, for charts that name their rows themselves.
         height: in units of the drawing, which is `WIDTH` wide.
         left: room for what stands left of the area.
+        top: room for what stands above it, as the legend.
         percent: label the y axis in percent.
         x_percent: label the x axis in percent.
 
@@ -39,13 +40,14 @@ class Frame:
         *,
         height: int = 300,
         left: int = 64,
+        top: int = _TOP,
         percent: bool = False,
         x_percent: bool = False,
     ) -> None:
         self.x_low, self.x_high = _widened(x_range)
         self.y_low, self.y_high = _widened(y_range)
         self.height = height
-        self.left, self.right, self.top, self.bottom = left, WIDTH - _RIGHT, _TOP, height - _BOTTOM
+        self.left, self.right, self.top, self.bottom = left, WIDTH - _RIGHT, top, height - _BOTTOM
         self._parts: list[Markup] = []
         self._axes(x_label, y_label, percent, x_percent)
 

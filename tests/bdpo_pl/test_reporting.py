@@ -33,6 +33,7 @@ def full_page(text="plain"):
     section.figure(line_chart(text, {text: Line([0, 1], [0.1, 0.3], [0, 0.2], [0.2, 0.4])}, text, text, percent=True))
     section.items([text, text])
     section.quote(text, f"{text}\nsecond line")
+    section.folded(text, {text: text})
     return page
 
 
