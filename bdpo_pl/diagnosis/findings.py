@@ -9,12 +9,14 @@ from bdpo_pl.reporting import Finding
 
 MANY_STRONG = 0.10
 """Share of strongly re-weighted pairs from which on it is worth a notice."""
+TILTED = 0.05
+"""Difference between the mean strengths on the two sides, where DPO's is 1 on each, likewise."""
 ONE_SIDED_LENGTH = 0.65
 """Share of pairs with the longer response on one side, likewise."""
 CORRELATED = 0.30
 """Spearman's correlation, likewise."""
 UNEVEN_CATEGORY = 1.5
-"""Mean imbalance of a category, in that of all pairs."""
+"""Mean size of a category's imbalance, as a multiple of that of all pairs, likewise."""
 FEW_PAIRS = 50
 
 _ORDER = ("problem", "notice", "fine")
@@ -98,12 +100,14 @@ def _balance(diagnosis: Diagnosis) -> Iterator[Finding]:
     )
     mean = overall.imbalance
     if mean.low is not None and mean.high is not None and not mean.low <= 0.0 <= mean.high:
-        side, other = ("chosen", "rejected") if mean.mean > 0 else ("rejected", "chosen")
+        side = "chosen" if mean.mean > 0 else "rejected"
         amount = f"{abs(mean.mean):.2f} {diagnosis.unit}".strip()
+        tilt = abs(overall.strength_chosen - overall.strength_rejected)
         yield Finding(
-            "notice",
+            "notice" if tilt >= TILTED else "fine",
             f"The {side} responses are the better comprehended ones, by {amount} on average.",
-            f"B-DPO puts less of its strength on them, and more on the {other} ones.",
+            f"Of DPO's strength B-DPO gives {overall.strength_chosen:.2f} to the chosen and "
+            f"{overall.strength_rejected:.2f} to the rejected ones.",
         )
     elif mean.low is not None:
         yield Finding("fine", "Neither side is the better comprehended one on average.")
