@@ -193,9 +193,9 @@ def _extremes(section: Section, diagnosis: Diagnosis, split: SplitDiagnosis) -> 
                 _short(x.place, diagnosis),
                 x.category or None,
                 f"{x.prompt_tokens} / {x.chosen_tokens} / {x.rejected_tokens}",
-                signed(x.comprehension_chosen),
-                signed(x.comprehension_rejected),
-                signed(x.imbalance),
+                signed(x.comprehension_chosen, 3),
+                signed(x.comprehension_rejected, 3),
+                signed(x.imbalance, 3),
                 f"{x.weight_chosen:.2f} / {x.weight_rejected:.2f}",
             ]
             for x in lines
@@ -278,7 +278,11 @@ def signed(value: float, decimals: int = 2) -> str: ...
 def signed(value: float | None, decimals: int = 2) -> str | None: ...
 def signed(value: float | None, decimals: int = 2) -> str | None:
     """A number with its sign; None if there is none."""
-    return None if value is None else f"{value:+.{decimals}f}".replace("-", "−")
+    if value is None:
+        return None
+    # Rounding of nothing is no "−0.00".
+    rounded = round(value, decimals)
+    return f"{rounded:+.{decimals}f}".replace("-", "−") if rounded else f"{0.0:.{decimals}f}"
 
 
 def estimate(mean: Mean) -> Estimate:

@@ -9,7 +9,8 @@ from markupsafe import Markup
 
 WIDTH = 720
 _TOP, _RIGHT, _BOTTOM = 34, 18, 46
-_MARK_LETTER = 6.2
+_LETTER = 6.6
+_LABEL_ROOM = 36
 NUM_COLOURS = 6
 
 
@@ -47,9 +48,12 @@ class Frame:
         self.x_low, self.x_high = _widened(x_range)
         self.y_low, self.y_high = _widened(y_range)
         self.height = height
+        y_ticks = ticks(self.y_low, self.y_high, 5, percent) if y_label else []
+        # Beside the longest of them there must be room for the label.
+        left = max([left, *(_LABEL_ROOM + round(_LETTER * len(label)) for _, label in y_ticks)])
         self.left, self.right, self.top, self.bottom = left, WIDTH - _RIGHT, top, height - _BOTTOM
         self._parts: list[Markup] = []
-        self._axes(x_label, y_label, percent, x_percent)
+        self._axes(x_label, ticks(self.x_low, self.x_high, percent=x_percent), y_label, y_ticks)
 
     def x(self, value: float) -> float:
         """Where `value` stands, from the left."""
@@ -78,7 +82,7 @@ class Frame:
         x = self.x(value)
         self.path([(x, self.top), (x, self.bottom)], "mark")
         room = self.right - x
-        at_end = len(label) * _MARK_LETTER > room
+        at_end = len(label) * _LETTER > room
         self.text(x + (-4.0 if at_end else 4.0), self.top + 10.0, label, "marklabel", "end" if at_end else "start")
 
     def legend(self, names: Sequence[str]) -> None:
@@ -96,20 +100,25 @@ class Frame:
             '<svg viewBox="0 0 {} {}" role="img" aria-label="{}" xmlns="http://www.w3.org/2000/svg">{}</svg>'
         ).format(WIDTH, self.height, description, Markup("").join(self._parts))
 
-    def _axes(self, x_label: str, y_label: str, percent: bool, x_percent: bool) -> None:
-        for value, label in ticks(self.x_low, self.x_high, percent=x_percent):
+    def _axes(
+        self, x_label: str, x_ticks: Sequence[tuple[float, str]], y_label: str, y_ticks: Sequence[tuple[float, str]]
+    ) -> None:
+        for value, label in x_ticks:
             x = self.x(value)
             self.path([(x, self.top), (x, self.bottom)], "grid")
             self.text(x, self.bottom + 16.0, label, "tick", "middle")
         self.text((self.left + self.right) / 2, self.bottom + 36.0, x_label, "label", "middle")
+        for value, label in y_ticks:
+            y = self.y(value)
+            self.path([(self.left, y), (self.right, y)], "grid")
+            self.text(self.left - 8.0, y + 4.0, label, "tick", "end")
         if y_label:
-            for value, label in ticks(self.y_low, self.y_high, 5, percent):
-                y = self.y(value)
-                self.path([(self.left, y), (self.right, y)], "grid")
-                self.text(self.left - 8.0, y + 4.0, label, "tick", "end")
             middle = (self.top + self.bottom) / 2
-            self.add('<text class="label" text-anchor="middle" transform="translate(14 {}) rotate(-90)">{}</text>',
-                     middle, y_label)  # fmt: skip
+            self.add(
+                '<text class="label" text-anchor="middle" transform="translate(14 {}) rotate(-90)">{}</text>',
+                middle,
+                y_label,
+            )
         self.path([(self.left, self.bottom), (self.right, self.bottom)], "axis")
 
 
