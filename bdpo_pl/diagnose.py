@@ -106,13 +106,16 @@ def _score(cli: FitCLI) -> dict[str, SplitScores]:
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
     if not module.scoring.comprehension:
         raise InputError("diagnose measures comprehension, and model.scoring.comprehension is false; set it to true")
+    # What the Trainer does before its first loop, so that everything in the cache's key is as in `fit`.
     trainer.strategy.setup_environment()
     trainer.strategy.connect(module)
-    data.trainer = trainer
-    data.setup("fit")
+    module.trainer = data.trainer = trainer
+    trainer.datamodule = data  # type: ignore[attr-defined]
     # Of a live reference, or none, the same is to be known.
-    reference = module.make_reference(data, str(trainer.precision), "precomputed")
-    reference.prepare(trainer, data, module.loss)
+    module.reference_mode = "precomputed"
+    data.setup("fit")
+    module.setup("fit")
+    reference = module.reference
     splits = [name for name in ("train", "held_out") if name in data.tables]
     return {name: reference.scores(name, torch.arange(len(data.tables[name])), data, module.loss) for name in splits}
 
