@@ -72,10 +72,10 @@ class Browser:
         self.profile = profile
 
     def __enter__(self):
+        command = [find_chromium(), *FLAGS, f"--user-data-dir={self.profile}"]
         # Chromium reads commands from descriptor 3 and answers on 4.
         read_commands, self._out = os.pipe()
         self._in, write_answers = os.pipe()
-        command = [find_chromium(), *FLAGS, f"--user-data-dir={self.profile}"]
         shell = 'exec 3<&"$0" 4>&"$1"; shift; exec "$@"'
         self._process = subprocess.Popen(
             ["bash", "-c", shell, str(read_commands), str(write_answers), *command],

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -36,22 +37,22 @@ class Measured:
     scale: np.ndarray
     strong_ratio: float
 
-    @property
+    @cached_property
     def imbalance(self) -> np.ndarray:
         """(M,) comprehension of the chosen − of the rejected."""
         return self.comprehension[0] - self.comprehension[1]
 
-    @property
+    @cached_property
     def ratio(self) -> np.ndarray:
         """(M,) the larger weight over the smaller."""
         return self.weights.max(axis=0) / self.weights.min(axis=0).clip(_SMALLEST_WEIGHT)
 
-    @property
+    @cached_property
     def strong(self) -> np.ndarray:
         """(M,) bool: re-weighted strongly."""
         return self.ratio >= self.strong_ratio
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         """(2, M) int64 tokens in each response."""
         return np.stack([self.table.chosen_lengths, self.table.rejected_lengths]).astype(np.int64)
@@ -147,10 +148,11 @@ def group(measured: Measured, name: str, index: np.ndarray | None = None) -> Gro
 
 def by_category(measured: Measured) -> list[Group]:
     """A group for each category, the most imbalanced first; none if no pair has a category."""
-    labels = np.array(measured.table.categories)
-    if not labels.astype(bool).any():
+    if not any(measured.table.categories):
         return []
-    groups = [group(measured, str(label) or "(none)", np.flatnonzero(labels == label)) for label in np.unique(labels)]
+    labels, which, counts = np.unique(measured.table.categories, return_inverse=True, return_counts=True)
+    members = np.split(np.argsort(which, kind="stable"), np.cumsum(counts)[:-1])
+    groups = [group(measured, str(label) or "(none)", index) for label, index in zip(labels, members, strict=True)]
     return sorted(groups, key=lambda g: (-g.size, g.name))
 
 

@@ -67,7 +67,7 @@ def histogram(
     shares = {name: c / max(1, len(values[name])) for name, c in counts.items()}
     frame = Frame(
         (edges[0], edges[-1]), (0.0, 1.1 * max(s.max() for s in shares.values())), x_label, f"share of {unit}",
-        percent=True,
+        percent=True, legend=[f"{name} ({len(v):,} {unit})" for name, v in values.items()],
     )  # fmt: skip
     for i, share in enumerate(shares.values()):
         steps = [(frame.x(edges[0]), frame.y(0.0))]
@@ -88,7 +88,6 @@ def histogram(
         told = ", ".join(f"{name} {n:,}" for name, n in zip(counts, in_bin, strict=True))
         frame.add('<rect class="hit" x="{}" y="{}" width="{}" height="{}"><title>{}: {}</title></rect>',
                   float(x), frame.top, float(width), frame.bottom - frame.top, span, told)  # fmt: skip
-    frame.legend([f"{name} ({len(v):,} {unit})" for name, v in values.items()])
     medians = "; ".join(f"median of {name} {np.median(v):.3g}" for name, v in values.items() if len(v))
     table = Table([x_label, *counts], rows, f"{title}: {unit} in each bin")
     return Figure(title, frame.render(f"Histogram of {x_label}. {medians}."), table, caption)
@@ -128,11 +127,11 @@ def bar_chart(
     low, high = limits or (min(0.0, *ends), max(0.0, *ends))
     pad = 0.0 if limits else 0.04 * (high - low)
     group = _ROW_HEIGHT * len(bars) + 10
-    top = 34 if len(bars) > 1 else 6
+    legend = list(bars) if len(bars) > 1 else []
     left = 24 + round(6.6 * min(_LABEL_LETTERS, max(map(len, labels))))
     frame = Frame(
         (low - pad if low < 0 else low, high + pad if high > 0 else high), (0.0, 1.0), x_label,
-        height=46 + top + group * len(labels), left=left, top=top, x_percent=percent,
+        height=80 + group * len(labels), left=left, legend=legend, x_percent=percent,
     )  # fmt: skip
     rows = []
     for g, label in enumerate(labels):
@@ -146,8 +145,6 @@ def bar_chart(
                 _bar(frame, values[g], at + i * _ROW_HEIGHT, i, f"{label}, {list(bars)[i]}: {row[-1]}")
         rows.append(row)
     frame.path([(frame.x(0.0), frame.top), (frame.x(0.0), frame.bottom)], "axis")
-    if len(bars) > 1:
-        frame.legend(list(bars))
     description = f"Bar chart of {x_label} for {len(labels)} groups; the numbers follow as a table."
     return Figure(title, frame.render(description), Table([x_label, *bars], rows, title), caption)
 
@@ -178,17 +175,15 @@ def scatter(
     if not any(len(x) for x, _ in points.values()):
         raise ValueError(f"{title}: nothing to plot")
     xs, ys = (np.concatenate([p[axis] for p in points.values()]) for axis in (0, 1))
-    frame = Frame(_span(xs), _span(ys), x_label, y_label, height=340)
-    names = []
-    for i, (name, (x, y)) in enumerate(points.items()):
+    names = [f"{name} ({_counted(len(x))})" for name, (x, _) in points.items()]
+    frame = Frame(_span(xs), _span(ys), x_label, y_label, height=340, legend=names)
+    for i, (x, y) in enumerate(points.values()):
         kept = np.arange(len(x))
         if len(x) > _MAX_POINTS:
             kept = np.random.default_rng(0).choice(len(x), _MAX_POINTS, replace=False)
         # A line of no length with a round cap is a dot: a tenth of the markup of as many circles.
         dots = "".join(f"M{frame.x(x[k]):.1f} {frame.y(y[k]):.1f}h0" for k in kept)
         frame.add('<path class="s{} dots" d="{}"/>', colour(i), dots)
-        names.append(f"{name} ({len(kept):,}{f' of {len(x):,}' if len(kept) < len(x) else ''})")
-    frame.legend(names)
     return Figure(title, frame.render(f"Scatter plot of {y_label} against {x_label}."), caption=caption)
 
 
@@ -220,7 +215,7 @@ def line_chart(
     ys = np.concatenate(
         [np.asarray(v, dtype=np.float64) for line in series.values() for v in line[1:] if v is not None]
     )
-    frame = Frame(_span(xs, 0.02), _span(ys), x_label, y_label, percent=percent)
+    frame = Frame(_span(xs, 0.02), _span(ys), x_label, y_label, percent=percent, legend=list(series))
     rows = []
     for i, (name, line) in enumerate(series.items()):
         places = [(frame.x(x), frame.y(y)) for x, y in zip(line.x, line.y, strict=True)]
@@ -234,7 +229,6 @@ def line_chart(
             frame.add('<circle class="s{} dot" cx="{}" cy="{}" r="3"><title>{}, {}: {}</title></circle>',
                       colour(i), float(x), float(y), name, f"{line.x[k]:g}", told)  # fmt: skip
             rows.append([name, f"{line.x[k]:g}", told])
-    frame.legend(list(series))
     table = Table(["series", x_label, y_label], rows, title)
     return Figure(title, frame.render(f"Line chart of {y_label} against {x_label}."), table, caption)
 
@@ -264,6 +258,10 @@ def _told(bar: Estimate | None, percent: bool) -> str:
     if bar.low is None or bar.high is None:
         return value
     return f"{value} ({form.format(bar.low)} to {form.format(bar.high)})"
+
+
+def _counted(number: int) -> str:
+    return f"{number:,}" if number <= _MAX_POINTS else f"{_MAX_POINTS:,} of {number:,}"
 
 
 def _span(values: np.ndarray, margin: float = 0.04) -> tuple[float, float]:

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 WIDTH = 720
-_TOP, _RIGHT, _BOTTOM = 34, 18, 46
+_TOP, _RIGHT, _BOTTOM = 8, 18, 46
+_LEGEND_ROW, _LEGEND_GAP, _SWATCH = 20, 18, 28
+_LONGEST_NAME = 60
 _LETTER = 6.6
 _LABEL_ROOM = 36
 NUM_COLOURS = 6
@@ -24,7 +26,7 @@ class Frame:
         y_label: of the vertical axis; "" draws neither label nor ticks, for charts that name their rows themselves.
         height: in units of the drawing, which is `WIDTH` wide.
         left: room for what stands left of the area.
-        top: room for what stands above it, as the legend.
+        legend: names of the series, in the order of their colours.
         percent: label the y axis in percent.
         x_percent: label the x axis in percent.
 
@@ -41,19 +43,23 @@ class Frame:
         *,
         height: int = 300,
         left: int = 64,
-        top: int = _TOP,
+        legend: Sequence[str] = (),
         percent: bool = False,
         x_percent: bool = False,
     ) -> None:
         self.x_low, self.x_high = _widened(x_range)
         self.y_low, self.y_high = _widened(y_range)
-        self.height = height
         y_ticks = ticks(self.y_low, self.y_high, 5, percent) if y_label else []
         # Beside the longest of them there must be room for the label.
         left = max([left, *(_LABEL_ROOM + round(_LETTER * len(label)) for _, label in y_ticks)])
-        self.left, self.right, self.top, self.bottom = left, WIDTH - _RIGHT, top, height - _BOTTOM
+        rows = _legend_rows(legend, WIDTH - _RIGHT - left)
+        self.top = _TOP + _LEGEND_ROW * len(rows) + (6 if rows else 0)
+        # As tall as asked for with one row.
+        self.height = height + _LEGEND_ROW * max(0, len(rows) - 1)
+        self.left, self.right, self.bottom = left, WIDTH - _RIGHT, self.height - _BOTTOM
         self._parts: list[Markup] = []
         self._axes(x_label, ticks(self.x_low, self.x_high, percent=x_percent), y_label, y_ticks)
+        self._legend(rows)
 
     def x(self, value: float) -> float:
         """Where `value` stands, from the left."""
@@ -85,15 +91,6 @@ class Frame:
         at_end = len(label) * _LETTER > room
         self.text(x + (-4.0 if at_end else 4.0), self.top + 10.0, label, "marklabel", "end" if at_end else "start")
 
-    def legend(self, names: Sequence[str]) -> None:
-        """What the colours and dashes mean, above the area."""
-        x = float(self.left)
-        for i, name in enumerate(names):
-            self.add('<rect class="s{0} fill" x="{1}" y="10" width="22" height="10"/>', colour(i), x)
-            self.path([(x, 10.0), (x + 22.0, 10.0)], f"s{colour(i)} line")
-            self.text(x + 28.0, 19.0, name)
-            x += 28.0 + 7.0 * len(name) + 18.0
-
     def render(self, description: str) -> Markup:
         """The drawing; `description` says in words what it shows."""
         return Markup(
@@ -121,6 +118,18 @@ class Frame:
             )
         self.path([(self.left, self.bottom), (self.right, self.bottom)], "axis")
 
+    def _legend(self, rows: Sequence[Sequence[str]]) -> None:
+        """What the colours and dashes mean, above the area."""
+        number = 0
+        for k, row in enumerate(rows):
+            x, y = float(self.left), _TOP + k * _LEGEND_ROW + 2.0
+            for name in row:
+                self.add('<rect class="s{} fill" x="{}" y="{}" width="22" height="10"/>', colour(number), x, y)
+                self.path([(x, y), (x + 22.0, y)], f"s{colour(number)} line")
+                self.text(x + _SWATCH, y + 9.0, name)
+                x += _SWATCH + _LETTER * len(name) + _LEGEND_GAP
+                number += 1
+
 
 def colour(index: int) -> int:
     """Number of the colour of series `index`, from 1."""
@@ -147,3 +156,18 @@ def _widened(bounds: tuple[float, float]) -> tuple[float, float]:
         raise ValueError(f"an axis from {low} to {high} cannot be drawn")
     # One value alone still needs an axis with a length.
     return (low, high) if high > low else (low - max(0.5, abs(low) * 0.1), high + max(0.5, abs(high) * 0.1))
+
+
+def _legend_rows(names: Sequence[str], width: float) -> list[list[str]]:
+    """`names`, long ones cut, in as many rows as they need."""
+    rows: list[list[str]] = []
+    room = 0.0
+    for name in names:
+        shown = name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
+        needed = _SWATCH + _LETTER * len(shown) + _LEGEND_GAP
+        if not rows or needed > room:
+            rows.append([])
+            room = width
+        rows[-1].append(shown)
+        room -= needed
+    return rows

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from bdpo_pl.data.tokenization import PairTokenizer
 from bdpo_pl.data.truncation import Truncation
 from bdpo_pl.diagnose import main
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 EVIL = "<script>document.title='taken'</script><img src=http://127.0.0.1:8/x.png>"
 
 
@@ -182,6 +184,13 @@ def test_no_option_looks_at_the_embedded_set(monkeypatch, capsys):
     assert len(report["splits"]["train"]["categories"]) > 20
     assert not report["leaks"]["prompts"]
     assert "1,200" in capsys.readouterr().out
+
+
+def test_configuration_of_fit_serves(base):
+    main([f"--config={CONFIGS / 'own_data.yaml'}", *base])
+    fit.main([*base, "--trainer.max_steps=1", "--trainer.enable_progress_bar=false", "--export=false"])
+    main(["--config=runs/version_0/config.yaml", "--diagnose.folder=again"])
+    assert results("again")[0] == results()[0]
 
 
 def test_help_names_its_options_and_those_of_fit(capsys):

@@ -113,6 +113,44 @@ def test_large_scatter_draws_a_sample_and_says_so():
     assert "2,000 of 5,000" in str(figure.svg)
 
 
+def test_long_legends_wrap_within_the_drawing():
+    names = [f"model {i} " + "x" * 45 for i in range(5)] + ["y" * 200]
+    figure = bar_chart("b", ["a"], {name: [1.0] for name in names}, "x")
+    swatches = [rect for rect in svg(figure).iter("rect") if "fill" in rect.get("class")]
+    assert len(swatches) == 6
+    assert len({(rect.get("x"), rect.get("y")) for rect in swatches}) == 6
+    bars = [float(rect.get("y")) for rect in svg(figure).iter("rect") if "solid" in rect.get("class")]
+    assert max(float(rect.get("y")) for rect in swatches) < min(bars)
+    assert float(figure.svg.split('viewBox="0 0 720 ')[1].split('"')[0]) > max(bars) + 40
+
+
+def luminance(colour):
+    linear = [
+        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (b / 255 for b in bytes.fromhex(colour))
+    ]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("scheme", [0, 1, 2], ids=["light", "dark", "paper"])
+def test_colours_can_be_told_from_their_ground(scheme):
+    """The contrast that WCAG AA asks for: 4.5 for text, 3 for what is drawn."""
+    blocks = re.findall(r":root \{(.*?)\}", full_page().render(), re.DOTALL)
+    colours = dict(re.findall(r"--([\w-]+): #(\w{3,6})\b", blocks[scheme]))
+    colours = {name: c if len(c) == 6 else "".join(2 * x for x in c) for name, c in colours.items()}
+    for ground in ("paper", "card"):
+        for name, needed in [(n, 4.5) for n in ("ink", "muted", "problem", "notice", "fine", "s1")] + [
+            (f"s{i}", 3.0) for i in range(2, 7)
+        ]:
+            high, low = sorted((luminance(colours[name]), luminance(colours[ground])), reverse=True)
+            assert (high + 0.05) / (low + 0.05) >= needed, (name, ground)
+
+
+def test_without_a_browser_the_test_is_skipped_and_says_why(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(pytest.skip.Exception, match="apt-get install chromium"), Browser(tmp_path / "profile"):
+        pass
+
+
 def test_line_chart_keeps_the_points():
     figure = line_chart("l", {"a": Line([0, 10], [0.5, 0.25])}, "step", "rate", percent=True)
     assert figure.numbers.rows == [["a", "0", "50.0%"], ["a", "10", "25.0%"]]
