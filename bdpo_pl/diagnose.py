@@ -107,9 +107,9 @@ def _score(cli: FitCLI) -> dict[str, SplitScores]:
     if not module.scoring.comprehension:
         raise InputError("diagnose measures comprehension, and model.scoring.comprehension is false; set it to true")
     # What the Trainer does before its first loop, so that everything in the cache's key is as in `fit`.
-    trainer.strategy.setup_environment()
     trainer.strategy.connect(module)
     module.trainer = data.trainer = trainer
+    trainer.strategy.setup_environment()
     trainer.datamodule = data  # type: ignore[attr-defined]
     # Of a live reference, or none, the same is to be known.
     module.reference_mode = "precomputed"
