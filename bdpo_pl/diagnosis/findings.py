@@ -15,8 +15,8 @@ ONE_SIDED_LENGTH = 0.65
 """Share of pairs with the longer response on one side, likewise."""
 CORRELATED = 0.30
 """Spearman's correlation, likewise."""
-UNEVEN_CATEGORY = 1.5
-"""Mean size of a category's imbalance, as a multiple of that of all pairs, likewise."""
+UNEVEN = 1.5
+"""Mean size of a category's or of the held-out pairs' imbalance, as a multiple of the training pairs', likewise."""
 FEW_PAIRS = 50
 
 _ORDER = ("problem", "notice", "fine")
@@ -113,7 +113,7 @@ def _balance(diagnosis: Diagnosis) -> Iterator[Finding]:
         yield Finding("fine", "Neither side is the better comprehended one on average.")
     uneven = [
         g for g in diagnosis.splits["train"].categories
-        if g.size >= UNEVEN_CATEGORY * overall.size and g.pairs < overall.pairs and overall.size > 0
+        if g.size >= UNEVEN * overall.size and g.pairs < overall.pairs and overall.size > 0
     ]  # fmt: skip
     if uneven:
         named = ", ".join(f"{g.name} ({g.size / overall.size:.1f}×)" for g in uneven[:5])
@@ -121,6 +121,13 @@ def _balance(diagnosis: Diagnosis) -> Iterator[Finding]:
             "notice",
             f"Categories much more imbalanced than the whole: {named}{', …' if len(uneven) > 5 else ''}.",
             "Look there first after training.",
+        )
+    if "held_out" in diagnosis.splits and diagnosis.splits["held_out"].overall.size >= UNEVEN * overall.size > 0:
+        size = diagnosis.splits["held_out"].overall.size
+        yield Finding(
+            "notice",
+            f"Held-out pairs are {size / overall.size:.1f} times as imbalanced as training pairs.",
+            "They are of another kind than the training pairs: a gap after training can come from that alone.",
         )
 
 

@@ -138,6 +138,7 @@ def _categories(section: Section, split: SplitDiagnosis) -> None:
             [g.name for g in shown],
             {"imbalance": [estimate(g.imbalance) for g in shown]},
             "mean of chosen − rejected, with 95 % intervals",
+            caption="In the order of |imbalance|: pairs of both signs can cancel in the mean.",
         )
     )
     section.table(group_table("category", shown, "Training pairs by category, the most imbalanced first"))

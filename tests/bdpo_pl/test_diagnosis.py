@@ -143,6 +143,13 @@ def test_notices_of_strength_direction_and_missing_weights():
     assert any("applies no weights: these are what Balanced DPO would do" in f.detail for f in found)
 
 
+def test_held_out_pairs_of_another_kind_are_noticed():
+    near = measured(num=60)
+    far = dataclasses.replace(near, comprehension=3 * near.comprehension)
+    splits = {name: diagnose_split(name, m, None, 0) for name, m in (("train", near), ("held_out", far))}
+    assert "Held-out pairs are 3.0 times as imbalanced" in titles(find(diagnosis(near, splits=splits)), "notice")
+
+
 def test_duplicates_dropped_on_loading_are_told_from_those_kept():
     m = measured()
     report = DataReport("train", "x.jsonl", dropped={"duplicate of an earlier pair": ["x.jsonl, line 9"]})
