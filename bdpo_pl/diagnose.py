@@ -8,6 +8,7 @@ scores nothing anew. It writes `report.html`, `diagnosis.json` and `pairs.jsonl`
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -87,18 +88,36 @@ def _run(args: list[str] | None) -> None:
     cli = parse_options(DiagnoseCLI, args, __doc__)
     trainer: L.Trainer = cli.trainer
     options: DiagnoseOptions = cli.config_init.diagnose
+    folder = _folder(options.folder or Path(trainer.default_root_dir) / "diagnosis")
     launcher = trainer.strategy.launcher
     scores = _score(cli) if launcher is None else launcher.launch(lambda: _score(cli), trainer=trainer)
     if not trainer.is_global_zero:
         return
     diagnosis, measured = _diagnose(cli.model, cli.datamodule, scores, str(trainer.precision), options)
-    folder = Path(options.folder or Path(trainer.default_root_dir) / "diagnosis").expanduser()
     paths = write(diagnosis, measured, folder)
     console = get_console()
     console.print(numbers_table(diagnosis))
     console.print(findings_table(diagnosis))
     console.print(paths_table(paths))
     console.print(f"Done in {time.perf_counter() - start:.0f} s")
+
+
+def _folder(path: str | Path) -> Path:
+    """The folder of the report, made now: one that cannot be written is found out before the scoring, not after.
+
+    Raises:
+        InputError: it cannot be made or written.
+    """
+    folder = Path(path).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"the report cannot be written to {folder} ({error.strerror}); set diagnose.folder to a folder that can"
+        ) from None
+    return folder
 
 
 def _score(cli: FitCLI) -> dict[str, SplitScores]:
@@ -226,26 +245,16 @@ def _facts(module: PreferenceModule, data: PreferenceDataModule, precision: str)
 
 
 def write(diagnosis: Diagnosis, measured: Mapping[str, Measured], folder: Path) -> dict[str, Path]:
-    """Write the report in its three forms; what each is → its path.
-
-    Raises:
-        InputError: the folder cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        page = build_page(diagnosis, measured).write(folder / "report.html")
-        numbers, pairs = folder / "diagnosis.json", folder / "pairs.jsonl"
-        numbers.write_text(json.dumps(diagnosis.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        with pairs.open("w", encoding="utf-8") as lines:
-            for name, m in measured.items():
-                for line in pair_lines(m, np.arange(len(m.table))):
-                    fields = {"split": name, **asdict(line)}
-                    del fields["texts"]
-                    lines.write(json.dumps(fields, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise InputError(
-            f"the report cannot be written to {folder} ({error.strerror}); set diagnose.folder to a folder that can"
-        ) from None
+    """Write the report in its three forms into `folder`; what each is → its path."""
+    page = build_page(diagnosis, measured).write(folder / "report.html")
+    numbers, pairs = folder / "diagnosis.json", folder / "pairs.jsonl"
+    numbers.write_text(json.dumps(diagnosis.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with pairs.open("w", encoding="utf-8") as lines:
+        for name, m in measured.items():
+            for line in pair_lines(m, np.arange(len(m.table))):
+                fields = {"split": name, **asdict(line)}
+                del fields["texts"]
+                lines.write(json.dumps(fields, ensure_ascii=False) + "\n")
     return {"report": page, "numbers": numbers, "each pair": pairs}
 
 
