@@ -111,6 +111,7 @@ class Diagnosis:
         splits: by name, `train` first.
         leaks: None if nothing is held out.
         loading: what loading kept and dropped.
+        shows_texts: texts of the data are in it.
     """
 
     facts: dict[str, str]

@@ -275,6 +275,15 @@ def test_loss_without_weights_is_told_those_of_balanced_dpo(base):
     assert len({line["weight_chosen"] for line in pairs}) > 10
 
 
+def test_weights_by_ratio_have_no_threshold_of_the_imbalance(base):
+    main([*base, "--model.loss=BalancedDPOLoss", "--model.loss.estimator=ifd", "--model.loss.weighting=ratio"])
+    report, pairs = results()
+    assert (report["strong_imbalance"], report["unit"], report["weights_of"]) == (None, "", None)
+    for line in pairs:
+        share = line["comprehension_rejected"] / (line["comprehension_chosen"] + line["comprehension_rejected"])
+        assert line["weight_chosen"] == pytest.approx(share, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("options", "fault"),
     [
