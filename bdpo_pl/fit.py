@@ -10,6 +10,7 @@ import logging
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -68,9 +69,14 @@ class FitCLI(LightningCLI):
 
 def main(args: list[str] | None = None) -> None:
     """Run the job. Faults of the input are printed with no traceback and exit with status 2, a NaN loss with 3."""
+    run_command(lambda: _run(args))
+
+
+def run_command(command: Callable[[], None]) -> None:
+    """Run `command` and end the process as `main` says."""
     _quieten()
     try:
-        _run(args)
+        command()
     except (ValueError, NonFiniteError, MisconfigurationException) as raised:
         # The parser wraps what a class it instantiates says of its options.
         error = raised.__cause__ if isinstance(raised.__cause__, InputError) else raised
@@ -80,12 +86,18 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(3 if isinstance(error, NonFiniteError) else 2)
 
 
-def _run(args: list[str] | None) -> None:
-    start = time.perf_counter()
+def parse_options(cli_class: type[FitCLI], args: list[str] | None, description: str | None) -> FitCLI:
+    """The command line, with everything it names built and nothing started.
+
+    Args:
+        cli_class: says which options there are.
+        args: the options; None: those of this process.
+        description: opens the help.
+    """
     given = sys.argv[1:] if args is None else args
     # The embedded run has settings of its own, which must not leak into the runs of others.
     is_embedded = _NAMES_A_JOB.isdisjoint(argument.split("=")[0] for argument in given)
-    cli = FitCLI(
+    return cli_class(
         PreferenceModule,
         PreferenceDataModule,
         run=False,
@@ -95,7 +107,7 @@ def _run(args: list[str] | None) -> None:
         # Resuming writes into the folder it began in.
         save_config_kwargs={"overwrite": True},
         parser_kwargs={
-            "description": __doc__,
+            "description": description,
             "default_config_files": [str(_EMBEDDED_CONFIG)] if is_embedded else [],
         },
         trainer_defaults={
@@ -116,6 +128,11 @@ def _run(args: list[str] | None) -> None:
             "callbacks": [LastCheckpoint(), SaveOnNonFinite(), RandomState()],
         },
     )
+
+
+def _run(args: list[str] | None) -> None:
+    start = time.perf_counter()
+    cli = parse_options(FitCLI, args, __doc__)
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
     probe: SafetyProbe = cli.config_init.safety
     checkpoint = _checkpoint(cli.config.ckpt_path, Path(trainer.default_root_dir))
