@@ -10,6 +10,7 @@ import logging
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -96,9 +97,14 @@ def main(args: list[str] | None = None) -> None:
     Exit status: 2 a fault of the input, 3 a loss or gradient that is not finite, 4 a fault of the machine, 128 + the
     signal's number where one stopped it.
     """
+    run_command(lambda: _run(args))
+
+
+def run_command(command: Callable[[], None]) -> None:
+    """Run `command` and end the process as `main` says."""
     _quieten()
     try:
-        _run(args)
+        command()
     except StoppedError as stopped:
         _print_error(str(stopped))
         # A process that another one stopped ends well, or Lightning would kill that other one.
@@ -118,12 +124,18 @@ def _print_error(message: str) -> None:
     get_console(stderr=True).print("[bold red]error:[/bold red]", Text(message), soft_wrap=True, highlight=False)
 
 
-def _run(args: list[str] | None) -> None:
-    start = time.perf_counter()
+def parse_options(cli_class: type[FitCLI], args: list[str] | None, description: str | None) -> FitCLI:
+    """The command line, with everything it names built and nothing started.
+
+    Args:
+        cli_class: says which options there are.
+        args: the options; None: those of this process.
+        description: opens the help.
+    """
     given = sys.argv[1:] if args is None else args
     # The embedded run has settings of its own, which must not leak into the runs of others.
     is_embedded = _NAMES_A_JOB.isdisjoint(argument.split("=")[0] for argument in given)
-    cli = FitCLI(
+    return cli_class(
         PreferenceModule,
         PreferenceDataModule,
         run=False,
@@ -133,7 +145,7 @@ def _run(args: list[str] | None) -> None:
         # Resuming writes into the folder it began in.
         save_config_kwargs={"overwrite": True},
         parser_kwargs={
-            "description": __doc__,
+            "description": description,
             "default_config_files": [str(_EMBEDDED_CONFIG)] if is_embedded else [],
         },
         trainer_defaults={
@@ -154,6 +166,11 @@ def _run(args: list[str] | None) -> None:
             "callbacks": [LastCheckpoint(), SaveOnNonFinite(), RandomState(), StopSignals()],
         },
     )
+
+
+def _run(args: list[str] | None) -> None:
+    start = time.perf_counter()
+    cli = parse_options(FitCLI, args, __doc__)
     trainer = cli.trainer
     if cli.config.dry_run:
         get_console().print(planned(trainer, cli.model, cli.datamodule).table())

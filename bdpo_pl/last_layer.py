@@ -62,8 +62,6 @@ def decoder_layers(model: Any) -> nn.ModuleList | None:
 
 
 def _last_mlp(model: Any) -> nn.Module | None:
-    if getattr(model, "is_gradient_checkpointing", False):
-        return None
     layers = decoder_layers(model) if hasattr(model, "config") else None
     if not layers:
         return None

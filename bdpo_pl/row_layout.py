@@ -58,7 +58,7 @@ def choose_layout(
     if option == "never":
         return RowLayout.SPLIT
     documents = probe_documents(table)
-    on_gpu = next(model.parameters()).device.type == "cuda"
+    on_gpu = _on_gpu(model)
     if on_gpu and attention is None and getattr(model, "_supports_flex_attn", False):
         before = model.config._attn_implementation
         set_attention(model, "flex_attention")
@@ -83,6 +83,10 @@ def probe_documents(table: PairTable) -> list[Document]:
     """A few pairs to try a model on: the longest and the shortest."""
     sizes = table.num_tokens(shared=True)
     return pair_documents([table[i] for i in dict.fromkeys((int(sizes.argmax()), int(sizes.argmin())))])
+
+
+def _on_gpu(model: Any) -> bool:
+    return next(model.parameters()).device.type == "cuda"
 
 
 def _objection(

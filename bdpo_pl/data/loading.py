@@ -237,7 +237,8 @@ def split_by_prompt(table: PairTable, fraction: float, seed: int) -> tuple[PairT
         groups.setdefault(digest, []).append(i)
     if len(groups) < 2:
         raise InputError(
-            "data.held_out_fraction: cannot hold out pairs of a set with a single prompt; give data.held_out"
+            "data.held_out_fraction: cannot hold out pairs of a set with a single prompt; give data.held_out, or set "
+            "data.held_out_fraction to 0"
         )
     order = list(groups)
     target = max(1, round(fraction * len(table)))

@@ -96,6 +96,14 @@ class PairTable:
         ends = self.starts[:-1] + self.prompt_lengths
         return [_digest(self.tokens[a:b]) for a, b in zip(self.starts[:-1], ends, strict=True)]
 
+    def response_digests(self) -> tuple[list[bytes], list[bytes]]:
+        """A digest of each pair's chosen and of its rejected tokens."""
+        middles = self.starts[:-1] + self.prompt_lengths
+        cuts = middles + self.chosen_lengths
+        chosen = [_digest(self.tokens[a:b]) for a, b in zip(middles, cuts, strict=True)]
+        rejected = [_digest(self.tokens[a:b]) for a, b in zip(cuts, self.starts[1:], strict=True)]
+        return chosen, rejected
+
     def pair_digests(self) -> list[bytes]:
         """A digest of each whole pair, boundaries included."""
         return [

@@ -178,6 +178,39 @@ def test_attention_that_takes_no_mask_is_named():
         model_inputs(model, lay_out(pair_documents(pairs()), RowLayout.SHARED, 0))
 
 
+def test_on_a_gpu_block_sparse_attention_is_tried_first(monkeypatch):
+    """Compiled attention has no backward on a CPU, but a forward: enough for the trial."""
+    monkeypatch.setattr(row_layout, "_on_gpu", lambda model: True)
+    model = large(build_model("llama", head_dim=16, num_hidden_layers=1)).eval()
+    documents = pair_documents(pairs())
+    with torch.no_grad():
+        alone = response_logps(model, lay_out(documents, RowLayout.SPLIT, 0))
+        assert choose_layout(model, table()) is RowLayout.ONE_ROW
+        assert model.config._attn_implementation == "flex_attention"
+        ours = response_logps(model, lay_out(documents, RowLayout.ONE_ROW, 0))
+    torch.testing.assert_close(ours, alone, rtol=1e-4, atol=1e-4)
+    # What the user names is what is used.
+    set_attention(model, "sdpa")
+    assert choose_layout(model, table(), attention="sdpa") is RowLayout.SHARED
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_block_sparse_attention_that_fails_leaves_dense_masks(monkeypatch):
+    monkeypatch.setattr(row_layout, "_on_gpu", lambda model: True)
+    model = model_named("llama")
+
+    def fails(*args):
+        raise RuntimeError("no kernel for this head size")
+
+    monkeypatch.setitem(attention._FORMS, "flex_attention", fails)
+    messages = []
+    monkeypatch.setattr(row_layout, "rank_zero_info", messages.append)
+    assert choose_layout(model, table()) is RowLayout.SHARED
+    assert model.config._attn_implementation == "sdpa"
+    assert len(messages) == 1
+    assert "no kernel for this head size" in messages[0]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_half_precision_shares_too(dtype):
     assert choose_layout(model_named("llama").to(dtype), table()) is RowLayout.SHARED

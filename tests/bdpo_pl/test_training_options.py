@@ -5,7 +5,6 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from training import fit, same, weights
 
-from bdpo_pl.attention import set_attention
 from bdpo_pl.data.documents import RowLayout
 from bdpo_pl.errors import InputError
 from bdpo_pl.module import PreferenceModule, compile_layers
@@ -140,21 +139,3 @@ def test_clipping_is_lightnings_own(job, monkeypatch, algorithm):
     assert not same(ours, unclipped)
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6)
-
-
-def test_scoring_runs_on_block_sparse_attention(job):
-    """Compiled attention has no backward on a CPU, but a forward."""
-    from makers import build_model, large
-
-    from bdpo_pl.data.batches import pair_documents
-    from bdpo_pl.data.documents import lay_out
-    from bdpo_pl.data.tokenization import PreferencePair
-    from bdpo_pl.forward import response_logps
-
-    model = large(build_model("llama", head_dim=16, num_hidden_layers=1)).eval()
-    documents = pair_documents([PreferencePair([5, 6, 7], [8, 9], [10]), PreferencePair([11], [12, 13, 14], [15, 4])])
-    with torch.no_grad():
-        expected = response_logps(model, lay_out(documents, RowLayout.SPLIT, 0))
-        set_attention(model, "flex_attention")
-        ours = response_logps(model, lay_out(documents, RowLayout.ONE_ROW, 0))
-    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,82 @@
+"""Whether preference pairs agree with each other, and whether held-out pairs are really new.
+
+All comparisons but `near_leaks` are of tokens, after template and truncation: what a model would read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from bdpo_pl.data.table import PairTable
+
+_NOT_A_WORD = re.compile(r"[\W_]+")
+
+
+class Match(NamedTuple):
+    """A pair, by its index, and that of the first pair that it repeats or contradicts."""
+
+    at: int
+    other: int
+
+
+class Contradictions(NamedTuple):
+    """Pairs of one table that teach the opposite of another of its pairs, under the same prompt.
+
+    Attributes:
+        swapped: chosen and rejected change places.
+        conflicting: one response is chosen in one pair and rejected in the other, and the other responses differ.
+    """
+
+    swapped: list[Match]
+    conflicting: list[Match]
+
+
+def repeats(keys: Sequence[bytes]) -> list[Match]:
+    """Every key that stands earlier too, with its first place."""
+    first: dict[bytes, int] = {}
+    return [Match(i, j) for i, key in enumerate(keys) if (j := first.setdefault(key, i)) != i]
+
+
+def contradictions(table: PairTable) -> Contradictions:
+    """See `Contradictions`; a pair that is swapped is not counted as conflicting as well."""
+    prompts = table.prompt_digests()
+    chosen, rejected = table.response_digests()
+    pairs: dict[tuple[bytes, bytes, bytes], int] = {}
+    as_chosen: dict[tuple[bytes, bytes], int] = {}
+    as_rejected: dict[tuple[bytes, bytes], int] = {}
+    for i, (x, good, bad) in enumerate(zip(prompts, chosen, rejected, strict=True)):
+        pairs.setdefault((x, good, bad), i)
+        as_chosen.setdefault((x, good), i)
+        as_rejected.setdefault((x, bad), i)
+    swapped, conflicting = [], []
+    for i, (x, good, bad) in enumerate(zip(prompts, chosen, rejected, strict=True)):
+        other = pairs.get((x, bad, good))
+        partial = as_rejected.get((x, good), as_chosen.get((x, bad)))
+        if other is not None:
+            swapped.append(Match(i, other))
+        elif partial is not None:
+            conflicting.append(Match(i, partial))
+    return Contradictions(swapped, conflicting)
+
+
+def leaks(table: PairTable, held_out: PairTable) -> list[Match]:
+    """Pairs of `held_out` whose prompt stands in `table` too, with the first pair of `table` that has it."""
+    known: dict[bytes, int] = {}
+    for i, digest in enumerate(table.prompt_digests()):
+        known.setdefault(digest, i)
+    return [Match(i, known[digest]) for i, digest in enumerate(held_out.prompt_digests()) if digest in known]
+
+
+def near_leaks(table: Sequence[str], held_out: Sequence[str]) -> list[Match]:
+    """The same for prompts as texts, which are compared without case, spacing and punctuation."""
+    known: dict[str, int] = {}
+    for i, text in enumerate(table):
+        known.setdefault(_words(text), i)
+    # A prompt of punctuation alone has no words to be told by.
+    return [Match(i, known[words]) for i, text in enumerate(held_out) if (words := _words(text)) and words in known]
+
+
+def _words(text: str) -> str:
+    return _NOT_A_WORD.sub(" ", text.casefold()).strip()

@@ -1,0 +1,224 @@
+"""All that is found out about a model and a preference set, as plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from bdpo_pl.data.consistency import Match, contradictions, leaks, near_leaks, repeats
+from bdpo_pl.data.report import DataReport
+from bdpo_pl.data.table import PairTable
+from bdpo_pl.diagnosis.measures import Group, LengthBias, Measured, by_category, by_length, extremes, group, length_bias
+
+DUPLICATE = "duplicate of an earlier pair"
+TEXTS_WARNING = (
+    "This file holds prompts and responses of the data, which may be harmful or private. "
+    "Do not pass it on without need; without --diagnose.show_texts the texts are left out."
+)
+
+
+@dataclass(frozen=True)
+class PairLine:
+    """One pair, by its place; its texts only where they were asked for."""
+
+    place: str
+    category: str
+    prompt_tokens: int
+    chosen_tokens: int
+    rejected_tokens: int
+    comprehension_chosen: float
+    comprehension_rejected: float
+    imbalance: float
+    weight_chosen: float
+    weight_rejected: float
+    scale: float
+    strong: bool
+    texts: dict[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Places:
+    """A pair, by its place, and the one that it repeats or contradicts."""
+
+    place: str
+    other: str
+
+
+@dataclass(frozen=True)
+class SplitDiagnosis:
+    """One split; see `Group` and `LengthBias` for the numbers.
+
+    Attributes:
+        highest: pairs whose chosen response is comprehended best beside the rejected.
+        lowest: pairs the other way round.
+        weight_ratio: larger weight over the smaller: median, 95th percentile and maximum.
+        duplicates: places of pairs that repeat an earlier one token for token.
+        duplicates_dropped: they were left out on loading.
+        swapped: pairs that another pair contradicts, sides swapped.
+        conflicting: pairs with a response that another pair of the same prompt puts on the other side.
+        repeated_prompts: pairs whose prompt stands in an earlier pair.
+        repeated_chosen: pairs whose chosen response stands in an earlier pair as chosen.
+        repeated_rejected: likewise of the rejected.
+    """
+
+    overall: Group
+    categories: list[Group]
+    lengths: list[Group]
+    length_bias: LengthBias
+    highest: list[PairLine]
+    lowest: list[PairLine]
+    weight_ratio: dict[str, float]
+    duplicates: list[str]
+    duplicates_dropped: bool
+    swapped: list[Places]
+    conflicting: list[Places]
+    repeated_prompts: int
+    repeated_chosen: int
+    repeated_rejected: int
+
+
+@dataclass(frozen=True)
+class Leaks:
+    """What of the held-out pairs stands in the training pairs.
+
+    Attributes:
+        prompts: held-out pairs whose prompt is a training prompt.
+        near_prompts: those whose prompt is one but for case, spacing and punctuation.
+        chosen: held-out pairs whose chosen response is some training pair's.
+        pairs: held-out pairs, with the share of `chosen` in view.
+    """
+
+    prompts: list[Places]
+    near_prompts: list[Places]
+    chosen: int
+    pairs: int
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The whole of it.
+
+    Attributes:
+        facts: what was measured and how: name → value.
+        unit: of comprehension, "" if it has none.
+        strong_ratio: see `Measured`.
+        strong_imbalance: imbalance from which on a pair is re-weighted strongly; None if it depends on more than that.
+        weights_of: whose balance weights these are, if not those of the loss that training would use.
+        notes: what the reader must know of how the data was read.
+        splits: by name, `train` first.
+        leaks: None if nothing is held out.
+        loading: what loading kept and dropped.
+        shows_texts: texts of the data are in it.
+    """
+
+    facts: dict[str, str]
+    unit: str
+    strong_ratio: float
+    strong_imbalance: float | None
+    weights_of: str | None
+    splits: dict[str, SplitDiagnosis]
+    leaks: Leaks | None
+    loading: list[DataReport]
+    notes: list[str] = field(default_factory=list)
+    shows_texts: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, texts and their warning included only if they were asked for."""
+        warning = {"warning": TEXTS_WARNING} if self.shows_texts else {}
+        return {"format": 1, **warning, **asdict(self)}
+
+
+def pair_lines(measured: Measured, indices: Sequence[int] | np.ndarray, tokenizer: Any = None) -> Iterator[PairLine]:
+    """The pairs at `indices`; with a `tokenizer`, their texts too."""
+    table = measured.table
+    for i in map(int, indices):
+        texts = None
+        if tokenizer is not None:
+            pair = table[i]
+            ids = {"prompt": pair.prompt_ids, "chosen": pair.chosen_ids, "rejected": pair.rejected_ids}
+            texts = {name: tokenizer.decode(tokens) for name, tokens in ids.items()}
+        yield PairLine(
+            table.places[i],
+            table.categories[i],
+            int(table.prompt_lengths[i]),
+            int(table.chosen_lengths[i]),
+            int(table.rejected_lengths[i]),
+            float(measured.comprehension[0, i]),
+            float(measured.comprehension[1, i]),
+            float(measured.imbalance[i]),
+            float(measured.weights[0, i]),
+            float(measured.weights[1, i]),
+            float(measured.scale[i]),
+            bool(measured.strong[i]),
+            texts,
+        )
+
+
+def diagnose_split(
+    name: str, measured: Measured, report: DataReport | None, num_extremes: int, tokenizer: Any = None
+) -> SplitDiagnosis:
+    """Everything about one split.
+
+    Args:
+        name: the split's.
+        measured: its pairs.
+        report: of its loading, which knows the duplicates it left out.
+        num_extremes: pairs listed at each end of the imbalance.
+        tokenizer: given only if the texts of listed pairs are to be shown.
+    """
+    table = measured.table
+    chosen, rejected = table.response_digests()
+    found = contradictions(table)
+    high, low = extremes(measured, num_extremes)
+    dropped = report.dropped.get(DUPLICATE, []) if report is not None else []
+    kept = [table.places[match.at] for match in repeats(table.pair_digests())]
+    return SplitDiagnosis(
+        overall=group(measured, name),
+        categories=by_category(measured),
+        lengths=by_length(measured),
+        length_bias=length_bias(measured),
+        highest=list(pair_lines(measured, high, tokenizer)),
+        lowest=list(pair_lines(measured, low, tokenizer)),
+        weight_ratio={
+            "median": float(np.median(measured.ratio)),
+            "p95": float(np.quantile(measured.ratio, 0.95)),
+            "max": float(measured.ratio.max()),
+        },
+        duplicates=dropped or kept,
+        duplicates_dropped=bool(dropped),
+        swapped=_places(found.swapped, table, table),
+        conflicting=_places(found.conflicting, table, table),
+        repeated_prompts=len(repeats(table.prompt_digests())),
+        repeated_chosen=len(repeats(chosen)),
+        repeated_rejected=len(repeats(rejected)),
+    )
+
+
+def find_leaks(tables: Mapping[str, PairTable], tokenizer: Any) -> Leaks | None:
+    """What of `held_out` stands in `train`; None if nothing is held out."""
+    if "held_out" not in tables:
+        return None
+    train, held_out = tables["train"], tables["held_out"]
+    exact = leaks(train, held_out)
+    known = {match.at for match in exact}
+    near = near_leaks(_prompts(train, tokenizer), _prompts(held_out, tokenizer))
+    chosen = set(train.response_digests()[0])
+    return Leaks(
+        _places(exact, held_out, train),
+        _places([match for match in near if match.at not in known], held_out, train),
+        sum(digest in chosen for digest in held_out.response_digests()[0]),
+        len(held_out),
+    )
+
+
+def _prompts(table: PairTable, tokenizer: Any) -> list[str]:
+    ends = table.starts[:-1] + table.prompt_lengths
+    ids = [table.tokens[a:b].tolist() for a, b in zip(table.starts[:-1], ends, strict=True)]
+    return list(tokenizer.batch_decode(ids, skip_special_tokens=True))
+
+
+def _places(matches: Sequence[Match], table: PairTable, others: PairTable) -> list[Places]:
+    return [Places(table.places[match.at], others.places[match.other]) for match in matches]

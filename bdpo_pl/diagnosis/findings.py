@@ -1,0 +1,160 @@
+"""What a reader should do something about, worst first; every threshold is named here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from bdpo_pl.diagnosis.diagnosis import Diagnosis, SplitDiagnosis
+from bdpo_pl.reporting import Finding
+
+MANY_STRONG = 0.10
+"""Share of strongly re-weighted pairs from which on it is worth a notice."""
+TILTED = 0.05
+"""Difference between the mean strengths on the two sides, where DPO's is 1 on each, likewise."""
+ONE_SIDED_LENGTH = 0.65
+"""Share of pairs with the longer response on one side, likewise."""
+CORRELATED = 0.30
+"""Spearman's correlation, likewise."""
+UNEVEN = 1.5
+"""Mean size of a category's or of the held-out pairs' imbalance, as a multiple of the training pairs', likewise."""
+FEW_PAIRS = 50
+
+_ORDER = ("problem", "notice", "fine")
+
+
+def find(diagnosis: Diagnosis) -> list[Finding]:
+    """The findings, problems first."""
+    found = [*_data(diagnosis), *_balance(diagnosis), *_length(diagnosis.splits["train"])]
+    found += [Finding("notice", note) for note in diagnosis.notes]
+    return sorted(found, key=lambda finding: _ORDER.index(finding.level))
+
+
+def _data(diagnosis: Diagnosis) -> Iterator[Finding]:
+    leaks = diagnosis.leaks
+    if leaks is None:
+        yield Finding("notice", "Nothing is held out.", "There is nothing to see overfitting by; set data.held_out.")
+    elif leaks.prompts:
+        yield Finding(
+            "problem",
+            f"{_pairs(len(leaks.prompts))} held out from training share a prompt with it.",
+            "The gap between training and held-out pairs will look smaller than it is.",
+        )
+    else:
+        yield Finding("fine", "No prompt is both held out and trained on.")
+    if leaks is not None and leaks.near_prompts:
+        yield Finding(
+            "notice",
+            f"{_pairs(len(leaks.near_prompts))} held out differ from a training prompt in case, spacing or punctuation "
+            "alone.",
+        )
+    if leaks is not None and leaks.chosen:
+        yield Finding(
+            "notice",
+            f"{_pairs(leaks.chosen)} of {leaks.pairs:,} held out have a chosen response that training has too.",
+            "Held-out accuracy there can come from memory.",
+        )
+    for name, split in diagnosis.splits.items():
+        yield from _pairs_of(name, split)
+
+
+def _pairs_of(name: str, split: SplitDiagnosis) -> Iterator[Finding]:
+    if split.overall.pairs < FEW_PAIRS:
+        yield Finding(
+            "notice", f"{_named(name)}: only {_pairs(split.overall.pairs)}.", "Shares and means of so few say little."
+        )
+    if split.swapped:
+        yield Finding(
+            "problem",
+            f"{_named(name)}: {_pairs(len(split.swapped))} contradict another, with the same prompt and swapped sides.",
+            "They pull against each other; decide which is right and remove the others.",
+        )
+    if split.conflicting:
+        yield Finding(
+            "notice",
+            f"{_named(name)}: {_pairs(len(split.conflicting))} prefer a response that another pair of the same prompt "
+            "rejects, or the reverse.",
+            "A ranking of several responses looks like this too.",
+        )
+    if not split.swapped and not split.conflicting:
+        yield Finding("fine", f"{_named(name)}: no pair contradicts another.")
+    if split.duplicates:
+        done = "were left out on loading" if split.duplicates_dropped else "are kept, and count more than once"
+        yield Finding(
+            "fine" if split.duplicates_dropped else "notice",
+            f"{_named(name)}: {_pairs(len(split.duplicates))} repeat an earlier one; they {done}.",
+        )
+
+
+def _balance(diagnosis: Diagnosis) -> Iterator[Finding]:
+    overall, ratio = diagnosis.splits["train"].overall, diagnosis.splits["train"].weight_ratio
+    detail = (
+        f"One response has at least {diagnosis.strong_ratio:g} times the weight of the other. "
+        f"Half the pairs stay within {ratio['median']:.2f} times, 95 % within {ratio['p95']:.2f}."
+    )
+    if diagnosis.weights_of:
+        detail += f" The loss of this configuration applies no weights: these are what {diagnosis.weights_of} would do."
+    yield Finding(
+        "notice" if overall.strong >= MANY_STRONG else "fine",
+        f"{overall.strong:.1%} of the {overall.pairs:,} training pairs would be re-weighted strongly.",
+        detail,
+    )
+    mean = overall.imbalance
+    if mean.low is not None and mean.high is not None and not mean.low <= 0.0 <= mean.high:
+        side = "chosen" if mean.mean > 0 else "rejected"
+        amount = f"{abs(mean.mean):.2f} {diagnosis.unit}".strip()
+        tilt = abs(overall.strength_chosen - overall.strength_rejected)
+        yield Finding(
+            "notice" if tilt >= TILTED else "fine",
+            f"The {side} responses are the better comprehended ones, by {amount} on average.",
+            f"Of DPO's strength B-DPO gives {overall.strength_chosen:.2f} to the chosen and "
+            f"{overall.strength_rejected:.2f} to the rejected ones.",
+        )
+    elif mean.low is not None:
+        yield Finding("fine", "Neither side is the better comprehended one on average.")
+    uneven = [
+        g for g in diagnosis.splits["train"].categories
+        if g.size >= UNEVEN * overall.size and g.pairs < overall.pairs and overall.size > 0
+    ]  # fmt: skip
+    if uneven:
+        named = ", ".join(f"{g.name} ({g.size / overall.size:.1f}×)" for g in uneven[:5])
+        yield Finding(
+            "notice",
+            f"Categories much more imbalanced than the whole: {named}{', …' if len(uneven) > 5 else ''}.",
+            "Look there first after training.",
+        )
+    if "held_out" in diagnosis.splits and diagnosis.splits["held_out"].overall.size >= UNEVEN * overall.size > 0:
+        size = diagnosis.splits["held_out"].overall.size
+        yield Finding(
+            "notice",
+            f"Held-out pairs are {size / overall.size:.1f} times as imbalanced as training pairs.",
+            "They are of another kind than the training pairs: a gap after training can come from that alone.",
+        )
+
+
+def _length(split: SplitDiagnosis) -> Iterator[Finding]:
+    bias = split.length_bias
+    for side, share in (("chosen", bias.chosen_longer), ("rejected", bias.rejected_longer)):
+        if share >= ONE_SIDED_LENGTH:
+            yield Finding(
+                "notice",
+                f"The {side} response is the longer one in {share:.0%} of the training pairs.",
+                f"Mean lengths: chosen {bias.mean_chosen:.1f}, rejected {bias.mean_rejected:.1f} tokens. "
+                "A model can learn the length in place of the preference.",
+            )
+            break
+    else:
+        yield Finding("fine", "Length does not give the preferred side away.")
+    if bias.correlation_imbalance is not None and abs(bias.correlation_imbalance) >= CORRELATED:
+        yield Finding(
+            "notice",
+            f"Imbalance goes with the difference in length (Spearman {bias.correlation_imbalance:+.2f}).",
+            "Part of what the weights see is length.",
+        )
+
+
+def _pairs(count: int) -> str:
+    return f"{count:,} pair" if count == 1 else f"{count:,} pairs"
+
+
+def _named(split: str) -> str:
+    return {"train": "Training pairs", "held_out": "Held-out pairs"}.get(split, split)

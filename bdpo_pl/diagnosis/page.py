@@ -1,0 +1,297 @@
+"""The diagnosis as an HTML report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import overload
+
+from bdpo_pl.diagnosis.diagnosis import TEXTS_WARNING, Diagnosis, Places, SplitDiagnosis
+from bdpo_pl.diagnosis.findings import find
+from bdpo_pl.diagnosis.measures import Group, Mean, Measured
+from bdpo_pl.reporting import Cell, Estimate, Line, Page, Section, Table, bar_chart, histogram, line_chart, scatter
+
+_MOST_LISTED = 50
+_MOST_CATEGORIES = 30
+NAMES = {"train": "training", "held_out": "held-out"}
+_HOW_TO_READ = (
+    "Comprehension is the mutual information of prompt and response under the reference model: how much better it "
+    "predicts the response when it has seen the prompt than when it has seen the null prompt. It can be negative.",
+    "Imbalance is the comprehension of the chosen response minus that of the rejected one. The B-DPO paper "
+    "(arXiv:2603.22829) finds that the larger it is in the training pairs, the less safe the trained model.",
+    "B-DPO gives the better comprehended response of a pair the smaller weight. Estimator, weights and scaling factor "
+    "are this project's reconstruction: the paper's own formulas could not be read.",
+    "Intervals are ± 1.96 standard errors of a mean, with every pair taken as independent, and left out for groups of "
+    "fewer than 10 pairs.",
+    "Pairs are compared as tokens, after chat template and truncation. The texts of the data are not in this file "
+    "unless a warning at its head says so.",
+)
+
+
+def build_page(diagnosis: Diagnosis, measured: Mapping[str, Measured]) -> Page:
+    """The report; `measured` holds the numbers of the plots, by split."""
+    page = Page(
+        "Diagnosis before training", "What this model makes of these preference pairs.", diagnosis.facts
+    )  # fmt: skip
+    if diagnosis.shows_texts:
+        page.warn(TEXTS_WARNING)
+    train = diagnosis.splits["train"]
+    unit = f" {diagnosis.unit}" if diagnosis.unit else ""
+    page.headline(f"{train.overall.strong:.1%}", "of the training pairs re-weighted strongly")
+    page.headline(f"{train.overall.size:.2f}", f"mean size of the imbalance,{unit or ' no unit'}")
+    page.headline(f"{len(train.swapped):,}", "pairs contradicted, sides swapped")
+    leaks = diagnosis.leaks
+    page.headline("–" if leaks is None else f"{len(leaks.prompts):,}", "held-out pairs with a training prompt")
+    page.findings(find(diagnosis))
+    _overview(page.section("Overview"), diagnosis)
+    _comprehension(page.section("Comprehension and imbalance"), diagnosis, measured)
+    _weights(page.section("Balance weights"), diagnosis, measured)
+    _categories(page.section("Categories"), train)
+    _lengths(page.section("Length"), diagnosis, measured["train"])
+    _extremes(page.section("Most imbalanced pairs"), diagnosis, train)
+    _consistency(page.section("Duplicates, contradictions and leaks"), diagnosis)
+    page.section("How to read this").items(_HOW_TO_READ)
+    return page
+
+
+def _overview(section: Section, diagnosis: Diagnosis) -> None:
+    splits = diagnosis.splits
+    rows: list[list[Cell]] = [["pairs", *(s.overall.pairs for s in splits.values())]]
+    for label, tell in (
+        ("comprehension of the chosen", lambda g: told(g.chosen)),
+        ("comprehension of the rejected", lambda g: told(g.rejected)),
+        ("imbalance, chosen − rejected", lambda g: told(g.imbalance)),
+        ("size of the imbalance", lambda g: f"{g.size:.3f}"),
+        ("re-weighted strongly", lambda g: f"{g.strong:.1%}"),
+        ("strength on the chosen (DPO: 1)", lambda g: f"{g.strength_chosen:.2f}"),
+        ("strength on the rejected (DPO: 1)", lambda g: f"{g.strength_rejected:.2f}"),
+        ("tokens in a response", lambda g: f"{g.tokens:.1f}"),
+    ):
+        rows.append([label, *(tell(s.overall) for s in splits.values())])
+    ratios = [s.weight_ratio for s in splits.values()]
+    told_ratios = [f"{r['median']:.2f} / {r['p95']:.2f} / {r['max']:.2f}" for r in ratios]
+    rows.insert(6, ["larger weight over smaller: median / 95 % / max", *told_ratios])
+    caption = f"Means over pairs, comprehension in {diagnosis.unit}" if diagnosis.unit else "Means over pairs"
+    section.table(Table(["", *(NAMES[name] for name in splits)], rows, caption))
+    loaded: list[list[Cell]] = []
+    for report in diagnosis.loading:
+        loaded.append([f"{NAMES[report.name]}: rows read", report.read])
+        loaded += [[f"{NAMES[report.name]}: dropped, {reason}", len(p)] for reason, p in report.dropped.items()]
+        loaded += [[f"{NAMES[report.name]}: {what}", value] for what, value in report.notes.items()]
+    section.table(Table(["", ""], loaded, "What loading kept and dropped"))
+
+
+def _comprehension(section: Section, diagnosis: Diagnosis, measured: Mapping[str, Measured]) -> None:
+    unit = f", {diagnosis.unit}" if diagnosis.unit else ""
+    train = measured["train"]
+    section.figure(
+        histogram(
+            "Comprehension of training responses",
+            {"chosen": train.comprehension[0], "rejected": train.comprehension[1]},
+            f"mutual information with the prompt{unit}",
+            unit="responses",
+            caption="The farther apart the two, the more unequally the model comprehends the sides it will be taught.",
+        )
+    )
+    marks = {"balanced": 0.0}
+    if diagnosis.strong_imbalance is not None:
+        marks |= {"strong": diagnosis.strong_imbalance, "strong ": -diagnosis.strong_imbalance}
+    section.figure(
+        histogram(
+            "Imbalance of pairs",
+            {NAMES[name]: m.imbalance for name, m in measured.items()},
+            f"comprehension of the chosen − of the rejected{unit}",
+            marks=marks,
+            caption="Right of zero the chosen response is the better comprehended one. Beyond the outer lines a pair "
+            "is re-weighted strongly.",
+        )
+    )
+
+
+def _weights(section: Section, diagnosis: Diagnosis, measured: Mapping[str, Measured]) -> None:
+    if diagnosis.weights_of:
+        section.text(
+            f"The loss of this configuration applies no balance weights. These are those of {diagnosis.weights_of}."
+        )
+    section.figure(
+        histogram(
+            "Balance weight of the chosen response",
+            {NAMES[name]: m.weights[0] for name, m in measured.items()},
+            "share of the pair's weight that the chosen response gets",
+            marks={"balanced": 0.5},
+            caption="The rejected response gets the rest. The smaller share goes to the better comprehended side; the "
+            "scaling factor restores the magnitude of the gradient.",
+        )
+    )
+
+
+def _categories(section: Section, split: SplitDiagnosis) -> None:
+    if not split.categories:
+        section.text("The pairs carry no category: a `category` column would group them here.")
+        return
+    shown = split.categories[:_MOST_CATEGORIES]
+    rest = len(split.categories) - len(shown)
+    if rest:
+        section.text(f"The {len(shown)} most imbalanced categories; {rest} more are in the JSON file.")
+    section.figure(
+        bar_chart(
+            "Imbalance by category",
+            [g.name for g in shown],
+            {"imbalance": [estimate(g.imbalance) for g in shown]},
+            "mean of chosen − rejected, with 95 % intervals",
+            caption="In the order of |imbalance|: pairs of both signs can cancel in the mean.",
+        )
+    )
+    section.table(group_table("category", shown, "Training pairs by category, the most imbalanced first"))
+
+
+def _lengths(section: Section, diagnosis: Diagnosis, measured: Measured) -> None:
+    split, unit = diagnosis.splits["train"], f", {diagnosis.unit}" if diagnosis.unit else ""
+    bias = split.length_bias
+    section.table(
+        Table(
+            ["training pairs", ""],
+            [
+                ["chosen response longer", f"{bias.chosen_longer:.1%}"],
+                ["rejected response longer", f"{bias.rejected_longer:.1%}"],
+                ["tokens in a chosen response, mean", f"{bias.mean_chosen:.1f}"],
+                ["tokens in a rejected response, mean", f"{bias.mean_rejected:.1f}"],
+                ["correlation of comprehension and length, chosen", signed(bias.correlation_chosen)],
+                ["correlation of comprehension and length, rejected", signed(bias.correlation_rejected)],
+                ["correlation of imbalance and difference in length", signed(bias.correlation_imbalance)],
+            ],
+            "Length bias; correlations are Spearman's",
+        )
+    )
+    sides = dict(zip(("chosen", "rejected"), zip(measured.lengths, measured.comprehension, strict=True), strict=True))
+    section.figure(
+        scatter("Length against comprehension", sides, "tokens in the response", f"mutual information{unit}")
+    )
+    if len(split.lengths) > 1:
+        section.figure(
+            line_chart(
+                "Comprehension by length of a pair's responses",
+                {
+                    "chosen": _line(split.lengths, [g.chosen for g in split.lengths]),
+                    "rejected": _line(split.lengths, [g.rejected for g in split.lengths]),
+                },
+                "mean tokens in a response",
+                f"mutual information{unit}",
+                caption="Means of groups of about equal size, with 95 % intervals.",
+            )
+        )
+    section.table(group_table("tokens", split.lengths, "Training pairs by mean length of their responses"))
+
+
+def _extremes(section: Section, diagnosis: Diagnosis, split: SplitDiagnosis) -> None:
+    if not diagnosis.shows_texts:
+        section.text("Texts are left out; --diagnose.show_texts true puts them in.")
+    for lines, caption in (
+        (split.highest, "Chosen comprehended much better than rejected"),
+        (split.lowest, "Rejected comprehended much better than chosen"),
+    ):
+        rows: list[list[Cell]] = [
+            [
+                _short(x.place, diagnosis),
+                x.category or None,
+                f"{x.prompt_tokens} / {x.chosen_tokens} / {x.rejected_tokens}",
+                signed(x.comprehension_chosen, 3),
+                signed(x.comprehension_rejected, 3),
+                signed(x.imbalance, 3),
+                f"{x.weight_chosen:.2f} / {x.weight_rejected:.2f}",
+            ]
+            for x in lines
+        ]
+        columns = ["pair", "category", "tokens: prompt / chosen / rejected", "c chosen", "c rejected", "imbalance",
+                   "weights"]  # fmt: skip
+        section.table(Table(columns, rows, caption, "llrrrrr"))
+        for line in lines:
+            if line.texts is not None:
+                section.folded(f"Texts of {_short(line.place, diagnosis)}", line.texts)
+
+
+def _consistency(section: Section, diagnosis: Diagnosis) -> None:
+    splits, leaks = diagnosis.splits, diagnosis.leaks
+    rows: list[list[Cell]] = []
+    for label, count in (
+        ("repeat an earlier pair", lambda s: len(s.duplicates)),
+        ("contradict another pair, sides swapped", lambda s: len(s.swapped)),
+        ("conflict with another pair of their prompt", lambda s: len(s.conflicting)),
+        ("prompt stands in an earlier pair", lambda s: s.repeated_prompts),
+        ("chosen response stands in an earlier pair", lambda s: s.repeated_chosen),
+        ("rejected response stands in an earlier pair", lambda s: s.repeated_rejected),
+    ):
+        rows.append([label, *(count(split) for split in splits.values())])
+    section.table(Table(["pairs that …", *(NAMES[name] for name in splits)], rows, "Agreement of pairs"))
+    for name, split in splits.items():
+        _listed(section, diagnosis, split.swapped, "contradicted by", f"Swapped sides, {NAMES[name]}")
+        _listed(section, diagnosis, split.conflicting, "conflicts with", f"Conflicting, {NAMES[name]}")
+    if leaks is None:
+        section.text("Nothing is held out, so there is nothing to compare with training.")
+        return
+    section.table(
+        Table(
+            ["held-out pairs whose …", ""],
+            [
+                ["prompt stands in training", len(leaks.prompts)],
+                ["prompt does but for case, spacing and punctuation", len(leaks.near_prompts)],
+                ["chosen response stands in training", leaks.chosen],
+            ],
+            f"Leaks, of {leaks.pairs:,} held-out pairs",
+        )
+    )
+    _listed(section, diagnosis, leaks.prompts, "in training", "Held-out prompts that stand in training")
+    _listed(section, diagnosis, leaks.near_prompts, "in training", "Held-out prompts that nearly do")
+
+
+def _listed(section: Section, diagnosis: Diagnosis, places: Sequence[Places], other: str, caption: str) -> None:
+    if places:
+        more = f"; {_MOST_LISTED} of {len(places):,}, all in the JSON file" if len(places) > _MOST_LISTED else ""
+        rows = [[_short(p.place, diagnosis), _short(p.other, diagnosis)] for p in places[:_MOST_LISTED]]
+        section.table(Table(["pair", other], rows, caption + more, "ll"))
+
+
+def _short(place: str, diagnosis: Diagnosis) -> str:
+    """`place` without its source, which stands at the page's head."""
+    for report in diagnosis.loading:
+        place = place.removeprefix(f"{report.source}, ").removeprefix(f"{report.source}/")
+    return place
+
+
+def group_table(kind: str, groups: Sequence[Group], caption: str) -> Table:
+    """Groups of pairs, one a row."""
+    rows: list[list[Cell]] = [
+        [g.name, g.pairs, signed(g.chosen.mean, 3), signed(g.rejected.mean, 3), told(g.imbalance), f"{g.size:.3f}",
+         f"{g.strong:.1%}"]
+        for g in groups
+    ]  # fmt: skip
+    return Table([kind, "pairs", "c chosen", "c rejected", "imbalance", "|imbalance|", "strong"], rows, caption)
+
+
+def told(mean: Mean) -> str:
+    """A mean with half the width of its interval."""
+    text = signed(mean.mean, 3)
+    return text if mean.high is None else f"{text} ± {mean.high - mean.mean:.3f}"
+
+
+@overload
+def signed(value: float, decimals: int = 2) -> str: ...
+@overload
+def signed(value: float | None, decimals: int = 2) -> str | None: ...
+def signed(value: float | None, decimals: int = 2) -> str | None:
+    """A number with its sign; None if there is none."""
+    if value is None:
+        return None
+    # Rounding of nothing is no "−0.00".
+    rounded = round(value, decimals)
+    return f"{rounded:+.{decimals}f}".replace("-", "−") if rounded else f"{0.0:.{decimals}f}"
+
+
+def estimate(mean: Mean) -> Estimate:
+    """A mean for a bar."""
+    return Estimate(mean.mean, mean.low, mean.high)
+
+
+def _line(groups: Sequence[Group], means: Sequence[Mean]) -> Line:
+    x, y = [g.tokens for g in groups], [m.mean for m in means]
+    low, high = [m.low for m in means if m.low is not None], [m.high for m in means if m.high is not None]
+    return Line(x, y, low, high) if len(low) == len(high) == len(y) else Line(x, y)

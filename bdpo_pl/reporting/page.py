@@ -1,0 +1,103 @@
+"""The page that holds a report's sections."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from bdpo_pl.reporting.elements import Figure, Finding, Table
+
+_TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+)
+
+
+class Section:
+    """A part of a page: a heading, and texts, tables and figures in the order they are added."""
+
+    def __init__(self, title: str, text: str = "") -> None:
+        self.title = title
+        self.parts: list[Markup | Table | Figure] = []
+        if text:
+            self.text(text)
+
+    def text(self, text: str) -> None:
+        """Add a paragraph."""
+        self.parts.append(Markup("<p>{}</p>").format(text))
+
+    def items(self, texts: Sequence[str]) -> None:
+        """Add a list."""
+        self.parts.append(Markup("<ul>{}</ul>").format(Markup("").join(Markup("<li>{}</li>").format(t) for t in texts)))
+
+    def quote(self, label: str, text: str) -> None:
+        """Add a text of the data, its line breaks kept."""
+        self.parts.append(_quote(label, text))
+
+    def folded(self, title: str, texts: Mapping[str, str]) -> None:
+        """Add texts of the data, by label, that show only when the reader unfolds them; paper leaves them out."""
+        quotes = Markup("").join(_quote(label, text) for label, text in texts.items())
+        self.parts.append(Markup("<details><summary>{}</summary>{}</details>").format(title, quotes))
+
+    def table(self, table: Table) -> None:
+        """Add a table."""
+        self.parts.append(table)
+
+    def figure(self, figure: Figure) -> None:
+        """Add a plot."""
+        self.parts.append(figure)
+
+
+class Page:
+    """A report in one file.
+
+    Args:
+        title: of the page.
+        subtitle: one sentence below it.
+        facts: what was measured: name → value.
+    """
+
+    def __init__(self, title: str, subtitle: str = "", facts: Mapping[str, str] | None = None) -> None:
+        self.title = title
+        self.subtitle = subtitle
+        self.facts = dict(facts or {})
+        self.warnings: list[str] = []
+        self.headlines: list[tuple[str, str]] = []
+        self.found: list[Finding] = []
+        self.sections: list[Section] = []
+
+    def warn(self, text: str) -> None:
+        """Put a warning above everything else, as of harmful texts in the file."""
+        self.warnings.append(text)
+
+    def headline(self, value: str, label: str) -> None:
+        """Put a number in large type near the top."""
+        self.headlines.append((value, label))
+
+    def findings(self, findings: Sequence[Finding]) -> None:
+        """List findings before the sections, in the order given."""
+        self.found.extend(findings)
+
+    def section(self, title: str, text: str = "") -> Section:
+        """Begin a section."""
+        self.sections.append(Section(title, text))
+        return self.sections[-1]
+
+    def render(self) -> str:
+        """The page as HTML."""
+        return _TEMPLATES.get_template("page.html").render(
+            page=self, written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
+        )
+
+    def write(self, path: Path) -> Path:
+        """Write the page, and its folder if there is none."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.render(), encoding="utf-8")
+        return path
+
+
+def _quote(label: str, text: str) -> Markup:
+    return Markup('<div class="quote"><b>{}</b><pre>{}</pre></div>').format(label, text)
