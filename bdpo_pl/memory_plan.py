@@ -143,7 +143,7 @@ def plan_memory(
     if devices.sharded and devices.data > 1:
         # A block is gathered while the one before it computes.
         gathered = (counts.outside + 2 * counts.block) * product
-    elif half_products is not None:
+    elif half_products is not None and half_products != dtype:
         gathered = counts.all * product
     gradients = counts.trained * trained_width / shards
     if not devices.sharded and devices.data > 1:
