@@ -29,7 +29,7 @@ from bdpo_pl.attention import model_inputs
 from bdpo_pl.data.documents import Document, RowLayout, SequenceBatch, lay_out
 from bdpo_pl.forward import head_input
 from bdpo_pl.last_layer import scored_positions_only
-from bdpo_pl.models import ModelSource, load_config, model_class, num_positions
+from bdpo_pl.models import ModelSource, load_config, model_class, num_positions, resolve_dtype
 from bdpo_pl.tensor_parallel import check_tensor_parallel
 
 # bitsandbytes' nf4 with double quantisation: 4 bits a weight, and 0.127 for its scales (arXiv:2305.14314).
@@ -194,7 +194,7 @@ def planned(trainer: L.Trainer, module: Any, data: Any) -> MemoryPlan:
         module.source,
         config,
         worst_batch(pairs, window, shared),
-        module.dtype_used,
+        resolve_dtype(module.dtype_name, str(trainer.precision)),
         module.optimizer,
         devices,
         lora=module.lora,
