@@ -207,9 +207,11 @@ def _in_our_order(rows: list[dict[str, str]]) -> list[dict[str, str]]:
 
 
 def _lora_options(problem: DPOProblem) -> dict[str, Any]:
-    if problem.lora:
-        raise SystemExit("LoRA is not wired up yet")
-    return {}
+    if not problem.lora:
+        return {}
+    from bdpo_pl.adapters import LoraOptions
+
+    return {"lora": LoraOptions(r=LORA_RANK, alpha=2 * LORA_RANK)}
 
 
 def _peft_config(problem: DPOProblem) -> Any:
