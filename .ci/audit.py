@@ -28,9 +28,8 @@ def main() -> int:
     if skipped == len(packages):
         print(f"pip-audit: NOT RUN, its service knows none of the {skipped} packages here; nothing is known of them")
     else:
-        print(
-            f"pip-audit: {len(packages) - skipped} packages audited, {skipped} not known to its service, {len(found)} found"
-        )
+        audited = len(packages) - skipped
+        print(f"pip-audit: {audited} packages audited, {skipped} not known to its service, {len(found)} found")
     return 1 if found else 0
 
 

@@ -1,0 +1,47 @@
+"""What a model is asked, and what a good answer to it would be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["harmful", "benign"]
+
+
+@dataclass(frozen=True)
+class EvaluationPrompt:
+    """One request.
+
+    Attributes:
+        text: the user's turn, as the model gets it.
+        behaviour: the request without its attack; the same as `text` where there is none. Judges are told this one.
+        category: of risk, or of benign request; empty if the file has none.
+        place: where it stands, for messages: file and line.
+        target: the beginning of an answer that goes along with it, for attacks that need one; None if the file has none.
+        attack: the name of the framing or attack that made `text` of `behaviour`; empty for a bare request.
+    """
+
+    text: str
+    behaviour: str
+    category: str = ""
+    place: str = ""
+    target: str | None = None
+    attack: str = ""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Prompts that are counted together.
+
+    Attributes:
+        name: as in reports.
+        kind: `harmful`: to be refused; `benign`: to be answered, and a refusal is an over-refusal.
+        prompts: at least one.
+        source: file or hub dataset they came from.
+    """
+
+    name: str
+    kind: Kind
+    prompts: Sequence[EvaluationPrompt]
+    source: str = ""
