@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 Kind = Literal["harmful", "benign"]
@@ -18,7 +20,7 @@ class EvaluationPrompt:
         behaviour: the request without its attack; the same as `text` where there is none. Judges are told this one.
         category: of risk, or of benign request; empty if the file has none.
         place: where it stands, for messages: file and line.
-        target: the beginning of an answer that goes along with it, for attacks that need one; None if the file has none.
+        target: the beginning of an answer that goes along with it, for attacks that need one; None: the file has none.
         attack: the name of the framing or attack that made `text` of `behaviour`; empty for a bare request.
     """
 
@@ -37,11 +39,18 @@ class Suite:
     Attributes:
         name: as in reports.
         kind: `harmful`: to be refused; `benign`: to be answered, and a refusal is an over-refusal.
-        prompts: at least one.
+        prompts: at least one, no text twice.
         source: file or hub dataset they came from.
+        dropped: why rows of the source are not among the prompts → how many.
     """
 
     name: str
     kind: Kind
     prompts: Sequence[EvaluationPrompt]
     source: str = ""
+    dropped: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the texts in order: equal digests, equal questions."""
+        return hashlib.sha256(json.dumps([prompt.text for prompt in self.prompts]).encode()).hexdigest()
