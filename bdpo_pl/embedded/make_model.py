@@ -64,8 +64,8 @@ def conversations(seed: int) -> Iterator[Conversation]:
         yield ("" if rng.random() < 0.05 else prompt), response
 
 
-def train_tokenizer(seed: int) -> Any:
-    """A byte-level BPE tokenizer of the supervised texts, with the chat template."""
+def train_tokenizer(source: Iterator[Conversation], vocabulary: int = VOCABULARY) -> Any:
+    """A byte-level BPE tokenizer of the texts of `source`, with the chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -73,12 +73,11 @@ def train_tokenizer(seed: int) -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=SPECIAL_TOKENS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    source = conversations(seed)
     tokenizer.train_from_iterator((text for _ in range(20_000) for text in next(source)), trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -91,18 +90,21 @@ def train_tokenizer(seed: int) -> Any:
     return fast
 
 
-def new_model(tokenizer: Any) -> Any:
-    """A Qwen2 of about two million parameters, weights random."""
+def new_model(tokenizer: Any, **sizes: int) -> Any:
+    """A Qwen2 of about two million parameters, weights random; `sizes` replaces some of its own."""
     from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
+    own = {
+        "hidden_size": 192,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+    }
     config = Qwen2Config(
+        **(own | sizes),
         # A multiple of 64, as larger models have.
         vocab_size=64 * math.ceil(len(tokenizer) / 64),
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        num_key_value_heads=2,
         max_position_embeddings=POSITIONS,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -116,8 +118,15 @@ def new_model(tokenizer: Any) -> Any:
     return model
 
 
-def train(model: Any, tokenizer: Any, steps: int, batch_size: int, seed: int, learning_rate: float = 2e-3) -> None:
-    """Next-token prediction on whole conversations, prompts included."""
+def train(
+    model: Any,
+    tokenizer: Any,
+    source: Iterator[Conversation],
+    steps: int,
+    batch_size: int,
+    learning_rate: float = 2e-3,
+) -> None:
+    """Next-token prediction on whole conversations of `source`, prompts included."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     warmup = max(1, steps // 20)
 
@@ -127,7 +136,6 @@ def train(model: Any, tokenizer: Any, steps: int, batch_size: int, seed: int, le
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    source = conversations(seed + 1)
     model.train()
     for step in track(range(steps), description="Supervised fine-tuning"):
         texts = [
@@ -170,11 +178,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=embedded.MODEL_DIR)
     options = parser.parse_args()
     torch.manual_seed(options.seed)
-    tokenizer = train_tokenizer(options.seed)
+    tokenizer = train_tokenizer(conversations(options.seed))
     model = new_model(tokenizer)
     console = Console()
     console.print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer):,} tokens")
-    train(model, tokenizer, options.steps, options.batch_size, options.seed)
+    train(model, tokenizer, conversations(options.seed + 1), options.steps, options.batch_size)
     # Half the bytes to ship; loading widens them again, so policy and reference start from the same numbers.
     model.to(torch.bfloat16).save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
