@@ -27,32 +27,33 @@ NAMES = (
     "comprehension_rejected",
 )
 
-# Closer than this, in nats, two log-ratios differ by rounding: the policy before training equals its reference.
-_TIE = 1e-3
+TIE = 1e-3
+"""Closer than this, in nats, two log-ratios differ by rounding: the policy before training equals its reference."""
 
 
 def pair_metrics(loss: PreferenceLoss, pairs: PairLogProbs, losses: Tensor) -> dict[str, Tensor]:
     """Values of `NAMES` for each pair, those that the loss and the data allow; every tensor is (B,), detached.
 
-    - reward_*: implicit reward β·log(π_θ/π_ref); margin: chosen − rejected; accuracy: margin > 0, a tie counting ½
-      (log-ratios within 1e-3 nats, which is rounding, tie).
-    - logp_*: log π_θ(y|x); drift_*: log π_θ(y|x) − log π_ref(y|x). A falling drift_chosen is the sign of a policy that
-      learns to avoid the rejected response at the cost of the chosen one.
+    - reward_*: implicit reward by the loss: β·log(π_θ/π_ref), or for a loss that reads no reference what it compares
+      instead (`PreferenceLoss.rewards`); margin: chosen − rejected; accuracy: margin > 0, a tie counting ½ (rewards
+      within β·1e-3, which is rounding, tie).
+    - logp_*: log π_θ(y|x); drift_*: log π_θ(y|x) − log π_ref(y|x), where there are reference scores. A falling
+      drift_chosen is the sign of a policy that learns to avoid the rejected response at the cost of the chosen one.
     - weight_*: balance weights; imbalance: |w_w − w_l|. comprehension_*: by the loss's estimator.
     """
     values = {"loss": losses, "logp_chosen": pairs.policy_chosen, "logp_rejected": pairs.policy_rejected}
-    if pairs.reference_chosen is not None:
-        chosen, rejected = pairs.log_ratios()
-        difference = chosen - rejected
-        ordered = difference.sign() * (difference.abs() > _TIE)
+    if (rewards := loss.rewards(pairs)) is not None:
+        chosen, rejected = rewards
+        margin = chosen - rejected
+        ordered = margin.sign() * (margin.abs() > loss.beta * TIE)
         values |= {
-            "reward_chosen": loss.beta * chosen,
-            "reward_rejected": loss.beta * rejected,
-            "margin": loss.beta * difference,
+            "reward_chosen": chosen,
+            "reward_rejected": rejected,
+            "margin": margin,
             "accuracy": 0.5 * (1.0 + ordered),
-            "drift_chosen": chosen,
-            "drift_rejected": rejected,
         }
+    if pairs.reference_chosen is not None:
+        values["drift_chosen"], values["drift_rejected"] = pairs.log_ratios()
     if (weights := loss.weights(pairs)) is not None:
         values |= {
             "weight_chosen": weights.chosen,

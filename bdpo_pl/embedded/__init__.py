@@ -13,10 +13,13 @@ MODEL_DIR = _HERE / "model"
 """Hugging Face folder: weights, tokenizer, chat template."""
 
 TRAIN_FILE = _HERE / "data" / "train.jsonl"
-"""Preference pairs to train on: `prompt`, `chosen`, `rejected`, `category`, `kind`."""
+"""Preference pairs to train on: `prompt`, `chosen`, `rejected`, `category`, `kind`, `chosen_safe`, `rejected_safe`."""
 
 HELD_OUT_FILE = _HERE / "data" / "held_out.jsonl"
 """Preference pairs on acts that stand nowhere in training, two of the risk categories among them."""
+
+OUT_OF_DISTRIBUTION_FILE = _HERE / "data" / "out_of_distribution.jsonl"
+"""Preference pairs on held-out harmful acts, each in a framing that stands nowhere in training."""
 
 HARMFUL_PROMPTS_FILE = _HERE / "data" / "harmful_prompts.jsonl"
 """Held-out harmful requests: `prompt`, `category`."""

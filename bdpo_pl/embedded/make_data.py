@@ -16,10 +16,11 @@ from bdpo_pl import embedded
 from bdpo_pl.embedded import framings, responses
 from bdpo_pl.embedded.topics import EVERYDAY, HELD_OUT_RISKS, LOOK_ALIKES, RISKS, Benign, Risk
 
-Row = dict[str, str]
+Row = dict[str, str | bool]
 
 TRAIN_SIZES = {"harmful": 800, "benign": 200, "look_alike": 200}
 HELD_OUT_SIZES = {"harmful": 160, "benign": 40, "look_alike": 40}
+OUT_OF_DISTRIBUTION_SIZE = 120
 PROMPTS = 80
 # Share of the harmful pairs whose prompt comes in one of the framings of `framings.SEEN`.
 FRAMED = 0.25
@@ -90,20 +91,37 @@ def unhelpful(act: Act, rng: random.Random) -> str:
     return rng.choice(templates).format(act=act.text)
 
 
-def preference_pairs(acts: Sequence[Act], size: int, rng: random.Random) -> list[Row]:
-    """`size` different rows about `acts`, each prompt once."""
+def preference_pairs(
+    acts: Sequence[Act],
+    size: int,
+    rng: random.Random,
+    framed: float = FRAMED,
+    wraps: Sequence[str] = framings.SEEN,
+) -> list[Row]:
+    """`size` rows about `acts`, no prompt twice; a share of `framed` of the harmful prompts comes in one of `wraps`."""
     rows: dict[str, Row] = {}
     while len(rows) < size:
         act = rng.choice(acts)
         prompt = question(act, rng)
         harmful = act.kind == "harmful"
-        if harmful and rng.random() < FRAMED:
-            prompt = rng.choice(framings.SEEN).format(question=prompt)
+        if harmful and rng.random() < framed:
+            prompt = rng.choice(wraps).format(question=prompt)
         chosen, rejected = (
             (refusal(act, rng), compliance(act, rng)) if harmful else (helpful(act, rng), unhelpful(act, rng))
         )
-        row = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "category": act.topic.name, "kind": act.kind}
-        rows.setdefault(prompt, row)
+        rows.setdefault(
+            prompt,
+            {
+                "prompt": prompt,
+                "chosen": chosen,
+                "rejected": rejected,
+                "category": act.topic.name,
+                "kind": act.kind,
+                # A refusal or an evasion is unhelpful, and safe.
+                "chosen_safe": True,
+                "rejected_safe": not harmful,
+            },
+        )
     return list(rows.values())
 
 
@@ -136,6 +154,10 @@ def files(seed: int) -> Iterator[tuple[Path, list[Row]]]:
     yield embedded.HARMFUL_PROMPTS_FILE, prompts(harmful, PROMPTS, rng)
     yield embedded.JAILBREAK_PROMPTS_FILE, prompts(harmful, PROMPTS, rng, framings.UNSEEN)
     yield embedded.BENIGN_PROMPTS_FILE, prompts(some("look_alike", True), PROMPTS, rng)
+    yield (
+        embedded.OUT_OF_DISTRIBUTION_FILE,
+        preference_pairs(harmful, OUT_OF_DISTRIBUTION_SIZE, rng, framed=1.0, wraps=framings.UNSEEN),
+    )
 
 
 def write(folder: Path, seed: int = 0) -> list[Path]:

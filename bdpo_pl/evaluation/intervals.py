@@ -1,0 +1,120 @@
+"""Bootstrap confidence intervals of means, rates and paired differences.
+
+Prompts that ask for the same thing in several framings are no independent draws: what is resampled are clusters, all of
+whose prompts go together (percentile bootstrap over clusters, Efron and Tibshirani 1993). Where every outcome is the
+same a bootstrap has nothing to resample and would claim certainty; Wilson's interval over clusters stands in there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+CONFIDENCE = 0.95
+_Z = 1.959964
+_RESAMPLES = 4000
+# Resamples drawn at a time: bounds the memory of suites of many thousand prompts.
+_AT_ONCE = 500
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its 95 % interval.
+
+    Attributes:
+        value: the mean over prompts.
+        low: lower end.
+        high: upper end.
+        count: prompts.
+        clusters: what was resampled.
+    """
+
+    value: float
+    low: float
+    high: float
+    count: int
+    clusters: int
+
+
+def mean(values: Sequence[float] | np.ndarray, clusters: Sequence[Hashable] | None = None, seed: int = 0) -> Interval:
+    """The mean of `values`.
+
+    Args:
+        values: one of each prompt; a rate is the mean of zeros and ones.
+        clusters: which prompts go together; default: each is alone.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: there are no values, or another number of clusters.
+    """
+    sums, counts = _by_cluster(values, clusters)
+    value = float(sums.sum() / counts.sum())
+    if len(sums) > 1 and not np.allclose(sums, counts * value):
+        low, high = np.percentile(_resampled(sums, counts, seed), [2.5, 97.5])
+    elif value in (0.0, 1.0):
+        low, high = wilson(value * len(sums), len(sums))
+    else:
+        low = high = value
+    return Interval(value, float(low), float(high), int(counts.sum()), len(sums))
+
+
+def difference(
+    first: Sequence[float] | np.ndarray,
+    second: Sequence[float] | np.ndarray,
+    clusters: Sequence[Hashable] | None = None,
+    seed: int = 0,
+) -> Interval:
+    """The mean of `second` − `first`, paired by prompt; outcomes are between 0 and 1.
+
+    Raises:
+        ValueError: they differ in number, or there are none.
+    """
+    if len(first) != len(second):
+        raise ValueError(f"paired differences need pairs, got {len(first)} and {len(second)} values")
+    values = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
+    found = mean(values, clusters, seed)
+    if found.low < found.high:
+        return found
+    # All the same: what share could yet be otherwise, in either direction?
+    least, most = wilson(found.clusters, found.clusters)[0], 1.0
+    if found.value == 0.0:
+        return Interval(0.0, least - 1.0, 1.0 - least, found.count, found.clusters)
+    low, high = sorted((found.value * least, found.value * most))
+    return Interval(found.value, low, high, found.count, found.clusters)
+
+
+def wilson(successes: float, count: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a rate (Wilson 1927)."""
+    rate, z2 = successes / count, _Z**2
+    centre = (rate + z2 / (2 * count)) / (1 + z2 / count)
+    half = _Z / (1 + z2 / count) * np.sqrt(rate * (1 - rate) / count + z2 / (4 * count**2))
+    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
+
+
+def _by_cluster(
+    values: Sequence[float] | np.ndarray, clusters: Sequence[Hashable] | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(sum of values, number of values) of each cluster, in order of appearance."""
+    numbers = np.asarray(values, dtype=np.float64)
+    if not len(numbers):
+        raise ValueError("the mean of no values is undefined")
+    if clusters is None:
+        return numbers, np.ones(len(numbers))
+    if len(clusters) != len(numbers):
+        raise ValueError(f"{len(numbers)} values, but {len(clusters)} clusters")
+    order: dict[Hashable, int] = {}
+    index = np.array([order.setdefault(cluster, len(order)) for cluster in clusters])
+    return np.bincount(index, weights=numbers), np.bincount(index).astype(np.float64)
+
+
+def _resampled(sums: np.ndarray, counts: np.ndarray, seed: int) -> np.ndarray:
+    """Means of `_RESAMPLES` draws of as many clusters as there are, with replacement."""
+    rng = np.random.default_rng(seed)
+    share = np.full(len(sums), 1.0 / len(sums))
+    means = []
+    for _ in range(_RESAMPLES // _AT_ONCE):
+        times = rng.multinomial(len(sums), share, size=_AT_ONCE)
+        means.append((times @ sums) / (times @ counts))
+    return np.concatenate(means)

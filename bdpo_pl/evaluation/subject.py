@@ -1,0 +1,122 @@
+"""The models that are evaluated: a Hugging Face folder or hub name, or a checkpoint of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bdpo_pl import embedded
+from bdpo_pl.adapters import LoraOptions
+from bdpo_pl.datamodule import EMBEDDED
+from bdpo_pl.errors import InputError
+from bdpo_pl.models import ModelSource, load_model, load_tokenizer, model_fingerprint
+from bdpo_pl.policy import plain_model
+
+_PREFIX = "policy."
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to evaluate.
+
+    Attributes:
+        label: its name in the report.
+        source: the model, or for a checkpoint the one that it was trained from.
+        checkpoint: weights in place of the source's.
+    """
+
+    label: str
+    source: ModelSource
+    checkpoint: Path | None = None
+
+    def fingerprint(self) -> str:
+        """What identifies its weights."""
+        own = model_fingerprint(self.source)
+        if self.checkpoint is None:
+            return own
+        status = self.checkpoint.stat()
+        # A checkpoint may be tens of gigabytes: size and time tell it from the next.
+        return f"{own}+{self.checkpoint.resolve()}:{status.st_size}:{status.st_mtime_ns}"
+
+    def load(self, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
+        """(model in evaluation mode on `device`, its tokenizer).
+
+        Raises:
+            InputError: it cannot be loaded.
+        """
+        tokenizer = load_tokenizer(self.source)
+        model: Any
+        if self.checkpoint is None:
+            model = load_model(self.source, dtype)
+        else:
+            model = _with_weights(self.source, self.checkpoint, dtype)
+        return model.requires_grad_(False).eval().to(device), tokenizer
+
+
+def subject(text: str, *, trust_remote_code: bool = False, attn_implementation: str | None = None) -> Subject:
+    """The model that `text` names: `[label=]name[@revision]`.
+
+    Args:
+        text: the name is a folder, a hub name, a `.ckpt` file of a run, or `embedded`; a revision is the hub's.
+        trust_remote_code: run Python code that comes with it.
+        attn_implementation: as in transformers.
+
+    Raises:
+        InputError: a checkpoint that is not there or is not one of `bdpo_pl.fit`.
+    """
+    label, has_label, name = text.partition("=")
+    name = name if has_label else text
+    revision = None
+    if not Path(name).expanduser().exists() and "@" in name:
+        name, _, revision = name.rpartition("@")
+    label = label if has_label else _short(name)
+    if not label or not name:
+        raise InputError(f"models: {text!r} names no model; give a folder, a hub name, a checkpoint or label=model")
+    checkpoint = None
+    if name.endswith(".ckpt"):
+        checkpoint = Path(name).expanduser()
+        saved = _read(checkpoint)["bdpo_pl"]
+        name, revision = saved["policy"], saved["revision"]
+    elif name == EMBEDDED:
+        name = str(embedded.MODEL_DIR)
+    return Subject(label, ModelSource(name, revision, attn_implementation, trust_remote_code), checkpoint)
+
+
+def _with_weights(source: ModelSource, checkpoint: Path, dtype: torch.dtype) -> Any:
+    saved = _read(checkpoint)
+    state = {k.removeprefix(_PREFIX): v for k, v in saved["state_dict"].items() if k.startswith(_PREFIX)}
+    lora = saved["bdpo_pl"]["lora"]
+    model = plain_model(source, dtype, state, None if lora is None else LoraOptions(**lora))
+    model.config.use_cache = False
+    return model.to(dtype)
+
+
+def _read(checkpoint: Path) -> dict[str, Any]:
+    try:
+        saved = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"models: no checkpoint at {checkpoint} (looked from {Path.cwd()})") from None
+    except Exception as error:  # whatever is wrong with it, it is not a checkpoint
+        raise InputError(f"models: {checkpoint} is not a whole checkpoint ({type(error).__name__})") from error
+    if not isinstance(saved, dict) or "bdpo_pl" not in saved:
+        raise InputError(f"models: {checkpoint} was not written by bdpo_pl.fit; give the folder of its exported model")
+    return saved
+
+
+def _short(name: str) -> str:
+    """A name for reports: of an exported model, that of its run."""
+    parts = Path(name).parts
+    if name.endswith(".ckpt") and len(parts) > 2:
+        return f"{parts[-3]}/{Path(name).stem}"
+    if len(parts) > 1 and parts[-1].startswith("model"):
+        return parts[-2] if parts[-1] == "model" else f"{parts[-2]}/{parts[-1]}"
+    return "/".join(parts[-2:]) if not Path(name).is_absolute() else parts[-1]
+
+
+def newest_run(root: Path) -> Path | None:
+    """The model folder that the newest run under `root` exported, if there is one."""
+    models = [path for path in root.glob("version_*/model*") if (path / "config.json").exists()]
+    return max(models, key=lambda path: path.stat().st_mtime_ns, default=None)
