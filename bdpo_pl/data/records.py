@@ -26,7 +26,7 @@ class Record:
 
     Attributes:
         source: file path or dataset name.
-        number: line of a JSONL file, counted from 1; row of anything else, counted from 0.
+        number: line of a JSONL or CSV file, counted from 1; row of anything else, counted from 0.
         fields: column name → value.
     """
 
@@ -37,11 +37,13 @@ class Record:
     @property
     def place(self) -> str:
         """Where the record stands, for messages."""
-        unit = "line" if self.source.endswith((".jsonl", ".ndjson")) else "row"
+        unit = "line" if self.source.endswith((".jsonl", ".ndjson", ".csv")) else "row"
         return f"{self.source}, {unit} {self.number}"
 
 
-def read_records(source: str, split: str = "train", revision: str | None = None) -> Iterator[Record]:
+def read_records(
+    source: str, split: str = "train", revision: str | None = None, subset: str | None = None
+) -> Iterator[Record]:
     """Records of `source`, in order.
 
     Args:
@@ -49,6 +51,7 @@ def read_records(source: str, split: str = "train", revision: str | None = None)
             `Dataset.save_to_disk`; otherwise a dataset name on the Hugging Face hub.
         split: split of a hub dataset or of a saved `DatasetDict`; files have none.
         revision: git revision of a hub dataset; pin it to make a run repeatable.
+        subset: which of a hub dataset's configurations, if it has several.
 
     Raises:
         InputError: nothing readable there, or a line that is not a JSON object.
@@ -68,7 +71,7 @@ def read_records(source: str, split: str = "train", revision: str | None = None)
     elif path.suffix in (*FILE_SUFFIXES, ".json", ".csv") or source.startswith(("/", ".", "~")):
         raise InputError(f"{source}: no such file or folder (looked from {Path.cwd()})")
     else:
-        yield from _hub_dataset(source, split, revision)
+        yield from _hub_dataset(source, split, revision, subset)
 
 
 def _file(path: Path) -> Iterator[Record]:
@@ -137,11 +140,11 @@ def _require_inside(path: Path) -> None:
                 raise InputError(f"{state}: {name!r} names a file outside the folder; such a dataset is not read")
 
 
-def _hub_dataset(name: str, split: str, revision: str | None) -> Iterator[Record]:
+def _hub_dataset(name: str, split: str, revision: str | None, subset: str | None) -> Iterator[Record]:
     import datasets
 
     try:
-        data = datasets.load_dataset(name, split=split, revision=revision)
+        data = datasets.load_dataset(name, subset, split=split, revision=revision)
     except Exception as error:  # the hub client raises many kinds; each means that the dataset could not be had
         raise InputError(
             f"{name}: neither a file here nor a dataset that could be loaded from the Hugging Face hub "
