@@ -203,7 +203,10 @@ class PreferenceDataModule(L.LightningDataModule):
             rank_zero_info(f"Resuming after batch {self._resume_batches} of the epoch")
 
     def _load(self, name: str, source: str, pairs: PairTokenizer, split: str) -> tuple[PairTable, DataReport]:
-        return load_pairs(name, source, pairs, self.truncation, self.load_options, split, self.revision, self.seed)
+        by_safety: bool = self._trainer().lightning_module.loss.needs_safety  # type: ignore[union-attr, assignment]
+        return load_pairs(
+            name, source, pairs, self.truncation, self.load_options, split, self.revision, self.seed, by_safety
+        )
 
     def _sampler(self, name: str, batch_size: int, **kwargs: Any) -> StepSampler:
         trainer, table = self._trainer(), self.tables[name]

@@ -227,7 +227,7 @@ def _facts(module: PreferenceModule, data: PreferenceDataModule, precision: str)
         + (f", {UNITS[loss.estimator]}" if UNITS[loss.estimator] else "")
         + f", against the null prompt {tokenizer.decode(data.tables['train'].null_prompt_ids)!r}",
         "loss": f"{type(loss).__name__}("
-        + ", ".join(f"{name}={value}" for name, value in vars(loss).items() if not name.startswith(("_", "needs_")))
+        + ", ".join(f"{k}={v}" for k, v in vars(loss).items() if not k.startswith(("_", "needs_", "initial_")))
         + ")",
         "chat template": data.chat_template
         if data.chat_template != "auto"

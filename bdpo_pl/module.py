@@ -36,7 +36,7 @@ from bdpo_pl.models import (
 from bdpo_pl.optim import LRSchedule, lr_lambda, parameter_groups
 from bdpo_pl.policy import build_policy
 from bdpo_pl.reestimation import Reestimation
-from bdpo_pl.reference import Reference, ReferenceMode
+from bdpo_pl.reference import Reference, ReferenceChoice, choose_mode
 from bdpo_pl.row_layout import PrefixSharing, choose_layout, probe_documents
 from bdpo_pl.scoring import ScoringOptions
 
@@ -59,7 +59,8 @@ class PreferenceModule(L.LightningModule):
             ships with bdpo_pl.
         loss: any `PreferenceLoss`; default Balanced DPO.
         reference: frozen reference; default the policy as it is before training.
-        reference_mode: `precomputed` (scored once before training, cached, then not in memory), `live` or `none`.
+        reference_mode: `precomputed` (scored once before training, cached, then not in memory), `live` or `none`;
+            `auto`: precomputed, or none where the loss reads no score and no `reference` is named.
         reference_dtype: of the reference's weights; `auto`: the policy's.
         reestimate_every: measure comprehension anew, on the policy, each so many optimiser steps; default never: the
             reference's holds throughout, as in the paper.
@@ -90,7 +91,7 @@ class PreferenceModule(L.LightningModule):
         policy: str = EMBEDDED,
         loss: PreferenceLoss | None = None,
         reference: str | None = None,
-        reference_mode: ReferenceMode = "precomputed",
+        reference_mode: ReferenceChoice = "auto",
         reference_dtype: DTypeName = "auto",
         reestimate_every: int | None = None,
         scoring: ScoringOptions | None = None,
@@ -115,7 +116,7 @@ class PreferenceModule(L.LightningModule):
         if reference is not None:
             self.reference_source = ModelSource(_resolve(reference), None, attn_implementation, trust_remote_code)
         self.loss = loss or BalancedDPOLoss()
-        self.reference_mode: ReferenceMode = reference_mode
+        self.reference_mode = choose_mode(reference_mode, self.loss, given=reference is not None)
         self.reference_dtype: DTypeName = reference_dtype
         self.scoring = scoring or ScoringOptions()
         self.optimizer = optimizer
@@ -171,6 +172,11 @@ class PreferenceModule(L.LightningModule):
             )
         self.reference.check_strategy(self.trainer)
         self.reference.check_fits(self.loss)
+        if self.reference_mode == "none":
+            rank_zero_info(
+                f"{type(self.loss).__name__} reads no reference, so no pair is scored before training: drift and "
+                "comprehension are not logged; to have them, set model.reference_mode to precomputed"
+            )
         self.reestimation.check_fits(self.trainer, self.loss, self.scoring)
         self.reference.prepare(self.trainer, data, self.loss)
 
@@ -319,6 +325,7 @@ class PreferenceModule(L.LightningModule):
             *batch.lengths,
             *(scores.reference if scores.reference is not None else (None, None)),
             *(comprehension if comprehension is not None else (None, None)),
+            *(batch.safe if batch.safe is not None else (None, None)),
         )
 
     # Guards
@@ -375,7 +382,7 @@ class PreferenceModule(L.LightningModule):
             return
         low = str(self.trainer.precision).startswith(("bf16", "16"))
         error = (losses.detach() - expected).abs().max().item()
-        if error > (2e-2 if low else 1e-4):
+        if error > (2e-2 if low else 1e-4) * max(1.0, expected):
             rank_zero_warn(
                 f"the first loss is off by {error:.2g} from {expected:.4f}, its value for a policy that equals its "
                 "reference: policy and reference are computed differently (dtype, attention, or a stale cache?)"

@@ -46,7 +46,7 @@ class Reestimation:
         if not (loss.needs_comprehension and options.comprehension):
             raise InputError(
                 f"model.reestimate_every is set, but {type(loss).__name__} as configured reads no comprehension; "
-                "remove the option or turn the balance on"
+                "remove the option or take a loss that does (BalancedDPOLoss: turn the balance on)"
             )
         # Where the weights are sharded, every forward pass needs every rank.
         if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):

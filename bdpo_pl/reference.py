@@ -31,6 +31,7 @@ from bdpo_pl.score_cache import ScoreCache, default_cache_dir
 from bdpo_pl.scoring import Ranks, ScoringOptions, score_pairs, score_table, table_comprehension
 
 ReferenceMode = Literal["precomputed", "live", "none"]
+ReferenceChoice = Literal["auto", ReferenceMode]
 
 
 @dataclass
@@ -58,6 +59,19 @@ class AdaptedPolicy(Protocol):
 
     def base_model(self) -> nn.Module:
         """The model before it is given adapters: loaded once, and handed on to the policy."""
+
+
+def choose_mode(choice: ReferenceChoice, loss: PreferenceLoss, given: bool) -> ReferenceMode:
+    """The mode that `choice` comes to: with `auto`, no pair is scored for a loss that reads no score.
+
+    Args:
+        choice: a mode, or `auto`.
+        loss: the loss.
+        given: a reference model is named, which asks for its scores.
+    """
+    if choice != "auto":
+        return choice
+    return "precomputed" if loss.needs_reference or loss.needs_comprehension or given else "none"
 
 
 class Reference:
@@ -107,7 +121,7 @@ class Reference:
         if loss.needs_comprehension and not self.options.comprehension:
             raise InputError(
                 f"{name} needs comprehension, and model.scoring.comprehension is false; set it to true, "
-                "or turn the balance off"
+                "or take a loss that reads none (BalancedDPOLoss: turn the balance off)"
             )
 
     def check_strategy(self, trainer: L.Trainer) -> None:

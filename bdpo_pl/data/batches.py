@@ -29,6 +29,7 @@ class PreferenceBatch:
         pair_weight: (B,) float32; the step's loss is Σ weight·loss. Zero for a pair that only fills a rank's batch.
         lengths: (2, B) int64, response tokens of the chosen and of the rejected.
         num_tokens: tokens in the rows, padding left out.
+        safe: (2, B) bool, whether the chosen and the rejected responses are safe; None where the data does not say.
     """
 
     sequences: SequenceBatch
@@ -36,6 +37,7 @@ class PreferenceBatch:
     pair_weight: Tensor
     lengths: Tensor
     num_tokens: int
+    safe: Tensor | None = None
 
 
 def pair_documents(pairs: Sequence[PreferencePair]) -> list[Document]:
@@ -75,4 +77,5 @@ class PairDataset(Dataset[PairKey]):
             pair_weight=torch.tensor([weight for _, weight in keys], dtype=torch.float32),
             lengths=torch.from_numpy(lengths.astype(np.int64)),
             num_tokens=int(sequences.num_tokens),
+            safe=None if self.table.safe is None else torch.from_numpy(self.table.safe[:, index]),
         )

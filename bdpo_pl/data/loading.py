@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Literal, TypeVar
@@ -12,7 +12,7 @@ import numpy as np
 from bdpo_pl.data import preference, safe_rlhf
 from bdpo_pl.data.records import Record, read_records
 from bdpo_pl.data.report import DataReport
-from bdpo_pl.data.rows import PreferenceRow, RowError
+from bdpo_pl.data.rows import BOTH_UNSAFE, PreferenceRow, RowError, order_by_safety
 from bdpo_pl.data.safe_rlhf import SafeRLHFOptions
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.data.tokenization import PairTokenizer, PreferencePair
@@ -55,6 +55,7 @@ def load_pairs(
     split: str = "train",
     revision: str | None = None,
     seed: int = 0,
+    by_safety: bool = False,
 ) -> tuple[PairTable, DataReport]:
     """Read, check, select, tokenise, truncate and deduplicate the pairs of `source`.
 
@@ -67,6 +68,8 @@ def load_pairs(
         split: split of a hub dataset.
         revision: revision of a hub dataset.
         seed: of the draw from PKU-SafeRLHF.
+        by_safety: put the safe response first and leave out pairs of two unsafe ones (`order_by_safety`); the source
+            must say of every response whether it is safe.
 
     Raises:
         InputError: unreadable source, missing column, a bad row under `error`, or nothing left to train on.
@@ -78,8 +81,12 @@ def load_pairs(
     if first is None:
         raise InputError(f"{source}: no rows")
     schema = _schema(first, options.format)
+    if by_safety and schema == "preference":
+        _require_safety(first)
     strict = options.bad_rows == "error" or (options.bad_rows == "auto" and schema == "preference")
     rows = _rows(chain([first], records), schema, options, seed, report, strict)
+    if by_safety:
+        rows = _by_safety(rows, report, strict)
     table = _tokenize(rows, tokenizer, truncation, options, report, strict)
     if not len(table):
         raise InputError(_nothing_left(report, truncation))
@@ -125,7 +132,7 @@ def _rows(
                 yield parse(record)
             except RowError as error:
                 # The rule that leaves out a pair of unsafe responses is a choice, not a fault of the row.
-                _refuse(error, record, report, strict and error.reason != "both responses unsafe")
+                _refuse(error, record, report, strict and error.reason != BOTH_UNSAFE)
 
     if schema == "preference":
         return parsed(preference.parse_preference)
@@ -137,6 +144,29 @@ def _rows(
         report.notes[plural] = f"{taken:,}" if asked is None else f"{taken:,} of {asked:,} asked"
     report.note("not drawn (safe_rlhf.num_safe, num_unsafe)", report.read - report.num_dropped - len(rows))
     return rows
+
+
+def _require_safety(first: Record) -> None:
+    missing = [column for column in preference.SAFETY_COLUMNS if column not in first.fields]
+    if missing:
+        raise InputError(
+            f"{first.source}: missing column{'s' if len(missing) > 1 else ''} {', '.join(map(repr, missing))}: the "
+            "loss reads whether each response is safe (true or false). Add 'chosen_safe' and 'rejected_safe', "
+            f"rename yours with data.load.columns ({{{missing[0]}: your_column}}), or take a loss that reads none"
+        )
+
+
+def _by_safety(rows: Iterable[PreferenceRow], report: DataReport, strict: bool) -> Iterator[PreferenceRow]:
+    exchanged = 0
+    for row in rows:
+        try:
+            ordered = order_by_safety(row)
+        except RowError as error:
+            _refuse(error, row.record, report, strict and error.reason != BOTH_UNSAFE)
+            continue
+        exchanged += ordered is not row
+        yield ordered
+    report.note("chosen and rejected exchanged: only the chosen was unsafe", exchanged)
 
 
 def _tokenize(
@@ -172,11 +202,23 @@ def _tokenize(
         pairs.append(cut)
         kept.append(row)
     table = PairTable.from_pairs(
-        pairs, null_prompt_ids or [], [row.record.place for row in kept], [row.category for row in kept]
+        pairs,
+        null_prompt_ids or [],
+        [row.record.place for row in kept],
+        [row.category for row in kept],
+        _safety(kept),
     )
     report.note(f"truncated to {truncation.max_length} tokens ({truncation.mode})", truncated)
     report.note("token merged across the prompt/response boundary: cut before it", merged)
     return _deduplicate(table, options.duplicates, report)
+
+
+def _safety(rows: Sequence[PreferenceRow]) -> np.ndarray | None:
+    """(2, M) bool, or None where it is not said of all."""
+    flags = [(row.chosen_safe, row.rejected_safe) for row in rows]
+    if not flags or any(None in both for both in flags):
+        return None
+    return np.array(flags, dtype=bool).T.copy()
 
 
 def _encoded(

@@ -1,11 +1,25 @@
-"""The common preference schema: `chosen`, `rejected` and, unless it is implicit in them, `prompt`."""
+"""The common preference schema: `chosen`, `rejected` and, unless it is implicit in them, `prompt`.
+
+Optional are `category`, a label for reports, and `chosen_safe` and `rejected_safe`, true or false.
+"""
 
 from __future__ import annotations
 
 from bdpo_pl.data.records import Record
-from bdpo_pl.data.rows import Content, Message, PreferenceRow, RowError, check_row, common_prefix_length, parse_content
+from bdpo_pl.data.rows import (
+    Content,
+    Message,
+    PreferenceRow,
+    RowError,
+    check_row,
+    common_prefix_length,
+    parse_content,
+    parse_flag,
+)
 
 REQUIRED_COLUMNS = ("chosen", "rejected")
+SAFETY_COLUMNS = ("chosen_safe", "rejected_safe")
+"""Optional: true or false."""
 
 _ASSISTANT_MARK = "\n\nAssistant:"
 """What precedes every response in Anthropic's HH-RLHF, the best known set with implicit prompts."""
@@ -26,13 +40,14 @@ def parse_preference(record: Record) -> PreferenceRow:
         raise RowError(record, "wrong type", "'chosen' and 'rejected' must both be text or both be messages")
     category = record.fields.get("category")
     label = category if isinstance(category, str) else ""
+    safe = [parse_flag(record, name) for name in SAFETY_COLUMNS]
     if "prompt" in record.fields:
         prompt = parse_content(record, "prompt", record.fields["prompt"])
-        return check_row(PreferenceRow(prompt, chosen, rejected, record, category=label))
+        return check_row(PreferenceRow(prompt, chosen, rejected, record, False, label, *safe))
     if chosen == rejected:
         return check_row(PreferenceRow("implicit", chosen, rejected, record))
     prompt, chosen, rejected = _split_implicit(record, chosen, rejected)
-    return check_row(PreferenceRow(prompt, chosen, rejected, record, rendered=isinstance(prompt, str), category=label))
+    return check_row(PreferenceRow(prompt, chosen, rejected, record, isinstance(prompt, str), label, *safe))
 
 
 def _split_implicit(record: Record, chosen: Content, rejected: Content) -> tuple[Content, Content, Content]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bdpo_pl.data.records import Record
@@ -11,6 +11,9 @@ from bdpo_pl.data.records import Record
 Message = dict[str, str]
 Content = str | list[Message]
 """Text, or chat messages of the form {"role": …, "content": …}."""
+
+BOTH_UNSAFE = "both responses unsafe"
+"""Reason of a `RowError` that is a choice of what to train on, and no fault of the row."""
 
 
 class RowError(ValueError):
@@ -36,6 +39,8 @@ class PreferenceRow:
         record: where the row came from.
         rendered: the texts are already in the model's own format (an implicit prompt in plain text): no template.
         category: risk category or other label, for reports.
+        chosen_safe: whether the preferred response is safe; None where the data does not say.
+        rejected_safe: whether the dispreferred one is, likewise.
     """
 
     prompt: Content
@@ -44,6 +49,8 @@ class PreferenceRow:
     record: Record = field(repr=False)
     rendered: bool = False
     category: str = ""
+    chosen_safe: bool | None = None
+    rejected_safe: bool | None = None
 
 
 def common_prefix_length(a: Sequence[Any], b: Sequence[Any]) -> int:
@@ -67,6 +74,36 @@ def check_row(row: PreferenceRow) -> PreferenceRow:
             row.record, "chosen = rejected", "'chosen' and 'rejected' are the same; a pair must prefer one to the other"
         )
     return row
+
+
+def order_by_safety(row: PreferenceRow) -> PreferenceRow:
+    """`row` itself, or with its responses exchanged where only the preferred one is unsafe, as SafeDPO asks.
+
+    Raises:
+        RowError: both responses are unsafe (`BOTH_UNSAFE`), or it is not said of both whether they are.
+    """
+    if row.chosen_safe is None or row.rejected_safe is None:
+        name = "chosen_safe" if row.chosen_safe is None else "rejected_safe"
+        raise RowError(
+            row.record, f"missing {name}", f"field '{name}' is missing or null; say whether the response is safe"
+        )
+    if row.chosen_safe or row.rejected_safe:
+        if row.chosen_safe:
+            return row
+        return replace(row, chosen=row.rejected, rejected=row.chosen, chosen_safe=True, rejected_safe=False)
+    raise RowError(row.record, BOTH_UNSAFE, "both responses are unsafe, and the loss prefers neither")
+
+
+def parse_flag(record: Record, name: str) -> bool | None:
+    """True or false in field `name`; None where it is missing or null.
+
+    Raises:
+        RowError: anything else.
+    """
+    value = record.fields.get(name)
+    if value is None or isinstance(value, bool):
+        return value
+    raise RowError(record, "wrong type", f"field '{name}' must be true or false, got {value!r:.40}")
 
 
 def parse_content(record: Record, name: str, value: Any) -> Content:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from bdpo_pl.data.records import Record
-from bdpo_pl.data.rows import PreferenceRow, RowError, check_row, parse_content
+from bdpo_pl.data.rows import BOTH_UNSAFE, PreferenceRow, RowError, check_row, parse_content
 
 REQUIRED_COLUMNS = (
     "prompt",
@@ -63,11 +63,17 @@ def parse_safe_rlhf(record: Record, both_unsafe: Literal["drop", "safer"] = "dro
     else:
         raise RowError(
             record,
-            "both responses unsafe",
+            BOTH_UNSAFE,
             "both responses are unsafe; safe_rlhf.both_unsafe=safer takes the safer one",
         )
     row = PreferenceRow(
-        prompt, responses[chosen], responses[1 - chosen], record, category=_category(record, 1 - chosen)
+        prompt,
+        responses[chosen],
+        responses[1 - chosen],
+        record,
+        category=_category(record, 1 - chosen),
+        chosen_safe=safe[chosen],
+        rejected_safe=safe[1 - chosen],
     )
     return kind, check_row(row)
 

@@ -24,6 +24,7 @@ class PairTable:
         null_prompt_ids: the null prompt x₀ that comprehension is measured against.
         places: file and row of each pair, for messages.
         categories: label of each pair, "" without one.
+        safe: (2, M) bool, whether the chosen and the rejected responses are safe; None unless it is known of all.
     """
 
     tokens: np.ndarray
@@ -34,6 +35,7 @@ class PairTable:
     null_prompt_ids: Ids
     places: list[str]
     categories: list[str]
+    safe: np.ndarray | None = None
 
     @classmethod
     def from_pairs(
@@ -42,6 +44,7 @@ class PairTable:
         null_prompt_ids: Ids,
         places: Sequence[str] | None = None,
         categories: Sequence[str] | None = None,
+        safe: np.ndarray | None = None,
     ) -> PairTable:
         """Pack `pairs`; `places` and `categories` default to the index and to no label."""
         lengths = np.array(
@@ -64,6 +67,7 @@ class PairTable:
             null_prompt_ids=list(null_prompt_ids),
             places=list(places) if places is not None else [f"pair {i}" for i in range(len(pairs))],
             categories=list(categories) if categories is not None else [""] * len(pairs),
+            safe=safe,
         )
 
     def __len__(self) -> int:
@@ -84,6 +88,7 @@ class PairTable:
             self.null_prompt_ids,
             [self.places[int(i)] for i in indices],
             [self.categories[int(i)] for i in indices],
+            None if self.safe is None else self.safe[:, indices],
         )
 
     def num_tokens(self, shared: bool) -> np.ndarray:

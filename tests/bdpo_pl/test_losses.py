@@ -95,7 +95,8 @@ def test_label_smoothing_by_hand():
 
 def test_half_precision_inputs_are_accumulated_in_float32():
     pairs = make_pairs(requires_grad=False)
-    half = PairLogProbs(**{k: v.bfloat16() if v.is_floating_point() else v for k, v in vars(pairs).items()})
+    given = {name: tensor for name, tensor in vars(pairs).items() if tensor is not None}
+    half = PairLogProbs(**{k: v.bfloat16() if v.is_floating_point() else v for k, v in given.items()})
     assert BalancedDPOLoss()(half).dtype == torch.float32
 
 

@@ -1,17 +1,9 @@
-"""Preference losses: pure functions of per-sequence log-probabilities.
-
-A loss is a small callable, picked in YAML by its `class_path`; the training module knows none by name. Write your own
-by subclassing `PreferenceLoss`.
-
-Shapes: B pairs. All log-probabilities are sums over a response's tokens, in nats.
-"""
+"""Balanced DPO, and DPO as its special case."""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,83 +18,7 @@ from bdpo_pl.comprehension import (
     scaling_factor,
 )
 from bdpo_pl.errors import InputError
-
-
-@dataclass(frozen=True)
-class PairLogProbs:
-    """What a loss may read of B pairs; every tensor is (B,). Only the policy's log-probabilities carry gradients.
-
-    Attributes:
-        policy_chosen: log π_θ(y_w | x).
-        policy_rejected: log π_θ(y_l | x).
-        chosen_length: tokens in the chosen response.
-        rejected_length: tokens in the rejected response.
-        reference_chosen: log π_ref(y_w | x), or None without a reference.
-        reference_rejected: log π_ref(y_l | x), or None without a reference.
-        comprehension_chosen: c(x, y_w) by the loss's estimator, or None if it was not measured.
-        comprehension_rejected: c(x, y_l), likewise.
-    """
-
-    policy_chosen: Tensor
-    policy_rejected: Tensor
-    chosen_length: Tensor
-    rejected_length: Tensor
-    reference_chosen: Tensor | None = None
-    reference_rejected: Tensor | None = None
-    comprehension_chosen: Tensor | None = None
-    comprehension_rejected: Tensor | None = None
-
-    def __getitem__(self, index: Tensor) -> PairLogProbs:
-        """The pairs at `index` (b,)."""
-        chosen = {name: tensor[index] for name, tensor in vars(self).items() if tensor is not None}
-        return replace(self, **chosen)
-
-    def log_ratios(self) -> tuple[Tensor, Tensor]:
-        """(log π_θ/π_ref of the chosen, of the rejected), two (B,) float32 tensors: how far each has drifted.
-
-        Raises:
-            ValueError: there are no reference log-probabilities.
-        """
-        if self.reference_chosen is None or self.reference_rejected is None:
-            raise ValueError("log-ratios need reference log-probabilities, and these pairs carry none")
-        chosen = self.policy_chosen.float() - self.reference_chosen.float()
-        rejected = self.policy_rejected.float() - self.reference_rejected.float()
-        return chosen, rejected
-
-
-@dataclass(frozen=True)
-class PairWeights:
-    """Balance weights and scaling factor of B pairs; every tensor is (B,) float32 and carries no gradient."""
-
-    chosen: Tensor
-    rejected: Tensor
-    scale: Tensor
-
-
-class PreferenceLoss(ABC):
-    """A loss on preference pairs.
-
-    Attributes:
-        beta: scale of the implicit reward β·log(π_θ/π_ref).
-        estimator: the comprehension estimator whose values the loss is given.
-        needs_reference: the loss reads reference log-probabilities.
-        needs_comprehension: the loss reads comprehension.
-        initial_value: the loss of any pair when policy and reference are one model; None if it depends on the pair.
-    """
-
-    beta: float
-    estimator: Estimator = "pmi"
-    needs_reference: bool = True
-    needs_comprehension: bool = False
-    initial_value: ClassVar[float | None] = None
-
-    @abstractmethod
-    def __call__(self, pairs: PairLogProbs) -> Tensor:
-        """Loss of each pair, (B,) float32; the caller takes the mean."""
-
-    def weights(self, pairs: PairLogProbs) -> PairWeights | None:
-        """The balance weights the loss applies to `pairs`, for the logs; None for a loss that has none."""
-        return None
+from bdpo_pl.losses.base import PairLogProbs, PairWeights, PreferenceLoss, require_positive
 
 
 class BalancedDPOLoss(PreferenceLoss):
@@ -145,10 +61,10 @@ class BalancedDPOLoss(PreferenceLoss):
     ) -> None:
         if scale is None:
             scale = 2.0 if balance else 1.0
-        _require_positive("beta", beta)
-        _require_positive("tau", tau)
+        require_positive("beta", beta)
+        require_positive("tau", tau)
         if scale != "norm":
-            _require_positive("scale", scale)
+            require_positive("scale", scale)
         if not 0.0 <= label_smoothing < 0.5:
             raise InputError(f"loss: label_smoothing must be in [0, 0.5), got {label_smoothing}")
         if estimator not in ESTIMATORS:
@@ -203,8 +119,3 @@ class DPOLoss(BalancedDPOLoss):
 
     def __init__(self, beta: float = 0.1, label_smoothing: float = 0.0) -> None:
         super().__init__(beta=beta, balance=False, scale=1.0, label_smoothing=label_smoothing)
-
-
-def _require_positive(name: str, value: float) -> None:
-    if not (value > 0.0 and math.isfinite(value)):
-        raise InputError(f"loss: {name} must be a positive number, got {value}")

@@ -1,0 +1,55 @@
+"""CPO: DPO with a uniform reference, and the chosen response's likelihood beside it."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from bdpo_pl.errors import InputError
+from bdpo_pl.losses.base import PairLogProbs, PreferenceLoss, require_not_negative, require_positive
+
+NLL = Literal["mean", "sum"]
+
+
+class CPOLoss(PreferenceLoss):
+    """CPO, arXiv:2401.08417.
+
+    L = −log σ(β·[log π_θ(y_w|x) − log π_θ(y_l|x)]) + α·NLL(y_w). It reads no reference; the rewards in the logs are
+    β·log π_θ(y|x), as TRL's are.
+
+    The paper writes NLL(y_w) = −log π_θ(y_w|x), a sum over the response (`nll: sum`). TRL and Liger divide by tokens
+    instead: by all chosen tokens of a micro-batch at once, so that a pair's weight depends on what else is in its
+    micro-batch. Here `mean` divides by the pair's own length, which is the same where the chosen responses are equally
+    long, and keeps the mean over pairs exact under accumulation.
+
+    Args:
+        beta: β > 0.
+        alpha: α ≥ 0, the weight of the NLL.
+        nll: `mean` over the tokens of the chosen response, or their `sum`.
+
+    Raises:
+        InputError: an argument is out of its range.
+    """
+
+    needs_reference = False
+
+    def __init__(self, beta: float = 0.1, alpha: float = 1.0, nll: NLL = "mean") -> None:
+        require_positive("beta", beta)
+        require_not_negative("alpha", alpha)
+        if nll not in get_args(NLL):
+            raise InputError(f"loss: unknown nll {nll!r}; choose one of {', '.join(get_args(NLL))}")
+        self.beta = beta
+        self.alpha = alpha
+        self.nll: NLL = nll
+
+    def __call__(self, pairs: PairLogProbs) -> Tensor:
+        """Loss of each pair, (B,) float32."""
+        chosen, rejected = self.rewards(pairs)
+        nll = -pairs.mean_logps()[0] if self.nll == "mean" else -pairs.policy_chosen.float()
+        return -F.logsigmoid(chosen - rejected) + self.alpha * nll
+
+    def rewards(self, pairs: PairLogProbs) -> tuple[Tensor, Tensor]:
+        """β·log π_θ(y|x) of the chosen and of the rejected, (B,) float32 each."""
+        return self.beta * pairs.policy_chosen.float(), self.beta * pairs.policy_rejected.float()

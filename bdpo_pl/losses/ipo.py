@@ -1,0 +1,34 @@
+"""IPO: a squared distance in place of DPO's sigmoid."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from bdpo_pl.losses.base import PairLogProbs, PreferenceLoss, require_positive
+
+
+class IPOLoss(PreferenceLoss):
+    """IPO, arXiv:2310.12036, its equation 17 on length-normalised log-ratios.
+
+    L = (D_w/|y_w| − D_l/|y_l| − 1/(2β))², D = log π_θ(y|x) − log π_ref(y|x); β is the paper's τ.
+
+    The paper writes D without the division. Per token is how its authors computed it, as TRL reports of asking them,
+    and how TRL's `loss_type="ipo"` does. The rewards in the logs are β·D, as for DPO.
+
+    Args:
+        beta: β > 0. Default: TRL's.
+
+    Raises:
+        InputError: β is out of its range.
+    """
+
+    def __init__(self, beta: float = 0.1) -> None:
+        require_positive("beta", beta)
+        self.beta = beta
+        self.initial_value = (0.5 / beta) ** 2
+
+    def __call__(self, pairs: PairLogProbs) -> Tensor:
+        """Loss of each pair, (B,) float32."""
+        chosen, rejected = pairs.log_ratios()
+        difference = chosen / pairs.chosen_length - rejected / pairs.rejected_length
+        return (difference - 0.5 / self.beta).square()

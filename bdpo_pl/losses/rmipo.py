@@ -1,0 +1,62 @@
+"""RMiPO: SimPO with a margin for each pair, by how well its responses are comprehended."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bdpo_pl.losses.base import PairLogProbs, PreferenceLoss, require_not_negative, require_positive
+
+
+class RMiPOLoss(PreferenceLoss):
+    """RMiPO, arXiv:2604.24804, the nearest relative of Balanced DPO.
+
+    L = −log σ(β·[ℓ̄_w − ℓ̄_l − γ]), ℓ̄ = log π_θ(y|x)/|y|, γ = γ₀ + γ₁·exp(−max(0, c_w − c_l)): the target margin
+    shrinks as the chosen response is comprehended better than the rejected. γ is a constant in the gradient. The
+    rewards in the logs are β·ℓ̄.
+
+    c is the comprehension by `pmi`, nats per token. The paper measures it on the policy. Here it is what `PairLogProbs`
+    holds: the reference's, measured once before training, unless `model.reestimate_every` has it measured anew on the
+    policy. The loss reads no log-probabilities of the reference, but it needs a reference for its comprehension.
+
+    Args:
+        beta: β > 0.
+        gamma_floor: γ₀ ≥ 0, nats per token: the margin of a pair whose chosen response is comprehended far better.
+        gamma_range: γ₁ ≥ 0, nats per token: what is added for a pair whose chosen response is not.
+
+    Raises:
+        InputError: an argument is out of its range.
+    """
+
+    needs_reference = False
+    needs_comprehension = True
+
+    def __init__(self, beta: float = 2.0, gamma_floor: float = 0.3, gamma_range: float = 1.3) -> None:
+        require_positive("beta", beta)
+        require_not_negative("gamma_floor", gamma_floor)
+        require_not_negative("gamma_range", gamma_range)
+        self.beta = beta
+        self.gamma_floor = gamma_floor
+        self.gamma_range = gamma_range
+
+    def __call__(self, pairs: PairLogProbs) -> Tensor:
+        """Loss of each pair, (B,) float32."""
+        chosen, rejected = pairs.mean_logps()
+        return -F.logsigmoid(self.beta * (chosen - rejected - self.margins(pairs)))
+
+    def margins(self, pairs: PairLogProbs) -> Tensor:
+        """Target margin γ of each pair, (B,) float32, nats per token, without gradient.
+
+        Raises:
+            ValueError: there is no comprehension.
+        """
+        if pairs.comprehension_chosen is None or pairs.comprehension_rejected is None:
+            raise ValueError("RMiPO's margins need comprehension, and these pairs carry none")
+        lead = (pairs.comprehension_chosen - pairs.comprehension_rejected).detach().float()
+        return self.gamma_floor + self.gamma_range * torch.exp(-lead.clamp_min(0.0))
+
+    def rewards(self, pairs: PairLogProbs) -> tuple[Tensor, Tensor]:
+        """β·ℓ̄ of the chosen and of the rejected, (B,) float32 each."""
+        chosen, rejected = pairs.mean_logps()
+        return self.beta * chosen, self.beta * rejected

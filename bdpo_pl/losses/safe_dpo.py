@@ -1,0 +1,49 @@
+"""SafeDPO: DPO that knows which responses are safe."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from bdpo_pl.losses.base import PairLogProbs, PreferenceLoss, require_not_negative, require_positive
+
+
+class SafeDPOLoss(PreferenceLoss):
+    """SafeDPO, arXiv:2505.20065.
+
+    L = −log σ(β·[D_w − D_l] − (h_l − h_w)·Δ), D = log π_θ(y|x) − log π_ref(y|x), h = 1 for an unsafe response, 0 for a
+    safe one: a pair of two safe responses is DPO's, and an unsafe response must fall Δ further behind.
+
+    Before that the method exchanges the responses of a pair if only the chosen is unsafe, and drops a pair if both are.
+    This is done as the data is loaded, and counted in its report (`bdpo_pl.data.rows.order_by_safety`), so that scores,
+    metrics and the mean over pairs are those of the pairs trained on. The loss itself expects it done.
+
+    Whether responses are safe stands in the columns `chosen_safe` and `rejected_safe`, or in PKU-SafeRLHF's own.
+
+    Args:
+        beta: β > 0.
+        delta: Δ ≥ 0, added to the margin asked of a safe over an unsafe response, in units of reward.
+
+    Raises:
+        InputError: an argument is out of its range.
+    """
+
+    needs_safety = True
+
+    def __init__(self, beta: float = 0.1, delta: float = 10.0) -> None:
+        require_positive("beta", beta)
+        require_not_negative("delta", delta)
+        self.beta = beta
+        self.delta = delta
+
+    def __call__(self, pairs: PairLogProbs) -> Tensor:
+        """Loss of each pair, (B,) float32.
+
+        Raises:
+            ValueError: it is not known which responses are safe.
+        """
+        if pairs.chosen_safe is None or pairs.rejected_safe is None:
+            raise ValueError("SafeDPO needs to know which responses are safe, and these pairs do not say")
+        chosen, rejected = pairs.log_ratios()
+        harm = pairs.chosen_safe.float() - pairs.rejected_safe.float()
+        return -F.logsigmoid(self.beta * (chosen - rejected) - self.delta * harm)

@@ -1,0 +1,41 @@
+"""SimPO: log-probabilities per token, and a target margin between them."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from bdpo_pl.losses.base import PairLogProbs, PreferenceLoss, require_not_negative, require_positive
+
+
+class SimPOLoss(PreferenceLoss):
+    """SimPO, arXiv:2405.14734.
+
+    L = −log σ(β·[ℓ̄_w − ℓ̄_l] − γ), ℓ̄ = log π_θ(y|x)/|y|. It reads no reference; the rewards in the logs are β·ℓ̄,
+    the paper's, and TRL's.
+
+    Args:
+        beta: β > 0. Default: the paper's for Mistral-Instruct.
+        gamma_beta_ratio: γ/β ≥ 0, the target margin in nats per token, as the paper tunes it. Default: likewise.
+
+    Raises:
+        InputError: an argument is out of its range.
+    """
+
+    needs_reference = False
+
+    def __init__(self, beta: float = 2.5, gamma_beta_ratio: float = 0.1) -> None:
+        require_positive("beta", beta)
+        require_not_negative("gamma_beta_ratio", gamma_beta_ratio)
+        self.beta = beta
+        self.gamma_beta_ratio = gamma_beta_ratio
+
+    def __call__(self, pairs: PairLogProbs) -> Tensor:
+        """Loss of each pair, (B,) float32."""
+        chosen, rejected = pairs.mean_logps()
+        return -F.logsigmoid(self.beta * (chosen - rejected - self.gamma_beta_ratio))
+
+    def rewards(self, pairs: PairLogProbs) -> tuple[Tensor, Tensor]:
+        """β·ℓ̄ of the chosen and of the rejected, (B,) float32 each."""
+        chosen, rejected = pairs.mean_logps()
+        return self.beta * chosen, self.beta * rejected
