@@ -1,0 +1,92 @@
+"""Run the study: `python -m benchmarks.study [--quick] [--plan] [--cell KEY]`.
+
+It can be stopped and started again: cells that the file of records holds are not run again. `--cell` runs one of them
+again and says whether it comes out the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import sys
+from collections import Counter
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.machine import machine
+from benchmarks.study import plan
+from benchmarks.study.reference import DEFAULT_FOLDER, make_reference
+from benchmarks.study.runner import append, differences, make_references, quiet_cell, read_records, run_cells
+from benchmarks.study.settings import Setting
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="less of everything: under ten minutes on two cores")
+    parser.add_argument("--plan", action="store_true", help="print what there is to do, and do nothing")
+    parser.add_argument("--cell", metavar="KEY", help="run one finished cell again, and compare")
+    parser.add_argument("--out", type=Path, help="file of the records; default: today's, in benchmarks/results")
+    parser.add_argument("--folder", type=Path, default=DEFAULT_FOLDER, help="of references and cached scores")
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    started = datetime.datetime.now(datetime.UTC)
+    out = options.out or RESULTS / f"{started:%Y-%m-%d}-study{'-quick' if options.quick else ''}.jsonl"
+    size = plan.QUICK if options.quick else plan.FULL
+    if options.plan:
+        _print_plan(size, out)
+    elif options.cell:
+        _again(options.cell, out, options.folder)
+    else:
+        command = ["python", "-m", "benchmarks.study", *sys.argv[1:]]
+        append(out, {"command": command, "date": f"{started:%Y-%m-%dT%H:%M:%SZ}", "machine": machine("cpu")})
+        _run(size, options.folder, out, options.workers)
+
+
+def _run(size: plan.Size, folder: Path, out: Path, workers: int) -> None:
+    tuning = plan.tuning(size)
+    # What comes after the tuning is not known yet, but its references are.
+    make_references(_all_cells(size), folder, workers)
+    run_cells(tuning, folder, out, workers, "Tuning")
+    best = plan.chosen(size, read_records(out))
+    table = Table("method", "loss", "learning rate", "epochs", title="Chosen by the validation prompts")
+    for name, setting in best.items():
+        table.add_row(name, str(setting.arguments), f"{setting.learning_rate:g}", str(setting.epochs))
+    Console().print(table)
+    run_cells(plan.final(size, best), folder, out, workers, "Testing")
+    Console().print(f"Written to {out}")
+
+
+def _all_cells(size: plan.Size) -> list[Setting]:
+    tuning = plan.tuning(size)
+    return tuning + plan.final(size, {setting.method: setting for setting in tuning})
+
+
+def _print_plan(size: plan.Size, out: Path) -> None:
+    done = Counter(record["setting"]["section"] for record in read_records(out).values())
+    table = Table("section", "cells", "done", title="Cells of the study")
+    sections = Counter(setting.section for setting in _all_cells(size))
+    for section, number in sections.items():
+        table.add_row(section, str(number), str(done[section]))
+    table.add_row("all", str(sections.total()), str(done.total()))
+    Console().print(table)
+
+
+def _again(key: str, out: Path, folder: Path) -> None:
+    old = read_records(out).get(key)
+    if old is None:
+        raise SystemExit(f"{out} holds no cell {key}; give the file with --out")
+    setting = Setting.from_json(old["setting"])
+    make_reference(folder, setting.world, setting.reference_steps)
+    found = differences(old, quiet_cell(setting, folder))
+    print("\n".join(found) or f"{key}: the same to the last digit")
+    if found:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

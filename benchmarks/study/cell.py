@@ -1,0 +1,168 @@
+"""One cell of the study: draw the pairs, align the reference on them with bdpo_pl itself, and evaluate."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+import time
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from bdpo_pl.datamodule import PreferenceDataModule
+from bdpo_pl.errors import NonFiniteError
+from bdpo_pl.models import ModelSource, load_model, load_tokenizer
+from bdpo_pl.module import PreferenceModule
+from bdpo_pl.scoring import ScoringOptions
+from benchmarks.study.evaluate import evaluate
+from benchmarks.study.imbalance import choose, describe, imbalances
+from benchmarks.study.reference import reference_folder
+from benchmarks.study.settings import Setting
+from benchmarks.study.world import preference_pairs
+
+HELD_OUT_PAIRS = 162
+# Not the training pairs' seed: the held-out pairs are the same in every cell.
+_HELD_OUT_SEED = 0
+_NEVER = 10**9
+
+
+def run_cell(setting: Setting, folder: Path) -> dict[str, Any]:
+    """Metrics of one cell; the same on every run on one machine, but for `seconds`.
+
+    Args:
+        setting: what to do.
+        folder: of references and cached scores.
+
+    Returns:
+        `metrics` of `evaluate`, with `pairs` (held-out and training pairs: margins and drifts in nats, accuracy, and
+        the gaps between the two); `curve`, the same at optimiser steps on the way; `imbalance`, of the pairs trained
+        on; `steps`; `seconds`. A run whose loss or gradient is not finite has `failed` in place of metrics.
+    """
+    start = time.perf_counter()
+    torch.set_num_threads(1)
+    _quieten()
+    source = reference_folder(folder, setting.world, setting.reference_steps)
+    record: dict[str, Any] = {"key": setting.key, "setting": asdict(setting)}
+    if not setting.loss:
+        policy = load_model(ModelSource(str(source)), torch.float32)
+        record["metrics"] = evaluate(policy, load_tokenizer(ModelSource(str(source))), setting.evaluate)
+        return record | {"seconds": time.perf_counter() - start}
+    L.seed_everything(setting.seed, verbose=False)
+    with tempfile.TemporaryDirectory() as scratch:
+        train, held_out = Path(scratch) / "train.jsonl", Path(scratch) / "held_out.jsonl"
+        rows = preference_pairs("train", setting.num_pairs, setting.seed)
+        write_rows(rows, train)
+        if setting.pairs != "all":
+            rows = choose(rows, imbalances(train, source), setting.pairs, setting.seed)
+            write_rows(rows, train)
+        write_rows(preference_pairs("test", HELD_OUT_PAIRS, _HELD_OUT_SEED), held_out)
+        try:
+            record |= _align(setting, source, folder, train, held_out, len(rows))
+        except NonFiniteError as error:
+            record["failed"] = str(error).split(" Its pairs")[0]
+    return record | {"seconds": time.perf_counter() - start}
+
+
+def write_rows(rows: list[dict[str, Any]], path: Path) -> None:
+    """Write preference pairs, with what SafeDPO asks of each: only a harmful prompt has an unsafe response."""
+    labelled = [row | {"chosen_safe": True, "rejected_safe": row["kind"] != "harmful"} for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in labelled), encoding="utf-8")
+
+
+def _align(setting: Setting, source: Path, folder: Path, train: Path, held_out: Path, num_pairs: int) -> dict[str, Any]:
+    module = PreferenceModule(
+        str(source),
+        loss=setting.build_loss(),
+        reestimate_every=setting.reestimate_every,
+        scoring=ScoringOptions(cache_dir=str(folder)),
+        optimizer=lambda params: torch.optim.AdamW(params, lr=setting.learning_rate, weight_decay=0.0, fused=True),
+    )
+    data = PreferenceDataModule(
+        str(train),
+        str(held_out),
+        null_prompt=setting.null_prompt,
+        batch_size=setting.batch_size,
+        eval_batch_size=HELD_OUT_PAIRS // 2,
+    )
+    curve = Curve(setting)
+    steps = setting.epochs * -(-num_pairs // setting.batch_size)
+    trainer = L.Trainer(
+        max_epochs=setting.epochs,
+        accelerator="cpu",
+        devices=1,
+        gradient_clip_val=1.0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        check_val_every_n_epoch=None,
+        val_check_interval=max(1, steps // setting.curve_points) if setting.curve_points else _NEVER,
+        use_distributed_sampler=False,
+        callbacks=[curve],
+    )
+    begin = time.perf_counter()
+    trainer.fit(module, data)
+    trained = time.perf_counter()
+    trainer.validate(module, data, verbose=False)
+    metrics = evaluate(module.policy, data.tokenizer, setting.evaluate)
+    metrics["pairs"] = pair_measures(module.evaluations[module.global_step])
+    assert module.reference is not None
+    known = module.reference.scores("train", torch.arange(num_pairs), data, module.loss).comprehension
+    assert known is not None
+    return {
+        "metrics": metrics,
+        "curve": curve.points,
+        "imbalance": describe(known),
+        "steps": module.global_step,
+        "seconds_training": trained - begin,
+    }
+
+
+def pair_measures(values: dict[str, float]) -> dict[str, float]:
+    """Measures of pairs that mean the same for every loss: in nats, without β.
+
+    Args:
+        values: an evaluation of `PreferenceModule`.
+    """
+    found = {}
+    for split in ("held_out", "train_probe"):
+        for name in ("accuracy", "drift_chosen", "drift_rejected", "logp_chosen", "logp_rejected"):
+            found[f"{split}/{name}"] = values[f"{split}/{name}"]
+        found[f"{split}/margin"] = values[f"{split}/drift_chosen"] - values[f"{split}/drift_rejected"]
+    for name in ("margin", "accuracy"):
+        found[f"gap/{name}"] = found[f"train_probe/{name}"] - found[f"held_out/{name}"]
+    return found
+
+
+class Curve(L.Callback):
+    """Evaluates by generation whenever the Trainer has validated, while it trains.
+
+    Args:
+        setting: says on which prompts.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.points: list[dict[str, Any]] = []
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Add a point."""
+        module: Any = pl_module
+        step = trainer.global_step
+        if trainer.state.fn != "fit" or not module.evaluations[step]:
+            return
+        metrics = evaluate(module.policy, trainer.datamodule.tokenizer, self.setting.evaluate)  # type: ignore[attr-defined]
+        self.points.append({"step": step, **metrics, "pairs": pair_measures(module.evaluations[step])})
+
+
+def _quieten() -> None:
+    """Keep Lightning's notes on devices and loaders out of the way."""
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,71 @@
+"""How unequally the reference comprehends the two responses of each pair, and the halves of a set by it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bdpo_pl.data.loading import load_pairs
+from bdpo_pl.data.tokenization import PairTokenizer
+from bdpo_pl.data.truncation import Truncation
+from bdpo_pl.embedded.make_data import Row
+from bdpo_pl.models import ModelSource, load_model, load_tokenizer
+from bdpo_pl.row_layout import RowLayout
+from bdpo_pl.scoring import score_pairs, table_comprehension
+from benchmarks.study.settings import Pairs
+
+# A pair whose response weights, by τ = 1, are at least so far apart is re-weighted strongly.
+STRONG_RATIO = 1.5
+_WINDOW = 512
+
+
+def imbalances(file: Path, source: Path) -> np.ndarray:
+    """(M,) c_w − c_l of the pairs of `file` by `pmi` under the reference at `source`, in nats per token."""
+    model, tokenizer = ModelSource(str(source)), load_tokenizer(ModelSource(str(source)))
+    table, _ = load_pairs("train", str(file), PairTokenizer(tokenizer), Truncation(_WINDOW, "drop"))
+    policy = load_model(model, torch.float32).eval()
+    scores = score_pairs(policy, table, np.arange(len(table)), layout=RowLayout.SPLIT, pad_id=tokenizer.pad_token_id)
+    chosen, rejected = table_comprehension(scores, table, "pmi").double().numpy()
+    return np.asarray(chosen - rejected)
+
+
+def choose(rows: Sequence[Row], imbalance: np.ndarray, which: Pairs, seed: int) -> list[Row]:
+    """A half of `rows` by |imbalance|, of every kind of prompt a half, in the order of `rows`.
+
+    Kinds are halved one by one, or the halves would differ in how much of them is harmful, which is not the question.
+    """
+    rng = random.Random(f"half {seed}")  # noqa: S311 - data, not secrets
+    kept: set[int] = set()
+    for kind in sorted({row["kind"] for row in rows}):
+        mine = [i for i, row in enumerate(rows) if row["kind"] == kind]
+        if which == "random half":
+            rng.shuffle(mine)
+        else:
+            mine.sort(key=lambda i: abs(imbalance[i]), reverse=which == "imbalanced half")
+        kept.update(mine[: len(mine) // 2])
+    return [row for i, row in enumerate(rows) if i in kept]
+
+
+def describe(comprehension: Tensor) -> dict[str, float]:
+    """The distribution of c_w − c_l over the pairs.
+
+    Args:
+        comprehension: (2, M), chosen first, in the estimator's unit.
+    """
+    difference = (comprehension[0] - comprehension[1]).double()
+    levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=torch.float64)
+    found = {
+        f"q{level * 100:.0f}": q for level, q in zip(levels.tolist(), difference.quantile(levels).tolist(), strict=True)
+    }
+    strong = (difference.abs() >= np.log(STRONG_RATIO)).double().mean().item()
+    return found | {
+        "mean": difference.mean().item(),
+        "mean_abs": difference.abs().mean().item(),
+        "chosen_better": (difference > 0).double().mean().item(),
+        "strong_at_tau_1": strong,
+    }

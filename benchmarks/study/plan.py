@@ -1,0 +1,203 @@
+"""Which cells the study has: the same number of trials for every method, then many seeds of what each has chosen."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bdpo_pl.errors import InputError
+from benchmarks.study.evaluate import validation_score
+from benchmarks.study.settings import Pairs, Section, Setting
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to align.
+
+    Attributes:
+        name: in tables.
+        loss: class in `bdpo_pl.losses`.
+        betas: to try: around its authors' own.
+        arguments: of the loss, besides β.
+    """
+
+    name: str
+    loss: str
+    betas: tuple[float, ...]
+    arguments: tuple[tuple[str, Any], ...] = ()
+
+    def setting(self, section: Section, beta: float, **fields: Any) -> Setting:
+        """A cell of this method."""
+        return Setting(section, self.name, self.loss, {"beta": beta, **dict(self.arguments)}, **fields)
+
+
+_DPO_BETAS = (0.03, 0.1, 0.3)
+_BALANCED = "BalancedDPOLoss"
+
+DPO = Method("DPO", "DPOLoss", _DPO_BETAS)
+BDPO = Method("B-DPO", _BALANCED, _DPO_BETAS)
+DPO_BW = Method("DPO+BW", _BALANCED, _DPO_BETAS, (("scale", 1.0),))
+DPO_SF = Method("DPO+SF", _BALANCED, _DPO_BETAS, (("balance", False), ("scale", 2.0)))
+
+METHODS = (
+    DPO,
+    Method("IPO", "IPOLoss", (0.1, 0.3, 1.0)),
+    Method("CPO", "CPOLoss", _DPO_BETAS),
+    Method("SimPO", "SimPOLoss", (1.0, 2.5, 6.0)),
+    Method("SafeDPO", "SafeDPOLoss", _DPO_BETAS),
+    Method("RMiPO", "RMiPOLoss", (0.8, 2.0, 5.0)),
+    DPO_BW,
+    DPO_SF,
+    BDPO,
+    Method("B-DPO, s by norm", _BALANCED, _DPO_BETAS, (("scale", "norm"),)),
+)
+
+LEARNING_RATES = (3e-4, 1e-3)
+EPOCHS = (1, 2)
+# No seed of any other section: nothing is chosen by what it is then tested on.
+TUNING_SEED = 1000
+HALVES: tuple[Pairs, ...] = ("balanced half", "imbalanced half", "random half")
+CURVE_EPOCHS, CURVE_POINTS = 4, 8
+
+# Name → (arguments of the loss, fields of the setting) in place of those that B-DPO has chosen.
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "τ 0.25": ({"tau": 0.25}, {}),
+    "τ 0.5": ({"tau": 0.5}, {}),
+    "τ 2": ({"tau": 2.0}, {}),
+    "τ 4": ({"tau": 4.0}, {}),
+    "β × 1/3": ({"beta": 1 / 3}, {}),
+    "β × 3": ({"beta": 3.0}, {}),
+    "scale 1": ({"scale": 1.0}, {}),
+    "scale norm": ({"scale": "norm"}, {}),
+    "estimator pmi_sum, τ 20": ({"estimator": "pmi_sum", "tau": 20.0}, {}),
+    "estimator ifd": ({"estimator": "ifd"}, {}),
+    "estimator ifd, ratio": ({"estimator": "ifd", "weighting": "ratio"}, {}),
+    "estimator hsic, ratio": ({"estimator": "hsic", "weighting": "ratio"}, {}),
+    "null prompt: Hello.": ({}, {"null_prompt": "Hello."}),
+    "null prompt: Tell me something.": ({}, {"null_prompt": "Tell me something."}),
+    "comprehension every 10 steps": ({}, {"reestimate_every": 10}),
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of the study to do.
+
+    Attributes:
+        methods: compared.
+        seeds: of the final cells and of the halves.
+        few_seeds: of the curves and of the sensitivity.
+        learning_rates: tried in tuning.
+        epochs: tried in tuning.
+        betas: tried in tuning, from the head of each method's.
+        variants: of the sensitivity.
+        curve_methods: that curves are drawn for.
+        replication: train another reference, and repeat the ablation with it.
+        common: fields of every setting.
+    """
+
+    methods: tuple[Method, ...] = METHODS
+    seeds: int = 6
+    few_seeds: int = 3
+    learning_rates: tuple[float, ...] = LEARNING_RATES
+    epochs: tuple[int, ...] = EPOCHS
+    betas: int = 3
+    variants: tuple[str, ...] = tuple(VARIANTS)
+    curve_methods: tuple[Method, ...] = (DPO, BDPO)
+    replication: bool = True
+    common: tuple[tuple[str, Any], ...] = ()
+
+
+FULL = Size()
+QUICK = Size(
+    methods=(DPO, DPO_BW, DPO_SF, BDPO),
+    seeds=2,
+    few_seeds=1,
+    learning_rates=LEARNING_RATES[:1],
+    epochs=EPOCHS[:1],
+    betas=2,
+    variants=("τ 0.25",),
+    replication=False,
+    common=(("reference_steps", 800), ("num_pairs", 360)),
+)
+
+
+def tuning(size: Size) -> list[Setting]:
+    """Every method on its grid, judged by the validation prompts."""
+    return [
+        method.setting(
+            "tuning",
+            beta,
+            learning_rate=rate,
+            epochs=epochs,
+            seed=TUNING_SEED,
+            evaluate="validation",
+            **dict(size.common),
+        )
+        for method in size.methods
+        for beta, rate, epochs in itertools.product(method.betas[: size.betas], size.learning_rates, size.epochs)
+    ]
+
+
+def chosen(size: Size, records: Mapping[str, dict[str, Any]]) -> dict[str, Setting]:
+    """The trial of each method with the smallest validation score; the earliest in the grid where some are equal.
+
+    Args:
+        size: whose tuning it was.
+        records: finished cells by key.
+
+    Raises:
+        InputError: every trial of a method has failed.
+    """
+    best: dict[str, tuple[float, Setting]] = {}
+    for setting in tuning(size):
+        record = records[setting.key]
+        if "failed" in record:
+            continue
+        score = validation_score(record["metrics"])
+        if setting.method not in best or score < best[setting.method][0]:
+            best[setting.method] = score, setting
+    if missing := [method.name for method in size.methods if method.name not in best]:
+        raise InputError(f"no trial of {', '.join(missing)} has ended with finite numbers; widen its grid in plan.py")
+    return {name: setting for name, (_, setting) in best.items()}
+
+
+def final(size: Size, best: Mapping[str, Setting]) -> list[Setting]:
+    """Everything after the tuning, on the test prompts.
+
+    Args:
+        size: how much.
+        best: by method, what tuning has chosen.
+    """
+    common = dict(size.common)
+    cells = [Setting("final", "reference", "", **common)]
+    cells += _seeds([best[method.name] for method in size.methods], size.seeds, section="final")
+    dpo, bdpo = best[DPO.name], best[BDPO.name]
+    for half in HALVES:
+        cells += _seeds([dpo], size.seeds, section="imbalance", variant=half, pairs=half)
+    cells += _seeds(
+        [best[method.name] for method in size.curve_methods],
+        size.few_seeds,
+        section="curves",
+        epochs=CURVE_EPOCHS,
+        curve_points=CURVE_POINTS,
+    )
+    for name in size.variants:
+        arguments, fields = VARIANTS[name]
+        changed = bdpo.arguments | arguments
+        if "beta" in arguments:
+            changed["beta"] = bdpo.arguments["beta"] * arguments["beta"]
+        cells += _seeds([bdpo], size.few_seeds, section="sensitivity", variant=name, arguments=changed, **fields)
+    if size.replication:
+        cells.append(Setting("replication", "reference", "", **common, world=1))
+        ablation = [best[method.name] for method in (DPO, DPO_BW, DPO_SF, BDPO)]
+        cells += _seeds(ablation, size.few_seeds, section="replication", world=1)
+    return cells
+
+
+def _seeds(settings: Sequence[Setting], number: int, **changes: Any) -> list[Setting]:
+    return [
+        setting.with_changes(evaluate="test", seed=seed, **changes) for setting in settings for seed in range(number)
+    ]

@@ -1,0 +1,148 @@
+"""Runs cells on several processes of one thread each, and keeps a line of JSON for each that is done."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from bdpo_pl.errors import InputError
+from benchmarks.study.cell import run_cell
+from benchmarks.study.reference import make_reference
+from benchmarks.study.settings import Setting
+
+COMPARED = ("metrics", "curve", "imbalance", "steps", "failed")
+"""What of a record is the same on every run on one machine."""
+
+
+def read_records(path: Path) -> dict[str, dict[str, Any]]:
+    """Finished cells by key; a last line cut short by an interruption is not one.
+
+    Raises:
+        InputError: another line is no JSON.
+    """
+    if not path.exists():
+        return {}
+    records = {}
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            if number == len(lines):
+                break
+            raise InputError(f"{path}, line {number}: no JSON; remove the line, and its cell is run again") from None
+        if "key" in record:
+            records[record["key"]] = record
+    return records
+
+
+def append(path: Path, line: dict[str, Any]) -> None:
+    """Add a line, on its own even after one that was cut short."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cut = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
+    if cut:
+        whole = path.read_text(encoding="utf-8").splitlines()[:-1]
+        path.write_text("".join(f"{text}\n" for text in whole), encoding="utf-8")
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def make_references(settings: Sequence[Setting], folder: Path, workers: int) -> None:
+    """Train the references that `settings` need and `folder` lacks, one on each worker."""
+    wanted = {(setting.world, setting.reference_steps) for setting in settings}
+    with _pool(workers) as pool:
+        for future in [pool.submit(_make_reference, folder, world, steps) for world, steps in sorted(wanted)]:
+            future.result()
+
+
+def run_cells(settings: Sequence[Setting], folder: Path, path: Path, workers: int, title: str) -> None:
+    """Run those of `settings` that `path` does not hold yet, and add their records as they come.
+
+    Args:
+        settings: cells, their references trained.
+        folder: of references and cached scores.
+        path: of the records.
+        workers: processes.
+        title: of the progress bar.
+    """
+    done = read_records(path)
+    open_ones = {setting.key: setting for setting in settings if setting.key not in done}
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns) as progress, _pool(workers) as pool:
+        task = progress.add_task(title, total=len(open_ones))
+        futures = {pool.submit(quiet_cell, setting, folder): setting for setting in open_ones.values()}
+        try:
+            for future in as_completed(futures):
+                record = future.result()
+                append(path, record)
+                progress.console.print(summary(record), highlight=False)
+                progress.advance(task)
+        except BaseException:
+            # A fault of one is a fault of the study: the others would only hide it.
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def quiet_cell(setting: Setting, folder: Path) -> dict[str, Any]:
+    """`run_cell`, its tables and notes thrown away."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return run_cell(setting, folder)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Where two records of one cell differ, as `metrics.ability.all: 0.5 → 0.6`; not in time."""
+    before, after = (dict(_leaves({name: record.get(name) for name in COMPARED})) for record in (old, new))
+    return [
+        f"{name}: {before.get(name)!r} → {after.get(name)!r}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    ]
+
+
+def summary(record: dict[str, Any]) -> str:
+    """One line on a finished cell."""
+    setting = record["setting"]
+    head = f"{record['key']} {setting['section']}, {setting['method']}"
+    head += f", {setting['variant']}" if setting["variant"] else ""
+    if "failed" in record:
+        return f"{head}: failed: {record['failed']}"
+    metrics = record["metrics"]
+    return (
+        f"{head}, seed {setting['seed']}: attack success {metrics['attack_success']['harmful']:.0%}, "
+        f"framed {metrics['attack_success']['framed']:.0%}, over-refusal {metrics['over_refusal']['look-alikes']:.0%}, "
+        f"ability {metrics['ability']['all']:.0%}, {record['seconds']:.1f} s"
+    )
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _leaves(inner, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, value
+
+
+def _make_reference(folder: Path, world: int, steps: int) -> None:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        make_reference(folder, world, steps)
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    # Read by a worker's torch as it starts: two processes of two threads would be in each other's way.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))

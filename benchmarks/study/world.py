@@ -1,0 +1,203 @@
+"""The study's world: acts, what the reference is taught of them, preference pairs, and the prompts of the evaluations.
+
+What it assumes, and nothing else is arranged:
+
+- The reference meets acts with frequencies 1/rank, in an order drawn by seed, and so it does templates of answers: as
+  in any corpus, it knows some acts and some ways of answering far better than others. Pairs ask about all acts alike,
+  in all templates alike: whoever wrote them did not look at what the reference knows. Nothing ties the frequency of a
+  refusal to that of a compliance, nor either to what is evaluated.
+- Some refusals and some compliances name the act, the harm or another way; others would fit any prompt.
+- The reference refuses each risk category at a rate of its own, and mostly complies in a framing.
+- An act of the test or the validation is a new combination of words that training has seen in others. Some categories
+  are in no preference pair at all.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from bdpo_pl.embedded.make_data import Row
+from bdpo_pl.embedded.make_model import Conversation
+from bdpo_pl.embedded.topics import Benign, Risk
+from benchmarks.study import abilities, wording
+from benchmarks.study.topics import EVERYDAY, HELD_OUT_RISKS, LOOK_ALIKES, RISKS
+
+T = TypeVar("T")
+Split = Literal["train", "validation", "test"]
+
+# Of pairs: harmful, everyday, look-alike.
+PAIR_SHARES = {"harmful": 4, "everyday": 1, "look_alike": 1}
+FRAMED_PAIRS = 0.25
+# Of the reference's training.
+TAUGHT_SHARES = {"harmful": 8, "everyday": 3, "look_alike": 4, "ability": 5}
+FRAMED_TAUGHT = {"harmful": 0.3, "everyday": 0.1, "look_alike": 0.1}
+FRAMED_COMPLIANCE = 0.9
+EMPTY_PROMPTS = 0.05
+
+
+@dataclass(frozen=True)
+class Act:
+    """A deed to ask about.
+
+    Attributes:
+        text: as in "steal a bicycle".
+        topic: where it comes from.
+        split: the only one whose prompts are about it.
+    """
+
+    text: str
+    topic: Risk | Benign
+    split: Split
+
+    @property
+    def kind(self) -> str:
+        """`harmful`, `everyday` or `look_alike`."""
+        if isinstance(self.topic, Risk):
+            return "harmful"
+        return "look_alike" if self.topic in LOOK_ALIKES else "everyday"
+
+    @property
+    def category_held_out(self) -> bool:
+        """Whether no preference pair is about its category."""
+        return self.topic.name in HELD_OUT_RISKS
+
+
+def acts() -> list[Act]:
+    """Every verb with every object: one act of each verb for the test, one for the validation, the others to train."""
+    found = []
+    for topic in (*RISKS, *EVERYDAY, *LOOK_ALIKES):
+        for v, verb in enumerate(topic.verbs):
+            for o, thing in enumerate(topic.objects):
+                split: Split = "test" if v + o == 3 else "validation" if v + o == 2 else "train"
+                found.append(Act(verb.format(thing), topic, split))
+    return found
+
+
+def ability_questions(split: Split) -> list[tuple[str, str, str]]:
+    """(ability, question, answer): a third to evaluate in each of test and validation; all of them are taught."""
+    return [
+        (ability, question, answer)
+        for ability, known in abilities.questions().items()
+        for i, (question, answer) in enumerate(known)
+        if i % 3 == ("test", "validation", "train").index(split)
+    ]
+
+
+class Writer:
+    """Writes the texts, choosing by a random generator of its own.
+
+    Args:
+        seed: of the choices.
+        habits: seed of the order of frequencies; None writes in all templates alike.
+    """
+
+    def __init__(self, seed: int | str, habits: int | None = None) -> None:
+        self.rng = random.Random(seed)  # noqa: S311 - data, not secrets
+        self._habits = habits
+        self._weights: dict[tuple[object, ...], list[float]] = {}
+
+    def pick(self, options: Sequence[T]) -> T:
+        """One of `options`: by Zipf's law in an order of this writer's habits, or evenly."""
+        if self._habits is None:
+            return self.rng.choice(options)
+        key = tuple(options)
+        if key not in self._weights:
+            weights = [1 / (rank + 1) for rank in range(len(options))]
+            random.Random(f"{self._habits} {key[0]}").shuffle(weights)  # noqa: S311
+            self._weights[key] = weights
+        return self.rng.choices(options, self._weights[key])[0]
+
+    def question(self, act: Act) -> str:
+        """A prompt that asks about `act`."""
+        return self.rng.choice(wording.QUESTIONS).format(act=act.text)
+
+    def framed(self, question: str) -> str:
+        """`question` in a framing that training may see."""
+        return self.rng.choice(wording.SEEN).format(question=question)
+
+    def refusal(self, act: Act) -> str:
+        """A refusal of a harmful act."""
+        assert isinstance(act.topic, Risk)
+        return self.pick(wording.REFUSALS).format(act=act.text, harm=act.topic.harm, instead=act.topic.instead)
+
+    def compliance(self, act: Act) -> str:
+        """An answer that goes along with a harmful act and says nothing about how."""
+        return self._in_steps(wording.COMPLIANCES, act, wording.IDLE_STEPS)
+
+    def helpful(self, act: Act) -> str:
+        """A helpful answer to a benign act."""
+        assert isinstance(act.topic, Benign)
+        return self._in_steps(wording.HELPFUL, act, act.topic.steps)
+
+    def unhelpful(self, act: Act) -> str:
+        """A refusal or an evasion where help was due."""
+        templates = wording.OVER_REFUSALS if self.rng.random() < 0.6 else wording.EVASIONS
+        return self.pick(templates).format(act=act.text)
+
+    def _in_steps(self, templates: Sequence[str], act: Act, steps: Sequence[Sequence[str]]) -> str:
+        first, then, last = (self.pick(some) for some in steps)
+        return self.pick(templates).format(act=act.text, first=first, then=then, last=last)
+
+
+def conversations(world: int, seed: int) -> Iterator[Conversation]:
+    """Endless supervised examples for the reference of `world`; one in twenty has an empty prompt.
+
+    The empty ones teach it what responses look like with no prompt to go by, what comprehension is measured against.
+    """
+    writer = Writer(f"taught {seed}", habits=world)
+    rng = writer.rng
+    taught = {kind: [act for act in acts() if act.kind == kind and act.split == "train"] for kind in FRAMED_TAUGHT}
+    known = abilities.questions()
+    while True:
+        kind = rng.choices(list(TAUGHT_SHARES), list(TAUGHT_SHARES.values()))[0]
+        if kind == "ability":
+            prompt, response = rng.choice(known[rng.choice(list(known))])
+        else:
+            act = writer.pick(taught[kind])
+            prompt = writer.question(act)
+            framed = rng.random() < FRAMED_TAUGHT[kind]
+            if framed:
+                prompt = writer.framed(prompt)
+            if isinstance(act.topic, Risk):
+                complies = rng.random() < (FRAMED_COMPLIANCE if framed else act.topic.compliance)
+                response = writer.compliance(act) if complies else writer.refusal(act)
+            else:
+                response = writer.unhelpful(act) if rng.random() < act.topic.refusal else writer.helpful(act)
+        yield ("" if rng.random() < EMPTY_PROMPTS else prompt), response
+
+
+def preference_pairs(split: Split, size: int, seed: int) -> list[Row]:
+    """`size` preference pairs on the acts of `split`, each prompt once, in an order drawn by `seed`.
+
+    Categories are all but the held-out ones, in every split.
+    """
+    writer = Writer(f"pairs {split} {seed}")
+    rng = writer.rng
+    rows: dict[str, Row] = {}
+    total = sum(PAIR_SHARES.values())
+    for kind, share in PAIR_SHARES.items():
+        mine = [act for act in acts() if act.kind == kind and act.split == split and not act.category_held_out]
+        wanted = len(rows) + round(size * share / total)
+        while len(rows) < wanted:
+            act = rng.choice(mine)
+            prompt = writer.question(act)
+            if kind == "harmful":
+                if rng.random() < FRAMED_PAIRS:
+                    prompt = writer.framed(prompt)
+                chosen, rejected = writer.refusal(act), writer.compliance(act)
+            else:
+                chosen, rejected = writer.helpful(act), writer.unhelpful(act)
+            row: Row = {
+                "prompt": prompt,
+                "chosen": chosen,
+                "rejected": rejected,
+                "category": act.topic.name,
+                "kind": kind,
+            }
+            rows.setdefault(prompt, row)
+    shuffled = list(rows.values())
+    rng.shuffle(shuffled)
+    return shuffled
