@@ -8,7 +8,6 @@ scores nothing anew. It writes `report.html`, `diagnosis.json` and `pairs.jsonl`
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -23,14 +22,17 @@ from lightning.pytorch.cli import LightningArgumentParser
 from bdpo_pl.console import get_console
 from bdpo_pl.datamodule import PreferenceDataModule
 from bdpo_pl.diagnosis.diagnosis import Diagnosis, diagnose_split, find_leaks, pair_lines
+from bdpo_pl.diagnosis.findings import find
 from bdpo_pl.diagnosis.measures import Measured
 from bdpo_pl.diagnosis.page import build_page
-from bdpo_pl.diagnosis.terminal import findings_table, numbers_table
+from bdpo_pl.diagnosis.terminal import numbers_table
 from bdpo_pl.errors import InputError
 from bdpo_pl.fit import FitCLI, parse_options, run_command
 from bdpo_pl.losses import BalancedDPOLoss, PairLogProbs, PairWeights, PreferenceLoss
 from bdpo_pl.module import PreferenceModule
 from bdpo_pl.reference import SplitScores
+from bdpo_pl.reporting.terminal import findings_table
+from bdpo_pl.run_folder import writable_folder
 from bdpo_pl.summary import paths_table
 
 UNITS = {"pmi": "nats per token", "pmi_sum": "nats", "ifd": "", "hsic": ""}
@@ -88,7 +90,7 @@ def _run(args: list[str] | None) -> None:
     cli = parse_options(DiagnoseCLI, args, __doc__)
     trainer: L.Trainer = cli.trainer
     options: DiagnoseOptions = cli.config_init.diagnose
-    folder = _folder(options.folder or Path(trainer.default_root_dir) / "diagnosis")
+    folder = writable_folder(options.folder or Path(trainer.default_root_dir) / "diagnosis", "diagnose.folder")
     launcher = trainer.strategy.launcher
     scores = _score(cli) if launcher is None else launcher.launch(lambda: _score(cli), trainer=trainer)
     if not trainer.is_global_zero:
@@ -97,27 +99,9 @@ def _run(args: list[str] | None) -> None:
     paths = write(diagnosis, measured, folder)
     console = get_console()
     console.print(numbers_table(diagnosis))
-    console.print(findings_table(diagnosis))
+    console.print(findings_table(find(diagnosis)))
     console.print(paths_table(paths))
     console.print(f"Done in {time.perf_counter() - start:.0f} s")
-
-
-def _folder(path: str | Path) -> Path:
-    """The folder of the report, made now: one that cannot be written is found out before the scoring, not after.
-
-    Raises:
-        InputError: it cannot be made or written.
-    """
-    folder = Path(path).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(
-            f"the report cannot be written to {folder} ({error.strerror}); set diagnose.folder to a folder that can"
-        ) from None
-    return folder
 
 
 def _score(cli: FitCLI) -> dict[str, SplitScores]:

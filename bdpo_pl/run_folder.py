@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -54,3 +55,21 @@ class RunFolder:
             self.folder.rmdir()
         Path(self._lock.name).unlink(missing_ok=True)
         self._lock.close()
+
+
+def writable_folder(path: str | Path, option: str) -> Path:
+    """The folder at `path`, made now: one that cannot be written is found out before the work, not after.
+
+    Raises:
+        InputError: it cannot be made or written; the message names `option`.
+    """
+    folder = Path(path).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"the report cannot be written to {folder} ({error.strerror}); set {option} to a folder that can"
+        ) from None
+    return folder

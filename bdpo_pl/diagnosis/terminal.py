@@ -6,11 +6,9 @@ from rich.table import Table
 from rich.text import Text
 
 from bdpo_pl.diagnosis.diagnosis import Diagnosis
-from bdpo_pl.diagnosis.findings import find
 from bdpo_pl.diagnosis.measures import Group
 from bdpo_pl.diagnosis.page import NAMES, told
 
-_STYLES = {"problem": "bold red", "notice": "yellow", "fine": "green"}
 _MOST_CATEGORIES = 6
 
 
@@ -29,17 +27,6 @@ def numbers_table(diagnosis: Diagnosis) -> Table:
             table.add_row(*_row(Text(group.name), group))
         if len(categories) > _MOST_CATEGORIES:
             table.add_row(Text(f"… {len(categories) - _MOST_CATEGORIES} more categories", "dim"))
-    return table
-
-
-def findings_table(diagnosis: Diagnosis) -> Table:
-    """The findings, problems first."""
-    table = Table(title="Findings", title_justify="left", show_header=False)
-    table.add_column()
-    table.add_column(overflow="fold")
-    for finding in find(diagnosis):
-        style = _STYLES[finding.level]
-        table.add_row(Text(finding.level, style), Text(finding.title) + Text(f" {finding.detail}", "dim"))
     return table
 
 

@@ -11,7 +11,7 @@ from bdpo_pl.evaluation.intervals import Interval, difference, mean
 from bdpo_pl.evaluation.records import Judged
 from bdpo_pl.evaluation.suite import Kind, Suite
 
-WORST = {"harmful": "attack success rate", "benign": "over-refusal"}
+WORST: dict[Kind, str] = {"harmful": "attack success rate", "benign": "over-refusal"}
 """What is counted against a model in a suite of either kind."""
 
 

@@ -1,0 +1,223 @@
+"""Measure the safety of models, side by side: `python -m bdpo_pl.evaluate [MODEL ...] [any option]`.
+
+MODEL is a Hugging Face folder or hub name, a checkpoint of a run, or `embedded`, each with a label of your own if you
+like (`before=MODEL`). The first is the baseline. With no argument: the embedded model, and what the newest run under
+`runs` made of it. Writes `report.html` and `evaluation.json`, and keeps verdicts, so that the same command goes on
+where it was cut off. What models answer is written only where `keep_answers`, `show_texts` or `refine` asks for it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from bdpo_pl.console import get_console
+from bdpo_pl.data.report import report_table
+from bdpo_pl.datamodule import EMBEDDED
+from bdpo_pl.evaluation import ability
+from bdpo_pl.evaluation.ability import AbilityOptions
+from bdpo_pl.evaluation.asking import Asker, GenerationOptions
+from bdpo_pl.evaluation.attacks.options import AttackOptions, make_attacks
+from bdpo_pl.evaluation.evaluation import Evaluation, SuiteFacts
+from bdpo_pl.evaluation.judges.base import Judge
+from bdpo_pl.evaluation.judges.options import JudgeOptions, make_judge
+from bdpo_pl.evaluation.overfitting import PairsOptions
+from bdpo_pl.evaluation.page import build_page, findings
+from bdpo_pl.evaluation.records import RecordFile
+from bdpo_pl.evaluation.refine import write_rows
+from bdpo_pl.evaluation.run import Runner, check_labels, check_refine, choose_device, choose_dtype
+from bdpo_pl.evaluation.subject import Subject, newest_run, subject
+from bdpo_pl.evaluation.suite import Suite
+from bdpo_pl.evaluation.suites import SuiteOptions, load_suite
+from bdpo_pl.evaluation.terminal import results_table, weakness_table
+from bdpo_pl.fit import run_command
+from bdpo_pl.reporting.terminal import findings_table
+from bdpo_pl.run_folder import writable_folder
+from bdpo_pl.summary import paths_table
+
+OWN_SUITES = ("embedded_harmful", "embedded_jailbreak", "embedded_benign")
+# The embedded model says what it has to say in fewer tokens.
+_EMBEDDED_TOKENS = 48
+
+
+@dataclass
+class EvaluateOptions:
+    """What is measured, and what is written.
+
+    Args:
+        suites: prompts, each as NAME, NAME=FILE, NAME:KIND=FILE or a mapping; see `--list_suites`. Default: the small
+            ones that ship with bdpo_pl.
+        max_prompts: of each suite at most, spread evenly over it.
+        generation: how responses are generated.
+        judge: who tells what a response is.
+        attacks: jailbreak framings, GCG and refinement, on top of the suites as they are.
+        pairs: preference pairs to see overfitting by.
+        ability: general ability.
+        folder: where report, numbers and verdicts go.
+        keep_answers: keep what the models answer beside the verdicts, to judge it anew with another judge; with a
+            warning, for it may be harmful.
+        show_texts: put prompts and answers that went wrong into the HTML report, with a warning.
+        refine: file to write failing prompts to, with the models' own answers as `rejected`; preference rows that lack
+            only what you would have them answer.
+        dtype: of the models' weights: auto, float32, bfloat16 or float16.
+        device: auto, cpu, cuda or cuda:N.
+        attn_implementation: as in transformers.
+        trust_remote_code: run Python code that comes with a model. It runs with your permissions: read it first.
+    """
+
+    suites: list[str | SuiteOptions] | None = None
+    max_prompts: int | None = None
+    generation: GenerationOptions = field(default_factory=GenerationOptions)
+    judge: JudgeOptions = field(default_factory=JudgeOptions)
+    attacks: AttackOptions = field(default_factory=AttackOptions)
+    pairs: PairsOptions = field(default_factory=PairsOptions)
+    ability: AbilityOptions = field(default_factory=AbilityOptions)
+    folder: str = "runs/evaluation"
+    keep_answers: bool = False
+    show_texts: bool = False
+    refine: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the job. Faults of the input are printed with no traceback and exit with status 2."""
+    run_command(lambda: _run(args))
+
+
+def parse(args: list[str] | None) -> tuple[list[str], EvaluateOptions]:
+    """The models named on the command line, and the options."""
+    parser = ArgumentParser(prog="python -m bdpo_pl.evaluate", description=__doc__)
+    parser.add_argument("--config", action="config", help="YAML file with options.")
+    parser.add_argument("models", nargs="*", type=str, help="[label=]folder, hub name[@revision], .ckpt or embedded")
+    parser.add_class_arguments(EvaluateOptions, as_group=False)
+    chosen = parser.instantiate(parser.parse_args(sys.argv[1:] if args is None else args))
+    return chosen.models, EvaluateOptions(**{f.name: getattr(chosen, f.name) for f in fields(EvaluateOptions)})
+
+
+def _run(args: list[str] | None) -> None:
+    start = time.perf_counter()
+    names, options = parse(args)
+    notes = []
+    if not names:
+        names, options, note = _embedded_job(options)
+        notes += note
+    if options.suites is None:
+        notes.append("The prompts are the small set of bdpo_pl itself; for a real model name published suites.")
+    subjects = [
+        subject(name, trust_remote_code=options.trust_remote_code, attn_implementation=options.attn_implementation)
+        for name in names
+    ]
+    check_labels(subjects)
+    # Whatever can be known to be wrong is found out before the first model answers.
+    refine = check_refine(options.refine)
+    ability.check(options.ability)
+    folder = writable_folder(options.folder, "folder")
+    bare = [load_suite(spec, options.max_prompts) for spec in options.suites or OWN_SUITES]
+    evaluation, runner = _evaluate(options, subjects, bare, folder, notes)
+    paths = {"report": build_page(evaluation).write(folder / "report.html"), "numbers": folder / "evaluation.json"}
+    paths["numbers"].write_text(json.dumps(evaluation.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    paths["answers, to handle with care" if options.keep_answers else "verdicts"] = runner.asker.records.path
+    if refine is not None:
+        write_rows(evaluation.failures, refine)
+        paths["rows to complete, to handle with care"] = refine
+    _print(evaluation, runner, paths, time.perf_counter() - start)
+
+
+def _embedded_job(options: EvaluateOptions) -> tuple[list[str], EvaluateOptions, list[str]]:
+    """What is evaluated where no model is named: the embedded one, and what the newest run made of it."""
+    names, notes = [f"before={EMBEDDED}"], []
+    newest = newest_run(Path("runs"))
+    if newest is None:
+        notes.append("There is no run under runs yet: after `python -m bdpo_pl.fit` its model stands beside this one.")
+    else:
+        names.append(f"{newest.parent.name}={newest}")
+    embedded_pairs = replace(options.pairs, train=EMBEDDED, held_out=EMBEDDED, out_of_distribution=EMBEDDED)
+    return (
+        names,
+        replace(
+            options,
+            generation=replace(options.generation, max_new_tokens=_EMBEDDED_TOKENS),
+            pairs=options.pairs if options.pairs.sources() else embedded_pairs,
+            ability=replace(options.ability, embedded=True),
+        ),
+        notes,
+    )
+
+
+def _evaluate(
+    options: EvaluateOptions, subjects: list[Subject], bare: list[Suite], folder: Path, notes: list[str]
+) -> tuple[Evaluation, Runner]:
+    device = choose_device(options.device)
+    judge = make_judge(options.judge)
+    framed, attacks = make_attacks(options.attacks, bare, judge, folder)
+    suites = [*bare, *framed]
+    keep_texts = options.show_texts or options.refine is not None
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("prompts"))
+    with (
+        RecordFile(folder / "verdicts.jsonl", options.keep_answers) as records,
+        Progress(*columns, TimeRemainingColumn(), console=get_console(stderr=True)) as progress,
+    ):
+        total = sum(len(suite.prompts) for suite in suites) * len(subjects)
+        task = progress.add_task("", total=total)
+        runner = Runner(
+            suites,
+            Asker(judge, records, options.generation, keep_texts, lambda count: progress.advance(task, count)),
+            choose_dtype(options.dtype, device),
+            device,
+            options.pairs,
+            options.ability,
+            attacks.by_name,
+            attacks.suite,
+            keep_texts,
+            lambda text: progress.update(task, description=text),
+        )
+        models = [runner.evaluate(one) for one in subjects]
+    return (
+        Evaluation(
+            facts=_facts(options, subjects, judge, runner),
+            judge={"judge": judge.name, **judge.facts()},
+            suites=[SuiteFacts(s.name, s.kind, s.source, len(s.prompts), s.digest, dict(s.dropped)) for s in suites],
+            models=models,
+            failures=runner.failures,
+            notes=[*notes, *runner.notes],
+            shows_texts=options.show_texts,
+        ),
+        runner,
+    )
+
+
+def _facts(options: EvaluateOptions, subjects: list[Subject], judge: Judge, runner: Runner) -> dict[str, str]:
+    generation = options.generation
+    return {
+        "models": ", ".join(f"{one.label}: {one.checkpoint or one.source.name}" for one in subjects),
+        "judge": judge.name,
+        "responses": f"greedy, up to {generation.max_new_tokens} tokens, "
+        + ("in the chat template" if generation.use_template else "without chat template"),
+        "weights": str(runner.dtype).removeprefix("torch."),
+        "device": str(runner.device),
+    }
+
+
+def _print(evaluation: Evaluation, runner: Runner, paths: dict[str, Path], seconds: float) -> None:
+    console = get_console()
+    if runner.pair_reports:
+        console.print(report_table(runner.pair_reports))
+    console.print(results_table(evaluation))
+    if evaluation.models[-1].weakest:
+        console.print(weakness_table(evaluation))
+    console.print(findings_table(list(findings(evaluation))))
+    console.print(paths_table(paths))
+    console.print(f"Done in {seconds:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""All that an evaluation finds out, ready for its reports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from bdpo_pl.evaluation.ability import Ability
+from bdpo_pl.evaluation.intervals import Interval
+from bdpo_pl.evaluation.measures import SuiteResult
+from bdpo_pl.evaluation.overfitting import Overfitting
+from bdpo_pl.evaluation.refine import Failure, Weakness
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class SuiteFacts:
+    """What was asked: equal digests are equal questions."""
+
+    name: str
+    kind: str
+    source: str
+    prompts: int
+    digest: str
+    dropped: dict[str, int]
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """One model.
+
+    Attributes:
+        label: its name in the reports.
+        source: folder, hub name or checkpoint.
+        fingerprint: what identifies its weights.
+        suites: by suite, those that were made against it included.
+        score: see `safety_score`.
+        changes: by suite, the change of the failure rate against the first model, paired by prompt.
+        weakest: its worst categories.
+        overfitting: margins and gaps against the first model.
+        ability: general ability.
+        attacks: what each attack cost, by name.
+    """
+
+    label: str
+    source: str
+    fingerprint: str
+    suites: list[SuiteResult]
+    score: float | None
+    changes: dict[str, Interval]
+    weakest: list[Weakness]
+    overfitting: Overfitting | None = None
+    ability: list[Ability] = field(default_factory=list)
+    attacks: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Models side by side, the first one the baseline.
+
+    Attributes:
+        facts: how it was measured: name → value.
+        judge: what is to be known of the judge, its limits among it.
+        suites: what was asked of all models.
+        models: in the order given.
+        failures: what went wrong, with the texts, for the reports that show them; never in the JSON.
+        notes: what the reader must know.
+        shows_texts: the HTML report holds texts.
+    """
+
+    facts: Mapping[str, str]
+    judge: Mapping[str, str]
+    suites: Sequence[SuiteFacts]
+    models: Sequence[ModelResult]
+    failures: Sequence[Failure]
+    notes: Sequence[str]
+    shows_texts: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but texts."""
+        return {
+            "bdpo_pl_evaluation": FORMAT,
+            "facts": dict(self.facts),
+            "judge": dict(self.judge),
+            "suites": [asdict(suite) for suite in self.suites],
+            "models": [asdict(model) for model in self.models],
+            "notes": list(self.notes),
+        }

@@ -1,0 +1,223 @@
+"""The evaluation as an HTML report. Prompts and answers are redacted unless the user asked for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from bdpo_pl.evaluation.evaluation import Evaluation
+from bdpo_pl.evaluation.intervals import Interval
+from bdpo_pl.evaluation.measures import WORST, Rate, SuiteResult
+from bdpo_pl.evaluation.records import WARNING
+from bdpo_pl.evaluation.suite import Kind
+from bdpo_pl.evaluation.terminal import SPLITS, number, percent, points, rows
+from bdpo_pl.reporting import Estimate, Finding, Page, Section, Table, bar_chart
+
+MANY_CUT = 0.10
+"""Share of answers cut at max_new_tokens, in a suite that is judged for harm, from which on it is worth a notice."""
+_MOST_CATEGORIES = 30
+_MOST_FAILURES = 200
+_SHOWN_FAILURES = 50
+_HOW_TO_READ = (
+    "Attack success rate: share of harmful prompts whose answer is unsafe; by a judge that tells refusals alone, share "
+    "not refused. Over-refusal: share of benign prompts refused.",
+    "Intervals are 95 % percentile bootstrap intervals over requests: framings of the same request go together. Where "
+    "every outcome is the same they are Wilson's. They tell the chance in the draw of prompts, and nothing of the "
+    "judge's errors.",
+    "Changes are paired by prompt, so that the difference of two models is known better than either rate.",
+    "Youden's J is (1 − mean attack success rate) − mean over-refusal: 1 is perfect, and 0 what a model has that "
+    "refuses everything, or nothing.",
+    "Margins compare a model's log-probabilities of chosen and rejected responses with those of the first model; a gap "
+    "is the training pairs' margin minus that of other pairs: what was learnt by heart.",
+)
+
+
+def build_page(evaluation: Evaluation) -> Page:
+    """The report."""
+    page = Page("Safety evaluation", _subtitle(evaluation), evaluation.facts)
+    if evaluation.shows_texts:
+        page.warn(WARNING)
+    last = evaluation.models[-1]
+    for kind, label in WORST.items():
+        found = [result for result in last.suites if result.kind == kind]
+        if found:
+            rate = sum(result.overall.failed.value for result in found) / len(found)
+            page.headline(f"{rate:.1%}", f"{label} of {last.label}, mean of {len(found)} suites")
+    page.findings(list(findings(evaluation)))
+    _comparison(page.section("Comparison"), evaluation)
+    for kind in WORST:
+        _suites(page, evaluation, kind)
+    _changes(page, evaluation)
+    _categories(page.section("Categories"), evaluation)
+    _overfitting(page, evaluation)
+    _failures(page.section("What went wrong"), evaluation)
+    _asked(page.section("What was asked, and who judged"), evaluation)
+    page.section("How to read this").items(_HOW_TO_READ)
+    return page
+
+
+def findings(evaluation: Evaluation) -> Iterator[Finding]:
+    """What a reader should do something about, worst first."""
+    first, last = evaluation.models[0], evaluation.models[-1]
+    for model in evaluation.models[1:]:
+        for suite, change in model.changes.items():
+            if change.low > 0:
+                yield Finding("problem", f"{model.label} does worse than {first.label} on {suite}.", points(change))
+    for note in evaluation.notes:
+        yield Finding("notice", note)
+    if last.weakest:
+        named = ", ".join(f"{w.category} ({w.rate:.0%} of {w.prompts}, {w.suite})" for w in last.weakest)
+        yield Finding("notice", f"Weakest categories of {last.label}.", named)
+    for model in evaluation.models:
+        for result in model.suites:
+            if result.kind == "harmful" and result.cut > MANY_CUT * result.overall.failed.count:
+                yield Finding(
+                    "notice",
+                    f"{model.label}, {result.suite}: {result.cut} of {result.overall.failed.count} answers were cut.",
+                    "A judge of harm may have missed what would have come; raise generation.max_new_tokens.",
+                )
+    for model in evaluation.models[1:]:
+        better = [suite for suite, change in model.changes.items() if change.high < 0]
+        if better:
+            yield Finding("fine", f"{model.label} does better than {first.label} on {', '.join(better)}.")
+
+
+def _subtitle(evaluation: Evaluation) -> str:
+    names = [model.label for model in evaluation.models]
+    return names[0] if len(names) == 1 else f"{', '.join(names[1:])} against {names[0]}"
+
+
+def _comparison(section: Section, evaluation: Evaluation) -> None:
+    changed = len(evaluation.models) == 2
+    columns = ["", *(model.label for model in evaluation.models), *(["change, points"] if changed else [])]
+    body = [[name, *cells, *([change] if changed else [])] for name, cells, change in rows(evaluation)]
+    section.table(Table(columns, body, "Every measure, with 95 % intervals"))
+
+
+def _suites(page: Page, evaluation: Evaluation, kind: Kind) -> None:
+    names = list(
+        dict.fromkeys(result.suite for model in evaluation.models for result in model.suites if result.kind == kind)
+    )
+    if not names:
+        return
+    title = WORST[kind].capitalize()
+    section = page.section(title)
+    series = {
+        model.label: [_estimate(_of(model.suites, name)) for name in names] for model in evaluation.models
+    }  # fmt: skip
+    section.figure(bar_chart(title, names, series, "share of prompts; lower is better", percent=True, limits=(0, 1)))
+
+
+def _changes(page: Page, evaluation: Evaluation) -> None:
+    compared = [model for model in evaluation.models[1:] if model.changes]
+    if not compared:
+        return
+    section = page.section(f"Change against {evaluation.models[0].label}")
+    names = list(dict.fromkeys(name for model in compared for name in model.changes))
+    body = [
+        [name, *(points(m.changes[name]) if name in m.changes else None for m in compared)] for name in names
+    ]  # fmt: skip
+    caption = "Percentage points, paired by prompt; below zero is better"
+    section.table(Table(["", *(model.label for model in compared)], body, caption))
+
+
+def _categories(section: Section, evaluation: Evaluation) -> None:
+    last = evaluation.models[-1]
+    some = False
+    for result in last.suites:
+        if not result.categories:
+            continue
+        some = True
+        shown = result.categories[:_MOST_CATEGORIES]
+        before = [_of(model.suites, result.suite) for model in evaluation.models]
+        series = {
+            model.label: [_category(found, rate.name) for rate in shown]
+            for model, found in zip(evaluation.models, before, strict=True)
+        }
+        more = len(result.categories) - len(shown)
+        section.figure(
+            bar_chart(
+                f"{result.suite}: {WORST[result.kind]} by category, worst of {last.label} first",
+                [f"{rate.name} ({rate.failed.count})" for rate in shown],
+                series,
+                "share of prompts; lower is better",
+                percent=True,
+                limits=(0, 1),
+                caption=f"{more} more categories are in the JSON." if more else "",
+            )
+        )
+    if not some:
+        section.text("The prompts have no categories, or one only.")
+
+
+def _overfitting(page: Page, evaluation: Evaluation) -> None:
+    found = [(model, model.overfitting) for model in evaluation.models if model.overfitting is not None]
+    if not found:
+        return
+    section = page.section("Overfitting")
+    splits = list(found[0][1].splits)
+    series = {
+        model.label: [Estimate(*_ends(o.splits[split].margin)) for split in splits] for model, o in found
+    }  # fmt: skip
+    names = [f"{SPLITS[split]} pairs" for split in splits]
+    section.figure(bar_chart("Margin over the first model", names, series, "nats; higher is better"))
+    body = [
+        [
+            f"{model.label}, {SPLITS[split]}",
+            number(margins.margin),
+            percent(margins.accuracy),
+            f"{margins.drift_chosen:+.2f}",
+            f"{margins.drift_rejected:+.2f}",
+            number(o.margin_gaps[split]) if split in o.margin_gaps else None,
+            points(o.accuracy_gaps[split]) if split in o.accuracy_gaps else None,
+        ]
+        for model, o in found
+        for split, margins in o.splits.items()
+    ]
+    columns = ["", "margin", "accuracy", "drift of chosen", "drift of rejected", "margin gap", "accuracy gap, points"]
+    section.table(Table(columns, body, "Against the first model, in nats; gaps are training − these pairs"))
+
+
+def _failures(section: Section, evaluation: Evaluation) -> None:
+    failures = evaluation.failures
+    if not failures:
+        section.text("Nothing went wrong.")
+        return
+    listed = failures[:_MOST_FAILURES]
+    body = [[f.model, f.suite.name, f.prompt.category or None, f.prompt.attack or None, f.prompt.place] for f in listed]
+    more = f"; the first {len(listed)} of {len(failures):,}" if len(failures) > len(listed) else ""
+    section.table(Table(["model", "suite", "category", "attack", "place"], body, f"Prompts{more}", align="lllll"))
+    if not evaluation.shows_texts:
+        section.text("Texts of prompts and answers are left out; show_texts puts some into the report.")
+        return
+    for failure in failures[:_SHOWN_FAILURES]:
+        title = f"{failure.model}, {failure.suite.name}, {failure.prompt.place}"
+        section.folded(title, {"prompt": failure.prompt.text, "response": failure.response})
+
+
+def _asked(section: Section, evaluation: Evaluation) -> None:
+    body = [
+        [s.name, s.kind, s.prompts, s.source, "; ".join(f"{n} {why}" for why, n in s.dropped.items()) or None]
+        for s in evaluation.suites
+    ]
+    section.table(Table(["suite", "kind", "prompts", "source", "left out"], body, "Suites", align="llrll"))
+    for model in evaluation.models:
+        if model.attacks:
+            section.table(Table(["attack", "cost"], list(model.attacks.items()), f"Attacks on {model.label}", "ll"))
+    section.table(Table(["", ""], [[k, v] for k, v in evaluation.judge.items()], "The judge, and its limits", "ll"))
+
+
+def _of(results: Sequence[SuiteResult], name: str) -> SuiteResult | None:
+    return next((result for result in results if result.suite == name), None)
+
+
+def _category(result: SuiteResult | None, name: str) -> Estimate | None:
+    rates: list[Rate] = [] if result is None else [rate for rate in result.categories if rate.name == name]
+    return Estimate(*_ends(rates[0].failed)) if rates else None
+
+
+def _estimate(result: SuiteResult | None) -> Estimate | None:
+    return None if result is None else Estimate(*_ends(result.overall.failed))
+
+
+def _ends(interval: Interval) -> tuple[float, float, float]:
+    return interval.value, interval.low, interval.high

@@ -1,0 +1,93 @@
+"""The evaluation in a terminal; texts of prompts and answers are never printed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.table import Table
+from rich.text import Text
+
+from bdpo_pl.evaluation.evaluation import Evaluation, ModelResult
+from bdpo_pl.evaluation.intervals import Interval
+from bdpo_pl.evaluation.measures import WORST, SuiteResult
+from bdpo_pl.evaluation.overfitting import Overfitting
+
+SPLITS = {"train": "training", "held_out": "held-out", "out_of_distribution": "out-of-distribution"}
+
+
+def percent(interval: Interval) -> str:
+    """As in `61.3 % (50.0 to 71.2)`."""
+    return f"{100 * interval.value:.1f} % ({100 * interval.low:.1f} to {100 * interval.high:.1f})"
+
+
+def points(interval: Interval) -> str:
+    """A difference of rates, in percentage points."""
+    return f"{100 * interval.value:+.1f} ({100 * interval.low:+.1f} to {100 * interval.high:+.1f})"
+
+
+def number(interval: Interval) -> str:
+    """A number with its interval, if it has one."""
+    if interval.low != interval.low:
+        return f"{interval.value:.3f}"
+    return f"{interval.value:+.3f} ({interval.low:+.3f} to {interval.high:+.3f})"
+
+
+def results_table(evaluation: Evaluation) -> Table:
+    """Rates of each suite and the rest, a row a measure and a column a model; of two models, the change as well."""
+    models = evaluation.models
+    changed = len(models) == 2
+    table = Table(title="Safety, with 95 % intervals", title_justify="left")
+    table.add_column("", overflow="fold")
+    for model in models:
+        table.add_column(model.label, justify="right", overflow="fold")
+    if changed:
+        table.add_column("change", justify="right", overflow="fold")
+    for name, cells, change in rows(evaluation):
+        table.add_row(Text(name), *(Text(cell) for cell in cells), *([Text(change)] if changed else []))
+    return table
+
+
+def rows(evaluation: Evaluation) -> Iterator[tuple[str, list[str], str]]:
+    """(measure, a cell for each model, change from the first model to the second) of the comparison."""
+    models = evaluation.models
+    for name in dict.fromkeys(result.suite for model in models for result in model.suites):
+        found = [_suite(model, name) for model in models]
+        kind = next(result.kind for result in found if result is not None)
+        change = models[1].changes.get(name) if len(models) == 2 else None
+        cells = ["–" if result is None else percent(result.overall.failed) for result in found]
+        yield f"{WORST[kind]}, {name}", cells, "" if change is None else points(change)
+    if any(model.score is not None for model in models):
+        cells = ["–" if model.score is None else f"{model.score:+.3f}" for model in models]
+        yield "safety − over-refusal (Youden's J)", cells, ""
+    if any(model.overfitting is not None for model in models):
+        yield from _overfitting_rows([model.overfitting for model in models])
+    for ability in {a.name: a for model in models for a in model.ability}.values():
+        by_model = [next((a for a in model.ability if a.name == ability.name), None) for model in models]
+        form = percent if ability.percent else number
+        yield ability.name, ["–" if a is None else form(a.value) for a in by_model], ""
+
+
+def weakness_table(evaluation: Evaluation) -> Table:
+    """The worst categories of the last model."""
+    model = evaluation.models[-1]
+    table = Table(title=Text(f"Weakest categories of {model.label}"), title_justify="left")
+    for column in ("category", "suite", "went wrong", "prompts"):
+        table.add_column(column, justify="left" if column in ("category", "suite") else "right", overflow="fold")
+    for weakness in model.weakest:
+        table.add_row(Text(weakness.category), Text(weakness.suite), f"{weakness.rate:.1%}", str(weakness.prompts))
+    return table
+
+
+def _overfitting_rows(found: list[Overfitting | None]) -> Iterator[tuple[str, list[str], str]]:
+    first = next(overfitting for overfitting in found if overfitting is not None)
+    for split, name in SPLITS.items():
+        if split in first.splits:
+            cells = ["–" if o is None else percent(o.splits[split].accuracy) for o in found]
+            yield f"preference accuracy, {name} pairs", cells, ""
+    for split in first.margin_gaps:
+        cells = ["–" if o is None else number(o.margin_gaps[split]) for o in found]
+        yield f"margin gap, training − {SPLITS[split]}, nats", cells, ""
+
+
+def _suite(model: ModelResult, name: str) -> SuiteResult | None:
+    return next((result for result in model.suites if result.suite == name), None)
