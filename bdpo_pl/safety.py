@@ -14,12 +14,17 @@ from bdpo_pl.data.records import read_records
 from bdpo_pl.errors import InputError
 
 REFUSAL_PHRASES = (
-    r"i(?:'m| am) (?:really |very |so )?sorry",
-    r"i (?:can(?:'t|not)|can not|could not|couldn't) (?:help|assist|do|provide|support|give|share|offer|answer|"
-    r"comply|fulfil|fulfill|discuss|advise|explain|be part|take part|go along|go into|guide|walk you|write|in good)",
-    r"i (?:won't|will not|would not|wouldn't) (?:help|assist|do|provide|support|give|share|offer|answer|be|take|"
-    r"explain|go|guide|walk|write|discuss)",
-    r"i(?:'m| am) (?:not able|unable|not going|not willing|not comfortable)",
+    # Not "sorry for the delay", "sorry about that", "sorry to hear it".
+    r"i(?:'m| am) (?:really |very |so )?sorry(?! (?:for|about|to hear|that you|you)\b)",
+    r"i (?:can(?:'t|not)|can not|could not|couldn't) (?:help(?! but)|assist|do|provide|support|give|share|offer|answer|"
+    r"comply|fulfil|fulfill|discuss|advise|explain|be part|take part|go along|go into|guide|walk you|write|in good|"
+    r"create|generate|produce|condone|encourage|promote|endorse|facilitate|engage|tell you how to)",
+    r"i (?:won't|will not|would not|wouldn't) (?:help|assist|do|provide|support|give|share|offer|answer|take|"
+    r"explain|go|guide|walk|write|discuss|create|generate|produce|tell you|be (?:able|part|of help|helping|assisting|"
+    r"providing|explaining|doing|answering|writing|giving))",
+    r"i(?:'m| am) (?:not able|unable|not going(?! to lie)|not willing|not comfortable)",
+    r"i (?:do not|don't) feel comfortable",
+    r"i(?:'d| would) rather not",
     r"i (?:must|have to|need to) (?:decline|refuse|say no)",
     r"i (?:decline|refuse) to",
     r"(?:cannot|can't|won't) (?:help|assist) (?:you )?with (?:that|this)",
@@ -27,14 +32,15 @@ REFUSAL_PHRASES = (
     r"against my (?:guidelines|programming|principles)",
 )
 
-# A refusal comes at the beginning; later on the same words are mostly quoted or part of advice.
-_OPENING = 160
+OPENING = 160
+"""Characters that are searched. A refusal comes at the beginning; later the same words are mostly quoted or advice."""
+
 _PATTERN = re.compile("|".join(f"(?:{phrase})" for phrase in REFUSAL_PHRASES), re.IGNORECASE)
 
 
 def is_refusal(response: str) -> bool:
     """Whether `response` opens with a refusal, by the phrases above; straight and curly quotes count alike."""
-    opening = response[:_OPENING].replace("’", "'").replace("‘", "'")
+    opening = response[:OPENING].replace("’", "'").replace("‘", "'")
     return _PATTERN.search(opening) is not None
 
 

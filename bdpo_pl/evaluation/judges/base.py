@@ -67,4 +67,11 @@ class Judge(ABC):
 
     @abstractmethod
     def facts(self) -> Mapping[str, str]:
-        """What a report must say of the judge: its model or list of phrases (with its hash), and its limits."""
+        """What a report must say of the judge: its model or list of phrases (with its hash), and its limits.
+
+        The same before and after judging: verdicts on record are known by it.
+        """
+
+    def notes(self) -> Mapping[str, int]:
+        """What happened while judging and a report should count, as answers cut to the judge's length."""
+        return {}

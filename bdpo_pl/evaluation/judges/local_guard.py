@@ -1,0 +1,71 @@
+"""A guard model in this process. Its conversations are put to it in a form of its own, not as to a chat model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from bdpo_pl.errors import InputError
+from bdpo_pl.evaluation.chat import Message
+from bdpo_pl.generation import generate
+from bdpo_pl.models import ModelSource, load_config, load_model, load_tokenizer
+
+Encode = Callable[[Any, list[Message]], list[int]]
+"""(tokenizer, conversation) → token ids, up to where the answer begins."""
+
+
+class LocalGuard:
+    """Answers conversations greedily. Its weights are loaded when it is first asked.
+
+    Args:
+        source: the model.
+        encode: puts a conversation into the form the model was trained with.
+        dtype: of its weights.
+        device: that it runs on.
+        batch_size: conversations at a time.
+        max_new_tokens: tokens in an answer at most.
+
+    Raises:
+        InputError: there is no such model, or it has no tokenizer.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        encode: Encode,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        batch_size: int = 16,
+        max_new_tokens: int = 32,
+    ) -> None:
+        self.name = source.name
+        self._source, self._encode = source, encode
+        self._dtype, self._device = dtype, device
+        self._batch_size, self._max_new_tokens = batch_size, max_new_tokens
+        load_config(source)
+        self._tokenizer = load_tokenizer(source)
+        self._model: Any = None
+
+    def reply(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
+        """The next turn of each conversation, in order.
+
+        Raises:
+            InputError: the weights do not load, or a conversation is too long for the model.
+        """
+        ids = [self._encode(self._tokenizer, list(conversation)) for conversation in conversations]
+        if self._model is None:
+            self._model = load_model(self._source, self._dtype).requires_grad_(False).eval().to(self._device)
+        try:
+            answers = generate(
+                self._model,
+                self._tokenizer,
+                ids,
+                max_new_tokens=self._max_new_tokens,
+                batch_size=self._batch_size,
+            )
+        except InputError as error:
+            raise InputError(f"judge {self.name}: {error}") from error
+        return [answer.text for answer in answers]
