@@ -18,7 +18,7 @@ from bdpo_pl.evaluation.judges.guard import LlamaGuardJudge, WildGuardJudge, enc
 from bdpo_pl.evaluation.judges.local_guard import LocalGuard
 from bdpo_pl.evaluation.judges.phrases import PhraseJudge
 from bdpo_pl.evaluation.local_chat import LocalChat
-from bdpo_pl.models import DTypeName, ModelSource, model_fingerprint
+from bdpo_pl.models import DTypeName, ModelSource, load_config, model_fingerprint
 
 JudgeKind = Literal["phrases", "classifier", "llama_guard", "wildguard", "chat"]
 
@@ -159,7 +159,12 @@ def _source(options: JudgeOptions) -> ModelSource:
         raise InputError(
             f"judge.kind {options.kind} needs a model: give judge.model{also}, as {_EXAMPLES[options.kind]}"
         )
-    return ModelSource(options.model, options.revision, trust_remote_code=options.trust_remote_code)
+    source = ModelSource(options.model, options.revision, trust_remote_code=options.trust_remote_code)
+    try:
+        load_config(source)
+    except InputError as error:  # it speaks of the model that is judged
+        raise InputError(f"judge.model: {error}".replace("set model.trust", "set judge.trust")) from error
+    return source
 
 
 def _weights(source: ModelSource, options: JudgeOptions) -> dict[str, str]:
