@@ -38,6 +38,7 @@ from bdpo_pl.faults import machine_error
 from bdpo_pl.memory_plan import planned
 from bdpo_pl.models import load_model
 from bdpo_pl.module import PreferenceModule
+from bdpo_pl.options import OptionParser
 from bdpo_pl.policy import plain_model
 from bdpo_pl.run_folder import RunFolder
 from bdpo_pl.sharded_state import whole_state
@@ -139,7 +140,8 @@ def parse_options(cli_class: type[FitCLI], args: list[str] | None, description: 
         PreferenceModule,
         PreferenceDataModule,
         run=False,
-        args=args,
+        args=given,
+        parser_class=OptionParser,
         seed_everything_default=42,
         auto_configure_optimizers=False,
         # Resuming writes into the folder it began in.
