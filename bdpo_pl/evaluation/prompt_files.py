@@ -182,6 +182,7 @@ def _csv(path: Path) -> Iterator[Record]:
     # utf-8-sig: spreadsheets begin a file with a byte order mark, which is no part of the first column's name.
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
+        line = 1
         try:
             header = [name.strip() for name in next(reader, [])]
             if len(set(header)) < len(header):
@@ -196,7 +197,17 @@ def _csv(path: Path) -> Iterator[Record]:
                 if row:
                     yield Record(str(path), line, dict(zip(header, row, strict=True)))
                 line = reader.line_num + 1  # a quoted field may run over several lines
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise InputError(
-                f"{path}, line {reader.line_num + 1}: not CSV in UTF-8 ({error}); save it again as such"
-            ) from None
+        except csv.Error as error:
+            raise InputError(f"{path}, line {line}: not CSV ({error}); mend the quotes, or save it again") from None
+        except UnicodeDecodeError:
+            raise InputError(f"{path}, line {_damaged_line(path)}: not UTF-8; save the file as CSV in UTF-8") from None
+
+
+def _damaged_line(path: Path) -> int:
+    """The first line of a file that is not UTF-8: files are decoded in blocks, and the reader is told of none."""
+    content = path.read_bytes()
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        return content.count(b"\n", 0, error.start) + 1
+    return 1

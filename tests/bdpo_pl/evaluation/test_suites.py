@@ -163,7 +163,7 @@ def test_an_even_share_of_a_file(tmp_path):
             r"x\.csv: its columns 'category', 'question' .*advbench: goal, target.*rename them",
         ),
         ("goal,target\nx,y,z\n", "line 2: 3 fields under 2 columns"),
-        ('goal,target\n"x,y\n', r"line 3: not CSV in UTF-8 \(unexpected end of data\)"),
+        ('goal,target\nx,y\n"x,\ny\n', r"line 3: not CSV \(unexpected end of data\)"),
         ("goal,target\n ,y\n", "line 2: column 'goal' is empty"),
         ("goal,goal\nx,y\n", "two columns of the same name"),
         ("goal,target\n", "has no rows"),
@@ -179,8 +179,8 @@ def test_faults_of_a_file(tmp_path, text, message):
 
 def test_faults_of_bytes_and_types(tmp_path):
     path = tmp_path / "x.csv"
-    path.write_bytes(b"goal,target\n\xff\xfe,y\n")
-    with pytest.raises(InputError, match=r"x\.csv, line \d: not CSV in UTF-8"):
+    path.write_bytes(b"goal,target\n" + b"x,y\n" * 5000 + b"\xff\xfe,y\n")
+    with pytest.raises(InputError, match=r"x\.csv, line 5002: not UTF-8"):
         load_suite(f"mine={path}")
     path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": ["a", "list"]}])
     with pytest.raises(InputError, match="line 1: column 'prompt' must be a text, not list"):
