@@ -32,7 +32,7 @@ _NEVER = 10**9
 
 
 def run_cell(setting: Setting, folder: Path) -> dict[str, Any]:
-    """Metrics of one cell; the same on every run on one machine, but for `seconds`.
+    """Metrics of one cell; the same on every run on one machine, but for the seconds.
 
     Args:
         setting: what to do.
@@ -41,9 +41,9 @@ def run_cell(setting: Setting, folder: Path) -> dict[str, Any]:
     Returns:
         `metrics` of `evaluate`, with `pairs` (held-out and training pairs: margins and drifts in nats, accuracy, and
         the gaps between the two); `curve`, the same at optimiser steps on the way; `imbalance`, of the pairs trained
-        on; `steps`; `seconds`. A run whose loss or gradient is not finite has `failed` in place of metrics.
+        on; `steps`; `seconds`, wall clock, and `cpu_seconds`. A run whose loss or gradient is not finite has `failed` in place of metrics.
     """
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     torch.set_num_threads(1)
     _quieten()
     source = reference_folder(folder, setting.world, setting.reference_steps)
@@ -51,7 +51,7 @@ def run_cell(setting: Setting, folder: Path) -> dict[str, Any]:
     if not setting.loss:
         policy = load_model(ModelSource(str(source)), torch.float32)
         record["metrics"] = evaluate(policy, load_tokenizer(ModelSource(str(source))), setting.evaluate)
-        return record | {"seconds": time.perf_counter() - start}
+        return record | _times(start, cpu_start)
     L.seed_everything(setting.seed, verbose=False)
     with tempfile.TemporaryDirectory() as scratch:
         train, held_out = Path(scratch) / "train.jsonl", Path(scratch) / "held_out.jsonl"
@@ -65,7 +65,12 @@ def run_cell(setting: Setting, folder: Path) -> dict[str, Any]:
             record |= _align(setting, source, folder, train, held_out, len(rows))
         except NonFiniteError as error:
             record["failed"] = str(error).split(" Its pairs")[0]
-    return record | {"seconds": time.perf_counter() - start}
+    return record | _times(start, cpu_start)
+
+
+def _times(start: float, cpu_start: float) -> dict[str, float]:
+    """Wall-clock and processor time since; the first also measures what else the machine had to do."""
+    return {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start}
 
 
 def write_rows(rows: list[dict[str, Any]], path: Path) -> None:
@@ -78,6 +83,8 @@ def _align(setting: Setting, source: Path, folder: Path, train: Path, held_out: 
     module = PreferenceModule(
         str(source),
         loss=setting.build_loss(),
+        # For the measures of drift, also of losses that read no reference.
+        reference_mode="precomputed",
         reestimate_every=setting.reestimate_every,
         scoring=ScoringOptions(cache_dir=str(folder)),
         optimizer=lambda params: torch.optim.AdamW(params, lr=setting.learning_rate, weight_decay=0.0, fused=True),
@@ -125,7 +132,7 @@ def _align(setting: Setting, source: Path, folder: Path, train: Path, held_out: 
 
 
 def pair_measures(values: dict[str, float]) -> dict[str, float]:
-    """Measures of pairs that mean the same for every loss: in nats, without β.
+    """Measures of pairs in nats, without β, so that they mean the same for every loss; accuracy by the loss's reward.
 
     Args:
         values: an evaluation of `PreferenceModule`.

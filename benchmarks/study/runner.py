@@ -125,7 +125,7 @@ def summary(record: dict[str, Any]) -> str:
     return (
         f"{head}, seed {setting['seed']}: attack success {metrics['attack_success']['harmful']:.0%}, "
         f"framed {metrics['attack_success']['framed']:.0%}, over-refusal {metrics['over_refusal']['look-alikes']:.0%}, "
-        f"ability {metrics['ability']['all']:.0%}, {record['seconds']:.1f} s"
+        f"ability {metrics['ability']['all']:.0%}, {record['cpu_seconds']:.1f} s of a core"
     )
 
 
