@@ -38,9 +38,17 @@ class AttackResult:
     details: Mapping[str, Any]
 
 
-def attacked(prompt: EvaluationPrompt, text: str, attack: str) -> EvaluationPrompt:
-    """`prompt` with the text that `attack` made of it; an earlier framing's name is kept."""
-    return replace(prompt, text=text, attack=f"{prompt.attack}+{attack}".lstrip("+"))
+def attacked(prompt: EvaluationPrompt, text: str, attack: str, *, alone: bool = False) -> EvaluationPrompt:
+    """`prompt` with the text that `attack` made of it.
+
+    Args:
+        prompt: which may bear an earlier attack's name.
+        text: the user's turn now.
+        attack: its name.
+        alone: it was made of the bare request, and nothing of an earlier attack is left.
+    """
+    earlier = "" if alone or not prompt.attack else f"{prompt.attack}+"
+    return replace(prompt, text=text, attack=earlier + attack)
 
 
 class StateFile:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from bdpo_pl.data.records import read_records
 from bdpo_pl.errors import InputError
+from bdpo_pl.evaluation.attacks.base import attacked
 from bdpo_pl.evaluation.suite import Suite
 
 SLOT = "{request}"
@@ -156,9 +157,6 @@ def wrap(suite: Suite, names: Sequence[str], known: Mapping[str, Framing] = BUIL
             raise InputError(f"there is no framing {name!r}; choose from {', '.join(known)}, or give a file with yours")
         if name in names[:i]:
             raise InputError(f"the framing {name!r} is named twice; name it once")
-        prompts = [
-            replace(prompt, text=known[name].apply(prompt.text), attack=f"{prompt.attack}+{name}".lstrip("+"))
-            for prompt in suite.prompts
-        ]
+        prompts = [attacked(prompt, known[name].apply(prompt.text), name) for prompt in suite.prompts]
         suites.append(replace(suite, name=f"{suite.name}+{name}", prompts=prompts))
     return suites

@@ -88,11 +88,15 @@ def attack(
     tokenizer: Any,
     options: GCGOptions,
     *,
+    use_template: bool = True,
     folder: Path | None = None,
     on_progress: Progress | None = None,
 ) -> list[EvaluationPrompt]:
     """`prompts`, each with the best suffix that was found; `results` tells more."""
-    return [r.prompt for r in results(prompts, model, tokenizer, options, folder=folder, on_progress=on_progress)]
+    found = results(
+        prompts, model, tokenizer, options, use_template=use_template, folder=folder, on_progress=on_progress
+    )
+    return [result.prompt for result in found]
 
 
 def results(
@@ -101,6 +105,7 @@ def results(
     tokenizer: Any,
     options: GCGOptions,
     *,
+    use_template: bool = True,
     folder: Path | None = None,
     on_progress: Progress | None = None,
 ) -> Iterator[AttackResult]:
@@ -111,6 +116,7 @@ def results(
         model: a transformers causal language model on its device.
         tokenizer: the model's.
         options: of the search.
+        use_template: put each prompt into the tokenizer's chat template, if it has one.
         folder: where the state of each prompt is kept, under a warning; an attack that was cut off goes on from there
             to the same end. None: nothing is written.
         on_progress: told after each prompt.
@@ -125,7 +131,7 @@ def results(
     allowed = allowed_tokens(tokenizer, model.get_input_embeddings().weight.shape[0], ascii_only=options.ascii_only)
     weights = None if folder is None else _weights_digest(model)
     # All of them first: a prompt that cannot be attacked is found out before hours of work.
-    searches = [_Search.of(prompt, model, tokenizer, options) for prompt in prompts]
+    searches = [_Search.of(prompt, model, tokenizer, options, use_template) for prompt in prompts]
     was_training = model.training
     model.eval()
     try:
@@ -148,11 +154,13 @@ class _Search:
     loss: TargetLoss
 
     @classmethod
-    def of(cls, prompt: EvaluationPrompt, model: Any, tokenizer: Any, options: GCGOptions) -> _Search:
+    def of(
+        cls, prompt: EvaluationPrompt, model: Any, tokenizer: Any, options: GCGOptions, use_template: bool
+    ) -> _Search:
         target = prompt.target or default_target(prompt.behaviour)
         ids = tokenizer(target, add_special_tokens=False, verbose=False)["input_ids"]
         try:
-            place = SuffixPrompt(tokenizer, prompt.text, options.suffix)
+            place = SuffixPrompt(tokenizer, prompt.text, options.suffix, use_template=use_template)
             loss = TargetLoss(model, place.before, place.after, ids, options.batch_size)
             loss.check_length(len(place.initial))
         except InputError as error:
@@ -235,7 +243,13 @@ def _read(file: StateFile | None) -> _State | None:
 def _facts(search: _Search, options: GCGOptions, weights: str | None) -> dict[str, Any]:
     """What a search depends on."""
     chosen = {name: value for name, value in asdict(options).items() if name not in ("batch_size", "save_every")}
-    return {"prompt": search.prompt.text, "target": search.target, "options": chosen, "weights": weights}
+    return {
+        "prompt": search.prompt.text,
+        "ids": [search.place.before, search.place.after],
+        "target": search.target,
+        "options": chosen,
+        "weights": weights,
+    }
 
 
 def _weights_digest(model: Any) -> str:

@@ -20,9 +20,10 @@ class SuffixPrompt:
     """A request with a suffix.
 
     Args:
-        tokenizer: the model's; the prompt is rendered with its chat template, if it has one.
+        tokenizer: the model's.
         request: the user's text before the suffix.
         suffix: to begin with.
+        use_template: render the prompt with the chat template, if there is one.
 
     Attributes:
         before: ids before the suffix.
@@ -33,10 +34,11 @@ class SuffixPrompt:
         InputError: the suffix cannot be told apart from the request, or does not survive.
     """
 
-    def __init__(self, tokenizer: Any, request: str, suffix: str) -> None:
+    def __init__(self, tokenizer: Any, request: str, suffix: str, *, use_template: bool = True) -> None:
         self._tokenizer = tokenizer
+        self._use_template = use_template
         self._request = request.rstrip()
-        plain, whole = encode_prompts(tokenizer, [self._request, f"{self._request} {suffix}"])
+        plain, whole = self._encode([self._request, f"{self._request} {suffix}"])
         start = _common(plain, whole)
         num_after = len(plain) - start
         # What both begin and end with is not the suffix's.
@@ -57,11 +59,14 @@ class SuffixPrompt:
         """Whether each suffix's text, in its place, is tokenised into the same ids again."""
         wholes = self._decode([[*self.before, *suffix] for suffix in suffixes])
         texts = [self._request + whole[len(self._text_before) :] for whole in wholes]
-        again = encode_prompts(self._tokenizer, texts)
+        again = self._encode(texts)
         return [
             ids == [*self.before, *suffix, *self.after] and whole.startswith(self._text_before)
             for ids, suffix, whole in zip(again, suffixes, wholes, strict=True)
         ]
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        return encode_prompts(self._tokenizer, texts, use_template=self._use_template)
 
     def _decode(self, rows: list[list[int]]) -> list[str]:
         # With what comes before it: alone, many tokenizers take the first token's space away.

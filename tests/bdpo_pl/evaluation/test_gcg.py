@@ -135,6 +135,9 @@ def test_suffix_without_a_template():
     place = SuffixPrompt(tokenizer, REQUEST, ". .")
     assert place.before[0] == tokenizer.bos_token_id
     assert [*place.before, *place.initial, *place.after] == tokenizer(REQUEST + " . .")["input_ids"]
+    chat = build_tokenizer()
+    bare = SuffixPrompt(chat, REQUEST, ". .", use_template=False)
+    assert [*bare.before, *bare.initial, *bare.after] == chat(REQUEST + " . .")["input_ids"]
 
 
 def test_request_that_ends_like_the_suffix_keeps_its_end(tokenizer):
@@ -292,10 +295,12 @@ def test_another_model_or_option_begins_anew(tokenizer, tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
     attack(PROMPTS[:1], model, tokenizer, dataclasses.replace(QUICK, seed=1), folder=tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
+    attack(PROMPTS[:1], model, tokenizer, QUICK, folder=tmp_path, use_template=False)
+    assert len(list(tmp_path.iterdir())) == 3
     with torch.no_grad():
         model.model.norm.weight.mul_(1.5)
     attack(PROMPTS[:1], model, tokenizer, QUICK, folder=tmp_path)
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 @pytest.mark.parametrize(
