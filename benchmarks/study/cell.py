@@ -41,7 +41,8 @@ def run_cell(setting: Setting, folder: Path) -> dict[str, Any]:
     Returns:
         `metrics` of `evaluate`, with `pairs` (held-out and training pairs: margins and drifts in nats, accuracy, and
         the gaps between the two); `curve`, the same at optimiser steps on the way; `imbalance`, of the pairs trained
-        on; `steps`; `seconds`, wall clock, and `cpu_seconds`. A run whose loss or gradient is not finite has `failed` in place of metrics.
+        on; `steps`; `seconds`, wall clock, and `cpu_seconds`. A run whose loss or gradient is not finite has `failed`
+        in place of metrics.
     """
     start, cpu_start = time.perf_counter(), time.process_time()
     torch.set_num_threads(1)
