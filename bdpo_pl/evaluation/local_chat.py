@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jinja2
 import torch
 
 from bdpo_pl.errors import InputError
@@ -65,9 +66,11 @@ class LocalChat:
         Raises:
             InputError: the chat template refuses a conversation, or one does not fit into the model's positions.
         """
+        if not conversations:
+            return []
         try:
             ids = encode_conversations(self._tokenizer, [[dict(turn) for turn in turns] for turns in conversations])
-        except Exception as error:  # a template refuses, with an error of its own, as some do a system turn
+        except jinja2.TemplateError as error:  # as some do of a system turn
             raise InputError(
                 f"the chat template of {self.name} refuses the conversation ({error}); choose another chat model"
             ) from error

@@ -118,7 +118,7 @@ def results(
         options: of the search.
         use_template: put each prompt into the tokenizer's chat template, if it has one.
         folder: where the state of each prompt is kept, under a warning; an attack that was cut off goes on from there
-            to the same end. None: nothing is written.
+            to the same end, where the device computes the same twice. None: nothing is written.
         on_progress: told after each prompt.
 
     Yields:

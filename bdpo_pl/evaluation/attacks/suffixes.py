@@ -19,6 +19,9 @@ from bdpo_pl.generation import encode_prompts
 class SuffixPrompt:
     """A request with a suffix.
 
+    A token that holds the suffix's first or last sign together with what stands next to it, as some tokenizers have
+    them, is not one of the suffix's: it stays.
+
     Args:
         tokenizer: the model's.
         request: the user's text before the suffix.
@@ -31,39 +34,40 @@ class SuffixPrompt:
         after: ids after it, up to where the answer begins.
 
     Raises:
-        InputError: the suffix cannot be told apart from the request, or does not survive.
+        InputError: the suffix cannot be found in the prompt's tokens, or does not survive.
     """
 
     def __init__(self, tokenizer: Any, request: str, suffix: str, *, use_template: bool = True) -> None:
         self._tokenizer = tokenizer
         self._use_template = use_template
-        self._request = request.rstrip()
-        plain, whole = self._encode([self._request, f"{self._request} {suffix}"])
-        start = _common(plain, whole)
-        num_after = len(plain) - start
-        # What both begin and end with is not the suffix's.
-        self.before, self.initial = whole[:start], whole[start : len(whole) - num_after]
-        self.after = whole[len(whole) - num_after :]
-        self._text_before = self._decode([self.before])[0]
-        if self.after != plain[start:] or not self.initial or not self.survive([self.initial])[0]:
+        turn = f"{request.rstrip()} {suffix.strip()}"
+        (ids,) = self._encode([turn])
+        *beginnings, whole = self._decode([ids[:k] for k in range(len(ids) + 1)])
+        ends = [len(text) for text in (*beginnings, whole)]
+        place = whole.rfind(turn)
+        start = next((k for k, end in enumerate(ends) if end >= place + len(request.rstrip())), 0)
+        stop = max((k for k, end in enumerate(ends) if end <= place + len(turn)), default=0)
+        self.before, self.initial, self.after = ids[:start], ids[start:stop], ids[stop:]
+        self._text_before = beginnings[start] if start < len(ids) else whole
+        self._head, self._tail = turn[: ends[start] - place], turn[ends[stop] - place :]
+        if place < 0 or not self.initial or not self.survive([self.initial])[0]:
             raise InputError(
-                f"gcg.suffix {suffix!r} cannot be told apart from the request {self._request[-40:]!r} once it is "
+                f"gcg.suffix {suffix!r} is not to be found after the request {request[-40:]!r} once the prompt is "
                 "tokenised; choose one of plain words or signs with spaces between them"
             )
 
     def text(self, suffix: Sequence[int]) -> str:
         """The user's turn with the suffix of these ids."""
-        return self._request + self._decode([[*self.before, *suffix]])[0][len(self._text_before) :]
+        return self._texts([suffix])[0]
 
     def survive(self, suffixes: Sequence[Sequence[int]]) -> list[bool]:
         """Whether each suffix's text, in its place, is tokenised into the same ids again."""
+        again = self._encode(self._texts(suffixes))
+        return [ids == [*self.before, *suffix, *self.after] for ids, suffix in zip(again, suffixes, strict=True)]
+
+    def _texts(self, suffixes: Sequence[Sequence[int]]) -> list[str]:
         wholes = self._decode([[*self.before, *suffix] for suffix in suffixes])
-        texts = [self._request + whole[len(self._text_before) :] for whole in wholes]
-        again = self._encode(texts)
-        return [
-            ids == [*self.before, *suffix, *self.after] and whole.startswith(self._text_before)
-            for ids, suffix, whole in zip(again, suffixes, wholes, strict=True)
-        ]
+        return [self._head + whole[len(self._text_before) :] + self._tail for whole in wholes]
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         return encode_prompts(self._tokenizer, texts, use_template=self._use_template)
@@ -124,9 +128,3 @@ def draw(
     swaps[torch.arange(width), places] = best[places, ranks]
     unchanged = tuple(suffix.tolist())
     return [list(swap) for swap in dict.fromkeys(map(tuple, swaps.tolist())) if swap != unchanged]
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Tokens at the beginning that `a` and `b` share."""
-    pairs = zip(a, b, strict=False)
-    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))

@@ -5,8 +5,10 @@ import json
 
 import pytest
 import torch
-from makers import build_model, build_tokenizer, large
+from makers import WORDS, build_model, build_tokenizer, large
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
+from transformers import PreTrainedTokenizerFast
 
 from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.attacks.base import StateFile
@@ -138,6 +140,51 @@ def test_suffix_without_a_template():
     chat = build_tokenizer()
     bare = SuffixPrompt(chat, REQUEST, ". .", use_template=False)
     assert [*bare.before, *bare.initial, *bare.after] == chat(REQUEST + " . .")["input_ids"]
+
+
+def sentencepiece_like():
+    """A tokenizer as Llama 2 has: a sign for the space before a word, bytes as a fallback, no space at the start."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator([WORDS + "[INST] [/INST]"] * 4, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast.chat_template = "<s>[INST] {{ messages[0]['content'] }} [/INST]"
+    return fast
+
+
+def greedy_for_line_breaks():
+    """A tokenizer as Llama 3 has, with tokens of a sign and the line breaks after it, here the template's."""
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(r" ?[^\s\w]+[\r\n]*| ?\w+|\s+"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([WORDS, "why ?\n\n", "traps .\n\n"] * 4, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+    fast.chat_template = "Q: {{ messages[0]['content'] }}\n\nA:"
+    return fast
+
+
+@pytest.mark.parametrize(("build", "fixed"), [(sentencepiece_like, ""), (greedy_for_line_breaks, " .")])
+def test_suffix_in_tokenizers_of_other_kinds(model, build, fixed):
+    tokenizer = build()
+    place = SuffixPrompt(tokenizer, REQUEST, ". . . .")
+    assert place.text(place.initial) == REQUEST + " . . . ."
+    assert len(place.initial) == (3 if fixed else 4)
+    (result,) = results(PROMPTS[:1], model, tokenizer, QUICK)
+    assert result.details["loss"] < result.details["initial_loss"]
+    assert result.prompt.text.startswith(REQUEST)
+    assert result.prompt.text.endswith(fixed)
+    (ids,) = encode_prompts(tokenizer, [result.prompt.text])
+    target = tokenizer(PROMPTS[0].target, add_special_tokens=False)["input_ids"]
+    assert result.details["loss"] == pytest.approx(plain_loss(model, ids, target), rel=1e-4)
 
 
 def test_request_that_ends_like_the_suffix_keeps_its_end(tokenizer):
@@ -326,7 +373,7 @@ def test_prompts_that_cannot_be_attacked_are_told_before_any_work(model, tokeniz
         attack([PROMPTS[0], long], model, tokenizer, QUICK)
     deaf = build_tokenizer()
     deaf.chat_template = deaf.chat_template.replace("message['content']", "message['content'][:4]")
-    with pytest.raises(InputError, match=r"line 1: gcg.suffix '. . . . .' cannot be told apart"):
+    with pytest.raises(InputError, match=r"line 1: gcg.suffix '. . . . .' is not to be found"):
         attack(PROMPTS, model, deaf, QUICK)
 
 

@@ -39,6 +39,7 @@ def test_answers_are_those_of_whole_conversations_in_order():
     assert chat.reply(TURNS) == expected
     assert len(set(expected)) == 3
     assert chat.name == "tiny"
+    assert chat.reply([]) == []
 
 
 def test_loaded_model_has_its_name(model_dir):
