@@ -112,7 +112,8 @@ def run_command(command: Callable[[], None]) -> None:
         sys.exit(128 + stopped.signal if stopped.signal else 0)
     except Exception as raised:
         # The parser wraps what a class it instantiates says of its options.
-        error = raised.__cause__ if isinstance(raised.__cause__, InputError) else raised
+        cause = raised.__cause__
+        error = cause if isinstance(cause, InputError) and not isinstance(raised, InputError) else raised
         error = machine_error(error) or error
         status = next((status for kind, status in _STATUS.items() if isinstance(error, kind)), None)
         if status is None:
@@ -140,7 +141,7 @@ def parse_options(cli_class: type[FitCLI], args: list[str] | None, description: 
         PreferenceModule,
         PreferenceDataModule,
         run=False,
-        args=given,
+        args=args,
         parser_class=OptionParser,
         seed_everything_default=42,
         auto_configure_optimizers=False,
