@@ -35,9 +35,6 @@ class SuiteOptions:
         split: of a hub dataset; default `train`, or the known suite's.
         revision: git revision of a hub dataset; pin it to make a run repeatable.
         columns: our column → yours, as in `{prompt: question}`.
-
-    Raises:
-        InputError: a name, kind or layout that cannot be.
     """
 
     name: str
@@ -48,12 +45,6 @@ class SuiteOptions:
     split: str | None = None
     revision: str | None = None
     columns: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not _NAME.fullmatch(self.name):
-            raise InputError(f"suite {self.name!r}: a name may have letters, digits, '_', '.' and '-' only")
-        if self.kind is not None and self.kind not in get_args(Kind):
-            raise InputError(f"suite {self.name}: kind must be harmful or benign, not {self.kind!r}")
 
 
 @dataclass(frozen=True)
@@ -153,6 +144,10 @@ def load_suite(spec: str | SuiteOptions, max_prompts: int | None = None) -> Suit
             prompt; or no prompts.
     """
     options = parse_suite(spec) if isinstance(spec, str) else spec
+    if not _NAME.fullmatch(options.name):
+        raise InputError(f"suite {options.name!r}: a name may have letters, digits, '_', '.' and '-' only")
+    if options.kind is not None and options.kind not in get_args(Kind):
+        raise InputError(f"suite {options.name}: kind must be harmful or benign, not {options.kind!r}")
     if max_prompts is not None and max_prompts < 1:
         raise InputError(f"max_prompts must be at least 1, got {max_prompts}")
     known = known_suites().get(options.name)
