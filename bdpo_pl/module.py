@@ -170,13 +170,13 @@ class PreferenceModule(L.LightningModule):
             self.reference = Reference(
                 self.reference_source, self.reference_mode, dtype, self.scoring, self.prefix_sharing, adapted
             )
+            if self.reference_mode == "none" and not (self.loss.needs_reference or self.loss.needs_comprehension):
+                rank_zero_info(
+                    f"{type(self.loss).__name__} reads no reference, so no pair is scored before training: drift and "
+                    "comprehension are not logged; to have them, set model.reference_mode to precomputed"
+                )
         self.reference.check_strategy(self.trainer)
         self.reference.check_fits(self.loss)
-        if self.reference_mode == "none":
-            rank_zero_info(
-                f"{type(self.loss).__name__} reads no reference, so no pair is scored before training: drift and "
-                "comprehension are not logged; to have them, set model.reference_mode to precomputed"
-            )
         self.reestimation.check_fits(self.trainer, self.loss, self.scoring)
         self.reference.prepare(self.trainer, data, self.loss)
 

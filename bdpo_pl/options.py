@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,11 +23,11 @@ class OptionParser(LightningArgumentParser):
     command line begins with its own defaults, and one named in a file takes over nothing but what files set.
     """
 
-    def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+    def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **kwargs: Any) -> Namespace:
         """Parse `args`; a loss that they name replaces the one before it, options and all."""
-        if args is not None:
-            args = [part for arg in args for part in ([f"--{_LOSS}=null", arg] if _names_a_loss(arg) else [arg])]
-        return super().parse_args(args, *rest, **kwargs)
+        given = sys.argv[1:] if args is None else args
+        reset = [part for arg in given for part in ([f"--{_LOSS}=null", arg] if _names_a_loss(arg) else [arg])]
+        return super().parse_args(reset, *rest, **kwargs)
 
     def get_defaults(self, *args: Any, **kwargs: Any) -> Namespace:
         """The defaults, the loss's options left out: they are filled in last, for the loss that was chosen."""
