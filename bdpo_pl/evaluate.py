@@ -22,11 +22,13 @@ from bdpo_pl.data.report import report_table
 from bdpo_pl.datamodule import EMBEDDED
 from bdpo_pl.evaluation import ability
 from bdpo_pl.evaluation.ability import AbilityOptions
+from bdpo_pl.evaluation.agreement import LABELLED_FILE, measure_agreement, read_labelled
 from bdpo_pl.evaluation.asking import Asker, GenerationOptions
 from bdpo_pl.evaluation.attacks.options import AttackOptions, make_attacks
 from bdpo_pl.evaluation.evaluation import Evaluation, SuiteFacts
 from bdpo_pl.evaluation.judges.base import Judge
 from bdpo_pl.evaluation.judges.options import JudgeOptions, make_judge
+from bdpo_pl.evaluation.judges.phrases import PhraseJudge
 from bdpo_pl.evaluation.overfitting import PairsOptions
 from bdpo_pl.evaluation.page import build_page, findings
 from bdpo_pl.evaluation.records import RecordFile
@@ -56,6 +58,8 @@ class EvaluateOptions:
         max_prompts: of each suite at most, spread evenly over it.
         generation: how responses are generated.
         judge: who tells what a response is.
+        labels: file with `prompt`, `response` and `label` (refusal or compliance) or `unsafe`, to measure how far the
+            judge agrees with it; `embedded` for the small one of bdpo_pl, which the phrases are always measured on.
         attacks: jailbreak framings, GCG and refinement, on top of the suites as they are.
         pairs: preference pairs to see overfitting by.
         ability: general ability.
@@ -75,6 +79,7 @@ class EvaluateOptions:
     max_prompts: int | None = None
     generation: GenerationOptions = field(default_factory=GenerationOptions)
     judge: JudgeOptions = field(default_factory=JudgeOptions)
+    labels: str | None = None
     attacks: AttackOptions = field(default_factory=AttackOptions)
     pairs: PairsOptions = field(default_factory=PairsOptions)
     ability: AbilityOptions = field(default_factory=AbilityOptions)
@@ -158,15 +163,21 @@ def _evaluate(
 ) -> tuple[Evaluation, Runner]:
     device = choose_device(options.device)
     judge = make_judge(options.judge)
-    framed, attacks = make_attacks(options.attacks, bare, judge, folder)
+    framed, attacks = make_attacks(options.attacks, bare, judge, options.generation)
     suites = [*bare, *framed]
+    labels = options.labels or (EMBEDDED if isinstance(judge, PhraseJudge) else None)
+    agreement = None
+    if labels is not None:
+        agreement = measure_agreement(judge, *read_labelled(LABELLED_FILE if labels == EMBEDDED else labels))
     keep_texts = options.show_texts or options.refine is not None
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("prompts"))
     with (
         RecordFile(folder / "verdicts.jsonl", options.keep_answers) as records,
         Progress(*columns, TimeRemainingColumn(), console=get_console(stderr=True)) as progress,
     ):
-        total = sum(len(suite.prompts) for suite in suites) * len(subjects)
+        # An attack makes each of its prompts, and then asks it.
+        attacked = 2 * len(attacks.by_name) * len(attacks.suite.prompts) if attacks.suite is not None else 0
+        total = (sum(len(suite.prompts) for suite in suites) + attacked) * len(subjects)
         task = progress.add_task("", total=total)
         runner = Runner(
             suites,
@@ -184,7 +195,8 @@ def _evaluate(
     return (
         Evaluation(
             facts=_facts(options, subjects, judge, runner),
-            judge={"judge": judge.name, **judge.facts()},
+            judge={"judge": judge.name, **judge.facts(), **{why: str(n) for why, n in judge.notes().items()}},
+            agreement=agreement,
             suites=[SuiteFacts(s.name, s.kind, s.source, len(s.prompts), s.digest, dict(s.dropped)) for s in suites],
             models=models,
             failures=runner.failures,

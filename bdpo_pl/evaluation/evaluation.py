@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from bdpo_pl.evaluation.ability import Ability
+from bdpo_pl.evaluation.agreement import Agreement
 from bdpo_pl.evaluation.intervals import Interval
 from bdpo_pl.evaluation.measures import SuiteResult
 from bdpo_pl.evaluation.overfitting import Overfitting
@@ -63,6 +64,7 @@ class Evaluation:
     Attributes:
         facts: how it was measured: name → value.
         judge: what is to be known of the judge, its limits among it.
+        agreement: how far the judge agrees with labels; None: not measured.
         suites: what was asked of all models.
         models: in the order given.
         failures: what went wrong, with the texts, for the reports that show them; never in the JSON.
@@ -72,6 +74,7 @@ class Evaluation:
 
     facts: Mapping[str, str]
     judge: Mapping[str, str]
+    agreement: Agreement | None
     suites: Sequence[SuiteFacts]
     models: Sequence[ModelResult]
     failures: Sequence[Failure]
@@ -84,6 +87,7 @@ class Evaluation:
             "bdpo_pl_evaluation": FORMAT,
             "facts": dict(self.facts),
             "judge": dict(self.judge),
+            "agreement": None if self.agreement is None else asdict(self.agreement),
             "suites": [asdict(suite) for suite in self.suites],
             "models": [asdict(model) for model in self.models],
             "notes": list(self.notes),

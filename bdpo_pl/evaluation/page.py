@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from bdpo_pl.evaluation.agreement import Agreement
 from bdpo_pl.evaluation.evaluation import Evaluation
 from bdpo_pl.evaluation.intervals import Interval
 from bdpo_pl.evaluation.measures import WORST, Rate, SuiteResult
 from bdpo_pl.evaluation.records import WARNING
+from bdpo_pl.evaluation.refine import Failure
 from bdpo_pl.evaluation.suite import Kind
 from bdpo_pl.evaluation.terminal import SPLITS, number, percent, points, rows
 from bdpo_pl.reporting import Estimate, Finding, Page, Section, Table, bar_chart
@@ -15,7 +17,7 @@ from bdpo_pl.reporting import Estimate, Finding, Page, Section, Table, bar_chart
 MANY_CUT = 0.10
 """Share of answers cut at max_new_tokens, in a suite that is judged for harm, from which on it is worth a notice."""
 _MOST_CATEGORIES = 30
-_MOST_FAILURES = 200
+_MOST_FAILURES = 50
 _SHOWN_FAILURES = 50
 _HOW_TO_READ = (
     "Attack success rate: share of harmful prompts whose answer is unsafe; by a judge that tells refusals alone, share "
@@ -182,9 +184,11 @@ def _failures(section: Section, evaluation: Evaluation) -> None:
     if not failures:
         section.text("Nothing went wrong.")
         return
+    last = evaluation.models[-1].label
+    failures = sorted(failures, key=lambda failure: failure.model != last)
     listed = failures[:_MOST_FAILURES]
-    body = [[f.model, f.suite.name, f.prompt.category or None, f.prompt.attack or None, f.prompt.place] for f in listed]
-    more = f"; the first {len(listed)} of {len(failures):,}" if len(failures) > len(listed) else ""
+    body = [[f.model, f.suite.name, f.prompt.category or None, f.prompt.attack or None, _place(f)] for f in listed]
+    more = f"; {len(listed)} of {len(failures):,}, all are in the JSON" if len(failures) > len(listed) else ""
     section.table(Table(["model", "suite", "category", "attack", "place"], body, f"Prompts{more}", align="lllll"))
     if not evaluation.shows_texts:
         section.text("Texts of prompts and answers are left out; show_texts puts some into the report.")
@@ -204,6 +208,29 @@ def _asked(section: Section, evaluation: Evaluation) -> None:
         if model.attacks:
             section.table(Table(["attack", "cost"], list(model.attacks.items()), f"Attacks on {model.label}", "ll"))
     section.table(Table(["", ""], [[k, v] for k, v in evaluation.judge.items()], "The judge, and its limits", "ll"))
+    if evaluation.agreement is not None:
+        _agreement(section, evaluation.agreement)
+
+
+def _agreement(section: Section, agreement: Agreement) -> None:
+    low, high = agreement.accuracy_interval
+    kappa = "undefined" if agreement.kappa is None else f"{agreement.kappa:.2f}"
+    if agreement.kappa_interval is not None:
+        kappa += " ({:.2f} to {:.2f})".format(*agreement.kappa_interval)
+    section.text(
+        f"On {agreement.count} answers labelled by hand, asked whether each is {agreement.question}, the judge agrees "
+        f"with the label in {agreement.accuracy:.1%} ({low:.1%} to {high:.1%}); Cohen's kappa is {kappa}. Of "
+        f"{agreement.hits + agreement.misses} it finds {agreement.hits}, and takes {agreement.false_alarms} others for "
+        "the same. Such a file holds more hard cases than a model's answers do."
+    )
+    body = [[case or "other", f"{right} of {count}"] for case, (right, count) in agreement.by_case.items()]
+    if len(body) > 1:
+        section.table(Table(["kind of answer", "agrees"], body, "The judge by kind of answer"))
+
+
+def _place(failure: Failure) -> str:
+    """File and line; the folder stands in the table of suites."""
+    return failure.prompt.place.rpartition("/")[2]
 
 
 def _of(results: Sequence[SuiteResult], name: str) -> SuiteResult | None:

@@ -22,8 +22,8 @@ from bdpo_pl.evaluation.refine import Failure, weakest
 from bdpo_pl.evaluation.subject import Subject
 from bdpo_pl.evaluation.suite import Suite
 
-Attack = Callable[[Suite, Any, Any, Subject], tuple[Suite, str]]
-"""(suite, model, tokenizer, subject) → the suite that it makes against this model, and what it cost."""
+Attack = Callable[[Suite, Any, Any, Subject, Callable[[], None]], tuple[Suite, str]]
+"""(suite, model, tokenizer, subject, told after each prompt) → the suite made against this model, and what it cost."""
 
 
 @dataclass
@@ -91,7 +91,8 @@ class Runner:
         for name, attack in self.attacks.items():
             assert self.attacked is not None
             self.say(f"{subject.label}: {name} on {self.attacked.name}")
-            suite, costs[name] = attack(self.attacked, *load(), subject)
+            model, tokenizer = load()
+            suite, costs[name] = attack(self.attacked, model, tokenizer, subject, lambda: self.asker.on_progress(1))
             results.append(self._measured(subject, suite, self.asker.ask(suite, facts, load), facts))
         found_overfitting = self._overfitting(subject, load)
         abilities: list[Ability] = []
