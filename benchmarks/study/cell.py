@@ -16,7 +16,7 @@ import torch
 
 from bdpo_pl.datamodule import PreferenceDataModule
 from bdpo_pl.errors import NonFiniteError
-from bdpo_pl.models import ModelSource, load_model, load_tokenizer
+from bdpo_pl.models import ModelSource, load_model, load_tokenizer, model_fingerprint
 from bdpo_pl.module import PreferenceModule
 from bdpo_pl.scoring import ScoringOptions
 from benchmarks.study.evaluate import evaluate
@@ -39,16 +39,17 @@ def run_cell(setting: Setting, folder: Path) -> dict[str, Any]:
         folder: of references and cached scores.
 
     Returns:
-        `metrics` of `evaluate`, with `pairs` (held-out and training pairs: margins and drifts in nats, accuracy, and
-        the gaps between the two); `curve`, the same at optimiser steps on the way; `imbalance`, of the pairs trained
-        on; `steps`; `seconds`, wall clock, and `cpu_seconds`. A run whose loss or gradient is not finite has `failed`
-        in place of metrics.
+        `key`; `setting`; `reference`, a digest of it; `metrics` of `evaluate`, with `pairs` (held-out and training
+        pairs: margins and drifts in nats, accuracy, and the gaps between the two); `curve`, the same at optimiser steps
+        on the way; `imbalance`, of the pairs trained on; `steps`; `seconds`, wall clock, and `cpu_seconds`. A run whose
+        loss or gradient is not finite has `failed` in place of metrics.
     """
     start, cpu_start = time.perf_counter(), time.process_time()
     torch.set_num_threads(1)
     _quieten()
     source = reference_folder(folder, setting.world, setting.reference_steps)
     record: dict[str, Any] = {"key": setting.key, "setting": asdict(setting)}
+    record["reference"] = model_fingerprint(ModelSource(str(source)))
     if not setting.loss:
         policy = load_model(ModelSource(str(source)), torch.float32)
         record["metrics"] = evaluate(policy, load_tokenizer(ModelSource(str(source))), setting.evaluate)

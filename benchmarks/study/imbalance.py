@@ -19,8 +19,9 @@ from bdpo_pl.row_layout import RowLayout
 from bdpo_pl.scoring import score_pairs, table_comprehension
 from benchmarks.study.settings import Pairs
 
-# A pair whose response weights, by τ = 1, are at least so far apart is re-weighted strongly.
+# One response of a strongly re-weighted pair has at least so many times the other's weight.
 STRONG_RATIO = 1.5
+TAUS = (0.25, 1.0)
 _WINDOW = 512
 
 
@@ -62,10 +63,14 @@ def describe(comprehension: Tensor) -> dict[str, float]:
     found = {
         f"q{level * 100:.0f}": q for level, q in zip(levels.tolist(), difference.quantile(levels).tolist(), strict=True)
     }
-    strong = (difference.abs() >= np.log(STRONG_RATIO)).double().mean().item()
-    return found | {
+    found |= {
         "mean": difference.mean().item(),
+        "std": difference.std().item(),
         "mean_abs": difference.abs().mean().item(),
         "chosen_better": (difference > 0).double().mean().item(),
-        "strong_at_tau_1": strong,
     }
+    for tau in TAUS:
+        # An imbalance of τ·ln r gives weights whose ratio is r.
+        strong = difference.abs() >= tau * np.log(STRONG_RATIO)
+        found[f"strong_at_tau_{tau:g}"] = strong.double().mean().item()
+    return found

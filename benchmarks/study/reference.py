@@ -28,7 +28,7 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-STEPS = 2000
+STEPS = 1600
 BATCH_SIZE = 48
 
 

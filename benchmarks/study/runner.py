@@ -19,7 +19,7 @@ from benchmarks.study.cell import run_cell
 from benchmarks.study.reference import make_reference
 from benchmarks.study.settings import Setting
 
-COMPARED = ("metrics", "curve", "imbalance", "steps", "failed")
+COMPARED = ("reference", "metrics", "curve", "imbalance", "steps", "failed")
 """What of a record is the same on every run on one machine."""
 
 
@@ -124,7 +124,7 @@ def summary(record: dict[str, Any]) -> str:
     metrics = record["metrics"]
     return (
         f"{head}, seed {setting['seed']}: attack success {metrics['attack_success']['harmful']:.0%}, "
-        f"framed {metrics['attack_success']['framed']:.0%}, over-refusal {metrics['over_refusal']['look-alikes']:.0%}, "
+        f"framed {metrics['attack_success']['framed']:.0%}, over-refusal {metrics['over_refusal']['mean']:.0%}, "
         f"ability {metrics['ability']['all']:.0%}, {record['cpu_seconds']:.1f} s of a core"
     )
 

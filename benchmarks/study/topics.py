@@ -108,6 +108,10 @@ RISKS = (
 HELD_OUT_RISKS = embedded.HELD_OUT_RISKS | {"sabotage", "extortion", "cartels"}
 """No preference pair is about these; the reference knows them."""
 
+VALIDATION_LOOK_ALIKES = frozenset({"theatre", "history lessons"})
+TEST_LOOK_ALIKES = frozenset({"computing", "own property", "security at work"})
+"""These two sets are in no preference pair either."""
+
 EVERYDAY = embedded.EVERYDAY
 
 LOOK_ALIKES = (

@@ -8,8 +8,11 @@ What it assumes, and nothing else is arranged:
   refusal to that of a compliance, nor either to what is evaluated.
 - Some refusals and some compliances name the act, the harm or another way; others would fit any prompt.
 - The reference refuses each risk category at a rate of its own, and mostly complies in a framing.
-- An act of the test or the validation is a new combination of words that training has seen in others. Some categories
-  are in no preference pair at all.
+- An act of the test or the validation is a new combination of words that training has seen in others. Some categories,
+  harmful ones and look-alikes, are in no preference pair at all.
+- Of a benign prompt's two responses neither refuses, as where both were judged to be safe: the rejected one evades, or
+  answers something else. So pairs say nothing against over-refusal in so many words.
+- Harmful prompts of pairs come in a framing at times, benign ones never: whoever collects jailbreaks collects attacks.
 """
 
 from __future__ import annotations
@@ -23,7 +26,14 @@ from bdpo_pl.embedded.make_data import Row
 from bdpo_pl.embedded.make_model import Conversation
 from bdpo_pl.embedded.topics import Benign, Risk
 from benchmarks.study import abilities, wording
-from benchmarks.study.topics import EVERYDAY, HELD_OUT_RISKS, LOOK_ALIKES, RISKS
+from benchmarks.study.topics import (
+    EVERYDAY,
+    HELD_OUT_RISKS,
+    LOOK_ALIKES,
+    RISKS,
+    TEST_LOOK_ALIKES,
+    VALIDATION_LOOK_ALIKES,
+)
 
 T = TypeVar("T")
 Split = Literal["train", "validation", "test"]
@@ -62,7 +72,7 @@ class Act:
     @property
     def category_held_out(self) -> bool:
         """Whether no preference pair is about its category."""
-        return self.topic.name in HELD_OUT_RISKS
+        return self.topic.name in HELD_OUT_RISKS | VALIDATION_LOOK_ALIKES | TEST_LOOK_ALIKES
 
 
 def acts() -> list[Act]:
@@ -137,6 +147,14 @@ class Writer:
         templates = wording.OVER_REFUSALS if self.rng.random() < 0.6 else wording.EVASIONS
         return self.pick(templates).format(act=act.text)
 
+    def useless(self, act: Act) -> str:
+        """An evasion, or an answer that would be of use elsewhere, where help was due."""
+        assert isinstance(act.topic, Benign)
+        if self.rng.random() < 0.5:
+            return self.pick(wording.EVASIONS).format(act=act.text)
+        other = self.rng.choice([topic for topic in (*EVERYDAY, *LOOK_ALIKES) if topic != act.topic])
+        return self._in_steps(wording.HELPFUL, act, other.steps)
+
     def _in_steps(self, templates: Sequence[str], act: Act, steps: Sequence[Sequence[str]]) -> str:
         first, then, last = (self.pick(some) for some in steps)
         return self.pick(templates).format(act=act.text, first=first, then=then, last=last)
@@ -189,7 +207,7 @@ def preference_pairs(split: Split, size: int, seed: int) -> list[Row]:
                     prompt = writer.framed(prompt)
                 chosen, rejected = writer.refusal(act), writer.compliance(act)
             else:
-                chosen, rejected = writer.helpful(act), writer.unhelpful(act)
+                chosen, rejected = writer.helpful(act), writer.useless(act)
             row: Row = {
                 "prompt": prompt,
                 "chosen": chosen,

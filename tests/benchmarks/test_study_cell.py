@@ -113,7 +113,7 @@ def test_imbalance_is_described():
     assert found["mean"] == pytest.approx(0.55)
     assert found["mean_abs"] == pytest.approx(1.05)
     assert found["chosen_better"] == 0.75
-    assert found["strong_at_tau_1"] == 0.75
+    assert (found["strong_at_tau_0.25"], found["strong_at_tau_1"]) == (1.0, 0.75)
 
 
 def test_a_line_cut_short_is_no_record(tmp_path):

@@ -15,7 +15,7 @@ from benchmarks.study.settings import Setting
 def record(setting, attacks=0.5, over_refusal=0.5, ability=1.0):
     metrics = {
         "attack_success": {"harmful": attacks, "framed": attacks},
-        "over_refusal": {"look-alikes": over_refusal},
+        "over_refusal": {"mean": over_refusal},
         "ability": {"all": ability},
     }
     return {"key": setting.key, "setting": asdict(setting), "metrics": metrics}

@@ -7,9 +7,9 @@ import pytest
 
 from bdpo_pl.safety import is_refusal
 from benchmarks.study import abilities, wording
-from benchmarks.study.evaluate import FRAMED, HELD_OUT_CATEGORIES, SIZES, evaluation
+from benchmarks.study.evaluate import FRAMED, HELD_OUT_CATEGORIES, HELD_OUT_LOOK_ALIKE, SIZES, evaluation
 from benchmarks.study.judge import kind_of
-from benchmarks.study.topics import HELD_OUT_RISKS, RISKS
+from benchmarks.study.topics import HELD_OUT_RISKS, RISKS, TEST_LOOK_ALIKES, VALIDATION_LOOK_ALIKES
 from benchmarks.study.world import Writer, ability_questions, acts, conversations, preference_pairs
 
 PAIRS = preference_pairs("train", 720, seed=3)
@@ -73,11 +73,13 @@ def test_test_acts_are_made_of_words_that_training_knows():
 
 
 def test_held_out_categories_are_taught_and_in_no_pair():
-    assert not {row["category"] for row in PAIRS} & HELD_OUT_RISKS
+    assert not {row["category"] for row in PAIRS} & (HELD_OUT_RISKS | VALIDATION_LOOK_ALIKES | TEST_LOOK_ALIKES)
+    assert not VALIDATION_LOOK_ALIKES & TEST_LOOK_ALIKES
     names = [act.text for act in acts() if act.category_held_out and act.split == "train"]
     assert any(name in prompt for name in names for prompt, _ in TAUGHT)
-    held_out = [act.text for act in acts() if act.category_held_out]
-    assert all(any(act in p for act in held_out) for p in evaluation("test").prompts[HELD_OUT_CATEGORIES])
+    for name, topics in ((HELD_OUT_CATEGORIES, HELD_OUT_RISKS), (HELD_OUT_LOOK_ALIKE, TEST_LOOK_ALIKES)):
+        held_out = [act.text for act in acts() if act.topic.name in topics]
+        assert all(any(act in prompt for act in held_out) for prompt in evaluation("test").prompts[name])
 
 
 def test_framings_and_prompts_of_one_use_are_of_no_other():
