@@ -1,4 +1,4 @@
-"""Callbacks of the main job: safety before and after, and the state to keep when a run stops."""
+"""Callbacks of the main job: the state to keep when a run stops."""
 
 from __future__ import annotations
 
@@ -12,75 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from bdpo_pl import embedded
-from bdpo_pl.datamodule import EMBEDDED
 from bdpo_pl.errors import NonFiniteError
-from bdpo_pl.generation import generate_responses
-from bdpo_pl.safety import read_prompts, refusal_rate
-
-
-class SafetyProbe(L.Callback):
-    """Refusal rates on files of prompts, by greedy generation, before and after training.
-
-    Args:
-        harmful: file with a `prompt` column of requests to refuse; `embedded` for the set that ships with bdpo_pl.
-        jailbreak: harmful requests in framings meant to get past a refusal.
-        benign: requests to answer; a refusal of one is an over-refusal.
-        max_new_tokens: tokens in a response at most; a refusal shows early.
-        max_prompts: prompts taken of each file at most, from its head.
-        batch_size: prompts generated at a time.
-    """
-
-    def __init__(
-        self,
-        harmful: str | None = None,
-        jailbreak: str | None = None,
-        benign: str | None = None,
-        max_new_tokens: int = 48,
-        max_prompts: int = 200,
-        batch_size: int = 40,
-    ) -> None:
-        files = {
-            "refusal rate, harmful prompts": (harmful, embedded.HARMFUL_PROMPTS_FILE),
-            "refusal rate, jailbreak-wrapped prompts": (jailbreak, embedded.JAILBREAK_PROMPTS_FILE),
-            "over-refusal, benign prompts": (benign, embedded.BENIGN_PROMPTS_FILE),
-        }
-        self.prompts = {
-            name: read_prompts(default if file == EMBEDDED else file)[:max_prompts]
-            for name, (file, default) in files.items()
-            if file is not None
-        }
-        self.max_new_tokens = max_new_tokens
-        self.batch_size = batch_size
-        self.before: dict[str, float] = {}
-        self.after: dict[str, float] = {}
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure the policy as it is before training."""
-        if trainer.global_step == 0:
-            self.before = self._measure(trainer, pl_module, "before")
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure the trained policy."""
-        self.after = self._measure(trainer, pl_module, "after")
-
-    def _measure(self, trainer: L.Trainer, pl_module: Any, when: str) -> dict[str, float]:
-        if not self.prompts:
-            return {}
-        rank_zero_info(f"Generating responses to {sum(map(len, self.prompts.values()))} prompts ({when} training)")
-        tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
-        rates = {}
-        with trainer.precision_plugin.forward_context():
-            for name, prompts in self.prompts.items():
-                responses = generate_responses(
-                    pl_module.policy,
-                    tokenizer,
-                    prompts,
-                    max_new_tokens=self.max_new_tokens,
-                    batch_size=self.batch_size,
-                )
-                rates[name] = refusal_rate(responses)
-        return rates
 
 
 class LastCheckpoint(ModelCheckpoint):

@@ -1,4 +1,4 @@
-"""Export of a trained policy as a plain Hugging Face folder."""
+"""Export of a trained policy as a plain Hugging Face folder, and of its adapters as peft has them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
+
+from bdpo_pl.adapters import export_adapter
+from bdpo_pl.models import load_model
+from bdpo_pl.module import PreferenceModule
+from bdpo_pl.policy import checkpoint_model, plain_model
 
 
 def export_policy(policy: Any, tokenizer: Any, folder: Path) -> Path:
@@ -36,3 +43,40 @@ def write_whole(folder: Path, write: Callable[[Path], None]) -> Path:
     write(partial)
     partial.rename(folder)
     return folder
+
+
+def export_model(
+    module: PreferenceModule, tokenizer: Any, folder: Path, state: dict[str, Tensor] | None, best: Path | None
+) -> Path:
+    """Export the policy of `module`, adapters merged, to `folder` or the next free name beside it; which it was.
+
+    Args:
+        module: after training.
+        tokenizer: the policy's.
+        folder: where to.
+        state: of `whole_state`, where the policy in memory is not a plain model.
+        best: checkpoint whose weights are exported in place of the last ones.
+    """
+    policy = module.policy
+    if best is not None:
+        policy = checkpoint_model(best, module.source, module.dtype_used)
+    elif state is not None:
+        policy = plain_model(module.source, module.dtype_used, state, module.lora)
+    return export_policy(policy, tokenizer, _free(folder))
+
+
+def export_adapters(module: PreferenceModule, folder: Path, state: dict[str, Tensor]) -> Path:
+    """Export the adapters in `state`, of `whole_state`, to `folder` or the next free name beside it; which it was."""
+    lora, base = module.lora, load_model(module.source, module.dtype_used)
+    assert lora is not None
+    return write_whole(_free(folder), lambda partial: export_adapter(base, lora, state, partial))
+
+
+def _free(folder: Path) -> Path:
+    """`folder`, or if a resumed run finds its own earlier export there, the next free name beside it."""
+    number = 1
+    free = folder
+    while free.exists():
+        number += 1
+        free = folder.with_name(f"{folder.name}-{number}")
+    return free

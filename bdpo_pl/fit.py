@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -23,24 +24,21 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.text import Text
-from torch import Tensor
 
 import bdpo_pl.sharding  # noqa: F401 - names the strategy fsdp2
 from bdpo_pl import embedded
-from bdpo_pl.adapters import export_adapter
-from bdpo_pl.callbacks import LastCheckpoint, RandomState, SafetyProbe, SaveOnNonFinite
+from bdpo_pl.callbacks import LastCheckpoint, RandomState, SaveOnNonFinite
 from bdpo_pl.checkpoints import StopSignals, find_checkpoint, write_atomically
 from bdpo_pl.console import get_console
 from bdpo_pl.datamodule import PreferenceDataModule
 from bdpo_pl.errors import InputError, MachineError, NonFiniteError, StoppedError
-from bdpo_pl.export import export_policy, write_whole
+from bdpo_pl.export import export_adapters, export_model
 from bdpo_pl.faults import machine_error
 from bdpo_pl.memory_plan import planned
-from bdpo_pl.models import load_model
 from bdpo_pl.module import PreferenceModule
 from bdpo_pl.options import OptionParser
-from bdpo_pl.policy import plain_model
 from bdpo_pl.run_folder import RunFolder
+from bdpo_pl.safety_probe import SCORE, SafetyProbe, StopAtGap
 from bdpo_pl.sharded_state import whole_state
 from bdpo_pl.summary import paths_table, summary_table
 
@@ -70,6 +68,18 @@ class FitCLI(LightningCLI):
             type=bool,
             help="Print what each device needs of memory, and do nothing else: no weights are read.",
         )
+        parser.add_argument(
+            "--export_from",
+            default="last",
+            type=Literal["last", "best"],
+            help="Which weights to export: those the run ends with, or those of the best checkpoint.",
+        )
+        parser.add_argument(
+            "--stop_at_gap",
+            default=None,
+            type=float | None,
+            help="Stop when the policy overfits: when gap/margin (training − held-out) exceeds this at a validation.",
+        )
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(SafetyProbe, "safety")
         parser.set_defaults(
@@ -90,6 +100,24 @@ class FitCLI(LightningCLI):
         # With nothing held out there is no held-out loss for the checkpoint to watch.
         if self.config.data.held_out is None and self.config.data.held_out_fraction == 0:
             self.config.checkpoint.monitor = None
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """The Trainer, which stops at a gap if that is wanted."""
+        trainer = super().instantiate_trainer(**kwargs)
+        limit = self.config.stop_at_gap
+        if limit is not None:
+            if self.config.data.held_out is None and self.config.data.held_out_fraction == 0:
+                raise InputError(
+                    "stop_at_gap needs held-out pairs: set data.held_out, or data.held_out_fraction above 0"
+                )
+            trainer.callbacks.insert(0, StopAtGap(limit))  # type: ignore[attr-defined]
+        probe: SafetyProbe = self.config_init.safety
+        if self.config.checkpoint.monitor == SCORE and not probe.scores:
+            raise InputError(
+                f"checkpoint.monitor is {SCORE}, which is not measured: set safety.every_n_steps, and give harmful and "
+                "benign prompts with safety.harmful or safety.jailbreak, and safety.benign"
+            )
+        return trainer
 
 
 def main(args: list[str] | None = None) -> None:
@@ -202,7 +230,12 @@ def _align(cli: FitCLI, checkpoint: str | None, start: float) -> None:
         if isinstance(callback, ModelCheckpoint) and callback.best_model_path:
             name = "last checkpoint" if isinstance(callback, LastCheckpoint) else "best checkpoint"
             paths[name] = Path(callback.best_model_path)
-    paths |= _export(module, data, folder, state, cli.config.export, cli.config.export_adapter)
+    if cli.config.export:
+        best = _best(trainer) if cli.config.export_from == "best" else None
+        paths["aligned model"] = export_model(module, data.tokenizer, folder / "model", state, best)
+    if cli.config.export_adapter and module.lora is not None:
+        assert state is not None
+        paths["adapter"] = export_adapters(module, folder / "adapter", state)
     probe: SafetyProbe = cli.config_init.safety
     console = get_console()
     console.print(summary_table(module.evaluations, module.global_step, probe.before, probe.after))
@@ -214,38 +247,12 @@ def _is_plain(module: PreferenceModule, trainer: L.Trainer) -> bool:
     return module.lora is None and not isinstance(trainer.strategy, ModelParallelStrategy)
 
 
-def _export(
-    module: PreferenceModule,
-    data: PreferenceDataModule,
-    folder: Path,
-    state: dict[str, Tensor] | None,
-    model: bool,
-    adapter: bool,
-) -> dict[str, Path]:
-    """Write the whole model, its adapters merged, and if wanted the adapter by itself; names and folders of both."""
-    paths = {}
-    if adapter and module.lora is not None:
-        assert state is not None
-        lora, adapters, base = module.lora, state, load_model(module.source, module.dtype_used)
-        paths["adapter"] = write_whole(
-            _free(folder / "adapter"), lambda partial: export_adapter(base, lora, adapters, partial)
-        )
-    if model:
-        policy = module.policy
-        if state is not None:
-            policy = plain_model(module.source, module.dtype_used, state, module.lora)
-        paths["aligned model"] = export_policy(policy, data.tokenizer, _free(folder / "model"))
-    return paths
-
-
-def _free(folder: Path) -> Path:
-    """`folder`, or if a resumed run finds its own earlier export there, the next free name beside it."""
-    number = 1
-    free = folder
-    while free.exists():
-        number += 1
-        free = folder.with_name(f"{folder.name}-{number}")
-    return free
+def _best(trainer: L.Trainer) -> Path:
+    """The best checkpoint; known on every rank."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None and callback.best_model_path:
+            return Path(callback.best_model_path)
+    raise InputError("export_from is best, but no checkpoint was chosen: set checkpoint.monitor, or export_from last")
 
 
 def _quieten() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -12,7 +13,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from bdpo_pl.adapters import LoraOptions, add_adapters, merged
+from bdpo_pl.errors import InputError
 from bdpo_pl.models import ModelSource, enable_activation_checkpointing, load_config, load_model, model_class
+
+_PREFIX = "policy."
 
 
 def data_ranks(trainer: L.Trainer) -> tuple[int, int]:
@@ -87,3 +91,39 @@ def plain_model(source: ModelSource, dtype: torch.dtype, state: dict[str, Tensor
     model.load_state_dict(state, assign=True, strict=False)
     model.tie_weights()
     return model
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint that `bdpo_pl.fit` wrote, its tensors on disk still.
+
+    Raises:
+        InputError: it is not there, not whole or of another program.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"no checkpoint at {path} (looked from {Path.cwd()})") from None
+    except Exception as error:  # whatever is wrong with it, it is not a checkpoint
+        raise InputError(f"{path} is not a whole checkpoint ({type(error).__name__})") from error
+    if not isinstance(saved, dict) or "bdpo_pl" not in saved:
+        raise InputError(f"{path} was not written by bdpo_pl.fit; give the folder of its exported model")
+    return saved
+
+
+def checkpoint_model(path: Path, source: ModelSource, dtype: torch.dtype) -> Any:
+    """A model of transformers on the CPU with the policy's weights of a checkpoint, adapters merged.
+
+    Args:
+        path: the checkpoint.
+        source: the model that it was trained from.
+        dtype: of the weights.
+
+    Raises:
+        InputError: see `read_checkpoint`.
+    """
+    saved = read_checkpoint(path)
+    state = {
+        name.removeprefix(_PREFIX): value for name, value in saved["state_dict"].items() if name.startswith(_PREFIX)
+    }
+    lora = saved["bdpo_pl"]["lora"]
+    return plain_model(source, dtype, state, None if lora is None else LoraOptions(**lora)).to(dtype)

@@ -25,7 +25,7 @@ HARMFUL_PROMPTS_FILE = _HERE / "data" / "harmful_prompts.jsonl"
 """Held-out harmful requests: `prompt`, `category`."""
 
 JAILBREAK_PROMPTS_FILE = _HERE / "data" / "jailbreak_prompts.jsonl"
-"""Held-out harmful requests in framings never seen in training."""
+"""Held-out harmful requests in framings never seen in training; `behaviour` is the bare request."""
 
 BENIGN_PROMPTS_FILE = _HERE / "data" / "benign_prompts.jsonl"
 """Held-out benign requests that look harmful."""

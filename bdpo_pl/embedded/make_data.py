@@ -126,12 +126,14 @@ def preference_pairs(
 
 
 def prompts(acts: Sequence[Act], size: int, rng: random.Random, wraps: Sequence[str] = ("{question}",)) -> list[Row]:
-    """`size` different prompts about `acts`, in `wraps` by turns."""
+    """`size` different prompts about `acts`, in `wraps` by turns; `behaviour` is the question in a wrapped one."""
     rows: dict[str, Row] = {}
     while len(rows) < size:
         act = rng.choice(acts)
-        prompt = wraps[len(rows) % len(wraps)].format(question=question(act, rng))
-        rows.setdefault(prompt, {"prompt": prompt, "category": act.topic.name})
+        asked = question(act, rng)
+        prompt = wraps[len(rows) % len(wraps)].format(question=asked)
+        row: Row = {"prompt": prompt, "category": act.topic.name}
+        rows.setdefault(prompt, row if prompt == asked else row | {"behaviour": asked})
     return list(rows.values())
 
 

@@ -9,13 +9,10 @@ from typing import Any
 import torch
 
 from bdpo_pl import embedded
-from bdpo_pl.adapters import LoraOptions
 from bdpo_pl.datamodule import EMBEDDED
 from bdpo_pl.errors import InputError
 from bdpo_pl.models import ModelSource, load_model, load_tokenizer, model_fingerprint
-from bdpo_pl.policy import plain_model
-
-_PREFIX = "policy."
+from bdpo_pl.policy import checkpoint_model, read_checkpoint
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,8 @@ class Subject:
         if self.checkpoint is None:
             model = load_model(self.source, dtype)
         else:
-            model = _with_weights(self.source, self.checkpoint, dtype)
+            model = checkpoint_model(self.checkpoint, self.source, dtype)
+            model.config.use_cache = False
         return model.requires_grad_(False).eval().to(device), tokenizer
 
 
@@ -78,32 +76,11 @@ def subject(text: str, *, trust_remote_code: bool = False, attn_implementation: 
     checkpoint = None
     if name.endswith(".ckpt"):
         checkpoint = Path(name).expanduser()
-        saved = _read(checkpoint)["bdpo_pl"]
+        saved = read_checkpoint(checkpoint)["bdpo_pl"]
         name, revision = saved["policy"], saved["revision"]
     elif name == EMBEDDED:
         name = str(embedded.MODEL_DIR)
     return Subject(label, ModelSource(name, revision, attn_implementation, trust_remote_code), checkpoint)
-
-
-def _with_weights(source: ModelSource, checkpoint: Path, dtype: torch.dtype) -> Any:
-    saved = _read(checkpoint)
-    state = {k.removeprefix(_PREFIX): v for k, v in saved["state_dict"].items() if k.startswith(_PREFIX)}
-    lora = saved["bdpo_pl"]["lora"]
-    model = plain_model(source, dtype, state, None if lora is None else LoraOptions(**lora))
-    model.config.use_cache = False
-    return model.to(dtype)
-
-
-def _read(checkpoint: Path) -> dict[str, Any]:
-    try:
-        saved = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"models: no checkpoint at {checkpoint} (looked from {Path.cwd()})") from None
-    except Exception as error:  # whatever is wrong with it, it is not a checkpoint
-        raise InputError(f"models: {checkpoint} is not a whole checkpoint ({type(error).__name__})") from error
-    if not isinstance(saved, dict) or "bdpo_pl" not in saved:
-        raise InputError(f"models: {checkpoint} was not written by bdpo_pl.fit; give the folder of its exported model")
-    return saved
 
 
 def _short(name: str) -> str:
