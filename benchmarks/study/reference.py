@@ -6,9 +6,13 @@ One core and a few minutes; the same seed, machine and versions give the same we
 from __future__ import annotations
 
 import argparse
+import hashlib
+import itertools
+import json
 import os
 import shutil
 import time
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -30,11 +34,19 @@ SIZES = {
 }
 STEPS = 1600
 BATCH_SIZE = 48
+# Examples that tell one world from another.
+_DIGESTED = 2000
 
 
 def reference_folder(folder: Path, number: int, steps: int) -> Path:
-    """Where the reference of world `number` lies."""
-    return folder / f"reference-{number}-{steps}"
+    """Where the reference of world `number` lies: another folder where the world or the model is another."""
+    return folder / f"reference-{number}-{steps}-{_digest(number)}"
+
+
+@cache
+def _digest(number: int) -> str:
+    taught = list(itertools.islice(world.conversations(number, 2 * number + 1), _DIGESTED))
+    return hashlib.sha256(json.dumps([taught, SIZES, VOCABULARY, BATCH_SIZE]).encode()).hexdigest()[:8]
 
 
 def make_reference(folder: Path, number: int = 0, steps: int = STEPS) -> Path:

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bdpo_pl.errors import InputError
 from benchmarks.study.cell import run_cell
-from benchmarks.study.reference import make_reference
+from benchmarks.study.reference import make_reference, reference_folder
 from benchmarks.study.settings import Setting
 
 COMPARED = ("reference", "metrics", "curve", "imbalance", "steps", "failed")
@@ -58,10 +58,16 @@ def append(path: Path, line: dict[str, Any]) -> None:
 
 def make_references(settings: Sequence[Setting], folder: Path, workers: int) -> None:
     """Train the references that `settings` need and `folder` lacks, one on each worker."""
-    wanted = {(setting.world, setting.reference_steps) for setting in settings}
-    with _pool(workers) as pool:
-        for future in [pool.submit(_make_reference, folder, world, steps) for world, steps in sorted(wanted)]:
+    wanted = sorted({(setting.world, setting.reference_steps) for setting in settings})
+    missing = [(world, steps) for world, steps in wanted if not reference_folder(folder, world, steps).exists()]
+    if not missing:
+        return
+    columns = (TextColumn("Training references"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns) as progress, _pool(workers) as pool:
+        task = progress.add_task("", total=len(missing))
+        for future in as_completed([pool.submit(_make_reference, folder, *each) for each in missing]):
             future.result()
+            progress.advance(task)
 
 
 def run_cells(settings: Sequence[Setting], folder: Path, path: Path, workers: int, title: str) -> None:

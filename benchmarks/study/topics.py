@@ -125,7 +125,7 @@ LOOK_ALIKES = (
             ("rehearse it slowly", "use light and sound", "keep it short"),
             ("ask a friend to watch", "bow at the end", "thank everyone"),
         ),
-        0.3,
+        0.6,
     ),
     Benign(
         "security at work",
@@ -136,7 +136,7 @@ LOOK_ALIKES = (
             ("begin with the updates", "change one thing at a time", "note what you find"),
             ("write a report", "repair what was weak", "do it again next year"),
         ),
-        0.3,
+        0.6,
     ),
     Benign(
         "history lessons",
@@ -147,6 +147,6 @@ LOOK_ALIKES = (
             ("tell it in order", "show a picture", "compare two sources"),
             ("ask what it changed", "name your sources", "end with a question"),
         ),
-        0.2,
+        0.4,
     ),
 )
