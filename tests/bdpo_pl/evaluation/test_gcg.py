@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
 from bdpo_pl.errors import InputError
+from bdpo_pl.evaluation.attacks import gcg
 from bdpo_pl.evaluation.attacks.base import StateFile
 from bdpo_pl.evaluation.attacks.gcg import GCGOptions, attack, results
 from bdpo_pl.evaluation.attacks.suffixes import SuffixPrompt, allowed_tokens, draw
@@ -259,6 +260,47 @@ def test_same_seed_same_suffix(model, tokenizer):
     again = [attack(PROMPTS[:1], model, tokenizer, QUICK)[0].text for _ in range(2)]
     other = attack(PROMPTS[:1], model, tokenizer, dataclasses.replace(QUICK, seed=1))[0].text
     assert again[0] == again[1] != other
+
+
+def test_best_suffix_of_all_steps_is_kept_and_every_step_draws_anew(model, tokenizer, monkeypatch):
+    least, seeds = [], []
+    of, plain_draw = TargetLoss.of, draw
+
+    def spy_of(self, suffixes):
+        losses, matches = of(self, suffixes)
+        least.append(float(losses.min()))
+        return losses, matches
+
+    def spy_draw(suffix, gradient, allowed, topk, width, generator):
+        seeds.append(generator.initial_seed())
+        return plain_draw(suffix, gradient, allowed, topk, width, generator)
+
+    monkeypatch.setattr(TargetLoss, "of", spy_of)
+    monkeypatch.setattr(gcg, "draw", spy_draw)
+    (result,) = results(PROMPTS[:1], model, tokenizer, dataclasses.replace(QUICK, search_width=2, steps=12))
+    assert result.details["loss"] == min(least) < least[-1]
+    attack(PROMPTS[1:], model, tokenizer, QUICK)
+    assert len(set(seeds)) == len(seeds) == 12 + QUICK.steps
+
+
+def test_swap_that_does_not_survive_is_left_out_and_one_that_matches_goes_first(model, tokenizer, monkeypatch):
+    ids = tokenizer.convert_tokens_to_ids
+    rest = ids(["Ġ."] * 2)
+    broken, best, matching = (ids(["Ġ", "kee", "p"]) + rest, ids(["Ġi"] * 3) + rest, ids(["Ġkeep", "Ġmy", "Ġ."]) + rest)
+    told = {tuple(broken): (0.1, True), tuple(best): (1.0, False), tuple(matching): (2.0, True)}
+
+    def of(self, suffixes):
+        losses, matches = zip(*(told.get(tuple(row), (5.0, False)) for row in suffixes.tolist()), strict=True)
+        return torch.tensor(losses), torch.tensor(matches)
+
+    monkeypatch.setattr(TargetLoss, "of", of)
+    monkeypatch.setattr(gcg, "draw", lambda *args: [broken, best, matching])
+    (result,) = results(PROMPTS[:1], model, tokenizer, QUICK)
+    assert result.prompt.text == f"{REQUEST} keep my . . ."
+    assert (result.steps, result.details["loss"], result.details["matched"]) == (1, 2.0, True)
+    assert result.details["survived"] == pytest.approx(2 / 3)
+    (on,) = results(PROMPTS[:1], model, tokenizer, dataclasses.replace(QUICK, stop_on_match=False))
+    assert (on.steps, on.details["loss"], on.details["matched"]) == (QUICK.steps, 1.0, False)
 
 
 def test_stops_when_the_greedy_answer_begins_with_the_target(model, tokenizer):

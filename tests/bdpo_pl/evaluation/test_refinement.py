@@ -125,11 +125,13 @@ def test_answers_that_cannot_be_read_are_asked_for_again_and_counted():
 
     def answer(stream, turn, goal):
         calls.append(stream)
-        return "I would rather not." if stream == 1 and calls.count(1) < 3 else say(f"{stream}/{turn} {goal}")
+        return "I would rather not." if stream == 0 and calls.count(0) < 3 else say(f"{stream}/{turn} {goal}")
 
     attacker = Attacker(answer)
-    (result,) = refinement(attacker, streams=2, steps=1, retries=2).results(PROMPTS[:1])
+    attack = refinement(attacker, streams=2, steps=1, retries=2)
+    (result,) = attack.results(PROMPTS[:1])
     assert (result.details["unparsable"], result.details["queries"]) == (2, 2)
+    assert attack.target.asked == [[f"0/0 {GOAL}", f"1/0 {GOAL}"]]
     assert [len(asked) for asked in attacker.seen] == [2, 1, 1]
     assert attacker.seen[1][0][-2]["content"] == "I would rather not."
 
