@@ -33,7 +33,7 @@ class Method:
         return Setting(section, self.name, self.loss, {"beta": beta, **dict(self.arguments)}, **fields)
 
 
-_DPO_BETAS = (0.03, 0.1, 0.3)
+_DPO_BETAS = (0.03, 0.1, 0.5)
 # About the standard deviation of the imbalance in this world, whose prompts carry some six nats and whose responses
 # have some twenty tokens; the default of bdpo_pl, for larger worlds, is one of the variants.
 TAU = 0.25
