@@ -1,0 +1,173 @@
+# ruff: noqa: E501 - lines of a page, which wraps them itself
+"""What the paper's runs should need, calculated: `python -m benchmarks.recipes` writes `docs/recipes.md`.
+
+Nothing here is measured. Memory is the plan that `--dry_run true` prints for the shipped configurations; time is
+operations at rates, and lengths of text, that the page names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from bdpo_pl.adapters import LoraOptions
+from bdpo_pl.memory_plan import Devices, MemoryPlan, plan_memory, worst_batch
+from bdpo_pl.models import ModelSource
+from bdpo_pl.module import adamw
+from benchmarks.scaling import GIB, PEAK_FLOPS, SHARE
+
+PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
+PAIRS = 20_000
+WINDOW = 1024
+# For orientation: tokens of a prompt in its chat template and of a response. `fit` prints your data's.
+PROMPT, RESPONSE = 50, 90
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One of the paper's models.
+
+    Attributes:
+        name: on the hub.
+        config: the shipped file of the run on eight GPUs.
+        architecture: of transformers.
+        sizes: its configuration's, as published.
+    """
+
+    name: str
+    config: str
+    architecture: str
+    sizes: dict[str, Any]
+
+    def model_config(self) -> Any:
+        """The configuration, without the hub."""
+        return AutoConfig.for_model(
+            self.architecture, **self.sizes, tie_word_embeddings=False, attn_implementation="sdpa"
+        )
+
+    def parameters(self) -> tuple[int, int]:
+        """All of them, and those of the embedding."""
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(self.model_config())
+        return sum(p.numel() for p in model.parameters()), model.get_input_embeddings().weight.numel()
+
+
+RECIPES = (
+    Recipe(
+        "Qwen/Qwen2-7B-Instruct", "paper_qwen2_7b.yaml", "qwen2",
+        {"hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28, "num_attention_heads": 28,
+         "num_key_value_heads": 4, "vocab_size": 152_064, "max_position_embeddings": 32_768},
+    ),
+    Recipe(
+        "mistralai/Mistral-7B-Instruct-v0.3", "paper_mistral_7b.yaml", "mistral",
+        {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32,
+         "num_key_value_heads": 8, "vocab_size": 32_768, "max_position_embeddings": 32_768, "sliding_window": None},
+    ),
+    Recipe(
+        "lmsys/vicuna-7b-v1.5", "paper_vicuna_7b.yaml", "llama",
+        {"hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32, "num_attention_heads": 32,
+         "num_key_value_heads": 32, "vocab_size": 32_000, "max_position_embeddings": 4096},
+    ),
+)  # fmt: skip
+
+
+def plan(recipe: Recipe, gpus: int) -> MemoryPlan:
+    """Memory of each of `gpus`: one trains adapters of rank 16, several all weights, sharded."""
+    alone = gpus == 1
+    half = torch.bfloat16
+    return plan_memory(
+        ModelSource(recipe.name),
+        recipe.model_config(),
+        worst_batch(8_192 * 2 // (3 * WINDOW) if alone else 8, WINDOW, shared=True),
+        half if alone else torch.float32,
+        adamw,
+        Devices(gpus, 1, not alone, "cuda"),
+        lora=LoraOptions() if alone else None,
+        gradient_checkpointing=True,
+        half_products=half,
+    )
+
+
+def hours(recipe: Recipe, gpus: int) -> tuple[float, float]:
+    """(an epoch over all pairs, the scoring pass before it), of operations alone.
+
+    Training: forward, recomputation, and a backward pass of two products, one where the weights are frozen; the LM
+    head once less. Scoring: a forward pass over each prompt and its two responses, and one over the responses after
+    the null prompt.
+    """
+    everything, embedding = recipe.parameters()
+    passes = 3 if gpus == 1 else 4
+    row, scored = PROMPT + 2 * RESPONSE, 2 * RESPONSE
+    body = 2 * (everything - 2 * embedding)
+    training = PAIRS * (passes * body * row + (passes - 1) * 2 * embedding * scored)
+    scoring = PAIRS * (body * (row + scored) + 2 * 2 * embedding * scored)
+    rate = gpus * PEAK_FLOPS * SHARE * 3600
+    return training / rate, scoring / rate
+
+
+def row(recipe: Recipe, gpus: int) -> str:
+    """One line of the page's table."""
+    memory, (training, scoring) = plan(recipe, gpus), hours(recipe, gpus)
+    how = "LoRA, rank 16" if gpus == 1 else "all weights, FSDP2"
+    return f"| {recipe.name} | {gpus} | {how} | {memory.peak / GIB:.1f} | {60 * training:.1f} | {60 * scoring:.1f} |"
+
+
+def page() -> str:
+    """The whole page."""
+    commands = "\n".join(f"python -m bdpo_pl.fit --config configs/{recipe.config}" for recipe in RECIPES)
+    table = "\n".join(row(recipe, gpus) for recipe in RECIPES for gpus in (1, 8))
+    return f"""# The paper's three models
+
+Written by `python -m benchmarks.recipes`. **None of these runs has been made here**: no such GPUs and no hub were at hand.
+Each configuration is tested on a tiny model of the same architecture and a small file with PKU-SafeRLHF's columns; memory is
+the plan that `--dry_run true` prints, for the published sizes; time is arithmetic.
+
+The data are the paper's: 10,000 safe and 10,000 unsafe queries of PKU-SafeRLHF (CC BY-NC 4.0: not for commercial use); of an
+unsafe query the safe response is chosen. The paper's batch size, learning rate, epochs and β could not be read: the
+configurations have DPO's (64, 1e-6, 1, 0.1) and this project's reconstruction of the balance (τ 1 nat per token, s = 2).
+
+On eight GPUs, all weights:
+
+```
+{commands}
+```
+
+On one, adapters (give Vicuna its template with `--data.chat_template configs/vicuna.jinja`):
+
+```
+python -m bdpo_pl.fit --config configs/lora_one_gpu.yaml --model.policy Qwen/Qwen2-7B-Instruct \\
+    --data.train PKU-Alignment/PKU-SafeRLHF --data.load.safe_rlhf.num_safe 10000 --data.load.safe_rlhf.num_unsafe 10000
+```
+
+For the ablation's cells add `--model.loss DPOLoss` (DPO), `--model.loss.scale 1` (DPO+BW) or `--model.loss.balance false
+--model.loss.scale 2` (DPO+SF). Before: `python -m bdpo_pl.diagnose` with the same options. After:
+
+```
+python -m bdpo_pl.evaluate before=Qwen/Qwen2-7B-Instruct dpo=runs/version_0/model bdpo=runs/version_1/model \\
+    --suites '[strongreject, xstest_benign, xstest_harmful]' --judge.kind llama_guard --judge.model meta-llama/Llama-Guard-3-8B \\
+    --generation.max_new_tokens 256 --ability.lm_eval '[gsm8k]'
+```
+
+| model | GPUs | what is trained | peak of each, GiB | an epoch, minutes | scoring pass, minutes |
+|---|---|---|---|---|---|
+{table}
+
+Peak memory is of the largest micro-batch that the configuration allows: pairs that fill the window of {WINDOW:,} tokens. Minutes
+are operations at {SHARE:.0%} of {PEAK_FLOPS / 1e12:.0f} TFLOP/s (dense bfloat16 on an H100 SXM) for {PAIRS:,} pairs of {PROMPT} prompt and twice {RESPONSE} response tokens,
+an assumption: `fit` prints the lengths of your data. Validation, loading and communication come on top. The paper names 0.4 hours
+for its comprehension pass and 1.5 hours for training on 20,000 pairs, on one RTX A800, whose peak is a third of that.
+"""
+
+
+def main() -> None:
+    """Write the page."""
+    PAGE.write_text(page(), encoding="utf-8")
+    print(PAGE)
+
+
+if __name__ == "__main__":
+    main()
