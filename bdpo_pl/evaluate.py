@@ -9,88 +9,38 @@ where it was cut off. What models answer is written only where `keep_answers`, `
 from __future__ import annotations
 
 import json
-import sys
 import time
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import replace
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bdpo_pl.console import get_console
 from bdpo_pl.data.report import report_table
 from bdpo_pl.datamodule import EMBEDDED
 from bdpo_pl.evaluation import ability
-from bdpo_pl.evaluation.ability import AbilityOptions
 from bdpo_pl.evaluation.agreement import LABELLED_FILE, measure_agreement, read_labelled
-from bdpo_pl.evaluation.asking import Asker, GenerationOptions
-from bdpo_pl.evaluation.attacks.options import AttackOptions, make_attacks
+from bdpo_pl.evaluation.asking import Asker
+from bdpo_pl.evaluation.attacks.options import make_attacks
 from bdpo_pl.evaluation.evaluation import Evaluation, SuiteFacts
 from bdpo_pl.evaluation.judges.base import Judge
-from bdpo_pl.evaluation.judges.options import JudgeOptions, make_judge
+from bdpo_pl.evaluation.judges.options import make_judge
 from bdpo_pl.evaluation.judges.phrases import PhraseJudge
-from bdpo_pl.evaluation.overfitting import PairsOptions
+from bdpo_pl.evaluation.options import EvaluateOptions, parse
 from bdpo_pl.evaluation.page import build_page, findings
 from bdpo_pl.evaluation.records import RecordFile
 from bdpo_pl.evaluation.refine import write_rows
 from bdpo_pl.evaluation.run import Runner, check_labels, check_refine, choose_device, choose_dtype
 from bdpo_pl.evaluation.subject import Subject, newest_run, subject
 from bdpo_pl.evaluation.suite import Suite
-from bdpo_pl.evaluation.suites import SuiteOptions, load_suite
-from bdpo_pl.evaluation.terminal import results_table, weakness_table
+from bdpo_pl.evaluation.suites import known_suites, load_suite
+from bdpo_pl.evaluation.terminal import results_table, suites_table, weakness_table
 from bdpo_pl.fit import run_command
 from bdpo_pl.reporting.terminal import findings_table
 from bdpo_pl.run_folder import writable_folder
 from bdpo_pl.summary import paths_table
 
 OWN_SUITES = ("embedded_harmful", "embedded_jailbreak", "embedded_benign")
-# The embedded model says what it has to say in fewer tokens.
-_EMBEDDED_TOKENS = 48
-
-
-@dataclass
-class EvaluateOptions:
-    """What is measured, and what is written.
-
-    Args:
-        suites: prompts, each as NAME, NAME=FILE, NAME:KIND=FILE or a mapping; see `--list_suites`. Default: the small
-            ones that ship with bdpo_pl.
-        max_prompts: of each suite at most, spread evenly over it.
-        generation: how responses are generated.
-        judge: who tells what a response is.
-        labels: file with `prompt`, `response` and `label` (refusal or compliance) or `unsafe`, to measure how far the
-            judge agrees with it; `embedded` for the small one of bdpo_pl, which the phrases are always measured on.
-        attacks: jailbreak framings, GCG and refinement, on top of the suites as they are.
-        pairs: preference pairs to see overfitting by.
-        ability: general ability.
-        folder: where report, numbers and verdicts go.
-        keep_answers: keep what the models answer beside the verdicts, to judge it anew with another judge; with a
-            warning, for it may be harmful.
-        show_texts: put prompts and answers that went wrong into the HTML report, with a warning.
-        refine: file to write failing prompts to, with the models' own answers as `rejected`; preference rows that lack
-            only what you would have them answer.
-        dtype: of the models' weights: auto, float32, bfloat16 or float16.
-        device: auto, cpu, cuda or cuda:N.
-        attn_implementation: as in transformers.
-        trust_remote_code: run Python code that comes with a model. It runs with your permissions: read it first.
-    """
-
-    suites: list[str | SuiteOptions] | None = None
-    max_prompts: int | None = None
-    generation: GenerationOptions = field(default_factory=GenerationOptions)
-    judge: JudgeOptions = field(default_factory=JudgeOptions)
-    labels: str | None = None
-    attacks: AttackOptions = field(default_factory=AttackOptions)
-    pairs: PairsOptions = field(default_factory=PairsOptions)
-    ability: AbilityOptions = field(default_factory=AbilityOptions)
-    folder: str = "runs/evaluation"
-    keep_answers: bool = False
-    show_texts: bool = False
-    refine: str | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    attn_implementation: str | None = None
-    trust_remote_code: bool = False
 
 
 def main(args: list[str] | None = None) -> None:
@@ -98,19 +48,12 @@ def main(args: list[str] | None = None) -> None:
     run_command(lambda: _run(args))
 
 
-def parse(args: list[str] | None) -> tuple[list[str], EvaluateOptions]:
-    """The models named on the command line, and the options."""
-    parser = ArgumentParser(prog="python -m bdpo_pl.evaluate", description=__doc__)
-    parser.add_argument("--config", action="config", help="YAML file with options.")
-    parser.add_argument("models", nargs="*", type=str, help="[label=]folder, hub name[@revision], .ckpt or embedded")
-    parser.add_class_arguments(EvaluateOptions, as_group=False)
-    chosen = parser.instantiate(parser.parse_args(sys.argv[1:] if args is None else args))
-    return chosen.models, EvaluateOptions(**{f.name: getattr(chosen, f.name) for f in fields(EvaluateOptions)})
-
-
 def _run(args: list[str] | None) -> None:
     start = time.perf_counter()
-    names, options = parse(args)
+    names, options = parse(args, __doc__)
+    if options.list_suites:
+        get_console().print(suites_table(known_suites()))
+        return
     notes = []
     if not names:
         names, options, note = _embedded_job(options)
@@ -142,7 +85,10 @@ def _embedded_job(options: EvaluateOptions) -> tuple[list[str], EvaluateOptions,
     names, notes = [f"before={EMBEDDED}"], []
     newest = newest_run(Path("runs"))
     if newest is None:
-        notes.append("There is no run under runs yet: after `python -m bdpo_pl.fit` its model stands beside this one.")
+        notes.append(
+            "There is no run of the embedded model under runs yet: after `python -m bdpo_pl.fit` what it made stands "
+            "beside it."
+        )
     else:
         names.append(f"{newest.parent.name}={newest}")
     embedded_pairs = replace(options.pairs, train=EMBEDDED, held_out=EMBEDDED, out_of_distribution=EMBEDDED)
@@ -150,7 +96,6 @@ def _embedded_job(options: EvaluateOptions) -> tuple[list[str], EvaluateOptions,
         names,
         replace(
             options,
-            generation=replace(options.generation, max_new_tokens=_EMBEDDED_TOKENS),
             pairs=options.pairs if options.pairs.sources() else embedded_pairs,
             ability=replace(options.ability, embedded=True),
         ),

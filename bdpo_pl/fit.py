@@ -38,12 +38,13 @@ from bdpo_pl.memory_plan import planned
 from bdpo_pl.module import PreferenceModule
 from bdpo_pl.options import OptionParser
 from bdpo_pl.run_folder import RunFolder
-from bdpo_pl.safety_probe import SCORE, SafetyProbe, StopAtGap
+from bdpo_pl.safety_probe import SafetyProbe, StopAtGap
 from bdpo_pl.sharded_state import whole_state
 from bdpo_pl.summary import paths_table, summary_table
 
 _NAMES_A_JOB = {"--config", "-c", "--model", "--model.policy", "--data", "--data.train"}
 _STATUS = {InputError: 2, MisconfigurationException: 2, NonFiniteError: 3, MachineError: 4}
+_MONITOR = "held_out/loss"
 _EMBEDDED_CONFIG = Path(embedded.__file__).with_name("fit.yaml")
 
 
@@ -84,7 +85,7 @@ class FitCLI(LightningCLI):
         parser.add_lightning_class_args(SafetyProbe, "safety")
         parser.set_defaults(
             {
-                "checkpoint.monitor": "held_out/loss",
+                "checkpoint.monitor": _MONITOR,
                 "checkpoint.mode": "min",
                 "checkpoint.filename": "best-step={step}",
                 "checkpoint.auto_insert_metric_name": False,
@@ -98,26 +99,31 @@ class FitCLI(LightningCLI):
             # Log-probabilities are summed in float64, which Apple's GPUs do not have.
             self.config.trainer.accelerator = "cpu"
         # With nothing held out there is no held-out loss for the checkpoint to watch.
-        if self.config.data.held_out is None and self.config.data.held_out_fraction == 0:
+        if self._holds_out_nothing() and self.config.checkpoint.monitor == _MONITOR:
             self.config.checkpoint.monitor = None
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """The Trainer, which stops at a gap if that is wanted."""
         trainer = super().instantiate_trainer(**kwargs)
-        limit = self.config.stop_at_gap
-        if limit is not None:
-            if self.config.data.held_out is None and self.config.data.held_out_fraction == 0:
-                raise InputError(
-                    "stop_at_gap needs held-out pairs: set data.held_out, or data.held_out_fraction above 0"
-                )
-            trainer.callbacks.insert(0, StopAtGap(limit))  # type: ignore[attr-defined]
-        probe: SafetyProbe = self.config_init.safety
-        if self.config.checkpoint.monitor == SCORE and not probe.scores:
-            raise InputError(
-                f"checkpoint.monitor is {SCORE}, which is not measured: set safety.every_n_steps, and give harmful and "
-                "benign prompts with safety.harmful or safety.jailbreak, and safety.benign"
-            )
+        config, probe = self.config, self.config_init.safety
+        for option, wanted in (
+            ("safety.every_n_steps measures at validations, and", probe.every_n_steps is not None),
+            ("stop_at_gap", config.stop_at_gap is not None),
+            ("export_from best", config.export_from == "best"),
+        ):
+            if wanted and self._holds_out_nothing():
+                raise InputError(f"{option} needs held-out pairs: set data.held_out, or data.held_out_fraction above 0")
+        probe.check_monitor(config.checkpoint.monitor, config.checkpoint.mode)
+        if config.export_from == "best" and config.checkpoint.monitor is None:
+            raise InputError("export_from is best, but no checkpoint is chosen: set checkpoint.monitor")
+        if config.stop_at_gap is not None:
+            if not config.data.train_probe:
+                raise InputError("stop_at_gap needs the gap, which training pairs tell: set data.train_probe to true")
+            trainer.callbacks.insert(0, StopAtGap(config.stop_at_gap))  # type: ignore[attr-defined]
         return trainer
+
+    def _holds_out_nothing(self) -> bool:
+        return self.config.data.held_out is None and self.config.data.held_out_fraction == 0
 
 
 def main(args: list[str] | None = None) -> None:
@@ -252,7 +258,10 @@ def _best(trainer: L.Trainer) -> Path:
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.monitor is not None and callback.best_model_path:
             return Path(callback.best_model_path)
-    raise InputError("export_from is best, but no checkpoint was chosen: set checkpoint.monitor, or export_from last")
+    raise InputError(
+        "export_from is best, but no validation chose a checkpoint: lower trainer.val_check_interval, or go on with "
+        "--ckpt_path last --export_from last"
+    )
 
 
 def _quieten() -> None:

@@ -126,4 +126,15 @@ def checkpoint_model(path: Path, source: ModelSource, dtype: torch.dtype) -> Any
         name.removeprefix(_PREFIX): value for name, value in saved["state_dict"].items() if name.startswith(_PREFIX)
     }
     lora = saved["bdpo_pl"]["lora"]
-    return plain_model(source, dtype, state, None if lora is None else LoraOptions(**lora)).to(dtype)
+    if lora is not None:
+        return plain_model(source, dtype, state, LoraOptions(**lora))
+    # Into a whole model: what is in no checkpoint, as the positions' frequencies and how to generate, comes with it.
+    model = load_model(source, dtype)
+    found = model.load_state_dict(state, strict=False)
+    left = set(found.missing_keys) - set(getattr(model, "all_tied_weights_keys", ()))
+    if left or found.unexpected_keys:
+        raise InputError(
+            f"{path} does not hold the weights of {source.name} (first that differs: "
+            f"{min([*left, *found.unexpected_keys])}); the folder of its exported model may"
+        )
+    return model

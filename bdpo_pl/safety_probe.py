@@ -6,8 +6,8 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from bdpo_pl.datamodule import EMBEDDED
@@ -17,8 +17,11 @@ from bdpo_pl.evaluation.suites import SuiteOptions, known_suites, load_suite
 from bdpo_pl.generation import generate_responses
 from bdpo_pl.safety import is_refusal
 
-SCORE = "safety/score"
+_PREFIX = "safety/"
+SCORE = f"{_PREFIX}score"
 """Mean refusal rate of harmful prompts − over-refusal, as `bdpo_pl.evaluate` has it (Youden's J)."""
+
+_GAP = "gap/margin"
 
 _KINDS: dict[str, Kind] = {"harmful": "harmful", "jailbreak": "harmful", "benign": "benign"}
 _LABELS = {
@@ -74,10 +77,33 @@ class SafetyProbe(L.Callback):
         self._latest_step: int | None = None
 
     @property
-    def scores(self) -> bool:
-        """Whether `safety/score` is logged."""
-        kinds = {_KINDS[name] for name in self.suites}
-        return self.every_n_steps is not None and kinds == {"harmful", "benign"}
+    def logged(self) -> set[str]:
+        """The names of what is logged during training."""
+        if self.every_n_steps is None:
+            return set()
+        both = {_KINDS[name] for name in self.suites} == {"harmful", "benign"}
+        return {f"{_PREFIX}{_NAMES[name]}" for name in self.suites} | ({SCORE} if both else set())
+
+    def check_monitor(self, monitor: str | None, mode: str) -> None:
+        """Raise `InputError` if a checkpoint cannot be chosen by `monitor`, or would be the worst by `mode`."""
+        if monitor is None or not monitor.startswith(_PREFIX):
+            return
+        if monitor not in self.logged:
+            needed = {
+                SCORE: "harmful and benign prompts with safety.harmful or safety.jailbreak, and safety.benign",
+                **{f"{_PREFIX}{value}": f"safety.{name}" for name, value in _NAMES.items()},
+            }
+            if monitor not in needed:
+                raise InputError(f"checkpoint.monitor is {monitor}; there are {', '.join(needed)}")
+            raise InputError(
+                f"checkpoint.monitor is {monitor}, which is not measured: set safety.every_n_steps, and give "
+                f"{needed[monitor]}"
+            )
+        better = "min" if monitor == f"{_PREFIX}{_NAMES['benign']}" else "max"
+        if mode != better:
+            raise InputError(
+                f"checkpoint.mode is {mode}, by which {monitor} would choose the worst; set checkpoint.mode {better}"
+            )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure the policy as it is before training."""
@@ -86,14 +112,14 @@ class SafetyProbe(L.Callback):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure where it is due; log the latest rates, so that a checkpoint can always be chosen by them."""
-        if self.every_n_steps is None or trainer.sanity_checking or not trainer.training:
+        if self.every_n_steps is None or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
         step = trainer.global_step
         if self._latest_step is None or step - self._latest_step >= self.every_n_steps:
             self._latest = self._measure(trainer, pl_module, f"step {step}")
             self._latest_step = step
-        values = {f"safety/{_NAMES[name]}": rate for name, rate in self._latest.items()}
-        if self.scores:
+        values = {f"{_PREFIX}{_NAMES[name]}": rate for name, rate in self._latest.items()}
+        if SCORE in self.logged:
             refused = [rate for name, rate in self._latest.items() if _KINDS[name] == "harmful"]
             values[SCORE] = sum(refused) / len(refused) - self._latest["benign"]
         # The same on every rank already; sync_dist only says so to Lightning.
@@ -142,19 +168,31 @@ class SafetyProbe(L.Callback):
         return rates
 
 
-class StopAtGap(EarlyStopping):
+class StopAtGap(L.Callback):
     """Stops training when the policy overfits: when the gap, training − held-out, exceeds a limit at a validation.
 
     Args:
         limit: of the gap in mean margin, in the unit of the implicit reward.
+
+    Raises:
+        InputError: a limit that the gap exceeds before training.
     """
 
     def __init__(self, limit: float) -> None:
         if not limit > 0.0:
             raise InputError(f"stop_at_gap must be above 0, the gap before training; got {limit}")
-        super().__init__(
-            monitor="gap/margin", mode="min", patience=2**31, divergence_threshold=limit, check_on_train_epoch_end=False
-        )
+        self.limit = limit
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Compare the gap just measured; it is the same on every rank."""
+        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+            return
+        gap = float(trainer.callback_metrics[_GAP])
+        if gap > self.limit:
+            trainer.should_stop = True
+            rank_zero_info(
+                f"Stopping at step {trainer.global_step}: {_GAP} is {gap:.4f}, above stop_at_gap {self.limit}"
+            )
 
 
 def _suite(name: str, spec: str, max_prompts: int) -> Suite:

@@ -105,7 +105,7 @@ def _embedded(model: Any, tokenizer: Any) -> list[Ability]:
     per_token = scores.reference[0].astype(np.float64) / table.chosen_lengths[benign]
     return [
         Ability("everyday questions answered helpfully", mean(helped)),
-        Ability("log-probability of helpful answers, nats per token", mean(per_token), percent=False),
+        Ability("log-probability of helpful answers, nats per token", mean(per_token, rate=False), percent=False),
     ]
 
 

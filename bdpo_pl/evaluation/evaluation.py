@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -82,8 +83,8 @@ class Evaluation:
     shows_texts: bool
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but texts."""
-        return {
+        """Everything but texts; null where a number is not to be had."""
+        values = {
             "bdpo_pl_evaluation": FORMAT,
             "facts": dict(self.facts),
             "judge": dict(self.judge),
@@ -92,3 +93,13 @@ class Evaluation:
             "models": [asdict(model) for model in self.models],
             "notes": list(self.notes),
         }
+        return _finite(values)
+
+
+def _finite(value: Any) -> Any:
+    """`value` with null for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,7 +2,8 @@
 
 Prompts that ask for the same thing in several framings are no independent draws: what is resampled are clusters, all of
 whose prompts go together (percentile bootstrap over clusters, Efron and Tibshirani 1993). Where every outcome is the
-same a bootstrap has nothing to resample and would claim certainty; Wilson's interval over clusters stands in there.
+same a bootstrap has nothing to resample and would claim certainty; for rates, Wilson's interval over clusters stands
+in there.
 """
 
 from __future__ import annotations
@@ -38,12 +39,19 @@ class Interval:
     clusters: int
 
 
-def mean(values: Sequence[float] | np.ndarray, clusters: Sequence[Hashable] | None = None, seed: int = 0) -> Interval:
+def mean(
+    values: Sequence[float] | np.ndarray,
+    clusters: Sequence[Hashable] | None = None,
+    *,
+    rate: bool = True,
+    seed: int = 0,
+) -> Interval:
     """The mean of `values`.
 
     Args:
-        values: one of each prompt; a rate is the mean of zeros and ones.
+        values: one of each prompt.
         clusters: which prompts go together; default: each is alone.
+        rate: values are between 0 and 1. Of other numbers that are all the same, nothing but their value is known.
         seed: of the resampling.
 
     Raises:
@@ -51,9 +59,9 @@ def mean(values: Sequence[float] | np.ndarray, clusters: Sequence[Hashable] | No
     """
     sums, counts = _by_cluster(values, clusters)
     value = float(sums.sum() / counts.sum())
-    if len(sums) > 1 and not np.allclose(sums, counts * value):
+    if not _all_alike(sums, counts):
         low, high = np.percentile(_resampled(sums, counts, seed), [2.5, 97.5])
-    elif value in (0.0, 1.0):
+    elif rate:
         low, high = wilson(value * len(sums), len(sums))
     else:
         low = high = value
@@ -64,6 +72,7 @@ def difference(
     first: Sequence[float] | np.ndarray,
     second: Sequence[float] | np.ndarray,
     clusters: Sequence[Hashable] | None = None,
+    *,
     seed: int = 0,
 ) -> Interval:
     """The mean of `second` − `first`, paired by prompt; outcomes are between 0 and 1.
@@ -74,14 +83,12 @@ def difference(
     if len(first) != len(second):
         raise ValueError(f"paired differences need pairs, got {len(first)} and {len(second)} values")
     values = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
-    found = mean(values, clusters, seed)
+    found = mean(values, clusters, rate=False, seed=seed)
     if found.low < found.high:
         return found
     # All the same: what share could yet be otherwise, in either direction?
-    least, most = wilson(found.clusters, found.clusters)[0], 1.0
-    if found.value == 0.0:
-        return Interval(0.0, least - 1.0, 1.0 - least, found.count, found.clusters)
-    low, high = sorted((found.value * least, found.value * most))
+    other = 1.0 - wilson(found.clusters, found.clusters)[0]
+    low, high = max(-1.0, found.value - other), min(1.0, found.value + other)
     return Interval(found.value, low, high, found.count, found.clusters)
 
 
@@ -107,6 +114,11 @@ def _by_cluster(
     order: dict[Hashable, int] = {}
     index = np.array([order.setdefault(cluster, len(order)) for cluster in clusters])
     return np.bincount(index, weights=numbers), np.bincount(index).astype(np.float64)
+
+
+def _all_alike(sums: np.ndarray, counts: np.ndarray) -> bool:
+    """Whether every cluster has the same mean, so that resampling shows nothing."""
+    return len(sums) == 1 or bool(np.allclose(sums * counts.sum(), counts * sums.sum(), rtol=1e-9, atol=0.0))
 
 
 def _resampled(sums: np.ndarray, counts: np.ndarray, seed: int) -> np.ndarray:

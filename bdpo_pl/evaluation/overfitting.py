@@ -146,8 +146,9 @@ def overfitting(first: Mapping[str, np.ndarray], logps: Mapping[str, np.ndarray]
     right = {split: np.where(np.abs(m) <= TIE, 0.5, m > 0).astype(np.float64) for split, m in margins.items()}
     splits = {
         split: SplitMargins(
-            mean(margins[split]),
-            mean(right[split]),
+            mean(margins[split], rate=False),
+            # Against itself a model ties on every pair, whatever pairs were drawn.
+            mean(right[split], rate=bool((right[split] != 0.5).any())),
             float((logps[split] - first[split])[0].mean()),
             float((logps[split] - first[split])[1].mean()),
         )

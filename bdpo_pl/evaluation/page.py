@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from bdpo_pl.evaluation.agreement import Agreement
 from bdpo_pl.evaluation.evaluation import Evaluation
 from bdpo_pl.evaluation.intervals import Interval
+from bdpo_pl.evaluation.judges.phrases import PhraseJudge
 from bdpo_pl.evaluation.measures import WORST, Rate, SuiteResult
 from bdpo_pl.evaluation.records import WARNING
 from bdpo_pl.evaluation.refine import Failure
@@ -60,6 +61,7 @@ def build_page(evaluation: Evaluation) -> Page:
 def findings(evaluation: Evaluation) -> Iterator[Finding]:
     """What a reader should do something about, worst first."""
     first, last = evaluation.models[0], evaluation.models[-1]
+    tells_refusals_alone = evaluation.judge.get("judge") == PhraseJudge.name
     for model in evaluation.models[1:]:
         for suite, change in model.changes.items():
             if change.low > 0:
@@ -71,7 +73,11 @@ def findings(evaluation: Evaluation) -> Iterator[Finding]:
         yield Finding("notice", f"Weakest categories of {last.label}.", named)
     for model in evaluation.models:
         for result in model.suites:
-            if result.kind == "harmful" and result.cut > MANY_CUT * result.overall.failed.count:
+            if (
+                result.kind == "harmful"
+                and not tells_refusals_alone
+                and result.cut > MANY_CUT * result.overall.failed.count
+            ):
                 yield Finding(
                     "notice",
                     f"{model.label}, {result.suite}: {result.cut} of {result.overall.failed.count} answers were cut.",

@@ -110,8 +110,8 @@ class RecordFile:
         lines = self.path.read_bytes().split(b"\n")
         found = []
         for number, line in enumerate(lines, start=1):
-            # A whole line ends with a line break; what follows the last one was cut off.
-            if number == len(lines) or not line.strip():
+            # A whole line ends with a line break; what follows the last one was cut off. The first is never cut off.
+            if not line.strip() or number == len(lines) > 1:
                 continue
             try:
                 record = json.loads(line)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from bdpo_pl.evaluation.records import Judged
 from bdpo_pl.evaluation.refine import Failure, weakest
 from bdpo_pl.evaluation.subject import Subject
 from bdpo_pl.evaluation.suite import Suite
+from bdpo_pl.models import load_tokenizer
 
 Attack = Callable[[Suite, Any, Any, Subject, Callable[[], None]], tuple[Suite, str]]
 """(suite, model, tokenizer, subject, told after each prompt) → the suite made against this model, and what it cost."""
@@ -73,9 +75,9 @@ class Runner:
             if not loaded:
                 self.say(f"Loading {subject.label}")
                 loaded.append(subject.load(self.dtype, self.device))
-                self._note_template(subject, loaded[0][1])
             return loaded[0]
 
+        self._note_template(subject)
         facts = {"model": subject.fingerprint(), "dtype": str(self.dtype)}
         results: list[SuiteResult] = []
         changes = {}
@@ -131,7 +133,7 @@ class Runner:
         if self._probe is None:
             self._probe = PairProbe(self.pairs, tokenizer, model.config)
         self._probe.check_reads_alike(tokenizer, subject.label)
-        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
         logps = self._probe.logps(model, subject.label, int(pad_id))
         self._first_logps = self._first_logps or logps
         return overfitting(self._first_logps, logps)
@@ -141,8 +143,9 @@ class Runner:
         """What was kept and dropped of the preference pairs."""
         return [] if self._probe is None else self._probe.reports
 
-    def _note_template(self, subject: Subject, tokenizer: Any) -> None:
-        if self.asker.options.use_template and not tokenizer.chat_template:
+    def _note_template(self, subject: Subject) -> None:
+        # Told even where every answer is on record, and nothing is loaded.
+        if self.asker.options.use_template and not load_tokenizer(subject.source).chat_template:
             self.notes.append(
                 f"{subject.label} has no chat template: prompts are given to it as plain text, to be continued. A "
                 "model tuned on another format answers worse, and refuses less, than it can."
@@ -190,11 +193,17 @@ def check_refine(path: str | None) -> Path | None:
     """The file of `refine`, which must not exist yet: that is found out before the models answer.
 
     Raises:
-        InputError: it exists.
+        InputError: it exists, or its folder cannot be written.
     """
     if path is None:
         return None
     file = Path(path).expanduser()
     if file.exists():
         raise InputError(f"refine: {file} exists already, and may hold chosen responses of yours; name another file")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"refine: {file} cannot be written ({error.strerror}); name another file") from None
     return file

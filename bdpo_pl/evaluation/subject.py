@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml  # type: ignore[import-untyped]
 
 from bdpo_pl import embedded
 from bdpo_pl.datamodule import EMBEDDED
@@ -66,6 +67,9 @@ def subject(text: str, *, trust_remote_code: bool = False, attn_implementation: 
         InputError: a checkpoint that is not there or is not one of `bdpo_pl.fit`.
     """
     label, has_label, name = text.partition("=")
+    # Checkpoints of fit have names such as best-step=75.ckpt.
+    if "/" in label or Path(text).expanduser().exists():
+        has_label = ""
     name = name if has_label else text
     revision = None
     if not Path(name).expanduser().exists() and "@" in name:
@@ -94,6 +98,15 @@ def _short(name: str) -> str:
 
 
 def newest_run(root: Path) -> Path | None:
-    """The model folder that the newest run under `root` exported, if there is one."""
-    models = [path for path in root.glob("version_*/model*") if (path / "config.json").exists()]
+    """The model folder that the newest run of the embedded model under `root` exported, if there is one."""
+    models = [path for path in root.glob("version_*/model*") if (path / "config.json").exists() and _aligns(path)]
     return max(models, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
+def _aligns(model: Path) -> bool:
+    """Whether the run that exported `model` began with the embedded one."""
+    try:
+        config = yaml.safe_load((model.parent / "config.yaml").read_text(encoding="utf-8"))
+        return config["model"]["policy"] in (EMBEDDED, str(embedded.MODEL_DIR))
+    except (OSError, KeyError, TypeError, yaml.YAMLError):
+        return False

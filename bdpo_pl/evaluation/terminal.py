@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from rich.table import Table
 from rich.text import Text
@@ -11,12 +11,15 @@ from bdpo_pl.evaluation.evaluation import Evaluation, ModelResult
 from bdpo_pl.evaluation.intervals import Interval
 from bdpo_pl.evaluation.measures import WORST, SuiteResult
 from bdpo_pl.evaluation.overfitting import Overfitting
+from bdpo_pl.evaluation.suites import KnownSuite
 
 SPLITS = {"train": "training", "held_out": "held-out", "out_of_distribution": "out-of-distribution"}
 
 
 def percent(interval: Interval) -> str:
-    """As in `61.3 % (50.0 to 71.2)`."""
+    """As in `61.3 % (50.0 to 71.2)`, with its interval if it has one."""
+    if interval.low != interval.low:
+        return f"{100 * interval.value:.1f} %"
     return f"{100 * interval.value:.1f} % ({100 * interval.low:.1f} to {100 * interval.high:.1f})"
 
 
@@ -39,7 +42,7 @@ def results_table(evaluation: Evaluation) -> Table:
     table = Table(title="Safety, with 95 % intervals", title_justify="left")
     table.add_column("", overflow="fold")
     for model in models:
-        table.add_column(model.label, justify="right", overflow="fold")
+        table.add_column(Text(model.label), justify="right", overflow="fold")
     if changed:
         table.add_column("change", justify="right", overflow="fold")
     for name, cells, change in rows(evaluation):
@@ -75,6 +78,16 @@ def weakness_table(evaluation: Evaluation) -> Table:
         table.add_column(column, justify="left" if column in ("category", "suite") else "right", overflow="fold")
     for weakness in model.weakest:
         table.add_row(Text(weakness.category), Text(weakness.suite), f"{weakness.rate:.1%}", str(weakness.prompts))
+    return table
+
+
+def suites_table(known: Mapping[str, KnownSuite]) -> Table:
+    """The suites that need no more than their name."""
+    table = Table(title="Suites known by name", title_justify="left")
+    for column in ("name", "kind", "what it is", "where it is"):
+        table.add_column(column, overflow="fold")
+    for name, suite in known.items():
+        table.add_row(name, suite.kind, suite.about, suite.source + (" (gated)" if suite.gated else ""))
     return table
 
 
