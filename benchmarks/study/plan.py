@@ -60,7 +60,7 @@ METHODS = (
 LEARNING_RATES = (3e-5, 6e-5, 1.2e-4)
 EPOCHS = (1, 2)
 # No seed of any other section: nothing is chosen by what it is then tested on.
-TUNING_SEED = 1000
+TUNING_SEEDS = (1000, 1001)
 HALVES: tuple[Pairs, ...] = ("balanced half", "imbalanced half", "random half")
 CURVE_EPOCHS, CURVE_POINTS = 4, 8
 
@@ -95,6 +95,7 @@ class Size:
         learning_rates: tried in tuning.
         epochs: tried in tuning.
         betas: tried in tuning, from the head of each method's.
+        tuning_seeds: of each trial.
         variants: of the sensitivity.
         curve_methods: that curves are drawn for.
         replication: train another reference, and repeat the ablation with it.
@@ -107,6 +108,7 @@ class Size:
     learning_rates: tuple[float, ...] = LEARNING_RATES
     epochs: tuple[int, ...] = EPOCHS
     betas: int = 3
+    tuning_seeds: tuple[int, ...] = TUNING_SEEDS
     variants: tuple[str, ...] = tuple(VARIANTS)
     curve_methods: tuple[Method, ...] = (DPO, BDPO)
     replication: bool = True
@@ -121,6 +123,7 @@ QUICK = Size(
     learning_rates=LEARNING_RATES[1:2],
     epochs=EPOCHS[:1],
     betas=2,
+    tuning_seeds=TUNING_SEEDS[:1],
     variants=("τ 1",),
     replication=False,
     common=(("reference_steps", 800), ("num_pairs", 360)),
@@ -135,17 +138,20 @@ def tuning(size: Size) -> list[Setting]:
             beta,
             learning_rate=rate,
             epochs=epochs,
-            seed=TUNING_SEED,
+            seed=seed,
             evaluate="validation",
             **dict(size.common),
         )
         for method in size.methods
         for beta, rate, epochs in itertools.product(method.betas[: size.betas], size.learning_rates, size.epochs)
+        for seed in size.tuning_seeds
     ]
 
 
 def chosen(size: Size, records: Mapping[str, dict[str, Any]]) -> dict[str, Setting]:
-    """The trial of each method with the smallest validation score; the earliest in the grid where some are equal.
+    """The trial of each method with the smallest mean validation score; the first in the grid where some are equal.
+
+    A trial that has failed with any seed is not chosen.
 
     Args:
         size: whose tuning it was.
@@ -154,14 +160,17 @@ def chosen(size: Size, records: Mapping[str, dict[str, Any]]) -> dict[str, Setti
     Raises:
         InputError: every trial of a method has failed.
     """
+    cells = tuning(size)
     best: dict[str, tuple[float, Setting]] = {}
-    for setting in tuning(size):
-        record = records[setting.key]
-        if "failed" in record:
+    seeds = len(size.tuning_seeds)
+    for trial in (cells[i : i + seeds] for i in range(0, len(cells), seeds)):
+        found = [records[setting.key] for setting in trial]
+        if any("failed" in record for record in found):
             continue
-        score = validation_score(record["metrics"])
-        if setting.method not in best or score < best[setting.method][0]:
-            best[setting.method] = score, setting
+        score = sum(validation_score(record["metrics"]) for record in found) / seeds
+        method = trial[0].method
+        if method not in best or score < best[method][0]:
+            best[method] = score, trial[0]
     if missing := [method.name for method in size.methods if method.name not in best]:
         raise InputError(f"no trial of {', '.join(missing)} has ended with finite numbers; widen its grid in plan.py")
     return {name: setting for name, (_, setting) in best.items()}

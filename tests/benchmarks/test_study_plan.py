@@ -35,9 +35,11 @@ def records(size, **special):
 @pytest.mark.parametrize("size", [plan.FULL, plan.QUICK])
 def test_every_method_has_as_many_different_trials(size):
     trials = {method.name: {s.trial for s in plan.tuning(size) if s.method == method.name} for method in size.methods}
-    counted = Counter(setting.method for setting in plan.tuning(size))
-    assert set(counted.values()) == {size.betas * len(size.learning_rates) * len(size.epochs)}
-    assert counted == {name: len(different) for name, different in trials.items()}
+    cells = Counter(setting.method for setting in plan.tuning(size))
+    number = size.betas * len(size.learning_rates) * len(size.epochs)
+    assert {len(different) for different in trials.values()} == {number}
+    assert set(cells.values()) == {number * len(size.tuning_seeds)}
+    assert {setting.seed for setting in plan.tuning(size)} == set(size.tuning_seeds)
 
 
 @pytest.mark.parametrize("size", [plan.FULL, plan.QUICK])
@@ -58,8 +60,11 @@ def test_keys_name_cells(size):
 
 
 def test_final_cells_are_those_chosen_over_all_seeds():
-    best = plan.chosen(plan.FULL, records(plan.FULL, DPO={7: {"attacks": 0.1}}))
-    assert best["DPO"] == [s for s in plan.tuning(plan.FULL) if s.method == "DPO"][7]
+    best = plan.chosen(
+        plan.FULL, records(plan.FULL, DPO={6: {"attacks": 0.1}, 8: {"attacks": 0.0}, 9: {"attacks": 0.9}})
+    )
+    # By the mean over its seeds.
+    assert best["DPO"] == [s for s in plan.tuning(plan.FULL) if s.method == "DPO"][6]
     cells = [cell for cell in plan.final(plan.FULL, best) if cell.section == "final"]
     seeds = Counter(cell.method for cell in cells)
     assert seeds.pop("reference") == 1
