@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ _Z = 1.959964
 _HELPFUL = re.compile("|".join(re.sub(r"\\\{\w+\\\}", ".+", re.escape(form)) for form in HELPFUL))
 _WINDOW = 512
 _LM_EVAL = "lm_eval "
+_RESAMPLES = 1000
 
 
 @dataclass
@@ -119,7 +121,8 @@ def _lm_eval(options: AbilityOptions, model: Any, tokenizer: Any) -> list[Abilit
         task_manager=manager,
         num_fewshot=options.num_fewshot,
         limit=options.limit,
-        bootstrap_iters=0,
+        # Means have errors in closed form, but 0 would leave those out too.
+        bootstrap_iters=_RESAMPLES,
         log_samples=False,
     )
     found = []
@@ -138,6 +141,9 @@ def _lm_eval(options: AbilityOptions, model: Any, tokenizer: Any) -> list[Abilit
     return found
 
 
+_MANAGERS: dict[str | None, Any] = {}
+
+
 def _tasks(options: AbilityOptions) -> tuple[Any, Any]:
     """(lm_eval, its index of tasks), with every task that is asked for."""
     try:
@@ -147,7 +153,12 @@ def _tasks(options: AbilityOptions) -> tuple[Any, Any]:
         raise InputError(
             f'ability.lm_eval needs lm-evaluation-harness ({error}): pip install "bdpo-pl[eval]", or leave it out'
         ) from error
-    manager = TaskManager(include_path=options.include_path)
+    path = options.include_path
+    if path is not None and not Path(path).expanduser().is_dir():
+        raise InputError(f"ability.include_path: no folder {path} (looked from {Path.cwd()})")
+    # It reads thousands of files, which takes seconds.
+    manager = _MANAGERS.get(path) or TaskManager(include_path=path and str(Path(path).expanduser()))
+    _MANAGERS[path] = manager
     unknown = [task for task in options.lm_eval if not manager.match_tasks([task])]
     if unknown:
         raise InputError(

@@ -97,7 +97,8 @@ def wilson(successes: float, count: int) -> tuple[float, float]:
     rate, z2 = successes / count, _Z**2
     centre = (rate + z2 / (2 * count)) / (1 + z2 / count)
     half = _Z / (1 + z2 / count) * np.sqrt(rate * (1 - rate) / count + z2 / (4 * count**2))
-    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
+    # Rounding would leave 0/n and n/n out of their own intervals.
+    return max(0.0, min(rate, float(centre - half))), min(1.0, max(rate, float(centre + half)))
 
 
 def _by_cluster(

@@ -77,8 +77,9 @@ def write_rows(failures: Iterable[Failure], path: Path) -> int:
                 }
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 count += 1
-    except FileExistsError:
-        raise InputError(f"{path} exists already, and may hold chosen responses of yours; name another file") from None
     except OSError as error:
+        if isinstance(error, FileExistsError) and path.exists():
+            message = f"{path} exists already, and may hold chosen responses of yours; name another file"
+            raise InputError(message) from None
         raise InputError(f"{path} cannot be written ({error.strerror}); name another file for refine") from None
     return count
