@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import tempfile
 import time
 import warnings
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from bdpo_pl.errors import NonFiniteError
 from bdpo_pl.models import ModelSource, load_model, load_tokenizer, model_fingerprint
 from bdpo_pl.module import PreferenceModule
 from bdpo_pl.scoring import ScoringOptions
-from benchmarks.study.evaluate import evaluate
+from benchmarks.study.evaluate import evaluate, evaluation
 from benchmarks.study.imbalance import choose, describe, imbalances
 from benchmarks.study.reference import reference_folder
 from benchmarks.study.settings import Setting
@@ -39,7 +41,7 @@ def run_cell(setting: Setting, folder: Path) -> dict[str, Any]:
         folder: of references and cached scores.
 
     Returns:
-        `key`; `setting`; `reference`, a digest of it; `metrics` of `evaluate`, with `pairs` (held-out and training
+        `key`; `setting`; `texts` and `reference`, digests; `metrics` of `evaluate`, with `pairs` (held-out and training
         pairs: margins and drifts in nats, accuracy, and the gaps between the two); `curve`, the same at optimiser steps
         on the way; `imbalance`, of the pairs trained on; `steps`; `seconds`, wall clock, and `cpu_seconds`. A run whose
         loss or gradient is not finite has `failed` in place of metrics.
@@ -49,7 +51,7 @@ def run_cell(setting: Setting, folder: Path) -> dict[str, Any]:
     _quieten()
     source = reference_folder(folder, setting.world, setting.reference_steps)
     record: dict[str, Any] = {"key": setting.key, "setting": asdict(setting)}
-    record["reference"] = model_fingerprint(ModelSource(str(source)))
+    record |= {"texts": texts_digest(), "reference": model_fingerprint(ModelSource(str(source)))}
     if not setting.loss:
         policy = load_model(ModelSource(str(source)), torch.float32)
         record["metrics"] = evaluate(policy, load_tokenizer(ModelSource(str(source))), setting.evaluate)
@@ -68,6 +70,14 @@ def run_cell(setting: Setting, folder: Path) -> dict[str, Any]:
         except NonFiniteError as error:
             record["failed"] = str(error).split(" Its pairs")[0]
     return record | _times(start, cpu_start)
+
+
+@cache
+def texts_digest() -> str:
+    """A digest of what pairs and evaluations are made of: records with another one are of another world."""
+    texts = [asdict(evaluation("validation")), asdict(evaluation("test"))]
+    pairs = [preference_pairs("train", 100, 0), preference_pairs("test", HELD_OUT_PAIRS, _HELD_OUT_SEED)]
+    return hashlib.sha256(json.dumps([texts, pairs]).encode()).hexdigest()[:16]
 
 
 def _times(start: float, cpu_start: float) -> dict[str, float]:

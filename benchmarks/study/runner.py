@@ -15,11 +15,11 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bdpo_pl.errors import InputError
-from benchmarks.study.cell import run_cell
+from benchmarks.study.cell import run_cell, texts_digest
 from benchmarks.study.reference import make_reference, reference_folder
 from benchmarks.study.settings import Setting
 
-COMPARED = ("reference", "metrics", "curve", "imbalance", "steps", "failed")
+COMPARED = ("texts", "reference", "metrics", "curve", "imbalance", "steps", "failed")
 """What of a record is the same on every run on one machine."""
 
 
@@ -79,8 +79,13 @@ def run_cells(settings: Sequence[Setting], folder: Path, path: Path, workers: in
         path: of the records.
         workers: processes.
         title: of the progress bar.
+
+    Raises:
+        InputError: `path` holds cells of a world with other texts.
     """
     done = read_records(path)
+    if any(record["texts"] != texts_digest() for record in done.values()):
+        raise InputError(f"{path} has cells of another world, since changed; write to another file with --out")
     open_ones = {setting.key: setting for setting in settings if setting.key not in done}
     columns = (
         TextColumn("{task.description}"),

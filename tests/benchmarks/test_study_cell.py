@@ -64,6 +64,9 @@ def test_a_cell_is_the_same_in_another_process_and_is_not_run_again(cell, folder
     size = out.stat().st_size
     run_cells([setting], folder, out, workers=1, title="Test")
     assert out.stat().st_size == size
+    out.write_text(json.dumps(record | {"texts": "others"}) + "\n")
+    with pytest.raises(InputError, match="another world"):
+        run_cells([setting], folder, out, workers=1, title="Test")
     seed = quiet_cell(setting.with_changes(seed=1), folder)
     assert any("pairs" in line for line in differences(record, seed))
 
