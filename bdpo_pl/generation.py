@@ -42,6 +42,8 @@ def generate_responses(
     use_template: bool = True,
 ) -> list[str]:
     """The texts of `generate` on `prompts`, each the user's turn of the chat template, if there is one."""
+    if not prompts:  # tokenizers take no empty batch
+        return []
     ids = encode_prompts(tokenizer, prompts, use_template=use_template)
     responses = generate(model, tokenizer, ids, max_new_tokens=max_new_tokens, batch_size=batch_size)
     return [response.text for response in responses]
