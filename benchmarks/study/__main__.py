@@ -12,9 +12,9 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
+from bdpo_pl.console import get_console
 from benchmarks.machine import machine
 from benchmarks.study import plan
 from benchmarks.study.reference import DEFAULT_FOLDER, make_reference
@@ -56,9 +56,9 @@ def _run(size: plan.Size, folder: Path, out: Path, workers: int) -> None:
     table = Table("method", "loss", "learning rate", "epochs", title="Chosen by the validation prompts")
     for name, setting in best.items():
         table.add_row(name, str(setting.arguments), f"{setting.learning_rate:g}", str(setting.epochs))
-    Console().print(table)
+    get_console().print(table)
     run_cells(plan.final(size, best), folder, out, workers, "Testing")
-    Console().print(f"Written to {out}")
+    get_console().print(f"Written to {out}")
 
 
 def _all_cells(size: plan.Size) -> list[Setting]:
@@ -73,7 +73,7 @@ def _print_plan(size: plan.Size, out: Path) -> None:
     for section, number in sections.items():
         table.add_row(section, str(number), str(done[section]))
     table.add_row("all", str(sections.total()), str(done.total()))
-    Console().print(table)
+    get_console().print(table)
 
 
 def _again(key: str, out: Path, folder: Path) -> None:

@@ -126,7 +126,7 @@ QUICK = Size(
     tuning_seeds=TUNING_SEEDS[:1],
     variants=("τ 1",),
     replication=False,
-    common=(("reference_steps", 800), ("num_pairs", 360)),
+    common=(("reference_steps", 600), ("num_pairs", 360)),
 )
 
 

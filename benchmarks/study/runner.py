@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from bdpo_pl.console import get_console
 from bdpo_pl.errors import InputError
 from benchmarks.study.cell import run_cell, texts_digest
 from benchmarks.study.reference import make_reference, reference_folder
@@ -63,7 +64,7 @@ def make_references(settings: Sequence[Setting], folder: Path, workers: int) -> 
     if not missing:
         return
     columns = (TextColumn("Training references"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns) as progress, _pool(workers) as pool:
+    with Progress(*columns, console=get_console()) as progress, _pool(workers) as pool:
         task = progress.add_task("", total=len(missing))
         for future in as_completed([pool.submit(_make_reference, folder, *each) for each in missing]):
             future.result()
@@ -94,7 +95,7 @@ def run_cells(settings: Sequence[Setting], folder: Path, path: Path, workers: in
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns) as progress, _pool(workers) as pool:
+    with Progress(*columns, console=get_console()) as progress, _pool(workers) as pool:
         task = progress.add_task(title, total=len(open_ones))
         futures = {pool.submit(quiet_cell, setting, folder): setting for setting in open_ones.values()}
         try:
