@@ -1,0 +1,235 @@
+"""Figures of the study's page: SVG on white, the same bytes for the same results and the same matplotlib."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.study.plan import BDPO, DPO, HALVES, METHODS
+from benchmarks.study.results import (
+    FRAMED_ATTACKS,
+    GAP,
+    OUTCOMES,
+    OVER_REFUSAL,
+    REFUSAL,
+    Cell,
+    Measure,
+    Results,
+)
+from benchmarks.study.statistics import interval
+from benchmarks.study.tables import Contrast, Group, contrast
+
+COLOURS = {DPO.name: "#b35900", BDPO.name: "#00508c"}
+INK = "#333333"
+QUANTILES = ("q5", "q25", "q50", "q75", "q95")
+
+
+def draw_all(results: Results, folder: Path) -> list[str]:
+    """Write every figure that the results have cells for.
+
+    Args:
+        results: of the study.
+        folder: made if it is not there.
+
+    Returns:
+        Names of the files.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    # Fixed identifiers, text as text: the same bytes each time, and small.
+    with matplotlib.rc_context({"svg.hashsalt": "study", "svg.fonttype": "none", "font.size": 9}):
+        for name, (_, has, draw) in FIGURES.items():
+            if has(results):
+                figure = draw(results)
+                figure.savefig(
+                    folder / name, format="svg", facecolor="white", metadata={"Date": None}, bbox_inches="tight"
+                )
+                matplotlib.pyplot.close(figure)
+                written.append(name)
+    return written
+
+
+def methods_figure(results: Results) -> Any:
+    """Each method's mean with its interval, and its seeds, a panel for each outcome."""
+    names = results.methods("final", [method.name for method in METHODS])
+    figure, axes = _panels(1, len(OUTCOMES), 2.3, 0.8 + 0.28 * len(names))
+    reference = results.pick("final", "reference")
+    for axis, measure in zip(axes[0], OUTCOMES, strict=True):
+        for row, name in enumerate(names):
+            values = list(results.series(measure, "final", name).values())
+            colour = COLOURS.get(name, INK)
+            axis.plot(values, [row] * len(values), "o", color=colour, alpha=0.25, markersize=3, markeredgewidth=0)
+            _error_bar(axis, values, row, colour)
+        if reference and math.isfinite(measure.of(reference[0])):
+            axis.axvline(measure.of(reference[0]), color=INK, linestyle=":", linewidth=0.8)
+        axis.set(xlabel=f"{measure.head}, %".replace(", ", ",\n", 1))
+        _rows(axis, names if axis is axes[0][0] else None, len(names))
+    return figure
+
+
+def imbalance_figure(results: Results) -> Any:
+    """Quantiles of c_w − c_l over the pairs of each seed."""
+    shown = [(f"all pairs, seed {cell['setting']['seed']}", cell) for cell in described(results, "final", DPO.name)]
+    for half in HALVES:
+        shown += [(half, cell) for cell in described(results, "imbalance", DPO.name, half)[:1]]
+    shown += [("second world", cell) for cell in described(results, "replication", DPO.name)[:1]]
+    figure, axes = _panels(1, 1, 6.5, 0.6 + 0.28 * len(shown))
+    axis = axes[0][0]
+    for row, (_, cell) in enumerate(shown):
+        low, first, middle, third, high = (cell["imbalance"][name] for name in QUANTILES)
+        axis.plot([low, high], [row, row], color=INK, linewidth=1)
+        axis.plot([first, third], [row, row], color=COLOURS[BDPO.name], linewidth=6, solid_capstyle="butt")
+        axis.plot([middle], [row], "|", color="white", markersize=8, markeredgewidth=2)
+    axis.axvline(0, color=INK, linestyle=":", linewidth=0.8)
+    axis.set(xlabel="comprehension of chosen − of rejected, nats per token: 5, 25, 50, 75 and 95 % of the pairs")
+    _rows(axis, [name for name, _ in shown], len(shown))
+    return figure
+
+
+def halves_figure(results: Results) -> Any:
+    """Differences between the halves of the pairs."""
+    return _forest(results, halves_contrasts(), OUTCOMES)
+
+
+def sensitivity_figure(results: Results) -> Any:
+    """Each variant's difference from what B-DPO has chosen."""
+    return _forest(results, sensitivity_contrasts(results), (REFUSAL, FRAMED_ATTACKS, OVER_REFUSAL, GAP))
+
+
+def curves_figure(results: Results) -> Any:
+    """Safety and gap over optimiser steps, with t bands over seeds."""
+    measures = (REFUSAL, FRAMED_ATTACKS, OVER_REFUSAL, GAP)
+    figure, axes = _panels(1, len(measures), 2.9, 2.6)
+    for axis, measure in zip(axes[0], measures, strict=True):
+        for name in results.methods("curves", COLOURS):
+            steps, found = curve(results, name, measure)
+            colour = COLOURS.get(name, INK)
+            axis.plot(steps, [one.mean for one in found], color=colour, label=name, marker="o", markersize=2.5)
+            # A single seed has no band.
+            axis.fill_between(
+                steps,
+                [one.mean - np.nan_to_num(one.half) for one in found],
+                [one.mean + np.nan_to_num(one.half) for one in found],
+                color=colour,
+                alpha=0.2,
+                linewidth=0,
+            )
+        axis.set(xlabel="optimiser step", title=measure.head + (", %" if measure.percent else ""))
+        axis.title.set_fontsize(9)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].legend(frameon=False)
+    return figure
+
+
+def curve(results: Results, method: str, measure: Measure) -> tuple[list[int], list[Any]]:
+    """Steps of a method's curves, and at each the mean over the seeds that got there."""
+    by_step: dict[int, list[float]] = {}
+    for cell in results.pick("curves", method):
+        for point in cell.get("curve", []):
+            value = measure.of({"metrics": point})
+            if math.isfinite(value):
+                by_step.setdefault(point["step"], []).append(value)
+    steps = sorted(by_step)
+    return steps, [interval(by_step[step]) for step in steps]
+
+
+def described(results: Results, section: str, method: str, variant: str = "") -> list[Cell]:
+    """Cells that know the imbalance of their pairs."""
+    return [cell for cell in results.pick(section, method, variant) if "imbalance" in cell]
+
+
+def halves_contrasts() -> list[Contrast]:
+    """Each half against each other."""
+    balanced, imbalanced, either = (Group(half, "imbalance", DPO.name, half) for half in HALVES)
+    return [contrast(balanced, imbalanced), contrast(balanced, either), contrast(imbalanced, either)]
+
+
+def sensitivity_contrasts(results: Results) -> list[Contrast]:
+    """Each variant against B-DPO as it was chosen, over the seeds that both have."""
+    from benchmarks.study.plan import VARIANTS
+
+    there = dict.fromkeys(cell["setting"]["variant"] for cell in results.pick("sensitivity"))
+    names = [name for name in VARIANTS if name in there] + [name for name in there if name not in VARIANTS]
+    chosen = Group(BDPO.name, "final", BDPO.name)
+    return [Contrast(name, Group(name, "sensitivity", BDPO.name, name), chosen) for name in names]
+
+
+def _forest(results: Results, contrasts: Sequence[Contrast], measures: Sequence[Measure]) -> Any:
+    figure, axes = _panels(1, len(measures), 2.3, 0.8 + 0.28 * len(contrasts))
+    for axis, measure in zip(axes[0], measures, strict=True):
+        for row, each in enumerate(contrasts):
+            found = each.of(results, measure)
+            if found.count:
+                axis.errorbar(
+                    [found.mean],
+                    [row],
+                    xerr=[np.nan_to_num(found.half)],
+                    fmt="o",
+                    color=INK,
+                    markersize=3,
+                    linewidth=1.2,
+                )
+        axis.axvline(0, color=INK, linestyle=":", linewidth=0.8)
+        unit = "points" if measure.percent else ""
+        axis.set(xlabel=f"{measure.head}, {unit}".rstrip(", ").replace(", ", ",\n", 1))
+        _rows(axis, [each.label for each in contrasts] if axis is axes[0][0] else None, len(contrasts))
+    return figure
+
+
+def _error_bar(axis: Any, values: Sequence[float], row: int, colour: str) -> None:
+    found = interval(values)
+    if found.count:
+        axis.errorbar(
+            [found.mean], [row], xerr=[np.nan_to_num(found.half)], fmt="o", color=colour, markersize=4, linewidth=1.5
+        )
+
+
+def _panels(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
+    from matplotlib import pyplot
+
+    return pyplot.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained")
+
+
+def _rows(axis: Any, names: Sequence[str] | None, number: int) -> None:
+    axis.set_yticks(range(number), names if names is not None else [""] * number)
+    axis.set_ylim(number - 0.5, -0.5)
+    axis.grid(axis="x", alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+FIGURES: dict[str, tuple[str, Callable[[Results], bool], Callable[[Results], Any]]] = {
+    "methods.svg": (
+        "Every method's mean with its 95 % interval, its seeds as faint dots, the reference as a dotted line",
+        lambda results: bool(results.methods("final", [])),
+        methods_figure,
+    ),
+    "imbalance.svg": (
+        "Quantiles of the imbalance of comprehension over the pairs",
+        lambda results: bool(described(results, "final", DPO.name)),
+        imbalance_figure,
+    ),
+    "halves.svg": (
+        "Differences between DPO on the halves of the pairs, with 95 % intervals",
+        lambda results: bool(results.pick("imbalance")),
+        halves_figure,
+    ),
+    "curves.svg": (
+        "Safety and gap over optimiser steps, means with 95 % bands",
+        lambda results: any(cell.get("curve") for cell in results.pick("curves")),
+        curves_figure,
+    ),
+    "sensitivity.svg": (
+        "Differences of B-DPO's variants from what it has chosen, with 95 % intervals",
+        lambda results: bool(results.pick("sensitivity")),
+        sensitivity_figure,
+    ),
+}
+"""File name → what it shows, whether there is something to show, how it is drawn."""

@@ -1,0 +1,97 @@
+"""The study's page: `python -m benchmarks.study.page RECORDS.jsonl [--out docs/study.md] [--no-figures]`.
+
+Tables, and sentences that follow from them by rule, are made anew each time. What a person has to say of them stands in
+a file of its own beside the page (`docs/study_reading.md`), which the page takes in whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from bdpo_pl.errors import InputError
+from benchmarks.study import frame, sections
+from benchmarks.study.figures import draw_all
+from benchmarks.study.results import Results, load
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "study.md"
+
+
+def page(results: Results, reading: str = "", figures: str = "study") -> str:
+    """The whole page.
+
+    Args:
+        results: of the study.
+        reading: a person's, in Markdown; empty: none.
+        figures: their folder, as seen from the page.
+    """
+    parts = [frame.head(results)]
+    if reading.strip():
+        parts.append(f"## What it comes to\n\n{reading.strip()}")
+    parts += [
+        frame.laboratory(results),
+        sections.main_table(results, figures),
+        sections.ablation(results),
+        sections.imbalance(results, figures),
+        sections.curves(results, figures),
+        sections.sensitivity(results, figures),
+        sections.choices(results),
+        sections.claims(results),
+        frame.limits(results),
+        frame.again(results),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def reading_of(path: Path) -> Path:
+    """The file beside the page at `path` that holds a person's reading of it."""
+    return path.with_name(f"{path.stem}_reading.md")
+
+
+def write(records: Path, out: Path, with_figures: bool = True) -> list[Path]:
+    """Write the page and its figures.
+
+    Args:
+        records: of the study.
+        out: the page; its figures go to a folder of its name beside it.
+        with_figures: draw them too, which needs matplotlib.
+
+    Returns:
+        What was written.
+    """
+    results = load(records, name_of(records))
+    reading = reading_of(out)
+    text = page(results, reading.read_text(encoding="utf-8") if reading.exists() else "", out.stem)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text, encoding="utf-8")
+    folder = out.with_suffix("")
+    return [out, *(folder / name for name in draw_all(results, folder))] if with_figures else [out]
+
+
+def name_of(records: Path) -> str:
+    """The path from the root of the repository, so that the page is the same wherever that lies."""
+    path = records.resolve()
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else records.name
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("records", type=Path, help="JSONL that `python -m benchmarks.study` has written")
+    parser.add_argument("--out", type=Path, default=PAGE)
+    parser.add_argument("--no-figures", action="store_true", help="leave the figures as they are; needs no matplotlib")
+    options = parser.parse_args()
+    try:
+        written = write(options.records, options.out, not options.no_figures)
+    except InputError as error:
+        raise SystemExit(str(error)) from None
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        raise SystemExit('figures need matplotlib: pip install -e ".[bench]", or give --no-figures') from None
+    print("Written:", *written, sep="\n  ")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,288 @@
+# ruff: noqa: E501 - lines of a page, which wraps them itself
+"""Sections of the study's page: tables, and the sentences that follow from them by rule."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+from benchmarks.study import plan
+from benchmarks.study.choices import chosen_table, error, trials_table
+from benchmarks.study.claims import ABSENT, CHECKS, FAILS, HOLDS, TOLERANCE, UNKNOWN, claims_table, verdicts
+from benchmarks.study.evaluate import FRAMED
+from benchmarks.study.figures import FIGURES, curve, described, halves_contrasts, sensitivity_contrasts
+from benchmarks.study.imbalance import STRONG_RATIO, TAUS
+from benchmarks.study.plan import BDPO, DPO, DPO_BW, DPO_SF, HALVES
+from benchmarks.study.results import (
+    ABILITY,
+    CPU_SECONDS,
+    FRAMED_ATTACKS,
+    GAP,
+    GAP_SHARE,
+    HELD_OUT_MARGIN,
+    OTHER,
+    OUTCOMES,
+    OVER_REFUSAL,
+    REFUSAL,
+    REFUSAL_CATEGORIES,
+    SECONDS,
+    TRAIN_MARGIN,
+    Measure,
+    Results,
+    attack,
+)
+from benchmarks.study.tables import Contrast, Group, contrast, differences, mean_text, means, table
+
+_ORDER = [method.name for method in plan.METHODS]
+_NOT_RUN = "Not in the records."
+"""What a section says that has no cells."""
+
+PAPER = {
+    "DPO": (84.03, 81.50, 65.85),
+    "DPO+BW": (85.30, 82.50, 65.18),
+    "DPO+SF": (86.58, 83.00, 65.31),
+    "B-DPO": (92.01, 84.50, 65.72),
+}
+"""The paper's ablation: Qwen2-7B-Instruct, safety in % on StrongReject and XSTest, AdvGLUE in %."""
+
+
+def main_table(results: Results, figures: str) -> str:
+    """Methods by outcomes, laid out as the paper's main table, and each against DPO."""
+    lines = ["## The methods"]
+    names = results.methods("final", _ORDER)
+    if not names:
+        return "\n\n".join([*lines, _NOT_RUN])
+    groups = [Group("reference", "final", "reference")] if results.pick("final", "reference") else []
+    groups += [Group(name, "final", name) for name in names]
+    lines += [
+        "In percent. The reference is not trained, so it has no seeds and no interval.",
+        means(results, groups, OUTCOMES),
+    ]
+    lines.append(_figure("methods.svg", figures, results))
+    against = [contrast(Group(name, "final", name), groups_of(DPO.name)) for name in names if name != DPO.name]
+    if DPO.name in names and against:
+        found = differences(results, [Contrast(each.first.label, each.first, each.second) for each in against])
+        lines += ["Minus DPO, in points, paired by seed:", found.text, found.said]
+    framings = results.framings()
+    measures = [Measure(name, attack(FRAMED + name), better=-1) for name in framings]
+    lines += ["Attack success in each unseen framing, in percent:", means(results, groups, measures)]
+    lines.append("### Overfitting, and what answers are")
+    lines.append(
+        "Margins are in one unit for every loss, and without β: the log-probability that the policy has and the reference has "
+        "not, summed over the response, of the chosen minus the rejected. It is 0 before training for every method, also for "
+        "those that read no reference. The gap is the margin on training pairs minus that on held-out pairs. It grows with how "
+        "far a policy has moved, so its share of the training margin stands beside it."
+    )
+    apart = (TRAIN_MARGIN, HELD_OUT_MARGIN, GAP, GAP_SHARE, OTHER)
+    trained = [group for group in groups if group.method != "reference"]
+    lines.append(means(results, trained, apart))
+    if DPO.name in names and against:
+        found = differences(
+            results, [Contrast(each.first.label, each.first, each.second) for each in against], (GAP, GAP_SHARE, OTHER)
+        )
+        lines += ["Minus DPO, in nats and points:", found.text, found.said]
+    lines.append(
+        "An answer of no known kind is no text that the world's writers could write. On a harmful prompt the phrase judge takes "
+        "it for a success of the attack, unless it holds a phrase of refusal."
+    )
+    lines.append(
+        "Time: wall clock of training alone, scores of the reference being cached by whichever cell came first, on a machine "
+        "with other cells beside it; and processor time of the whole cell, evaluation included."
+    )
+    lines.append(means(results, trained, (SECONDS, CPU_SECONDS)))
+    return joined(lines)
+
+
+def ablation(results: Results) -> str:
+    """The paper's ablation, its own rows beside it, and again with another reference."""
+    lines = ["## Ablation"]
+    names = [name for name in (*PAPER, "B-DPO, s by norm") if results.pick("final", name)]
+    if not names:
+        return joined([*lines, _NOT_RUN])
+    lines.append(
+        "DPO+SF is DPO at twice its β, and DPO+BW is B-DPO (s = 2) at half its β: the loss is the same function. Each has its β "
+        "chosen by its own trials, so these rows compare balanced with unbalanced weights, each on a grid of β shifted by two."
+    )
+    measures = (REFUSAL, REFUSAL_CATEGORIES, FRAMED_ATTACKS, OVER_REFUSAL, ABILITY, GAP)
+    lines += ["Here, in percent (gap in nats):", means(results, [groups_of(name) for name in names], measures)]
+    rows = [[name, *(f"{value:.2f}" for value in values)] for name, values in PAPER.items()]
+    lines += [
+        "**The paper's rows, for reference** (Qwen2-7B-Instruct, higher is better, in percent; no interval is given there, and "
+        "one standard error is about 2 points by our inference): another model, other data and other benchmarks, so only signs "
+        "can be compared. XSTest is safe answers to its unsafe prompts there, by our inference, and not over-refusal.",
+        table(["", "StrongReject", "XSTest", "AdvGLUE"], rows),
+    ]
+    found = differences(results, _ablation_contrasts(results, "final"), measures)
+    lines += ["Differences here, in points (gap in nats), paired by seed:", found.text, found.said]
+    lines.append("### Again with another reference")
+    again = results.methods("replication", _ORDER)
+    if not again:
+        return joined([*lines, _NOT_RUN])
+    lines.append(
+        "Another seed of weights, of examples, and of which acts and templates are frequent; settings chosen with the first."
+    )
+    groups = [Group("reference", "replication", "reference")] if results.pick("replication", "reference") else []
+    lines.append(means(results, groups + [Group(name, "replication", name) for name in again], measures))
+    found = differences(results, _ablation_contrasts(results, "replication"), measures)
+    lines += [found.text, found.said]
+    return joined(lines)
+
+
+def imbalance(results: Results, figures: str) -> str:
+    """The paper's two observations."""
+    lines = ["## Is comprehension imbalanced, and does that matter?"]
+    lines.append("### How unequally the reference comprehends the two responses")
+    cells = described(results, "final", DPO.name)
+    if cells:
+        lines.append(
+            "Comprehension of the chosen minus that of the rejected (pmi), in nats per token, over the pairs of a run. A pair is "
+            f"strongly re-weighted where one weight is at least {STRONG_RATIO:g} times the other."
+        )
+        groups = [Group("all pairs", "final", DPO.name)]
+        groups += [
+            Group(half, "imbalance", DPO.name, half) for half in HALVES if results.pick("imbalance", variant=half)
+        ]
+        if results.pick("replication", DPO.name):
+            groups.append(Group("second world", "replication", DPO.name))
+        measures = [
+            Measure(name, lambda cell, key=key: cell["imbalance"][key], percent=False, digits=3)
+            for name, key in (("mean", "mean"), ("mean of |·|", "mean_abs"), ("5 %", "q5"), ("95 %", "q95"))
+        ]
+        measures.append(Measure("chosen better, %", lambda cell: cell["imbalance"]["chosen_better"]))
+        measures += [
+            Measure(f"strong at τ {tau:g}, %", lambda cell, tau=tau: cell["imbalance"][f"strong_at_tau_{tau:g}"])
+            for tau in TAUS
+        ]
+        lines += [means(results, groups, measures), _figure("imbalance.svg", figures, results)]
+    else:
+        lines.append(_NOT_RUN)
+    lines.append("### DPO on the more and on the less balanced half")
+    if not results.pick("imbalance"):
+        return joined([*lines, _NOT_RUN])
+    lines.append(
+        "DPO as it was chosen, on half of the pairs: the less imbalanced half by |chosen − rejected|, the more imbalanced, or any. "
+        "Each half has half of every kind of prompt; all three have as many pairs and steps."
+    )
+    outcomes = (*OUTCOMES, GAP)
+    groups = [Group(half, "imbalance", DPO.name, half) for half in HALVES]
+    lines.append(means(results, groups, outcomes))
+    found = differences(results, halves_contrasts(), outcomes)
+    lines += ["Differences in points (gap in nats), paired by seed:", found.text, found.said]
+    lines.append(_figure("halves.svg", figures, results))
+    return joined(lines)
+
+
+def curves(results: Results, figures: str) -> str:
+    """Safety and gap on the way."""
+    lines = ["## On the way"]
+    names = results.methods("curves", _ORDER)
+    if not any(cell.get("curve") for cell in results.pick("curves")):
+        return joined([*lines, _NOT_RUN])
+    lines.append(
+        f"Settings as chosen, but for {plan.CURVE_EPOCHS} epochs, so that overfitting has time to show. Bands are 95 % t intervals."
+    )
+    lines.append(_figure("curves.svg", figures, results))
+    measures = (REFUSAL, FRAMED_ATTACKS, OVER_REFUSAL, GAP)
+    rows = []
+    for name in names:
+        found = {measure.name: curve(results, name, measure) for measure in measures}
+        for step in found[REFUSAL.name][0]:
+            row = [name, str(step)]
+            for measure in measures:
+                steps, values = found[measure.name]
+                row.append(mean_text(values[steps.index(step)], measure.digits) if step in steps else "–")
+            rows.append(row)
+    lines.append(table(["method", "step", *(measure.head for measure in measures)], rows))
+    if {DPO.name, BDPO.name} <= set(names):
+        last = contrast(Group(BDPO.name, "curves", BDPO.name), Group(DPO.name, "curves", DPO.name))
+        at_end = differences(results, [last], (*OUTCOMES, GAP, GAP_SHARE))
+        lines += ["At the end, in points (gap in nats), paired by seed:", at_end.text, at_end.said]
+    return joined(lines)
+
+
+def sensitivity(results: Results, figures: str) -> str:
+    """What B-DPO's choices are worth."""
+    lines = ["## What if B-DPO had other settings"]
+    contrasts = sensitivity_contrasts(results)
+    if not contrasts:
+        return joined([*lines, _NOT_RUN])
+    lines.append(
+        "One thing changed at a time from what B-DPO has chosen, the same seeds; minus the chosen setting, in points (gap in nats)."
+    )
+    found = differences(results, contrasts, (*OUTCOMES, GAP))
+    return joined([*lines, found.text, found.said, _figure("sensitivity.svg", figures, results)])
+
+
+def choices(results: Results) -> str:
+    """What tuning has tried and chosen."""
+    lines = ["## What was tried, and what was chosen"]
+    if not results.pick("tuning"):
+        return joined([*lines, _NOT_RUN])
+    half, seeds = error(results)
+    if math.isnan(half):
+        sure = "A trial has one seed, so no interval"
+    else:
+        sure = f"A score is a mean of {seeds} seeds, ± {half:.1f} points (95 %, variance pooled over all trials)"
+    lines += [
+        f"Scores are in percent, less is better. {sure}: a choice among trials that lie close is partly chance, alike for every method.",
+        chosen_table(results),
+        "All trials, by learning rate and epochs; chosen ones are bold:",
+        trials_table(results),
+    ]
+    return joined(lines)
+
+
+def summary(results: Results) -> str:
+    """How many differences hold, do not hold and cannot be told."""
+    counted = Counter(said for *_, said in verdicts(results, CHECKS))
+    total = counted.total() - counted[ABSENT]
+    if not total:
+        return "The records decide none of the paper's claims."
+    return (
+        f"The paper's claims come to {total} differences that the records have: {counted[HOLDS]} hold here, {counted[FAILS]} do "
+        f"not, and of {counted[UNKNOWN]} it cannot be told."
+        + (f" {counted[ABSENT]} more are not in the records." if counted[ABSENT] else "")
+    )
+
+
+def claims(results: Results) -> str:
+    """The paper's claims, each with its verdict."""
+    rule = (
+        "The rule: a claim *holds here* if the whole 95 % interval lies on its side, *does not hold here* if it lies on the "
+        "other, and *cannot be told* else; nor can it where the interval excludes the bound but Holm's correction for all "
+        "differences of this table brings p to 0.05 or more. That nothing can be told is no sign that there is nothing: the "
+        f"interval says how large a difference may still be. A cost of less than {TOLERANCE:g} points counts as none. Refusal "
+        "and attack success are in points; the intervals are not corrected."
+    )
+    return joined(["## The paper's claims, one by one", rule, summary(results), claims_table(results)])
+
+
+def groups_of(method: str) -> Group:
+    """A method's cells on the test."""
+    return Group(method, "final", method)
+
+
+def _ablation_contrasts(results: Results, section: str) -> list[Contrast]:
+    wanted = [
+        (DPO_BW.name, DPO.name),
+        (DPO_SF.name, DPO.name),
+        (BDPO.name, DPO.name),
+        (BDPO.name, DPO_BW.name),
+        (BDPO.name, DPO_SF.name),
+        ("B-DPO, s by norm", BDPO.name),
+    ]
+    return [
+        contrast(Group(first, section, first), Group(second, section, second))
+        for first, second in wanted
+        if results.pick(section, first) and results.pick(section, second)
+    ]
+
+
+def _figure(name: str, folder: str, results: Results) -> str:
+    caption, has, _ = FIGURES[name]
+    return f"![{caption}]({folder}/{name})\n\n*{caption}.*" if has(results) else ""
+
+
+def joined(lines: list[str]) -> str:
+    """Paragraphs, without those that have nothing to say."""
+    return "\n\n".join(line for line in lines if line)

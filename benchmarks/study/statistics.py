@@ -1,0 +1,109 @@
+"""Means over seeds, differences paired by seed, and Holm's correction: Student's t throughout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds with its 95 % interval.
+
+    Attributes:
+        mean: of the values; NaN where there are none.
+        half: half the interval's width; NaN for fewer than two values.
+        count: seeds.
+        p: two-sided, of the mean against the bound that was asked for.
+    """
+
+    mean: float
+    half: float
+    count: int
+    p: float
+
+    @property
+    def low(self) -> float:
+        """Lower end."""
+        return self.mean - self.half
+
+    @property
+    def high(self) -> float:
+        """Upper end."""
+        return self.mean + self.half
+
+
+def inside(t: float, freedom: int) -> float:
+    """P(|T| ≤ t) for a whole number of degrees of freedom (Abramowitz and Stegun 1964, 26.7.3 and 26.7.4).
+
+    Args:
+        t: not negative.
+        freedom: degrees of freedom, 1 or more.
+    """
+    angle = math.atan2(t, math.sqrt(freedom))
+    cos_squared = math.cos(angle) ** 2
+    odd = freedom % 2
+    total, term = 0.0, math.cos(angle) if odd else 1.0
+    for power in range(odd, freedom - 1, 2):
+        total += term
+        term *= (power + 1) / (power + 2) * cos_squared
+    total *= math.sin(angle)
+    return 2 / math.pi * (angle + total) if odd else total
+
+
+def quantile(freedom: int, level: float = LEVEL) -> float:
+    """t with P(|T| ≤ t) = `level`."""
+    low, high = 0.0, 1.0
+    while inside(high, freedom) < level:
+        high *= 2
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if inside(middle, freedom) < level else (low, middle)
+    return (low + high) / 2
+
+
+def interval(values: Sequence[float], bound: float = 0.0) -> Interval:
+    """The mean of `values` with its t interval.
+
+    Where all values are the same, t knows no error: the interval has no width, and p is the sign test's.
+
+    Args:
+        values: one of each seed, finite.
+        bound: that p compares the mean with.
+    """
+    count = len(values)
+    if count < 2:
+        return Interval(values[0] if count else math.nan, math.nan, count, math.nan)
+    mean = math.fsum(values) / count
+    variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
+    # What is left of equal values by rounding is no variance.
+    if math.sqrt(variance) <= 1e-12 * max(1.0, abs(mean)):
+        return Interval(mean, 0.0, count, 1.0 if abs(mean - bound) <= 1e-12 else 0.5 ** (count - 1))
+    error = math.sqrt(variance / count)
+    p = 1.0 - inside(abs(mean - bound) / error, count - 1)
+    return Interval(mean, quantile(count - 1) * error, count, p)
+
+
+def paired(first: Mapping[int, float], second: Mapping[int, float], bound: float = 0.0) -> Interval:
+    """The mean of first − second over the seeds that both have.
+
+    Args:
+        first: by seed.
+        second: by seed.
+        bound: that p compares the mean with.
+    """
+    return interval([first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())], bound)
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """Holm's adjusted p of a family (Holm 1979), in its order; NaN stays, and is no member of the family."""
+    order = sorted((p, place) for place, p in enumerate(ps) if not math.isnan(p))
+    adjusted = [math.nan] * len(ps)
+    largest = 0.0
+    for rank, (p, place) in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * p))
+        adjusted[place] = largest
+    return adjusted

@@ -1,0 +1,174 @@
+"""Tables of the study's page: numbers with their intervals, as Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from benchmarks.study.results import OUTCOMES, Cell, Measure, Results
+from benchmarks.study.statistics import Interval, holm, interval, paired
+
+SIGNIFICANT = 0.05
+MISSING = "–"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Cells that differ in nothing but their seed.
+
+    Attributes:
+        label: in the first column.
+        section: of the study.
+        method: name.
+        variant: name.
+    """
+
+    label: str
+    section: str
+    method: str
+    variant: str = ""
+
+    def series(self, results: Results, measure: Measure) -> dict[int, float]:
+        """Finite values by seed."""
+        return results.series(measure, self.section, self.method, self.variant)
+
+    def cells(self, results: Results) -> list[Cell]:
+        """All of them, failed ones too."""
+        return results.pick(self.section, self.method, self.variant)
+
+    def name(self, results: Results) -> str:
+        """The label, with the number of seeds where some have failed."""
+        cells = self.cells(results)
+        failed = sum("failed" in cell for cell in cells)
+        return f"{self.label} ({failed} of {len(cells)} seeds failed)" if failed else self.label
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, its first column to the left and the others to the right."""
+    lines = [" | ".join(head), " | ".join(["---", *["---:"] * (len(head) - 1)])]
+    lines += [" | ".join(row) for row in rows]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def number(value: float, digits: int, sign: bool = False) -> str:
+    """`value` with a true minus, and no minus before a nought."""
+    text = f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
+    if float(text) == 0:
+        return f"{0:.{digits}f}"
+    return text.replace("-", "−")
+
+
+def mean_text(found: Interval, digits: int) -> str:
+    """`41.3 ± 2.1`; what a single seed gave is said to be without an interval."""
+    if not found.count:
+        return MISSING
+    if math.isnan(found.half):
+        return f"{number(found.mean, digits)} (1 seed)"
+    return f"{number(found.mean, digits)} ± {number(found.half, digits)}"
+
+
+def difference_text(found: Interval, digits: int, adjusted: float = math.nan) -> str:
+    """`−3.2 [−5.0, −1.4]`, bold where Holm's adjusted p is below 0.05."""
+    if not found.count:
+        return MISSING
+    if math.isnan(found.half):
+        return f"{number(found.mean, digits, sign=True)} (1 seed)"
+    text = f"{number(found.mean, digits, sign=True)} [{number(found.low, digits)}, {number(found.high, digits)}]"
+    return f"**{text}**" if adjusted < SIGNIFICANT else text
+
+
+def means(results: Results, groups: Sequence[Group], measures: Sequence[Measure]) -> str:
+    """A row for each group: means over seeds ± half of the 95 % interval."""
+    rows = []
+    for group in groups:
+        row = [group.name(results)]
+        for measure in measures:
+            found = interval(list(group.series(results, measure).values()))
+            if group.method == "reference":
+                row.append(number(found.mean, measure.digits) if found.count else MISSING)
+            else:
+                row.append(mean_text(found, measure.digits))
+        rows.append(row)
+    return table(["", *(measure.head for measure in measures)], rows)
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Two groups to compare, seed by seed.
+
+    Attributes:
+        label: in the first column.
+        first: from which is taken away.
+        second: what is taken away.
+    """
+
+    label: str
+    first: Group
+    second: Group
+
+    def of(self, results: Results, measure: Measure) -> Interval:
+        """first − second."""
+        return paired(self.first.series(results, measure), self.second.series(results, measure))
+
+
+def contrast(first: Group, second: Group) -> Contrast:
+    """first − second, labelled so."""
+    return Contrast(f"{first.label} − {second.label}", first, second)
+
+
+@dataclass(frozen=True)
+class Differences:
+    """A table of differences, a family for Holm's correction.
+
+    Attributes:
+        text: the table.
+        tests: differences in it that have a p.
+        signs: what differs after the correction, as (row, column, mean).
+    """
+
+    text: str
+    tests: int
+    signs: list[tuple[str, Measure, float]]
+
+    @property
+    def said(self) -> str:
+        """What the correction leaves, as a sentence or more."""
+        if not self.tests:
+            return "No difference here has the two seeds that an interval needs."
+        if not self.signs:
+            return f"After Holm's correction for the {self.tests} differences of this table none differs from 0."
+        listed = "; ".join(
+            f"{row}: {', '.join(f'{m.name} {_word(m, mean)}' for r, m, mean in self.signs if r == row)}"
+            for row in dict.fromkeys(row for row, _, _ in self.signs)
+        )
+        return (
+            f"After Holm's correction for the {self.tests} differences of this table {len(self.signs)} "
+            f"{'differs' if len(self.signs) == 1 else 'differ'} from 0 (bold). {listed}."
+        )
+
+
+def differences(results: Results, contrasts: Sequence[Contrast], measures: Sequence[Measure] = OUTCOMES) -> Differences:
+    """A row for each contrast: paired differences with 95 % intervals, corrected together."""
+    found = [[each.of(results, measure) for measure in measures] for each in contrasts]
+    adjusted = holm([one.p for row in found for one in row])
+    rows, signs = [], []
+    most = max((one.count for row in found for one in row), default=0)
+    for i, (each, row) in enumerate(zip(contrasts, found, strict=True)):
+        texts = []
+        for j, (measure, one) in enumerate(zip(measures, row, strict=True)):
+            p = adjusted[i * len(measures) + j]
+            texts.append(difference_text(one, measure.digits, p))
+            if p < SIGNIFICANT:
+                signs.append((each.label, measure, one.mean))
+        # Fewer seeds than another row: some failed, or were not run.
+        seeds = max(one.count for one in row)
+        rows.append([f"{each.label} ({seeds} seeds)" if 1 < seeds < most else each.label, *texts])
+    tests = sum(not math.isnan(p) for p in adjusted)
+    return Differences(table(["", *(measure.head for measure in measures)], rows), tests, signs)
+
+
+def _word(measure: Measure, mean: float) -> str:
+    if not measure.better:
+        return "up" if mean > 0 else "down"
+    return "better" if mean * measure.better > 0 else "worse"
