@@ -16,7 +16,7 @@ from benchmarks.study.runner import append, differences, quiet_cell, read_record
 from benchmarks.study.settings import Setting
 from benchmarks.study.world import preference_pairs
 
-STEPS = 20
+STEPS = 6
 SMALL = {"num_pairs": 48, "evaluate": "validation", "reference_steps": STEPS}
 
 
