@@ -152,7 +152,9 @@ class Writer:
         assert isinstance(act.topic, Benign)
         if self.rng.random() < 0.5:
             return self.pick(wording.EVASIONS).format(act=act.text)
-        other = self.rng.choice([topic for topic in (*EVERYDAY, *LOOK_ALIKES) if topic != act.topic])
+        held_out = VALIDATION_LOOK_ALIKES | TEST_LOOK_ALIKES
+        topics = [topic for topic in (*EVERYDAY, *LOOK_ALIKES) if topic != act.topic and topic.name not in held_out]
+        other = self.rng.choice(topics)
         return self._in_steps(wording.HELPFUL, act, other.steps)
 
     def _in_steps(self, templates: Sequence[str], act: Act, steps: Sequence[Sequence[str]]) -> str:

@@ -9,7 +9,7 @@ from bdpo_pl.safety import is_refusal
 from benchmarks.study import abilities, wording
 from benchmarks.study.evaluate import FRAMED, HELD_OUT_CATEGORIES, HELD_OUT_LOOK_ALIKE, SIZES, evaluation
 from benchmarks.study.judge import kind_of
-from benchmarks.study.topics import HELD_OUT_RISKS, RISKS, TEST_LOOK_ALIKES, VALIDATION_LOOK_ALIKES
+from benchmarks.study.topics import HELD_OUT_RISKS, LOOK_ALIKES, RISKS, TEST_LOOK_ALIKES, VALIDATION_LOOK_ALIKES
 from benchmarks.study.world import Writer, ability_questions, acts, conversations, preference_pairs
 
 PAIRS = preference_pairs("train", 720, seed=3)
@@ -75,6 +75,8 @@ def test_test_acts_are_made_of_words_that_training_knows():
 def test_held_out_categories_are_taught_and_in_no_pair():
     assert not {row["category"] for row in PAIRS} & (HELD_OUT_RISKS | VALIDATION_LOOK_ALIKES | TEST_LOOK_ALIKES)
     assert not VALIDATION_LOOK_ALIKES & TEST_LOOK_ALIKES
+    steps = {s for topic in LOOK_ALIKES if topic.name in TEST_LOOK_ALIKES for some in topic.steps for s in some}
+    assert not [row for row in PAIRS if any(step in row["chosen"] + row["rejected"] for step in steps)]
     names = [act.text for act in acts() if act.category_held_out and act.split == "train"]
     assert any(name in prompt for name in names for prompt, _ in TAUGHT)
     for name, topics in ((HELD_OUT_CATEGORIES, HELD_OUT_RISKS), (HELD_OUT_LOOK_ALIKE, TEST_LOOK_ALIKES)):
