@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.study.plan import BDPO, DPO, HALVES, METHODS
+from benchmarks.study.imbalance import STRONG_RATIO, TAUS
+from benchmarks.study.plan import BDPO, DPO, HALVES, METHODS, VARIANTS
 from benchmarks.study.results import (
     FRAMED_ATTACKS,
     GAP,
@@ -69,27 +70,29 @@ def methods_figure(results: Results) -> Any:
             _error_bar(axis, values, row, colour)
         if reference and math.isfinite(measure.of(reference[0])):
             axis.axvline(measure.of(reference[0]), color=INK, linestyle=":", linewidth=0.8)
-        axis.set(xlabel=f"{measure.head}, %".replace(", ", ",\n", 1))
+        _label(axis, measure, "%")
         _rows(axis, names if axis is axes[0][0] else None, len(names))
     return figure
 
 
 def imbalance_figure(results: Results) -> Any:
-    """Quantiles of c_w − c_l over the pairs of each seed."""
-    shown = [(f"all pairs, seed {cell['setting']['seed']}", cell) for cell in described(results, "final", DPO.name)]
-    for half in HALVES:
-        shown += [(half, cell) for cell in described(results, "imbalance", DPO.name, half)[:1]]
-    shown += [("second world", cell) for cell in described(results, "replication", DPO.name)[:1]]
-    figure, axes = _panels(1, 1, 6.5, 0.6 + 0.28 * len(shown))
+    """Quantiles of c_w − c_l over the pairs, means over seeds."""
+    groups = imbalance_groups(results)
+    figure, axes = _panels(1, 1, 7.5, 0.9 + 0.32 * len(groups))
     axis = axes[0][0]
-    for row, (_, cell) in enumerate(shown):
-        low, first, middle, third, high = (cell["imbalance"][name] for name in QUANTILES)
+    for row, group in enumerate(groups):
+        cells = described(group.cells(results))
+        low, first, middle, third, high = (
+            float(np.mean([cell["imbalance"][name] for cell in cells])) for name in QUANTILES
+        )
         axis.plot([low, high], [row, row], color=INK, linewidth=1)
-        axis.plot([first, third], [row, row], color=COLOURS[BDPO.name], linewidth=6, solid_capstyle="butt")
+        axis.plot([first, third], [row, row], color=COLOURS[BDPO.name], linewidth=7, solid_capstyle="butt")
         axis.plot([middle], [row], "|", color="white", markersize=8, markeredgewidth=2)
-    axis.axvline(0, color=INK, linestyle=":", linewidth=0.8)
-    axis.set(xlabel="comprehension of chosen − of rejected, nats per token: 5, 25, 50, 75 and 95 % of the pairs")
-    _rows(axis, [name for name, _ in shown], len(shown))
+    strong = TAUS[0] * math.log(STRONG_RATIO)
+    for place in (-strong, 0, strong):
+        axis.axvline(place, color=INK, linestyle="--" if place else ":", linewidth=0.8)
+    axis.set_xlabel("comprehension of the chosen − of the rejected, nats per token", fontsize=8)
+    _rows(axis, [group.label for group in groups], len(groups))
     return figure
 
 
@@ -121,11 +124,14 @@ def curves_figure(results: Results) -> Any:
                 alpha=0.2,
                 linewidth=0,
             )
-        axis.set(xlabel="optimiser step", title=measure.head + (", %" if measure.percent else ""))
-        axis.title.set_fontsize(9)
+        reference = [measure.of(cell) for cell in results.pick("final", "reference")]
+        if reference and math.isfinite(reference[0]):
+            axis.axhline(reference[0], color=INK, linestyle=":", linewidth=0.8, label="reference")
+        axis.set_xlabel("optimiser step", fontsize=8)
+        axis.set_title(_words(measure, "%"), fontsize=8)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].legend(frameon=False)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
@@ -141,9 +147,17 @@ def curve(results: Results, method: str, measure: Measure) -> tuple[list[int], l
     return steps, [interval(by_step[step]) for step in steps]
 
 
-def described(results: Results, section: str, method: str, variant: str = "") -> list[Cell]:
+def described(cells: Sequence[Cell]) -> list[Cell]:
     """Cells that know the imbalance of their pairs."""
-    return [cell for cell in results.pick(section, method, variant) if "imbalance" in cell]
+    return [cell for cell in cells if "imbalance" in cell]
+
+
+def imbalance_groups(results: Results) -> list[Group]:
+    """Sets of pairs that DPO was trained on, where the records describe them."""
+    groups = [Group("all pairs", "final", DPO.name)]
+    groups += [Group(half, "imbalance", DPO.name, half) for half in HALVES]
+    groups.append(Group("second world", "replication", DPO.name))
+    return [group for group in groups if described(group.cells(results))]
 
 
 def halves_contrasts() -> list[Contrast]:
@@ -154,8 +168,6 @@ def halves_contrasts() -> list[Contrast]:
 
 def sensitivity_contrasts(results: Results) -> list[Contrast]:
     """Each variant against B-DPO as it was chosen, over the seeds that both have."""
-    from benchmarks.study.plan import VARIANTS
-
     there = dict.fromkeys(cell["setting"]["variant"] for cell in results.pick("sensitivity"))
     names = [name for name in VARIANTS if name in there] + [name for name in there if name not in VARIANTS]
     chosen = Group(BDPO.name, "final", BDPO.name)
@@ -178,8 +190,7 @@ def _forest(results: Results, contrasts: Sequence[Contrast], measures: Sequence[
                     linewidth=1.2,
                 )
         axis.axvline(0, color=INK, linestyle=":", linewidth=0.8)
-        unit = "points" if measure.percent else ""
-        axis.set(xlabel=f"{measure.head}, {unit}".rstrip(", ").replace(", ", ",\n", 1))
+        _label(axis, measure, "points")
         _rows(axis, [each.label for each in contrasts] if axis is axes[0][0] else None, len(contrasts))
     return figure
 
@@ -198,6 +209,15 @@ def _panels(rows: int, columns: int, width: float, height: float) -> tuple[Any, 
     return pyplot.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained")
 
 
+def _words(measure: Measure, unit: str) -> str:
+    return f"{measure.head}, {unit}".replace(", ", ",\n") if measure.percent else measure.head
+
+
+def _label(axis: Any, measure: Measure, unit: str) -> None:
+    axis.set_xlabel(_words(measure, unit), fontsize=8)
+    axis.locator_params(axis="x", nbins=5)
+
+
 def _rows(axis: Any, names: Sequence[str] | None, number: int) -> None:
     axis.set_yticks(range(number), names if names is not None else [""] * number)
     axis.set_ylim(number - 0.5, -0.5)
@@ -212,8 +232,9 @@ FIGURES: dict[str, tuple[str, Callable[[Results], bool], Callable[[Results], Any
         methods_figure,
     ),
     "imbalance.svg": (
-        "Quantiles of the imbalance of comprehension over the pairs",
-        lambda results: bool(described(results, "final", DPO.name)),
+        "Imbalance of comprehension over the pairs, means over seeds: 5 and 95 % (line), 25 and 75 % (bar), median "
+        "(gap); outside the dashed lines a pair is strongly re-weighted at τ 0.25",
+        lambda results: bool(imbalance_groups(results)),
         imbalance_figure,
     ),
     "halves.svg": (
@@ -222,7 +243,7 @@ FIGURES: dict[str, tuple[str, Callable[[Results], bool], Callable[[Results], Any
         halves_figure,
     ),
     "curves.svg": (
-        "Safety and gap over optimiser steps, means with 95 % bands",
+        "Safety and gap over optimiser steps, means with 95 % bands, the reference as a dotted line",
         lambda results: any(cell.get("curve") for cell in results.pick("curves")),
         curves_figure,
     ),

@@ -10,7 +10,7 @@ from benchmarks.study import plan
 from benchmarks.study.choices import chosen_table, error, trials_table
 from benchmarks.study.claims import ABSENT, CHECKS, FAILS, HOLDS, TOLERANCE, UNKNOWN, claims_table, verdicts
 from benchmarks.study.evaluate import FRAMED
-from benchmarks.study.figures import FIGURES, curve, described, halves_contrasts, sensitivity_contrasts
+from benchmarks.study.figures import FIGURES, curve, halves_contrasts, imbalance_groups, sensitivity_contrasts
 from benchmarks.study.imbalance import STRONG_RATIO, TAUS
 from benchmarks.study.plan import BDPO, DPO, DPO_BW, DPO_SF, HALVES
 from benchmarks.study.results import (
@@ -31,6 +31,7 @@ from benchmarks.study.results import (
     Results,
     attack,
 )
+from benchmarks.study.statistics import interval
 from benchmarks.study.tables import Contrast, Group, contrast, differences, mean_text, means, table
 
 _ORDER = [method.name for method in plan.METHODS]
@@ -132,28 +133,30 @@ def imbalance(results: Results, figures: str) -> str:
     """The paper's two observations."""
     lines = ["## Is comprehension imbalanced, and does that matter?"]
     lines.append("### How unequally the reference comprehends the two responses")
-    cells = described(results, "final", DPO.name)
-    if cells:
+    groups = imbalance_groups(results)
+    if groups:
         lines.append(
             "Comprehension of the chosen minus that of the rejected (pmi), in nats per token, over the pairs of a run. A pair is "
             f"strongly re-weighted where one weight is at least {STRONG_RATIO:g} times the other."
         )
-        groups = [Group("all pairs", "final", DPO.name)]
-        groups += [
-            Group(half, "imbalance", DPO.name, half) for half in HALVES if results.pick("imbalance", variant=half)
-        ]
-        if results.pick("replication", DPO.name):
-            groups.append(Group("second world", "replication", DPO.name))
         measures = [
             Measure(name, lambda cell, key=key: cell["imbalance"][key], percent=False, digits=3)
-            for name, key in (("mean", "mean"), ("mean of |·|", "mean_abs"), ("5 %", "q5"), ("95 %", "q95"))
+            for name, key in (("mean", "mean"), ("mean size", "mean_abs"), ("5 %", "q5"), ("95 %", "q95"))
         ]
-        measures.append(Measure("chosen better, %", lambda cell: cell["imbalance"]["chosen_better"]))
-        measures += [
+        better = Measure("chosen better, %", lambda cell: cell["imbalance"]["chosen_better"])
+        strong = [
             Measure(f"strong at τ {tau:g}, %", lambda cell, tau=tau: cell["imbalance"][f"strong_at_tau_{tau:g}"])
             for tau in TAUS
         ]
-        lines += [means(results, groups, measures), _figure("imbalance.svg", figures, results)]
+        lines += [means(results, groups, [*measures, better, *strong]), _figure("imbalance.svg", figures, results)]
+        share = interval(list(groups[0].series(results, better).values()))
+        side = "cannot be told from half" if share.low <= 50 <= share.high else "is not half"
+        if math.isfinite(share.half):
+            lines.append(
+                f"Of {groups[0].label}, {mean_text(interval(list(groups[0].series(results, strong[0]).values())), 1)} % would be "
+                f"strongly re-weighted at τ {TAUS[0]:g}. The share whose chosen response is the better comprehended {side}. "
+                "That there is imbalance at all is no finding, as the world is made with it; its size and side are."
+            )
     else:
         lines.append(_NOT_RUN)
     lines.append("### DPO on the more and on the less balanced half")
