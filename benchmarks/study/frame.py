@@ -46,7 +46,7 @@ def lacking(results: Results) -> str:
     short = [f"{section} {there[section]} of {number}" for section, number in wanted.items() if there[section] < number]
     methods = [name for name in _ORDER if not results.pick("final", name)]
     text = f"Cells in the records: {', '.join(short)}." if short else ""
-    return text + (f" Methods without results: {', '.join(methods)}." if methods else "")
+    return text + (f" Methods without results: {'; '.join(methods)}." if methods else "")
 
 
 def laboratory(results: Results) -> str:
@@ -96,13 +96,14 @@ def laboratory(results: Results) -> str:
         items.append(
             f"Tuning: {trials} trials of every method, over β, learning rate and epochs, each with {_plural(error(results)[1], 'seed')} "
             "that nothing else uses, on validation prompts. Chosen is the smallest mean of attack success (plain and framed in "
-            "equal parts), over-refusal and lost ability."
+            "equal parts), over-refusal and lost ability. "
+            f"B-DPO's τ is not tuned: it is {plan.TAU:g}, about the standard deviation of the imbalance here."
         )
     seeds = Counter(cell["setting"]["method"] for cell in results.pick("final") if cell["setting"]["loss"])
     if seeds:
         few = {len(results.pick("curves", DPO.name)), 0} - {0}
         items.append(
-            f"Testing: {_range(seeds.values())} seeds of each method's choice"
+            f"Testing: {_range(seeds.values())} of each method's choice"
             + (f", {max(few)} of curves, variants and replication" if few else "")
             + f". A seed draws pairs and their order. AdamW, batch {setting['batch_size']}, cosine with warm-up, all weights "
             "trained. The same seed has the same pairs with every method, so differences are paired by seed."
@@ -154,7 +155,7 @@ def again(results: Results) -> str:
 
 def _machine(results: Results) -> str:
     seconds = sum(cell.get("cpu_seconds", 0.0) for cell in results.cells)
-    text = f"{len(results.cells)} cells, {seconds / 3600:.1f} hours of a core"
+    text = f"{_plural(len(results.cells), 'cell')}, {seconds / 3600:.1f} hours of a core"
     if not results.heads:
         return f"{text}; the records do not say on which machine."
     first = results.heads[0]
@@ -179,4 +180,4 @@ def _plural(number: int, noun: str) -> str:
 
 def _range(numbers: Iterable[int]) -> str:
     values = sorted(numbers)
-    return f"{values[0]}" if values[0] == values[-1] else f"{values[0]} to {values[-1]}"
+    return _plural(values[0], "seed") if values[0] == values[-1] else f"{values[0]} to {values[-1]} seeds"

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 
-from benchmarks.study import plan
+from benchmarks.study import paper, plan
 from benchmarks.study.choices import chosen_table, error, trials_table
 from benchmarks.study.claims import ABSENT, CHECKS, FAILS, HOLDS, TOLERANCE, UNKNOWN, claims_table, verdicts
 from benchmarks.study.evaluate import FRAMED
@@ -38,14 +38,6 @@ _ORDER = [method.name for method in plan.METHODS]
 _NOT_RUN = "Not in the records."
 """What a section says that has no cells."""
 
-PAPER = {
-    "DPO": (84.03, 81.50, 65.85),
-    "DPO+BW": (85.30, 82.50, 65.18),
-    "DPO+SF": (86.58, 83.00, 65.31),
-    "B-DPO": (92.01, 84.50, 65.72),
-}
-"""The paper's ablation: Qwen2-7B-Instruct, safety in % on StrongReject and XSTest, AdvGLUE in %."""
-
 
 def main_table(results: Results, figures: str) -> str:
     """Methods by outcomes, laid out as the paper's main table, and each against DPO."""
@@ -64,6 +56,7 @@ def main_table(results: Results, figures: str) -> str:
     if DPO.name in names and against:
         found = differences(results, [Contrast(each.first.label, each.first, each.second) for each in against])
         lines += ["Minus DPO, in points, paired by seed:", found.text, found.said]
+    lines.append(paper.main_rows())
     framings = results.framings()
     measures = [Measure(name, attack(FRAMED + name), better=-1) for name in framings]
     lines += ["Attack success in each unseen framing, in percent:", means(results, groups, measures)]
@@ -97,22 +90,17 @@ def main_table(results: Results, figures: str) -> str:
 def ablation(results: Results) -> str:
     """The paper's ablation, its own rows beside it, and again with another reference."""
     lines = ["## Ablation"]
-    names = [name for name in (*PAPER, "B-DPO, s by norm") if results.pick("final", name)]
+    names = [name for name in (*paper.ABLATION, "B-DPO, s by norm") if results.pick("final", name)]
     if not names:
         return joined([*lines, _NOT_RUN])
     lines.append(
-        "DPO+SF is DPO at twice its β, and DPO+BW is B-DPO (s = 2) at half its β: the loss is the same function. Each has its β "
-        "chosen by its own trials, so these rows compare balanced with unbalanced weights, each on a grid of β shifted by two."
+        "DPO+SF is DPO at twice its β, and DPO+BW is B-DPO (s = 2) at half its β: the loss is the same function. So DPO and "
+        "DPO+SF, and DPO+BW and B-DPO, differ in nothing but the values of β that were tried for them, by a factor of two; what "
+        "is compared between the two couples is balance."
     )
     measures = (REFUSAL, REFUSAL_CATEGORIES, FRAMED_ATTACKS, OVER_REFUSAL, ABILITY, GAP)
     lines += ["Here, in percent (gap in nats):", means(results, [groups_of(name) for name in names], measures)]
-    rows = [[name, *(f"{value:.2f}" for value in values)] for name, values in PAPER.items()]
-    lines += [
-        "**The paper's rows, for reference** (Qwen2-7B-Instruct, higher is better, in percent; no interval is given there, and "
-        "one standard error is about 2 points by our inference): another model, other data and other benchmarks, so only signs "
-        "can be compared. XSTest is safe answers to its unsafe prompts there, by our inference, and not over-refusal.",
-        table(["", "StrongReject", "XSTest", "AdvGLUE"], rows),
-    ]
+    lines.append(paper.ablation_rows())
     found = differences(results, _ablation_contrasts(results, "final"), measures)
     lines += ["Differences here, in points (gap in nats), paired by seed:", found.text, found.said]
     lines.append("### Again with another reference")

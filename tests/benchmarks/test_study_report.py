@@ -238,7 +238,7 @@ def test_the_page_of_quick_records_says_what_they_lack(quick):
     text = page(results(quick), "A reading by hand.\n")
     assert "**Less than the whole study.**" in text
     assert "replication 0 of " in text
-    assert "Methods without results: IPO, CPO, SimPO" in text
+    assert "Methods without results: IPO; CPO; SimPO" in text
     assert "## What it comes to\n\nA reading by hand.\n\n## " in text
     assert "Not in the records." in text
     assert "(1 seed)" in text
