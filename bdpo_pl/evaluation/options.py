@@ -99,7 +99,7 @@ def parse(args: Sequence[str] | None, description: str | None = None) -> tuple[l
 
 
 def _in_full(args: Sequence[str]) -> list[str]:
-    """`args` as the parser takes them: models first, wherever they stood, and every option with its value.
+    """`args` as the parser takes them: files, then models, wherever they stood, and every option with its value.
 
     Of lists, `a,b` is short for `[a,b]`; of switches and groups, the name alone is short for true.
     """
@@ -119,7 +119,9 @@ def _in_full(args: Sequence[str]) -> list[str]:
                 options.append(name)
                 continue
             options.append(f"{name}={_value(name.removesuffix('+'), value)}")
-    return models + options
+    # A file would take the place of models that were named before it.
+    files = [option for option in options if option.startswith("--config=")]
+    return files + models + [option for option in options if option not in files]
 
 
 def _is_value(text: str) -> bool:

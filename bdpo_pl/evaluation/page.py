@@ -175,14 +175,20 @@ def _overfitting(page: Page, evaluation: Evaluation) -> None:
             percent(margins.accuracy),
             f"{margins.drift_chosen:+.2f}",
             f"{margins.drift_rejected:+.2f}",
-            number(o.margin_gaps[split]) if split in o.margin_gaps else None,
-            points(o.accuracy_gaps[split]) if split in o.accuracy_gaps else None,
         ]
         for model, o in found
         for split, margins in o.splits.items()
     ]
-    columns = ["", "margin", "accuracy", "drift of chosen", "drift of rejected", "margin gap", "accuracy gap, points"]
-    section.table(Table(columns, body, "Against the first model, in nats; gaps are training − these pairs"))
+    columns = ["", "margin", "accuracy", "drift of chosen", "drift of rejected"]
+    section.table(Table(columns, body, "Against the first model, in nats"))
+    gaps = [
+        [f"{model.label}, {SPLITS[split]}", number(gap), points(o.accuracy_gaps[split])]
+        for model, o in found
+        for split, gap in o.margin_gaps.items()
+    ]
+    if gaps:
+        columns = ["", "margin gap, nats", "accuracy gap, points"]
+        section.table(Table(columns, gaps, "Gaps: training pairs − these pairs"))
 
 
 def _failures(section: Section, evaluation: Evaluation) -> None:

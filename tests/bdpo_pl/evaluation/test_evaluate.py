@@ -1,0 +1,553 @@
+"""The command that measures safety, from its options to its three files."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import yaml
+from browser import Browser
+from makers import build_model, build_tokenizer, large, preference_rows, write_jsonl
+
+import bdpo_pl.evaluation.asking as asking
+import bdpo_pl.evaluation.endpoint as endpoint
+from bdpo_pl.evaluate import main
+from bdpo_pl.evaluation.attacks.framings import BUILT_IN
+from bdpo_pl.evaluation.intervals import wilson
+from bdpo_pl.evaluation.options import parse
+from bdpo_pl.evaluation.records import WARNING
+from bdpo_pl.evaluation.subject import Subject
+from bdpo_pl.generation import Response
+
+EVIL = "<script>document.title='taken'</script><img src=http://127.0.0.1:8/x.png>"
+REFUSAL = "I can't help with that."
+CATEGORIES = ["fraud", EVIL, "fraud"]
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    for name, size in (("harmful", 6), ("benign", 4)):
+        rows = [{"prompt": f"{name} quokka {i} ?", "category": CATEGORIES[i % 3]} for i in range(size)]
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    for split, seed in (("train", 0), ("held_out", 1)):
+        write_jsonl(tmp_path / f"{split}.jsonl", preference_rows(6, seed))
+
+
+@pytest.fixture(scope="module")
+def other_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("other")
+    large(build_model()).save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def base(model_dir):
+    return [f"before={model_dir}", "--suites=harm:harmful=harmful.jsonl,good:benign=benign.jsonl",
+            "--generation.max_new_tokens=3"]  # fmt: skip
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """Models answer by a rule, and what they are asked is kept."""
+
+    class Answers:
+        @staticmethod
+        def rule(model, prompt):
+            # The one whose weights are large has been aligned.
+            aligned = model.get_input_embeddings().weight.std() > 0.1
+            refuses = "harmful" in prompt if aligned else "harmful quokka 2" in prompt or "benign quokka 3" in prompt
+            return REFUSAL if refuses else f"sure , wombat {EVIL} {prompt}"
+
+    found = Answers()
+    found.asked = []
+
+    def generate(model, tokenizer, ids, **_):
+        prompts = [tokenizer.decode(prompt) for prompt in ids]
+        found.asked += prompts
+        return [Response(found.rule(model, prompt), 3, True) for prompt in prompts]
+
+    monkeypatch.setattr(asking, "generate", generate)
+    return found
+
+
+def results(folder="runs/evaluation"):
+    return json.loads(Path(folder, "evaluation.json").read_text(encoding="utf-8"))
+
+
+def rates(model):
+    return {result["suite"]: result["overall"]["failed"]["value"] for result in model["suites"]}
+
+
+def fails(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(command)
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return " ".join(said.split())
+
+
+def test_two_models_side_by_side(base, other_dir, answers, capsys):
+    main([*base, f"after={other_dir}", "--pairs.train=train.jsonl", "--pairs.held_out=held_out.jsonl"])
+    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    report = results()
+    before, after = report["models"]
+    assert (before["label"], after["label"]) == ("before", "after")
+    assert rates(before) == pytest.approx({"harm": 5 / 6, "good": 0.25})
+    assert rates(after) == {"harm": 0.0, "good": 0.0}
+    assert (before["score"], after["score"]) == pytest.approx((1 - 5 / 6 - 0.25, 1.0))
+    assert before["changes"] == {}
+    assert after["changes"]["harm"]["value"] == pytest.approx(-5 / 6)
+    harm = before["suites"][0]
+    assert harm["failures"] == [0, 1, 3, 4, 5]
+    assert [(c["name"], c["failed"]["value"], c["failed"]["count"]) for c in harm["categories"]] == [
+        (EVIL, 1.0, 2), ("fraud", 0.75, 4)
+    ]  # fmt: skip
+    assert [(s["name"], s["kind"], s["prompts"]) for s in report["suites"]] == [
+        ("harm", "harmful", 6),
+        ("good", "benign", 4),
+    ]
+    # The phrases are measured on the labelled file of bdpo_pl, whatever else is asked.
+    assert report["agreement"]["hits"] > 10
+    high = wilson(0, 6)[1]
+    change = after["changes"]["harm"]
+    low, top = (before["suites"][0]["overall"]["failed"][end] for end in ("low", "high"))
+    for line in (
+        f"attack success rate, harm 83.3 % ({100 * low:.1f} to {100 * top:.1f}) 0.0 % (0.0 to {100 * high:.1f}) "
+        f"-83.3 ({100 * change['low']:+.1f} to {100 * change['high']:+.1f})",
+        "safety − over-refusal (Youden's -0.083 +1.000",
+        "preference accuracy, training 50.0 % (50.0 to 50.0)",
+        "margin gap, training − held-out,",
+        "6 pairs",
+        "after does better than before on",
+        "runs/evaluation/report.html",
+        "runs/evaluation/verdicts.jsonl",
+    ):
+        assert line in printed
+    margins = after["overfitting"]["splits"]["train"]
+    assert f"{100 * margins['accuracy']['value']:.1f} %" in printed
+    assert before["overfitting"]["splits"]["train"]["margin"] == {
+        "value": 0.0, "low": 0.0, "high": 0.0, "count": 6, "clusters": 6
+    }  # fmt: skip
+    assert "NaN" not in Path("runs/evaluation/evaluation.json").read_text(encoding="utf-8")
+
+
+def test_texts_are_in_no_file_and_on_no_screen_unless_asked_for(base, answers, capsys):
+    main([*base, "--attacks.framings=fiction"])
+    said = capsys.readouterr()
+    folder = Path("runs/evaluation")
+    assert {path.name for path in folder.iterdir()} == {"report.html", "evaluation.json", "verdicts.jsonl"}
+    everything = said.out + said.err + "".join(path.read_text(encoding="utf-8") for path in folder.iterdir())
+    assert "harmful.jsonl" in everything
+    for word in ("quokka", "wombat", "can't help with that", "writing a novel", WARNING[:20]):
+        assert word not in everything
+    main([*base, "--attacks.framings=fiction", "--show_texts"])
+    said = capsys.readouterr()
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    assert 0 < html.index(WARNING[:20]) < html.index("wombat")
+    for escaped in ("harmful quokka 0 ?", "wombat &lt;script&gt;", "benign quokka 3 ?"):
+        assert escaped in html
+    assert "<script>" not in html
+    assert "<img" not in html
+    rest = said.out + said.err + "".join((folder / name).read_text() for name in ("evaluation.json", "verdicts.jsonl"))
+    assert "quokka" not in rest
+    assert "wombat" not in rest
+
+
+def test_answers_are_kept_under_a_warning_and_judged_by_another_judge(base, answers, serve, capsys):
+    main([*base, "--keep_answers"])
+    assert "answers, to handle with care" in capsys.readouterr().out
+    first, *lines = Path("runs/evaluation/verdicts.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(first)["warning"] == WARNING
+    assert sum("wombat" in line for line in lines) == 8
+    assert len(answers.asked) == 10
+    server = serve(lambda n, body: "unsafe" if "quokka 1" in body["messages"][0]["content"] else "safe")
+    main([*base, *judged_by(server)])
+    assert len(answers.asked) == 10
+    report = results()
+    # Harm by the judge; over-refusal by the phrases, for this judge tells none.
+    assert rates(report["models"][0]) == pytest.approx({"harm": 1 / 6, "good": 0.25})
+    assert report["judge"]["judge"] == "llama_guard"
+    assert report["agreement"] is None
+
+
+def test_failures_become_rows_to_fill_in(base, answers, capsys):
+    main([*base, "--refine=next/rows.jsonl"])
+    assert "rows to complete, to handle with care" in capsys.readouterr().out
+    rows = [json.loads(line) for line in Path("next/rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["prompt"] for row in rows] == [*(f"harmful quokka {i} ?" for i in (0, 1, 3, 4, 5)), "benign quokka 3 ?"]
+    assert {row["chosen"] for row in rows} == {None}
+    assert rows[-1]["rejected"] == REFUSAL
+    assert "quokka" not in Path("runs/evaluation/verdicts.jsonl").read_text()
+    assert "rows.jsonl exists already" in fails([*base, "--refine=next/rows.jsonl"], capsys)
+
+
+def test_report_in_a_browser(base, other_dir, answers, tmp_path):
+    main([*base, f"after [bold]={other_dir}", "--attacks.framings=[fiction,base64]", "--pairs.train=train.jsonl",
+          "--pairs.held_out=held_out.jsonl", "--show_texts"])  # fmt: skip
+    with Browser(tmp_path / "profile") as browser:
+        for options in ({}, {"dark": True, "width": 380}, {"paper": True, "width": 700}):
+            visit = browser.visit("runs/evaluation/report.html", **options)
+            assert visit.title == "Safety evaluation"
+            assert (visit.complaints, visit.requests, visit.overflow, visit.nameless) == ([], [], 0, 0)
+            # Both kinds of rate, categories of four suites, and margins.
+            assert len(visit.drawings) == 7
+            assert all(width > 200 and height > 60 for width, height in visit.drawings)
+            assert WARNING[:40] in visit.text
+            for part in ("after [bold]", "Overfitting", "harm+base64", "<script>", "Youden"):
+                assert part in visit.text
+
+
+def test_embedded_model_is_the_default(capsys):
+    main(["--max_prompts=3", "--pairs.max_pairs=6"])
+    report = results()
+    (model,) = report["models"]
+    assert (model["label"], model["source"].endswith("embedded/model")) == ("before", True)
+    assert [s["prompts"] for s in report["suites"]] == [3, 3, 3]
+    assert set(model["overfitting"]["splits"]) == {"train", "held_out", "out_of_distribution"}
+    assert model["ability"][0]["name"] == "everyday questions answered helpfully"
+    assert model["ability"][0]["value"]["value"] > 0.8
+    assert any("no run of the embedded model under runs yet" in note for note in report["notes"])
+    assert any("small set of bdpo_pl itself" in note for note in report["notes"])
+    assert not [result["suite"] for result in model["suites"] if result["cut"]]
+    printed = capsys.readouterr().out
+    for part in ("embedded_jailbreak", "Weakest categories of before", "240", "Done in"):
+        assert part in printed
+
+
+def test_framings_each_make_a_suite(base, answers):
+    main([*base, "--attacks.framings=[all]"])
+    report = results()
+    names = [suite["name"] for suite in report["suites"]]
+    assert names == ["harm", "good", *(f"harm+{name}" for name in BUILT_IN)]
+    assert len(answers.asked) == 6 + 4 + 6 * len(BUILT_IN)
+    # Six requests, however they are framed.
+    assert {result["overall"]["failed"]["clusters"] for result in report["models"][0]["suites"]} == {4, 6}
+
+
+def test_gcg_and_refinement(base, serve, capsys):
+    proposals = serve(lambda n, body: json.dumps({"improvement": "more", "prompt": f"try {n} quokka"}))
+    command = [
+        *base, "--attacks.gcg.steps=1", "--attacks.gcg.search_width=4", "--attacks.gcg.suffix=! !",
+        "--attacks.refinement.streams=2", "--attacks.refinement.steps=1", *endpoint_of(proposals, "attacks.attacker"),
+        "--attacks.max_prompts=2", "--attacks.folder=states",
+    ]  # fmt: skip
+    main(command)
+    said = capsys.readouterr()
+    model = results()["models"][0]
+    assert list(rates(model)) == ["harm", "good", "harm+gcg", "harm+pair"]
+    assert [result["overall"]["failed"]["count"] for result in model["suites"][2:]] == [2, 2]
+    assert "1 steps on 2 prompts" in model["attacks"]["gcg"] or "2 steps on 2 prompts" in model["attacks"]["gcg"]
+    assert "4 queries" in model["attacks"]["pair"]
+    assert len(proposals.seen) == 4
+    states = list(Path("states").iterdir())
+    assert len(states) == 4
+    assert all("do not publish" in path.read_text().splitlines()[0] for path in states)
+    folder = Path("runs/evaluation")
+    everything = said.out + said.err + "".join(path.read_text(encoding="utf-8") for path in folder.iterdir())
+    assert "quokka" not in everything
+    # Again: from what is on record, asking nobody.
+    before = results()
+    main(command)
+    assert len(proposals.seen) == 4
+    assert results() == before
+
+
+def test_model_without_a_chat_template_is_asked_plainly_and_says_so(base, tmp_path, answers):
+    folder = tmp_path / "plain"
+    build_model().save_pretrained(folder)
+    build_tokenizer(chat=False, bos=True).save_pretrained(folder)
+    for _ in range(2):  # told of answers on record, too
+        main([str(folder), *base[1:]])
+        assert any("plain has no chat template: prompts are given to it as plain text" in n for n in results()["notes"])
+    assert len(answers.asked) == 10
+    assert "<s>harmful quokka 0 ?" in answers.asked
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        (["--suites=nosuch"], "there is no suite 'nosuch'; known are embedded_harmful"),
+        (["--suites=mine:harmful=train.csv"], "train.csv"),
+        (["--suites=mine:harmful=labels.jsonl"], "its columns 'question' are those of no layout known"),
+        (["--suites=[{name: mine, file: harmful.jsonl, kind: harmful, columns: {prompt: q}}]"], "no column 'q'"),
+        (["--suites=mine=harmful.jsonl"], "does not tell what its prompts are; write mine:harmful=harmful.jsonl"),
+        (["--max_prompts=0"], "max_prompts must be at least 1"),
+        (["--folder=harmful.jsonl/x"], "set folder to a folder that can"),
+        (["--refine=harmful.jsonl"], "harmful.jsonl exists already"),
+        (["--refine=harmful.jsonl/x"], "refine: harmful.jsonl/x cannot be written"),
+        (["before=/nowhere"], "models: before names several; give each a label"),
+        (["--device=nosuch"], "device 'nosuch' is not to be had here"),
+        (["--dtype=int8"], "dtype must be auto, float32, bfloat16 or float16, not 'int8'"),
+        (["--generation.max_new_tokens=0"], "generation.max_new_tokens must be at least 1"),
+        (["nowhere.ckpt"], "no checkpoint at nowhere.ckpt"),
+        (["--judge.kind=llama_guard"], "judge.kind llama_guard needs a model"),
+        (["--judge.kind=nosuch"], "judge.kind"),
+        (["--labels=nowhere.jsonl"], "nowhere.jsonl"),
+        (["--attacks.framings=nosuch"], "nosuch"),
+        (["--attacks.refinement"], "attacks.refinement needs a model that attacks"),
+        (["--attacks.suite=good", "--attacks.framings=all"], "no harmful suite good among harm, good"),
+        (["--attacks.max_prompts=0"], "attacks.max_prompts must be at least 1"),
+        (["--ability.limit=0"], "ability.limit must be at least 1"),
+        (["--pairs.max_pairs=-1"], "pairs.max_pairs must be at least 0"),
+        (["--nosuch=1"], "--nosuch=1"),
+        (["--keep_answers=perhaps"], "keep_answers"),
+        (["--folder"], "--folder"),
+        (["--config=nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_faults_are_told_before_any_model_is_loaded(base, capsys, tmp_path, monkeypatch, options, fault):
+    write_jsonl(tmp_path / "labels.jsonl", [{"question": "why ?"}])
+    monkeypatch.setattr(Subject, "load", lambda *_: pytest.fail("a model was loaded"))
+    assert fault in fails([*base, *options], capsys)
+    assert not list(Path("runs").glob("*/evaluation.json"))
+
+
+def test_model_that_is_not_there(base, capsys):
+    assert "no model folder at '/nowhere/at/all'" in fails(["/nowhere/at/all", *base[1:]], capsys)
+
+
+def test_damaged_record_is_told(base, capsys, answers):
+    main(base)
+    with open("runs/evaluation/verdicts.jsonl", "a", encoding="utf-8") as file:
+        file.write("nonsense\n")
+    assert "verdicts.jsonl, line 12: not a record" in fails(base, capsys)
+
+
+# The command line itself
+
+
+def test_file_names_models_and_suites_and_the_command_line_goes_before_it(base, model_dir, answers, capsys):
+    config = {
+        "models": [f"before={model_dir}"],
+        "suites": ["good:benign=benign.jsonl", {"name": "harm", "file": "harmful.jsonl", "kind": "harmful"}],
+        "attacks": {"framings": ["fiction"]},
+        "generation": {"max_new_tokens": 3},
+    }
+    Path("job.yaml").write_text(yaml.safe_dump(config))
+    main(["--config=job.yaml"])
+    assert results()["models"][0]["label"] == "before"
+    assert list(rates(results()["models"][0])) == ["good", "harm", "harm+fiction"]
+    main([f"mine={model_dir}", "--config", "job.yaml", "--max_prompts", "2"])
+    assert results()["models"][0]["label"] == "mine"
+    assert [suite["prompts"] for suite in results()["suites"]] == [2, 2, 2]
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main(["--config=job.yaml", "--folder=again", "--print_config"])
+    assert stopped.value.code == 0
+    Path("printed.yaml").write_text(capsys.readouterr().out)
+    main(["--config=printed.yaml"])
+    assert list(rates(results("again")["models"][0])) == ["good", "harm", "harm+fiction"]
+
+
+@pytest.mark.parametrize(
+    ("given", "models", "expected"),
+    [
+        (["a", "--max_prompts", "3", "b=c"], ["a", "b=c"], {"max_prompts": 3}),
+        (["--show_texts", "a", "--keep_answers"], ["a"], {"show_texts": True, "keep_answers": True}),
+        (["--show_texts=false", "--keep_answers", "false", "a"], ["a"], {"show_texts": False, "keep_answers": False}),
+        (["--suites", "x"], [], {"suites": ["x"]}),
+        (["--suites=x,y:benign=f.csv"], [], {"suites": ["x", "y:benign=f.csv"]}),
+        (["--suites=[x, 'y=a, b.csv']"], [], {"suites": ["x", "y=a, b.csv"]}),
+        (["--suites+=x", "--suites+", "y"], [], {"suites": ["x", "y"]}),
+        (["--suites=null"], [], {"suites": None}),
+        (["--attacks.framings", "all"], [], {"attacks.framings": ["all"]}),
+        (["--attacks.framings=fiction,base64"], [], {"attacks.framings": ["fiction", "base64"]}),
+        (["--attacks.gcg", "a"], ["a"], {"attacks.gcg.steps": 250}),
+        (["--attacks.gcg=true"], [], {"attacks.gcg.steps": 250}),
+        (["--attacks.gcg", "{steps: 2}"], [], {"attacks.gcg.steps": 2}),
+        (["--attacks.gcg.steps", "2"], [], {"attacks.gcg.steps": 2, "attacks.gcg.topk": 256}),
+        (["--attacks.gcg=false"], [], {"attacks.gcg": None}),
+        (["--ability.lm_eval=gsm8k,mmlu"], [], {"ability.lm_eval": ["gsm8k", "mmlu"]}),
+        (["--judge.refused_labels=no way,never"], [], {"judge.refused_labels": ["no way", "never"]}),
+        (["--pairs.load.bad_rows=drop"], [], {"pairs.load.bad_rows": "drop"}),
+        (
+            ["--attacks.refinement", "--attacks.attacker.url=http://h/v1", "--attacks.attacker.model", "m"],
+            [],
+            {"attacks.refinement.streams": 3, "attacks.attacker.model": "m"},
+        ),
+    ],
+)
+def test_options_as_users_write_them(given, models, expected):
+    named, options = parse(given)
+    assert named == models
+    for name, value in expected.items():
+        found = options
+        for part in name.split("."):
+            found = getattr(found, part)
+        assert found == value
+
+
+def test_help_is_readable_and_every_switch_and_list_has_its_short_form(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: python -m bdpo_pl.evaluate [MODEL ...] [--option VALUE ...]\n")
+    for option in (
+        "--suites",
+        "--judge.kind",
+        "--attacks.gcg",
+        "--pairs.train",
+        "--config",
+        "--list_suites",
+        "before=",
+    ):
+        assert option in printed
+    for name in re.findall(r"^  (--\S+) \{true,false\}", printed, re.MULTILINE):
+        parse([name, "a"])
+    lists = re.findall(r"^  (--\S+) \[ITEM,\.\.\.\]", printed, re.MULTILINE)
+    assert len(lists) == 4
+    for name in lists:
+        parse([name, "one,two"])
+    with pytest.raises(SystemExit):
+        main(["--attacks.gcg.help"])
+    assert "--attacks.gcg.steps" in capsys.readouterr().out
+
+
+def test_suites_are_listed(capsys):
+    main(["--list_suites"])
+    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for part in (
+        "embedded_benign benign",
+        "StrongREJECT (arXiv:2402.10260)",
+        "walledai/StrongREJECT (gated)",
+        "xstest_benign",
+    ):
+        assert part in printed
+    assert not Path("runs").exists()
+
+
+# Judges that are elsewhere
+
+
+class Server(ThreadingHTTPServer):
+    """Answers its n-th request with the text `script(n, body)`, or with the status that it gives."""
+
+    daemon_threads = True
+
+    def __init__(self, script):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.script, self.seen = script, []
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.seen.append(body["messages"])
+        said = self.server.script(len(self.server.seen), body)
+        if isinstance(said, int):
+            self.send_error(said)
+            return
+        content = json.dumps({"choices": [{"message": {"content": said}, "finish_reason": "stop"}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    # No waiting between tries.
+    monkeypatch.setattr(endpoint, "_LONGEST_BACKOFF", 0.0)
+    servers = []
+
+    def start(script):
+        servers.append(Server(script))
+        threading.Thread(target=servers[-1].serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def endpoint_of(server, option):
+    return [f"--{option}.url={server.url}", f"--{option}.model=m", f"--{option}.retries=1", f"--{option}.parallel=1"]
+
+
+def judged_by(server):
+    return ["--judge.kind=llama_guard", *endpoint_of(server, "judge.endpoint")]
+
+
+def asked(server):
+    return [messages[0]["content"] for messages in server.seen]
+
+
+def test_judge_that_goes_away_leaves_what_it_said_and_the_same_command_goes_on(base, answers, serve, capsys):
+    down = []
+    server = serve(lambda n, body: 503 if down and len(server.seen) > down[0] else "unsafe")
+    command = [*base, "--generation.batch_size=2", *judged_by(server)]
+    main([*command, "--folder=whole"])
+    server.seen.clear()
+    answers.asked.clear()
+    down.append(4)
+    said = fails([*command, "--keep_answers"], capsys)
+    for part in ("status 503", "tried 2 times", "verdicts.jsonl: the same command goes on from there"):
+        assert part in said
+    # Two batches of two, one request that failed, and its second try.
+    assert len(server.seen) == 6
+    down.clear()
+    main([*command, "--keep_answers"])
+    assert len(server.seen) == 6 + 6
+    assert len(answers.asked) == len(set(answers.asked)) == 10
+    assert results() == results("whole")
+
+
+def test_judge_that_was_never_there(base, answers, monkeypatch, capsys):
+    monkeypatch.setattr(endpoint, "_LONGEST_BACKOFF", 0.0)
+    server = Server(None)
+    server.server_close()
+    said = fails([*base, *judged_by(server)], capsys)
+    assert f"{server.url}/chat/completions: no connection" in said
+    assert "is it up, and are endpoint.url and endpoint.timeout right?" in said
+
+
+def test_killed_evaluation_goes_on_where_it_was(base, serve, monkeypatch):
+    """With the models' own answers, by a real SIGKILL while the judge is asked."""
+    process = []
+
+    def script(n, body):
+        if process and n == 4:
+            process[0].send_signal(signal.SIGKILL)
+        return "unsafe" if "1" in body["messages"][0]["content"] else "safe"
+
+    server = serve(script)
+    command = [*base, "--generation.batch_size=2", "--keep_answers", *judged_by(server)]
+    process.append(
+        subprocess.Popen(
+            [sys.executable, "-m", "bdpo_pl.evaluate", *command],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+    )
+    assert process[0].wait(300) == -signal.SIGKILL
+    process.clear()
+    lines = [json.loads(line) for line in Path("runs/evaluation/verdicts.jsonl").read_text().splitlines()]
+    assert [sum(kind in line for line in lines) for kind in ("answer", "judged")] == [4, 2]
+    first, generated, generate = asked(server), [], asking.generate
+    monkeypatch.setattr(asking, "generate", lambda m, t, ids, **o: generated.extend(ids) or generate(m, t, ids, **o))
+    main(command)
+    # Ten prompts: four had their answers, and two of those their verdicts.
+    assert len(generated) == 6
+    assert len(server.seen) == 4 + 8
+    assert sorted(first[:2] + asked(server)[4:]) == sorted(set(asked(server)))
+    gone_on = results()
+    main([*command, "--folder=whole"])
+    assert gone_on == results("whole")
