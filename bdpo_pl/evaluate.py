@@ -171,7 +171,8 @@ def _print(evaluation: Evaluation, runner: Runner, paths: dict[str, Path], secon
     console.print(results_table(evaluation))
     if evaluation.models[-1].weakest:
         console.print(weakness_table(evaluation))
-    console.print(findings_table(list(findings(evaluation))))
+    if found := list(findings(evaluation)):
+        console.print(findings_table(found))
     console.print(paths_table(paths))
     console.print(f"Done in {seconds:.0f} s")
 
