@@ -37,7 +37,7 @@ from bdpo_pl.evaluation.suites import known_suites, load_suite
 from bdpo_pl.evaluation.terminal import results_table, suites_table, weakness_table
 from bdpo_pl.fit import run_command
 from bdpo_pl.reporting.terminal import findings_table
-from bdpo_pl.run_folder import writable_folder
+from bdpo_pl.run_folder import RunFolder, writable_folder
 from bdpo_pl.summary import paths_table
 
 OWN_SUITES = ("embedded_harmful", "embedded_jailbreak", "embedded_benign")
@@ -70,14 +70,23 @@ def _run(args: list[str] | None) -> None:
     ability.check(options.ability)
     folder = writable_folder(options.folder, "folder")
     bare = [load_suite(spec, options.max_prompts) for spec in options.suites or OWN_SUITES]
-    evaluation, runner = _evaluate(options, subjects, bare, folder, notes)
+    with RunFolder(folder, "folder"):
+        evaluation, runner = _evaluate(options, subjects, bare, folder, notes)
+        paths = _write(evaluation, runner, folder, options, refine)
+    _print(evaluation, runner, paths, time.perf_counter() - start)
+
+
+def _write(
+    evaluation: Evaluation, runner: Runner, folder: Path, options: EvaluateOptions, refine: Path | None
+) -> dict[str, Path]:
+    """What each file is → its path."""
     paths = {"report": build_page(evaluation).write(folder / "report.html"), "numbers": folder / "evaluation.json"}
     paths["numbers"].write_text(json.dumps(evaluation.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     paths["answers, to handle with care" if options.keep_answers else "verdicts"] = runner.asker.records.path
     if refine is not None:
         write_rows(evaluation.failures, refine)
         paths["rows to complete, to handle with care"] = refine
-    _print(evaluation, runner, paths, time.perf_counter() - start)
+    return paths
 
 
 def _embedded_job(options: EvaluateOptions) -> tuple[list[str], EvaluateOptions, list[str]]:

@@ -15,12 +15,17 @@ from bdpo_pl.errors import InputError
 class RunFolder:
     """A context manager that holds `folder` for this process, which gives it up when it ends, however it ends.
 
+    Args:
+        folder: made if it is not there.
+        options: those that would name another folder, for messages.
+
     Raises:
         InputError: on entering, if another run holds it or it cannot be written.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, options: str = "trainer.logger.init_args.save_dir, name or version") -> None:
         self.folder = folder
+        self.options = options
         self._lock: IO[str] | None = None
 
     def __enter__(self) -> RunFolder:
@@ -32,8 +37,7 @@ class RunFolder:
             lock = self.folder.with_name(f".{self.folder.name}.lock").open("a", encoding="utf-8")
         except OSError as error:
             raise InputError(
-                f"the run folder {self.folder} cannot be written ({error.strerror}); "
-                "set trainer.logger.init_args.save_dir to one that can"
+                f"the run folder {self.folder} cannot be written ({error.strerror}); set {self.options} to one that can"
             ) from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -41,7 +45,7 @@ class RunFolder:
             lock.close()
             raise InputError(
                 f"another run is writing the folder {self.folder}; wait for its end, or give this run a folder of its "
-                "own with trainer.logger.init_args.name or version"
+                f"own with {self.options}"
             ) from None
         self._lock = lock
         return self

@@ -24,6 +24,7 @@ from bdpo_pl.evaluation.options import parse
 from bdpo_pl.evaluation.records import WARNING
 from bdpo_pl.evaluation.subject import Subject
 from bdpo_pl.generation import Response
+from bdpo_pl.run_folder import RunFolder
 
 EVIL = "<script>document.title='taken'</script><img src=http://127.0.0.1:8/x.png>"
 REFUSAL = "I can't help with that."
@@ -311,6 +312,13 @@ def test_faults_are_told_before_any_model_is_loaded(base, capsys, tmp_path, monk
     monkeypatch.setattr(Subject, "load", lambda *_: pytest.fail("a model was loaded"))
     assert fault in fails([*base, *options], capsys)
     assert not list(Path("runs").glob("*/evaluation.json"))
+
+
+def test_folder_of_another_evaluation_is_refused(base, capsys):
+    with RunFolder(Path("runs/evaluation"), "folder"):
+        said = fails(base, capsys)
+    assert "another run is writing the folder" in said
+    assert "of its own with folder" in said
 
 
 def test_model_that_is_not_there(base, capsys):
