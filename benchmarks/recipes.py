@@ -148,8 +148,8 @@ For the ablation's cells add `--model.loss DPOLoss` (DPO), `--model.loss.scale 1
 
 ```
 python -m bdpo_pl.evaluate before=Qwen/Qwen2-7B-Instruct dpo=runs/version_0/model bdpo=runs/version_1/model \\
-    --suites '[strongreject, xstest_benign, xstest_harmful]' --judge.kind llama_guard --judge.model meta-llama/Llama-Guard-3-8B \\
-    --generation.max_new_tokens 256 --ability.lm_eval '[gsm8k]'
+    --suites strongreject,xstest_benign,xstest_harmful --judge.kind llama_guard --judge.model meta-llama/Llama-Guard-3-8B \\
+    --generation.max_new_tokens 256 --ability.lm_eval gsm8k
 ```
 
 | model | GPUs | what is trained | peak of each, GiB | an epoch, minutes | scoring pass, minutes |
