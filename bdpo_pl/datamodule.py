@@ -18,7 +18,7 @@ from bdpo_pl.data.loading import LoadOptions, count_shared_prompts, load_pairs, 
 from bdpo_pl.data.report import DataReport, report_table
 from bdpo_pl.data.samplers import PairBatchSampler, StepSampler, TokenBatchSampler, check_budget
 from bdpo_pl.data.table import PairTable
-from bdpo_pl.data.tokenization import PairTokenizer
+from bdpo_pl.data.tokenization import PairTokenizer, padding_id
 from bdpo_pl.data.truncation import Truncation, TruncationMode
 from bdpo_pl.errors import InputError
 from bdpo_pl.models import ModelSource, load_config, load_tokenizer, num_positions
@@ -119,8 +119,7 @@ class PreferenceDataModule(L.LightningDataModule):
     @property
     def pad_id(self) -> int:
         """Fills padding, which the model does not see; any id will do."""
-        pad = self.tokenizer.pad_token_id
-        return int(pad if pad is not None else self.tokenizer.eos_token_id)
+        return padding_id(self.tokenizer)
 
     def setup(self, stage: str) -> None:
         """Load every split once, and print what was kept and dropped."""

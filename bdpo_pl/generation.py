@@ -11,10 +11,9 @@ import torch
 from torch import nn
 
 from bdpo_pl.attention import set_attention
+from bdpo_pl.data.rows import Message
 from bdpo_pl.errors import InputError
 from bdpo_pl.models import num_positions
-
-Message = dict[str, str]
 
 
 @dataclass(frozen=True)

@@ -137,6 +137,11 @@ def load_model(source: ModelSource, dtype: torch.dtype, quantization: Any = None
     return model
 
 
+def frozen(model: Any, device: torch.device) -> Any:
+    """`model` on `device`, in evaluation mode and with no gradients of its weights."""
+    return model.requires_grad_(False).eval().to(device)
+
+
 def enable_activation_checkpointing(model: Any) -> None:
     """Recompute the activations of each layer in the backward pass.
 

@@ -25,7 +25,7 @@ from bdpo_pl.data.table import PairTable
 from bdpo_pl.datamodule import PreferenceDataModule
 from bdpo_pl.errors import InputError
 from bdpo_pl.losses import PreferenceLoss
-from bdpo_pl.models import ModelSource, load_model, model_fingerprint
+from bdpo_pl.models import ModelSource, frozen, load_model, model_fingerprint
 from bdpo_pl.row_layout import PrefixSharing, choose_layout
 from bdpo_pl.score_cache import ScoreCache, default_cache_dir
 from bdpo_pl.scoring import Ranks, ScoringOptions, score_pairs, score_table, table_comprehension
@@ -186,7 +186,7 @@ class Reference:
 
     def _load(self, trainer: L.Trainer) -> nn.Module:
         model = load_model(self.source, self.dtype) if self._adapted is None else self._adapted.base_model()
-        return model.requires_grad_(False).eval().to(trainer.strategy.root_device)
+        return frozen(model, trainer.strategy.root_device)
 
     def _choose_layout(self, model: Any, trainer: L.Trainer, data: PreferenceDataModule) -> RowLayout:
         self.layout = choose_layout(

@@ -61,6 +61,17 @@ class RunFolder:
         self._lock.close()
 
 
+def try_writing(folder: Path) -> None:
+    """Make `folder` if it is not there, and write to it, leaving nothing.
+
+    Raises:
+        OSError: it cannot be made or written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
 def writable_folder(path: str | Path, option: str) -> Path:
     """The folder at `path`, made now: one that cannot be written is found out before the work, not after.
 
@@ -69,9 +80,7 @@ def writable_folder(path: str | Path, option: str) -> Path:
     """
     folder = Path(path).expanduser()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        try_writing(folder)
     except OSError as error:
         raise InputError(
             f"the report cannot be written to {folder} ({error.strerror}); set {option} to a folder that can"

@@ -36,6 +36,11 @@ class PreferencePair:
     merged: bool = False
 
 
+def padding_id(tokenizer: Any) -> int:
+    """Fills padding, which the model does not see; any id will do."""
+    return int(next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None))
+
+
 class PairTokenizer:
     """Tokenises preference rows for one model.
 

@@ -17,15 +17,14 @@ import numpy as np
 from bdpo_pl import embedded
 from bdpo_pl.data.loading import load_pairs
 from bdpo_pl.data.records import read_records
-from bdpo_pl.data.tokenization import PairTokenizer
+from bdpo_pl.data.tokenization import PairTokenizer, padding_id
 from bdpo_pl.data.truncation import Truncation
 from bdpo_pl.embedded.responses import HELPFUL
 from bdpo_pl.errors import InputError
-from bdpo_pl.evaluation.intervals import Interval, mean
+from bdpo_pl.evaluation.intervals import Interval, mean, normal
 from bdpo_pl.generation import generate_responses
 from bdpo_pl.scoring import score_pairs
 
-_Z = 1.959964
 # What is asked of a helpful answer: one of the forms that the model was taught, whole.
 _HELPFUL = re.compile("|".join(re.sub(r"\\\{\w+\\\}", ".+", re.escape(form)) for form in HELPFUL))
 _WINDOW = 512
@@ -103,7 +102,7 @@ def _embedded(model: Any, tokenizer: Any) -> list[Ability]:
     helped = [float(_HELPFUL.fullmatch(answer) is not None) for answer in answers]
     table, _ = load_pairs("held_out", str(embedded.HELD_OUT_FILE), PairTokenizer(tokenizer), Truncation(_WINDOW))
     benign = [i for i, row in enumerate(rows) if row["kind"] != "harmful"]
-    scores = score_pairs(model, table, benign, comprehension=False, pad_id=tokenizer.pad_token_id or 0)
+    scores = score_pairs(model, table, benign, comprehension=False, pad_id=padding_id(tokenizer))
     per_token = scores.reference[0].astype(np.float64) / table.chosen_lengths[benign]
     return [
         Ability("everyday questions answered helpfully", mean(helped)),
@@ -134,9 +133,9 @@ def _lm_eval(options: AbilityOptions, model: Any, tokenizer: Any) -> list[Abilit
             if not isinstance(value, (int, float)) or metric.endswith("_stderr") or not kept:
                 continue
             error = metrics.get(f"{metric}_stderr,{kept}")
-            half = _Z * error if isinstance(error, (int, float)) else float("nan")
+            error = error if isinstance(error, (int, float)) else float("nan")
             name = f"{_LM_EVAL}{task}, {metric}" + (f" ({kept})" if kept != "none" else "")
-            interval = Interval(float(value), float(value) - half, float(value) + half, count, count)
+            interval = normal(float(value), error, count)
             found.append(Ability(name, interval, percent=0 <= value <= 1, higher_is_better=higher.get(metric)))
     return found
 

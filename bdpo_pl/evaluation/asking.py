@@ -9,7 +9,7 @@ from typing import Any
 from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.judges.base import Exchange, Judge, Verdict
 from bdpo_pl.evaluation.records import Judged, RecordFile, key_of
-from bdpo_pl.evaluation.suite import Suite
+from bdpo_pl.evaluation.suite import EvaluationPrompt, Suite
 from bdpo_pl.generation import Response, encode_prompts, generate
 from bdpo_pl.safety import is_refusal
 
@@ -69,7 +69,7 @@ class Asker:
         Raises:
             InputError: the judge or the model fails; what has been judged until then is on record.
         """
-        keys = self._keys(suite, model)
+        keys = [self._key(suite, prompt, model) for prompt in suite.prompts]
         left = [i for i, key in enumerate(keys) if not self._is_done(key)]
         self.on_progress(len(keys) - len(left))
         unanswered = [i for i in left if self.records.answer(keys[i]) is None]
@@ -94,17 +94,14 @@ class Asker:
 
     def response(self, suite: Suite, model: Mapping[str, str], position: int) -> Response:
         """The answer to the prompt at `position`; only where `needs_texts` or in the run that generated it."""
-        response = self.records.answer(self._keys(suite, model)[position])
+        response = self.records.answer(self._key(suite, suite.prompts[position], model))
         if response is None:
             raise KeyError(f"no answer at hand to prompt {position} of {suite.name}")
         return response
 
-    def _keys(self, suite: Suite, model: Mapping[str, str]) -> list[str]:
+    def _key(self, suite: Suite, prompt: EvaluationPrompt, model: Mapping[str, str]) -> str:
         settings = {"max_new_tokens": self.options.max_new_tokens, "use_template": self.options.use_template}
-        return [
-            key_of({**model, **settings, "prompt": prompt.text, "behaviour": prompt.behaviour, "kind": suite.kind})
-            for prompt in suite.prompts
-        ]
+        return key_of({**model, **settings, "prompt": prompt.text, "behaviour": prompt.behaviour, "kind": suite.kind})
 
     def _is_done(self, key: str) -> bool:
         judged = self.records.verdict(key, self.judge_key) is not None

@@ -57,6 +57,10 @@ class ModelResult:
     ability: list[Ability] = field(default_factory=list)
     attacks: dict[str, str] = field(default_factory=dict)
 
+    def suite(self, name: str) -> SuiteResult | None:
+        """The result on the suite of that name, if it was asked."""
+        return next((result for result in self.suites if result.suite == name), None)
+
 
 @dataclass(frozen=True)
 class Evaluation:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-CONFIDENCE = 0.95
 _Z = 1.959964
 _RESAMPLES = 4000
 # Resamples drawn at a time: bounds the memory of suites of many thousand prompts.
@@ -90,6 +89,11 @@ def difference(
     other = 1.0 - wilson(found.clusters, found.clusters)[0]
     low, high = max(-1.0, found.value - other), min(1.0, found.value + other)
     return Interval(found.value, low, high, found.count, found.clusters)
+
+
+def normal(value: float, error: float, count: int) -> Interval:
+    """`value` ± 1.96 of its standard error, over `count` independent examples."""
+    return Interval(value, value - _Z * error, value + _Z * error, count, count)
 
 
 def wilson(successes: float, count: int) -> tuple[float, float]:

@@ -11,7 +11,7 @@ import torch
 from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.chat import Message
 from bdpo_pl.generation import encode_conversations, generate
-from bdpo_pl.models import ModelSource, load_model, load_tokenizer
+from bdpo_pl.models import ModelSource, frozen, load_model, load_tokenizer
 
 
 class LocalChat:
@@ -57,8 +57,7 @@ class LocalChat:
             InputError: it cannot be loaded, or has no chat template.
         """
         tokenizer = load_tokenizer(source)
-        model: Any = load_model(source, dtype)
-        return cls(model.requires_grad_(False).eval().to(device), tokenizer, source.name, **options)
+        return cls(frozen(load_model(source, dtype), device), tokenizer, source.name, **options)
 
     def reply(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
         """The next turn of each conversation, in order.

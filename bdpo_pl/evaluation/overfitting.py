@@ -21,7 +21,7 @@ from bdpo_pl.data.tokenization import PairTokenizer
 from bdpo_pl.data.truncation import Truncation
 from bdpo_pl.datamodule import EMBEDDED
 from bdpo_pl.errors import InputError
-from bdpo_pl.evaluation.intervals import Interval, mean
+from bdpo_pl.evaluation.intervals import Interval, mean, normal
 from bdpo_pl.metrics import TIE
 from bdpo_pl.models import num_positions
 from bdpo_pl.row_layout import choose_layout
@@ -32,7 +32,6 @@ _FILES = {
     "held_out": embedded.HELD_OUT_FILE,
     "out_of_distribution": embedded.OUT_OF_DISTRIBUTION_FILE,
 }
-_Z = 1.959964
 
 
 @dataclass
@@ -167,5 +166,4 @@ def _gap(train: np.ndarray, other: np.ndarray) -> Interval:
     """Difference of two independent means, normal interval."""
     value = float(train.mean() - other.mean())
     variance = sum(float(v.var(ddof=1)) / len(v) for v in (train, other) if len(v) > 1)
-    half = _Z * variance**0.5
-    return Interval(value, value - half, value + half, len(train) + len(other), len(train) + len(other))
+    return normal(value, variance**0.5, len(train) + len(other))

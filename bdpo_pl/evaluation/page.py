@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from bdpo_pl.evaluation.agreement import Agreement
 from bdpo_pl.evaluation.evaluation import Evaluation
@@ -110,7 +110,7 @@ def _suites(page: Page, evaluation: Evaluation, kind: Kind) -> None:
     title = WORST[kind].capitalize()
     section = page.section(title)
     series = {
-        model.label: [_estimate(_of(model.suites, name)) for name in names] for model in evaluation.models
+        model.label: [_estimate(model.suite(name)) for name in names] for model in evaluation.models
     }  # fmt: skip
     section.figure(bar_chart(title, names, series, "share of prompts; lower is better", percent=True, limits=(0, 1)))
 
@@ -136,7 +136,7 @@ def _categories(section: Section, evaluation: Evaluation) -> None:
             continue
         some = True
         shown = result.categories[:_MOST_CATEGORIES]
-        before = [_of(model.suites, result.suite) for model in evaluation.models]
+        before = [model.suite(result.suite) for model in evaluation.models]
         series = {
             model.label: [_category(found, rate.name) for rate in shown]
             for model, found in zip(evaluation.models, before, strict=True)
@@ -243,10 +243,6 @@ def _agreement(section: Section, agreement: Agreement) -> None:
 def _place(failure: Failure) -> str:
     """File and line; the folder stands in the table of suites."""
     return failure.prompt.place.rpartition("/")[2]
-
-
-def _of(results: Sequence[SuiteResult], name: str) -> SuiteResult | None:
-    return next((result for result in results if result.suite == name), None)
 
 
 def _category(result: SuiteResult | None, name: str) -> Estimate | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bdpo_pl.data.tokenization import padding_id
 from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.ability import Ability, AbilityOptions, measure_ability
 from bdpo_pl.evaluation.asking import Asker
@@ -22,7 +22,7 @@ from bdpo_pl.evaluation.records import Judged
 from bdpo_pl.evaluation.refine import Failure, weakest
 from bdpo_pl.evaluation.subject import Subject
 from bdpo_pl.evaluation.suite import Suite
-from bdpo_pl.models import load_tokenizer
+from bdpo_pl.run_folder import try_writing
 
 Attack = Callable[[Suite, Any, Any, Subject, Callable[[], None]], tuple[Suite, str]]
 """(suite, model, tokenizer, subject, told after each prompt) → the suite made against this model, and what it cost."""
@@ -133,8 +133,7 @@ class Runner:
         if self._probe is None:
             self._probe = PairProbe(self.pairs, tokenizer, model.config)
         self._probe.check_reads_alike(tokenizer, subject.label)
-        pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-        logps = self._probe.logps(model, subject.label, int(pad_id))
+        logps = self._probe.logps(model, subject.label, padding_id(tokenizer))
         self._first_logps = self._first_logps or logps
         return overfitting(self._first_logps, logps)
 
@@ -145,7 +144,7 @@ class Runner:
 
     def _note_template(self, subject: Subject) -> None:
         # Told even where every answer is on record, and nothing is loaded.
-        if self.asker.options.use_template and not load_tokenizer(subject.source).chat_template:
+        if self.asker.options.use_template and not subject.tokenizer.chat_template:
             self.notes.append(
                 f"{subject.label} has no chat template: prompts are given to it as plain text, to be continued. A "
                 "model tuned on another format answers worse, and refuses less, than it can."
@@ -201,9 +200,7 @@ def check_refine(path: str | None) -> Path | None:
     if file.exists():
         raise InputError(f"refine: {file} exists already, and may hold chosen responses of yours; name another file")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=file.parent):
-            pass
+        try_writing(file.parent)
     except OSError as error:
         raise InputError(f"refine: {file} cannot be written ({error.strerror}); name another file") from None
     return file

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import yaml  # type: ignore[import-untyped]
 from bdpo_pl import embedded
 from bdpo_pl.datamodule import EMBEDDED
 from bdpo_pl.errors import InputError
-from bdpo_pl.models import ModelSource, load_model, load_tokenizer, model_fingerprint
+from bdpo_pl.models import ModelSource, frozen, load_model, load_tokenizer, model_fingerprint
 from bdpo_pl.policy import checkpoint_model, read_checkpoint
 
 
@@ -30,9 +31,23 @@ class Subject:
     source: ModelSource
     checkpoint: Path | None = None
 
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The source's.
+
+        Raises:
+            InputError: there is none to be had.
+        """
+        return load_tokenizer(self.source)
+
+    @cached_property
+    def _own_fingerprint(self) -> str:
+        # A digest over all of its files.
+        return model_fingerprint(self.source)
+
     def fingerprint(self) -> str:
         """What identifies its weights."""
-        own = model_fingerprint(self.source)
+        own = self._own_fingerprint
         if self.checkpoint is None:
             return own
         status = self.checkpoint.stat()
@@ -45,14 +60,14 @@ class Subject:
         Raises:
             InputError: it cannot be loaded.
         """
-        tokenizer = load_tokenizer(self.source)
+        tokenizer = self.tokenizer
         model: Any
         if self.checkpoint is None:
             model = load_model(self.source, dtype)
         else:
             model = checkpoint_model(self.checkpoint, self.source, dtype)
             model.config.use_cache = False
-        return model.requires_grad_(False).eval().to(device), tokenizer
+        return frozen(model, device), tokenizer
 
 
 def subject(text: str, *, trust_remote_code: bool = False, attn_implementation: str | None = None) -> Subject:

@@ -32,6 +32,11 @@ class EvaluationPrompt:
     attack: str = ""
 
 
+def spread(prompts: Sequence[EvaluationPrompt], most: int) -> Sequence[EvaluationPrompt]:
+    """`most` of `prompts`, evenly spread, or all of them if there are fewer: files are mostly sorted by category."""
+    return [prompts[i * len(prompts) // most] for i in range(most)] if len(prompts) > most else prompts
+
+
 @dataclass(frozen=True)
 class Suite:
     """Prompts that are counted together.

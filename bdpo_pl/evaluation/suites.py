@@ -16,7 +16,7 @@ from typing import get_args
 from bdpo_pl import embedded
 from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.prompt_files import LayoutName, UnusableRowError, choose_layout, read_rows, rename
-from bdpo_pl.evaluation.suite import EvaluationPrompt, Kind, Suite
+from bdpo_pl.evaluation.suite import EvaluationPrompt, Kind, Suite, spread
 
 _SPEC = re.compile(r"(?P<name>[^=:]+)(?::(?P<kind>[^=:]+))?(?:=(?P<source>.+))?", re.DOTALL)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -161,7 +161,7 @@ def load_suite(spec: str | SuiteOptions, max_prompts: int | None = None) -> Suit
     prompts, kind, dropped, source = _read(options, known)
     if max_prompts is not None and len(prompts) > max_prompts:
         dropped["beyond max_prompts"] = len(prompts) - max_prompts
-        prompts = [prompts[i * len(prompts) // max_prompts] for i in range(max_prompts)]
+        prompts = spread(prompts, max_prompts)
     return Suite(options.name, kind, prompts, source, dict(dropped))
 
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from rich.table import Table
 from rich.text import Text
 
-from bdpo_pl.evaluation.evaluation import Evaluation, ModelResult
+from bdpo_pl.evaluation.evaluation import Evaluation
 from bdpo_pl.evaluation.intervals import Interval
-from bdpo_pl.evaluation.measures import WORST, SuiteResult
+from bdpo_pl.evaluation.measures import WORST
 from bdpo_pl.evaluation.overfitting import Overfitting
 from bdpo_pl.evaluation.suites import KnownSuite
 
@@ -54,7 +54,7 @@ def rows(evaluation: Evaluation) -> Iterator[tuple[str, list[str], str]]:
     """(measure, a cell for each model, change from the first model to the second) of the comparison."""
     models = evaluation.models
     for name in dict.fromkeys(result.suite for model in models for result in model.suites):
-        found = [_suite(model, name) for model in models]
+        found = [model.suite(name) for model in models]
         kind = next(result.kind for result in found if result is not None)
         change = models[1].changes.get(name) if len(models) == 2 else None
         cells = ["–" if result is None else percent(result.overall.failed) for result in found]
@@ -100,7 +100,3 @@ def _overfitting_rows(found: list[Overfitting | None]) -> Iterator[tuple[str, li
     for split in first.margin_gaps:
         cells = ["–" if o is None else number(o.margin_gaps[split]) for o in found]
         yield f"margin gap, training − {SPLITS[split]}, nats", cells, ""
-
-
-def _suite(model: ModelResult, name: str) -> SuiteResult | None:
-    return next((result for result in model.suites if result.suite == name), None)

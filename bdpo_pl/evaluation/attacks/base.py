@@ -13,6 +13,7 @@ from typing import Any
 
 from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.suite import EvaluationPrompt
+from bdpo_pl.run_folder import try_writing
 
 WARNING = (
     "Written by an attack on a language model's safety. It holds harmful requests and may hold harmful answers: do not "
@@ -72,9 +73,7 @@ class StateFile:
         self.path = folder / f"{attack}-{digest}.jsonl"
         # Tried now, not after hours of work.
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
+            try_writing(folder)
         except OSError as error:
             raise InputError(
                 f"the attack's state cannot be written to {folder} ({error.strerror}); give a folder that can"

@@ -13,12 +13,13 @@ from bdpo_pl.evaluation.attacks import gcg
 from bdpo_pl.evaluation.attacks.base import AttackResult
 from bdpo_pl.evaluation.attacks.framings import BUILT_IN, read_framings, wrap
 from bdpo_pl.evaluation.attacks.gcg import GCGOptions
+from bdpo_pl.evaluation.attacks.refinement import NAME as PAIR
 from bdpo_pl.evaluation.attacks.refinement import Refinement, RefinementOptions
 from bdpo_pl.evaluation.endpoint import Endpoint, EndpointOptions
 from bdpo_pl.evaluation.judges.base import Judge
 from bdpo_pl.evaluation.run import Attack
 from bdpo_pl.evaluation.subject import Subject
-from bdpo_pl.evaluation.suite import Suite
+from bdpo_pl.evaluation.suite import Suite, spread
 from bdpo_pl.generation import generate_responses
 
 ALL = "all"
@@ -86,7 +87,7 @@ def make_attacks(
         by_name[gcg.NAME] = _gcg(options.gcg, generation, folder)
     if options.refinement is not None:
         assert options.attacker is not None
-        by_name["pair"] = _refinement(options.refinement, Endpoint(options.attacker), judge, generation, folder)
+        by_name[PAIR] = _refinement(options.refinement, Endpoint(options.attacker), judge, generation, folder)
     return wrap(attacked, names, known), Attacks(by_name, _some(attacked, options.max_prompts))
 
 
@@ -94,9 +95,15 @@ def _gcg(options: GCGOptions, generation: GenerationOptions, folder: Path | None
     def attack(suite: Suite, model: Any, tokenizer: Any, subject: Subject, step: Callable[[], None]) -> Any:
         # The embedding's gradient is asked for, and no weight's.
         found = gcg.results(
-            suite.prompts, model, tokenizer, options, use_template=generation.use_template, folder=folder
+            suite.prompts,
+            model,
+            tokenizer,
+            options,
+            use_template=generation.use_template,
+            folder=folder,
+            on_progress=lambda done, total: step(),
         )
-        results = _told(found, step)
+        results = list(found)
         matched = sum(bool(result.details["matched"]) for result in results)
         cost = f"{_steps(results)} of {options.search_width} swaps each; {matched} answers began with the target"
         return _made(suite, gcg.NAME, results), cost
@@ -120,11 +127,11 @@ def _refinement(
 
         key = f"{subject.fingerprint()} {model.dtype} {generation}"
         refinement = Refinement(attacker, respond, judge, options, target_key=key)
-        results = _told(refinement.results(suite.prompts, folder=folder), step)
+        results = list(refinement.results(suite.prompts, folder=folder, on_progress=lambda done, total: step()))
         queries = sum(int(result.details["queries"]) for result in results)
         unread = sum(int(result.details["unparsable"]) for result in results)
         cost = f"{_steps(results)}; {queries} queries; {unread} answers of {attacker.name} could not be read"
-        return _made(suite, "pair", results), cost
+        return _made(suite, PAIR, results), cost
 
     return attack
 
@@ -140,19 +147,11 @@ def _attacked(name: str | None, suites: Sequence[Suite]) -> Suite:
 
 
 def _some(suite: Suite, most: int) -> Suite:
-    prompts = suite.prompts
-    if len(prompts) <= most:
+    left_out = len(suite.prompts) - most
+    if left_out <= 0:
         return suite
-    dropped = {**suite.dropped, "beyond attacks.max_prompts": len(prompts) - most}
-    return replace(suite, prompts=[prompts[i * len(prompts) // most] for i in range(most)], dropped=dropped)
-
-
-def _told(results: Any, step: Callable[[], None]) -> list[AttackResult]:
-    found = []
-    for result in results:
-        found.append(result)
-        step()
-    return found
+    dropped = {**suite.dropped, "beyond attacks.max_prompts": left_out}
+    return replace(suite, prompts=spread(suite.prompts, most), dropped=dropped)
 
 
 def _steps(results: Sequence[AttackResult]) -> str:

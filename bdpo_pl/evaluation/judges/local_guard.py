@@ -10,7 +10,7 @@ import torch
 from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.chat import Message
 from bdpo_pl.generation import generate
-from bdpo_pl.models import ModelSource, load_config, load_model, load_tokenizer
+from bdpo_pl.models import ModelSource, frozen, load_config, load_model, load_tokenizer
 
 Encode = Callable[[Any, list[Message]], list[int]]
 """(tokenizer, conversation) → token ids, up to where the answer begins."""
@@ -57,7 +57,7 @@ class LocalGuard:
         """
         ids = [self._encode(self._tokenizer, list(conversation)) for conversation in conversations]
         if self._model is None:
-            self._model = load_model(self._source, self._dtype).requires_grad_(False).eval().to(self._device)
+            self._model = frozen(load_model(self._source, self._dtype), self._device)
         try:
             answers = generate(
                 self._model,
