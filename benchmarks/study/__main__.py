@@ -1,7 +1,8 @@
-"""Run the study: `python -m benchmarks.study [--quick] [--plan] [--cell KEY]`.
+"""Run the study: `python -m benchmarks.study [--quick] [--plan] [--cell KEY] [--prune]`.
 
 It can be stopped and started again: cells that the file of records holds are not run again. `--cell` runs one of them
-again and says whether it comes out the same.
+again and says whether it comes out the same. Where `plan.py` has changed, the old plan's cells that the new one has not
+stay in the file until `--prune` takes them out.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from bdpo_pl.console import get_console
 from benchmarks.machine import machine
 from benchmarks.study import plan
 from benchmarks.study.reference import DEFAULT_FOLDER, make_reference
-from benchmarks.study.runner import append, differences, make_references, quiet_cell, read_records, run_cells
+from benchmarks.study.runner import append, differences, make_references, quiet_cell, read_records, remove, run_cells
 from benchmarks.study.settings import Setting
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="less of everything: under ten minutes on two cores")
     parser.add_argument("--plan", action="store_true", help="print what there is to do, and do nothing")
     parser.add_argument("--cell", metavar="KEY", help="run one finished cell again, and compare")
+    parser.add_argument("--prune", action="store_true", help="take cells of older plans out of the file of records")
     parser.add_argument("--out", type=Path, help="file of the records; default: today's, in benchmarks/results")
     parser.add_argument("--folder", type=Path, default=DEFAULT_FOLDER, help="of references and cached scores")
     parser.add_argument("--workers", type=int, default=2)
@@ -41,6 +43,8 @@ def main() -> None:
         _print_plan(size, out)
     elif options.cell:
         _again(options.cell, out, options.folder)
+    elif options.prune:
+        _prune(size, out)
     else:
         command = ["python", "-m", "benchmarks.study", *sys.argv[1:]]
         append(out, {"command": command, "date": f"{started:%Y-%m-%dT%H:%M:%SZ}", "machine": machine("cpu")})
@@ -59,6 +63,18 @@ def _run(size: plan.Size, folder: Path, out: Path, workers: int) -> None:
     get_console().print(table)
     run_cells(plan.final(size, best), folder, out, workers, "Testing")
     get_console().print(f"Written to {out}")
+
+
+def _prune(size: plan.Size, out: Path) -> None:
+    records = read_records(out)
+    best = plan.chosen(size, records)
+    wanted = {setting.key for setting in plan.tuning(size) + plan.final(size, best)}
+    gone = {key: record for key, record in records.items() if key not in wanted}
+    remove(out, set(gone))
+    counted = Counter((record["setting"]["section"], record["setting"]["method"]) for record in gone.values())
+    for (section, method), number in counted.items():
+        print(f"{section}, {method}: {number}")
+    print(f"{len(gone)} of {len(records)} cells were not of the plan, and are out of {out}")
 
 
 def _all_cells(size: plan.Size) -> list[Setting]:

@@ -95,7 +95,7 @@ def chosen_table(results: Results) -> str:
         if not trial.score <= scores[0] + _ROUNDING:
             raise InputError(
                 f"{results.name}: {name} is tested with {_tried(tested)}, and another trial has a smaller validation "
-                "score; remove the lines of its cells of sections other than tuning, and run the study again"
+                "score; `python -m benchmarks.study --prune --out FILE`, and run the study again"
             )
         setting = trial.setting
         row += [arguments(setting), f"{setting['learning_rate']:g}, {setting['epochs']}", number(trial.score, 1)]

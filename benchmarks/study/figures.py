@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.study.imbalance import STRONG_RATIO, TAUS
-from benchmarks.study.plan import BDPO, DPO, HALVES, METHODS, VARIANTS
+from benchmarks.study.plan import ALIKE, BDPO, DPO, HALVES, METHODS, VARIANTS
 from benchmarks.study.results import (
     FRAMED_ATTACKS,
     GAP,
@@ -111,10 +111,12 @@ def curves_figure(results: Results) -> Any:
     measures = (REFUSAL, FRAMED_ATTACKS, OVER_REFUSAL, GAP)
     figure, axes = _panels(1, len(measures), 2.9, 2.6)
     for axis, measure in zip(axes[0], measures, strict=True):
-        for name in results.methods("curves", COLOURS):
-            steps, found = curve(results, name, measure)
-            colour = COLOURS.get(name, INK)
-            axis.plot(steps, [one.mean for one in found], color=colour, label=name, marker="o", markersize=2.5)
+        for group in curve_groups(results):
+            steps, found = curve(results, group, measure)
+            colour = COLOURS.get(group.method, INK)
+            style = "--" if group.variant else "-"
+            means = [one.mean for one in found]
+            axis.plot(steps, means, style, color=colour, label=group.label, marker="o", markersize=2.5)
             # A single seed has no band.
             axis.fill_between(
                 steps,
@@ -131,14 +133,21 @@ def curves_figure(results: Results) -> Any:
         axis.set_title(_words(measure, "%"), fontsize=8)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
-def curve(results: Results, method: str, measure: Measure) -> tuple[list[int], list[Any]]:
-    """Steps of a method's curves, and at each the mean over the seeds that got there."""
+def curve_groups(results: Results) -> list[Group]:
+    """What there are curves of: methods as chosen, and DPO with B-DPO's settings."""
+    found = [Group(name, "curves", name) for name in results.methods("curves", COLOURS)]
+    found.append(Group(f"{DPO.name}, {ALIKE}", "curves", DPO.name, ALIKE))
+    return [group for group in found if group.cells(results)]
+
+
+def curve(results: Results, group: Group, measure: Measure) -> tuple[list[int], list[Any]]:
+    """Steps of a group's curves, and at each the mean over the seeds that got there."""
     by_step: dict[int, list[float]] = {}
-    for cell in results.pick("curves", method):
+    for cell in group.cells(results):
         for point in cell.get("curve", []):
             value = measure.of({"metrics": point})
             if math.isfinite(value):

@@ -101,7 +101,7 @@ def laboratory(results: Results) -> str:
         )
     seeds = Counter(cell["setting"]["method"] for cell in results.pick("final") if cell["setting"]["loss"])
     if seeds:
-        few = {len(results.pick("curves", DPO.name)), 0} - {0}
+        few = {len(results.pick("curves", DPO.name, "")), 0} - {0}
         items.append(
             f"Testing: {_range(seeds.values())} of each method's choice"
             + (f", {max(few)} of curves, variants and replication" if few else "")

@@ -19,7 +19,7 @@ class Method:
     Attributes:
         name: in tables.
         loss: class in `bdpo_pl.losses`.
-        betas: to try: around its authors' own.
+        betas: to try: its authors' own first, then around it.
         arguments: of the loss, besides β.
     """
 
@@ -33,7 +33,7 @@ class Method:
         return Setting(section, self.name, self.loss, {"beta": beta, **dict(self.arguments)}, **fields)
 
 
-_DPO_BETAS = (0.03, 0.1, 0.5)
+_DPO_BETAS = (0.1, 0.03, 0.5, 1.5, 0.01)
 # About the standard deviation of the imbalance in this world, whose prompts carry some six nats and whose responses
 # have some twenty tokens; the default of bdpo_pl, for larger worlds, is one of the variants.
 TAU = 0.25
@@ -46,26 +46,30 @@ DPO_SF = Method("DPO+SF", _BALANCED, _DPO_BETAS, (("balance", False), ("scale", 
 
 METHODS = (
     DPO,
-    Method("IPO", "IPOLoss", (0.1, 0.3, 1.0)),
+    Method("IPO", "IPOLoss", (0.1, 0.3, 1.0, 3.0, 0.03)),
     Method("CPO", "CPOLoss", _DPO_BETAS),
-    Method("SimPO", "SimPOLoss", (1.0, 2.5, 6.0)),
+    Method("SimPO", "SimPOLoss", (2.5, 1.0, 6.0, 15.0, 0.4)),
     Method("SafeDPO", "SafeDPOLoss", _DPO_BETAS),
-    Method("RMiPO", "RMiPOLoss", (0.8, 2.0, 5.0)),
+    Method("RMiPO", "RMiPOLoss", (2.0, 0.8, 5.0, 12.0, 0.3)),
     DPO_BW,
     DPO_SF,
     BDPO,
     Method("B-DPO, s by norm", _BALANCED, _DPO_BETAS, (("tau", TAU), ("scale", "norm"))),
 )
 
-LEARNING_RATES = (3e-5, 6e-5, 1.2e-4)
+LEARNING_RATES = (3e-5, 6e-5, 1.2e-4, 2.4e-4)
 EPOCHS = (1, 2)
 # No seed of any other section: nothing is chosen by what it is then tested on.
 TUNING_SEEDS = (1000, 1001)
 HALVES: tuple[Pairs, ...] = ("balanced half", "imbalanced half", "random half")
 CURVE_EPOCHS, CURVE_POINTS = 4, 8
+ALIKE = "settings as B-DPO's"
+"""Variant of DPO in the curves: what it differs in from B-DPO is balance alone."""
+NO_BALANCE = "no balance: DPO"
 
 # Name → (arguments of the loss, fields of the setting) in place of those that B-DPO has chosen.
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    NO_BALANCE: ({"balance": False, "scale": 1.0}, {}),
     "τ 0.06": ({"tau": 0.06}, {}),
     "τ 0.12": ({"tau": 0.12}, {}),
     "τ 0.5": ({"tau": 0.5}, {}),
@@ -107,7 +111,7 @@ class Size:
     few_seeds: int = 5
     learning_rates: tuple[float, ...] = LEARNING_RATES
     epochs: tuple[int, ...] = EPOCHS
-    betas: int = 3
+    betas: int = 5
     tuning_seeds: tuple[int, ...] = TUNING_SEEDS
     variants: tuple[str, ...] = tuple(VARIANTS)
     curve_methods: tuple[Method, ...] = (DPO, BDPO)
@@ -124,7 +128,7 @@ QUICK = Size(
     epochs=EPOCHS[:1],
     betas=2,
     tuning_seeds=TUNING_SEEDS[:1],
-    variants=("τ 1",),
+    variants=(NO_BALANCE, "τ 1"),
     replication=False,
     common=(("reference_steps", 600), ("num_pairs", 360)),
 )
@@ -189,8 +193,9 @@ def final(size: Size, best: Mapping[str, Setting]) -> list[Setting]:
     dpo, bdpo = best[DPO.name], best[BDPO.name]
     for half in HALVES:
         cells += _seeds([dpo], size.seeds, section="imbalance", variant=half, pairs=half)
+    alike = bdpo.with_changes(method=DPO.name, loss=DPO.loss, arguments={"beta": bdpo.arguments["beta"]}, variant=ALIKE)
     cells += _seeds(
-        [best[method.name] for method in size.curve_methods],
+        [*(best[method.name] for method in size.curve_methods), alike],
         size.few_seeds,
         section="curves",
         epochs=CURVE_EPOCHS,

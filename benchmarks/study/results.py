@@ -104,7 +104,7 @@ class Results:
             if at in places:
                 raise InputError(
                     f"{name}: cells {places[at]} and {cell['key']} are both of {at[:4]}; they come from different "
-                    "plans: remove the older one's line"
+                    "plans: `python -m benchmarks.study --prune --out FILE` takes out what the plan has not"
                 )
             places[at] = cell["key"]
 

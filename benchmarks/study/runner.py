@@ -57,6 +57,15 @@ def append(path: Path, line: dict[str, Any]) -> None:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
+def remove(path: Path, keys: set[str]) -> None:
+    """Take the records of some cells out of a file, every other line as it is."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = "".join(line for line in lines if json.loads(line).get("key") not in keys)
+    whole = path.with_name(f"{path.name}.part")
+    whole.write_text(kept, encoding="utf-8")
+    whole.replace(path)
+
+
 def make_references(settings: Sequence[Setting], folder: Path, workers: int) -> None:
     """Train the references that `settings` need and `folder` lacks, one on each worker."""
     wanted = sorted({(setting.world, setting.reference_steps) for setting in settings})

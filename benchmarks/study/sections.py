@@ -10,7 +10,7 @@ from benchmarks.study import paper, plan
 from benchmarks.study.choices import chosen_table, error, trials_table
 from benchmarks.study.claims import ABSENT, CHECKS, FAILS, HOLDS, TOLERANCE, UNKNOWN, claims_table, verdicts
 from benchmarks.study.evaluate import FRAMED
-from benchmarks.study.figures import FIGURES, curve, halves_contrasts, imbalance_groups, sensitivity_contrasts
+from benchmarks.study.figures import FIGURES, curve, curve_groups, halves_contrasts, imbalance_groups, sensitivity_contrasts
 from benchmarks.study.imbalance import STRONG_RATIO, TAUS
 from benchmarks.study.plan import BDPO, DPO, DPO_BW, DPO_SF, HALVES
 from benchmarks.study.results import (
@@ -166,27 +166,31 @@ def imbalance(results: Results, figures: str) -> str:
 def curves(results: Results, figures: str) -> str:
     """Safety and gap on the way."""
     lines = ["## On the way"]
-    names = results.methods("curves", _ORDER)
+    groups = curve_groups(results)
     if not any(cell.get("curve") for cell in results.pick("curves")):
         return joined([*lines, _NOT_RUN])
     lines.append(
-        f"Settings as chosen, but for {plan.CURVE_EPOCHS} epochs, so that overfitting has time to show. Bands are 95 % t intervals."
+        f"Settings as chosen, but for {plan.CURVE_EPOCHS} epochs, so that overfitting has time to show. Bands are 95 % t intervals. "
+        "Where DPO and B-DPO have chosen different learning rates, their curves differ for that too: DPO with the settings of "
+        "B-DPO differs from it in balance alone."
     )
     lines.append(_figure("curves.svg", figures, results))
     measures = (REFUSAL, FRAMED_ATTACKS, OVER_REFUSAL, GAP)
     rows = []
-    for name in names:
-        found = {measure.name: curve(results, name, measure) for measure in measures}
+    for group in groups:
+        found = {measure.name: curve(results, group, measure) for measure in measures}
         for step in found[REFUSAL.name][0]:
-            row = [name, str(step)]
+            row = [group.label, str(step)]
             for measure in measures:
                 steps, values = found[measure.name]
                 row.append(mean_text(values[steps.index(step)], measure.digits) if step in steps else "–")
             rows.append(row)
     lines.append(table(["method", "step", *(measure.head for measure in measures)], rows))
-    if {DPO.name, BDPO.name} <= set(names):
-        last = contrast(Group(BDPO.name, "curves", BDPO.name), Group(DPO.name, "curves", DPO.name))
-        at_end = differences(results, [last], (*OUTCOMES, GAP, GAP_SHARE))
+    balanced = [group for group in groups if group.method == BDPO.name]
+    others = [group for group in groups if group.method == DPO.name]
+    if balanced and others:
+        last = [contrast(balanced[0], other) for other in others]
+        at_end = differences(results, last, (*OUTCOMES, GAP, GAP_SHARE))
         lines += ["At the end, in points (gap in nats), paired by seed:", at_end.text, at_end.said]
     return joined(lines)
 

@@ -90,11 +90,22 @@ def test_variants_change_one_thing_of_what_was_chosen():
     cells = [cell for cell in plan.final(plan.FULL, best) if cell.section == "sensitivity"]
     assert {cell.variant for cell in cells} == set(plan.VARIANTS)
     for cell in cells:
-        assert cell.build_loss().needs_comprehension
+        assert cell.build_loss().needs_comprehension == (cell.variant != plan.NO_BALANCE)
         assert (cell.learning_rate, cell.epochs) == (bdpo.learning_rate, bdpo.epochs)
         assert asdict(cell) != asdict(bdpo.with_changes(section="sensitivity", variant=cell.variant, evaluate="test"))
     betas = {cell.variant: cell.arguments["beta"] for cell in cells if "β" in cell.variant}
     assert betas == pytest.approx({"β × 1/3": bdpo.arguments["beta"] / 3, "β × 3": bdpo.arguments["beta"] * 3})
+
+
+def test_dpo_with_settings_of_bdpo_is_bdpo_without_balance():
+    best = plan.chosen(plan.FULL, records(plan.FULL, **{"B-DPO": {8: {"attacks": 0.1}}}))
+    cells = plan.final(plan.FULL, best)
+    curve = next(cell for cell in cells if cell.variant == plan.ALIKE)
+    variant = next(cell for cell in cells if cell.variant == plan.NO_BALANCE)
+    assert (curve.loss, curve.arguments) == ("DPOLoss", {"beta": best["B-DPO"].arguments["beta"]})
+    assert curve.learning_rate == variant.learning_rate == best["B-DPO"].learning_rate
+    unbalanced = variant.build_loss()
+    assert (unbalanced.balance, unbalanced.scale, unbalanced.beta) == (False, 1, curve.build_loss().beta)
 
 
 def test_score_weighs_safety_over_refusal_and_ability_alike():
