@@ -12,6 +12,7 @@ import numpy as np
 from benchmarks.study.imbalance import STRONG_RATIO, TAUS
 from benchmarks.study.plan import ALIKE, BDPO, DPO, HALVES, METHODS, VARIANTS
 from benchmarks.study.results import (
+    ABILITY,
     FRAMED_ATTACKS,
     GAP,
     OUTCOMES,
@@ -98,7 +99,7 @@ def imbalance_figure(results: Results) -> Any:
 
 def halves_figure(results: Results) -> Any:
     """Differences between the halves of the pairs."""
-    return _forest(results, halves_contrasts(), OUTCOMES)
+    return _forest(results, halves_contrasts(), (REFUSAL, FRAMED_ATTACKS, OVER_REFUSAL, ABILITY, GAP))
 
 
 def sensitivity_figure(results: Results) -> Any:
@@ -199,6 +200,10 @@ def _forest(results: Results, contrasts: Sequence[Contrast], measures: Sequence[
                     linewidth=1.2,
                 )
         axis.axvline(0, color=INK, linestyle=":", linewidth=0.8)
+        # Differences of nothing, or of rounding alone, would be drawn as if they were large.
+        least = 1.0 if measure.percent else 0.1
+        low, high = axis.get_xlim()
+        axis.set_xlim(min(low, -least), max(high, least))
         _label(axis, measure, "points")
         _rows(axis, [each.label for each in contrasts] if axis is axes[0][0] else None, len(contrasts))
     return figure
@@ -219,12 +224,12 @@ def _panels(rows: int, columns: int, width: float, height: float) -> tuple[Any, 
 
 
 def _words(measure: Measure, unit: str) -> str:
-    return f"{measure.head}, {unit}".replace(", ", ",\n") if measure.percent else measure.head
+    return f"{measure.head} ({unit})".replace(", ", ",\n", 1) if measure.percent else measure.head
 
 
 def _label(axis: Any, measure: Measure, unit: str) -> None:
     axis.set_xlabel(_words(measure, unit), fontsize=8)
-    axis.locator_params(axis="x", nbins=5)
+    axis.locator_params(axis="x", nbins=4)
 
 
 def _rows(axis: Any, names: Sequence[str] | None, number: int) -> None:

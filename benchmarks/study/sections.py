@@ -10,7 +10,14 @@ from benchmarks.study import paper, plan
 from benchmarks.study.choices import chosen_table, error, trials_table
 from benchmarks.study.claims import ABSENT, CHECKS, FAILS, HOLDS, TOLERANCE, UNKNOWN, claims_table, verdicts
 from benchmarks.study.evaluate import FRAMED
-from benchmarks.study.figures import FIGURES, curve, curve_groups, halves_contrasts, imbalance_groups, sensitivity_contrasts
+from benchmarks.study.figures import (
+    FIGURES,
+    curve,
+    curve_groups,
+    halves_contrasts,
+    imbalance_groups,
+    sensitivity_contrasts,
+)
 from benchmarks.study.imbalance import STRONG_RATIO, TAUS
 from benchmarks.study.plan import BDPO, DPO, DPO_BW, DPO_SF, HALVES
 from benchmarks.study.results import (

@@ -53,3 +53,24 @@ def test_a_cell_run_again_is_compared(run, record, monkeypatch):
 def test_a_cell_that_is_not_there_is_named(run, record):
     with pytest.raises(SystemExit, match="holds no cell abc"):
         run("--cell", "abc")
+
+
+def test_cells_of_an_older_plan_are_taken_out_and_counted(run, tmp_path):
+    path = tmp_path / "records.jsonl"
+    append(path, {"command": ["study"], "machine": {}})
+    metrics = {
+        "attack_success": {"harmful": 0.0, "framed": 0.0},
+        "over_refusal": {"mean": 0.0},
+        "ability": {"all": 1.0},
+    }
+    settings = plan.tuning(plan.QUICK)
+    best = plan.chosen(plan.QUICK, {setting.key: {"metrics": metrics} for setting in settings})
+    kept = plan.final(plan.QUICK, best)[1]
+    old = kept.with_changes(learning_rate=1.0)
+    for setting in [*settings, kept, old]:
+        append(path, {"key": setting.key, "setting": vars(setting), "metrics": metrics})
+    before = path.read_text(encoding="utf-8").splitlines()
+    printed = run("--prune", "--quick")
+    assert f"final, {old.method}: 1" in printed
+    assert f"1 of {len(settings) + 2} cells" in printed
+    assert path.read_text(encoding="utf-8").splitlines() == before[:-1]

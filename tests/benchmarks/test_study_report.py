@@ -206,7 +206,7 @@ def test_what_was_chosen_is_checked_against_the_trials(whole):
         else cell
         for cell in whole
     ]
-    with pytest.raises(InputError, match=r"IPO is tested with .* smaller validation score; remove"):
+    with pytest.raises(InputError, match=r"IPO is tested with .* smaller validation score; .*--prune"):
         chosen_table(results(worse))
 
 
