@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from benchmarks.study.plan import BDPO, DPO, DPO_BW, DPO_SF
+from benchmarks.study.plan import BDPO, DPO, DPO_BW, DPO_SF, NO_BALANCE
 from benchmarks.study.results import (
     ABILITY,
     FRAMED_ATTACKS,
@@ -139,6 +139,8 @@ def _checks() -> list[Check]:
     )
     checks += _between("More imbalance in the pairs, less safety of DPO", balanced, imbalanced)
     checks += _between("B-DPO is safer than DPO", bdpo, dpo)
+    alike = Group(f"{DPO.name} with its settings", "sensitivity", BDPO.name, NO_BALANCE)
+    checks += _between("… than DPO with the same β, learning rate and epochs too", bdpo, alike)
     second = [_final(method.name, "replication") for method in (BDPO, DPO)]
     checks += _between("… with another reference too", second[0], second[1], ", second world")
     checks.append(Check("B-DPO overfits less than DPO", "gap, B-DPO − DPO", _paired(GAP, bdpo, dpo), -1, percent=False))
