@@ -66,6 +66,11 @@ CURVE_EPOCHS, CURVE_POINTS = 4, 8
 ALIKE = "settings as B-DPO's"
 """Variant of DPO in the curves: what it differs in from B-DPO is balance alone."""
 NO_BALANCE = "no balance: DPO"
+DPO_ALIKE, BDPO_TAU_1 = f"DPO, {ALIKE}", "B-DPO, τ 1"
+CONFIRMED = ("DPO", DPO_ALIKE, "B-DPO", BDPO_TAU_1)
+"""What the confirmation compares."""
+CONFIRMATION_SEED = 100
+"""Its first seed: no other section has seen its pairs."""
 
 # Name → (arguments of the loss, fields of the setting) in place of those that B-DPO has chosen.
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -103,6 +108,7 @@ class Size:
         variants: of the sensitivity.
         curve_methods: that curves are drawn for.
         replication: train another reference, and repeat the ablation with it.
+        confirmation: references, and how many seeds of each, that the confirmation has.
         common: fields of every setting.
     """
 
@@ -116,6 +122,7 @@ class Size:
     variants: tuple[str, ...] = tuple(VARIANTS)
     curve_methods: tuple[Method, ...] = (DPO, BDPO)
     replication: bool = True
+    confirmation: tuple[tuple[int, int], ...] = ((0, 20), (2, 10), (3, 10))
     common: tuple[tuple[str, Any], ...] = ()
 
 
@@ -130,6 +137,7 @@ QUICK = Size(
     tuning_seeds=TUNING_SEEDS[:1],
     variants=(NO_BALANCE, "τ 1"),
     replication=False,
+    confirmation=(),
     common=(("reference_steps", 600), ("num_pairs", 360)),
 )
 
@@ -211,10 +219,35 @@ def final(size: Size, best: Mapping[str, Setting]) -> list[Setting]:
         cells.append(Setting("replication", "reference", "", **common, world=1))
         ablation = [best[method.name] for method in (DPO, DPO_BW, DPO_SF, BDPO)]
         cells += _seeds(ablation, size.few_seeds, section="replication", world=1)
-    return cells
+    return cells + _confirmation(size, dpo, bdpo)
 
 
-def _seeds(settings: Sequence[Setting], number: int, **changes: Any) -> list[Setting]:
+def _confirmation(size: Size, dpo: Setting, bdpo: Setting) -> list[Setting]:
+    alike = bdpo.with_changes(loss=DPO.loss, arguments={"beta": bdpo.arguments["beta"]})
+    settings = (dpo, alike, bdpo, bdpo.with_changes(arguments=bdpo.arguments | {"tau": 1.0}))
+    named = [setting.with_changes(method=name) for name, setting in zip(CONFIRMED, settings, strict=True)]
     return [
-        setting.with_changes(evaluate="test", seed=seed, **changes) for setting in settings for seed in range(number)
+        cell
+        for world, seeds in size.confirmation
+        for cell in _seeds(
+            named,
+            seeds,
+            first=CONFIRMATION_SEED,
+            section="confirmation",
+            variant=world_name(world),
+            world=world,
+        )
+    ]
+
+
+def world_name(world: int) -> str:
+    """Name of a reference in tables."""
+    return f"reference {world + 1}"
+
+
+def _seeds(settings: Sequence[Setting], number: int, first: int = 0, **changes: Any) -> list[Setting]:
+    return [
+        setting.with_changes(evaluate="test", seed=seed, **changes)
+        for setting in settings
+        for seed in range(first, first + number)
     ]

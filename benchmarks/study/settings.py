@@ -11,7 +11,7 @@ from typing import Any, Literal
 from benchmarks.study.reference import STEPS
 
 Pairs = Literal["all", "balanced half", "imbalanced half", "random half"]
-Section = Literal["tuning", "final", "imbalance", "curves", "sensitivity", "replication"]
+Section = Literal["tuning", "final", "imbalance", "curves", "sensitivity", "replication", "confirmation"]
 
 
 @dataclass(frozen=True)
