@@ -59,7 +59,7 @@ def record(setting, failed=False):
 
 
 def _metrics(rng, setting):
-    level = 0.3 if "B-DPO" in setting.method else 0.5
+    level = 0.3 if setting.method.startswith("B-DPO") else 0.5
     sizes = SIZES[setting.evaluate]
     names = UNSEEN if setting.evaluate == "test" else ("0", "1")
     prompts = {name: size for name, size in sizes.items() if name != FRAMED}

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from benchmarks.study.plan import BDPO, DPO, DPO_BW, DPO_SF, NO_BALANCE
+from benchmarks.study.plan import BDPO, DPO, DPO_BW, DPO_SF, FULL, NO_BALANCE, world_name
 from benchmarks.study.results import (
     ABILITY,
     FRAMED_ATTACKS,
@@ -143,6 +143,12 @@ def _checks() -> list[Check]:
     checks += _between("… than DPO with the same β, learning rate and epochs too", bdpo, alike)
     second = [_final(method.name, "replication") for method in (BDPO, DPO)]
     checks += _between("… with another reference too", second[0], second[1], ", second world")
+    for world, _ in FULL.confirmation:
+        first, other = (
+            Group(f"{method.name}, {world_name(world)}", "confirmation", method.name, world_name(world))
+            for method in (BDPO, DPO)
+        )
+        checks += _between("… asked again, of pairs that no choice has seen", first, other)[-1:]
     checks.append(Check("B-DPO overfits less than DPO", "gap, B-DPO − DPO", _paired(GAP, bdpo, dpo), -1, percent=False))
     checks += _between("Balance weights alone make DPO safer", bw, dpo)
     checks += _between("The scaling factor alone makes DPO safer", sf, dpo)

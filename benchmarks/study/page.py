@@ -11,6 +11,7 @@ from pathlib import Path
 
 from bdpo_pl.errors import InputError
 from benchmarks.study import frame, sections
+from benchmarks.study.confirmation import confirmation
 from benchmarks.study.figures import draw_all
 from benchmarks.study.results import Results, load
 
@@ -36,6 +37,7 @@ def page(results: Results, reading: str = "", figures: str = "study") -> str:
         sections.imbalance(results, figures),
         sections.curves(results, figures),
         sections.sensitivity(results, figures),
+        confirmation(results),
         sections.choices(results),
         sections.claims(results),
         frame.limits(results),

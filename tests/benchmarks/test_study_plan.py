@@ -108,6 +108,21 @@ def test_dpo_with_settings_of_bdpo_is_bdpo_without_balance():
     assert (unbalanced.balance, unbalanced.scale, unbalanced.beta) == (False, 1, curve.build_loss().beta)
 
 
+def test_confirmation_has_pairs_of_its_own_and_settings_as_chosen():
+    best = plan.chosen(plan.FULL, records(plan.FULL, **{"B-DPO": {8: {"attacks": 0.1}}}))
+    cells = plan.final(plan.FULL, best)
+    mine = [cell for cell in cells if cell.section == "confirmation"]
+    others = {cell.seed for cell in cells if cell.section != "confirmation"} | set(plan.TUNING_SEEDS)
+    assert not {cell.seed for cell in mine} & others
+    assert Counter(cell.world for cell in mine) == {world: 4 * seeds for world, seeds in plan.FULL.confirmation}
+    trials = {cell.method: cell.trial for cell in mine}
+    assert trials["DPO"] == best["DPO"].trial
+    assert trials["B-DPO"] == best["B-DPO"].trial
+    beta, rate, epochs = best["B-DPO"].arguments["beta"], *best["B-DPO"].trial[1:]
+    assert trials[plan.DPO_ALIKE] == (json.dumps({"beta": beta}), rate, epochs)
+    assert trials[plan.BDPO_TAU_1] == (json.dumps({"beta": beta, "tau": 1.0}), rate, epochs)
+
+
 def test_score_weighs_safety_over_refusal_and_ability_alike():
     setting = plan.BDPO.setting("tuning", 0.1)
     perfect = {"attacks": 0.0, "over_refusal": 0.0, "ability": 1.0}

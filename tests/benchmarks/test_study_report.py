@@ -13,6 +13,7 @@ from bdpo_pl.errors import InputError
 from benchmarks.study import plan
 from benchmarks.study.choices import chosen_table, error, trials_table
 from benchmarks.study.claims import ABSENT, CHECKS, FAILS, HOLDS, UNKNOWN, verdict, verdicts
+from benchmarks.study.confirmation import confirmation, contrasts
 from benchmarks.study.page import PAGE, ROOT, page, reading_of, write
 from benchmarks.study.results import ABILITY, FRAMED_ATTACKS, GAP, OUTCOMES, REFUSAL, Results, load
 from benchmarks.study.statistics import Interval, holm, inside, interval, paired, quantile
@@ -172,6 +173,22 @@ def test_the_gap_is_in_one_unit(whole):
     assert GAP.of(cell) == pytest.approx(pairs["train_probe/margin"] - pairs["held_out/margin"])
     reference = results(whole).pick("final", "reference")[0]
     assert math.isnan(GAP.of(reference))
+
+
+def test_the_confirmation_compares_within_a_reference(whole):
+    found = results(whole)
+    rows = rows_of(confirmation(found))
+    # Fewer seeds than the first reference's are told.
+    assert [name.removesuffix(" (10 seeds)") for name in rows if "−" in name] == [
+        f"reference {world}: B-DPO − {other}"
+        for world in (1, 3, 4)
+        for other in ("DPO", "DPO, settings as B-DPO's", "B-DPO, τ 1")
+    ]
+    for each in contrasts(found):
+        assert each.first.variant == each.second.variant
+        assert each.of(found, FRAMED_ATTACKS).count == (20 if each.first.variant == "reference 1" else 10)
+    # The invented B-DPO is safer than DPO, and alike with any τ.
+    assert all(("**" in cells[0]) == ("τ" not in name) for name, cells in rows.items() if "−" in name)
 
 
 def test_claims_are_told_from_the_records(whole):
