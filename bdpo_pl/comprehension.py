@@ -95,7 +95,7 @@ def normalised_hsic(prompt_hidden: Tensor, response_hidden: Tensor) -> Tensor:
 def balance_weights(
     comprehension_chosen: Tensor,
     comprehension_rejected: Tensor,
-    tau: float = 1.0,
+    tau: float = 0.25,
     weighting: Weighting = "softmax",
 ) -> tuple[Tensor, Tensor]:
     """Balance weights (w_w, w_l): a share of one for each pair, the smaller for the better comprehended response.
@@ -106,7 +106,7 @@ def balance_weights(
     Args:
         comprehension_chosen: (B,) c_w.
         comprehension_rejected: (B,) c_l.
-        tau: temperature τ > 0 in the estimator's unit; only `softmax` reads it.
+        tau: temperature τ > 0 in the estimator's unit, about the spread of c_w − c_l; only `softmax` reads it.
         weighting: `softmax` or `ratio`.
 
     Returns:

@@ -128,7 +128,7 @@ the plan that `--dry_run true` prints, for the published sizes; time is arithmet
 
 The data are the paper's: 10,000 safe and 10,000 unsafe queries of PKU-SafeRLHF (CC BY-NC 4.0: not for commercial use); of an
 unsafe query the safe response is chosen. The paper's batch size, learning rate, epochs and β could not be read: the
-configurations have DPO's (64, 1e-6, 1, 0.1) and this project's reconstruction of the balance (τ 1 nat per token, s = 2).
+configurations have DPO's (64, 1e-6, 1, 0.1) and this project's reconstruction of the balance (τ 0.25 nats per token, s = 2).
 
 On eight GPUs, all weights:
 

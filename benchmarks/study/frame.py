@@ -97,7 +97,7 @@ def laboratory(results: Results) -> str:
             f"Tuning: {trials} trials of every method, over β, learning rate and epochs, each with {_plural(error(results)[1], 'seed')} "
             "that nothing else uses, on validation prompts. Chosen is the smallest mean of attack success (plain and framed in "
             "equal parts), over-refusal and lost ability. "
-            f"B-DPO's τ is not tuned: it is {plan.TAU:g}, about the standard deviation of the imbalance here."
+            f"B-DPO's τ is not tuned: it is {plan.TAU:g}, the standard deviation of the imbalance here."
         )
     seeds = Counter(cell["setting"]["method"] for cell in results.pick("final") if cell["setting"]["loss"])
     if seeds:
@@ -127,7 +127,7 @@ def limits(results: Results) -> str:
         "reconstruction (the README says which). A claim that fails here may fail for that.",
         "Whether the scaling factor keeps gradients stable: gradients are not in the records.",
         "What measuring comprehension costs: its scores are cached across cells.",
-        "Anything about other references but by the replication: intervals are over pairs and orders drawn anew, with one "
+        "Much about other references: three more were tried, and leave framed attacks little room. Intervals are over pairs and orders drawn anew, with one "
         "reference and one set of test prompts.",
     )
     return joined(["## What a small model cannot tell", "\n".join(f"- {item}" for item in items)])

@@ -34,8 +34,8 @@ class Method:
 
 
 _DPO_BETAS = (0.1, 0.03, 0.5, 1.5, 0.01)
-# About the standard deviation of the imbalance in this world, whose prompts carry some six nats and whose responses
-# have some twenty tokens; the default of bdpo_pl, for larger worlds, is one of the variants.
+# The standard deviation of the imbalance in this world, whose prompts carry some six nats and whose responses have some
+# twenty tokens.
 TAU = 0.25
 _BALANCED = "BalancedDPOLoss"
 

@@ -241,8 +241,8 @@ def summary(results: Results) -> str:
     if not total:
         return "The records decide none of the paper's claims."
     return (
-        f"The paper's claims come to {total} differences that the records have: {counted[HOLDS]} hold here, {counted[FAILS]} do "
-        f"not, and of {counted[UNKNOWN]} it cannot be told."
+        f"The paper's claims come to {total} differences that the records have: {counted[HOLDS]} {'holds' if counted[HOLDS] == 1 else 'hold'} here, {counted[FAILS]} "
+        f"{'does' if counted[FAILS] == 1 else 'do'} not, and of {counted[UNKNOWN]} it cannot be told."
         + (f" {counted[ABSENT]} more are not in the records." if counted[ABSENT] else "")
     )
 
