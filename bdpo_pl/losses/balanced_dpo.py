@@ -37,8 +37,8 @@ class BalancedDPOLoss(PreferenceLoss):
         beta: β > 0.
         balance: apply balance weights; without, w = (1, 1).
         tau: temperature τ > 0 of the `softmax` weighting, in the estimator's unit (nats per token for `pmi`).
-            The default is for `pmi`: the standard deviation of c_w − c_l in `docs/study.md`, where 0.25 let fewer attacks
-            pass than 1. `pmi_sum` needs some 20 times as much, being summed over tokens.
+            The default is for `pmi`: the standard deviation of c_w − c_l in `docs/study.md`, where 0.25 let fewer
+            attacks pass than 1. `pmi_sum` needs some 20 times as much, being summed over tokens.
         weighting: `softmax`, or `ratio` for the positive estimators `ifd` and `hsic`.
         estimator: `pmi`, `pmi_sum`, `ifd` or `hsic`; see `bdpo_pl.comprehension.comprehension`.
         scale: scaling factor s: a number > 0, or `norm` for s = √(2/(w_w² + w_l²)). Default: 2 with balance, 1 without.

@@ -22,8 +22,8 @@ from benchmarks.study.results import (
     Measure,
     Results,
 )
-from benchmarks.study.statistics import interval
-from benchmarks.study.tables import Contrast, Group, contrast
+from benchmarks.study.statistics import Interval, interval
+from benchmarks.study.tables import Contrast, Group, contrast, number
 
 COLOURS = {DPO.name: "#b35900", BDPO.name: "#00508c"}
 INK = "#333333"
@@ -187,26 +187,33 @@ def sensitivity_contrasts(results: Results) -> list[Contrast]:
 def _forest(results: Results, contrasts: Sequence[Contrast], measures: Sequence[Measure]) -> Any:
     figure, axes = _panels(1, len(measures), 2.3, 0.8 + 0.28 * len(contrasts))
     for axis, measure in zip(axes[0], measures, strict=True):
-        for row, each in enumerate(contrasts):
-            found = each.of(results, measure)
-            if found.count:
+        found = [each.of(results, measure) for each in contrasts]
+        # Differences of nothing, or of rounding alone, would be drawn as if they were large.
+        shown = max(_shown([_reach(one) for one in found if one.count]), 1.0 if measure.percent else 0.1)
+        for row, one in enumerate(found):
+            if one.count and abs(one.mean) > shown:
+                text = number(one.mean, measure.digits, sign=True)
+                text, side = (f"{text} →", "right") if one.mean > 0 else (f"← {text}", "left")
+                axis.text(math.copysign(shown, one.mean), row, text, ha=side, va="center")
+            elif one.count:
                 axis.errorbar(
-                    [found.mean],
-                    [row],
-                    xerr=[np.nan_to_num(found.half)],
-                    fmt="o",
-                    color=INK,
-                    markersize=3,
-                    linewidth=1.2,
+                    [one.mean], [row], xerr=[np.nan_to_num(one.half)], fmt="o", color=INK, markersize=3, linewidth=1.2
                 )
         axis.axvline(0, color=INK, linestyle=":", linewidth=0.8)
-        # Differences of nothing, or of rounding alone, would be drawn as if they were large.
-        least = 1.0 if measure.percent else 0.1
-        low, high = axis.get_xlim()
-        axis.set_xlim(min(low, -least), max(high, least))
+        axis.set_xlim(-1.05 * shown, 1.05 * shown)
         _label(axis, measure, "points")
         _rows(axis, [each.label for each in contrasts] if axis is axes[0][0] else None, len(contrasts))
     return figure
+
+
+def _reach(found: Interval) -> float:
+    return abs(found.mean) + float(np.nan_to_num(found.half))
+
+
+def _shown(reaches: Sequence[float]) -> float:
+    """How far from 0 to draw: to the farthest, unless that one alone would flatten the others."""
+    *_, second, first = [0.0, 0.0, *sorted(reaches)]
+    return second if second and first > 4 * second else first
 
 
 def _error_bar(axis: Any, values: Sequence[float], row: int, colour: str) -> None:
@@ -262,7 +269,7 @@ FIGURES: dict[str, tuple[str, Callable[[Results], bool], Callable[[Results], Any
         curves_figure,
     ),
     "sensitivity.svg": (
-        "Differences of B-DPO's variants from what it has chosen, with 95 % intervals",
+        "Differences of B-DPO's variants from what it has chosen, with 95 % intervals; an arrow: beyond the axis",
         lambda results: bool(results.pick("sensitivity")),
         sensitivity_figure,
     ),
