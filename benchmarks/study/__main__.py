@@ -54,7 +54,7 @@ def main() -> None:
 def _run(size: plan.Size, folder: Path, out: Path, workers: int) -> None:
     tuning = plan.tuning(size)
     # What comes after the tuning is not known yet, but its references are.
-    make_references(_all_cells(size), folder, workers)
+    make_references(plan.all_cells(size), folder, workers)
     run_cells(tuning, folder, out, workers, "Tuning")
     best = plan.chosen(size, read_records(out))
     table = Table("method", "loss", "learning rate", "epochs", title="Chosen by the validation prompts")
@@ -77,15 +77,10 @@ def _prune(size: plan.Size, out: Path) -> None:
     print(f"{len(gone)} of {len(records)} cells were not of the plan, and are out of {out}")
 
 
-def _all_cells(size: plan.Size) -> list[Setting]:
-    tuning = plan.tuning(size)
-    return tuning + plan.final(size, {setting.method: setting for setting in tuning})
-
-
 def _print_plan(size: plan.Size, out: Path) -> None:
     done = Counter(record["setting"]["section"] for record in read_records(out).values())
     table = Table("section", "cells", "done", title="Cells of the study")
-    sections = Counter(setting.section for setting in _all_cells(size))
+    sections = Counter(setting.section for setting in plan.all_cells(size))
     for section, number in sections.items():
         table.add_row(section, str(number), str(done[section]))
     table.add_row("all", str(sections.total()), str(done.total()))

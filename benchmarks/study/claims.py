@@ -24,6 +24,7 @@ from benchmarks.study.tables import SIGNIFICANT, Group, difference_text, table
 HOLDS, FAILS, UNKNOWN, ABSENT = "holds here", "does not hold here", "cannot be told", "not in the records"
 # Points that count as no loss, chosen before any result.
 TOLERANCE = 2.0
+SAFETY = (REFUSAL, REFUSAL_CATEGORIES, FRAMED_ATTACKS)
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,10 @@ def _from_reference(measure: Measure, group: Group) -> Callable[[Results, float]
     return find
 
 
-def _between(claim: str, first: Group, second: Group, note: str = "") -> list[Check]:
-    """first is safer than second: by each measure of safety."""
+def _between(
+    claim: str, first: Group, second: Group, note: str = "", measures: Sequence[Measure] = SAFETY
+) -> list[Check]:
+    """first is safer than second: by each of `measures`."""
     return [
         Check(
             claim,
@@ -121,7 +124,7 @@ def _between(claim: str, first: Group, second: Group, note: str = "") -> list[Ch
             _paired(measure, first, second),
             measure.better,
         )
-        for measure in (REFUSAL, REFUSAL_CATEGORIES, FRAMED_ATTACKS)
+        for measure in measures
     ]
 
 
@@ -148,7 +151,7 @@ def _checks() -> list[Check]:
             Group(f"{method.name}, {world_name(world)}", "confirmation", method.name, world_name(world))
             for method in (BDPO, DPO)
         )
-        checks += _between("… asked again, of pairs that no choice has seen", first, other)[-1:]
+        checks += _between("… asked again, of pairs that no choice has seen", first, other, measures=(FRAMED_ATTACKS,))
     checks.append(Check("B-DPO overfits less than DPO", "gap, B-DPO − DPO", _paired(GAP, bdpo, dpo), -1, percent=False))
     checks += _between("Balance weights alone make DPO safer", bw, dpo)
     checks += _between("The scaling factor alone makes DPO safer", sf, dpo)

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from benchmarks.study.plan import BDPO, BDPO_TAU_1, CONFIRMED, DPO, DPO_ALIKE, world_name
+from benchmarks.study.plan import BDPO, CONFIRMED, world_name
 from benchmarks.study.results import ABILITY, FRAMED_ATTACKS, GAP, OVER_REFUSAL, REFUSAL, Results
+from benchmarks.study.sections import NOT_RUN, joined
 from benchmarks.study.tables import Contrast, Group, differences, means
 
 MEASURES = (FRAMED_ATTACKS, OVER_REFUSAL, ABILITY, GAP)
-AGAINST = (DPO.name, DPO_ALIKE, BDPO_TAU_1)
+AGAINST = tuple(name for name in CONFIRMED if name != BDPO.name)
 
 
 def confirmation(results: Results) -> str:
@@ -16,7 +17,7 @@ def confirmation(results: Results) -> str:
     lines = ["## Asked again"]
     worlds = worlds_of(results)
     if not worlds:
-        return "\n\n".join([*lines, "Not in the records."])
+        return joined([*lines, NOT_RUN])
     lines.append(
         "What stands above was seen one part after another, and the grid was widened on the way. So the main question was put "
         "once more, to pairs of seeds that nothing else uses and to two more references, each with frequencies, examples and "
@@ -26,7 +27,7 @@ def confirmation(results: Results) -> str:
     groups = [Group(f"{name}: {method}", "confirmation", method, name) for name in worlds for method in CONFIRMED]
     lines.append(means(results, groups, (REFUSAL, *MEASURES)))
     found = differences(results, contrasts(results), MEASURES)
-    return "\n\n".join([*lines, "Differences in points (gap in nats), paired by seed:", found.text, found.said])
+    return joined([*lines, "Differences in points (gap in nats), paired by seed:", found.text, found.said])
 
 
 def worlds_of(results: Results) -> list[str]:

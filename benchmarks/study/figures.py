@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.study.imbalance import STRONG_RATIO, TAUS
-from benchmarks.study.plan import ALIKE, BDPO, DPO, HALVES, METHODS, VARIANTS
+from benchmarks.study.plan import ALIKE, BDPO, DPO, DPO_ALIKE, HALVES, METHODS, VARIANTS
 from benchmarks.study.results import (
     ABILITY,
+    CHIEF,
     FRAMED_ATTACKS,
     GAP,
     OUTCOMES,
@@ -68,7 +69,7 @@ def methods_figure(results: Results) -> Any:
             values = list(results.series(measure, "final", name).values())
             colour = COLOURS.get(name, INK)
             axis.plot(values, [row] * len(values), "o", color=colour, alpha=0.25, markersize=3, markeredgewidth=0)
-            _error_bar(axis, values, row, colour)
+            _error_bar(axis, interval(values), row, colour, 4, 1.5)
         if reference and math.isfinite(measure.of(reference[0])):
             axis.axvline(measure.of(reference[0]), color=INK, linestyle=":", linewidth=0.8)
         _label(axis, measure, "%")
@@ -104,15 +105,15 @@ def halves_figure(results: Results) -> Any:
 
 def sensitivity_figure(results: Results) -> Any:
     """Each variant's difference from what B-DPO has chosen."""
-    return _forest(results, sensitivity_contrasts(results), (REFUSAL, FRAMED_ATTACKS, OVER_REFUSAL, GAP))
+    return _forest(results, sensitivity_contrasts(results), CHIEF)
 
 
 def curves_figure(results: Results) -> Any:
     """Safety and gap over optimiser steps, with t bands over seeds."""
-    measures = (REFUSAL, FRAMED_ATTACKS, OVER_REFUSAL, GAP)
-    figure, axes = _panels(1, len(measures), 2.9, 2.6)
-    for axis, measure in zip(axes[0], measures, strict=True):
-        for group in curve_groups(results):
+    groups = curve_groups(results)
+    figure, axes = _panels(1, len(CHIEF), 2.9, 2.6)
+    for axis, measure in zip(axes[0], CHIEF, strict=True):
+        for group in groups:
             steps, found = curve(results, group, measure)
             colour = COLOURS.get(group.method, INK)
             style = "--" if group.variant else "-"
@@ -141,7 +142,7 @@ def curves_figure(results: Results) -> Any:
 def curve_groups(results: Results) -> list[Group]:
     """What there are curves of: methods as chosen, and DPO with B-DPO's settings."""
     found = [Group(name, "curves", name) for name in results.methods("curves", COLOURS)]
-    found.append(Group(f"{DPO.name}, {ALIKE}", "curves", DPO.name, ALIKE))
+    found.append(Group(DPO_ALIKE, "curves", DPO.name, ALIKE))
     return [group for group in found if group.cells(results)]
 
 
@@ -195,10 +196,8 @@ def _forest(results: Results, contrasts: Sequence[Contrast], measures: Sequence[
                 text = number(one.mean, measure.digits, sign=True)
                 text, side = (f"{text} →", "right") if one.mean > 0 else (f"← {text}", "left")
                 axis.text(math.copysign(shown, one.mean), row, text, ha=side, va="center")
-            elif one.count:
-                axis.errorbar(
-                    [one.mean], [row], xerr=[np.nan_to_num(one.half)], fmt="o", color=INK, markersize=3, linewidth=1.2
-                )
+            else:
+                _error_bar(axis, one, row, INK, 3, 1.2)
         axis.axvline(0, color=INK, linestyle=":", linewidth=0.8)
         axis.set_xlim(-1.05 * shown, 1.05 * shown)
         _label(axis, measure, "points")
@@ -216,12 +215,10 @@ def _shown(reaches: Sequence[float]) -> float:
     return second if second and first > 4 * second else first
 
 
-def _error_bar(axis: Any, values: Sequence[float], row: int, colour: str) -> None:
-    found = interval(values)
+def _error_bar(axis: Any, found: Interval, row: int, colour: str, size: float, width: float) -> None:
     if found.count:
-        axis.errorbar(
-            [found.mean], [row], xerr=[np.nan_to_num(found.half)], fmt="o", color=colour, markersize=4, linewidth=1.5
-        )
+        half = [np.nan_to_num(found.half)]
+        axis.errorbar([found.mean], [row], xerr=half, fmt="o", color=colour, markersize=size, linewidth=width)
 
 
 def _panels(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:

@@ -39,9 +39,7 @@ def head(results: Results) -> str:
 
 def lacking(results: Results) -> str:
     """What the records lack of `plan.FULL`, in a sentence; empty: nothing."""
-    tuning = plan.tuning(plan.FULL)
-    whole = tuning + plan.final(plan.FULL, {setting.method: setting for setting in tuning})
-    wanted = Counter(setting.section for setting in whole)
+    wanted = Counter(setting.section for setting in plan.all_cells(plan.FULL))
     there = Counter(cell["setting"]["section"] for cell in results.cells)
     short = [f"{section} {there[section]} of {number}" for section, number in wanted.items() if there[section] < number]
     methods = [name for name in _ORDER if not results.pick("final", name)]

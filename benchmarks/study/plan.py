@@ -66,8 +66,8 @@ CURVE_EPOCHS, CURVE_POINTS = 4, 8
 ALIKE = "settings as B-DPO's"
 """Variant of DPO in the curves: what it differs in from B-DPO is balance alone."""
 NO_BALANCE = "no balance: DPO"
-DPO_ALIKE, BDPO_TAU_1 = f"DPO, {ALIKE}", "B-DPO, τ 1"
-CONFIRMED = ("DPO", DPO_ALIKE, "B-DPO", BDPO_TAU_1)
+DPO_ALIKE = f"{DPO.name}, {ALIKE}"
+CONFIRMED = (DPO.name, DPO_ALIKE, BDPO.name, f"{BDPO.name}, τ 1")
 """What the confirmation compares."""
 CONFIRMATION_SEED = 100
 """Its first seed: no other section has seen its pairs."""
@@ -201,9 +201,8 @@ def final(size: Size, best: Mapping[str, Setting]) -> list[Setting]:
     dpo, bdpo = best[DPO.name], best[BDPO.name]
     for half in HALVES:
         cells += _seeds([dpo], size.seeds, section="imbalance", variant=half, pairs=half)
-    alike = bdpo.with_changes(method=DPO.name, loss=DPO.loss, arguments={"beta": bdpo.arguments["beta"]}, variant=ALIKE)
     cells += _seeds(
-        [*(best[method.name] for method in size.curve_methods), alike],
+        [*(best[method.name] for method in size.curve_methods), _alike(bdpo).with_changes(variant=ALIKE)],
         size.few_seeds,
         section="curves",
         epochs=CURVE_EPOCHS,
@@ -222,9 +221,19 @@ def final(size: Size, best: Mapping[str, Setting]) -> list[Setting]:
     return cells + _confirmation(size, dpo, bdpo)
 
 
+def all_cells(size: Size) -> list[Setting]:
+    """Every cell, before tuning has chosen: those after it with the last trial of each method."""
+    cells = tuning(size)
+    return cells + final(size, {setting.method: setting for setting in cells})
+
+
+def _alike(bdpo: Setting) -> Setting:
+    """DPO with B-DPO's β, learning rate and epochs."""
+    return bdpo.with_changes(method=DPO.name, loss=DPO.loss, arguments={"beta": bdpo.arguments["beta"]})
+
+
 def _confirmation(size: Size, dpo: Setting, bdpo: Setting) -> list[Setting]:
-    alike = bdpo.with_changes(loss=DPO.loss, arguments={"beta": bdpo.arguments["beta"]})
-    settings = (dpo, alike, bdpo, bdpo.with_changes(arguments=bdpo.arguments | {"tau": 1.0}))
+    settings = (dpo, _alike(bdpo), bdpo, bdpo.with_changes(arguments=bdpo.arguments | {"tau": 1.0}))
     named = [setting.with_changes(method=name) for name, setting in zip(CONFIRMED, settings, strict=True)]
     return [
         cell

@@ -83,6 +83,9 @@ FRAMING_GAP = Measure("framed − plain attack success", lambda cell: attack("fr
 OUTCOMES = (REFUSAL, REFUSAL_CATEGORIES, FRAMED_ATTACKS, OVER_REFUSAL, ABILITY)
 """What a method is judged by: rates on prompts that no training has seen."""
 
+CHIEF = (REFUSAL, FRAMED_ATTACKS, OVER_REFUSAL, GAP)
+"""What is shown where there is room for four."""
+
 
 class Results:
     """Finished cells, and what is known of the runs that made them.

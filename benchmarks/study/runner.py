@@ -32,18 +32,7 @@ def read_records(path: Path) -> dict[str, dict[str, Any]]:
     """
     if not path.exists():
         return {}
-    records = {}
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            if number == len(lines):
-                break
-            raise InputError(f"{path}, line {number}: no JSON; remove the line, and its cell is run again") from None
-        if "key" in record:
-            records[record["key"]] = record
-    return records
+    return {record["key"]: record for _, record in _whole_lines(path) if "key" in record}
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
@@ -58,12 +47,15 @@ def append(path: Path, line: dict[str, Any]) -> None:
 
 
 def remove(path: Path, keys: set[str]) -> None:
-    """Take the records of some cells out of a file, every other line as it is."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = "".join(line for line in lines if json.loads(line).get("key") not in keys)
-    whole = path.with_name(f"{path.name}.part")
-    whole.write_text(kept, encoding="utf-8")
-    whole.replace(path)
+    """Take the records of some cells out of a file, every other line as it is but for a last one cut short.
+
+    Raises:
+        InputError: as `read_records`.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    kept = (line for line, record in _whole_lines(path) if record.get("key") not in keys)
+    partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    partial.replace(path)
 
 
 def make_references(settings: Sequence[Setting], folder: Path, workers: int) -> None:
@@ -156,6 +148,18 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(inner, f"{name}.{key}" if name else str(key))
     else:
         yield name, value
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            yield line, json.loads(line)
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise InputError(
+                    f"{path}, line {number}: no JSON; remove the line, and its cell is run again"
+                ) from None
 
 
 def _make_reference(folder: Path, world: int, steps: int) -> None:

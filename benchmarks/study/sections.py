@@ -22,6 +22,7 @@ from benchmarks.study.imbalance import STRONG_RATIO, TAUS
 from benchmarks.study.plan import BDPO, DPO, DPO_BW, DPO_SF, HALVES
 from benchmarks.study.results import (
     ABILITY,
+    CHIEF,
     CPU_SECONDS,
     FRAMED_ATTACKS,
     GAP,
@@ -42,7 +43,7 @@ from benchmarks.study.statistics import interval
 from benchmarks.study.tables import Contrast, Group, contrast, differences, mean_text, means, table
 
 _ORDER = [method.name for method in plan.METHODS]
-_NOT_RUN = "Not in the records."
+NOT_RUN = "Not in the records."
 """What a section says that has no cells."""
 
 
@@ -51,7 +52,7 @@ def main_table(results: Results, figures: str) -> str:
     lines = ["## The methods"]
     names = results.methods("final", _ORDER)
     if not names:
-        return "\n\n".join([*lines, _NOT_RUN])
+        return "\n\n".join([*lines, NOT_RUN])
     groups = [Group("reference", "final", "reference")] if results.pick("final", "reference") else []
     groups += [Group(name, "final", name) for name in names]
     lines += [
@@ -99,7 +100,7 @@ def ablation(results: Results) -> str:
     lines = ["## Ablation"]
     names = [name for name in (*paper.ABLATION, "B-DPO, s by norm") if results.pick("final", name)]
     if not names:
-        return joined([*lines, _NOT_RUN])
+        return joined([*lines, NOT_RUN])
     lines.append(
         "DPO+SF is DPO at twice its β, and DPO+BW is B-DPO (s = 2) at half its β: the loss is the same function. So DPO and "
         "DPO+SF, and DPO+BW and B-DPO, differ in nothing but the values of β that were tried for them, by a factor of two; what "
@@ -113,7 +114,7 @@ def ablation(results: Results) -> str:
     lines.append("### Again with another reference")
     again = results.methods("replication", _ORDER)
     if not again:
-        return joined([*lines, _NOT_RUN])
+        return joined([*lines, NOT_RUN])
     lines.append(
         "Another seed of weights, of examples, and of which acts and templates are frequent; settings chosen with the first."
     )
@@ -153,10 +154,10 @@ def imbalance(results: Results, figures: str) -> str:
                 "That there is imbalance at all is no finding, as the world is made with it; its size and side are."
             )
     else:
-        lines.append(_NOT_RUN)
+        lines.append(NOT_RUN)
     lines.append("### DPO on the more and on the less balanced half")
     if not results.pick("imbalance"):
-        return joined([*lines, _NOT_RUN])
+        return joined([*lines, NOT_RUN])
     lines.append(
         "DPO as it was chosen, on half of the pairs: the less imbalanced half by |chosen − rejected|, the more imbalanced, or any. "
         "Each half has half of every kind of prompt; all three have as many pairs and steps."
@@ -175,24 +176,23 @@ def curves(results: Results, figures: str) -> str:
     lines = ["## On the way"]
     groups = curve_groups(results)
     if not any(cell.get("curve") for cell in results.pick("curves")):
-        return joined([*lines, _NOT_RUN])
+        return joined([*lines, NOT_RUN])
     lines.append(
         f"Settings as chosen, but for {plan.CURVE_EPOCHS} epochs, so that overfitting has time to show. Bands are 95 % t intervals. "
         "Where DPO and B-DPO have chosen different learning rates, their curves differ for that too: DPO with the settings of "
         "B-DPO differs from it in balance alone."
     )
     lines.append(_figure("curves.svg", figures, results))
-    measures = (REFUSAL, FRAMED_ATTACKS, OVER_REFUSAL, GAP)
     rows = []
     for group in groups:
-        found = {measure.name: curve(results, group, measure) for measure in measures}
+        found = {measure.name: curve(results, group, measure) for measure in CHIEF}
         for step in found[REFUSAL.name][0]:
             row = [group.label, str(step)]
-            for measure in measures:
+            for measure in CHIEF:
                 steps, values = found[measure.name]
                 row.append(mean_text(values[steps.index(step)], measure.digits) if step in steps else "–")
             rows.append(row)
-    lines.append(table(["method", "step", *(measure.head for measure in measures)], rows))
+    lines.append(table(["method", "step", *(measure.head for measure in CHIEF)], rows))
     balanced = [group for group in groups if group.method == BDPO.name]
     others = [group for group in groups if group.method == DPO.name]
     if balanced and others:
@@ -207,7 +207,7 @@ def sensitivity(results: Results, figures: str) -> str:
     lines = ["## What if B-DPO had other settings"]
     contrasts = sensitivity_contrasts(results)
     if not contrasts:
-        return joined([*lines, _NOT_RUN])
+        return joined([*lines, NOT_RUN])
     lines.append(
         "One thing changed at a time from what B-DPO has chosen, the same seeds; minus the chosen setting, in points (gap in nats)."
     )
@@ -219,7 +219,7 @@ def choices(results: Results) -> str:
     """What tuning has tried and chosen."""
     lines = ["## What was tried, and what was chosen"]
     if not results.pick("tuning"):
-        return joined([*lines, _NOT_RUN])
+        return joined([*lines, NOT_RUN])
     half, seeds = error(results)
     if math.isnan(half):
         sure = "A trial has one seed, so no interval"
@@ -240,9 +240,10 @@ def summary(results: Results) -> str:
     total = counted.total() - counted[ABSENT]
     if not total:
         return "The records decide none of the paper's claims."
+    hold, do = "holds" if counted[HOLDS] == 1 else "hold", "does" if counted[FAILS] == 1 else "do"
     return (
-        f"The paper's claims come to {total} differences that the records have: {counted[HOLDS]} {'holds' if counted[HOLDS] == 1 else 'hold'} here, {counted[FAILS]} "
-        f"{'does' if counted[FAILS] == 1 else 'do'} not, and of {counted[UNKNOWN]} it cannot be told."
+        f"The paper's claims come to {total} differences that the records have: {counted[HOLDS]} {hold} here, {counted[FAILS]} {do} "
+        f"not, and of {counted[UNKNOWN]} it cannot be told."
         + (f" {counted[ABSENT]} more are not in the records." if counted[ABSENT] else "")
     )
 

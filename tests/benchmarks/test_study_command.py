@@ -3,10 +3,12 @@
 import json
 
 import pytest
+import study_records
 
 from benchmarks.study import __main__ as study
 from benchmarks.study import plan
 from benchmarks.study.runner import append
+from benchmarks.study.settings import Setting
 
 
 @pytest.fixture
@@ -57,20 +59,15 @@ def test_a_cell_that_is_not_there_is_named(run, record):
 
 def test_cells_of_an_older_plan_are_taken_out_and_counted(run, tmp_path):
     path = tmp_path / "records.jsonl"
-    append(path, {"command": ["study"], "machine": {}})
-    metrics = {
-        "attack_success": {"harmful": 0.0, "framed": 0.0},
-        "over_refusal": {"mean": 0.0},
-        "ability": {"all": 1.0},
-    }
-    settings = plan.tuning(plan.QUICK)
-    best = plan.chosen(plan.QUICK, {setting.key: {"metrics": metrics} for setting in settings})
-    kept = plan.final(plan.QUICK, best)[1]
-    old = kept.with_changes(learning_rate=1.0)
-    for setting in [*settings, kept, old]:
-        append(path, {"key": setting.key, "setting": vars(setting), "metrics": metrics})
+    append(path, study_records.HEAD)
+    cells = study_records.study(plan.QUICK)
+    old = Setting.from_json(cells[-1]["setting"]).with_changes(learning_rate=1.0)
+    for cell in [*cells, study_records.record(old)]:
+        append(path, cell)
     before = path.read_text(encoding="utf-8").splitlines()
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"key": "cut sh')
     printed = run("--prune", "--quick")
-    assert f"final, {old.method}: 1" in printed
-    assert f"1 of {len(settings) + 2} cells" in printed
+    assert f"{old.section}, {old.method}: 1" in printed
+    assert f"1 of {len(cells) + 1} cells" in printed
     assert path.read_text(encoding="utf-8").splitlines() == before[:-1]

@@ -120,7 +120,7 @@ def test_confirmation_has_pairs_of_its_own_and_settings_as_chosen():
     assert trials["B-DPO"] == best["B-DPO"].trial
     beta, rate, epochs = best["B-DPO"].arguments["beta"], *best["B-DPO"].trial[1:]
     assert trials[plan.DPO_ALIKE] == (json.dumps({"beta": beta}), rate, epochs)
-    assert trials[plan.BDPO_TAU_1] == (json.dumps({"beta": beta, "tau": 1.0}), rate, epochs)
+    assert trials["B-DPO, τ 1"] == (json.dumps({"beta": beta, "tau": 1.0}), rate, epochs)
 
 
 def test_score_weighs_safety_over_refusal_and_ability_alike():
