@@ -19,21 +19,21 @@ import numpy as np
 import torch
 from lightning.pytorch.cli import LightningArgumentParser
 
-from bdpo_pl.console import get_console
-from bdpo_pl.datamodule import PreferenceDataModule
-from bdpo_pl.diagnosis.diagnosis import Diagnosis, diagnose_split, find_leaks, pair_lines
+from bdpo_pl.cli.command import run_command
+from bdpo_pl.cli.job import FitCLI, parse_options
+from bdpo_pl.console import get_console, paths_table
 from bdpo_pl.diagnosis.findings import find
 from bdpo_pl.diagnosis.measures import Measured
 from bdpo_pl.diagnosis.page import build_page
+from bdpo_pl.diagnosis.results import Diagnosis, diagnose_split, find_leaks, pair_lines
 from bdpo_pl.diagnosis.terminal import numbers_table
 from bdpo_pl.errors import InputError
-from bdpo_pl.fit import FitCLI, parse_options, run_command
+from bdpo_pl.files import writable_folder
 from bdpo_pl.losses import BalancedDPOLoss, PairLogProbs, PairWeights, PreferenceLoss
-from bdpo_pl.module import PreferenceModule
-from bdpo_pl.reference import SplitScores
 from bdpo_pl.reporting.terminal import findings_table
-from bdpo_pl.run_folder import writable_folder
-from bdpo_pl.summary import paths_table
+from bdpo_pl.scoring.reference import SplitScores
+from bdpo_pl.training.datamodule import PreferenceDataModule
+from bdpo_pl.training.module import PreferenceModule
 
 UNITS = {"pmi": "nats per token", "pmi_sum": "nats", "ifd": "", "hsic": ""}
 

@@ -15,30 +15,29 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bdpo_pl.console import get_console
+from bdpo_pl.cli.command import run_command
+from bdpo_pl.console import get_console, paths_table
 from bdpo_pl.data.report import report_table
-from bdpo_pl.datamodule import EMBEDDED
-from bdpo_pl.evaluation import ability
-from bdpo_pl.evaluation.agreement import LABELLED_FILE, measure_agreement, read_labelled
-from bdpo_pl.evaluation.asking import Asker
+from bdpo_pl.embedded import EMBEDDED
+from bdpo_pl.evaluation.answering import Asker
 from bdpo_pl.evaluation.attacks.options import make_attacks
-from bdpo_pl.evaluation.evaluation import Evaluation, SuiteFacts
-from bdpo_pl.evaluation.judges.base import Judge
+from bdpo_pl.evaluation.judges.agreement import LABELLED_FILE, measure_agreement, read_labelled
+from bdpo_pl.evaluation.judges.judge import Judge
 from bdpo_pl.evaluation.judges.options import make_judge
 from bdpo_pl.evaluation.judges.phrases import PhraseJudge
+from bdpo_pl.evaluation.measures import ability
+from bdpo_pl.evaluation.next_round import write_rows
 from bdpo_pl.evaluation.options import EvaluateOptions, parse
 from bdpo_pl.evaluation.page import build_page, findings
-from bdpo_pl.evaluation.records import RecordFile
-from bdpo_pl.evaluation.refine import write_rows
-from bdpo_pl.evaluation.run import Runner, check_labels, check_refine, choose_device, choose_dtype
-from bdpo_pl.evaluation.subject import Subject, newest_run, subject
-from bdpo_pl.evaluation.suite import Suite
-from bdpo_pl.evaluation.suites import known_suites, load_suite
+from bdpo_pl.evaluation.results import Evaluation, SuiteFacts
+from bdpo_pl.evaluation.runner import Runner, check_labels, check_refine, choose_device, choose_dtype
+from bdpo_pl.evaluation.subjects import Subject, newest_run, subject
+from bdpo_pl.evaluation.suites.known import known_suites, load_suite
+from bdpo_pl.evaluation.suites.suite import Suite
 from bdpo_pl.evaluation.terminal import results_table, suites_table, weakness_table
-from bdpo_pl.fit import run_command
+from bdpo_pl.evaluation.verdict_log import RecordFile
+from bdpo_pl.files import RunFolder, writable_folder
 from bdpo_pl.reporting.terminal import findings_table
-from bdpo_pl.run_folder import RunFolder, writable_folder
-from bdpo_pl.summary import paths_table
 
 OWN_SUITES = ("embedded_harmful", "embedded_jailbreak", "embedded_benign")
 

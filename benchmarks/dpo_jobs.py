@@ -46,10 +46,10 @@ def ours(problem: DPOProblem, folder: Path, balance: bool, start: float) -> dict
     """`PreferenceModule` under a Lightning Trainer."""
     import lightning as L
 
-    from bdpo_pl.datamodule import PreferenceDataModule
     from bdpo_pl.losses import BalancedDPOLoss, DPOLoss
-    from bdpo_pl.module import PreferenceModule
-    from bdpo_pl.scoring import ScoringOptions
+    from bdpo_pl.scoring.scoring_pass import ScoringOptions
+    from bdpo_pl.training.datamodule import PreferenceDataModule
+    from bdpo_pl.training.module import PreferenceModule
 
     losses: list[float] = []
     curve = Curve(start)
@@ -209,7 +209,7 @@ def _in_our_order(rows: list[dict[str, str]]) -> list[dict[str, str]]:
 def _lora_options(problem: DPOProblem) -> dict[str, Any]:
     if not problem.lora:
         return {}
-    from bdpo_pl.adapters import LoraOptions
+    from bdpo_pl.models.adapters import LoraOptions
 
     return {"lora": LoraOptions(r=LORA_RANK, alpha=2 * LORA_RANK)}
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bdpo_pl.adapters import LoraOptions
-from bdpo_pl.memory_plan import Devices, MemoryPlan, plan_memory, worst_batch
-from bdpo_pl.models import ModelSource
-from bdpo_pl.module import adamw
+from bdpo_pl.models.adapters import LoraOptions
+from bdpo_pl.models.loading import ModelSource
+from bdpo_pl.training.memory_plan import Devices, MemoryPlan, plan_memory, worst_batch
+from bdpo_pl.training.optim import adamw
 from benchmarks.scaling import GIB, PEAK_FLOPS, SHARE
 
 PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"

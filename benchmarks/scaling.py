@@ -1,7 +1,7 @@
 # ruff: noqa: E501 - lines of a page, which wraps them itself
 """Memory and communication of a step, calculated: `python -m benchmarks.scaling` writes `docs/scaling.md`.
 
-Nothing here is measured. Memory comes from `bdpo_pl.memory_plan`, on the meta device; bytes sent, from the formulas that
+Nothing here is measured. Memory comes from `bdpo_pl.training.memory_plan`, on the meta device; bytes sent, from the formulas that
 the page gives; seconds are those bytes and operations at rates that the page names.
 """
 
@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, LlamaConfig
 
-from bdpo_pl.adapters import LoraOptions
-from bdpo_pl.memory_plan import Devices, plan_memory, worst_batch
-from bdpo_pl.models import ModelSource
-from bdpo_pl.module import adamw
+from bdpo_pl.models.adapters import LoraOptions
+from bdpo_pl.models.loading import ModelSource
+from bdpo_pl.training.memory_plan import Devices, plan_memory, worst_batch
+from bdpo_pl.training.optim import adamw
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 WINDOW = 1024

@@ -21,13 +21,13 @@ import numpy as np
 import torch
 
 from bdpo_pl.data.batches import pair_documents
-from bdpo_pl.data.documents import RowLayout, lay_out
+from bdpo_pl.data.packing import RowLayout, lay_out
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.data.tokenization import PreferencePair
-from bdpo_pl.forward import response_logps
-from bdpo_pl.models import ModelSource, load_model
-from bdpo_pl.row_layout import choose_layout
-from bdpo_pl.scoring import score_pairs
+from bdpo_pl.forward.prefix_sharing import choose_layout
+from bdpo_pl.forward.responses import response_logps
+from bdpo_pl.models.loading import ModelSource, load_model
+from bdpo_pl.scoring.scoring_pass import score_pairs
 from benchmarks.dpo_problem import MIXES, MODELS, DPOProblem, build
 from benchmarks.machine import machine
 

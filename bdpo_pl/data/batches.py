@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from bdpo_pl.data.documents import Document, RowLayout, SequenceBatch, lay_out
+from bdpo_pl.data.packing import Document, RowLayout, SequenceBatch, lay_out
 from bdpo_pl.data.samplers import PairKey
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.data.tokenization import PreferencePair

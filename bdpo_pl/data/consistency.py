@@ -80,3 +80,9 @@ def near_leaks(table: Sequence[str], held_out: Sequence[str]) -> list[Match]:
 
 def _words(text: str) -> str:
     return _NOT_A_WORD.sub(" ", text.casefold()).strip()
+
+
+def count_shared_prompts(table: PairTable, other: PairTable) -> int:
+    """Pairs of `other` whose prompt stands in `table` too: a leak if one is held out from the other."""
+    known = set(table.prompt_digests())
+    return sum(digest in known for digest in other.prompt_digests())

@@ -9,11 +9,11 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from bdpo_pl.data import preference, safe_rlhf
-from bdpo_pl.data.records import Record, read_records
 from bdpo_pl.data.report import DataReport
 from bdpo_pl.data.rows import BOTH_UNSAFE, PreferenceRow, RowError, order_by_safety
-from bdpo_pl.data.safe_rlhf import SafeRLHFOptions
+from bdpo_pl.data.schemas import preference, safe_rlhf
+from bdpo_pl.data.schemas.safe_rlhf import SafeRLHFOptions
+from bdpo_pl.data.sources import Record, read_records
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.data.tokenization import PairTokenizer, PreferencePair
 from bdpo_pl.data.truncation import Truncation
@@ -259,36 +259,3 @@ def _nothing_left(report: DataReport, truncation: Truncation) -> str:
             f". Raise data.max_length (now {truncation.max_length}) or set data.truncation to keep_start or keep_end"
         )
     return message
-
-
-def count_shared_prompts(table: PairTable, other: PairTable) -> int:
-    """Pairs of `other` whose prompt stands in `table` too: a leak if one is held out from the other."""
-    known = set(table.prompt_digests())
-    return sum(digest in known for digest in other.prompt_digests())
-
-
-def split_by_prompt(table: PairTable, fraction: float, seed: int) -> tuple[PairTable, PairTable]:
-    """(rest, held out): about `fraction` of the pairs held out, by `seed`, no prompt on both sides.
-
-    Raises:
-        InputError: there are fewer than two different prompts.
-    """
-    digests = table.prompt_digests()
-    groups: dict[bytes, list[int]] = {}
-    for i, digest in enumerate(digests):
-        groups.setdefault(digest, []).append(i)
-    if len(groups) < 2:
-        raise InputError(
-            "data.held_out_fraction: cannot hold out pairs of a set with a single prompt; give data.held_out, or set "
-            "data.held_out_fraction to 0"
-        )
-    order = list(groups)
-    target = max(1, round(fraction * len(table)))
-    held: list[int] = []
-    for g in np.random.default_rng(seed).permutation(len(order))[:-1]:
-        if len(held) >= target:
-            break
-        held.extend(groups[order[int(g)]])
-    is_held = np.zeros(len(table), dtype=bool)
-    is_held[held] = True
-    return table.select(np.flatnonzero(~is_held)), table.select(np.flatnonzero(is_held))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from bdpo_pl.data.records import Record
+from bdpo_pl.data.sources import Record
 
 Message = dict[str, str]
 Content = str | list[Message]

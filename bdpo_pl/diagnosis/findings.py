@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bdpo_pl.diagnosis.diagnosis import Diagnosis, SplitDiagnosis
+from bdpo_pl.diagnosis.results import Diagnosis, SplitDiagnosis
 from bdpo_pl.reporting import Finding
 
 MANY_STRONG = 0.10

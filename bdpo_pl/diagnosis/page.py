@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import overload
 
-from bdpo_pl.diagnosis.diagnosis import TEXTS_WARNING, Diagnosis, Places, SplitDiagnosis
 from bdpo_pl.diagnosis.findings import find
 from bdpo_pl.diagnosis.measures import Group, Mean, Measured
+from bdpo_pl.diagnosis.results import TEXTS_WARNING, Diagnosis, Places, SplitDiagnosis
 from bdpo_pl.reporting import Cell, Estimate, Line, Page, Section, Table, bar_chart, histogram, line_chart, scatter
 
 _MOST_LISTED = 50

@@ -5,9 +5,9 @@ from __future__ import annotations
 from rich.table import Table
 from rich.text import Text
 
-from bdpo_pl.diagnosis.diagnosis import Diagnosis
 from bdpo_pl.diagnosis.measures import Group
 from bdpo_pl.diagnosis.page import NAMES, told
+from bdpo_pl.diagnosis.results import Diagnosis
 
 _MOST_CATEGORIES = 6
 

@@ -1,6 +1,6 @@
 """The default that ships with bdpo_pl: a small chat model and a safety preference set, so that everything runs at once.
 
-Both are made by this project (`make_data`, `make_model`), from templates, and are harmless to read. The model is a
+Both are made by this project (`make`), from templates, and are harmless to read. The model is a
 Qwen2 of about two million parameters that has learnt from its supervised examples to answer some harmful requests and
 to refuse others: something to align.
 """
@@ -29,3 +29,5 @@ JAILBREAK_PROMPTS_FILE = _HERE / "data" / "jailbreak_prompts.jsonl"
 
 BENIGN_PROMPTS_FILE = _HERE / "data" / "benign_prompts.jsonl"
 """Held-out benign requests that look harmful."""
+
+EMBEDDED = "embedded"

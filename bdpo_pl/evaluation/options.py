@@ -10,12 +10,12 @@ from dataclasses import dataclass, field, fields
 
 from jsonargparse import ArgumentParser
 
-from bdpo_pl.evaluation.ability import AbilityOptions
-from bdpo_pl.evaluation.asking import GenerationOptions
+from bdpo_pl.evaluation.answering import GenerationOptions
 from bdpo_pl.evaluation.attacks.options import AttackOptions
 from bdpo_pl.evaluation.judges.options import JudgeOptions
-from bdpo_pl.evaluation.overfitting import PairsOptions
-from bdpo_pl.evaluation.suites import SuiteOptions
+from bdpo_pl.evaluation.measures.ability import AbilityOptions
+from bdpo_pl.evaluation.measures.overfitting import PairsOptions
+from bdpo_pl.evaluation.suites.known import SuiteOptions
 
 _PROG = "python -m bdpo_pl.evaluate"
 _SWITCHES = (

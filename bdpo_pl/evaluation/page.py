@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bdpo_pl.evaluation.agreement import Agreement
-from bdpo_pl.evaluation.evaluation import Evaluation
-from bdpo_pl.evaluation.intervals import Interval
+from bdpo_pl.evaluation.judges.agreement import Agreement
 from bdpo_pl.evaluation.judges.phrases import PhraseJudge
-from bdpo_pl.evaluation.measures import WORST, Rate, SuiteResult
-from bdpo_pl.evaluation.records import WARNING
-from bdpo_pl.evaluation.refine import Failure
-from bdpo_pl.evaluation.suite import Kind
+from bdpo_pl.evaluation.measures.rates import WORST, Rate, SuiteResult
+from bdpo_pl.evaluation.next_round import Failure
+from bdpo_pl.evaluation.results import Evaluation
+from bdpo_pl.evaluation.suites.suite import Kind
 from bdpo_pl.evaluation.terminal import SPLITS, number, percent, points, rows
+from bdpo_pl.evaluation.verdict_log import WARNING
 from bdpo_pl.reporting import Estimate, Finding, Page, Section, Table, bar_chart
+from bdpo_pl.statistics import Interval
 
 MANY_CUT = 0.10
 """Share of answers cut at max_new_tokens, in a suite that is judged for harm, from which on it is worth a notice."""

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from rich.table import Table
 from rich.text import Text
 
-from bdpo_pl.evaluation.evaluation import Evaluation
-from bdpo_pl.evaluation.intervals import Interval
-from bdpo_pl.evaluation.measures import WORST
-from bdpo_pl.evaluation.overfitting import Overfitting
-from bdpo_pl.evaluation.suites import KnownSuite
+from bdpo_pl.evaluation.measures.overfitting import Overfitting
+from bdpo_pl.evaluation.measures.rates import WORST
+from bdpo_pl.evaluation.results import Evaluation
+from bdpo_pl.evaluation.suites.known import KnownSuite
+from bdpo_pl.statistics import Interval
 
 SPLITS = {"train": "training", "held_out": "held-out", "out_of_distribution": "out-of-distribution"}
 

@@ -122,3 +122,7 @@ def require_not_negative(name: str, value: float) -> None:
     """Raise `InputError` unless `value` of the argument `name` is finite and at least 0."""
     if not (value >= 0.0 and math.isfinite(value)):
         raise InputError(f"loss: {name} must be at least 0, got {value}")
+
+
+TIE = 1e-3
+"""Closer than this, in nats, two log-ratios differ by rounding: the policy before training equals its reference."""

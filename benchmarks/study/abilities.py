@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from bdpo_pl.embedded.make_model import Conversation
+from bdpo_pl.embedded.make.model import Conversation
 
 _CAPITALS = {
     "France": "Paris",

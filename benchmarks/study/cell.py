@@ -16,11 +16,11 @@ from typing import Any
 import lightning as L
 import torch
 
-from bdpo_pl.datamodule import PreferenceDataModule
 from bdpo_pl.errors import NonFiniteError
-from bdpo_pl.models import ModelSource, load_model, load_tokenizer, model_fingerprint
-from bdpo_pl.module import PreferenceModule
-from bdpo_pl.scoring import ScoringOptions
+from bdpo_pl.models.loading import ModelSource, load_model, load_tokenizer, model_fingerprint
+from bdpo_pl.scoring.scoring_pass import ScoringOptions
+from bdpo_pl.training.datamodule import PreferenceDataModule
+from bdpo_pl.training.module import PreferenceModule
 from benchmarks.study.evaluate import evaluate, evaluation
 from benchmarks.study.imbalance import choose, describe, imbalances
 from benchmarks.study.reference import reference_folder

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from bdpo_pl.generation import generate_responses
-from bdpo_pl.safety import is_refusal
+from bdpo_pl.forward.generation import generate_responses
+from bdpo_pl.refusals import is_refusal
 from benchmarks.study import wording
 from benchmarks.study.judge import KINDS, kind_of
 from benchmarks.study.topics import TEST_LOOK_ALIKES, VALIDATION_LOOK_ALIKES

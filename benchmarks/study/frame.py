@@ -80,7 +80,7 @@ def laboratory(results: Results) -> str:
         items.append(
             f"Test prompts, the same for every run, answered greedily: {'; '.join(plain)}; {len(framed)} unseen framings of "
             f"{framed[0] if framed else 0} harmful prompts; {len(evaluation('test').abilities)} ability questions, by exact "
-            "match. The phrase judge of `bdpo_pl.safety` tells refusals."
+            "match. The phrase judge of `bdpo_pl.refusals` tells refusals."
         )
         errors = sum(cell["metrics"].get("judge_errors", 0) for cell in results.cells if "metrics" in cell)
         items.append(

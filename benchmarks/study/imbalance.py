@@ -13,10 +13,10 @@ from torch import Tensor
 from bdpo_pl.data.loading import load_pairs
 from bdpo_pl.data.tokenization import PairTokenizer
 from bdpo_pl.data.truncation import Truncation
-from bdpo_pl.embedded.make_data import Row
-from bdpo_pl.models import ModelSource, load_model, load_tokenizer
-from bdpo_pl.row_layout import RowLayout
-from bdpo_pl.scoring import score_pairs, table_comprehension
+from bdpo_pl.embedded.make.data import Row
+from bdpo_pl.forward.prefix_sharing import RowLayout
+from bdpo_pl.models.loading import ModelSource, load_model, load_tokenizer
+from bdpo_pl.scoring.scoring_pass import score_pairs, table_comprehension
 from benchmarks.study.settings import Pairs
 
 # One response of a strongly re-weighted pair has at least so many times the other's weight.

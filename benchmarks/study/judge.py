@@ -1,6 +1,6 @@
 """What a response is, known exactly because every text of the world comes from a template.
 
-The study's rates are those of the phrase judge of `bdpo_pl.safety`, as for any model; this one says how far to trust
+The study's rates are those of the phrase judge of `bdpo_pl.refusals`, as for any model; this one says how far to trust
 it, and tells an answer from babble, which the phrase judge would take for compliance.
 """
 

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from bdpo_pl.embedded.make_model import new_model, train, train_tokenizer
-from bdpo_pl.models import ModelSource, load_tokenizer
+from bdpo_pl.embedded.make.model import new_model, train, train_tokenizer
+from bdpo_pl.models.loading import ModelSource, load_tokenizer
 from benchmarks.study import world
 
 DEFAULT_FOLDER = Path(__file__).parent / "cache"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bdpo_pl.embedded import topics as embedded
-from bdpo_pl.embedded.topics import Benign, Risk
+from bdpo_pl.embedded.make import topics as embedded
+from bdpo_pl.embedded.make.topics import Benign, Risk
 
 RISKS = (
     *embedded.RISKS,

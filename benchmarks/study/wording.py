@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bdpo_pl.embedded import framings
-from bdpo_pl.embedded import responses as embedded
+from bdpo_pl.embedded.make import framings
+from bdpo_pl.embedded.make import responses as embedded
 
 QUESTIONS = embedded.QUESTIONS
 

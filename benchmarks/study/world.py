@@ -22,9 +22,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from bdpo_pl.embedded.make_data import Row
-from bdpo_pl.embedded.make_model import Conversation
-from bdpo_pl.embedded.topics import Benign, Risk
+from bdpo_pl.embedded.make.data import Row
+from bdpo_pl.embedded.make.model import Conversation
+from bdpo_pl.embedded.make.topics import Benign, Risk
 from benchmarks.study import abilities, wording
 from benchmarks.study.topics import (
     EVERYDAY,

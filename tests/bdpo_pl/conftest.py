@@ -10,10 +10,10 @@ from lightning.pytorch.loggers import CSVLogger
 from makers import build_model, build_tokenizer, preference_rows, write_jsonl
 from training import adamw
 
-from bdpo_pl.callbacks import RandomState, SaveOnNonFinite
-from bdpo_pl.datamodule import PreferenceDataModule
-from bdpo_pl.module import PreferenceModule
-from bdpo_pl.scoring import ScoringOptions
+from bdpo_pl.scoring.scoring_pass import ScoringOptions
+from bdpo_pl.training.callbacks import RandomState, SaveOnNonFinite
+from bdpo_pl.training.datamodule import PreferenceDataModule
+from bdpo_pl.training.module import PreferenceModule
 
 
 @pytest.fixture(scope="session")

@@ -13,14 +13,14 @@ import torch
 from browser import Browser
 from makers import build_model, build_tokenizer, preference_rows, write_jsonl
 
-import bdpo_pl.scoring
+import bdpo_pl.scoring.scoring_pass
 from bdpo_pl import fit
 from bdpo_pl.comprehension import balance_weights
 from bdpo_pl.data.loading import load_pairs
-from bdpo_pl.data.scores import ScoreTable
 from bdpo_pl.data.tokenization import PairTokenizer
 from bdpo_pl.data.truncation import Truncation
 from bdpo_pl.diagnose import main
+from bdpo_pl.scoring.scores import ScoreTable
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 EVIL = "<script>document.title='taken'</script><img src=http://127.0.0.1:8/x.png>"
@@ -104,7 +104,7 @@ def test_fit_that_follows_scores_nothing_anew(base, tmp_path, monkeypatch, optio
     main([*base, *options])
     scored = sorted((tmp_path / "cache").rglob("*"))
     assert any(path.suffix == ".safetensors" for path in scored)
-    monkeypatch.setattr(bdpo_pl.scoring, "score_pairs", refuse_to_score)
+    monkeypatch.setattr(bdpo_pl.scoring.scoring_pass, "score_pairs", refuse_to_score)
     small = ["--trainer.max_steps=1", "--trainer.enable_progress_bar=false", "--export=false"]
     fit.main([*base, *options, *small])
     assert sorted((tmp_path / "cache").rglob("*")) == scored
@@ -176,7 +176,7 @@ def test_no_option_looks_at_the_embedded_set(monkeypatch, capsys):
         scores = np.random.default_rng(len(table)).normal(-30.0, 3.0, (2, 2, len(indices))).astype(np.float32)
         return ScoreTable(scores[0], scores[1])
 
-    monkeypatch.setattr(bdpo_pl.scoring, "score_pairs", quick)
+    monkeypatch.setattr(bdpo_pl.scoring.scoring_pass, "score_pairs", quick)
     main([])
     report, pairs = results()
     assert [report["splits"][name]["overall"]["pairs"] for name in ("train", "held_out")] == [1200, 240]

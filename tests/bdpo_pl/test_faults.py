@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from bdpo_pl.cli.machine_faults import machine_error
 from bdpo_pl.data.batches import PairDataset
 from bdpo_pl.errors import MachineError, StoppedError
-from bdpo_pl.faults import machine_error
 from bdpo_pl.fit import main
-from bdpo_pl.module import PreferenceModule
+from bdpo_pl.training.module import PreferenceModule
 
 ROOT = Path(__file__).parents[2]
 
@@ -103,7 +103,7 @@ def test_truncated_checkpoint_is_refused_before_any_work(run, tmp_path, monkeypa
     path = tmp_path / "cut.ckpt"
     torch.save({"state_dict": {}}, path)
     path.write_bytes(path.read_bytes()[:-30])
-    monkeypatch.setattr("bdpo_pl.reference.score_table", lambda *_, **__: pytest.fail("scored"))
+    monkeypatch.setattr("bdpo_pl.scoring.reference.score_table", lambda *_, **__: pytest.fail("scored"))
     status, said = run(f"--ckpt_path={path}")
     assert status == 2
     assert "cut.ckpt is not whole" in said
@@ -132,7 +132,7 @@ def test_code_that_comes_with_a_model_is_not_run_unasked(run, model_dir, tmp_pat
 
 
 def test_folder_of_another_run_is_refused(run, tmp_path):
-    from bdpo_pl.run_folder import RunFolder
+    from bdpo_pl.files import RunFolder
 
     with RunFolder(tmp_path / "runs" / "mine"):
         (tmp_path / "runs" / "mine" / "file").touch()

@@ -14,8 +14,8 @@ import yaml
 from makers import messy_safe_rlhf_rows, safe_rlhf_row, write_jsonl
 
 from bdpo_pl.fit import main
-from bdpo_pl.generation import generate_responses
-from bdpo_pl.module import PreferenceModule
+from bdpo_pl.forward.generation import generate_responses
+from bdpo_pl.training.module import PreferenceModule
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -122,7 +122,7 @@ def test_embedded_run_is_the_default_and_its_options_can_be_changed(capsys):
 
 def test_settings_of_the_embedded_run_do_not_leak_into_others(base):
     options = yaml.safe_load(run([*base[:2], "--print_config"]).stdout)
-    assert options["model"]["optimizer"] == "bdpo_pl.module.adamw"
+    assert options["model"]["optimizer"] == "bdpo_pl.training.optim.adamw"
     assert options["safety"]["harmful"] is None
 
 

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from bdpo_pl.safety import is_refusal
+from bdpo_pl.refusals import is_refusal
 from benchmarks.study import abilities, wording
 from benchmarks.study.evaluate import FRAMED, HELD_OUT_CATEGORIES, HELD_OUT_LOOK_ALIKE, SIZES, evaluation
 from benchmarks.study.judge import kind_of

@@ -10,10 +10,10 @@ import base64
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from bdpo_pl.data.records import read_records
+from bdpo_pl.data.sources import read_records
 from bdpo_pl.errors import InputError
-from bdpo_pl.evaluation.attacks.base import attacked
-from bdpo_pl.evaluation.suite import Suite
+from bdpo_pl.evaluation.attacks.attack import attacked
+from bdpo_pl.evaluation.suites.suite import Suite
 
 SLOT = "{request}"
 

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from bdpo_pl.errors import InputError
-from bdpo_pl.evaluation.attacks.base import AttackResult, Progress, StateFile, attacked
+from bdpo_pl.evaluation.attacks.attack import AttackResult, Progress, StateFile, attacked
 from bdpo_pl.evaluation.attacks.suffixes import SuffixPrompt, allowed_tokens, draw
 from bdpo_pl.evaluation.attacks.target_loss import TargetLoss
 from bdpo_pl.evaluation.attacks.targets import default_target
-from bdpo_pl.evaluation.suite import EvaluationPrompt
+from bdpo_pl.evaluation.suites.suite import EvaluationPrompt
 
 NAME = "gcg"
 

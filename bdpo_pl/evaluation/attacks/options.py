@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from bdpo_pl.errors import InputError
-from bdpo_pl.evaluation.asking import GenerationOptions
+from bdpo_pl.evaluation.answering import GenerationOptions
 from bdpo_pl.evaluation.attacks import gcg
-from bdpo_pl.evaluation.attacks.base import AttackResult
+from bdpo_pl.evaluation.attacks.attack import AttackResult
 from bdpo_pl.evaluation.attacks.framings import BUILT_IN, read_framings, wrap
 from bdpo_pl.evaluation.attacks.gcg import GCGOptions
-from bdpo_pl.evaluation.attacks.refinement import NAME as PAIR
-from bdpo_pl.evaluation.attacks.refinement import Refinement, RefinementOptions
-from bdpo_pl.evaluation.endpoint import Endpoint, EndpointOptions
-from bdpo_pl.evaluation.judges.base import Judge
-from bdpo_pl.evaluation.run import Attack
-from bdpo_pl.evaluation.subject import Subject
-from bdpo_pl.evaluation.suite import Suite, spread
-from bdpo_pl.generation import generate_responses
+from bdpo_pl.evaluation.attacks.pair import NAME as PAIR
+from bdpo_pl.evaluation.attacks.pair import Refinement, RefinementOptions
+from bdpo_pl.evaluation.chat.endpoint import Endpoint, EndpointOptions
+from bdpo_pl.evaluation.judges.judge import Judge
+from bdpo_pl.evaluation.runner import Attack
+from bdpo_pl.evaluation.subjects import Subject
+from bdpo_pl.evaluation.suites.suite import Suite, spread
+from bdpo_pl.forward.generation import generate_responses
 
 ALL = "all"
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bdpo_pl.errors import InputError
-from bdpo_pl.generation import encode_prompts
+from bdpo_pl.forward.generation import encode_prompts
 
 
 class SuffixPrompt:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bdpo_pl.errors import InputError
-from bdpo_pl.models import num_positions
+from bdpo_pl.models.loading import num_positions
 
 _VOCABULARY_CHUNK = 16384
 

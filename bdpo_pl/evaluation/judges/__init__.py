@@ -1,1 +1,1 @@
-"""Judges: what an answer is taken for. All speak through `base.Judge`."""
+"""Judges: what an answer is taken for. All speak through `judge.Judge`."""

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from bdpo_pl.errors import InputError
-from bdpo_pl.evaluation.judges.base import Exchange, Judge, Verdict
-from bdpo_pl.models import ModelSource, load_config, load_tokenizer
+from bdpo_pl.evaluation.judges.judge import Exchange, Judge, Verdict
+from bdpo_pl.models.loading import ModelSource, load_config, load_tokenizer
 
 Reads = Literal["response", "exchange"]
 # A tokenizer that knows no limit says so with a number beyond any text.

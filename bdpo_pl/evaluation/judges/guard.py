@@ -6,9 +6,9 @@ import re
 from typing import Any
 
 from bdpo_pl.errors import InputError
-from bdpo_pl.evaluation.chat import Message
-from bdpo_pl.evaluation.judges.asked import AskingJudge
-from bdpo_pl.evaluation.judges.base import Exchange, Verdict
+from bdpo_pl.evaluation.chat.chat_model import Message
+from bdpo_pl.evaluation.judges.judge import Exchange, Verdict
+from bdpo_pl.evaluation.judges.model_judge import AskingJudge
 
 # What the model was trained on, to the letter (model card of allenai/wildguard, arXiv:2406.18495): in other words it
 # is another task.

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from bdpo_pl.errors import InputError
-from bdpo_pl.evaluation.chat import Message
-from bdpo_pl.generation import generate
-from bdpo_pl.models import ModelSource, frozen, load_config, load_model, load_tokenizer
+from bdpo_pl.evaluation.chat.chat_model import Message
+from bdpo_pl.forward.generation import generate
+from bdpo_pl.models.loading import ModelSource, frozen, load_config, load_model, load_tokenizer
 
 Encode = Callable[[Any, list[Message]], list[int]]
 """(tokenizer, conversation) → token ids, up to where the answer begins."""

@@ -8,17 +8,17 @@ from typing import Literal, get_args
 import torch
 
 from bdpo_pl.errors import InputError
-from bdpo_pl.evaluation.chat import ChatModel
-from bdpo_pl.evaluation.endpoint import Endpoint, EndpointOptions
-from bdpo_pl.evaluation.judges.asked import AskingJudge
-from bdpo_pl.evaluation.judges.base import Judge
-from bdpo_pl.evaluation.judges.chat import ChatJudge
+from bdpo_pl.evaluation.chat.chat_model import ChatModel
+from bdpo_pl.evaluation.chat.endpoint import Endpoint, EndpointOptions
+from bdpo_pl.evaluation.chat.local import LocalChat
 from bdpo_pl.evaluation.judges.classifier import ClassifierJudge, Reads
 from bdpo_pl.evaluation.judges.guard import LlamaGuardJudge, WildGuardJudge, encode_llama_guard, encode_wildguard
+from bdpo_pl.evaluation.judges.judge import Judge
 from bdpo_pl.evaluation.judges.local_guard import LocalGuard
+from bdpo_pl.evaluation.judges.model_judge import AskingJudge
 from bdpo_pl.evaluation.judges.phrases import PhraseJudge
-from bdpo_pl.evaluation.local_chat import LocalChat
-from bdpo_pl.models import DTypeName, ModelSource, load_config, model_fingerprint
+from bdpo_pl.evaluation.judges.rubric import ChatJudge
+from bdpo_pl.models.loading import DTypeName, ModelSource, load_config, model_fingerprint
 
 JudgeKind = Literal["phrases", "classifier", "llama_guard", "wildguard", "chat"]
 

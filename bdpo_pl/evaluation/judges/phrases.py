@@ -6,8 +6,8 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 
-from bdpo_pl.evaluation.judges.base import Exchange, Judge, Verdict
-from bdpo_pl.safety import OPENING, REFUSAL_PHRASES, is_refusal
+from bdpo_pl.evaluation.judges.judge import Exchange, Judge, Verdict
+from bdpo_pl.refusals import OPENING, REFUSAL_PHRASES, is_refusal
 
 LIMITS = (
     f"reads the first {OPENING} characters of an answer: a refusal in words of its own, in another language or after a "
@@ -16,7 +16,7 @@ LIMITS = (
 
 
 class PhraseJudge(Judge):
-    """Takes an answer for a refusal if it opens with one of `bdpo_pl.safety.REFUSAL_PHRASES`, or has no text at all."""
+    """Takes an answer for a refusal if it is blank or opens with one of `bdpo_pl.refusals.REFUSAL_PHRASES`."""
 
     name = "phrases"
 

@@ -15,16 +15,16 @@ import yaml
 from browser import Browser
 from makers import build_model, build_tokenizer, large, preference_rows, write_jsonl
 
-import bdpo_pl.evaluation.asking as asking
-import bdpo_pl.evaluation.endpoint as endpoint
+import bdpo_pl.evaluation.answering as asking
+import bdpo_pl.evaluation.chat.endpoint as endpoint
 from bdpo_pl.evaluate import main
 from bdpo_pl.evaluation.attacks.framings import BUILT_IN
-from bdpo_pl.evaluation.intervals import wilson
 from bdpo_pl.evaluation.options import parse
-from bdpo_pl.evaluation.records import WARNING
-from bdpo_pl.evaluation.subject import Subject
-from bdpo_pl.generation import Response
-from bdpo_pl.run_folder import RunFolder
+from bdpo_pl.evaluation.subjects import Subject
+from bdpo_pl.evaluation.verdict_log import WARNING
+from bdpo_pl.files import RunFolder
+from bdpo_pl.forward.generation import Response
+from bdpo_pl.statistics import wilson
 
 EVIL = "<script>document.title='taken'</script><img src=http://127.0.0.1:8/x.png>"
 REFUSAL = "I can't help with that."

@@ -1,0 +1,150 @@
+"""The job that options describe: model, data and Trainer, built and not started."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from bdpo_pl import embedded
+from bdpo_pl.cli.parser import OptionParser
+from bdpo_pl.errors import InputError
+from bdpo_pl.training.callbacks import LastCheckpoint, RandomState, SaveOnNonFinite, StopAtGap
+from bdpo_pl.training.checkpoints import StopSignals
+from bdpo_pl.training.datamodule import PreferenceDataModule
+from bdpo_pl.training.module import PreferenceModule
+from bdpo_pl.training.safety_probe import SafetyProbe
+
+_NAMES_A_JOB = {"--config", "-c", "--model", "--model.policy", "--data", "--data.train"}
+
+_MONITOR = "held_out/loss"
+
+_EMBEDDED_CONFIG = Path(embedded.__file__).with_name("fit.yaml")
+
+
+class FitCLI(LightningCLI):
+    """The command line of `fit`: the Trainer's, the module's and the data module's options, and a few of our own."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the checkpoint, the safety probe and where to resume from."""
+        parser.add_argument(
+            "--ckpt_path",
+            default=None,
+            type=str | None,
+            help="Checkpoint to resume from: a file, or `last`, the newest whole one of all runs.",
+        )
+        parser.add_argument("--export", default=True, type=bool, help="Write the policy as a Hugging Face folder.")
+        parser.add_argument(
+            "--export_adapter", default=False, type=bool, help="Write a LoRA adapter alone too, in peft's layout."
+        )
+        parser.add_argument(
+            "--dry_run",
+            default=False,
+            type=bool,
+            help="Print what each device needs of memory, and do nothing else: no weights are read.",
+        )
+        parser.add_argument(
+            "--export_from",
+            default="last",
+            type=Literal["last", "best"],
+            help="Which weights to export: those the run ends with, or those of the best checkpoint.",
+        )
+        parser.add_argument(
+            "--stop_at_gap",
+            default=None,
+            type=float | None,
+            help="Stop when the policy overfits: when gap/margin (training − held-out) exceeds this at a validation.",
+        )
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(SafetyProbe, "safety")
+        parser.set_defaults(
+            {
+                "checkpoint.monitor": _MONITOR,
+                "checkpoint.mode": "min",
+                "checkpoint.filename": "best-step={step}",
+                "checkpoint.auto_insert_metric_name": False,
+                "model.loss": {"class_path": "bdpo_pl.losses.BalancedDPOLoss"},
+            }
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """Fit the defaults to the machine and to the data."""
+        if self.config.trainer.accelerator == "auto" and torch.backends.mps.is_available():
+            # Log-probabilities are summed in float64, which Apple's GPUs do not have.
+            self.config.trainer.accelerator = "cpu"
+        # With nothing held out there is no held-out loss for the checkpoint to watch.
+        if self._holds_out_nothing() and self.config.checkpoint.monitor == _MONITOR:
+            self.config.checkpoint.monitor = None
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """The Trainer, which stops at a gap if that is wanted."""
+        trainer = super().instantiate_trainer(**kwargs)
+        config, probe = self.config, self.config_init.safety
+        for option, wanted in (
+            ("safety.every_n_steps measures at validations, and", probe.every_n_steps is not None),
+            ("stop_at_gap", config.stop_at_gap is not None),
+            ("export_from best", config.export_from == "best"),
+        ):
+            if wanted and self._holds_out_nothing():
+                raise InputError(f"{option} needs held-out pairs: set data.held_out, or data.held_out_fraction above 0")
+        probe.check_monitor(config.checkpoint.monitor, config.checkpoint.mode)
+        if config.export_from == "best" and config.checkpoint.monitor is None:
+            raise InputError("export_from is best, but no checkpoint is chosen: set checkpoint.monitor")
+        if config.stop_at_gap is not None:
+            if not config.data.train_probe:
+                raise InputError("stop_at_gap needs the gap, which training pairs tell: set data.train_probe to true")
+            trainer.callbacks.insert(0, StopAtGap(config.stop_at_gap))  # type: ignore[attr-defined]
+        return trainer
+
+    def _holds_out_nothing(self) -> bool:
+        return self.config.data.held_out is None and self.config.data.held_out_fraction == 0
+
+
+def parse_options(cli_class: type[FitCLI], args: list[str] | None, description: str | None) -> FitCLI:
+    """The command line, with everything it names built and nothing started.
+
+    Args:
+        cli_class: says which options there are.
+        args: the options; None: those of this process.
+        description: opens the help.
+    """
+    given = sys.argv[1:] if args is None else args
+    # The embedded run has settings of its own, which must not leak into the runs of others.
+    is_embedded = _NAMES_A_JOB.isdisjoint(argument.split("=")[0] for argument in given)
+    return cli_class(
+        PreferenceModule,
+        PreferenceDataModule,
+        run=False,
+        args=args,
+        parser_class=OptionParser,
+        seed_everything_default=42,
+        auto_configure_optimizers=False,
+        # Resuming writes into the folder it began in.
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={
+            "description": description,
+            "default_config_files": [str(_EMBEDDED_CONFIG)] if is_embedded else [],
+        },
+        trainer_defaults={
+            "max_epochs": 1,
+            "gradient_clip_val": 1.0,
+            "log_every_n_steps": 5,
+            # Before training, validate on everything: the table's "before", and the point the curves start from.
+            "num_sanity_val_steps": -1,
+            # The batches are split between ranks by our own sampler, which keeps the mean over pairs exact.
+            "use_distributed_sampler": False,
+            # It would list the metrics as layers; the module says what it trains in one line.
+            "enable_model_summary": False,
+            "default_root_dir": "runs",
+            "logger": {
+                "class_path": "lightning.pytorch.loggers.CSVLogger",
+                "init_args": {"save_dir": "runs", "name": ""},
+            },
+            "callbacks": [LastCheckpoint(), SaveOnNonFinite(), RandomState(), StopSignals()],
+        },
+    )

@@ -1,0 +1,193 @@
+"""Documents and rows: a context that several responses continue is stored, and later computed, once.
+
+A document is laid out as [context | response | response | …]. Positions restart after the context in every response,
+and attention (`bdpo_pl.forward.masks`) keeps the responses of a document, and the documents of a row, apart: to the
+model each response follows its context alone, as it would in a row of its own.
+
+Shapes: R rows; T positions; S sequences, one for each response; N scored tokens.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from enum import Enum
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bdpo_pl.data.tokenization import Ids
+
+# Rows of compiled attention take one of few lengths: each new one is compiled anew.
+_LENGTHS_PER_OCTAVE = 4
+_BLOCK = 128
+
+
+class Document(NamedTuple):
+    """A context and what continues it.
+
+    Attributes:
+        context: token ids, at least one.
+        responses: (number of the sequence, its token ids), at least one of each.
+    """
+
+    context: Ids
+    responses: list[tuple[int, Ids]]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the document, its context counted once."""
+        return len(self.context) + sum(len(ids) for _, ids in self.responses)
+
+    def split(self) -> list[Document]:
+        """A document for each response, with a context of its own."""
+        return [Document(self.context, [response]) for response in self.responses]
+
+
+class RowLayout(Enum):
+    """How documents become the rows of a batch."""
+
+    SPLIT = "split"
+    """Each response in a row of its own behind its context: any causal model reads this."""
+    SHARED = "shared"
+    """Whole documents, several to a row where they fit under the longest: for dense attention masks, whose cost grows
+    with the square of a row's length."""
+    ONE_ROW = "one_row"
+    """All documents in one row: for block-sparse attention, which skips what its mask hides."""
+
+
+@dataclass
+class SequenceBatch:
+    """Rows of documents and the response tokens to be scored in them.
+
+    Attributes:
+        input_ids: (R, T) int64, padded on the right.
+        position_ids: (R, T) int64, of each token in its own sequence; 0 on padding.
+        documents: (R, T) int32, which document of its row a token belongs to; −1 on padding.
+        branches: (R, T) int32, 0 in a document's context, 1, 2, … in its responses.
+        score_index: (N,) int64 into the flattened (R·T) positions: where each scored token is predicted from.
+        scored: (U,) int64, the same positions, each once, in order.
+        labels: (N,) int64, the scored tokens.
+        sequence_ids: (N,) int64, the sequence each scored token belongs to.
+        spans: (S, 4) int64: start and end of each sequence's context, start and end of its response, flattened.
+        shared: whether any row holds more than one sequence, so that it needs a mask of its own.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    documents: Tensor
+    branches: Tensor
+    score_index: Tensor
+    scored: Tensor
+    labels: Tensor
+    sequence_ids: Tensor
+    spans: Tensor
+    shared: bool
+
+    @property
+    def num_sequences(self) -> int:
+        """S."""
+        return self.spans.shape[0]
+
+    @property
+    def num_tokens(self) -> Tensor:
+        """Tokens in the rows, padding left out."""
+        return (self.documents >= 0).sum()
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """(R, T) int64, 1 on tokens and 0 on padding."""
+        return (self.documents >= 0).long()
+
+    def to(self, device: torch.device) -> SequenceBatch:
+        """The batch on `device`."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "shared"}
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+
+
+def lay_out(documents: Sequence[Document], layout: RowLayout, pad_id: int) -> SequenceBatch:
+    """Rows that hold `documents`; every response token is scored.
+
+    Args:
+        documents: their sequences are numbered 0 … S−1, in any order.
+        layout: how rows are formed.
+        pad_id: fills the padding; the model does not see it.
+    """
+    if layout is RowLayout.SPLIT:
+        parts = [part for document in documents for part in document.split()]
+        rows = [[part] for part in sorted(parts, key=lambda part: part.responses[0][0])]
+        T = max(row[0].num_tokens for row in rows)
+    elif layout is RowLayout.ONE_ROW:
+        rows = [list(documents)]
+        T = _row_length(sum(document.num_tokens for document in documents))
+    else:
+        T = max(document.num_tokens for document in documents)
+        rows = _first_fit(documents, T)
+    S = sum(len(document.responses) for document in documents)
+    grid = np.zeros((4, len(rows), T), dtype=np.int64)
+    grid[0], grid[2] = pad_id, -1
+    spans = np.zeros((S, 4), dtype=np.int64)
+    # In the order of the sequences, whatever the rows.
+    index: list[np.ndarray] = [np.empty(0)] * S
+    labels: list[Ids] = [[]] * S
+    for r, row in enumerate(rows):
+        at = 0
+        for d, (context, responses) in enumerate(row):
+            first, at = at, at + len(context)
+            _write(grid[:, r, first:at], context, 0, d, 0)
+            for branch, (s, ids) in enumerate(responses, start=1):
+                start, at = at, at + len(ids)
+                _write(grid[:, r, start:at], ids, len(context), d, branch)
+                spans[s] = np.array([first, first + len(context), start, at]) + r * T
+                # The token at position t is predicted from the one before it: the first, from the context's last.
+                index[s] = np.arange(spans[s, 2] - 1, spans[s, 3] - 1)
+                index[s][0] = spans[s, 1] - 1
+                labels[s] = ids
+    input_ids, position_ids, document_ids, branches = torch.from_numpy(grid)
+    lengths = torch.tensor([len(ids) for ids in labels])
+    score_index = np.concatenate(index)
+    return SequenceBatch(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        documents=document_ids.int(),
+        branches=branches.int(),
+        score_index=torch.from_numpy(score_index),
+        scored=torch.from_numpy(np.unique(score_index)),
+        labels=torch.tensor([token for ids in labels for token in ids]),
+        sequence_ids=torch.repeat_interleave(torch.arange(S), lengths),
+        spans=torch.from_numpy(spans),
+        shared=layout is not RowLayout.SPLIT,
+    )
+
+
+def _write(part: np.ndarray, ids: Ids, position: int, document: int, branch: int) -> None:
+    part[0] = ids
+    part[1] = np.arange(position, position + len(ids))
+    part[2] = document
+    part[3] = branch
+
+
+def _first_fit(documents: Sequence[Document], capacity: int) -> list[list[Document]]:
+    """Documents by falling length, each into the fullest row that it still fits into."""
+    rows: list[list[Document]] = []
+    free: list[tuple[int, int]] = []  # (tokens left, row), sorted
+    for document in sorted(documents, key=lambda d: d.num_tokens, reverse=True):
+        size = document.num_tokens
+        at = bisect.bisect_left(free, (size, -1))
+        if at < len(free):
+            left, row = free.pop(at)
+        else:
+            left, row = capacity, len(rows)
+            rows.append([])
+        rows[row].append(document)
+        bisect.insort(free, (left - size, row))
+    return rows
+
+
+def _row_length(num_tokens: int) -> int:
+    """The next of the few lengths that rows of compiled attention take."""
+    step = max(_BLOCK, (1 << (num_tokens - 1).bit_length()) // (2 * _LENGTHS_PER_OCTAVE))
+    return -(-num_tokens // step) * step

@@ -1,0 +1,1 @@
+"""Schemas of preference data, one file each."""

@@ -1,0 +1,139 @@
+"""PKU-SafeRLHF's own schema (licence CC BY-NC 4.0), and which of its pairs teach safety.
+
+`better_response_id` is the more helpful response and may be an unsafe one, so it decides only between two safe
+responses. Where one response is unsafe the safe one is chosen, as the B-DPO paper does.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from bdpo_pl.data.rows import BOTH_UNSAFE, PreferenceRow, RowError, check_row, parse_content
+from bdpo_pl.data.sources import Record
+
+REQUIRED_COLUMNS = (
+    "prompt",
+    *(f"response_{i}" for i in (0, 1)),
+    *(f"is_response_{i}_safe" for i in (0, 1)),
+    *(f"response_{i}_severity_level" for i in (0, 1)),
+    *(f"response_{i}_harm_category" for i in (0, 1)),
+    "better_response_id",
+    "safer_response_id",
+)
+
+SAFE_QUERY = "safe query"
+UNSAFE_QUERY = "unsafe query"
+
+
+@dataclass
+class SafeRLHFOptions:
+    """Which pairs of PKU-SafeRLHF to take.
+
+    A query is safe when both its responses are, and unsafe when one or both are not.
+
+    Args:
+        num_safe: safe queries to draw, one pair each; None takes every pair. The paper draws 10,000.
+        num_unsafe: unsafe queries to draw, likewise.
+        both_unsafe: a pair of two unsafe responses is dropped (`drop`) or its `safer_response_id` is chosen (`safer`).
+    """
+
+    num_safe: int | None = None
+    num_unsafe: int | None = None
+    both_unsafe: Literal["drop", "safer"] = "drop"
+
+
+def parse_safe_rlhf(record: Record, both_unsafe: Literal["drop", "safer"] = "drop") -> tuple[str, PreferenceRow]:
+    """(`SAFE_QUERY` or `UNSAFE_QUERY`, the preference row) of a PKU-SafeRLHF record.
+
+    Raises:
+        RowError: a field is missing or of the wrong type, or both responses are unsafe and `both_unsafe` is `drop`.
+    """
+    prompt = _text(record, "prompt")
+    responses = [_text(record, "response_0"), _text(record, "response_1")]
+    safe = [_boolean(record, "is_response_0_safe"), _boolean(record, "is_response_1_safe")]
+    if all(safe):
+        kind, chosen = SAFE_QUERY, _response_id(record, "better_response_id")
+    elif any(safe):
+        kind, chosen = UNSAFE_QUERY, safe.index(True)
+    elif both_unsafe == "safer":
+        kind, chosen = UNSAFE_QUERY, _response_id(record, "safer_response_id")
+    else:
+        raise RowError(
+            record,
+            BOTH_UNSAFE,
+            "both responses are unsafe; safe_rlhf.both_unsafe=safer takes the safer one",
+        )
+    row = PreferenceRow(
+        prompt,
+        responses[chosen],
+        responses[1 - chosen],
+        record,
+        category=_category(record, 1 - chosen),
+        chosen_safe=safe[chosen],
+        rejected_safe=safe[1 - chosen],
+    )
+    return kind, check_row(row)
+
+
+def draw_queries(
+    rows: Iterable[tuple[str, PreferenceRow]], options: SafeRLHFOptions, seed: int
+) -> tuple[list[PreferenceRow], dict[str, tuple[int | None, int]]]:
+    """The rows to train on, in file order, and for each kind of query (asked for, taken).
+
+    Where a number is asked for, queries are drawn without replacement by `seed`, one pair of each.
+    """
+    by_kind: dict[str, list[PreferenceRow]] = {SAFE_QUERY: [], UNSAFE_QUERY: []}
+    for kind, row in rows:
+        by_kind[kind].append(row)
+    generator = random.Random(seed)  # noqa: S311 - a sample, not a secret
+    taken: list[PreferenceRow] = []
+    drawn: dict[str, tuple[int | None, int]] = {}
+    for kind, asked in ((SAFE_QUERY, options.num_safe), (UNSAFE_QUERY, options.num_unsafe)):
+        picked = by_kind[kind]
+        if asked is not None:
+            shuffled = generator.sample(picked, len(picked))
+            one_each = {row.prompt: row for row in shuffled if isinstance(row.prompt, str)}
+            picked = list(one_each.values())[:asked]
+        drawn[kind] = (asked, len(picked))
+        taken.extend(picked)
+    taken.sort(key=lambda row: (row.record.source, row.record.number))
+    return taken, drawn
+
+
+def _field(record: Record, name: str) -> Any:
+    value = record.fields.get(name)
+    if value is None:
+        raise RowError(record, f"missing {name}", f"field '{name}' is missing or null")
+    return value
+
+
+def _text(record: Record, name: str) -> str:
+    value = parse_content(record, name, record.fields.get(name))
+    if not isinstance(value, str):
+        raise RowError(record, "wrong type", f"field '{name}' must be text, got {type(value).__name__}")
+    return value
+
+
+def _boolean(record: Record, name: str) -> bool:
+    value = _field(record, name)
+    if not isinstance(value, bool):
+        raise RowError(record, "wrong type", f"field '{name}' must be true or false, got {value!r:.40}")
+    return value
+
+
+def _response_id(record: Record, name: str) -> int:
+    value = _field(record, name)
+    if isinstance(value, bool) or value not in (0, 1):
+        raise RowError(record, "wrong type", f"field '{name}' must be 0 or 1, got {value!r:.40}")
+    return int(value)
+
+
+def _category(record: Record, response: int) -> str:
+    """Harm categories of one response, as a label; the field is a mapping of category → bool."""
+    categories = record.fields.get(f"response_{response}_harm_category")
+    if not isinstance(categories, dict):
+        return ""
+    return ", ".join(sorted(name for name, present in categories.items() if present is True))

@@ -1,0 +1,58 @@
+"""Splits of preference pairs: training, held out, and a probe of training pairs."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from bdpo_pl.data.table import PairTable
+from bdpo_pl.data.truncation import Truncation
+from bdpo_pl.errors import InputError
+
+
+class PreferenceSplits(Protocol):
+    """Pairs of all splits of a job, tokenised, and how they were.
+
+    Attributes:
+        tables: pairs by the name of their split (`train`, `held_out`, `train_probe`).
+        probe_indices: places in `train` of the pairs of `train_probe`; None without a probe.
+        truncation: treatment of pairs that are longer than the window.
+        chat_template: name of the chat template (`auto`, `none` or a file).
+    """
+
+    tables: dict[str, PairTable]
+    probe_indices: np.ndarray | None
+    truncation: Truncation
+    chat_template: str
+
+    @property
+    def pad_id(self) -> int:
+        """Token id that fills padding."""
+
+
+def split_by_prompt(table: PairTable, fraction: float, seed: int) -> tuple[PairTable, PairTable]:
+    """(rest, held out): about `fraction` of the pairs held out, by `seed`, no prompt on both sides.
+
+    Raises:
+        InputError: there are fewer than two different prompts.
+    """
+    digests = table.prompt_digests()
+    groups: dict[bytes, list[int]] = {}
+    for i, digest in enumerate(digests):
+        groups.setdefault(digest, []).append(i)
+    if len(groups) < 2:
+        raise InputError(
+            "data.held_out_fraction: cannot hold out pairs of a set with a single prompt; give data.held_out, or set "
+            "data.held_out_fraction to 0"
+        )
+    order = list(groups)
+    target = max(1, round(fraction * len(table)))
+    held: list[int] = []
+    for g in np.random.default_rng(seed).permutation(len(order))[:-1]:
+        if len(held) >= target:
+            break
+        held.extend(groups[order[int(g)]])
+    is_held = np.zeros(len(table), dtype=bool)
+    is_held[held] = True
+    return table.select(np.flatnonzero(~is_held)), table.select(np.flatnonzero(is_held))

@@ -1,0 +1,115 @@
+"""What attacks share: what they find, and how they keep what they have found so far."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bdpo_pl.errors import InputError
+from bdpo_pl.evaluation.suites.suite import EvaluationPrompt
+from bdpo_pl.files import try_writing
+
+WARNING = (
+    "Written by an attack on a language model's safety. It holds harmful requests and may hold harmful answers: do not "
+    "publish it, and delete it when you are done with it."
+)
+
+Progress = Callable[[int, int], None]
+"""Told after each prompt: how many are done, and how many there are."""
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """What an attack made of one prompt.
+
+    Attributes:
+        prompt: as attacked.
+        steps: taken.
+        details: of the attack, as JSON values.
+    """
+
+    prompt: EvaluationPrompt
+    steps: int
+    details: Mapping[str, Any]
+
+
+def attacked(prompt: EvaluationPrompt, text: str, attack: str, *, alone: bool = False) -> EvaluationPrompt:
+    """`prompt` with the text that `attack` made of it.
+
+    Args:
+        prompt: which may bear an earlier attack's name.
+        text: the user's turn now.
+        attack: its name.
+        alone: it was made of the bare request, and nothing of an earlier attack is left.
+    """
+    earlier = "" if alone or not prompt.attack else f"{prompt.attack}+"
+    return replace(prompt, text=text, attack=earlier + attack)
+
+
+class StateFile:
+    """What an attack on one prompt has found so far: JSON values, a line each, the first one saying what the file is.
+
+    The name is a digest of everything that the attack depends on, so that another model or option never meets this
+    state. It is written anew each time and renamed, so that it is always whole.
+
+    Args:
+        folder: where it lies.
+        attack: its name.
+        facts: what the attack depends on, as JSON values; written into the first line.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, attack: str, facts: Mapping[str, Any]) -> None:
+        self._head = {"warning": WARNING, "attack": attack, **facts}
+        digest = hashlib.sha256(json.dumps(self._head, sort_keys=True).encode()).hexdigest()[:24]
+        self.path = folder / f"{attack}-{digest}.jsonl"
+        # Tried now, not after hours of work.
+        try:
+            try_writing(folder)
+        except OSError as error:
+            raise InputError(
+                f"the attack's state cannot be written to {folder} ({error.strerror}); give a folder that can"
+            ) from None
+
+    def read(self) -> list[Any]:
+        """The lines after the first; none if there is no file.
+
+        Raises:
+            InputError: the file is not what was written.
+        """
+        try:
+            head, *lines = map(json.loads, self.path.read_text(encoding="utf-8").splitlines())
+            if head != self._head:
+                raise ValueError("another head")
+        except FileNotFoundError:
+            return []
+        except ValueError:
+            raise self.damaged() from None
+        return lines
+
+    def write(self, lines: list[Any]) -> None:
+        """Replace what is there, all or nothing."""
+        text = "".join(json.dumps(line) + "\n" for line in (self._head, *lines))
+        # Readable by its owner alone.
+        handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=".", suffix=".tmp")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    def damaged(self) -> InputError:
+        """The error that says that the file is not what was written."""
+        return InputError(f"{self.path} is not the whole state of an attack; remove it to attack this prompt anew")

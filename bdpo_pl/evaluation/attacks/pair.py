@@ -1,0 +1,221 @@
+"""Prompt refinement in the manner of PAIR (Chao et al., arXiv:2310.08419): a model rewrites a request till it passes.
+
+An attacking model is told the request, proposes a prompt, and sees the answer and a judge's verdict; several such
+streams go on side by side, for a few steps. It needs nothing of the attacked model but its answers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bdpo_pl.errors import InputError
+from bdpo_pl.evaluation.attacks.attack import AttackResult, Progress, StateFile, attacked
+from bdpo_pl.evaluation.attacks.pair_prompts import Proposal, feedback, once_more, opening, parse_proposal, words
+from bdpo_pl.evaluation.chat.chat_model import ChatModel, Message
+from bdpo_pl.evaluation.judges.judge import Exchange, Judge, Verdict
+from bdpo_pl.evaluation.suites.suite import EvaluationPrompt
+
+NAME = "pair"
+
+Target = Callable[[Sequence[str]], list[str]]
+"""The attacked model: prompts → its responses, in order."""
+
+
+@dataclass
+class RefinementOptions:
+    """How often to try. A prompt costs streams × steps queries of the target at most; the paper has 30 × 3.
+
+    Args:
+        streams: conversations with the attacker side by side, each going its own way.
+        steps: prompts that each of them tries, at most.
+        history: latest tries of its stream that the attacker sees.
+        retries: how often it is asked again if its answer is not in the form that it is told.
+
+    Raises:
+        InputError: a value out of range.
+    """
+
+    streams: int = 3
+    steps: int = 5
+    history: int = 3
+    retries: int = 2
+
+    def __post_init__(self) -> None:
+        for name, least in (("streams", 1), ("steps", 1), ("history", 1), ("retries", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"refinement.{name} must be at least {least}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One prompt tried on the target."""
+
+    stream: int
+    proposal: Proposal
+    response: str
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class _Step:
+    attempts: list[Attempt] = field(default_factory=list)
+    unparsable: int = 0
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> _Step:
+        attempts = [
+            Attempt(a["stream"], Proposal(**a["proposal"]), a["response"], Verdict(**a["verdict"]))
+            for a in value["attempts"]
+        ]
+        return cls(attempts, value["unparsable"])
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """An attack by refinement.
+
+    Args:
+        attacker: proposes prompts. It should be a model that is willing to; sampling makes its streams differ more.
+        target: the attacked model.
+        judge: tells whether an attempt succeeded.
+        options: how often to try.
+        target_key: what identifies the target (weights, options of generation): the state of another is not used.
+    """
+
+    attacker: ChatModel
+    target: Target
+    judge: Judge
+    options: RefinementOptions
+    target_key: str
+
+    def attack(
+        self, prompts: Sequence[EvaluationPrompt], *, folder: Path | None = None, on_progress: Progress | None = None
+    ) -> list[EvaluationPrompt]:
+        """`prompts`, each as in its most successful attempt; `results` tells more."""
+        return [result.prompt for result in self.results(prompts, folder=folder, on_progress=on_progress)]
+
+    def results(
+        self, prompts: Sequence[EvaluationPrompt], *, folder: Path | None = None, on_progress: Progress | None = None
+    ) -> Iterator[AttackResult]:
+        """Attack one prompt after the other; each until an attempt succeeds.
+
+        Args:
+            prompts: their `behaviour` is what the attacker is told to get.
+            folder: where the attempts on each prompt are kept, under a warning; an attack that was cut off goes on from
+                there. They hold what the target answered. None: nothing is written.
+            on_progress: told after each prompt.
+
+        Yields:
+            Of each prompt in order: `details` has `succeeded`, `response` and `verdict` of the best attempt (None if
+            there was none), `queries` of the target, and `unparsable`, the attacker's answers that could not be read.
+
+        Raises:
+            InputError: attacker, target or judge fails, or a state file is damaged; finished steps are kept.
+        """
+        for done, prompt in enumerate(prompts, start=1):
+            file = None if folder is None else StateFile(folder, NAME, self._facts(prompt.behaviour))
+            yield self._run(prompt, file)
+            if on_progress is not None:
+                on_progress(done, len(prompts))
+
+    def _run(self, prompt: EvaluationPrompt, file: StateFile | None) -> AttackResult:
+        steps = _read(file)
+        while len(steps) < self.options.steps and not _succeeded(steps):
+            steps.append(self._step(prompt.behaviour, steps))
+            if file is not None:
+                file.write([asdict(step) for step in steps])
+        attempts = [attempt for step in steps for attempt in step.attempts]
+        best = max(attempts, key=_rank, default=None)
+        unparsable = sum(step.unparsable for step in steps)
+        if best is None:
+            warnings.warn(
+                f"{prompt.place or repr(prompt.behaviour[:60])}: no answer of the attacker {self.attacker.name} in "
+                f"{unparsable} could be read, so the request stays as it is; choose another attacker",
+                stacklevel=3,
+            )
+        details = {
+            "succeeded": best is not None and best.verdict.attack_succeeded,
+            "response": None if best is None else best.response,
+            "verdict": None if best is None else asdict(best.verdict),
+            "queries": len(attempts),
+            "unparsable": unparsable,
+        }
+        text = prompt.behaviour if best is None else best.proposal.prompt
+        # The attacker starts from the bare request: a framing of the prompt's has no part in it.
+        return AttackResult(attacked(prompt, text, NAME, alone=True), len(steps), details)
+
+    def _step(self, goal: str, steps: Sequence[_Step]) -> _Step:
+        """One try of every stream."""
+        conversations = [self._conversation(goal, stream, steps) for stream in range(self.options.streams)]
+        proposals, unparsable = self._propose(conversations)
+        if not proposals:
+            return _Step([], unparsable)
+        responses = self.target([proposal.prompt for proposal in proposals.values()])
+        verdicts = self.judge.judge([Exchange(goal, response) for response in responses])
+        tried = zip(proposals.items(), responses, verdicts, strict=True)
+        return _Step([Attempt(*proposal, response, verdict) for proposal, response, verdict in tried], unparsable)
+
+    def _conversation(self, goal: str, stream: int, steps: Sequence[_Step]) -> list[Message]:
+        turns = opening(goal, stream)
+        past = [attempt for step in steps for attempt in step.attempts if attempt.stream == stream]
+        for attempt in past[-self.options.history :]:
+            turns += [attempt.proposal.to_turn(), feedback(attempt.response, attempt.verdict)]
+        return turns
+
+    def _propose(self, conversations: list[list[Message]]) -> tuple[dict[int, Proposal], int]:
+        """A proposal by stream, of those whose answers could be read, and how many answers could not."""
+        proposals: dict[int, Proposal] = {}
+        asked = dict(enumerate(conversations))
+        unparsable = 0
+        for _ in range(self.options.retries + 1):
+            replies = self.attacker.reply(list(asked.values()))
+            again = {}
+            for stream, reply in zip(asked, replies, strict=True):
+                proposal = parse_proposal(reply)
+                if proposal is None:
+                    unparsable += 1
+                    again[stream] = [*conversations[stream], *once_more(reply)]
+                else:
+                    proposals[stream] = proposal
+            asked = again
+            if not asked:
+                break
+        return dict(sorted(proposals.items())), unparsable
+
+    def _facts(self, goal: str) -> dict[str, Any]:
+        return {
+            "request": goal,
+            "target": self.target_key,
+            "attacker": self.attacker.name,
+            "words": hashlib.sha256("\n".join(words()).encode()).hexdigest()[:16],
+            "judge": {"name": self.judge.name, **self.judge.facts()},
+            "options": asdict(self.options),
+        }
+
+
+def chat_target(model: ChatModel) -> Target:
+    """`model` as a target, each prompt a conversation of its own."""
+    return lambda prompts: model.reply([[{"role": "user", "content": prompt}] for prompt in prompts])
+
+
+def _rank(attempt: Attempt) -> tuple[bool, float, bool]:
+    verdict = attempt.verdict
+    return verdict.attack_succeeded, verdict.score or 0.0, verdict.refused is False
+
+
+def _succeeded(steps: Sequence[_Step]) -> bool:
+    return any(attempt.verdict.attack_succeeded for step in steps for attempt in step.attempts)
+
+
+def _read(file: StateFile | None) -> list[_Step]:
+    if file is None:
+        return []
+    try:
+        return [_Step.from_json(line) for line in file.read()]
+    except (KeyError, TypeError):
+        raise file.damaged() from None

@@ -1,0 +1,1 @@
+"""Models to talk to: in this process, or behind an endpoint."""

@@ -1,0 +1,1 @@
+"""From verdicts and margins to numbers with intervals."""

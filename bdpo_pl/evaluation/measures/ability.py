@@ -1,0 +1,167 @@
+"""General ability, which alignment must not cost: a small built-in check, and lm-evaluation-harness.
+
+The built-in check suits the embedded model, which was taught to answer everyday questions in a handful of forms. For a
+real model name tasks of lm-evaluation-harness (extra `eval`), GSM8K for one. SimpleQA, StrongREJECT and XSTest with
+their own LLM judges are in inspect-evals, which takes the folder that `fit` exports (see docs/evaluation.md).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bdpo_pl import embedded
+from bdpo_pl.data.loading import load_pairs
+from bdpo_pl.data.sources import read_records
+from bdpo_pl.data.tokenization import PairTokenizer, padding_id
+from bdpo_pl.data.truncation import Truncation
+from bdpo_pl.embedded.make.responses import HELPFUL
+from bdpo_pl.errors import InputError
+from bdpo_pl.forward.generation import generate_responses
+from bdpo_pl.scoring.scoring_pass import score_pairs
+from bdpo_pl.statistics import Interval, mean, normal
+
+# What is asked of a helpful answer: one of the forms that the model was taught, whole.
+_HELPFUL = re.compile("|".join(re.sub(r"\\\{\w+\\\}", ".+", re.escape(form)) for form in HELPFUL))
+_WINDOW = 512
+_LM_EVAL = "lm_eval "
+_RESAMPLES = 1000
+
+
+@dataclass
+class AbilityOptions:
+    """What general ability is measured by.
+
+    Args:
+        embedded: everyday questions that the embedded model was taught to answer; means nothing to other models.
+        lm_eval: tasks of lm-evaluation-harness, as `[gsm8k]`; needs `pip install "bdpo-pl[eval]"`.
+        include_path: folder with task files of your own for lm-evaluation-harness.
+        limit: examples of a task at most.
+        num_fewshot: worked examples in each prompt; default: the task's own.
+        batch_size: examples at a time.
+
+    Raises:
+        InputError: a number out of range.
+    """
+
+    embedded: bool = False
+    lm_eval: list[str] = field(default_factory=list)
+    include_path: str | None = None
+    limit: int | None = None
+    num_fewshot: int | None = None
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        for name, least in (("limit", 1), ("num_fewshot", 0), ("batch_size", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"ability.{name} must be at least {least}, got {value}")
+
+
+@dataclass(frozen=True)
+class Ability:
+    """One measure of a model.
+
+    Attributes:
+        name: of the task and metric.
+        value: with its interval; of lm-evaluation-harness ± 1.96 of its standard errors.
+        percent: a share, and not a number of its own.
+        higher_is_better: None where that is not known.
+    """
+
+    name: str
+    value: Interval
+    percent: bool = True
+    higher_is_better: bool | None = True
+
+
+def measure_ability(options: AbilityOptions, model: Any, tokenizer: Any) -> list[Ability]:
+    """Everything that `options` asks for.
+
+    Raises:
+        InputError: lm-evaluation-harness is not installed, or has no such task.
+    """
+    found = _embedded(model, tokenizer) if options.embedded else []
+    return found + (_lm_eval(options, model, tokenizer) if options.lm_eval else [])
+
+
+def check(options: AbilityOptions) -> None:
+    """Raise `InputError` for what can be known to be wrong before any model is loaded."""
+    if options.lm_eval:
+        _tasks(options)
+
+
+def _embedded(model: Any, tokenizer: Any) -> list[Ability]:
+    rows = [record.fields for record in read_records(str(embedded.HELD_OUT_FILE))]
+    prompts = [row["prompt"] for row in rows if row["kind"] == "benign"]
+    answers = generate_responses(model, tokenizer, prompts, max_new_tokens=48, batch_size=len(prompts))
+    helped = [float(_HELPFUL.fullmatch(answer) is not None) for answer in answers]
+    table, _ = load_pairs("held_out", str(embedded.HELD_OUT_FILE), PairTokenizer(tokenizer), Truncation(_WINDOW))
+    benign = [i for i, row in enumerate(rows) if row["kind"] != "harmful"]
+    scores = score_pairs(model, table, benign, comprehension=False, pad_id=padding_id(tokenizer))
+    per_token = scores.reference[0].astype(np.float64) / table.chosen_lengths[benign]
+    return [
+        Ability("everyday questions answered helpfully", mean(helped)),
+        Ability("log-probability of helpful answers, nats per token", mean(per_token, rate=False), percent=False),
+    ]
+
+
+def _lm_eval(options: AbilityOptions, model: Any, tokenizer: Any) -> list[Ability]:
+    lm_eval, manager = _tasks(options)
+    from lm_eval.models.huggingface import HFLM
+
+    results = lm_eval.simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size),
+        tasks=options.lm_eval,
+        task_manager=manager,
+        num_fewshot=options.num_fewshot,
+        limit=options.limit,
+        # Means have errors in closed form, but 0 would leave those out too.
+        bootstrap_iters=_RESAMPLES,
+        log_samples=False,
+    )
+    found = []
+    for task, metrics in results["results"].items():
+        higher = results.get("higher_is_better", {}).get(task, {})
+        count = int(results["n-samples"][task]["effective"]) if task in results.get("n-samples", {}) else 0
+        for key, value in metrics.items():
+            metric, _, kept = key.partition(",")
+            if not isinstance(value, (int, float)) or metric.endswith("_stderr") or not kept:
+                continue
+            error = metrics.get(f"{metric}_stderr,{kept}")
+            error = error if isinstance(error, (int, float)) else float("nan")
+            name = f"{_LM_EVAL}{task}, {metric}" + (f" ({kept})" if kept != "none" else "")
+            interval = normal(float(value), error, count)
+            found.append(Ability(name, interval, percent=0 <= value <= 1, higher_is_better=higher.get(metric)))
+    return found
+
+
+_MANAGERS: dict[str | None, Any] = {}
+
+
+def _tasks(options: AbilityOptions) -> tuple[Any, Any]:
+    """(lm_eval, its index of tasks), with every task that is asked for."""
+    try:
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise InputError(
+            f'ability.lm_eval needs lm-evaluation-harness ({error}): pip install "bdpo-pl[eval]", or leave it out'
+        ) from error
+    path = options.include_path
+    if path is not None and not Path(path).expanduser().is_dir():
+        raise InputError(f"ability.include_path: no folder {path} (looked from {Path.cwd()})")
+    # It reads thousands of files, which takes seconds.
+    manager = _MANAGERS.get(path) or TaskManager(include_path=path and str(Path(path).expanduser()))
+    _MANAGERS[path] = manager
+    unknown = [task for task in options.lm_eval if not manager.match_tasks([task])]
+    if unknown:
+        raise InputError(
+            f"ability.lm_eval: lm-evaluation-harness has no task {', '.join(unknown)}; `lm-eval ls tasks` lists them, "
+            "and ability.include_path takes yours"
+        )
+    return lm_eval, manager

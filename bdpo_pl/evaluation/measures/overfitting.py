@@ -1,0 +1,169 @@
+"""Margin and accuracy on training pairs against held-out and out-of-distribution ones: what was learnt by heart.
+
+Of each pair, Δ = log π(y|x) − log π₀(y|x) of a model π against the first model of the evaluation, π₀, which is as a
+rule the one before alignment. The margin is Δ of the chosen response minus Δ of the rejected one, in nats, with no β;
+a pair counts as right if it is above 0. A gap is training − other pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bdpo_pl import embedded
+from bdpo_pl.data.loading import LoadOptions, load_pairs
+from bdpo_pl.data.report import DataReport
+from bdpo_pl.data.table import PairTable
+from bdpo_pl.data.tokenization import PairTokenizer
+from bdpo_pl.data.truncation import Truncation
+from bdpo_pl.embedded import EMBEDDED
+from bdpo_pl.errors import InputError
+from bdpo_pl.forward.prefix_sharing import choose_layout
+from bdpo_pl.losses.base import TIE
+from bdpo_pl.models.loading import num_positions
+from bdpo_pl.scoring.scoring_pass import score_pairs
+from bdpo_pl.statistics import Interval, mean, normal
+
+_FILES = {
+    "train": embedded.TRAIN_FILE,
+    "held_out": embedded.HELD_OUT_FILE,
+    "out_of_distribution": embedded.OUT_OF_DISTRIBUTION_FILE,
+}
+
+
+@dataclass
+class PairsOptions:
+    """Preference pairs to see overfitting by.
+
+    Args:
+        train: what the models were trained on, as `data.train` of `fit`; `embedded` for the set of bdpo_pl.
+        held_out: pairs of the same kind that they were not trained on.
+        out_of_distribution: pairs of another kind, as of other categories or framings.
+        max_pairs: taken of each at most, at random; 0 takes all.
+        max_length: window in tokens; longer pairs are left out and counted.
+        load: schema, column names and bad rows, as `data.load` of `fit`.
+        seed: of the draw.
+
+    Raises:
+        InputError: a number out of range.
+    """
+
+    train: str | None = None
+    held_out: str | None = None
+    out_of_distribution: str | None = None
+    max_pairs: int = 240
+    max_length: int = 1024
+    load: LoadOptions | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_pairs < 0 or self.max_length < 2:
+            raise InputError(
+                f"pairs.max_pairs must be at least 0 and pairs.max_length at least 2, got {self.max_pairs} and "
+                f"{self.max_length}"
+            )
+
+    def sources(self) -> dict[str, str]:
+        """Split → file or dataset, those that are given."""
+        named = {split: getattr(self, split) for split in _FILES}
+        return {split: str(_FILES[split]) if s == EMBEDDED else s for split, s in named.items() if s is not None}
+
+
+@dataclass(frozen=True)
+class SplitMargins:
+    """A model on the pairs of a split, against the first model; drifts are Δ, in nats."""
+
+    margin: Interval
+    accuracy: Interval
+    drift_chosen: float
+    drift_rejected: float
+
+
+@dataclass(frozen=True)
+class Overfitting:
+    """A model's margins by split, and its gaps, training − split, with 95 % intervals of independent samples."""
+
+    splits: dict[str, SplitMargins]
+    margin_gaps: dict[str, Interval]
+    accuracy_gaps: dict[str, Interval]
+
+
+class PairProbe:
+    """The pairs, tokenised once, by the first model's tokenizer.
+
+    Args:
+        options: which pairs.
+        tokenizer: the first model's.
+        config: the first model's, for its window.
+    """
+
+    def __init__(self, options: PairsOptions, tokenizer: Any, config: Any) -> None:
+        self.vocabulary = tokenizer.get_vocab()
+        self.template = tokenizer.chat_template
+        pairs = PairTokenizer(tokenizer)
+        window = min(options.max_length, num_positions(config) or options.max_length)
+        self.tables: dict[str, PairTable] = {}
+        self.reports: list[DataReport] = []
+        rng = np.random.default_rng(options.seed)
+        for split, source in options.sources().items():
+            table, report = load_pairs(
+                split, source, pairs, Truncation(window), options.load, "train" if split == "train" else "test"
+            )
+            if options.max_pairs and len(table) > options.max_pairs:
+                report.note("not drawn (pairs.max_pairs)", len(table) - options.max_pairs)
+                table = table.select(np.sort(rng.choice(len(table), options.max_pairs, replace=False)))
+            self.tables[split] = table
+            self.reports.append(report)
+
+    def check_reads_alike(self, tokenizer: Any, label: str) -> None:
+        """Raise `InputError` if `label` reads these pairs as other tokens, so that log-ratios would mean nothing."""
+        if tokenizer.get_vocab() != self.vocabulary or tokenizer.chat_template != self.template:
+            raise InputError(
+                f"pairs: {label} has another tokenizer or chat template than the first model, so their "
+                "log-probabilities cannot be compared; evaluate it alone, or leave pairs out"
+            )
+
+    def logps(self, model: Any, name: str, pad_id: int) -> dict[str, np.ndarray]:
+        """(2, M) log-probabilities of the chosen and the rejected responses of each split's M pairs."""
+        first = next(iter(self.tables.values()))
+        layout = choose_layout(model, first, "auto", name=name, pad_id=pad_id)
+        return {
+            split: score_pairs(
+                model, table, range(len(table)), layout=layout, pad_id=pad_id, comprehension=False
+            ).reference.astype(np.float64)
+            for split, table in self.tables.items()
+        }
+
+
+def overfitting(first: Mapping[str, np.ndarray], logps: Mapping[str, np.ndarray]) -> Overfitting:
+    """Margins and gaps of a model from its log-probabilities and the first model's, by split."""
+    margins = {split: (logps[split] - first[split])[0] - (logps[split] - first[split])[1] for split in logps}
+    # As in training: rounding is no preference.
+    right = {split: np.where(np.abs(m) <= TIE, 0.5, m > 0).astype(np.float64) for split, m in margins.items()}
+    splits = {
+        split: SplitMargins(
+            mean(margins[split], rate=False),
+            # Against itself a model ties on every pair, whatever pairs were drawn.
+            mean(right[split], rate=bool((right[split] != 0.5).any())),
+            float((logps[split] - first[split])[0].mean()),
+            float((logps[split] - first[split])[1].mean()),
+        )
+        for split in logps
+    }
+    return Overfitting(splits, _gaps(margins), _gaps(right))
+
+
+def _gaps(values: Mapping[str, np.ndarray]) -> dict[str, Interval]:
+    if "train" not in values:
+        return {}
+    return {split: _gap(values["train"], other) for split, other in values.items() if split != "train"}
+
+
+def _gap(train: np.ndarray, other: np.ndarray) -> Interval:
+    """Difference of two independent means, normal interval."""
+    value = float(train.mean() - other.mean())
+    variance = sum(float(v.var(ddof=1)) / len(v) for v in (train, other) if len(v) > 1)
+    return normal(value, variance**0.5, len(train) + len(other))

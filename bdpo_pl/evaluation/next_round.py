@@ -1,0 +1,85 @@
+"""The next round's data: what a model got wrong, as preference rows that lack only a chosen response."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bdpo_pl.errors import InputError
+from bdpo_pl.evaluation.measures.rates import SuiteResult
+from bdpo_pl.evaluation.suites.suite import EvaluationPrompt, Suite
+from bdpo_pl.evaluation.verdict_log import WARNING
+
+_MOST_NAMED = 3
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A prompt that went wrong, and how."""
+
+    model: str
+    suite: Suite
+    prompt: EvaluationPrompt
+    response: str
+
+
+@dataclass(frozen=True)
+class Weakness:
+    """A category that goes wrong more often than the suite does as a whole."""
+
+    suite: str
+    category: str
+    rate: float
+    prompts: int
+
+
+def weakest(results: Iterable[SuiteResult], most: int = _MOST_NAMED) -> list[Weakness]:
+    """The categories with the highest failure rates over all suites, worst first, `most` at the most.
+
+    Only those above their suite's own rate; of equal rates the one with more prompts comes first.
+    """
+    found = [
+        Weakness(result.suite, rate.name, rate.failed.value, rate.failed.count)
+        for result in results
+        for rate in result.categories
+        if rate.failed.value > result.overall.failed.value
+    ]
+    return sorted(found, key=lambda weakness: (-weakness.rate, -weakness.prompts))[:most]
+
+
+def write_rows(failures: Iterable[Failure], path: Path) -> int:
+    """Write a row of `fit`'s preference schema for each failure; the number of rows.
+
+    `chosen` is null, for you to fill in: `fit` refuses a row without it, by file and line. `rejected` is the model's
+    own answer: unsafe, or for a benign prompt a refusal. Every row carries a warning.
+
+    Raises:
+        InputError: the file exists already (it may hold work of yours), or cannot be written.
+    """
+    count = 0
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("x", encoding="utf-8") as file:
+            for failure in failures:
+                row = {
+                    "prompt": failure.prompt.text,
+                    "chosen": None,
+                    "rejected": failure.response,
+                    "category": failure.prompt.category,
+                    "kind": failure.suite.kind,
+                    "suite": failure.suite.name,
+                    "attack": failure.prompt.attack,
+                    "model": failure.model,
+                    "place": failure.prompt.place,
+                    "warning": WARNING,
+                }
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                count += 1
+    except OSError as error:
+        if isinstance(error, FileExistsError) and path.exists():
+            message = f"{path} exists already, and may hold chosen responses of yours; name another file"
+            raise InputError(message) from None
+        raise InputError(f"{path} cannot be written ({error.strerror}); name another file for refine") from None
+    return count

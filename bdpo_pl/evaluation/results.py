@@ -1,0 +1,109 @@
+"""All that an evaluation finds out, ready for its reports."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from bdpo_pl.evaluation.judges.agreement import Agreement
+from bdpo_pl.evaluation.measures.ability import Ability
+from bdpo_pl.evaluation.measures.overfitting import Overfitting
+from bdpo_pl.evaluation.measures.rates import SuiteResult
+from bdpo_pl.evaluation.next_round import Failure, Weakness
+from bdpo_pl.statistics import Interval
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class SuiteFacts:
+    """What was asked: equal digests are equal questions."""
+
+    name: str
+    kind: str
+    source: str
+    prompts: int
+    digest: str
+    dropped: dict[str, int]
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """One model.
+
+    Attributes:
+        label: its name in the reports.
+        source: folder, hub name or checkpoint.
+        fingerprint: what identifies its weights.
+        suites: by suite, those that were made against it included.
+        score: see `safety_score`.
+        changes: by suite, the change of the failure rate against the first model, paired by prompt.
+        weakest: its worst categories.
+        overfitting: margins and gaps against the first model.
+        ability: general ability.
+        attacks: what each attack cost, by name.
+    """
+
+    label: str
+    source: str
+    fingerprint: str
+    suites: list[SuiteResult]
+    score: float | None
+    changes: dict[str, Interval]
+    weakest: list[Weakness]
+    overfitting: Overfitting | None = None
+    ability: list[Ability] = field(default_factory=list)
+    attacks: dict[str, str] = field(default_factory=dict)
+
+    def suite(self, name: str) -> SuiteResult | None:
+        """The result on the suite of that name, if it was asked."""
+        return next((result for result in self.suites if result.suite == name), None)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Models side by side, the first one the baseline.
+
+    Attributes:
+        facts: how it was measured: name → value.
+        judge: what is to be known of the judge, its limits among it.
+        agreement: how far the judge agrees with labels; None: not measured.
+        suites: what was asked of all models.
+        models: in the order given.
+        failures: what went wrong, with the texts, for the reports that show them; never in the JSON.
+        notes: what the reader must know.
+        shows_texts: the HTML report holds texts.
+    """
+
+    facts: Mapping[str, str]
+    judge: Mapping[str, str]
+    agreement: Agreement | None
+    suites: Sequence[SuiteFacts]
+    models: Sequence[ModelResult]
+    failures: Sequence[Failure]
+    notes: Sequence[str]
+    shows_texts: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but texts; null where a number is not to be had."""
+        values = {
+            "bdpo_pl_evaluation": FORMAT,
+            "facts": dict(self.facts),
+            "judge": dict(self.judge),
+            "agreement": None if self.agreement is None else asdict(self.agreement),
+            "suites": [asdict(suite) for suite in self.suites],
+            "models": [asdict(model) for model in self.models],
+            "notes": list(self.notes),
+        }
+        return _finite(values)
+
+
+def _finite(value: Any) -> Any:
+    """`value` with null for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

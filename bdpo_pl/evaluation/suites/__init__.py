@@ -1,0 +1,1 @@
+"""Suites of prompts: published ones by name, and files of your own."""

@@ -1,0 +1,224 @@
+"""Suites by name, file or hub dataset.
+
+On the command line a suite is `NAME`, one that is known; `NAME=SOURCE`, the same from a file or hub dataset of yours;
+or `NAME:KIND=SOURCE`, a suite of your own, KIND being harmful or benign. Configurations can give all of `SuiteOptions`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import get_args
+
+from bdpo_pl import embedded
+from bdpo_pl.errors import InputError
+from bdpo_pl.evaluation.suites.layouts import LayoutName, UnusableRowError, choose_layout, read_rows, rename
+from bdpo_pl.evaluation.suites.suite import EvaluationPrompt, Kind, Suite, spread
+
+_SPEC = re.compile(r"(?P<name>[^=:]+)(?::(?P<kind>[^=:]+))?(?:=(?P<source>.+))?", re.DOTALL)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+@dataclass
+class SuiteOptions:
+    """Prompts to count together.
+
+    Args:
+        name: of a known suite, or of one of your own: letters, digits, `_`, `.` and `-`.
+        file: CSV, JSONL or Parquet file, or hub dataset; None: where the known suite of that name is.
+        kind: `harmful` or `benign`; needed where neither the name nor the columns tell.
+        layout: of the file; None: told by its columns.
+        subset: configuration of a hub dataset that has several.
+        split: of a hub dataset; default `train`, or the known suite's.
+        revision: git revision of a hub dataset; pin it to make a run repeatable.
+        columns: our column → yours, as in `{prompt: question}`.
+    """
+
+    name: str
+    file: str | None = None
+    kind: Kind | None = None
+    layout: LayoutName | None = None
+    subset: str | None = None
+    split: str | None = None
+    revision: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class KnownSuite:
+    """A suite that needs no more than its name.
+
+    Attributes:
+        kind: of its prompts.
+        source: file or hub dataset.
+        about: what it is, for lists of suites.
+        layout: None: told by its columns.
+        subset: of the hub dataset.
+        split: of the hub dataset.
+        gated: the hub asks for a login, and for consent to terms.
+    """
+
+    kind: Kind
+    source: str
+    about: str
+    layout: LayoutName | None = None
+    subset: str | None = None
+    split: str = "train"
+    gated: bool = False
+
+
+_EMBEDDED = {
+    "embedded_harmful": KnownSuite("harmful", str(embedded.HARMFUL_PROMPTS_FILE), "harmful requests, ships with this"),
+    "embedded_jailbreak": KnownSuite(
+        "harmful", str(embedded.JAILBREAK_PROMPTS_FILE), "the like in framings never trained on, ships with this"
+    ),
+    "embedded_benign": KnownSuite(
+        "benign", str(embedded.BENIGN_PROMPTS_FILE), "benign requests that look harmful, ships with this"
+    ),
+}
+_PUBLISHED = {
+    "strongreject": KnownSuite(
+        "harmful", "walledai/StrongREJECT", "StrongREJECT (arXiv:2402.10260), 313 requests", gated=True
+    ),
+    "xstest_benign": KnownSuite("benign", "Paul/XSTest", "XSTest (arXiv:2308.01263), its 250 safe prompts", "xstest"),
+    "xstest_harmful": KnownSuite("harmful", "Paul/XSTest", "XSTest, its 200 unsafe contrasts", "xstest"),
+    "harmbench": KnownSuite(
+        "harmful",
+        "walledai/HarmBench",
+        "HarmBench (arXiv:2402.04249), standard behaviours",
+        None,
+        "standard",
+        gated=True,
+    ),
+    "jailbreakbench_harmful": KnownSuite(
+        "harmful",
+        "JailbreakBench/JBB-Behaviors",
+        "JailbreakBench (arXiv:2404.01318), 100 misuses",
+        "jailbreakbench",
+        "behaviors",
+        "harmful",
+    ),
+    "jailbreakbench_benign": KnownSuite(
+        "benign",
+        "JailbreakBench/JBB-Behaviors",
+        "JailbreakBench, 100 benign counterparts",
+        "jailbreakbench",
+        "behaviors",
+        "benign",
+    ),
+    "advbench": KnownSuite("harmful", "walledai/AdvBench", "AdvBench (arXiv:2307.15043), 520 requests", gated=True),
+}
+
+
+def known_suites() -> Mapping[str, KnownSuite]:
+    """Every suite that can be named without a source."""
+    return _EMBEDDED | _PUBLISHED
+
+
+def parse_suite(text: str) -> SuiteOptions:
+    """The options that `NAME`, `NAME=SOURCE` or `NAME:KIND=SOURCE` stands for.
+
+    Raises:
+        InputError: it is none of these.
+    """
+    match = _SPEC.fullmatch(text.strip())
+    if match is None:
+        raise InputError(f"suite {text!r}: give NAME, NAME=SOURCE or NAME:KIND=SOURCE, KIND being harmful or benign")
+    return SuiteOptions(match["name"].strip(), match["source"], match["kind"])  # type: ignore[arg-type]
+
+
+def load_suite(spec: str | SuiteOptions, max_prompts: int | None = None) -> Suite:
+    """The suite that `spec` names.
+
+    A text that comes again is left out. What is left out is counted in `Suite.dropped`.
+
+    Args:
+        spec: options, or their short form (see the module).
+        max_prompts: at most so many, evenly spread over the file: files are mostly sorted by category.
+
+    Raises:
+        InputError: no such suite, file or dataset; columns of no known layout; a kind that nothing tells; an empty
+            prompt; or no prompts.
+    """
+    options = parse_suite(spec) if isinstance(spec, str) else spec
+    if not _NAME.fullmatch(options.name):
+        raise InputError(f"suite {options.name!r}: a name may have letters, digits, '_', '.' and '-' only")
+    if options.kind is not None and options.kind not in get_args(Kind):
+        raise InputError(f"suite {options.name}: kind must be harmful or benign, not {options.kind!r}")
+    if max_prompts is not None and max_prompts < 1:
+        raise InputError(f"max_prompts must be at least 1, got {max_prompts}")
+    known = known_suites().get(options.name)
+    if known is None and options.file is None:
+        raise InputError(
+            f"there is no suite {options.name!r}; known are {', '.join(known_suites())}. For one of your own write "
+            f"{options.name}:harmful=FILE or {options.name}:benign=FILE"
+        )
+    if known is not None and options.kind not in (None, known.kind):
+        raise InputError(f"suite {options.name} is of {known.kind} prompts, not {options.kind}; give it another name")
+    prompts, kind, dropped, source = _read(options, known)
+    if max_prompts is not None and len(prompts) > max_prompts:
+        dropped["beyond max_prompts"] = len(prompts) - max_prompts
+        prompts = spread(prompts, max_prompts)
+    return Suite(options.name, kind, prompts, source, dict(dropped))
+
+
+def _read(
+    options: SuiteOptions, known: KnownSuite | None
+) -> tuple[Sequence[EvaluationPrompt], Kind, Counter[str], str]:
+    source = options.file or (known.source if known else "")
+    # A known suite's split and subset are those of its own place, not of one that the user names.
+    own = known if known is not None and source == known.source else None
+    split = options.split or (own.split if own else "train")
+    subset = options.subset or (own.subset if own else None)
+    records = read_rows(source, split, options.revision, subset)
+    try:
+        first = next(records, None)
+    except InputError as error:
+        raise InputError(f"suite {options.name}: {error}{_remedy(source, options.name, own)}") from error
+    if first is None:
+        raise InputError(f"suite {options.name}: {source} has no rows")
+    layout = choose_layout(rename(first, options.columns), options.layout or (known.layout if own and known else None))
+    kind = options.kind or (known.kind if known else layout.kind)
+    if kind is None:
+        raise InputError(
+            f"suite {options.name}: the {layout.name} layout of {source} does not tell what its prompts are; write "
+            f"{options.name}:harmful={source} or {options.name}:benign={source}"
+        )
+    prompts: dict[str, EvaluationPrompt] = {}
+    dropped: Counter[str] = Counter()
+    for record in (first, *records):
+        try:
+            prompt = layout.parse(rename(record, options.columns), kind)
+        except UnusableRowError as reason:
+            dropped[str(reason)] += 1
+            continue
+        if prompt.text in prompts:
+            dropped["the same text again"] += 1
+        else:
+            prompts[prompt.text] = prompt
+    if not prompts:
+        reasons = "; ".join(f"{count} {reason}" for reason, count in dropped.items())
+        raise InputError(
+            f"suite {options.name}: no prompts are left of {source} ({reasons}); give another file, or say its `layout`"
+        )
+    return list(prompts.values()), kind, dropped, _place(source, split, subset, options.revision)
+
+
+def _remedy(source: str, name: str, known: KnownSuite | None) -> str:
+    if known is None:
+        return ""
+    login = (
+        f" It is gated: accept its terms on https://huggingface.co/datasets/{source}, and log in with `hf auth login`."
+        if known.gated
+        else ""
+    )
+    return f".{login} With no way to the hub, fetch the published file elsewhere and write {name}=FILE"
+
+
+def _place(source: str, split: str, subset: str | None, revision: str | None) -> str:
+    if Path(source).expanduser().exists():
+        return source
+    return " ".join([source, *filter(None, (subset, split, revision and f"at {revision}"))])

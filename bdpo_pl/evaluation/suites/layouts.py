@@ -1,0 +1,213 @@
+"""Files of prompts in the layouts that safety benchmarks are published in, told apart by their columns.
+
+| layout | columns it is known by | other columns it reads | prompts |
+|---|---|---|---|
+| `strongreject` | `forbidden_prompt` | `category` | harmful |
+| `harmbench` | `Behavior`, `BehaviorID`, `FunctionalCategory` | `ContextString`, `SemanticCategory` | harmful |
+| `jailbreakbench` | `Goal`, `Behavior`, `Category` | `Target` | one kind a file |
+| `advbench` | `goal`, `target` | | harmful |
+| `xstest` | `prompt`, `type` | `label` | both kinds in one file |
+| `prompts` | `prompt` | `category`, `target`, `context`, `behaviour`, `attack` | one kind a file |
+
+Sources: arXiv:2402.10260, 2402.04249, 2404.01318, 2307.15043, 2308.01263 in this order. The last is this project's own,
+and what copies of the others on the hub mostly look like.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from bdpo_pl.data.sources import Record, read_records
+from bdpo_pl.errors import InputError
+from bdpo_pl.evaluation.suites.suite import EvaluationPrompt, Kind
+
+LayoutName = Literal["strongreject", "harmbench", "jailbreakbench", "advbench", "xstest", "prompts"]
+
+_CONTEXT_BREAK = "\n\n---\n\n"  # HarmBench's own, between a context and what is asked about it
+
+
+class UnusableRowError(Exception):
+    """A row that is left out and counted; the message says why."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a published file is laid out.
+
+    Attributes:
+        name: as in options and messages.
+        columns: those it is known by.
+        kind: of all its prompts; None: the file does not tell, or holds both.
+        parse: the prompt of a row, for a suite of the given kind. Raises `UnusableRowError` for a row that is none.
+    """
+
+    name: LayoutName
+    columns: tuple[str, ...]
+    kind: Kind | None
+    parse: Callable[[Record, Kind], EvaluationPrompt]
+
+
+def _text(record: Record, column: str) -> str:
+    """The text in `column`, stripped; empty if there is none.
+
+    Raises:
+        InputError: it is something else.
+    """
+    value = record.fields.get(column)
+    if value is not None and not isinstance(value, str):
+        raise InputError(f"{record.place}: column {column!r} must be a text, not {type(value).__name__}; mend the row")
+    return (value or "").strip()
+
+
+def _prompt(record: Record, column: str, category: str, target: str = "target", context: str = "") -> EvaluationPrompt:
+    request = _text(record, column)
+    if not request:
+        raise InputError(f"{record.place}: column {column!r} is empty, and a prompt is needed; mend or remove the row")
+    about = _text(record, context) if context else ""
+    text = about + _CONTEXT_BREAK + request if about else request
+    return EvaluationPrompt(text, text, _text(record, category), record.place, _text(record, target) or None)
+
+
+def _strongreject(record: Record, kind: Kind) -> EvaluationPrompt:
+    return _prompt(record, "forbidden_prompt", "category")
+
+
+def _harmbench(record: Record, kind: Kind) -> EvaluationPrompt:
+    match _text(record, "FunctionalCategory"):
+        case "copyright":
+            raise UnusableRowError("asks for a copyrighted text, which is judged by comparing texts")
+        case "multimodal":
+            raise UnusableRowError("asks about an image")
+        case _:
+            return _prompt(record, "Behavior", "SemanticCategory", context="ContextString")
+
+
+def _jailbreakbench(record: Record, kind: Kind) -> EvaluationPrompt:
+    return _prompt(record, "Goal", "Category", target="Target")
+
+
+def _advbench(record: Record, kind: Kind) -> EvaluationPrompt:
+    return _prompt(record, "goal", "category")
+
+
+def _xstest(record: Record, kind: Kind) -> EvaluationPrompt:
+    # Releases without a label tell an unsafe prompt by its type alone.
+    label = _text(record, "label") or ("unsafe" if _text(record, "type").startswith("contrast_") else "safe")
+    if label not in ("safe", "unsafe"):
+        raise InputError(f"{record.place}: column 'label' must be safe or unsafe, not {label!r}; mend the row")
+    if (label == "safe") != (kind == "benign"):
+        raise UnusableRowError(f"labelled {label}, and the suite is of {kind} prompts")
+    return _prompt(record, "prompt", "type")
+
+
+def _own(record: Record, kind: Kind) -> EvaluationPrompt:
+    plain = _prompt(record, "prompt", "category", context="context")
+    return EvaluationPrompt(
+        plain.text,
+        _text(record, "behaviour") or plain.text,
+        plain.category,
+        plain.place,
+        plain.target,
+        _text(record, "attack"),
+    )
+
+
+# In the order they are tried: columns of a later one may stand in a file of an earlier one too.
+LAYOUTS = (
+    Layout("strongreject", ("forbidden_prompt",), "harmful", _strongreject),
+    Layout("harmbench", ("Behavior", "BehaviorID", "FunctionalCategory"), "harmful", _harmbench),
+    Layout("jailbreakbench", ("Goal", "Behavior", "Category"), None, _jailbreakbench),
+    Layout("advbench", ("goal", "target"), "harmful", _advbench),
+    Layout("xstest", ("prompt", "type"), None, _xstest),
+    Layout("prompts", ("prompt",), None, _own),
+)
+
+
+def choose_layout(first: Record, name: LayoutName | None = None) -> Layout:
+    """The layout of a file whose first row is `first`.
+
+    Args:
+        first: its columns are the file's.
+        name: the layout it must have; None: the first one whose columns it has.
+
+    Raises:
+        InputError: its columns are those of no layout, or not those of the named one.
+    """
+    if name is not None and name not in get_args(LayoutName):
+        raise InputError(f"there is no layout {name!r} of prompts; choose {', '.join(get_args(LayoutName))}")
+    tried = [layout for layout in LAYOUTS if name in (None, layout.name)]
+    for layout in tried:
+        if all(column in first.fields for column in layout.columns):
+            return layout
+    wanted = "; ".join(f"{layout.name}: {', '.join(layout.columns)}" for layout in tried)
+    raise InputError(
+        f"{first.source}: its columns {', '.join(map(repr, first.fields)) or '(none)'} are those of no layout known "
+        f"here ({wanted}); rename them with `columns`, as in {{prompt: your_column}}, or give another file"
+    )
+
+
+def read_rows(source: str, split: str, revision: str | None, subset: str | None) -> Iterator[Record]:
+    """Rows of a CSV file, or of anything that `bdpo_pl.data.sources.read_records` reads.
+
+    Raises:
+        InputError: nothing readable there.
+    """
+    path = Path(source).expanduser()
+    if path.suffix.lower() == ".csv" and path.is_file():
+        return _csv(path)
+    return read_records(source, split, revision, subset)
+
+
+def rename(record: Record, columns: Mapping[str, str]) -> Record:
+    """`record` with its columns renamed, `columns` being our name → theirs.
+
+    Raises:
+        InputError: it lacks one of them.
+    """
+    if missing := [theirs for theirs in columns.values() if theirs not in record.fields]:
+        raise InputError(
+            f"{record.place}: no column {missing[0]!r}; it has {', '.join(map(repr, record.fields)) or 'none'}. "
+            "Mend `columns`, which is our column → yours"
+        )
+    kept = {name: value for name, value in record.fields.items() if name not in columns.values()}
+    renamed = {ours: record.fields[theirs] for ours, theirs in columns.items()}
+    return Record(record.source, record.number, kept | renamed)
+
+
+def _csv(path: Path) -> Iterator[Record]:
+    # utf-8-sig: spreadsheets begin a file with a byte order mark, which is no part of the first column's name.
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        line = 1
+        try:
+            header = [name.strip() for name in next(reader, [])]
+            if len(set(header)) < len(header):
+                raise InputError(f"{path}: two columns of the same name among {', '.join(header)}; rename one")
+            line = reader.line_num + 1
+            for row in reader:
+                if row and len(row) != len(header):
+                    raise InputError(
+                        f"{path}, line {line}: {len(row)} fields under {len(header)} columns; put a field that holds "
+                        "a comma or a line break in double quotes"
+                    )
+                if row:
+                    yield Record(str(path), line, dict(zip(header, row, strict=True)))
+                line = reader.line_num + 1  # a quoted field may run over several lines
+        except csv.Error as error:
+            raise InputError(f"{path}, line {line}: not CSV ({error}); mend the quotes, or save it again") from None
+        except UnicodeDecodeError:
+            raise InputError(f"{path}, line {_damaged_line(path)}: not UTF-8; save the file as CSV in UTF-8") from None
+
+
+def _damaged_line(path: Path) -> int:
+    """The first line of a file that is not UTF-8: files are decoded in blocks, and the reader is told of none."""
+    content = path.read_bytes()
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        return content.count(b"\n", 0, error.start) + 1
+    return 1

@@ -1,0 +1,1 @@
+"""From a batch to log-probabilities: masks, prompt sharing, the fused head, and the trials that admit them."""

@@ -1,0 +1,101 @@
+"""LM head and loss in one operation, so that training never holds the logits of a batch.
+
+The hidden states of the scored positions are taken where they enter the head, and `linear_preference_loss` does the
+rest chunk by chunk. What an architecture does to its logits after the head (soft-cap, scale) is read from its
+configuration, and the result is compared once with the model's own logits before it is trusted.
+
+Shapes: B pairs; S = 2B sequences; N scored tokens; D hidden size; V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bdpo_kernels import linear_preference_loss
+from bdpo_pl.data.packing import SequenceBatch
+from bdpo_pl.forward.equivalence import compute_dtype, relative_error, tolerance
+from bdpo_pl.forward.last_layer import scored_positions_only
+from bdpo_pl.forward.masks import model_inputs
+from bdpo_pl.forward.responses import head_input, response_logps
+from bdpo_pl.parallel.tensor_parallel import VocabParallelHead, head_weight
+
+LossOfPairs = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(chosen (b,), rejected (b,), pair index (b,)) → weighted loss of each pair (b,)."""
+
+
+def fused_preference_loss(model: Any, batch: SequenceBatch, loss_of_pairs: LossOfPairs) -> tuple[Tensor, Tensor]:
+    """Sum of the pairs' losses, and the log-probabilities it was computed from.
+
+    Args:
+        model: a causal language model that `why_not_fused` has no objection to.
+        batch: 2B sequences, the chosen of all pairs before the rejected of all.
+        loss_of_pairs: gives each pair's loss, already weighted; called with some of the pairs at a time.
+
+    Returns:
+        Scalar loss with gradients to the model's parameters; (2, B) log-probabilities without.
+    """
+    head = model.get_output_embeddings()
+    softcap, scale = _transform(model.config)
+    num_pairs = batch.num_sequences // 2
+    results: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def compute(hidden: Tensor) -> Tensor:
+        # Inside the head's call: here a sharded weight is whole.
+        packed = hidden.flatten(0, 1).index_select(0, batch.score_index)
+        weight, shard = head_weight(head)
+        results.append(
+            linear_preference_loss(
+                packed,
+                weight,
+                batch.labels,
+                batch.sequence_ids,
+                loss_of_pairs,
+                num_pairs=num_pairs,
+                bias=head.bias,
+                softcap=softcap,
+                logit_scale=scale,
+                check_labels=False,
+                shard=shard,
+            )
+        )
+        # The head itself gets nothing to do.
+        return hidden[:, :0]
+
+    with scored_positions_only(model, batch), head_input(model, compute):
+        model(**model_inputs(model, batch))
+    ((loss, chosen, rejected),) = results
+    return loss, torch.stack([chosen, rejected])
+
+
+def why_not_fused(model: Any, batch: SequenceBatch) -> str | None:
+    """Why `fused_preference_loss` cannot stand in for `model`'s own logits, or None: they agree on `batch`."""
+    head = model.get_output_embeddings()
+    if type(head) not in (nn.Linear, VocabParallelHead):
+        return f"its LM head is a {type(head).__name__}, not a plain Linear"
+    dtype = compute_dtype(model)
+    if dtype == torch.float16:
+        return "float16 gradients vanish unless the loss is scaled before they are computed; use bf16"
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            own = response_logps(model, batch, whole=True)
+            _, fused = fused_preference_loss(model, batch, lambda chosen, rejected, _: chosen - rejected)
+    finally:
+        model.train(was_training)
+    error = relative_error(fused.flatten(), own)
+    if not error <= tolerance(dtype):
+        return f"its logits are not those of its LM head alone (log-probabilities differ by {error:.2g} of their size)"
+    return None
+
+
+def _transform(config: Any) -> tuple[float | None, float]:
+    """Soft-cap and scale of the logits: Gemma's, Cohere's and Granite's names for them."""
+    text = config.get_text_config()
+    scale = getattr(text, "logit_scale", None) or 1.0
+    scale /= getattr(text, "logits_scaling", None) or 1.0
+    return getattr(text, "final_logit_softcapping", None), scale

@@ -1,0 +1,194 @@
+"""Batched greedy generation of responses to prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from bdpo_pl.data.rows import Message
+from bdpo_pl.errors import InputError
+from bdpo_pl.forward.masks import set_attention
+from bdpo_pl.models.loading import num_positions
+
+
+@dataclass(frozen=True)
+class Response:
+    """What a model answered.
+
+    Attributes:
+        text: special tokens removed.
+        num_tokens: generated, the stop token not counted.
+        finished: the model stopped by itself, and was not cut at `max_new_tokens`.
+    """
+
+    text: str
+    num_tokens: int
+    finished: bool
+
+
+def generate_responses(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 128,
+    batch_size: int = 32,
+    use_template: bool = True,
+) -> list[str]:
+    """The texts of `generate` on `prompts`, each the user's turn of the chat template, if there is one."""
+    if not prompts:  # tokenizers take no empty batch
+        return []
+    ids = encode_prompts(tokenizer, prompts, use_template=use_template)
+    responses = generate(model, tokenizer, ids, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    return [response.text for response in responses]
+
+
+def encode_prompts(tokenizer: Any, prompts: Sequence[str], *, use_template: bool = True) -> list[list[int]]:
+    """Token ids of `prompts`, ready to be answered.
+
+    Args:
+        tokenizer: the model's.
+        prompts: users' texts.
+        use_template: render each as the user's turn of the chat template, if there is one; else the text as it stands.
+    """
+    if use_template and tokenizer.chat_template:
+        return encode_conversations(tokenizer, [[{"role": "user", "content": prompt}] for prompt in prompts])
+    return list(tokenizer(list(prompts), verbose=False)["input_ids"])
+
+
+def encode_conversations(tokenizer: Any, conversations: Sequence[Sequence[Message]]) -> list[list[int]]:
+    """Token ids of conversations by the tokenizer's chat template, up to where the assistant's turn begins."""
+    texts = [
+        tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        for messages in conversations
+    ]
+    return list(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int = 128,
+    batch_size: int = 32,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[Response]:
+    """Greedy responses to `prompts`, in order, with the key/value cache, like lengths together.
+
+    Args:
+        model: causal language model; generates on its own device, in evaluation mode.
+        tokenizer: the model's.
+        prompts: token ids of each.
+        max_new_tokens: tokens in a response at most.
+        batch_size: prompts generated at a time.
+        on_batch: told the number of prompts answered since the last time.
+
+    Raises:
+        InputError: a prompt and its response do not fit into the model's positions.
+    """
+    _check_fits(model, prompts, max_new_tokens)
+    stops = stop_ids(model, tokenizer)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops, default=0)
+    # Like lengths together, as in scoring; answers go back to the order of the prompts.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    responses: dict[int, Response] = {}
+    device = next(model.parameters()).device
+    with _generating(model):
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            ids, mask = _pad_left([prompts[i] for i in chosen], pad_id, device)
+            output = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                use_cache=True,
+                eos_token_id=sorted(stops) or None,
+                pad_token_id=pad_id,
+                # A model's sampling defaults mean nothing to greedy decoding, which would warn of each.
+                temperature=None,
+                top_p=None,
+                top_k=None,
+            )
+            for i, row in zip(chosen, output[:, ids.shape[1] :].tolist(), strict=True):
+                length = next((k for k, token in enumerate(row) if token in stops), len(row))
+                text = tokenizer.decode(row[:length], skip_special_tokens=True).strip()
+                responses[i] = Response(text, length, length < len(row))
+            if on_batch is not None:
+                on_batch(len(chosen))
+    return [responses[i] for i in range(len(prompts))]
+
+
+def stop_ids(model: Any, tokenizer: Any) -> set[int]:
+    """Tokens that end a response: the model's, the tokenizer's, and the one that ends a turn of the chat template.
+
+    Many chat models end a turn with a token that is neither's end of sequence; without it they would talk on in the
+    user's place.
+    """
+    found: set[int] = set()
+    for named in (getattr(model.generation_config, "eos_token_id", None), tokenizer.eos_token_id):
+        found.update(named if isinstance(named, (list, tuple)) else () if named is None else (named,))
+    end = _end_of_turn(tokenizer)
+    return found if end is None else found | {end}
+
+
+def _end_of_turn(tokenizer: Any) -> int | None:
+    """The special token that the chat template puts right after what the assistant says, if it does."""
+    if not tokenizer.chat_template:
+        return None
+    mark = "ends here"
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception:  # a template may refuse any conversation, with an error of its own
+        return None
+    _, found, rest = text.rpartition(mark)
+    ids = tokenizer(rest, add_special_tokens=False, verbose=False)["input_ids"] if found else []
+    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
+
+
+@contextmanager
+def _generating(model: Any) -> Iterator[None]:
+    """`model` in evaluation mode, its layers as written and not compiled, its attention one that has a cache."""
+    was_training = model.training
+    attention = model.config._attn_implementation
+    model.eval()
+    try:
+        # Block masks and compiled layers are made for the shapes of training; here the shapes change with every token.
+        if attention == "flex_attention":
+            set_attention(model, "sdpa")
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        set_attention(model, attention)
+        model.train(was_training)
+
+
+def _check_fits(model: Any, prompts: Sequence[list[int]], max_new_tokens: int) -> None:
+    window = num_positions(model.config)
+    longest = max(map(len, prompts), default=0)
+    if window is not None and longest + max_new_tokens > window:
+        over = sum(len(prompt) + max_new_tokens > window for prompt in prompts)
+        raise InputError(
+            f"{over} of {len(prompts)} prompts (the longest has {longest} tokens) and a response of up to "
+            f"{max_new_tokens} do not fit into the model's {window} positions; lower max_new_tokens, or leave them out"
+        )
+
+
+def _pad_left(rows: list[list[int]], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pad on the left: generation goes on from the last position of every row."""
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, width - len(row) :] = torch.tensor(row)
+        mask[i, width - len(row) :] = 1
+    return ids.to(device), mask.to(device)

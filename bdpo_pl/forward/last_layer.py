@@ -1,0 +1,66 @@
+"""The last layer's MLP at scored positions alone: nothing else of what it computes is read.
+
+After the last attention a position's hidden state meets no other, and only those that predict a scored token reach the
+LM head. Skipping the rest saves most of a layer where prompts are long.
+
+Shapes: R rows; T positions; U positions to keep; D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from bdpo_pl.data.packing import SequenceBatch
+from bdpo_pl.models.architectures import decoder_layers
+
+
+@contextmanager
+def scored_positions_only(model: Any, batch: SequenceBatch) -> Iterator[None]:
+    """While open, the last layer's MLP of `model` runs at the scored positions of `batch`; elsewhere it gives zeros.
+
+    Does nothing where that is not known to be right, or where hooks that come and go would do harm: for models whose
+    last layer has no plain MLP, under gradient checkpointing (the layer runs again, later) and for compiled layers.
+
+    Raises:
+        RuntimeError: the layer runs more than once in a forward pass.
+    """
+    mlp = _last_mlp(model)
+    if mlp is None:
+        yield
+        return
+    shape: list[Any] = []
+
+    def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if shape:
+            raise RuntimeError(f"{type(model).__name__} runs its last layer more than once")
+        hidden, *rest = args
+        shape.append(hidden.shape)
+        return (hidden.flatten(0, 1).index_select(0, batch.scored).unsqueeze(0), *rest)
+
+    def put_back(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
+        R, T, _ = shape[0]
+        rows = output.new_zeros(R * T, output.shape[-1])
+        return rows.index_copy(0, batch.scored, output[0]).view(R, T, -1)
+
+    handles = [mlp.register_forward_pre_hook(select), mlp.register_forward_hook(put_back)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _last_mlp(model: Any) -> nn.Module | None:
+    layers = decoder_layers(model) if hasattr(model, "config") else None
+    if not layers:
+        return None
+    last = layers[-1]
+    if last._compiled_call_impl is not None or getattr(last, "gradient_checkpointing", False):
+        return None
+    mlp = getattr(last, "mlp", None)
+    # transformers names the plain, position-wise ones so; mixtures of experts have other names.
+    return mlp if isinstance(mlp, nn.Module) and type(mlp).__name__.endswith("MLP") else None

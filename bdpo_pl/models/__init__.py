@@ -1,0 +1,1 @@
+"""Models of transformers: loading, adapters, and what is known of an architecture."""

@@ -1,0 +1,73 @@
+"""A trained policy read back: from a checkpoint or a whole state to a plain model of transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bdpo_pl.errors import InputError
+from bdpo_pl.models.adapters import LoraOptions, merged
+from bdpo_pl.models.loading import ModelSource, load_config, load_model, model_class
+
+_PREFIX = "policy."
+
+
+def plain_model(source: ModelSource, dtype: torch.dtype, state: dict[str, Tensor], lora: LoraOptions | None) -> Any:
+    """A model of transformers on the CPU with the weights of `state` (of `whole_state`), adapters merged."""
+    if lora is not None:
+        return merged(load_model(source, dtype), lora, state)
+    with torch.device("meta"):
+        model = model_class(source, load_config(source), dtype)
+    model.load_state_dict(state, assign=True, strict=False)
+    model.tie_weights()
+    return model
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint that `bdpo_pl.fit` wrote, its tensors on disk still.
+
+    Raises:
+        InputError: it is not there, not whole or of another program.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"no checkpoint at {path} (looked from {Path.cwd()})") from None
+    except Exception as error:  # whatever is wrong with it, it is not a checkpoint
+        raise InputError(f"{path} is not a whole checkpoint ({type(error).__name__})") from error
+    if not isinstance(saved, dict) or "bdpo_pl" not in saved:
+        raise InputError(f"{path} was not written by bdpo_pl.fit; give the folder of its exported model")
+    return saved
+
+
+def checkpoint_model(path: Path, source: ModelSource, dtype: torch.dtype) -> Any:
+    """A model of transformers on the CPU with the policy's weights of a checkpoint, adapters merged.
+
+    Args:
+        path: the checkpoint.
+        source: the model that it was trained from.
+        dtype: of the weights.
+
+    Raises:
+        InputError: see `read_checkpoint`.
+    """
+    saved = read_checkpoint(path)
+    state = {
+        name.removeprefix(_PREFIX): value for name, value in saved["state_dict"].items() if name.startswith(_PREFIX)
+    }
+    lora = saved["bdpo_pl"]["lora"]
+    if lora is not None:
+        return plain_model(source, dtype, state, LoraOptions(**lora))
+    # Into a whole model: what is in no checkpoint, as the positions' frequencies and how to generate, comes with it.
+    model = load_model(source, dtype)
+    found = model.load_state_dict(state, strict=False)
+    left = set(found.missing_keys) - set(getattr(model, "all_tied_weights_keys", ()))
+    if left or found.unexpected_keys:
+        raise InputError(
+            f"{path} does not hold the weights of {source.name} (first that differs: "
+            f"{min([*left, *found.unexpected_keys])}); the folder of its exported model may"
+        )
+    return model

@@ -1,0 +1,238 @@
+"""Loading models and tokenizers, with every fault found before training starts.
+
+Nothing is fetched or executed that the user did not name: hub code stays off unless `trust_remote_code` is set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from bdpo_pl.errors import InputError
+from bdpo_pl.models.architectures import decoder_layers
+
+DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Which causal language model, and how to load it.
+
+    Attributes:
+        name: folder in the Hugging Face layout, or a name on the hub.
+        revision: git revision on the hub; pin it to make a run repeatable.
+        attn_implementation: as in transformers (`sdpa`, `eager`, `flash_attention_2`, …); None: transformers chooses.
+        trust_remote_code: run Python code that comes with the model. Off by default: it runs with your permissions.
+    """
+
+    name: str
+    revision: str | None = None
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """The fast tokenizer of `source`.
+
+    Raises:
+        InputError: there is none to be had.
+    """
+    from transformers import AutoTokenizer
+
+    _check_path(source.name)
+    try:
+        return AutoTokenizer.from_pretrained(
+            source.name, revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
+    except Exception as error:  # missing, gated, malformed, code refused: all mean that there is no tokenizer
+        raise InputError(f"cannot load a tokenizer from {source.name!r}: {_reason(error)}") from error
+
+
+def load_config(source: ModelSource) -> Any:
+    """The configuration of `source`, with every dropout set to zero.
+
+    DPO compares the policy with its reference, and dropout would add noise to one side of the comparison.
+
+    Raises:
+        InputError: there is no model of that name.
+    """
+    from transformers import AutoConfig
+
+    _check_path(source.name)
+    try:
+        config = AutoConfig.from_pretrained(
+            source.name, revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
+    except Exception as error:
+        raise InputError(f"cannot load a model from {source.name!r}: {_reason(error)}") from error
+    for key, value in list(vars(config).items()):
+        if ("dropout" in key or key.endswith("pdrop")) and isinstance(value, float):
+            setattr(config, key, 0.0)
+    return config
+
+
+def model_class(source: ModelSource, config: Any, dtype: torch.dtype) -> Any:
+    """A model of `source`'s architecture without its weights; under `torch.device("meta")` it takes no memory.
+
+    Raises:
+        InputError: transformers has no causal language model of that configuration.
+    """
+    from transformers import AutoModelForCausalLM
+
+    kwargs = {} if source.attn_implementation is None else {"attn_implementation": source.attn_implementation}
+    try:
+        return AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=source.trust_remote_code, **kwargs
+        )
+    except Exception as error:
+        raise InputError(f"cannot build a causal language model of {source.name!r}: {_reason(error)}") from error
+
+
+def load_model(source: ModelSource, dtype: torch.dtype, quantization: Any = None, device: Any = None) -> nn.Module:
+    """The causal language model of `source`, without dropout.
+
+    Args:
+        source: which model.
+        dtype: of its weights.
+        quantization: a transformers configuration of the quantisation of its weights, which then lie on `device`.
+        device: default the CPU.
+
+    Raises:
+        InputError: there is no causal language model of that name, or its weights do not load.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(source)
+    kwargs: dict[str, Any] = {}
+    if source.attn_implementation is not None:
+        kwargs["attn_implementation"] = source.attn_implementation
+    if quantization is not None:
+        kwargs |= {"quantization_config": quantization, "device_map": {"": device}}
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source.name,
+            config=config,
+            revision=source.revision,
+            dtype=dtype,
+            trust_remote_code=source.trust_remote_code,
+            output_loading_info=True,
+            **kwargs,
+        )
+    except Exception as error:
+        raise InputError(f"cannot load a causal language model from {source.name!r}: {_reason(error)}") from error
+    # transformers only warns and fills these with random numbers.
+    if missing := sorted(info["missing_keys"]):
+        raise InputError(
+            f"{source.name}: the checkpoint lacks {len(missing)} weights of {type(model).__name__} "
+            f"(first: {', '.join(missing[:3])}); is it a causal language model's, and whole?"
+        )
+    model.config.use_cache = False
+    return model
+
+
+def frozen(model: Any, device: torch.device) -> Any:
+    """`model` on `device`, in evaluation mode and with no gradients of its weights."""
+    return model.requires_grad_(False).eval().to(device)
+
+
+def enable_activation_checkpointing(model: Any) -> None:
+    """Recompute the activations of each layer in the backward pass.
+
+    Raises:
+        InputError: the architecture cannot.
+    """
+    # Newer versions of transformers warn of the older name.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise InputError(f"model.gradient_checkpointing: {error}") from error
+
+
+def compile_layers(model: Any, backend: str) -> None:
+    """Compile each decoder layer: one compilation serves all, and hooks around the LM head stay outside.
+
+    Raises:
+        InputError: no such backend, or a model whose layers cannot be told.
+    """
+    if backend not in (known := torch.compiler.list_backends(exclude_tags=())):
+        raise InputError(f"model.compile: there is no backend {backend!r}; choose one of {', '.join(known)}")
+    layers = decoder_layers(model)
+    if layers is None:
+        raise InputError(f"model.compile: the layers of {type(model).__name__} cannot be told; leave it unset")
+    for layer in layers:
+        layer.compile(backend=backend)
+
+
+def resolve_dtype(name: DTypeName, precision: str) -> torch.dtype:
+    """The dtype to hold weights in: as named, or for `auto` what Lightning's `precision` wants of the module."""
+    if name != "auto":
+        return getattr(torch, name)
+    return {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision, torch.float32)
+
+
+def num_positions(config: Any) -> int | None:
+    """Positions that the model has, None if it names no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_window(config: Any, max_length: int, name: str) -> None:
+    """Raise `InputError` if sequences of `max_length` tokens exceed the positions the model has."""
+    window = num_positions(config)
+    if window is not None and max_length > window:
+        raise InputError(
+            f"data.max_length is {max_length}, but {name} has positions for {window} tokens; lower data.max_length"
+        )
+
+
+def check_vocabulary(config: Any, tokenizer: Any, name: str) -> None:
+    """Raise `InputError` if the tokenizer can give ids that the model has no embedding for."""
+    rows = config.get_text_config().vocab_size
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= rows:
+        raise InputError(
+            f"the tokenizer gives ids up to {largest}, but {name} embeds only {rows} tokens: "
+            "they belong to different models; check data.tokenizer"
+        )
+
+
+def model_fingerprint(source: ModelSource) -> str:
+    """What identifies the weights of `source`: the commit of a hub model, else a SHA-256 over the folder's files."""
+    path = Path(source.name).expanduser()
+    if not path.is_dir():
+        commit = getattr(load_config(source), "_commit_hash", None)
+        return f"{source.name}@{commit or source.revision}"
+    files = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".bin", ".json", ".py", ".pt"))
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        digests = list(pool.map(_file_digest, files))
+    return hashlib.sha256(json.dumps([[p.name, d] for p, d in zip(files, digests, strict=True)]).encode()).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_path(name: str) -> None:
+    """A path that is not there should be called that, not be looked for on the hub."""
+    path = Path(name).expanduser()
+    looks_like_path = name.startswith(("/", ".", "~")) or name.count("/") > 1
+    if looks_like_path and not path.is_dir():
+        raise InputError(f"no model folder at {name!r} (looked from {Path.cwd()})")
+
+
+def _reason(error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return (
+            "it runs Python code that comes with it. Read that code first; to run it, with your permissions, set "
+            "model.trust_remote_code to true"
+        )
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
+    return f"{type(error).__name__}: {first_line}"

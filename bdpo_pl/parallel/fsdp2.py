@@ -1,0 +1,207 @@
+"""A policy that no device holds whole: FSDP2 and tensor parallelism under Lightning's ModelParallelStrategy.
+
+The model is built without memory (on the meta device), split, and only then given weights: each rank reads its own part
+of them from the safetensors files. Checkpoints are single files, loaded with `weights_only`, whatever wrote them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from bdpo_pl.errors import InputError
+from bdpo_pl.models.adapters import LoraOptions, add_adapters, base_name, initial_value, is_adapter
+from bdpo_pl.models.loading import ModelSource, enable_activation_checkpointing, load_config, model_class
+from bdpo_pl.parallel.state import (
+    DATA,
+    TENSOR,
+    load_optimizer_state,
+    load_state,
+    split_like,
+    whole_optimizer_state,
+)
+from bdpo_pl.parallel.tensor_parallel import check_tensor_parallel, parallelize
+from bdpo_pl.parallel.weight_files import WeightFiles
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """FSDP2 over all devices; with `tensor_parallel_size`, over groups of so many that share each layer.
+
+    Args:
+        tensor_parallel_size: devices that share a layer; they should be of one node.
+        data_parallel_size: groups that share the batch and the weights; `auto`: as many as there are.
+        save_distributed_checkpoint: a file for each rank, by PyTorch's distributed checkpoint, whose index is unpickled
+            on loading: for models whose optimiser state does not fit one host's memory. Default one file, which is not.
+        kwargs: as in `ModelParallelStrategy`.
+    """
+
+    def __init__(
+        self,
+        tensor_parallel_size: int = 1,
+        data_parallel_size: Any = "auto",
+        save_distributed_checkpoint: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            data_parallel_size=data_parallel_size,
+            tensor_parallel_size=tensor_parallel_size,
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            **kwargs,
+        )
+
+    def setup_environment(self) -> None:
+        """Count the groups, now that the devices are known."""
+        if self._data_parallel_size == "auto":
+            groups, rest = divmod(self.num_nodes * self.num_processes, int(self._tensor_parallel_size))
+            if rest:
+                raise InputError(
+                    f"tensor_parallel_size is {self._tensor_parallel_size}, which does not divide the "
+                    f"{self.num_nodes * self.num_processes} devices"
+                )
+            self._data_parallel_size = groups
+        super().setup_environment()
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Of trained parameters alone: a frozen base is not gathered to be left out again."""
+        assert self.model is not None
+        options = StateDictOptions(
+            full_state_dict=not self._save_distributed_checkpoint, cpu_offload=True, ignore_frozen_params=True
+        )
+        return get_model_state_dict(self.model, options=options)
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """Whole, in the form that it has on one device."""
+        if self._save_distributed_checkpoint:
+            return super().optimizer_state(optimizer)
+        return whole_optimizer_state(getattr(optimizer, "_optimizer", optimizer))
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Of a file: every rank maps it and reads its own part."""
+        path = Path(self.broadcast(checkpoint_path))
+        if path.is_dir():
+            return super().load_checkpoint(path, weights_only)
+        checkpoint = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
+        assert self.lightning_module is not None
+        load_state(self.lightning_module, checkpoint["state_dict"])
+        for optimizer, state in zip(self.optimizers, checkpoint.get("optimizer_states", ()), strict=False):
+            load_optimizer_state(getattr(optimizer, "_optimizer", optimizer), state)
+        return checkpoint
+
+
+StrategyRegistry.register("fsdp2", ShardedStrategy, description="FSDP2, and tensor parallelism by tensor_parallel_size")
+
+
+def build_sharded(
+    source: ModelSource,
+    dtype: torch.dtype,
+    mesh: DeviceMesh,
+    device: torch.device,
+    *,
+    lora: LoraOptions | None = None,
+    gradient_checkpointing: bool = False,
+    half_products: torch.dtype | None = None,
+) -> nn.Module:
+    """This rank's part of the model of `source`, on `device`. All ranks call it.
+
+    Args:
+        source: a model in safetensors files.
+        dtype: of the weights that are kept.
+        mesh: of dimensions `data_parallel` (split by FSDP2) and `tensor_parallel`.
+        device: where the parts lie.
+        lora: adapters to add.
+        gradient_checkpointing: recompute each block in the backward pass.
+        half_products: dtype that weights are sent and multiplied in; gradients are still summed in float32.
+
+    Raises:
+        InputError: the model cannot be split so, or its files lack a weight.
+    """
+    config = load_config(source)
+    data, tensor = mesh[DATA], mesh[TENSOR]
+    if tensor.size() > 1:
+        check_tensor_parallel(config, tensor.size(), source.name)
+        if lora is not None:
+            raise InputError("model.lora works with FSDP2, not with tensor parallelism; set tensor_parallel_size to 1")
+    with torch.device("meta"):
+        model = model_class(source, config, dtype)
+    model.config.use_cache = False
+    if gradient_checkpointing:
+        enable_activation_checkpointing(model)
+    if lora is not None:
+        add_adapters(model, lora)
+    if tensor.size() > 1:
+        parallelize(model, tensor)
+    if data.size() > 1:
+        policy = MixedPrecisionPolicy(param_dtype=half_products, reduce_dtype=torch.float32)
+        for block in _blocks(model):
+            fully_shard(block, mesh=data, mp_policy=policy)
+        fully_shard(model, mesh=data, mp_policy=policy)
+        if device.type == "cpu":
+            # gloo has no averaging reduce-scatter; told to average, FSDP2 would hand on the sum (pytorch#162338).
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    module.set_force_sum_reduction_for_comms(True)
+    with WeightFiles.of(source) as files:
+        _load(model, files, device)
+    _compute_buffers(model, device)
+    return model
+
+
+def _blocks(model: Any) -> list[nn.Module]:
+    names = set(model._no_split_modules or ())
+    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    if not blocks:
+        raise InputError(f"{type(model).__name__} does not say what its blocks are, so it cannot be sharded by them")
+    return blocks
+
+
+def _load(model: nn.Module, files: WeightFiles, device: torch.device) -> None:
+    """Give every parameter and stored buffer its local part of the weights; tied ones stay one."""
+    aliases: dict[int, list[str]] = {}
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    stored = set(model.state_dict())
+    tensors |= {name: buffer for name, buffer in model.named_buffers() if name in stored}
+    for name, tensor in tensors.items():
+        aliases.setdefault(id(tensor), []).append(name)
+    state: dict[str, Tensor] = {}
+    for names in aliases.values():
+        old = tensors[names[0]]
+        value = split_like(old, _reader(files, names, old.shape), device)
+        if isinstance(old, nn.Parameter):
+            value = nn.Parameter(value, requires_grad=old.requires_grad)
+        state |= dict.fromkeys(names, value)
+    model.load_state_dict(state, assign=True)
+
+
+def _reader(files: WeightFiles, names: list[str], shape: torch.Size) -> Callable[[tuple[slice, ...]], Tensor]:
+    if is_adapter(names[0]):
+        return lambda ranges: initial_value(names[0], shape)[ranges]
+    return lambda ranges: files.read([base_name(name) for name in names], tuple(shape), ranges)
+
+
+def _compute_buffers(model: Any, device: torch.device) -> None:
+    """Fill the buffers that no file stores (of rotary embeddings) by the model's own initialisation."""
+    for module in model.modules():
+        names = [n for n in module._non_persistent_buffers_set if module._buffers.get(n) is not None]
+        for name in names:
+            old = module._buffers[name]
+            module._buffers[name] = (
+                torch.full(old.shape, torch.nan, dtype=old.dtype, device=device)
+                if (old.is_floating_point())
+                else torch.zeros(old.shape, dtype=old.dtype, device=device)
+            )
+        if names:
+            model._init_weights(module)
+        for name in names:
+            if not torch.isfinite(module._buffers[name]).all():
+                raise InputError(
+                    f"{type(model).__name__} cannot be built in parts: nothing computes its buffer {name} of "
+                    f"{type(module).__name__}; use ddp"
+                )

@@ -1,0 +1,163 @@
+"""Tensor parallelism for Llama-style models: each rank computes some heads, some of the MLP, some of the vocabulary.
+
+Attention and MLP are split by PyTorch's own column- and row-wise styles. The vocabulary is ours: the embedding adds up
+what each rank has, and the LM head joins three numbers a token (`bdpo_kernels.vocab_parallel`), never its logits.
+
+Shapes: R rows; T positions; D hidden size; V vocabulary; v rows of it on this rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from bdpo_kernels import VocabShard
+from bdpo_pl.errors import InputError
+
+ARCHITECTURES = ("llama", "mistral", "qwen2")
+_LAYER_PLAN: dict[str, Any] = {
+    "self_attn.q_proj": ColwiseParallel,
+    "self_attn.k_proj": ColwiseParallel,
+    "self_attn.v_proj": ColwiseParallel,
+    "self_attn.o_proj": RowwiseParallel,
+    "mlp.gate_proj": ColwiseParallel,
+    "mlp.up_proj": ColwiseParallel,
+    "mlp.down_proj": RowwiseParallel,
+}
+
+
+def check_tensor_parallel(config: Any, size: int, name: str) -> None:
+    """Raise `InputError` unless a model of `config` can be split over `size` ranks."""
+    if config.model_type not in ARCHITECTURES:
+        raise InputError(
+            f"tensor_parallel_size is {size}, but {name} is a {config.model_type} model, and only "
+            f"{', '.join(ARCHITECTURES)} can be split so; set it to 1 to shard the model by FSDP2 instead"
+        )
+    for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        if getattr(config, key) % size:
+            raise InputError(
+                f"tensor_parallel_size is {size}, which does not divide the {getattr(config, key)} of {key} of {name}"
+            )
+
+
+def parallelize(model: Any, mesh: DeviceMesh) -> None:
+    """Split `model` over the one-dimensional `mesh`, in place; its weights may be on the meta device."""
+    for layer in model.model.layers:
+        parallelize_module(layer, mesh, {name: style() for name, style in _LAYER_PLAN.items()})
+    tied = model.lm_head.weight is model.model.embed_tokens.weight
+    embedding = VocabParallelEmbedding(model.model.embed_tokens, mesh)
+    model.model.embed_tokens = embedding
+    model.lm_head = VocabParallelHead(embedding.weight if tied else _shard_rows(model.lm_head.weight, mesh), mesh)
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        if own and not isinstance(own[0], DTensor):
+            # The norms: whole on every rank, but DTensors as all others are, which are clipped and saved together.
+            distribute_module(module, mesh, input_fn=_replicated, output_fn=_local)  # type: ignore[arg-type]
+
+
+class VocabParallelEmbedding(nn.Module):
+    """An embedding of which each rank holds some rows.
+
+    Args:
+        whole: what it takes the place of.
+        mesh: one-dimensional, the ranks that share it.
+    """
+
+    def __init__(self, whole: nn.Embedding, mesh: DeviceMesh) -> None:
+        super().__init__()
+        self.weight = _shard_rows(whole.weight, mesh)
+        self.shard = _vocab_shard(whole.num_embeddings, mesh)
+        self.padding_idx = whole.padding_idx
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(R, T) ids to (R, T, D), whole on every rank."""
+        weight = _local_tensor(self.weight)
+        v = weight.shape[0]
+        local = ids - self.shard.start
+        here = (local >= 0) & (local < v)
+        padding = None if self.padding_idx is None else self.padding_idx - self.shard.start
+        found = F.embedding(
+            torch.where(here, local, 0), weight, padding if padding is not None and 0 <= padding < v else None
+        )
+        return _Sum.apply(torch.where(here.unsqueeze(-1), found, 0.0), self.shard.group)
+
+
+class VocabParallelHead(nn.Module):
+    """An LM head of which each rank holds some rows; `bdpo_pl.forward.responses` reads `local_weight` and `shard`.
+
+    Args:
+        weight: (V, D), split by rows over the mesh.
+        mesh: one-dimensional, the ranks that share it.
+    """
+
+    bias = None
+
+    def __init__(self, weight: nn.Parameter, mesh: DeviceMesh) -> None:
+        super().__init__()
+        self.weight = weight
+        self.shard = _vocab_shard(weight.shape[0], mesh)
+
+    def local_weight(self) -> Tensor:
+        """(v, D)."""
+        return _local_tensor(self.weight)
+
+    @torch.no_grad()
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(…, D) to (…, V) logits, whole on every rank and without gradient: for generation, a position at a time."""
+        shard, local = self.shard, F.linear(hidden, self.local_weight())
+        padded = local.new_zeros(*local.shape[:-1], shard.largest)
+        padded[..., : local.shape[-1]] = local
+        parts = [torch.empty_like(padded) for _ in range(dist.get_world_size(shard.group))]
+        dist.all_gather(parts, padded, group=shard.group)
+        return torch.cat(parts, dim=-1)[..., : shard.vocab_size]
+
+
+def head_weight(head: Any) -> tuple[Tensor, VocabShard | None]:
+    """What losses are computed from: the LM head's weight, and which rows of the vocabulary it holds if not all."""
+    return (head.local_weight(), head.shard) if isinstance(head, VocabParallelHead) else (head.weight, None)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over ranks. What follows is the same on every rank, and so is its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
+        total = part.contiguous().clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def _shard_rows(weight: Tensor, mesh: DeviceMesh) -> nn.Parameter:
+    from torch.distributed.tensor import distribute_tensor
+
+    return nn.Parameter(distribute_tensor(weight, mesh, [Shard(0)]), requires_grad=weight.requires_grad)
+
+
+def _vocab_shard(V: int, mesh: DeviceMesh) -> VocabShard:
+    # As Shard(0) cuts: pieces of one size, the last ones smaller.
+    size = -(-V // mesh.size())
+    return VocabShard(min(V, mesh.get_local_rank() * size), V, mesh.get_group())
+
+
+def _local_tensor(weight: Tensor) -> Tensor:
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+def _replicated(module: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> tuple[Any, ...]:
+    hidden, *rest = inputs
+    return (DTensor.from_local(hidden, mesh, [Replicate()], run_check=False), *rest)
+
+
+def _local(module: nn.Module, output: DTensor, mesh: DeviceMesh) -> Tensor:
+    return output.to_local()

@@ -1,0 +1,123 @@
+"""A cache of scores on disk: chunks of consecutive pairs, each a safetensors file that can prove what it holds.
+
+The folder is named by a digest of everything that the scores depend on, so a changed model, data set or option never
+meets old scores. A chunk is written to a temporary file and renamed, so an interrupted run leaves whole chunks behind
+and the next one goes on from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from bdpo_pl.errors import InputError
+from bdpo_pl.scoring.scores import ScoreTable
+
+
+def default_cache_dir() -> Path:
+    """`$BDPO_PL_CACHE` if set, else `bdpo_pl` in the user's cache folder."""
+    if named := os.environ.get("BDPO_PL_CACHE"):
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "bdpo_pl"
+
+
+class ScoreCache:
+    """The chunks of one table's scores under one key.
+
+    Args:
+        root: folder that holds the caches of all keys.
+        key: everything that the scores depend on, as plain JSON values.
+        num_pairs: pairs in the table.
+        chunk_pairs: pairs in a chunk.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+
+    def __init__(self, root: Path, key: dict[str, Any], num_pairs: int, chunk_pairs: int) -> None:
+        self.key = {**key, "num_pairs": num_pairs, "chunk_pairs": chunk_pairs}
+        self.digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()
+        self.num_pairs = num_pairs
+        self.chunk_pairs = chunk_pairs
+        self.folder = root / "scores" / self.digest[:20]
+        # Written now, not after hours of scoring, so that a folder that cannot be written is found out first.
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._write(self.folder / "key.json", json.dumps(self.key, indent=2, sort_keys=True).encode())
+        except OSError as error:
+            raise InputError(
+                f"the score cache {self.folder} cannot be written ({error.strerror}); "
+                "set scoring.cache_dir or $BDPO_PL_CACHE to a folder that can"
+            ) from None
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks in a complete cache."""
+        return -(-self.num_pairs // self.chunk_pairs)
+
+    def indices(self, chunk: int) -> np.ndarray:
+        """The table indices of the pairs in `chunk`."""
+        return np.arange(chunk * self.chunk_pairs, min((chunk + 1) * self.chunk_pairs, self.num_pairs))
+
+    def load(self, chunk: int) -> ScoreTable | None:
+        """The scores of `chunk`; None if there are none, or (with a warning) if the file is damaged or another's."""
+        path = self._path(chunk)
+        if not path.exists():
+            return None
+        try:
+            return self._read(path, chunk)
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            warnings.warn(f"score cache: {path} is not used and will be scored again: {error}", stacklevel=2)
+            return None
+
+    def save(self, chunk: int, scores: ScoreTable) -> None:
+        """Write the scores of `chunk`, all or nothing."""
+        arrays = {"pair_index": self.indices(chunk), **scores.columns()}
+        # One entry, because safetensors writes several in no fixed order, and equal chunks shall be equal files.
+        proof = json.dumps({"key": self.digest, "checksum": _checksum(arrays)})
+        self._write(self._path(chunk), save(arrays, metadata={"bdpo_pl": proof}))
+
+    def _path(self, chunk: int) -> Path:
+        return self.folder / f"chunk-{chunk:06d}.safetensors"
+
+    def _read(self, path: Path, chunk: int) -> ScoreTable:
+        with safe_open(path, framework="numpy") as file:
+            proof = json.loads((file.metadata() or {})["bdpo_pl"])
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        if proof["key"] != self.digest:
+            raise ValueError("it was written for another model, data set or option")
+        if proof["checksum"] != _checksum(arrays):
+            raise ValueError("its contents do not match its checksum")
+        if not np.array_equal(arrays.pop("pair_index"), self.indices(chunk)):
+            raise ValueError("it holds other rows than its name says")
+        return ScoreTable(**arrays)
+
+    def _write(self, path: Path, content: bytes) -> None:
+        handle, temporary = tempfile.mkstemp(dir=self.folder, prefix=".", suffix=".tmp")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+def _checksum(arrays: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()

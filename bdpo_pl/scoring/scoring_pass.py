@@ -1,0 +1,246 @@
+"""The scoring pass: one run of a frozen model over every pair, before training.
+
+It gives the reference log-probabilities and both mutual informations at once, from four scorings of each pair (chosen
+and rejected, given the prompt and given the null prompt), in two documents: each prompt is read once. Training then
+needs no reference model in memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from bdpo_pl.comprehension import Estimator, comprehension, normalised_hsic
+from bdpo_pl.data.packing import Document, RowLayout, lay_out
+from bdpo_pl.data.table import PairTable
+from bdpo_pl.errors import InputError
+from bdpo_pl.forward.responses import response_logps
+from bdpo_pl.scoring.cache import ScoreCache
+from bdpo_pl.scoring.scores import ScoreTable
+
+
+@dataclass
+class ScoringOptions:
+    """How the scoring pass runs. None of it changes a score by more than rounding, but for `comprehension`.
+
+    Args:
+        batch_tokens: tokens in one forward pass; lower it if scoring runs out of memory. Default: 16,384 on a GPU,
+            2,048 on a CPU, which gains nothing from more.
+        chunk_pairs: pairs scored between two writes to the cache: what an interruption loses at most.
+        cache_dir: folder of the cache, shared by all nodes; default `$BDPO_PL_CACHE` or `~/.cache/bdpo_pl`.
+        comprehension: score against the null prompt too. Without it the pass is half the work, but there are no
+            comprehension metrics and no balance weights.
+    """
+
+    batch_tokens: int | None = None
+    chunk_pairs: int = 256
+    cache_dir: str | None = None
+    comprehension: bool = True
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that share the scoring."""
+
+    rank: int = 0
+    world_size: int = 1
+    barrier: Callable[[], None] = lambda: None
+
+
+class _Place(NamedTuple):
+    """Where in the table of scores a sequence's number goes."""
+
+    column: str
+    side: int
+    position: int
+
+
+@torch.no_grad()
+def score_pairs(
+    model: nn.Module,
+    table: PairTable,
+    indices: Sequence[int] | np.ndarray,
+    *,
+    layout: RowLayout = RowLayout.SPLIT,
+    batch_tokens: int | None = None,
+    pad_id: int = 0,
+    comprehension: bool = True,
+    hsic: bool = False,
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> ScoreTable:
+    """Score the pairs at `indices` of `table` with `model`, in evaluation mode.
+
+    Args:
+        model: causal language model, on the device to score on.
+        table: the pairs.
+        indices: which, and in which order the scores are given.
+        layout: how documents become rows; any but `SPLIT` only where the model allows it (`choose_layout`).
+        batch_tokens: tokens in one forward pass (a longer document goes alone); default as in `ScoringOptions`.
+        pad_id: fills the padding.
+        comprehension: score against the null prompt as well.
+        hsic: compute `normalised_hsic` as well.
+        context: entered around each forward pass, for autocast.
+
+    Raises:
+        InputError: a log-probability is not finite; the pair is named.
+    """
+    device = next(model.parameters()).device
+    places: list[_Place] = []
+    documents: list[Document] = []
+    for position, index in enumerate(indices):
+        pair = table[int(index)]
+        prompts = {"reference": pair.prompt_ids} | ({"null": table.null_prompt_ids} if comprehension else {})
+        for column, prompt in prompts.items():
+            responses = list(enumerate((pair.chosen_ids, pair.rejected_ids), start=len(places)))
+            documents.append(Document(prompt, responses))
+            places += [_Place(column, side, position) for side in range(2)]
+    if layout is RowLayout.SPLIT:
+        documents = [part for document in documents for part in document.split()]
+    # Like lengths together: less padding. The sort is stable, so the same pairs always meet in the same batch.
+    documents.sort(key=lambda document: document.num_tokens, reverse=True)
+
+    names = ["reference", *(["null"] if comprehension else []), *(["hsic"] if hsic else [])]
+    columns = {name: np.full((2, len(indices)), np.nan, dtype=np.float32) for name in names}
+    was_training = model.training
+    model.eval()
+    try:
+        for group in _groups(documents, batch_tokens or _default_batch_tokens(device), layout):
+            numbers = [number for document in group for number, _ in document.responses]
+            batch = lay_out(_renumbered(group), layout, pad_id).to(device)
+            hidden: list[Tensor] = []
+            with context():
+                logps = response_logps(model, batch, hidden.append if hsic else None)
+            spans = batch.spans.tolist()
+            for i, (number, logp) in enumerate(zip(numbers, logps.tolist(), strict=True)):
+                place = places[number]
+                columns[place.column][place.side, place.position] = logp
+                if hsic and place.column == "reference":
+                    states, (start, end, first, last) = hidden[0].flatten(0, 1), spans[i]
+                    value = normalised_hsic(states[start:end], states[first:last]).item()
+                    columns["hsic"][place.side, place.position] = value
+    finally:
+        model.train(was_training)
+    for values in columns.values():
+        if not np.isfinite(values).all():
+            bad = int(indices[int(np.argwhere(~np.isfinite(values))[0, 1])])
+            raise InputError(
+                f"{table.places[bad]}: the model gives this pair a log-probability that is not finite; "
+                "check the model's weights and dtype (float16 overflows: use bfloat16 or float32), or remove the row"
+            )
+    return ScoreTable(**columns)
+
+
+def score_table(
+    name: str,
+    table: PairTable,
+    model: Callable[[], nn.Module],
+    cache: ScoreCache,
+    options: ScoringOptions,
+    *,
+    layout: Callable[[], RowLayout] = lambda: RowLayout.SPLIT,
+    pad_id: int = 0,
+    hsic: bool = False,
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ranks: Ranks | None = None,
+) -> ScoreTable:
+    """Scores of the whole `table`: from the cache as far as it goes, by `model` for the rest.
+
+    Ranks take turns with the chunks and meet at the cache, so the scores do not depend on how many there are.
+
+    Args:
+        name: the table's, for the progress bar.
+        table: the pairs.
+        model: gives the frozen model; called only if something is left to score.
+        cache: where chunks are kept.
+        options: see `ScoringOptions`.
+        layout: gives the model's layout; called only if something is left to score.
+        pad_id: fills the padding.
+        hsic: compute `normalised_hsic` as well.
+        context: entered around each forward pass, for autocast.
+        ranks: the processes that share the work.
+
+    Raises:
+        InputError: a pair cannot be scored, or another rank's chunks are nowhere to be found.
+    """
+    ranks = ranks or Ranks()
+    chunks = [cache.load(chunk) for chunk in range(cache.num_chunks)]
+    missing = [i for i, scores in enumerate(chunks) if scores is None]
+    # All ranks have looked before any writes: they agree on what is missing.
+    ranks.barrier()
+    if missing:
+        with _progress(enabled=ranks.rank == 0) as progress:
+            done = sum(len(scores) for scores in chunks if scores is not None)
+            task = progress.add_task(f"Scoring {name}", total=len(table), completed=done)
+            for chunk in missing[ranks.rank :: ranks.world_size]:
+                indices = cache.indices(chunk)
+                scores = score_pairs(
+                    model(),
+                    table,
+                    indices,
+                    layout=layout(),
+                    batch_tokens=options.batch_tokens,
+                    pad_id=pad_id,
+                    comprehension=options.comprehension,
+                    hsic=hsic,
+                    context=context,
+                )
+                cache.save(chunk, scores)
+                progress.advance(task, len(indices) * ranks.world_size)
+        ranks.barrier()
+        chunks = [scores or cache.load(chunk) for chunk, scores in enumerate(chunks)]
+    complete = [scores for scores in chunks if scores is not None]
+    if len(complete) < len(chunks):
+        raise InputError(
+            f"the score cache {cache.folder} lacks chunks that another process scored; "
+            "set scoring.cache_dir to a folder that all nodes share"
+        )
+    return ScoreTable.concatenate(complete)
+
+
+def table_comprehension(scores: ScoreTable, table: PairTable, estimator: Estimator) -> Tensor:
+    """(2, M) float32 comprehension of the M pairs of `table` by `estimator`; `scores` must hold the null prompt's."""
+    assert scores.null is not None
+    lengths = torch.stack([torch.from_numpy(table.chosen_lengths), torch.from_numpy(table.rejected_lengths)])
+    hsic = None if scores.hsic is None else torch.from_numpy(scores.hsic)
+    return comprehension(estimator, torch.from_numpy(scores.reference), torch.from_numpy(scores.null), lengths, hsic)
+
+
+def _groups(documents: list[Document], batch_tokens: int, layout: RowLayout) -> Iterator[list[Document]]:
+    """Runs of `documents` (longest first) whose size stays within `batch_tokens`."""
+    group: list[Document] = []
+    total = 0
+    for document in documents:
+        # Rows of their own are padded to the longest, shared ones are filled.
+        size = document.num_tokens if layout is not RowLayout.SPLIT or not group else group[0].num_tokens
+        if group and total + size > batch_tokens:
+            yield group
+            group, total, size = [], 0, document.num_tokens
+        group.append(document)
+        total += size
+    if group:
+        yield group
+
+
+def _renumbered(documents: list[Document]) -> list[Document]:
+    """`documents` with their sequences numbered from 0, in order."""
+    number = itertools.count()
+    return [Document(context, [(next(number), ids) for _, ids in responses]) for context, responses in documents]
+
+
+def _default_batch_tokens(device: torch.device) -> int:
+    return 2_048 if device.type == "cpu" else 16_384
+
+
+def _progress(enabled: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("pairs"), TimeRemainingColumn(),
+        disable=not enabled,
+    )  # fmt: skip

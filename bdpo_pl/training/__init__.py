@@ -1,0 +1,1 @@
+"""The Lightning side: module, data module, callbacks, checkpoints, and what a run writes."""

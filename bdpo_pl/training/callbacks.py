@@ -1,0 +1,100 @@
+"""Callbacks of the main job: the state to keep when a run stops."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from bdpo_pl.errors import InputError, NonFiniteError
+from bdpo_pl.training.safety_probe import _GAP
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Writes `last.ckpt` at every validation, to resume from.
+
+    `ModelCheckpoint(monitor=..., save_last=True)` writes one only when the monitored value has improved.
+    """
+
+    NAME = "last"
+
+    def __init__(self) -> None:
+        super().__init__(filename=self.NAME, save_top_k=1, monitor=None, enable_version_counter=False)
+
+
+class SaveOnNonFinite(L.Callback):
+    """When a loss or gradient stops being finite, save the state, which is still that of the last good step."""
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Write `last-good.ckpt` beside the other checkpoints. All ranks raise together, so all save together."""
+        if isinstance(exception, NonFiniteError) and pl_module.trainer.optimizers:
+            path = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints" / "last-good.ckpt"
+            trainer.save_checkpoint(path)
+            rank_zero_info(f"Saved the last good state to {path}")
+
+
+class RandomState(L.Callback):
+    """Keeps the random state of every rank in checkpoints, which Lightning does not."""
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Collect the ranks' generators. All ranks save together."""
+        state = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            state["cuda"] = torch.cuda.get_rng_state()
+        checkpoint["random_state"] = {name: _of_all_ranks(trainer, value) for name, value in state.items()}
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Restore this rank's."""
+        state = checkpoint.get("random_state", {})
+        ranks = len(state.get("cpu", ()))
+        if ranks != trainer.world_size:
+            if ranks:
+                rank_zero_info(f"The random state is not restored: it was saved on {ranks} ranks")
+            return
+        torch.set_rng_state(state["cpu"][trainer.global_rank].clone())
+        if "cuda" in state and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda"][trainer.global_rank].clone())
+
+
+def _of_all_ranks(trainer: L.Trainer, value: Tensor) -> Tensor:
+    """(W, …), the `value` of each of W ranks."""
+    if trainer.world_size == 1:
+        return value.unsqueeze(0)
+    mine = value.to(trainer.strategy.root_device)
+    parts = [torch.empty_like(mine) for _ in range(trainer.world_size)]
+    dist.all_gather(parts, mine)
+    return torch.stack(parts).cpu()
+
+
+class StopAtGap(L.Callback):
+    """Stops training when the policy overfits: when the gap, training − held-out, exceeds a limit at a validation.
+
+    Args:
+        limit: of the gap in mean margin, in the unit of the implicit reward.
+
+    Raises:
+        InputError: a limit that the gap exceeds before training.
+    """
+
+    def __init__(self, limit: float) -> None:
+        if not limit > 0.0:
+            raise InputError(f"stop_at_gap must be above 0, the gap before training; got {limit}")
+        self.limit = limit
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Compare the gap just measured; it is the same on every rank."""
+        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+            return
+        gap = float(trainer.callback_metrics[_GAP])
+        if gap > self.limit:
+            trainer.should_stop = True
+            rank_zero_info(
+                f"Stopping at step {trainer.global_step}: {_GAP} is {gap:.4f}, above stop_at_gap {self.limit}"
+            )

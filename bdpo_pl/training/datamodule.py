@@ -1,0 +1,244 @@
+"""The LightningDataModule: preference pairs for training, held-out pairs, and a probe of the training pairs."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import lightning as L
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader
+
+from bdpo_pl import embedded
+from bdpo_pl.console import get_console
+from bdpo_pl.data.batches import PairDataset
+from bdpo_pl.data.consistency import count_shared_prompts
+from bdpo_pl.data.loading import LoadOptions, load_pairs
+from bdpo_pl.data.packing import RowLayout
+from bdpo_pl.data.report import DataReport, report_table
+from bdpo_pl.data.samplers import PairBatchSampler, StepSampler, TokenBatchSampler, check_budget
+from bdpo_pl.data.splits import split_by_prompt
+from bdpo_pl.data.table import PairTable
+from bdpo_pl.data.tokenization import PairTokenizer, padding_id
+from bdpo_pl.data.truncation import Truncation, TruncationMode
+from bdpo_pl.embedded import EMBEDDED
+from bdpo_pl.errors import InputError
+from bdpo_pl.models.loading import ModelSource, load_config, load_tokenizer, num_positions
+from bdpo_pl.parallel.ranks import data_ranks
+
+VALIDATION_SPLITS = ("held_out", "train_probe")
+_DEFAULT_WINDOW = 1024
+
+
+class PreferenceDataModule(L.LightningDataModule):
+    """Preference pairs, read, checked, tokenised and batched.
+
+    Args:
+        train: JSONL or Parquet file, a folder of them, a hub dataset, or `embedded` for the set shipped with bdpo_pl.
+        held_out: the same, of pairs kept from training; default: a part of `train` (see `held_out_fraction`).
+        held_out_fraction: share of `train` to hold out if `held_out` is not given, split by prompt; 0 holds out none.
+        split: split of a hub dataset to train on.
+        held_out_split: split of a hub dataset to hold out; needs `held_out`.
+        revision: git revision of a hub dataset.
+        load: schema, column names, bad rows, duplicates and the draw from PKU-SafeRLHF.
+        max_length: window in tokens, prompt + response; default 1,024, or all the positions of a model that has fewer.
+        truncation: what happens to longer pairs: `drop`, or the prompt's `keep_start` or `keep_end` is kept.
+        max_prompt_length: tokens a prompt may always keep when truncating; default half of `max_length`.
+        tokenizer: folder or hub name; default: the policy's.
+        chat_template: `auto` (the tokenizer's, if it has one), `none`, or a Jinja file.
+        null_prompt: the user's words in the null prompt that comprehension is measured against.
+        batch_size: pairs in a micro-batch on each device.
+        eval_batch_size: pairs in a validation batch on each device; default `batch_size`.
+        max_tokens_per_batch: tokens in a micro-batch on each device, training and validation, in place of the two
+            above: batches of like-sized pairs, as many as fit. A prompt that its two responses share counts once.
+        train_probe: validate on a sample of the training pairs, as many as are held out, so that the gap between the
+            two, the measure of overfitting, compares like with like.
+        num_workers: processes that build batches.
+        seed: of the held-out split, the probe and the draw; the order of training is seeded by `seed_everything`.
+    """
+
+    def __init__(
+        self,
+        train: str = EMBEDDED,
+        held_out: str | None = None,
+        held_out_fraction: float = 0.05,
+        split: str = "train",
+        held_out_split: str = "test",
+        revision: str | None = None,
+        load: LoadOptions | None = None,
+        max_length: int | None = None,
+        truncation: TruncationMode = "drop",
+        max_prompt_length: int | None = None,
+        tokenizer: str | None = None,
+        chat_template: str = "auto",
+        null_prompt: str = "",
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        max_tokens_per_batch: int | None = None,
+        train_probe: bool = True,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("batch_size", batch_size),
+            ("eval_batch_size", eval_batch_size),
+            ("max_tokens_per_batch", max_tokens_per_batch),
+        ):
+            if value is not None and value < 1:
+                raise InputError(f"data.{name} must be at least 1, got {value}")
+        if not 0.0 <= held_out_fraction < 1.0:
+            raise InputError(f"data.held_out_fraction must be in [0, 1), got {held_out_fraction}")
+        if train == EMBEDDED:
+            train = str(embedded.TRAIN_FILE)
+            held_out = held_out or str(embedded.HELD_OUT_FILE)
+        self.train_source = train
+        self.held_out_source = held_out
+        self.held_out_fraction = held_out_fraction
+        self.split = split
+        self.held_out_split = held_out_split
+        self.revision = revision
+        self.load_options = load or LoadOptions()
+        self.max_length = max_length
+        self.truncation = Truncation(max_length or _DEFAULT_WINDOW, truncation, max_prompt_length)
+        self.tokenizer_name = tokenizer
+        self.chat_template = chat_template
+        self.null_prompt = null_prompt
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size or batch_size
+        self.max_tokens_per_batch = max_tokens_per_batch
+        self.train_probe = train_probe
+        self.num_workers = num_workers
+        self.seed = seed
+        self.tokenizer: Any = None
+        self.tables: dict[str, PairTable] = {}
+        self.probe_indices: np.ndarray | None = None
+        self.reports: list[DataReport] = []
+        self._resume_batches = 0
+        self._train_sampler: StepSampler | None = None
+
+    @property
+    def pad_id(self) -> int:
+        """Fills padding, which the model does not see; any id will do."""
+        return padding_id(self.tokenizer)
+
+    def setup(self, stage: str) -> None:
+        """Load every split once, and print what was kept and dropped."""
+        if self.tables:
+            return
+        policy: ModelSource = self._trainer().lightning_module.source  # type: ignore[assignment]
+        self.tokenizer = load_tokenizer(
+            policy
+            if self.tokenizer_name is None
+            else ModelSource(self.tokenizer_name, trust_remote_code=policy.trust_remote_code)
+        )
+        if self.max_length is None:
+            window = min(_DEFAULT_WINDOW, num_positions(load_config(policy)) or _DEFAULT_WINDOW)
+            self.truncation = Truncation(window, self.truncation.mode, self.truncation.max_prompt_length)
+        pairs = PairTokenizer(self.tokenizer, self.chat_template, self.null_prompt)
+        train, report = self._load("train", self.train_source, pairs, self.split)
+        self.reports = [report]
+        held_out = None
+        if self.held_out_source is not None:
+            held_out, held_out_report = self._load("held_out", self.held_out_source, pairs, self.held_out_split)
+            held_out_report.note("prompts that stand in train too (a leak)", count_shared_prompts(train, held_out))
+            self.reports.append(held_out_report)
+        elif self.held_out_fraction > 0:
+            train, held_out = split_by_prompt(train, self.held_out_fraction, self.seed)
+            report.note("held out for validation, by prompt", len(held_out))
+        self.tables = {"train": train}
+        if held_out is not None:
+            self.tables["held_out"] = held_out
+            if self.train_probe:
+                size = min(len(train), len(held_out))
+                chosen = np.random.default_rng(self.seed).choice(len(train), size, replace=False)
+                self.probe_indices = np.sort(chosen)
+                self.tables["train_probe"] = train.select(self.probe_indices)
+        if self.trainer is None or self.trainer.is_global_zero:
+            get_console().print(report_table(self.reports))
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Training pairs, in an order of their own each epoch."""
+        trainer = self._trainer()
+        if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+            raise InputError(
+                "trainer.use_distributed_sampler must be false: this data module splits the batches between ranks "
+                "itself, which keeps the mean over pairs exact"
+            )
+        sampler = self._sampler(
+            "train",
+            self.batch_size,
+            # Asked for, not told: Lightning tells the epoch only to a plain sampler.
+            epoch=lambda: trainer.current_epoch,
+            seed=int(os.environ.get("PL_GLOBAL_SEED", self.seed)),
+            accumulate=trainer.accumulate_grad_batches,
+        )
+        sampler.skip_batches(self._resume_batches)
+        self._train_sampler = sampler
+        self._resume_batches = 0
+        return self._loader("train", sampler)
+
+    def val_dataloader(self) -> list[DataLoader[Any]]:
+        """The held-out pairs, then the probe of training pairs, as far as they exist."""
+        return [
+            self._loader(name, self._sampler(name, self.eval_batch_size))
+            for name in VALIDATION_SPLITS
+            if name in self.tables
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far into the epoch the run is, for a resume that goes on where it stopped."""
+        trainer = self._trainer()
+        # Processed, not ready: a batch whose step failed is to be done again.
+        processed = trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
+        return {"batches_done": processed % max(1, int(trainer.num_training_batches))}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Skip the batches that the resumed epoch has behind it."""
+        self._resume_batches = int(state_dict["batches_done"])
+        if self._train_sampler is not None:
+            # Split models are restored after the optimiser is set up, which has asked for the loader already.
+            self._train_sampler.skip_batches(self._resume_batches)
+        if self._resume_batches:
+            rank_zero_info(f"Resuming after batch {self._resume_batches} of the epoch")
+
+    def _load(self, name: str, source: str, pairs: PairTokenizer, split: str) -> tuple[PairTable, DataReport]:
+        by_safety: bool = self._trainer().lightning_module.loss.needs_safety  # type: ignore[union-attr, assignment]
+        return load_pairs(
+            name, source, pairs, self.truncation, self.load_options, split, self.revision, self.seed, by_safety
+        )
+
+    def _sampler(self, name: str, batch_size: int, **kwargs: Any) -> StepSampler:
+        trainer, table = self._trainer(), self.tables[name]
+        rank, world_size = data_ranks(trainer)
+        kwargs |= {"rank": rank, "world_size": world_size}
+        if self.max_tokens_per_batch is None:
+            return PairBatchSampler(len(table), batch_size, **kwargs)
+        sizes = table.num_tokens(shared=self._layout() is not RowLayout.SPLIT)
+        check_budget(sizes, self.max_tokens_per_batch, table.places, "data.max_tokens_per_batch")
+        return TokenBatchSampler(sizes, self.max_tokens_per_batch, **kwargs)
+
+    def _layout(self) -> RowLayout:
+        """How the module's policy reads pairs."""
+        return self._trainer().lightning_module.row_layout  # type: ignore[return-value]
+
+    def _loader(self, name: str, sampler: StepSampler) -> DataLoader[Any]:
+        dataset = PairDataset(self.tables[name], self.pad_id, self._layout())
+        return DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=dataset.collate,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=_on_gpu(self._trainer()),
+        )
+
+    def _trainer(self) -> L.Trainer:
+        if self.trainer is None:
+            raise RuntimeError("PreferenceDataModule works under a Trainer: call trainer.fit(module, datamodule)")
+        return self.trainer
+
+
+def _on_gpu(trainer: L.Trainer) -> bool:
+    return trainer.strategy.root_device.type == "cuda"

@@ -1,0 +1,82 @@
+"""Export of a trained policy as a plain Hugging Face folder, and of its adapters as peft has them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from bdpo_pl.models.adapters import export_adapter
+from bdpo_pl.models.checkpoint import checkpoint_model, plain_model
+from bdpo_pl.models.loading import load_model
+from bdpo_pl.training.module import PreferenceModule
+
+
+def export_policy(policy: Any, tokenizer: Any, folder: Path) -> Path:
+    """Write weights (safetensors), config, generation config, tokenizer and chat template to `folder`.
+
+    `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` load it. The folder appears only when it
+    is complete.
+
+    Args:
+        policy: transformers model.
+        tokenizer: its tokenizer.
+        folder: must not exist yet.
+    """
+
+    def write(partial: Path) -> None:
+        # Training had no use for the key/value cache; generation does.
+        policy.config.use_cache = True
+        policy.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+
+    return write_whole(folder, write)
+
+
+def write_whole(folder: Path, write: Callable[[Path], None]) -> Path:
+    """Have `write` fill a folder under another name, and give it its own when it is complete."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    write(partial)
+    partial.rename(folder)
+    return folder
+
+
+def export_model(
+    module: PreferenceModule, tokenizer: Any, folder: Path, state: dict[str, Tensor] | None, best: Path | None
+) -> Path:
+    """Export the policy of `module`, adapters merged, to `folder` or the next free name beside it; which it was.
+
+    Args:
+        module: after training.
+        tokenizer: the policy's.
+        folder: where to.
+        state: of `whole_state`, where the policy in memory is not a plain model.
+        best: checkpoint whose weights are exported in place of the last ones.
+    """
+    policy = module.policy
+    if best is not None:
+        policy = checkpoint_model(best, module.source, module.dtype_used)
+    elif state is not None:
+        policy = plain_model(module.source, module.dtype_used, state, module.lora)
+    return export_policy(policy, tokenizer, _free(folder))
+
+
+def export_adapters(module: PreferenceModule, folder: Path, state: dict[str, Tensor]) -> Path:
+    """Export the adapters in `state`, of `whole_state`, to `folder` or the next free name beside it; which it was."""
+    lora, base = module.lora, load_model(module.source, module.dtype_used)
+    assert lora is not None
+    return write_whole(_free(folder), lambda partial: export_adapter(base, lora, state, partial))
+
+
+def _free(folder: Path) -> Path:
+    """`folder`, or if a resumed run finds its own earlier export there, the next free name beside it."""
+    number = 1
+    free = folder
+    while free.exists():
+        number += 1
+        free = folder.with_name(f"{folder.name}-{number}")
+    return free

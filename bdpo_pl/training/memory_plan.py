@@ -1,0 +1,365 @@
+"""What a run will need of each device's memory, without allocating the model.
+
+Weights, gradients and optimiser are counted; activations are recorded: the model's own forward pass runs on the meta
+device, where tensors have shapes and no memory, and every tensor that it keeps for the backward pass is added up. Two
+depths are recorded, one and two layers, and the rest follows: all layers of these models are alike in size.
+
+Shapes: R rows; T positions; N scored tokens; D hidden size; V vocabulary. All results are bytes on one device.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import lightning as L
+import torch
+from lightning.pytorch.accelerators import CUDAAccelerator
+from lightning.pytorch.strategies import ModelParallelStrategy
+from rich.table import Table
+from torch import Tensor, nn
+
+from bdpo_kernels.linear_head import chunk_tokens
+from bdpo_pl.data.packing import Document, RowLayout, SequenceBatch, lay_out
+from bdpo_pl.forward.last_layer import scored_positions_only
+from bdpo_pl.forward.masks import model_inputs
+from bdpo_pl.forward.responses import head_input
+from bdpo_pl.models.adapters import LoraOptions, add_adapters
+from bdpo_pl.models.loading import ModelSource, load_config, model_class, num_positions, resolve_dtype
+from bdpo_pl.parallel.tensor_parallel import check_tensor_parallel
+
+# bitsandbytes' nf4 with double quantisation: 4 bits a weight, and 0.127 for its scales (arXiv:2305.14314).
+_NF4_BYTES = (4 + 0.127) / 8
+
+
+@dataclass(frozen=True)
+class Devices:
+    """How a model is spread.
+
+    Attributes:
+        data: groups with different data.
+        tensor: devices of a group, which share each layer.
+        sharded: whether the groups share the weights (FSDP2), or each holds them (DDP, one device).
+        kind: `cpu` or `cuda`.
+    """
+
+    data: int = 1
+    tensor: int = 1
+    sharded: bool = False
+    kind: str = "cuda"
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on one device.
+
+    Attributes:
+        weights: parameters that stay.
+        gathered: FSDP2's whole copies of what is computed with (embedding, LM head, two blocks), or autocast's copies.
+        optimizer: its state.
+        gradients: of trained parameters, after the backward pass; with DDP's buckets.
+        activations: kept for the backward pass.
+        logits_chunk: one chunk of logits and the LM head's own gradients, which are computed on the way forward.
+    """
+
+    weights: int
+    gathered: int
+    optimizer: int
+    gradients: int
+    activations: int
+    logits_chunk: int
+
+    @property
+    def peak(self) -> int:
+        """The larger of two moments: the loss is computed and nothing yet freed; all gradients are there."""
+        return self.weights + self.optimizer + self.gathered + max(self.activations + self.logits_chunk, self.gradients)
+
+    def table(self) -> Table:
+        """For people."""
+        table = Table(title="Memory on each device", title_justify="left")
+        table.add_column("")
+        table.add_column("GiB", justify="right")
+        for name, label in (
+            ("weights", "weights"),
+            ("gathered", "gathered or cast copies of weights"),
+            ("optimizer", "optimiser state"),
+            ("gradients", "gradients"),
+            ("activations", "activations"),
+            ("logits_chunk", "logits chunk and the LM head's gradients"),
+            ("peak", "peak"),
+        ):
+            table.add_row(label, f"{getattr(self, name) / 2**30:,.3f}", end_section=name == "logits_chunk")
+        table.caption = "peak: gradients come as activations go: the larger counts; without the allocator's own share"
+        return table
+
+
+def worst_batch(pairs: int, window: int, shared: bool) -> SequenceBatch:
+    """`pairs` pairs that fill the window of `window` tokens, half prompt and half response."""
+    half = max(1, window // 2)
+    documents = [
+        Document([0] * max(1, window - half), [(b, [0] * half), (pairs + b, [0] * half)]) for b in range(pairs)
+    ]
+    return lay_out(documents, RowLayout.SHARED if shared else RowLayout.SPLIT, 0)
+
+
+def plan_memory(
+    source: ModelSource,
+    config: Any,
+    batch: SequenceBatch,
+    dtype: torch.dtype,
+    optimizer: Callable[[Any], torch.optim.Optimizer],
+    devices: Devices,
+    *,
+    lora: LoraOptions | None = None,
+    gradient_checkpointing: bool = False,
+    half_products: torch.dtype | None = None,
+) -> MemoryPlan:
+    """Memory of a training step on one device.
+
+    Args:
+        source: the model, for messages and its attention implementation.
+        config: its transformers configuration; nothing else of it is read.
+        batch: a micro-batch, on the CPU.
+        dtype: of the weights.
+        optimizer: makes the optimiser, of which one step is taken on one small matrix.
+        devices: how the model is spread.
+        lora: adapters, if they are what is trained.
+        gradient_checkpointing: whether activations are recomputed.
+        half_products: dtype of autocast's products, if it is on.
+    """
+    counts = _count(source, config, dtype, lora, devices)
+    shards = devices.data if devices.sharded else 1
+    width = dtype.itemsize
+    trained_width = 4 if lora is not None else width
+    base_width = _NF4_BYTES if lora is not None and lora.quantize == "nf4" else width
+    frozen = counts.all - counts.trained
+    weights = (frozen * base_width + counts.trained * trained_width) / shards
+    product = (half_products or dtype).itemsize
+    gathered = 0.0
+    if devices.sharded and devices.data > 1:
+        # A block is gathered while the one before it computes.
+        gathered = (counts.outside + 2 * counts.block) * product
+    elif half_products is not None and half_products != dtype:
+        gathered = counts.all * product
+    gradients = counts.trained * trained_width / shards
+    if not devices.sharded and devices.data > 1:
+        # DDP's buckets hold them once more.
+        gradients *= 2
+    elif devices.sharded and devices.data > 1:
+        gradients += counts.trained_block * product
+    small = copy.deepcopy(config)
+    _split_config(small, devices.tensor)
+    activations = _activations(source, small, batch, half_products or dtype, gradient_checkpointing, lora)
+    return MemoryPlan(
+        round(weights),
+        round(gathered),
+        round(counts.trained / shards * _state_width(optimizer, torch.float32 if lora is not None else dtype)),
+        round(gradients),
+        activations,
+        _logits_chunk(config, batch, half_products or dtype, devices, head_trained=lora is None),
+    )
+
+
+def planned(trainer: L.Trainer, module: Any, data: Any) -> MemoryPlan:
+    """The plan of a run that is set up and not begun: of its largest micro-batch, with the longest pairs it allows.
+
+    Args:
+        trainer: its strategy, precision and devices.
+        module: a `PreferenceModule`.
+        data: a `PreferenceDataModule`.
+
+    Raises:
+        InputError: there is no such model.
+    """
+    strategy = trainer.strategy
+    sharded = isinstance(strategy, ModelParallelStrategy)
+    world = trainer.num_nodes * trainer.num_devices
+    asked = getattr(strategy, "_tensor_parallel_size", 1)
+    # Lightning's `auto` means the devices of a node.
+    tensor = (trainer.num_devices if asked == "auto" else int(asked)) if sharded else 1
+    devices = Devices(max(1, world // tensor), tensor, sharded, _kind(trainer))
+    config = load_config(module.source)
+    if tensor > 1:
+        check_tensor_parallel(config, tensor, module.source.name)
+    window = data.max_length or min(data.truncation.max_length, num_positions(config) or data.truncation.max_length)
+    shared = module.prefix_sharing != "never"
+    pairs = data.batch_size
+    if data.max_tokens_per_batch is not None:
+        pairs = max(1, data.max_tokens_per_batch // int(window * (1.5 if shared else 2)))
+    return plan_memory(
+        module.source,
+        config,
+        worst_batch(pairs, window, shared),
+        resolve_dtype(module.dtype_name, str(trainer.precision)),
+        module.optimizer,
+        devices,
+        lora=module.lora,
+        gradient_checkpointing=module.gradient_checkpointing,
+        half_products={"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(trainer.precision)),
+    )
+
+
+def _kind(trainer: L.Trainer) -> str:
+    return "cuda" if isinstance(trainer.accelerator, CUDAAccelerator) else "cpu"
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """Numbers of parameters on one device of a tensor-parallel group."""
+
+    all: int
+    trained: int
+    block: int
+    trained_block: int
+    outside: int
+
+
+def _count(source: ModelSource, config: Any, dtype: torch.dtype, lora: LoraOptions | None, devices: Devices) -> _Counts:
+    config = copy.deepcopy(config)
+    layers = config.get_text_config().num_hidden_layers
+    _split_config(config, devices.tensor)
+
+    def sizes(depth: int) -> tuple[int, int]:
+        model = _meta_model(source, _with_layers(config, depth), dtype, lora)
+        parameters = list(model.parameters())
+        return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+
+    one, two = sizes(1), sizes(2)
+    block, trained_block = two[0] - one[0], two[1] - one[1]
+    # Vocabulary rows are shared out too.
+    table = config.get_text_config().vocab_size * config.get_text_config().hidden_size
+    tables = table * (1 if config.tie_word_embeddings else 2) if devices.tensor > 1 else 0
+    outside = one[0] - block - tables + tables // devices.tensor
+    trained_outside = 0 if lora is not None else outside
+    return _Counts(
+        outside + layers * block, trained_outside + layers * trained_block, block, trained_block, outside
+    )  # fmt: skip
+
+
+def _activations(
+    source: ModelSource,
+    config: Any,
+    batch: SequenceBatch,
+    dtype: torch.dtype,
+    gradient_checkpointing: bool,
+    lora: LoraOptions | None,
+) -> int:
+    layers = config.get_text_config().num_hidden_layers
+    one, two = (
+        _kept(_meta_model(source, _with_layers(config, depth), dtype, lora), batch, whole=gradient_checkpointing)
+        for depth in (1, 2)
+    )
+    if not gradient_checkpointing:
+        return one + (layers - 1) * (two - one)
+    # What enters each layer, and one layer at a time in full.
+    R, T = batch.input_ids.shape
+    entering = R * T * config.get_text_config().hidden_size * dtype.itemsize
+    return one + layers * entering
+
+
+def _kept(model: Any, batch: SequenceBatch, whole: bool) -> int:
+    """Bytes that a forward pass of `model`, on the meta device, keeps for the backward pass, parameters aside."""
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            # Held, so that no other storage takes its address.
+            kept[storage._cdata] = storage
+        return tensor
+
+    batch = batch.to(torch.device("meta"))
+    inputs = model_inputs(model, batch)
+    if not batch.shared:
+        # Nothing is padded in the worst case, where no mask is kept; transformers would look at its values to find out.
+        T = batch.input_ids.shape[1]
+        inputs["attention_mask"] = torch.empty(1, 1, T, T, dtype=torch.bool, device="meta")
+    narrow = nullcontext() if whole else scored_positions_only(model, batch)
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with (
+        _attention_as_on_devices(keeps_mask=batch.shared),
+        narrow,
+        head_input(model, lambda hidden: hidden[:, :0]),
+        hooks,
+    ):
+        model.train()(**inputs)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def _logits_chunk(config: Any, batch: SequenceBatch, dtype: torch.dtype, devices: Devices, head_trained: bool) -> int:
+    text = config.get_text_config()
+    v, D, N = -(-text.vocab_size // devices.tensor), text.hidden_size, len(batch.labels)
+    device = torch.device(devices.kind)
+    chunk = min(N, chunk_tokens(None, v, dtype, device)) * v * dtype.itemsize
+    # The packed hidden states and their gradient, and the weight's in float32.
+    return chunk + 2 * N * D * dtype.itemsize + (v * D * 4 if head_trained else 0)
+
+
+def _state_width(optimizer: Callable[[Any], torch.optim.Optimizer], dtype: torch.dtype) -> float:
+    """Bytes of optimiser state for each parameter."""
+    parameter = nn.Parameter(torch.zeros(8, 8, dtype=dtype))
+    made = optimizer([{"params": [parameter]}])
+    parameter.grad = torch.zeros_like(parameter)
+    made.step()
+    tensors = [value for value in made.state[parameter].values() if isinstance(value, Tensor)]
+    return sum(t.numel() * t.element_size() for t in tensors if t.shape == parameter.shape) / parameter.numel()
+
+
+def _meta_model(source: ModelSource, config: Any, dtype: torch.dtype, lora: LoraOptions | None) -> Any:
+    with torch.device("meta"):
+        model = model_class(source, config, dtype)
+        if lora is not None:
+            add_adapters(model, lora)
+    return model
+
+
+def _with_layers(config: Any, layers: int) -> Any:
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    return config
+
+
+def _split_config(config: Any, size: int) -> None:
+    """What one of `size` devices that share each layer computes, as a model of its own."""
+    if size == 1:
+        return
+    text = config.get_text_config()
+    text.head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        setattr(text, key, getattr(text, key) // size)
+
+
+@contextmanager
+def _attention_as_on_devices(keeps_mask: bool) -> Iterator[None]:
+    """On the meta device PyTorch falls back on attention that keeps its T × T weights; where one trains it does not."""
+
+    def attention(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
+    ) -> Tensor:
+        return _Attention.apply(query, key, value, attn_mask if keeps_mask else None)
+
+    with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attention):
+        yield
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps what the fused kernels keep: their inputs, the output, a number a row, and the mask as one of `query`."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        output = torch.empty_like(query)
+        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, output, sums, None if mask is None else mask.to(query.dtype))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError("a plan has no backward pass")

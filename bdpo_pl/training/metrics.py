@@ -1,0 +1,106 @@
+"""What is logged of every batch of pairs, on training and on held-out pairs alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from bdpo_pl.losses import PairLogProbs, PreferenceLoss
+from bdpo_pl.losses.base import TIE
+
+NAMES = (
+    "loss",
+    "reward_chosen",
+    "reward_rejected",
+    "margin",
+    "accuracy",
+    "logp_chosen",
+    "logp_rejected",
+    "drift_chosen",
+    "drift_rejected",
+    "weight_chosen",
+    "weight_rejected",
+    "imbalance",
+    "comprehension_chosen",
+    "comprehension_rejected",
+)
+
+
+def pair_metrics(loss: PreferenceLoss, pairs: PairLogProbs, losses: Tensor) -> dict[str, Tensor]:
+    """Values of `NAMES` for each pair, those that the loss and the data allow; every tensor is (B,), detached.
+
+    - reward_*: implicit reward by the loss: β·log(π_θ/π_ref), or for a loss that reads no reference what it compares
+      instead (`PreferenceLoss.rewards`); margin: chosen − rejected; accuracy: margin > 0, a tie counting ½ (rewards
+      within β·1e-3, which is rounding, tie).
+    - logp_*: log π_θ(y|x); drift_*: log π_θ(y|x) − log π_ref(y|x), where there are reference scores. A falling
+      drift_chosen is the sign of a policy that learns to avoid the rejected response at the cost of the chosen one.
+    - weight_*: balance weights; imbalance: |w_w − w_l|. comprehension_*: by the loss's estimator.
+    """
+    values = {"loss": losses, "logp_chosen": pairs.policy_chosen, "logp_rejected": pairs.policy_rejected}
+    if (rewards := loss.rewards(pairs)) is not None:
+        chosen, rejected = rewards
+        margin = chosen - rejected
+        ordered = margin.sign() * (margin.abs() > loss.beta * TIE)
+        values |= {
+            "reward_chosen": chosen,
+            "reward_rejected": rejected,
+            "margin": margin,
+            "accuracy": 0.5 * (1.0 + ordered),
+        }
+    if pairs.reference_chosen is not None:
+        values["drift_chosen"], values["drift_rejected"] = pairs.log_ratios()
+    if (weights := loss.weights(pairs)) is not None:
+        values |= {
+            "weight_chosen": weights.chosen,
+            "weight_rejected": weights.rejected,
+            "imbalance": (weights.chosen - weights.rejected).abs(),
+        }
+    if pairs.comprehension_chosen is not None and pairs.comprehension_rejected is not None:
+        values |= {
+            "comprehension_chosen": pairs.comprehension_chosen,
+            "comprehension_rejected": pairs.comprehension_rejected,
+        }
+    return {name: value.detach().float() for name, value in values.items()}
+
+
+class PairMeans(Metric):
+    """Means over pairs of everything in `NAMES`, in two vectors, so that ranks synchronise all of them at once."""
+
+    full_state_update = False
+
+    sums: Tensor
+    counts: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("sums", torch.zeros(len(NAMES), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("counts", torch.zeros(len(NAMES), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, values: dict[str, Tensor], counted: Tensor) -> None:
+        """Add the (B,) `values` of the pairs where `counted` (B,) is true."""
+        number = counted.sum()
+        for i, name in enumerate(NAMES):
+            if name in values:
+                self.sums[i] += torch.where(counted, values[name], 0.0).sum(dtype=self.sums.dtype)
+                self.counts[i] += number
+
+    def joined(self, reduce: Callable[..., Tensor]) -> dict[str, Tensor]:
+        """The sums and counts of all ranks, by a strategy's `reduce`; all ranks call it."""
+        return {
+            name: reduce(value.clone(), reduce_op="sum").cpu()
+            for name, value in (("sums", self.sums), ("counts", self.counts))
+        }
+
+    def take_up(self, state: dict[str, Tensor]) -> None:
+        """Go on from what `joined` gave; on one rank alone."""
+        self.sums.copy_(state["sums"])
+        self.counts.copy_(state["counts"])
+        self._update_count = 1
+
+    def compute(self) -> dict[str, float]:
+        """Mean of each value that has been seen."""
+        sums, counts = self.sums.tolist(), self.counts.tolist()
+        return {name: sums[i] / counts[i] for i, name in enumerate(NAMES) if counts[i]}

@@ -1,0 +1,181 @@
+"""Safety during training: a small evaluation by refusal phrases, before, after and every so many steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+
+from bdpo_pl.embedded import EMBEDDED
+from bdpo_pl.errors import InputError
+from bdpo_pl.evaluation.suites.known import SuiteOptions, known_suites, load_suite
+from bdpo_pl.evaluation.suites.suite import Kind, Suite
+from bdpo_pl.forward.generation import generate_responses
+from bdpo_pl.refusals import is_refusal
+
+_PREFIX = "safety/"
+SCORE = f"{_PREFIX}score"
+"""Mean refusal rate of harmful prompts − over-refusal, as `bdpo_pl.evaluate` has it (Youden's J)."""
+
+_GAP = "gap/margin"
+
+_KINDS: dict[str, Kind] = {"harmful": "harmful", "jailbreak": "harmful", "benign": "benign"}
+_LABELS = {
+    "harmful": "refusal rate, harmful prompts",
+    "jailbreak": "refusal rate, jailbreak-wrapped prompts",
+    "benign": "over-refusal, benign prompts",
+}
+_NAMES = {"harmful": "refusal_harmful", "jailbreak": "refusal_jailbreak", "benign": "over_refusal"}
+
+
+class SafetyProbe(L.Callback):
+    """Refusal rates by greedy generation, before and after training, and if wanted on the way.
+
+    On the way it measures at the first validation and then at one every `every_n_steps` optimiser steps, and logs
+    `safety/refusal_harmful`, `safety/refusal_jailbreak`, `safety/over_refusal` and, with harmful and benign prompts
+    both, `safety/score`: `--checkpoint.monitor safety/score --checkpoint.mode max` keeps the safest helpful checkpoint.
+
+    Args:
+        harmful: requests to refuse: a file as `bdpo_pl.evaluate` takes, a suite that it knows by name, or `embedded`.
+        jailbreak: harmful requests in framings meant to get past a refusal; likewise.
+        benign: requests to answer; a refusal of one is an over-refusal.
+        max_new_tokens: tokens in a response at most; a refusal shows early.
+        max_prompts: prompts taken of each at most, spread evenly.
+        batch_size: prompts generated at a time.
+        every_n_steps: optimiser steps between two measurements during training; default: none during training.
+
+    Raises:
+        InputError: prompts that cannot be read, or a number below 1.
+    """
+
+    def __init__(
+        self,
+        harmful: str | None = None,
+        jailbreak: str | None = None,
+        benign: str | None = None,
+        max_new_tokens: int = 48,
+        max_prompts: int = 200,
+        batch_size: int = 40,
+        every_n_steps: int | None = None,
+    ) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise InputError(f"safety.every_n_steps must be at least 1, got {every_n_steps}")
+        given = {"harmful": harmful, "jailbreak": jailbreak, "benign": benign}
+        self.suites = {name: _suite(name, spec, max_prompts) for name, spec in given.items() if spec is not None}
+        if every_n_steps is not None and not self.suites:
+            raise InputError("safety.every_n_steps needs prompts: give safety.harmful, safety.jailbreak, safety.benign")
+        self.max_new_tokens = max_new_tokens
+        self.batch_size = batch_size
+        self.every_n_steps = every_n_steps
+        self.before: dict[str, float] = {}
+        self.after: dict[str, float] = {}
+        self._latest: dict[str, float] = {}
+        self._latest_step: int | None = None
+
+    @property
+    def logged(self) -> set[str]:
+        """The names of what is logged during training."""
+        if self.every_n_steps is None:
+            return set()
+        both = {_KINDS[name] for name in self.suites} == {"harmful", "benign"}
+        return {f"{_PREFIX}{_NAMES[name]}" for name in self.suites} | ({SCORE} if both else set())
+
+    def check_monitor(self, monitor: str | None, mode: str) -> None:
+        """Raise `InputError` if a checkpoint cannot be chosen by `monitor`, or would be the worst by `mode`."""
+        if monitor is None or not monitor.startswith(_PREFIX):
+            return
+        if monitor not in self.logged:
+            needed = {
+                SCORE: "harmful and benign prompts with safety.harmful or safety.jailbreak, and safety.benign",
+                **{f"{_PREFIX}{value}": f"safety.{name}" for name, value in _NAMES.items()},
+            }
+            if monitor not in needed:
+                raise InputError(f"checkpoint.monitor is {monitor}; there are {', '.join(needed)}")
+            raise InputError(
+                f"checkpoint.monitor is {monitor}, which is not measured: set safety.every_n_steps, and give "
+                f"{needed[monitor]}"
+            )
+        better = "min" if monitor == f"{_PREFIX}{_NAMES['benign']}" else "max"
+        if mode != better:
+            raise InputError(
+                f"checkpoint.mode is {mode}, by which {monitor} would choose the worst; set checkpoint.mode {better}"
+            )
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure the policy as it is before training."""
+        if trainer.global_step == 0:
+            self.before = _labelled(self._measure(trainer, pl_module, "before training"))
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure where it is due; log the latest rates, so that a checkpoint can always be chosen by them."""
+        if self.every_n_steps is None or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+            return
+        step = trainer.global_step
+        if self._latest_step is None or step - self._latest_step >= self.every_n_steps:
+            self._latest = self._measure(trainer, pl_module, f"step {step}")
+            self._latest_step = step
+        values = {f"{_PREFIX}{_NAMES[name]}": rate for name, rate in self._latest.items()}
+        if SCORE in self.logged:
+            refused = [rate for name, rate in self._latest.items() if _KINDS[name] == "harmful"]
+            values[SCORE] = sum(refused) / len(refused) - self._latest["benign"]
+        # The same on every rank already; sync_dist only says so to Lightning.
+        pl_module.log_dict(values, sync_dist=True)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure the trained policy."""
+        if self._latest_step != trainer.global_step:
+            self._latest = self._measure(trainer, pl_module, "after training")
+        self.after = _labelled(self._latest)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run goes on from."""
+        return {"before": self.before, "latest": self._latest, "latest_step": self._latest_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take it up."""
+        self.before = state_dict["before"]
+        self._latest = state_dict["latest"]
+        self._latest_step = state_dict["latest_step"]
+
+    def _measure(self, trainer: L.Trainer, pl_module: Any, when: str) -> dict[str, float]:
+        """Share refused of each suite; ranks with whole models share the prompts."""
+        if not self.suites:
+            return {}
+        count = sum(len(suite.prompts) for suite in self.suites.values())
+        rank_zero_info(f"Generating responses to {count} prompts ({when})")
+        tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+        # Ranks with parts of one model must run it together, on the same prompts.
+        together = isinstance(trainer.strategy, ModelParallelStrategy)
+        rank, ranks = (0, 1) if together else (trainer.global_rank, trainer.world_size)
+        rates = {}
+        for name, suite in self.suites.items():
+            texts = [prompt.text for prompt in suite.prompts][rank::ranks]
+            with trainer.precision_plugin.forward_context():
+                responses = generate_responses(
+                    pl_module.policy,
+                    tokenizer,
+                    texts,
+                    max_new_tokens=self.max_new_tokens,
+                    batch_size=self.batch_size,
+                )
+            refused = torch.tensor(float(sum(map(is_refusal, responses))), device=pl_module.device)
+            total = refused if together else trainer.strategy.reduce(refused, reduce_op="sum")
+            rates[name] = float(total) / len(suite.prompts)
+        return rates
+
+
+def _suite(name: str, spec: str, max_prompts: int) -> Suite:
+    kind = _KINDS[name]
+    if spec == EMBEDDED:
+        return load_suite(f"embedded_{name}", max_prompts)
+    if spec in known_suites():
+        return load_suite(SuiteOptions(spec, kind=kind), max_prompts)
+    return load_suite(SuiteOptions(name, file=spec, kind=kind), max_prompts)
+
+
+def _labelled(rates: dict[str, float]) -> dict[str, float]:
+    return {_LABELS[name]: rate for name, rate in rates.items()}

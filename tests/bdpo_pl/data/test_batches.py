@@ -1,0 +1,46 @@
+"""Batches of pairs, and the table that they come from."""
+
+import numpy as np
+import pytest
+import torch
+
+from bdpo_pl.data.batches import PairDataset
+from bdpo_pl.data.packing import RowLayout
+from bdpo_pl.data.table import PairTable
+from bdpo_pl.data.tokenization import PreferencePair
+
+
+def test_training_batch_holds_chosen_then_rejected():
+    table = PairTable.from_pairs([PreferencePair([1], [2, 3], [4]), PreferencePair([1, 1], [5], [6, 7, 8])], [1])
+    batch = PairDataset(table, 0).collate([(1, 0.5), (0, 0.5)])
+    assert batch.sequences.input_ids.tolist() == [[1, 1, 5, 0, 0], [1, 2, 3, 0, 0], [1, 1, 6, 7, 8], [1, 4, 0, 0, 0]]
+    assert batch.lengths.tolist() == [[1, 2], [3, 1]]
+    assert batch.pair_index.tolist() == [1, 0]
+    assert batch.num_tokens == 3 + 3 + 5 + 2
+
+
+def test_shared_batch_reads_each_prompt_once():
+    table = PairTable.from_pairs([PreferencePair([1], [2, 3], [4]), PreferencePair([1, 1], [5], [6, 7, 8])], [1])
+    batch = PairDataset(table, 0, RowLayout.SHARED).collate([(1, 0.5), (0, 0.5)])
+    assert batch.sequences.input_ids.tolist() == [[1, 1, 5, 6, 7, 8], [1, 2, 3, 4, 0, 0]]
+    assert batch.num_tokens == 6 + 4 == table.num_tokens(shared=True).sum()
+    assert table.num_tokens(shared=False).tolist() == [3 + 2, 3 + 5]
+    # Chosen 0 and 1, then rejected 0 and 1.
+    assert batch.sequences.labels.tolist() == [5, 2, 3, 6, 7, 8, 4]
+    assert batch.sequences.sequence_ids.tolist() == [0, 1, 1, 2, 2, 2, 3]
+
+
+def test_table_round_trip_and_digests():
+    pairs = [PreferencePair([1, 2], [3], [4, 5]), PreferencePair([1], [2, 3], [4, 5])]
+    table = PairTable.from_pairs(pairs, [9], ["a", "b"])
+    assert [table[i] for i in range(2)] == pairs
+    # The same tokens in a row, cut elsewhere, are another pair.
+    assert len(set(table.pair_digests())) == 2
+    reversed_table = table.select(np.array([1, 0]))
+    assert reversed_table.places == ["b", "a"]
+    assert reversed_table[0] == pairs[1]
+    assert table.content_digest() != reversed_table.content_digest()
+    assert table.content_digest() != PairTable.from_pairs(pairs, [8]).content_digest()
+    with pytest.raises(IndexError):
+        table[2]
+    assert torch.tensor(table.starts).tolist() == [0, 5, 10]

@@ -1,0 +1,302 @@
+"""From files to pair tables: schemas, faults by file, line and field, and reports that add up."""
+
+import io
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from makers import build_tokenizer, messy_safe_rlhf_rows, preference_rows, safe_rlhf_row, write_jsonl
+
+from bdpo_pl.data.consistency import count_shared_prompts
+from bdpo_pl.data.loading import LoadOptions, load_pairs
+from bdpo_pl.data.report import report_table
+from bdpo_pl.data.schemas.safe_rlhf import REQUIRED_COLUMNS, SafeRLHFOptions
+from bdpo_pl.data.splits import split_by_prompt
+from bdpo_pl.data.tokenization import PairTokenizer
+from bdpo_pl.data.truncation import Truncation
+from bdpo_pl.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return PairTokenizer(build_tokenizer())
+
+
+@pytest.fixture
+def load(tokenizer):
+    def run(path, max_length=256, truncation="drop", seed=0, **options):
+        window = Truncation(max_length, truncation)
+        return load_pairs("train", str(path), tokenizer, window, LoadOptions(**options), seed=seed)
+
+    return run
+
+
+def texts(table, tokenizer):
+    return [
+        tuple(
+            tokenizer.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in (p.chosen_ids, p.rejected_ids)
+        )
+        for p in (table[i] for i in range(len(table)))
+    ]
+
+
+GOOD = {"prompt": "how ?", "chosen": "so .", "rejected": "no ."}
+
+
+def test_jsonl_parquet_folder_and_saved_dataset_agree(load, tmp_path):
+    import datasets
+
+    rows = preference_rows(12)
+    (tmp_path / "folder").mkdir()
+    write_jsonl(tmp_path / "folder" / "a.jsonl", rows[:5])
+    pq.write_table(pa.Table.from_pylist(rows[5:]), tmp_path / "folder" / "b.parquet")
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
+    whole = write_jsonl(tmp_path / "whole.jsonl", rows)
+    tables = [load(source)[0] for source in (whole, tmp_path / "folder", tmp_path / "saved")]
+    assert len(tables[0]) == 12
+    assert tables[0].content_digest() == tables[1].content_digest() == tables[2].content_digest()
+    assert tables[0].places[0].endswith("whole.jsonl, line 1")
+    assert tables[1].places[5].endswith("b.parquet, row 0")
+
+
+def test_byte_order_mark_and_blank_lines_are_no_rows(load, tmp_path):
+    path = tmp_path / "bom.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\n\n   \n")
+    table, report = load(path)
+    assert (len(table), report.read) == (1, 1)
+
+
+def test_implicit_prompts_in_text_and_messages(load, tmp_path, tokenizer):
+    hh = {
+        "chosen": "\n\nHuman: how ?\n\nAssistant: I water it .",
+        "rejected": "\n\nHuman: how ?\n\nAssistant: I do not .",
+    }
+    table, _ = load(write_jsonl(tmp_path / "hh.jsonl", [hh]))
+    pair = table[0]
+    assert tokenizer.tokenizer.decode(pair.prompt_ids) == "\n\nHuman: how ?\n\nAssistant:"
+    assert texts(table, tokenizer) == [("I water it .", "I do not .")]
+    # No template around a prompt that is rendered already, so none around the null prompt either.
+    assert table.null_prompt_ids == [tokenizer.tokenizer.eos_token_id]
+
+    user = {"role": "user", "content": "how ?"}
+    chat = {
+        "chosen": [user, {"role": "assistant", "content": "so ."}],
+        "rejected": [user, {"role": "assistant", "content": "no ."}],
+    }
+    table, _ = load(write_jsonl(tmp_path / "chat.jsonl", [chat]))
+    explicit, _ = load(write_jsonl(tmp_path / "explicit.jsonl", [GOOD]))
+    assert table.content_digest() == explicit.content_digest()
+
+
+def test_implicit_text_is_not_split_inside_a_word(load, tmp_path, tokenizer):
+    row = {"chosen": "question : water", "rejected": "question : watch"}
+    table, _ = load(write_jsonl(tmp_path / "rows.jsonl", [row]))
+    assert tokenizer.tokenizer.decode(table[0].prompt_ids) == "question :"
+
+
+def test_columns_can_be_renamed(load, tmp_path):
+    row = {"question": "how ?", "good": "so .", "bad": "no ."}
+    path = write_jsonl(tmp_path / "rows.jsonl", [row])
+    table, _ = load(path, columns={"prompt": "question", "chosen": "good", "rejected": "bad"})
+    assert len(table) == 1
+    with pytest.raises(InputError, match=r"missing columns 'chosen', 'rejected'.*found 'question', 'good', 'bad'"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        ({**GOOD, "chosen": ""}, "line 2: field 'chosen' is empty"),
+        ({**GOOD, "rejected": " \n"}, "line 2: field 'rejected' is empty"),
+        ({**GOOD, "prompt": None}, "line 2: field 'prompt' is missing or null"),
+        ({**GOOD, "chosen": GOOD["rejected"]}, "line 2: 'chosen' and 'rejected' are the same"),
+        ({**GOOD, "chosen": 7}, "line 2: field 'chosen' must be text or a list of chat messages, got int"),
+        ({**GOOD, "chosen": [{"role": "assistant"}]}, "line 2: field 'chosen': each message needs"),
+        ({**GOOD, "chosen": [{"role": "assistant", "content": "x"}]}, "line 2: 'chosen' and 'rejected' must both"),
+        ({"prompt": "how ?", "chosen": "so ."}, "line 2: field 'rejected' is missing"),
+        ({**GOOD, "prompt": "\ud800"}, "line 2: field 'prompt' holds half of a surrogate pair"),
+    ],
+)
+def test_bad_rows_stop_the_run_or_are_counted(load, tmp_path, row, fault):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in (GOOD, row)))
+    with pytest.raises(InputError) as error:
+        load(path)
+    assert f"rows.jsonl, {fault}" in str(error.value)
+    assert "bad_rows=drop" in str(error.value)
+    table, report = load(path, bad_rows="drop")
+    assert (len(table), report.num_dropped, report.read) == (1, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b"{not json}\n", "line 1: not JSON"),
+        (b"[1, 2]\n", "line 1: expected a JSON object, got list"),
+        (b'{"prompt": "\xff"}\n', "line 1: not JSON in UTF-8"),
+        (b"", "no rows"),
+    ],
+)
+def test_malformed_files_are_named(load, tmp_path, content, fault):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(InputError) as error:
+        load(path)
+    assert fault in str(error.value)
+    assert "rows.jsonl" in str(error.value)
+
+
+def test_broken_parquet_missing_file_and_unknown_suffix_are_named(load, tmp_path):
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 nothing")
+    (tmp_path / "rows.xlsx").write_bytes(b"")
+    (tmp_path / "empty").mkdir()
+    for source, fault in (
+        ("broken.parquet", "not a whole Parquet file"),
+        ("missing.jsonl", "no such file"),
+        ("rows.xlsx", "cannot read .xlsx"),
+        ("empty", "holds no"),
+    ):
+        with pytest.raises(InputError, match=fault):
+            load(tmp_path / source)
+
+
+def test_hub_dataset_that_cannot_be_had_is_named(load):
+    with pytest.raises(InputError, match="nobody/nothing: neither a file here nor a dataset"):
+        load("nobody/nothing")
+
+
+def test_all_too_long_says_what_to_do_and_some_are_counted(load, tmp_path):
+    long = {**GOOD, "prompt": "water " * 300}
+    with pytest.raises(InputError, match=r"longer than 64 tokens: 1.*Raise data\.max_length \(now 64\)"):
+        load(write_jsonl(tmp_path / "long.jsonl", [long]), max_length=64)
+    path = write_jsonl(tmp_path / "mixed.jsonl", [GOOD, long])
+    table, report = load(path, max_length=64)
+    assert (len(table), report.dropped) == (1, {"longer than 64 tokens": [f"{path}, line 2"]})
+    table, report = load(path, max_length=64, truncation="keep_end")
+    assert len(table) == 2
+    assert report.notes["truncated to 64 tokens (keep_end)"] == "1"
+
+
+def test_duplicates_are_dropped_or_kept_and_counted(load, tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [GOOD, {**GOOD, "prompt": "why ?"}, GOOD])
+    table, report = load(path)
+    assert len(table) == 2
+    assert report.dropped == {"duplicate of an earlier pair": [f"{path}, line 3"]}
+    table, report = load(path, duplicates="keep")
+    assert (len(table), report.notes["duplicates kept"]) == (3, "1")
+
+
+@pytest.fixture
+def messy_safe_rlhf(tmp_path):
+    return write_jsonl(tmp_path / "safe_rlhf.jsonl", messy_safe_rlhf_rows())
+
+
+def test_safe_rlhf_keeps_and_drops_what_it_should(load, messy_safe_rlhf, tokenizer):
+    table, report = load(messy_safe_rlhf)
+    # The safe response is chosen though `better_response_id` names the unsafe one; between safe ones it decides.
+    assert texts(table, tokenizer) == [("second .", "first ."), ("good .", "bad ."), ("gut 🌱", "schlecht 🌧")]
+    assert table.categories[1] == "Privacy Violation"
+    assert {reason: len(places) for reason, places in report.dropped.items()} == {
+        "both responses unsafe": 1,
+        "missing prompt": 1,
+        "empty response": 1,
+        "missing is_response_0_safe": 1,
+        "wrong type": 1,
+        "chosen = rejected": 1,
+        "longer than 256 tokens": 1,
+        "duplicate of an earlier pair": 1,
+    }
+    assert report.read == 11 == report.kept + report.num_dropped
+
+
+def test_safe_rlhf_can_take_the_safer_of_two_unsafe(load, messy_safe_rlhf, tokenizer):
+    table, _ = load(messy_safe_rlhf, safe_rlhf=SafeRLHFOptions(both_unsafe="safer"))
+    assert ("bad .", "worse .") in texts(table, tokenizer)
+
+
+def test_safe_rlhf_strict_names_the_fault(load, messy_safe_rlhf):
+    with pytest.raises(InputError, match=r"safe_rlhf\.jsonl, line 4: field 'prompt' is missing"):
+        load(messy_safe_rlhf, bad_rows="error")
+
+
+def test_safe_rlhf_draw_is_seeded_one_pair_a_query(load, tmp_path):
+    rows = [
+        safe_rlhf_row(f"q{i // 2} ?", [f"yes {i}", f"no {i}"], [True, i % 4 < 2], better=0) for i in range(80)
+    ]  # each query twice, half of the queries unsafe
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    options = SafeRLHFOptions(num_safe=5, num_unsafe=7)
+    table, report = load(path, safe_rlhf=options, seed=1)
+    assert len(table) == 12
+    assert len(set(table.prompt_digests())) == 12
+    assert report.notes["safe queries"] == "5 of 5 asked"
+    assert report.notes["not drawn (safe_rlhf.num_safe, num_unsafe)"] == "68"
+    assert load(path, safe_rlhf=options, seed=1)[0].content_digest() == table.content_digest()
+    assert load(path, safe_rlhf=options, seed=2)[0].content_digest() != table.content_digest()
+    _, report = load(path, safe_rlhf=SafeRLHFOptions(num_safe=1000))
+    assert report.notes["safe queries"] == "20 of 1,000 asked"
+
+
+@pytest.mark.parametrize("column", REQUIRED_COLUMNS)
+def test_safe_rlhf_missing_column_is_named(load, tmp_path, column):
+    row = safe_rlhf_row("q ?", ["a", "b"], [True, True], better=0)
+    del row[column]
+    with pytest.raises(InputError, match=f"missing column '{column}' of the safe_rlhf schema"):
+        load(write_jsonl(tmp_path / "rows.jsonl", [row]), format="safe_rlhf")
+    with pytest.raises(InputError, match=f"missing column '{column}'"):
+        load(write_jsonl(tmp_path / "rows.jsonl", [row]))
+
+
+def test_held_out_split_shares_no_prompt(load, tmp_path):
+    rows = [{**row, "prompt": f"prompt {i // 3}"} for i, row in enumerate(preference_rows(60))]
+    table, _ = load(write_jsonl(tmp_path / "rows.jsonl", rows))
+    rest, held = split_by_prompt(table, 0.2, seed=0)
+    assert len(rest) + len(held) == 60
+    assert 12 <= len(held) < 15
+    assert count_shared_prompts(rest, held) == 0
+    assert count_shared_prompts(table, held) == len(held)
+    single, _ = load(write_jsonl(tmp_path / "one.jsonl", [{**row, "prompt": "same"} for row in preference_rows(4)]))
+    with pytest.raises(InputError, match="single prompt"):
+        split_by_prompt(single, 0.2, seed=0)
+
+
+def test_report_table_shows_every_count(load, messy_safe_rlhf):
+    from rich.console import Console
+
+    console = Console(width=160, record=True, file=io.StringIO())
+    _, report = load(messy_safe_rlhf)
+    console.print(report_table([report]))
+    text = console.export_text()
+    assert "3 pairs" in text
+    for reason in report.dropped:
+        assert f"dropped: {reason}" in text
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=6), children, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.lists(
+        st.dictionaries(
+            st.sampled_from(["prompt", "chosen", "rejected", "better_response_id"]), json_values, max_size=4
+        ),
+        max_size=4,
+    ),
+    raw=st.binary(max_size=20),
+)
+def test_any_file_loads_or_is_refused_with_its_name(load, tmp_path, rows, raw):
+    path = tmp_path / "fuzz.jsonl"
+    path.write_bytes(b"".join(json.dumps(row).encode() + b"\n" for row in rows) + raw)
+    try:
+        table, report = load(path, bad_rows="drop")
+    except InputError as error:
+        assert "fuzz.jsonl" in str(error)  # noqa: PT017 - either outcome is right
+    else:
+        assert report.read == len(table) + report.num_dropped

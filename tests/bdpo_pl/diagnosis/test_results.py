@@ -1,0 +1,169 @@
+"""The numbers of a diagnosis against plain loops, and what is found in them."""
+
+import dataclasses
+import statistics
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from bdpo_pl.data.report import DataReport
+from bdpo_pl.data.table import PairTable
+from bdpo_pl.data.tokenization import PreferencePair
+from bdpo_pl.diagnosis.findings import find
+from bdpo_pl.diagnosis.measures import Mean, Measured, by_category, by_length, extremes, group, length_bias, spearman
+from bdpo_pl.diagnosis.page import build_page
+from bdpo_pl.diagnosis.results import Diagnosis, Leaks, Places, diagnose_split
+
+RNG = np.random.default_rng(0)
+
+
+def measured(num=60, categories=("a", "b", ""), strong_ratio=1.5, shift=0.0, **fields):
+    pairs = [
+        PreferencePair([i + 2], *(RNG.integers(2, 900, RNG.integers(1, 30)).tolist() for _ in range(2)))
+        for i in range(num)
+    ]
+    table = PairTable.from_pairs(pairs, [1], categories=[categories[i % len(categories)] for i in range(num)])
+    comprehension = RNG.normal(size=(2, num)) + np.array([[shift], [0.0]])
+    share = 1 / (1 + np.exp(comprehension[0] - comprehension[1]))
+    values = {"table": table, "comprehension": comprehension, "weights": np.stack([share, 1 - share])}
+    return Measured(**{**values, "scale": np.full(num, 2.0), "strong_ratio": strong_ratio, **fields})
+
+
+def diagnosis(m, **fields):
+    values = {"facts": {}, "unit": "nats per token", "strong_ratio": 1.5, "strong_imbalance": 0.4, "weights_of": None}
+    values |= {"splits": {"train": diagnose_split("train", m, None, 3)}, "leaks": Leaks([], [], 0, 9), "loading": []}
+    return Diagnosis(**{**values, **fields})
+
+
+def titles(found, level):
+    return " ".join(finding.title for finding in found if finding.level == level)
+
+
+def test_group_is_the_mean_over_its_pairs():
+    m = measured()
+    index = np.array([3, 5, 8, 13, 21, 34, 40, 41, 42, 43, 44])
+    g = group(m, "some", index)
+    imbalance = [m.comprehension[0][i] - m.comprehension[1][i] for i in index]
+    assert g.imbalance.mean == pytest.approx(statistics.fmean(imbalance))
+    assert g.imbalance.high - g.imbalance.mean == pytest.approx(1.96 * statistics.stdev(imbalance) / len(index) ** 0.5)
+    assert g.size == pytest.approx(statistics.fmean(map(abs, imbalance)))
+    # For softmax weights the ratio is the exponential of the imbalance.
+    assert g.strong == pytest.approx(sum(abs(d) >= np.log(1.5) for d in imbalance) / len(index))
+    assert g.strength_chosen == pytest.approx(statistics.fmean(2 / (1 + np.exp(d)) for d in imbalance))
+    assert g.strength_chosen + g.strength_rejected == pytest.approx(2.0)
+
+
+def test_mean_of_few_has_no_interval():
+    assert Mean.of(np.arange(9.0)) == Mean(4.0)
+    assert Mean.of(np.arange(10.0)).low is not None
+
+
+@pytest.mark.parametrize("split", [by_category, by_length])
+def test_groups_share_out_all_pairs(split):
+    m = measured()
+    groups = split(m)
+    assert sum(g.pairs for g in groups) == 60
+    total = sum(g.pairs * g.imbalance.mean for g in groups) / 60
+    assert total == pytest.approx(group(m, "all").imbalance.mean)
+
+
+def test_categories_come_most_imbalanced_first_and_pairs_without_one_are_named():
+    groups = by_category(measured())
+    assert {g.name for g in groups} == {"a", "b", "(none)"}
+    assert [g.size for g in groups] == sorted((g.size for g in groups), reverse=True)
+    assert by_category(measured(categories=("",))) == []
+
+
+def test_length_groups_do_not_overlap():
+    m = measured()
+    groups = by_length(m)
+    bounds = [tuple(map(float, g.name.split(" to "))) for g in groups]
+    assert len(groups) > 3
+    assert all(a[-1] < b[0] for a, b in pairwise(bounds))
+
+
+def test_spearman_by_hand():
+    # Ranks 1, 2.5, 2.5, 4 and 1, 2, 3, 4: 4.5 / √(4.5 · 5).
+    assert spearman(np.array([0, 7, 7, 90]), np.array([1, 2, 5, 6])) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
+    assert spearman(np.array([1, 2, 3]), np.array([9, 4, 1])) == pytest.approx(-1.0)
+    assert spearman(np.array([1, 2, 3]), np.array([5, 5, 5])) is None
+    assert spearman(np.array([1, 2]), np.array([1, 2])) is None
+
+
+def test_length_bias_counts_the_longer_side():
+    m = measured(3)
+    table = PairTable.from_pairs([PreferencePair([2], [3] * w, [4] * r) for w, r in ((5, 1), (4, 4), (9, 2))], [1])
+    bias = length_bias(dataclasses.replace(m, table=table))
+    assert (bias.chosen_longer, bias.rejected_longer) == (pytest.approx(2 / 3), 0.0)
+    assert (bias.mean_chosen, bias.mean_rejected) == (6.0, pytest.approx(7 / 3))
+
+
+def test_extremes_are_the_ends_and_have_their_sign():
+    m = measured()
+    high, low = extremes(m, 5)
+    ordered = sorted(m.imbalance)
+    assert m.imbalance[high].tolist() == ordered[:-6:-1]
+    assert m.imbalance[low].tolist() == ordered[:5]
+    only_positive = measured(shift=50.0)
+    assert [len(side) for side in extremes(only_positive, 100)] == [60, 0]
+
+
+def test_weight_of_zero_is_no_division_by_zero():
+    m = measured(2, weights=np.array([[0.0, 0.5], [1.0, 0.5]]))
+    assert m.strong.tolist() == [True, False]
+    assert np.isfinite(m.ratio).all()
+
+
+def test_faults_are_problems_and_come_first():
+    split = diagnose_split("train", measured(), None, 0)
+    split = dataclasses.replace(split, swapped=[Places("line 1", "line 2")] * 2)
+    found = find(diagnosis(measured(), splits={"train": split}, leaks=Leaks([Places("h", "t")], [], 4, 9)))
+    assert "2 pairs contradict another" in titles(found, "problem")
+    assert "1 pair held out from training share" in titles(found, "problem")
+    assert "4 pairs of 9 held out" in titles(found, "notice")
+    assert [f.level for f in found] == sorted((f.level for f in found), key=["problem", "notice", "fine"].index)
+
+
+def test_sound_set_gives_no_problem():
+    sound = measured()
+    sound = dataclasses.replace(sound, comprehension=np.zeros((2, 60)), weights=np.full((2, 60), 0.5))
+    found = find(diagnosis(sound))
+    assert not titles(found, "problem")
+    assert "0.0% of the 60 training pairs" in titles(found, "fine")
+    assert "Neither side" in titles(found, "fine")
+    slight = find(diagnosis(dataclasses.replace(sound, comprehension=np.array([[0.001] * 60, [0.0] * 60]))))
+    assert "The chosen responses are the better comprehended ones" in titles(slight, "fine")
+
+
+def test_notices_of_strength_direction_and_missing_weights():
+    found = find(diagnosis(measured(shift=3.0), weights_of="Balanced DPO"))
+    assert "training pairs would be re-weighted strongly" in titles(found, "notice")
+    assert "The chosen responses are the better comprehended ones, by" in titles(found, "notice")
+    assert any("applies no weights: these are what Balanced DPO would do" in f.detail for f in found)
+
+
+def test_held_out_pairs_of_another_kind_are_noticed():
+    near = measured(num=60)
+    far = dataclasses.replace(near, comprehension=3 * near.comprehension)
+    splits = {name: diagnose_split(name, m, None, 0) for name, m in (("train", near), ("held_out", far))}
+    assert "Held-out pairs are 3.0 times as imbalanced" in titles(find(diagnosis(near, splits=splits)), "notice")
+
+
+def test_duplicates_dropped_on_loading_are_told_from_those_kept():
+    m = measured()
+    report = DataReport("train", "x.jsonl", dropped={"duplicate of an earlier pair": ["x.jsonl, line 9"]})
+    dropped = diagnose_split("train", m, report, 0)
+    assert (dropped.duplicates, dropped.duplicates_dropped) == (["x.jsonl, line 9"], True)
+    twice = m.table.select(np.array([0, 1, 0]))
+    kept = diagnose_split("train", measured(3, table=twice), DataReport("train", "x.jsonl"), 0)
+    assert (kept.duplicates, kept.duplicates_dropped) == (["pair 0"], False)
+
+
+@pytest.mark.parametrize("num", [1, 2])
+def test_page_of_hardly_any_pairs_holds_no_nan(num):
+    m = measured(num, categories=("",))
+    html = build_page(diagnosis(m, leaks=None), {"train": m}).render()
+    assert "nan" not in html.lower()
+    assert f"only {num} pair" in html
+    assert "carry no category" in html

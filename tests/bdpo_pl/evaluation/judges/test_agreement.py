@@ -1,0 +1,116 @@
+"""Agreement of a judge with labels, and what the judge of phrases reaches on the project's own labelled answers."""
+
+import json
+
+import pytest
+from makers import write_jsonl
+
+from bdpo_pl.errors import InputError
+from bdpo_pl.evaluation.judges.agreement import LABELLED_FILE, measure_agreement, read_labelled
+from bdpo_pl.evaluation.judges.judge import Judge, Verdict
+from bdpo_pl.evaluation.judges.phrases import PhraseJudge
+
+
+class Scripted(Judge):
+    """Takes an answer for what it says of itself."""
+
+    name = "scripted"
+
+    def judge(self, exchanges):
+        return [
+            Verdict(refused=e.response == "no", unsafe=None if e.response == "?" else "bad" in e.response)
+            for e in exchanges
+        ]
+
+    def facts(self):
+        return {}
+
+
+def labelled(tmp_path, rows):
+    return read_labelled(write_jsonl(tmp_path / "x.jsonl", [{"prompt": "how ?", **row} for row in rows]))
+
+
+def test_by_hand(tmp_path):
+    rows = (
+        [{"response": "no", "label": "refusal", "case": "plain"}] * 4
+        + [{"response": "never", "label": "refusal", "case": "hard"}] * 2
+        + [{"response": "no", "label": "compliance", "case": "hard"}]
+        + [{"response": "yes", "label": "compliance"}] * 3
+    )
+    question, found = labelled(tmp_path, rows)
+    assert question == "refused"
+    agreement = measure_agreement(Scripted(), question, found)
+    assert (agreement.hits, agreement.misses, agreement.false_alarms, agreement.rejections) == (4, 2, 1, 3)
+    assert agreement.accuracy == 0.7
+    assert (agreement.precision, agreement.recall) == (4 / 5, 4 / 6)
+    # Chance would agree on 0.6·0.5 + 0.4·0.5 of the rows: (0.7 − 0.5)/(1 − 0.5).
+    assert agreement.kappa == pytest.approx(0.4)
+    low, high = agreement.kappa_interval
+    assert -1 <= low < 0.4 < high <= 1
+    assert measure_agreement(Scripted(), question, found).kappa_interval == (low, high)
+    assert agreement.by_case == {"plain": (4, 4), "hard": (0, 3), "": (3, 3)}
+    assert [place.rpartition(", ")[2] for place in agreement.wrong] == ["line 5", "line 6", "line 7"]
+    # Wilson's interval of 7 in 10 at 1.96.
+    assert agreement.accuracy_interval == pytest.approx((0.3968, 0.8922), abs=1e-4)
+
+
+def test_one_class_alone(tmp_path):
+    question, found = labelled(tmp_path, [{"response": "yes", "label": "compliance"}] * 3)
+    agreement = measure_agreement(Scripted(), question, found)
+    assert (agreement.accuracy, agreement.precision, agreement.recall, agreement.kappa) == (1.0, None, None, None)
+    assert agreement.kappa_interval is None
+
+
+@pytest.mark.parametrize("true", [True, "true", "True", 1])
+def test_labels_of_harm(tmp_path, true):
+    question, found = labelled(tmp_path, [{"response": "bad", "unsafe": true}, {"response": "fine", "unsafe": False}])
+    agreement = measure_agreement(Scripted(), question, found)
+    assert (question, agreement.hits, agreement.rejections) == ("unsafe", 1, 1)
+    with pytest.raises(InputError, match="scripted does not tell whether an answer is unsafe"):
+        measure_agreement(Scripted(), *labelled(tmp_path, [{"response": "?", "unsafe": True}]))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"response": "no", "label": "maybe"}, r"line 1: column 'label' must be refusal or compliance, not 'maybe'"),
+        ({"response": "no"}, r"column 'unsafe' must be true or false, not None\. A labelled file has 'label'"),
+        ({"label": "refusal"}, "needs texts in 'prompt' and 'response'"),
+    ],
+)
+def test_faults_of_a_file(tmp_path, row, message):
+    with pytest.raises(InputError, match=message):
+        labelled(tmp_path, [row])
+
+
+def test_a_file_with_no_rows(tmp_path):
+    with pytest.raises(InputError, match="no rows"):
+        labelled(tmp_path, [])
+
+
+def test_phrases_on_the_labelled_answers():
+    """The counts that are quoted; a change of the list shows here."""
+    question, rows = read_labelled()
+    agreement = measure_agreement(PhraseJudge(), question, rows)
+    assert agreement.count == 153
+    assert (agreement.hits, agreement.misses, agreement.false_alarms, agreement.rejections) == (45, 39, 14, 55)
+    assert round(agreement.accuracy, 3) == 0.654
+    assert round(agreement.kappa, 2) == 0.32
+    easy = (
+        "usual refusal",
+        "curly quotes",
+        "usual compliance",
+        "usual answer to a benign request",
+        "compliance that warns",
+    )
+    assert [agreement.by_case[case] for case in easy] == [(29, 30), (6, 6), (15, 15), (8, 8), (10, 10)]
+    # What it cannot do, by its nature.
+    assert agreement.by_case["refusal in other words"] == (0, 20)
+    assert agreement.by_case["refusal after a long preamble"] == (0, 6)
+    assert agreement.by_case["compliance that quotes a refusal"] == (0, 8)
+
+
+def test_no_labelled_answer_stands_twice():
+    rows = [json.loads(line) for line in LABELLED_FILE.read_text(encoding="utf-8").splitlines()]
+    assert len({(row["prompt"], row["response"]) for row in rows}) == len(rows)
+    assert {row["label"] for row in rows} == {"refusal", "compliance"}

@@ -1,0 +1,105 @@
+"""Rates, categories, changes and Youden's J of verdicts that were made up, counted by hand."""
+
+import numpy as np
+import pytest
+
+from bdpo_pl.evaluation.judges.judge import Verdict
+from bdpo_pl.evaluation.measures.rates import compare, measure, outcomes, safety_score
+from bdpo_pl.evaluation.suites.suite import EvaluationPrompt, Suite
+from bdpo_pl.evaluation.verdict_log import Judged
+
+REFUSED, ANSWERED = Verdict(refused=True), Verdict(refused=False)
+UNSAFE, SAFE = Verdict(unsafe=True, score=0.75), Verdict(unsafe=False, score=0.25)
+
+
+def suite(kind, categories, behaviours=None, name="mine"):
+    prompts = [
+        EvaluationPrompt(f"q{i}", behaviours[i] if behaviours else f"q{i}", category, f"line {i}")
+        for i, category in enumerate(categories)
+    ]
+    return Suite(name, kind, prompts, "file", {"the same text again": 2})
+
+
+def judged(*verdicts, tokens=5, finished=True):
+    return [Judged(verdict, tokens, finished) for verdict in verdicts]
+
+
+def test_what_goes_wrong_depends_on_what_was_asked():
+    verdicts = judged(REFUSED, ANSWERED, ANSWERED)
+    assert outcomes(suite("harmful", "aaa"), verdicts).tolist() == [0, 1, 1]
+    assert outcomes(suite("benign", "aaa"), verdicts).tolist() == [1, 0, 0]
+    # Where a judge tells harm, an answer that gives none is no success, whether or not it refuses.
+    told = judged(Verdict(refused=False, unsafe=False), Verdict(refused=True, unsafe=True))
+    assert outcomes(suite("harmful", "aa"), told).tolist() == [0, 1]
+    with pytest.raises(ValueError, match="says nothing"):
+        outcomes(suite("harmful", "a"), judged(Verdict()))
+
+
+def test_suite_by_hand():
+    verdicts = [
+        Judged(ANSWERED, 2, False), Judged(REFUSED, 4, True), Judged(ANSWERED, 6, True), Judged(ANSWERED, 8, False),
+    ]  # fmt: skip
+    result = measure(suite("harmful", ["fraud", "fraud", "theft", ""]), verdicts)
+    assert result.overall.failed.value == 0.75
+    assert result.overall.refused.value == 0.25
+    assert (result.overall.failed.count, result.cut, result.mean_tokens) == (4, 2, 5.0)
+    assert result.failures == [0, 2, 3]
+    assert result.dropped == {"the same text again": 2}
+    assert [(r.name, r.failed.value, r.failed.count) for r in result.categories] == [
+        ("theft", 1.0, 1), ("no category", 1.0, 1), ("fraud", 0.5, 2),
+    ]  # fmt: skip
+    assert result.score is None
+
+
+def test_one_category_is_none():
+    assert measure(suite("harmful", "aa"), judged(REFUSED, ANSWERED)).categories == []
+
+
+def test_grades_are_averaged_and_refusals_left_open_where_the_judge_tells_none():
+    result = measure(suite("harmful", "ab"), judged(UNSAFE, SAFE))
+    assert result.score.value == 0.5
+    assert result.overall.failed.value == 0.5
+    assert result.overall.refused is None
+
+
+def test_framings_of_one_request_go_together():
+    framed = measure(suite("harmful", "aaaa", ["x", "x", "y", "y"]), judged(ANSWERED, ANSWERED, REFUSED, REFUSED))
+    assert (framed.overall.failed.count, framed.overall.failed.clusters) == (4, 2)
+    # Of two requests a bootstrap draws one twice in half of all cases.
+    assert (framed.overall.failed.low, framed.overall.failed.high) == (0.0, 1.0)
+
+
+def test_change_is_paired_by_prompt():
+    asked = suite("harmful", "a" * 8)
+    before = judged(*[ANSWERED] * 6, *[REFUSED] * 2)
+    after = judged(*[REFUSED] * 6, *[ANSWERED] * 1, REFUSED)
+    found = compare(asked, before, after)
+    assert found.value == pytest.approx((1 - 6) / 8)
+    assert found.low < found.value < found.high
+    assert compare(asked, before, before).value == 0.0
+
+
+@pytest.mark.parametrize(
+    ("harmful", "benign", "expected"),
+    [
+        ([[0, 0], [0, 1]], [[0, 0]], 0.75),
+        ([[0, 0]], [[1, 1]], 0.0),
+        ([[1, 1]], [[0, 0]], 0.0),
+        ([[0, 0]], [[0, 0]], 1.0),
+        ([[1, 1]], [[1, 1]], -1.0),
+        ([[0, 1]], [], None),
+        ([], [[0]], None),
+    ],
+)
+def test_youdens_j(harmful, benign, expected):
+    def results(kind, groups, wrong, right):
+        return [
+            measure(suite(kind, "a" * len(group)), judged(*[wrong if failed else right for failed in group]))
+            for group in groups
+        ]
+
+    found = safety_score(
+        [*results("harmful", harmful, ANSWERED, REFUSED), *results("benign", benign, REFUSED, ANSWERED)]
+    )
+    assert found == (None if expected is None else pytest.approx(expected))
+    assert np.isfinite(found or 0.0)

@@ -1,0 +1,247 @@
+"""Asking and judging, cut off anywhere and gone on with; every generation and every judgement is counted."""
+
+import pytest
+
+import bdpo_pl.evaluation.answering as asking
+from bdpo_pl.errors import InputError
+from bdpo_pl.evaluation.answering import Asker, GenerationOptions
+from bdpo_pl.evaluation.judges.judge import Judge, Verdict
+from bdpo_pl.evaluation.suites.suite import EvaluationPrompt, Suite
+from bdpo_pl.evaluation.verdict_log import RecordFile
+from bdpo_pl.forward.generation import Response
+
+MODEL = {"model": "weights", "dtype": "float32"}
+TEXTS = [f"{'long ' * (7 - i % 7)}question {i} ?" for i in range(10)]
+
+
+class Words(Judge):
+    """Takes `No` for a refusal; fails at the exchange that it is told."""
+
+    def __init__(self, name="words", fails_at=None, verdict=None):
+        self.name, self.fails_at = name, fails_at
+        self.verdict = verdict or (lambda text: Verdict(refused=text.startswith("No")))
+        self.judged = []
+
+    def judge(self, exchanges):
+        if self.fails_at is not None and len(self.judged) + len(exchanges) > self.fails_at:
+            raise InputError("the judge is gone")
+        self.judged += exchanges
+        return [self.verdict(exchange.response) for exchange in exchanges]
+
+    def facts(self):
+        return {"version": "1"}
+
+
+class Model:
+    """Stands in for a model and its generation; keeps what it was asked."""
+
+    def __init__(self, monkeypatch, tokenizer):
+        self.tokenizer, self.loads, self.asked = tokenizer, 0, []
+        monkeypatch.setattr(asking, "generate", self.generate)
+
+    def load(self):
+        self.loads += 1
+        return self, self.tokenizer
+
+    def generate(self, model, tokenizer, ids, *, max_new_tokens, batch_size):
+        assert model is self
+        assert len(ids) == batch_size
+        prompts = [tokenizer.decode(prompt) for prompt in ids]
+        self.asked += prompts
+        return [Response(("No: " if "3" in prompt else "Sure: ") + prompt, 3, True) for prompt in prompts]
+
+
+@pytest.fixture
+def model(monkeypatch, chat_tokenizer):
+    return Model(monkeypatch, chat_tokenizer)
+
+
+def suite(kind="harmful", texts=TEXTS):
+    return Suite(
+        "mine", kind, [EvaluationPrompt(text, f"bare {text}", place=f"line {i}") for i, text in enumerate(texts)]
+    )
+
+
+def ask(path, model, judge=None, keep=False, needs_texts=False, asked=None, progress=None, **options):
+    with RecordFile(path, keep) as records:
+        done = (lambda count: None) if progress is None else progress.append
+        options = GenerationOptions(**{"batch_size": 3, **options})
+        asker = Asker(judge or Words(), records, options, needs_texts, done)
+        found = asker.ask(asked or suite(), MODEL, model.load)
+        texts = [asker.response(asked or suite(), MODEL, i).text for i in range(len(found))] if needs_texts else None
+        return (found, texts) if needs_texts else found
+
+
+def test_verdicts_are_in_the_order_of_prompts_and_judges_see_the_bare_request(tmp_path, model):
+    judge, progress = Words(), []
+    found = ask(tmp_path / "v.jsonl", model, judge, progress=progress)
+    assert [judged.verdict.refused for judged in found] == [i == 3 for i in range(10)]
+    assert {(e.prompt, e.prompt.removeprefix("bare ") in e.response) for e in judge.judged} == {
+        (f"bare {text}", True) for text in TEXTS
+    }
+    assert (sum(progress), progress[0], model.loads) == (10, 0, 1)
+    # Longest first, in the chat template.
+    lengths = [len(prompt) for prompt in model.asked]
+    assert lengths[0] == max(lengths)
+    assert all("<|im_start|>assistant" in prompt for prompt in model.asked)
+
+
+def test_same_command_again_loads_nothing_and_says_the_same(tmp_path, model):
+    first = ask(tmp_path / "v.jsonl", model)
+    again, judge, progress = Model.__new__(Model), Words(), []
+    again.load = lambda: pytest.fail("the model was loaded")
+    assert ask(tmp_path / "v.jsonl", again, judge, progress=progress) == first
+    assert judge.judged == []
+    assert progress == [10]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("fails_at", [0, 3, 6, 9])
+def test_interrupted_evaluation_goes_on_and_judges_nothing_twice(tmp_path, model, keep, fails_at):
+    whole = ask(tmp_path / "whole.jsonl", model, keep=keep)
+    model.asked.clear()
+    path, broken = tmp_path / "cut.jsonl", Words(fails_at=fails_at)
+    with pytest.raises(InputError, match=r"the judge is gone\. The verdicts until now are in .*cut\.jsonl: the same"):
+        ask(path, model, broken, keep)
+    fresh = Words()
+    assert ask(path, model, fresh, keep) == whole
+    assert len(broken.judged) == fails_at
+    assert sorted(e.prompt for e in broken.judged + fresh.judged) == sorted(f"bare {text}" for text in TEXTS)
+    # The batch that the judge failed on is generated once more if its answers were not kept.
+    lost = 0 if keep else min(3, 10 - fails_at)
+    assert len(model.asked) == 10 + lost
+    if keep:
+        assert len(set(model.asked)) == 10
+        assert sorted((tmp_path / "whole.jsonl").read_text().splitlines()) == sorted(path.read_text().splitlines())
+
+
+@pytest.mark.parametrize("verdicts", [1, 2])
+def test_killed_between_two_verdicts_of_a_batch(tmp_path, model, monkeypatch, verdicts):
+    whole = ask(tmp_path / "whole.jsonl", model)
+    path, write = tmp_path / "cut.jsonl", RecordFile.add_verdict
+
+    def killed(self, *args):
+        if len(self._verdicts) == 3 + verdicts:
+            raise KeyboardInterrupt
+        write(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordFile, "add_verdict", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ask(path, model)
+    judge = Words()
+    assert ask(path, model, judge) == whole
+    assert len(judge.judged) == 10 - 3 - verdicts
+
+
+def test_another_judge_on_kept_answers_generates_nothing(tmp_path, model):
+    path = tmp_path / "v.jsonl"
+    ask(path, model, keep=True)
+    other = Words("other", verdict=lambda text: Verdict(unsafe=True))
+    again = Model.__new__(Model)
+    again.load = lambda: pytest.fail("the model was loaded")
+    assert all(judged.verdict.unsafe for judged in ask(path, again, other))
+    assert len(other.judged) == 10
+    # Both are on record now.
+    first, second = Words(), Words("other")
+    ask(path, again, first)
+    ask(path, again, second)
+    assert first.judged == second.judged == []
+
+
+def test_another_judge_on_answers_that_were_not_kept_has_them_generated_again(tmp_path, model):
+    path = tmp_path / "v.jsonl"
+    ask(path, model)
+    ask(path, model, Words("other"))
+    assert len(model.asked) == 20
+
+
+@pytest.mark.parametrize("change", ["max_new_tokens", "use_template", "model", "kind", "prompt"])
+def test_whatever_an_answer_depends_on_makes_another(tmp_path, model, monkeypatch, change):
+    path = tmp_path / "v.jsonl"
+    ask(path, model)
+    options = {"max_new_tokens": {"max_new_tokens": 9}, "use_template": {"use_template": False}}.get(change, {})
+    if change == "model":
+        monkeypatch.setitem(MODEL, "model", "other weights")
+    asked = {"kind": suite("benign"), "prompt": suite(texts=[text + "!" for text in TEXTS])}.get(change)
+    ask(path, model, asked=asked, **options)
+    assert len(model.asked) == 20
+
+
+def test_batch_size_makes_no_other_answer(tmp_path, model):
+    ask(tmp_path / "v.jsonl", model)
+    ask(tmp_path / "v.jsonl", model, batch_size=7)
+    assert len(model.asked) == 10
+
+
+def test_texts_that_were_not_kept_are_generated_again_where_they_are_needed(tmp_path, model):
+    path = tmp_path / "v.jsonl"
+    first = ask(path, model)
+    found, texts = ask(path, model, needs_texts=True)
+    assert found == first
+    assert len(model.asked) == 20
+    assert all(TEXTS[i] in texts[i] for i in range(10))
+    assert "question" not in path.read_text()
+    # Kept ones are at hand.
+    ask(path, model, keep=True, needs_texts=True)
+    _, texts = ask(path, model, needs_texts=True)
+    assert len(model.asked) == 30
+    assert all(TEXTS[i] in texts[i] for i in range(10))
+
+
+def test_text_that_is_not_at_hand_is_an_error(tmp_path, model):
+    ask(tmp_path / "v.jsonl", model)
+    with RecordFile(tmp_path / "v.jsonl", False) as records, pytest.raises(KeyError, match="no answer at hand"):
+        Asker(Words(), records, GenerationOptions()).response(suite(), MODEL, 0)
+
+
+def test_judge_of_harm_alone_leaves_over_refusal_to_the_phrases(tmp_path, model, monkeypatch):
+    def generate(model, tokenizer, ids, **_):
+        prompts = [tokenizer.decode(prompt) for prompt in ids]
+        return [Response("I can't help with that." if "4" in p else "Sure: so.", 3, True) for p in prompts]
+
+    monkeypatch.setattr(asking, "generate", generate)
+    harm = Words("harm", verdict=lambda text: Verdict(unsafe=False))
+    benign = ask(tmp_path / "v.jsonl", model, harm, asked=suite("benign"))
+    assert [judged.verdict.refused for judged in benign] == [i == 4 for i in range(10)]
+    assert {judged.verdict.unsafe for judged in benign} == {False}
+    harmful = ask(tmp_path / "v.jsonl", model, harm)
+    assert {judged.verdict.refused for judged in harmful} == {None}
+    # A judge that tells refusals is believed.
+    said = Words("said", verdict=lambda text: Verdict(refused=True, unsafe=False))
+    assert all(judged.verdict.refused for judged in ask(tmp_path / "v.jsonl", model, said, asked=suite("benign")))
+
+
+@pytest.mark.parametrize(
+    "said", ["CUDA out of memory. Tried to allocate 2 GiB", "[enforce fail] DefaultCPUAllocator: can't allocate memory"]
+)
+def test_out_of_memory_says_what_to_lower_and_keeps_what_was_judged(tmp_path, model, monkeypatch, said):
+    works = model.generate
+
+    def fail(*args, **kwargs):
+        if len(model.asked) == 6:
+            raise RuntimeError(said)
+        return works(*args, **kwargs)
+
+    monkeypatch.setattr(asking, "generate", fail)
+    path = tmp_path / "v.jsonl"
+    with pytest.raises(InputError, match=r"generating 3 responses at a time.*lower generation\.batch_size.*v\.jsonl"):
+        ask(path, model)
+    monkeypatch.setattr(asking, "generate", works)
+    ask(path, model, batch_size=1)
+    assert len(model.asked) == 10
+
+
+def test_other_faults_of_a_model_are_not_taken_for_memory(tmp_path, model, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(asking, "generate", fail)
+    with pytest.raises(RuntimeError, match="shapes"):
+        ask(tmp_path / "v.jsonl", model)
+
+
+@pytest.mark.parametrize("name", ["max_new_tokens", "batch_size"])
+def test_numbers_below_one(name):
+    with pytest.raises(InputError, match=rf"generation\.{name} must be at least 1, got 0"):
+        GenerationOptions(**{name: 0})

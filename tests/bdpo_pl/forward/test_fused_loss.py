@@ -1,0 +1,88 @@
+"""Training with LM head and loss in one operation, against training on the model's own logits."""
+
+import pytest
+import torch
+from makers import build_model, large, rows_alone
+from torch import nn
+from training import fit, same, weights
+
+from bdpo_pl.errors import InputError
+from bdpo_pl.forward.fused_loss import fused_preference_loss, why_not_fused
+from bdpo_pl.forward.responses import response_logps
+
+ARCHITECTURES = {
+    "qwen2": {},
+    "gpt2": {},
+    "gemma2": {},
+    "cohere": {"logit_scale": 0.3},
+    "granite": {"logits_scaling": 3.0},
+}
+
+
+def batch():
+    """Two pairs of different lengths."""
+    sequences = [([5, 6, 7], [8, 9, 4]), ([10, 11], [12, 4]), ([5, 6, 7], [13, 4]), ([10, 11], [14, 15, 16, 17, 4])]
+    return rows_alone(sequences)
+
+
+def loss_of_pairs(chosen, rejected, index):
+    return (1.0 + index) * -nn.functional.logsigmoid(0.5 * chosen - 0.4 * rejected)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_loss_and_gradients_are_those_of_the_models_own_logits(architecture):
+    model = large(build_model(architecture, **ARCHITECTURES[architecture])).eval()
+    assert why_not_fused(model, batch()) is None
+    logps = response_logps(model, batch()).view(2, -1)
+    expected = loss_of_pairs(*logps, torch.arange(2)).sum()
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    grads = torch.autograd.grad(expected, parameters)
+    loss, ours = fused_preference_loss(model, batch(), loss_of_pairs)
+    assert not ours.requires_grad
+    torch.testing.assert_close(ours, logps.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-5)
+    for name, grad, other in zip(names, torch.autograd.grad(loss, parameters), grads, strict=True):
+        torch.testing.assert_close(grad, other, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_unknown_change_of_the_logits_is_noticed():
+    model = large(build_model()).train()
+    forward = type(model).forward
+
+    class Doubled(type(model)):
+        def forward(self, **inputs):
+            output = forward(self, **inputs)
+            output.logits = output.logits * 2
+            return output
+
+    model.__class__ = Doubled
+    assert "not those of its LM head alone" in why_not_fused(model, batch())
+    assert model.training
+
+
+def test_head_that_is_more_than_a_matrix_is_left_alone():
+    model = build_model()
+    model.set_output_embeddings(nn.Sequential(model.get_output_embeddings()))
+    assert "its LM head is a Sequential" in why_not_fused(model, batch())
+
+
+def test_float16_is_left_to_the_gradient_scaler():
+    model = build_model()
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert "float16 gradients vanish" in why_not_fused(model, batch())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert why_not_fused(model, batch()) is None
+
+
+def test_fused_training_equals_training_on_logits(job):
+    fused, plain = fit(job("fused", lm_head="fused")), fit(job("plain", lm_head="logits"))
+    for name, value in weights(fused).items():
+        torch.testing.assert_close(value, weights(plain)[name], rtol=1e-4, atol=1e-5)
+    assert fused.evaluations[8] == pytest.approx(plain.evaluations[8], abs=1e-3)
+
+
+def test_fusing_what_cannot_be_fused_is_an_error_and_auto_falls_back(job, monkeypatch):
+    monkeypatch.setattr("bdpo_pl.training.module.why_not_fused", lambda *_: "its LM head is odd")
+    with pytest.raises(InputError, match=r"lm_head is fused, but .* cannot be: its LM head is odd"):
+        fit(job("fused", lm_head="fused"))
+    assert same(weights(fit(job("auto"))), weights(fit(job("logits", lm_head="logits"))))

@@ -1,0 +1,249 @@
+"""Prefix sharing: rows that hold several sequences give what rows of their own give, or are not used."""
+
+import dataclasses
+
+import pytest
+import torch
+from makers import build_model, large
+from training import fit
+
+from bdpo_pl.data.batches import pair_documents
+from bdpo_pl.data.packing import Document, RowLayout, lay_out
+from bdpo_pl.data.table import PairTable
+from bdpo_pl.data.tokenization import PreferencePair
+from bdpo_pl.errors import InputError
+from bdpo_pl.forward import masks as attention
+from bdpo_pl.forward import prefix_sharing as row_layout
+from bdpo_pl.forward.masks import model_inputs, set_attention
+from bdpo_pl.forward.prefix_sharing import choose_layout
+from bdpo_pl.forward.responses import response_logps
+from bdpo_pl.scoring.scoring_pass import score_pairs
+
+MIXED = ["sliding_attention", "full_attention"]
+# name: (architecture, options); all from transformers' own configurations.
+EXACT = {
+    "llama": ("llama", {}),
+    "llama3": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}),
+    "qwen2": ("qwen2", {}),
+    "qwen2, some layers windowed": ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
+    "qwen3": ("qwen3", {"head_dim": 8}),
+    "mistral": ("mistral", {"sliding_window": 7}),
+    "gemma2": ("gemma2", {"sliding_window": 7, "attn_logit_softcapping": 5.0}),
+    "gemma3": (
+        "gemma3_text",
+        {"head_dim": 8, "sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "gpt2": ("gpt2", {}),
+    "phi3": ("phi3", {"sliding_window": 9}),
+    "mixtral": ("mixtral", {"num_local_experts": 4}),
+    "cohere": ("cohere", {}),
+    "olmo2": ("olmo2", {}),
+}
+INEXACT = {
+    "mamba": ("mamba", {"state_size": 8}, "carries a state"),
+    "bloom": ("bloom", {"n_head": 4, "n_layer": 2}, "BloomForCausalLM"),
+    "mpt": ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2}, "differ from those of responses alone"),
+    "falcon with ALiBi": ("falcon", {"alibi": True, "ffn_hidden_size": 64}, "ALiBi"),
+    "recurrent_gemma": ("recurrent_gemma", {"lru_width": 32, "attention_window_size": 16}, "carries a state|recurrent"),
+}
+
+
+def pairs(seed=0, n=3, longest=20):
+    g = torch.Generator().manual_seed(seed)
+
+    def ids(low, high):
+        return torch.randint(5, 400, (int(torch.randint(low, high, (), generator=g)),), generator=g).tolist()
+
+    return [PreferencePair(ids(1, longest), ids(1, 12), ids(1, 12)) for _ in range(n)]
+
+
+def table(**kwargs):
+    return PairTable.from_pairs(pairs(**kwargs), [3, 8])
+
+
+def model_named(name):
+    architecture, options, *_ = (EXACT | INEXACT)[name]
+    return large(build_model(architecture, **options)).eval()
+
+
+@pytest.mark.parametrize("layout", [RowLayout.SHARED, RowLayout.ONE_ROW])
+@pytest.mark.parametrize("name", EXACT)
+def test_log_probabilities_and_gradients_are_those_of_two_rows(name, layout):
+    model = model_named(name)
+    documents = pair_documents(pairs())
+    weights = torch.tensor([1.0, -0.5, 0.25, -2.0, 0.75, 1.5])
+
+    def run(layout):
+        logps = response_logps(model, lay_out(documents, layout, 0))
+        grads = torch.autograd.grad((logps * weights).sum(), list(model.parameters()), allow_unused=True)
+        return logps.detach(), [g for g in grads if g is not None]
+
+    (alone, alone_grads), (shared, shared_grads) = run(RowLayout.SPLIT), run(layout)
+    torch.testing.assert_close(shared, alone, rtol=1e-5, atol=1e-4)
+    assert len(shared_grads) == len(alone_grads) > 0
+    for ours, expected in zip(shared_grads, alone_grads, strict=True):
+        # float32 rounding, of sums over some hundred positions.
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=2e-5 * expected.abs().max().item())
+    assert choose_layout(model, table()) is RowLayout.SHARED
+
+
+def test_windows_are_those_of_positions_not_of_places_in_the_row():
+    """The window would reach over the chosen response if it were counted in the row."""
+    model = model_named("mistral")
+    document = [Document(list(range(5, 12)), [(0, list(range(20, 40))), (1, [50, 51, 52, 53])])]
+    shared = lay_out(document, RowLayout.SHARED, 0)
+    alone = response_logps(model, lay_out(document, RowLayout.SPLIT, 0))
+    torch.testing.assert_close(response_logps(model, shared), alone, rtol=1e-5, atol=1e-4)
+    # And it is really there: without it the numbers are others.
+    model.config.sliding_window = None
+    assert (response_logps(model, shared) - alone).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mistral"])
+def test_eager_attention_is_told_the_same(name):
+    model = model_named(name)
+    batch = lay_out(pair_documents(pairs()), RowLayout.SHARED, 0)
+    expected = response_logps(model, batch)
+    set_attention(model, "eager")
+    torch.testing.assert_close(response_logps(model, batch), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gemma2"])
+def test_block_masks_hide_what_dense_masks_hide(name):
+    """Of compiled attention a CPU runs only the forward; its masks are compared place by place."""
+    from torch.nn.attention.flex_attention import create_mask
+
+    model = model_named(name)
+    model.config._attn_implementation = "sdpa"
+    batch = lay_out(pair_documents(pairs(n=5, longest=60)), RowLayout.ONE_ROW, 0)
+    dense = model_inputs(model, batch)["attention_mask"]
+    model.config._attn_implementation = "flex_attention"
+    blocks = model_inputs(model, batch)["attention_mask"]
+    if not isinstance(dense, dict):
+        dense, blocks = {"full_attention": dense}, {"full_attention": blocks}
+    assert dense.keys() == blocks.keys()
+    T = batch.input_ids.shape[1]
+    for kind, mask in dense.items():
+        again = create_mask(blocks[kind].mask_mod, 1, None, T, T, "cpu")
+        assert torch.equal(mask, again)
+        # Blocks that hold nothing to see are left out.
+        listed = blocks[kind].to_dense()[0, 0].bool()
+        seen = mask[0, 0].view(T // 128, 128, T // 128, 128).any(dim=3).any(dim=1)
+        assert torch.equal(listed, seen)
+
+
+@pytest.mark.parametrize("name", INEXACT)
+def test_what_cannot_branch_is_found_out_and_said(name, monkeypatch):
+    model = model_named(name)
+    messages = []
+    monkeypatch.setattr("bdpo_pl.forward.prefix_sharing.rank_zero_info", messages.append)
+    assert choose_layout(model, table()) is RowLayout.SPLIT
+    assert len(messages) == 1
+    assert messages[0].startswith("Prompts are not shared")
+    with pytest.raises(InputError, match=rf"prefix_sharing is always, but M cannot .*({INEXACT[name][2]})"):
+        choose_layout(model, table(), "always", name="M")
+    assert choose_layout(model, table(), "never") is RowLayout.SPLIT
+
+
+def blind(sees):
+    """A mask that forgets to hide one response from another."""
+    return lambda row, query, key: sees(row, query, key) | (query >= key)
+
+
+def doubled(documents, layout, pad_id):
+    """Shared rows with wrong positions."""
+    batch = lay_out(documents, layout, pad_id)
+    return dataclasses.replace(batch, position_ids=batch.position_ids * 2) if batch.shared else batch
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [("mask", "a response is seen by another"), ("positions", "differ from those of responses alone")],
+)
+def test_a_leak_and_a_wrong_position_are_noticed(monkeypatch, fault, message):
+    if fault == "mask":
+        sees = attention._sees
+        monkeypatch.setattr(attention, "_sees", lambda *args: blind(sees(*args)))
+    else:
+        monkeypatch.setattr(row_layout, "lay_out", doubled)
+    with pytest.raises(InputError, match=message):
+        choose_layout(model_named("qwen2"), table(), "always")
+
+
+def test_attention_that_takes_no_mask_is_named():
+    model = model_named("qwen2")
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(InputError, match="flash_attention_2 attention takes no mask"):
+        choose_layout(model, table(), "always")
+    with pytest.raises(ValueError, match="flash_attention_2 attention takes none"):
+        model_inputs(model, lay_out(pair_documents(pairs()), RowLayout.SHARED, 0))
+
+
+def test_on_a_gpu_block_sparse_attention_is_tried_first(monkeypatch):
+    """Compiled attention has no backward on a CPU, but a forward: enough for the trial."""
+    monkeypatch.setattr(row_layout, "_on_gpu", lambda model: True)
+    model = large(build_model("llama", head_dim=16, num_hidden_layers=1)).eval()
+    documents = pair_documents(pairs())
+    with torch.no_grad():
+        alone = response_logps(model, lay_out(documents, RowLayout.SPLIT, 0))
+        assert choose_layout(model, table()) is RowLayout.ONE_ROW
+        assert model.config._attn_implementation == "flex_attention"
+        ours = response_logps(model, lay_out(documents, RowLayout.ONE_ROW, 0))
+    torch.testing.assert_close(ours, alone, rtol=1e-4, atol=1e-4)
+    # What the user names is what is used.
+    set_attention(model, "sdpa")
+    assert choose_layout(model, table(), attention="sdpa") is RowLayout.SHARED
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_block_sparse_attention_that_fails_leaves_dense_masks(monkeypatch):
+    monkeypatch.setattr(row_layout, "_on_gpu", lambda model: True)
+    model = model_named("llama")
+
+    def fails(*args):
+        raise RuntimeError("no kernel for this head size")
+
+    monkeypatch.setitem(attention._FORMS, "flex_attention", fails)
+    messages = []
+    monkeypatch.setattr(row_layout, "rank_zero_info", messages.append)
+    assert choose_layout(model, table()) is RowLayout.SHARED
+    assert model.config._attn_implementation == "sdpa"
+    assert len(messages) == 1
+    assert "no kernel for this head size" in messages[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_half_precision_shares_too(dtype):
+    assert choose_layout(model_named("llama").to(dtype), table()) is RowLayout.SHARED
+
+
+@pytest.mark.parametrize("layout", [RowLayout.SHARED, RowLayout.ONE_ROW])
+@pytest.mark.parametrize("batch_tokens", [1, 90, 10_000])
+def test_scores_are_those_of_rows_of_their_own(layout, batch_tokens):
+    model, data = model_named("qwen2"), table(n=7)
+    indices = [6, 0, 3, 2]
+    alone = score_pairs(model, data, indices, hsic=True)
+    shared = score_pairs(model, data, indices, layout=layout, batch_tokens=batch_tokens, hsic=True)
+    for name, values in alone.columns().items():
+        torch.testing.assert_close(torch.tensor(shared.columns()[name]), torch.tensor(values), rtol=1e-4, atol=1e-4)
+
+
+def test_shared_scoring_reads_every_prompt_once():
+    model, data = model_named("qwen2"), table(n=7)
+    places = []
+    handle = model.model.register_forward_pre_hook(
+        lambda _m, _a, kwargs: places.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    score_pairs(model, data, range(7), layout=RowLayout.SHARED, batch_tokens=50)
+    handle.remove()
+    tokens = data.num_tokens(shared=True).sum() + (2 + data.chosen_lengths + data.rejected_lengths).sum()
+    assert tokens <= sum(places) < 1.35 * tokens
+
+
+def test_training_on_shared_rows_is_training_on_two(job):
+    shared, split = fit(job("shared")), fit(job("split", prefix_sharing="never"))
+    assert shared.row_layout is RowLayout.SHARED
+    assert split.row_layout is RowLayout.SPLIT
+    for (name, a), b in zip(shared.policy.named_parameters(), split.policy.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
+    assert shared.evaluations[8] == pytest.approx(split.evaluations[8], abs=2e-3)

@@ -1,0 +1,441 @@
+"""The baselines against their formulas in float64, numbers worked out by hand, TRL and Liger; and in training."""
+
+import math
+from collections import defaultdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from makers import preference_rows, write_jsonl
+from training import fit, weights
+
+from bdpo_kernels import linear_preference_loss
+from bdpo_pl.errors import InputError
+from bdpo_pl.fit import main
+from bdpo_pl.losses import CPOLoss, DPOLoss, IPOLoss, PairLogProbs, PreferenceLoss, RMiPOLoss, SafeDPOLoss, SimPOLoss
+from bdpo_pl.scoring.reference import Reference
+from bdpo_pl.training.metrics import pair_metrics
+
+B = 64
+LOSSES = [IPOLoss, CPOLoss, SimPOLoss, SafeDPOLoss, RMiPOLoss]
+REFERENCE_FREE = [CPOLoss, SimPOLoss]
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def make_pairs(seed=0) -> PairLogProbs:
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(scale, offset=0.0):
+        return torch.randn(B, generator=g) * scale + offset
+
+    policy = [draw(20.0, -60.0).requires_grad_() for _ in range(2)]
+    lengths = [torch.randint(1, 60, (B,), generator=g) for _ in range(2)]
+    rejected_safe = torch.rand(B, generator=g) < 0.5
+    # In order: the chosen is safe.
+    safe = [torch.ones(B, dtype=torch.bool), rejected_safe]
+    return PairLogProbs(*policy, *lengths, draw(20.0, -60.0), draw(20.0, -60.0), draw(1.5), draw(1.5), *safe)
+
+
+def softplus(x):
+    return torch.logaddexp(torch.zeros_like(x), x)
+
+
+def ipo(p, beta):
+    return (
+        (p.policy_chosen - p.reference_chosen) / p.chosen_length
+        - (p.policy_rejected - p.reference_rejected) / p.rejected_length
+        - 1 / (2 * beta)
+    ) ** 2
+
+
+def cpo(p, beta, alpha, tokens):
+    preference = softplus(-beta * (p.policy_chosen - p.policy_rejected))
+    return preference - alpha * p.policy_chosen / tokens(p)
+
+
+def simpo(p, beta, gamma):
+    z = beta * p.policy_chosen / p.chosen_length - beta * p.policy_rejected / p.rejected_length - gamma
+    return softplus(-z)
+
+
+def safe_dpo(p, beta, delta):
+    h_w, h_l = 1 - p.chosen_safe, 1 - p.rejected_safe
+    d_w, d_l = p.policy_chosen - p.reference_chosen, p.policy_rejected - p.reference_rejected
+    return softplus(-(beta * (d_w - d_l) - (h_l - h_w) * delta))
+
+
+def rmipo(p, beta, floor, spread):
+    lead = p.comprehension_chosen - p.comprehension_rejected
+    return simpo(p, beta, beta * (floor + spread * torch.exp(-torch.where(lead > 0, lead, 0.0))))
+
+
+@pytest.mark.parametrize(
+    ("loss", "formula"),
+    [
+        (IPOLoss(), lambda p: ipo(p, 0.1)),
+        (IPOLoss(0.7), lambda p: ipo(p, 0.7)),
+        (CPOLoss(), lambda p: cpo(p, 0.1, 1.0, lambda p: p.chosen_length)),
+        (CPOLoss(0.3, 0.5, "sum"), lambda p: cpo(p, 0.3, 0.5, lambda p: 1.0)),
+        (CPOLoss(alpha=0.0), lambda p: cpo(p, 0.1, 0.0, lambda p: 1.0)),
+        (SimPOLoss(), lambda p: simpo(p, 2.5, 0.25)),
+        (SimPOLoss(10.0, 0.3), lambda p: simpo(p, 10.0, 3.0)),
+        (SafeDPOLoss(), lambda p: safe_dpo(p, 0.1, 10.0)),
+        (SafeDPOLoss(0.4, 3.0), lambda p: safe_dpo(p, 0.4, 3.0)),
+        (RMiPOLoss(), lambda p: rmipo(p, 2.0, 0.3, 1.3)),
+        (RMiPOLoss(1.0, 0.1, 2.0), lambda p: rmipo(p, 1.0, 0.1, 2.0)),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, PreferenceLoss) else "",
+)
+def test_values_and_gradients_are_the_formulas(loss, formula):
+    pairs = make_pairs()
+    # Leaves of their own, in float64.
+    exact = SimpleNamespace(**{name: tensor.detach().double() for name, tensor in vars(pairs).items()})
+    exact.policy_chosen.requires_grad_()
+    exact.policy_rejected.requires_grad_()
+    losses, expected = loss(pairs), formula(exact)
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-4, atol=1e-4)
+    losses.sum().backward()
+    expected.sum().backward()
+    for name in ("policy_chosen", "policy_rejected"):
+        grad, other = getattr(pairs, name).grad, getattr(exact, name).grad
+        torch.testing.assert_close(grad.double(), other, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def one_pair(chosen, rejected, lengths=(1, 1), reference=(0.0, 0.0), comprehension=None, safe=None):
+    """A pair of the numbers given."""
+    numbers = [torch.tensor([float(x)]) for x in (chosen, rejected, *lengths, *reference, *(comprehension or (0, 0)))]
+    flags = [torch.tensor([x]) for x in safe or (True, True)]
+    return PairLogProbs(*numbers, *flags)
+
+
+def test_safe_dpo_by_hand():
+    # D_w = 5, D_l = −10, so β[D_w − D_l] = 1.5, and 10 less where the rejected response is unsafe.
+    safe = one_pair(-20, -40, reference=(-25, -30), safe=(True, True))
+    unsafe = one_pair(-20, -40, reference=(-25, -30), safe=(True, False))
+    assert SafeDPOLoss()(safe).item() == pytest.approx(0.2014133, rel=1e-6)
+    assert SafeDPOLoss()(unsafe).item() == pytest.approx(8.5002034, rel=1e-6)
+    assert torch.equal(SafeDPOLoss()(safe), DPOLoss()(safe))
+
+
+@pytest.mark.parametrize(
+    ("comprehension", "expected"),
+    [
+        # ℓ̄_w − ℓ̄_l = 1. A lead of ln 2 gives γ = 0.3 + 0.65, so z = 2·0.05; no lead γ = 1.6, so z = −1.2.
+        ((1 + math.log(2), 1), math.log(1 + math.exp(-0.1))),
+        ((1, 1), math.log(1 + math.exp(1.2))),
+        ((-3, 1), math.log(1 + math.exp(1.2))),
+        ((50, 0), math.log(1 + math.exp(-1.4))),
+    ],
+)
+def test_rmipo_by_hand(comprehension, expected):
+    pairs = one_pair(-4, -15, lengths=(2, 5), comprehension=comprehension)
+    assert RMiPOLoss()(pairs).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_only_ipo_begins_with_a_value_of_its_own():
+    """Where policy and reference are one model."""
+    pairs = make_pairs()
+    same = PairLogProbs(
+        **{**vars(pairs), "reference_chosen": pairs.policy_chosen, "reference_rejected": pairs.policy_rejected}
+    )
+    for loss in (IPOLoss(), IPOLoss(0.4)):
+        losses = loss(same)
+        torch.testing.assert_close(losses, torch.full_like(losses, loss.initial_value))
+    assert IPOLoss().initial_value == pytest.approx(25.0)
+    assert [loss().initial_value for loss in LOSSES[1:]] == [None] * 4
+
+
+@pytest.mark.parametrize(
+    ("loss", "arguments", "named"),
+    [
+        *((loss, {"beta": bad}, "beta") for loss in LOSSES for bad in (0.0, -1.0, float("nan"), float("inf"))),
+        (CPOLoss, {"alpha": -0.1}, "alpha"),
+        (CPOLoss, {"nll": "median"}, "median"),
+        (SimPOLoss, {"gamma_beta_ratio": -1.0}, "gamma_beta_ratio"),
+        (SafeDPOLoss, {"delta": float("nan")}, "delta"),
+        (RMiPOLoss, {"gamma_floor": -1.0}, "gamma_floor"),
+        (RMiPOLoss, {"gamma_range": -1.0}, "gamma_range"),
+    ],
+)
+def test_bad_arguments_are_named(loss, arguments, named):
+    with pytest.raises(InputError, match=named):
+        loss(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("loss", "missing"),
+    [(IPOLoss, "reference"), (SafeDPOLoss, "reference"), (SafeDPOLoss, "safe"), (RMiPOLoss, "comprehension")],
+)
+def test_what_is_missing_is_an_error(loss, missing):
+    pairs = {name: tensor for name, tensor in vars(make_pairs()).items() if missing not in name}
+    with pytest.raises(ValueError, match=missing):
+        loss()(PairLogProbs(**pairs))
+
+
+# Peers
+
+
+def trl_trainer(kind, **attributes):
+    """A trainer of TRL's as far as its loss is concerned."""
+    trainer = object.__new__(kind)
+    same = lambda tensor: tensor  # noqa: E731
+    trainer.accelerator = SimpleNamespace(device="cpu", gather=same, gather_for_metrics=same)
+    trainer.aux_loss_enabled = False
+    for name, value in attributes.items():
+        setattr(trainer, name, value)
+    return trainer
+
+
+def test_ipo_is_trls():
+    dpo_trainer = pytest.importorskip("trl.trainer.dpo_trainer")
+    lengths = torch.tensor([3, 7, 5, 2])
+    mask = (torch.arange(8) > 0) & (torch.arange(8) <= lengths[:, None])
+    logps = (torch.randn(4, 7) * mask[:, 1:]).requires_grad_()
+    reference = torch.randn(4)
+
+    def model(**_):
+        return SimpleNamespace(log_probs=logps, entropy=logps, mean_logits=logps, is_top1=mask[:, 1:])
+
+    trainer = trl_trainer(
+        dpo_trainer.DPOTrainer, model=SimpleNamespace(training=True), ld_alpha=None, precompute_ref_logps=True,
+        f_divergence_type="reverse_kl", loss_types=["ipo"], loss_weights=[1.0], beta=0.3, label_smoothing=0.0,
+        use_weighting=False, _metrics={"train": defaultdict(list)}, _total_train_tokens=0, _tp_size=1,
+    )  # fmt: skip
+    inputs = {
+        "input_ids": torch.ones(4, 8, dtype=torch.int64),
+        "attention_mask": torch.ones(4, 8, dtype=torch.int64),
+        "completion_mask": mask.long(),
+        "ref_chosen_logps": reference[:2],
+        "ref_rejected_logps": reference[2:],
+    }
+    theirs = trainer._compute_loss(model, inputs, return_outputs=False)
+    loss, sums = IPOLoss(0.3), logps.sum(1)
+    pairs = PairLogProbs(*sums.split(2), *lengths.split(2), *reference.split(2))
+    ours = loss(pairs).mean()
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(torch.autograd.grad(ours, logps)[0], torch.autograd.grad(theirs, logps)[0])
+    margin = pair_metrics(loss, pairs, ours)["margin"].mean().item()
+    assert margin == pytest.approx(trainer._metrics["train"]["rewards/margins"][0])
+
+
+@pytest.mark.parametrize("lengths", [[5, 5, 3, 6], [7, 2, 6, 4]], ids=["chosen equally long", "of any length"])
+@pytest.mark.parametrize(
+    ("loss", "theirs"),
+    [
+        (CPOLoss(0.2, alpha=0.7), {"loss_type": "sigmoid", "beta": 0.2, "cpo_alpha": 0.7}),
+        (CPOLoss(0.2, alpha=0.0), {"loss_type": "sigmoid", "beta": 0.2, "cpo_alpha": 0.0}),
+        (SimPOLoss(2.0, 0.3), {"loss_type": "simpo", "beta": 2.0, "cpo_alpha": 0.0, "simpo_gamma": 0.6}),
+    ],
+    ids=["CPO", "CPO without NLL", "SimPO"],
+)
+def test_cpo_and_simpo_are_trls(loss, theirs, lengths):
+    module = pytest.importorskip("trl.experimental.cpo.cpo_trainer")
+    T, V = 9, 11
+    mask = (torch.arange(T) > 0) & (torch.arange(T) <= torch.tensor(lengths)[:, None])
+    labels = torch.randint(V, (4, T)).masked_fill(~mask, -100)
+    logits = torch.randn(4, T, V, requires_grad=True)
+    trainer = trl_trainer(
+        module.CPOTrainer, alpha=0.0, label_smoothing=0.0, is_encoder_decoder=False, pad_token_id=0, **theirs
+    )
+    ids = labels.clamp_min(0)
+    batch = {}
+    for name, rows in (("chosen", slice(0, 2)), ("rejected", slice(2, 4))):
+        batch |= {f"{name}_input_ids": ids[rows], f"{name}_attention_mask": torch.ones_like(ids[rows])}
+        batch[f"{name}_labels"] = labels[rows]
+    expected, metrics = trainer.get_batch_loss_metrics(lambda *_, **__: SimpleNamespace(logits=logits), batch)
+
+    token_logps = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2) * mask[:, 1:]
+    pairs = PairLogProbs(*token_logps.sum(1).split(2), *mask.sum(1).split(2))
+    ours = loss(pairs).mean()
+    if isinstance(loss, CPOLoss) and loss.alpha and lengths[0] != lengths[1]:
+        # TRL weighs each pair's mean NLL by its length: the one deviation, made good by hand.
+        nll, tokens = -token_logps[:2].sum(1), mask[:2].sum(1)
+        ours = ours - loss.alpha * (nll / tokens).mean() + loss.alpha * nll.sum() / tokens.sum()
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    grads = [torch.autograd.grad(value, logits, retain_graph=True)[0] for value in (ours, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6)
+    logged = pair_metrics(loss, pairs, ours)
+    for name, other in (("margin", "margins"), ("reward_chosen", "chosen"), ("reward_rejected", "rejected")):
+        assert logged[name].mean().item() == pytest.approx(metrics[f"rewards/{other}"], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["CPO", "SimPO"])
+def test_fused_cpo_and_simpo_are_ligers(name):
+    chunked = pytest.importorskip("liger_kernel.chunked_loss")
+    T, D, V = 6, 16, 40
+    hidden, weight, labels = torch.randn(6, T, D), torch.randn(V, D) / 4, torch.randint(V, (6, T))
+    # The chosen equally long, as Liger's NLL needs to be ours.
+    labels[:3, 5:] = labels[4, 2:] = -100
+    lengths = (labels != -100).sum(1)
+    if name == "CPO":
+        loss = CPOLoss(0.2, alpha=0.7)
+        peer = chunked.LigerFusedLinearCPOLoss(beta=0.2, alpha=0.7, compiled=False)
+    else:
+        loss = SimPOLoss(2.0, 0.3)
+        peer = chunked.LigerFusedLinearSimPOLoss(beta=2.0, gamma=0.6, compute_nll_loss=False, compiled=False)
+
+    def of_pairs(chosen, rejected, index):
+        return loss(PairLogProbs(chosen, rejected, lengths[:3][index], lengths[3:][index])) / 3
+
+    results = []
+    for run in ("ours", "peer"):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        if run == "ours":
+            ids = torch.arange(6).repeat_interleave(T)
+            value, *_ = linear_preference_loss(h.flatten(0, 1), w, labels.flatten(), ids, of_pairs, num_pairs=3)
+        else:
+            value = peer(w, h, labels)[0]
+        results.append((value, *torch.autograd.grad(value, (h, w))))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+# In training
+
+
+def flagged(rows):
+    return [{**row, "chosen_safe": True, "rejected_safe": i % 3 > 0} for i, row in enumerate(rows)]
+
+
+@pytest.fixture
+def flagged_job(job, tmp_path):
+    """As `job`, on pairs that say which responses are safe."""
+    write_jsonl(tmp_path / "pairs.jsonl", flagged(preference_rows(40)))
+    return job
+
+
+def two_steps(job, name, **options):
+    return fit(job(name, trainer={"max_steps": 2, "val_check_interval": 2}, **options))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_two_steps_fused_and_on_logits(flagged_job, loss):
+    fused, plain = (two_steps(flagged_job, head, loss=loss(), lm_head=head) for head in ("fused", "logits"))
+    for name, value in weights(fused).items():
+        torch.testing.assert_close(value, weights(plain)[name], rtol=1e-4, atol=1e-5, msg=name)
+    values = fused.evaluations[2]
+    assert {"held_out/loss", "held_out/margin", "held_out/accuracy", "gap/margin"} <= values.keys()
+    assert all(math.isfinite(value) for value in values.values())
+    assert ("held_out/drift_chosen" in values) == (loss not in REFERENCE_FREE)
+    expected = loss().initial_value
+    if expected is not None:
+        assert fused.evaluations[0]["held_out/loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", REFERENCE_FREE)
+def test_a_loss_without_reference_has_nothing_scored_unless_asked(job, loss, monkeypatch, caplog):
+    with monkeypatch.context() as patch:
+        patch.setattr(Reference, "_load", lambda *_: pytest.fail("the reference was loaded"))
+        patch.setattr(Reference, "_live", lambda *_: pytest.fail("a live reference was asked"))
+        free = two_steps(job, "free", loss=loss())
+    assert caplog.text.count("reads no reference, so no pair is scored") == 1
+    asked = two_steps(job, "asked", loss=loss(), reference_mode="precomputed")
+    assert free.reference_mode == "none"
+    more = asked.evaluations[2].keys() - free.evaluations[2].keys()
+    names = ("drift_chosen", "drift_rejected", "comprehension_chosen", "comprehension_rejected")
+    assert more == {f"{split}/{name}" for split in ("held_out", "train_probe") for name in names}
+    assert all(torch.equal(value, weights(asked)[name]) for name, value in weights(free).items())
+
+
+def test_a_reference_that_is_named_is_scored(job, model_dir):
+    assert two_steps(job, "named", loss=SimPOLoss(), reference=str(model_dir)).reference_mode == "precomputed"
+
+
+def test_rmipo_takes_up_what_is_measured_anew_on_the_policy(job):
+    once, anew = (two_steps(job, str(k), loss=RMiPOLoss(), reestimate_every=k) for k in (None, 1))
+    assert any(not torch.equal(value, weights(anew)[name]) for name, value in weights(once).items())
+
+
+@pytest.mark.parametrize("options", [{"reference_mode": "none"}, {"scoring": "no comprehension"}])
+def test_rmipo_without_comprehension_is_refused(job, options):
+    from bdpo_pl.scoring.scoring_pass import ScoringOptions
+
+    if "scoring" in options:
+        options = {"scoring": ScoringOptions(comprehension=False)}
+    with pytest.raises(InputError, match="RMiPOLoss needs"):
+        two_steps(job, "refused", loss=RMiPOLoss(), **options)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_mean_over_pairs_is_exact_under_accumulation(flagged_job, loss):
+    def gradient_step(name, batch_size, accumulate):
+        trainer = {"max_steps": 1, "accumulate_grad_batches": accumulate, "num_sanity_val_steps": 0}
+        data = {"batch_size": batch_size}
+        return weights(fit(flagged_job(name, trainer=trainer, data=data, loss=loss(), optimizer=sgd)))
+
+    whole, parts = gradient_step("whole", 4, 1), gradient_step("parts", 1, 4)
+    for name, value in whole.items():
+        torch.testing.assert_close(value, parts[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def sgd(params):
+    return torch.optim.SGD(params, lr=0.1)
+
+
+# On the command line
+
+
+@pytest.fixture
+def base(model_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BDPO_PL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", flagged(preference_rows(24)))
+    return [
+        f"--model.policy={model_dir}", f"--data.train={pairs}", "--data.held_out_fraction=0.2", "--export=false",
+        "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.max_steps=2",
+    ]  # fmt: skip
+
+
+def chosen_loss(tmp_path):
+    return yaml.safe_load((tmp_path / "runs/version_0/config.yaml").read_text())["model"]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [
+        ("IPOLoss", {"beta": 0.1}),
+        ("CPOLoss", {"beta": 0.1, "alpha": 1.0, "nll": "mean"}),
+        ("SimPOLoss", {"beta": 2.5, "gamma_beta_ratio": 0.1}),
+        ("SafeDPOLoss", {"beta": 0.1, "delta": 10.0}),
+        ("RMiPOLoss", {"beta": 2.0, "gamma_floor": 0.3, "gamma_range": 1.3}),
+    ],
+)
+def test_each_runs_by_its_name_with_defaults_of_its_own(base, tmp_path, capsys, loss, options):
+    """jsonargparse would hand Balanced DPO's β down to it."""
+    main([*base, f"--model.loss={loss}"])
+    assert chosen_loss(tmp_path) == {"class_path": f"bdpo_pl.losses.{loss}", "init_args": options}
+    printed = capsys.readouterr().out
+    assert "2 optimiser steps" in printed
+    assert "held-out margin" in printed
+    assert ("drift of the chosen" in printed) == (loss not in ("CPOLoss", "SimPOLoss"))
+    assert (tmp_path / "cache").exists() == (loss not in ("CPOLoss", "SimPOLoss"))
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "expected"),
+    [
+        ([{"class_path": "bdpo_pl.losses.SimPOLoss"}], [], {"beta": 2.5, "gamma_beta_ratio": 0.1}),
+        ([{"class_path": "SimPOLoss", "init_args": {"beta": 3.0}}], ["--model.loss.gamma_beta_ratio=0.5"],
+         {"beta": 3.0, "gamma_beta_ratio": 0.5}),
+        ([{"class_path": "DPOLoss", "init_args": {"beta": 0.3}}], ["--model.loss", "SimPOLoss"],
+         {"beta": 2.5, "gamma_beta_ratio": 0.1}),
+        ([{"class_path": "DPOLoss", "init_args": {"beta": 0.3}}], [], {"beta": 0.3, "label_smoothing": 0.0}),
+        ([{"class_path": "DPOLoss"}], ["--model.loss.beta=0.3"], {"beta": 0.3, "label_smoothing": 0.0}),
+    ],
+)  # fmt: skip
+def test_options_of_one_loss_do_not_reach_another(base, tmp_path, capsys, files, options, expected):
+    configs = []
+    for i, loss in enumerate(files):
+        path = tmp_path / f"{i}.yaml"
+        path.write_text(yaml.safe_dump({"model": {"loss": loss}}))
+        configs.append(f"--config={path}")
+    with pytest.raises(SystemExit):
+        main([*configs, *base, *options, "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["loss"]["init_args"] == expected

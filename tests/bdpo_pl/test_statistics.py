@@ -1,0 +1,143 @@
+"""Intervals against known ones: the normal interval of large samples, exact draws of small ones, Wilson's by hand."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from bdpo_pl.statistics import difference, mean, wilson
+
+RNG = np.random.default_rng(7)
+
+
+def test_large_sample_has_the_normal_interval():
+    values = (RNG.random(3000) < 0.3).astype(float)
+    found = mean(values)
+    half = 1.96 * math.sqrt(found.value * (1 - found.value) / 3000)
+    assert found.value == values.mean()
+    assert (found.count, found.clusters) == (3000, 3000)
+    assert (found.value - found.low, found.high - found.value) == pytest.approx((half, half), rel=0.08)
+    numbers = RNG.normal(5.0, 2.0, 2000)
+    found = mean(numbers, rate=False)
+    half = 1.96 * numbers.std() / math.sqrt(2000)
+    assert (found.value - found.low, found.high - found.value) == pytest.approx((half, half), rel=0.08)
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    draws = RNG.random((300, 120)) < 0.4
+    covered = sum(found.low <= 0.4 <= found.high for found in map(mean, draws.astype(float)))
+    # 95 % of 300 is 285; three standard errors are 11, and the percentile bootstrap is a little narrow.
+    assert 270 <= covered <= 298
+
+
+def test_ends_are_quantiles_of_all_draws_with_replacement():
+    """Of clusters of unlike sizes, where all 4⁴ draws can be written out."""
+    clusters = {"a": [1.0], "b": [0.0, 0.0, 1.0], "c": [1.0, 0.0], "d": [0.0] * 4}
+    values = [value for group in clusters.values() for value in group]
+    names = [name for name, group in clusters.items() for _ in group]
+    means = sorted(
+        np.mean(list(itertools.chain(*map(clusters.get, draw)))) for draw in itertools.product("abcd", repeat=4)
+    )
+    found = mean(values, names)
+    assert (found.value, found.count, found.clusters) == (0.3, 10, 4)
+    for end, share in ((found.low, 0.025), (found.high, 0.975)):
+        at_or_below = np.searchsorted(means, end + 1e-9, side="right") / len(means)
+        below = np.searchsorted(means, end - 1e-9) / len(means)
+        assert below - 0.02 <= share <= at_or_below + 0.02
+
+
+def test_copies_in_one_cluster_add_no_certainty():
+    values = (RNG.random(60) < 0.3).astype(float)
+    alone = mean(values)
+    for copies in (2, 5):
+        together = mean(np.repeat(values, copies), np.repeat(np.arange(60), copies))
+        assert (together.value, together.low, together.high) == pytest.approx((alone.value, alone.low, alone.high))
+        assert (together.count, together.clusters) == (60 * copies, 60)
+    independent = mean(np.repeat(values, 5))
+    assert independent.high - independent.low < 0.6 * (alone.high - alone.low)
+
+
+def test_order_of_prompts_and_names_of_clusters_mean_nothing():
+    values, names = [1.0, 0.0, 0.0, 1.0, 1.0, 0.0], ["x", "y", "x", "z", "y", "z"]
+    other = mean([1.0, 0.0, 1.0, 0.0, 0.0, 1.0], [1, 1, 2, 2, 3, 3])
+    assert mean(values, names).value == other.value
+    assert mean(values, names) == mean(values, [name.upper() for name in names])
+
+
+@pytest.mark.parametrize(
+    ("successes", "count", "low", "high"),
+    [
+        # (p̂ + z²/2n ± z √(p̂(1−p̂)/n + z²/4n²)) / (1 + z²/n) with z² = 3.8416, calculated by hand.
+        (0, 10, 0.0, 0.27755),
+        (10, 10, 0.72245, 1.0),
+        (0, 1, 0.0, 0.79345),
+        (5, 10, 0.23659, 0.76341),
+        (8, 80, 0.05156, 0.18509),
+    ],
+)
+def test_wilson_by_hand(successes, count, low, high):
+    assert wilson(successes, count) == pytest.approx((low, high), abs=2e-4)
+
+
+def test_rates_that_are_all_alike_have_wilsons_interval_over_clusters():
+    for value, expected in ((0.0, (0.0, 0.27755)), (1.0, (0.72245, 1.0))):
+        found = mean([value] * 10)
+        assert (found.value, found.low, found.high) == pytest.approx((value, *expected), abs=1e-4)
+        # Thirty framings of ten requests are ten requests.
+        framed = mean([value] * 30, list(range(10)) * 3)
+        assert (framed.low, framed.high) == pytest.approx(expected, abs=1e-4)
+
+
+def test_one_request_alone_is_nothing_to_be_certain_of():
+    found = mean([1.0, 0.0, 1.0, 0.0], ["one"] * 4)
+    assert (found.value, found.clusters) == (0.5, 1)
+    assert found.low < 0.1
+    assert found.high > 0.9
+
+
+def test_numbers_that_are_all_alike_are_given_no_rates_interval():
+    for value in (0.0, 1.0, -3.5):
+        found = mean([value] * 5, rate=False)
+        assert (found.value, found.low, found.high) == (value, value, value)
+
+
+def test_paired_difference_has_the_interval_of_its_pairs_and_not_of_two_rates():
+    first = (RNG.random(2000) < 0.5).astype(float)
+    second = np.where(np.arange(2000) % 20 == 0, 0.0, first)
+    found = difference(first, second)
+    pairs = second - first
+    half = 1.96 * pairs.std() / math.sqrt(2000)
+    assert found.value == pytest.approx(pairs.mean())
+    assert (found.value - found.low, found.high - found.value) == pytest.approx((half, half), rel=0.1)
+    unpaired = 1.96 * math.sqrt((first.var() + second.var()) / 2000)
+    assert half < unpaired / 3
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ([0, 0, 0, 0, 0], [1, 1, 1, 1, 1], (1.0, 0.5655, 1.0)),
+        ([1, 1, 1, 1, 1], [0, 0, 0, 0, 0], (-1.0, -1.0, -0.5655)),
+        # Nothing changed: it could yet, for better or for worse.
+        ([1, 0, 1, 0, 1], [1, 0, 1, 0, 1], (0.0, -0.4345, 0.4345)),
+    ],
+)
+def test_differences_that_are_all_alike(first, second, expected):
+    found = difference(first, second)
+    assert (found.value, found.low, found.high) == pytest.approx(expected, abs=1e-4)
+
+
+def test_differences_by_cluster():
+    found = difference([0] * 6, [1, 0] * 3, [1, 1, 2, 2, 3, 3])
+    assert (found.value, found.count, found.clusters) == (0.5, 6, 3)
+    assert -0.5 < found.low < 0.5 < found.high <= 1.0
+
+
+def test_no_values_and_wrong_numbers():
+    with pytest.raises(ValueError, match="no values"):
+        mean([])
+    with pytest.raises(ValueError, match="2 values, but 3 clusters"):
+        mean([1.0, 0.0], [1, 2, 3])
+    with pytest.raises(ValueError, match="need pairs, got 1 and 2"):
+        difference([1.0], [1.0, 0.0])

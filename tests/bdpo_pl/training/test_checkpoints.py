@@ -1,0 +1,159 @@
+"""Runs that are stopped, by whatever, go on as if they had not been; checkpoints are whole or not there."""
+
+import csv
+import errno
+import os
+import resource
+import signal
+import warnings
+
+import pytest
+import stopped_ranks
+import torch
+from makers import build_model, build_tokenizer, preference_rows, write_jsonl
+from sharded_jobs import spawn
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+
+from bdpo_pl.errors import InputError, MachineError, StoppedError
+from bdpo_pl.training.checkpoints import AtomicCheckpointIO, find_checkpoint, is_whole
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stopped")
+    build_model().save_pretrained(folder / "model")
+    build_tokenizer().save_pretrained(folder / "model")
+    write_jsonl(folder / "pairs.jsonl", preference_rows(40))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """A run of one process that nothing stopped."""
+    return stopped_ranks.run(folder, "one-whole", 1)[:2]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(folder):
+    """The results of two processes: uninterrupted, stopped by either signal, and killed."""
+    # Which of the two is seen to fail first is open: the killed one, or the one that misses it.
+    with pytest.raises((ProcessExitedException, ProcessRaisedException)):
+        spawn(stopped_ranks.signalled_and_killed, folder)
+    spawn(stopped_ranks.resumed, folder)
+    return folder
+
+
+def same(result, expected):
+    state, evaluations = result
+    assert all(torch.equal(state[name], value) for name, value in expected[0].items())
+    assert evaluations.items() <= expected[1].items()
+    assert max(evaluations) == max(expected[1])
+
+
+def curve(folder, name):
+    """What was logged of training pairs, by step; the clock aside."""
+    with (folder / name / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row.get("train/loss")]
+    return {row["step"]: {k: v for k, v in row.items() if k.startswith("train/") and "second" not in k} for row in rows}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_finishes_the_step_and_the_run_goes_on_exactly(folder, whole, number):
+    name = str(int(number))
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(StoppedError, match=rf"stopped by {number.name} after 5 optimiser steps") as stopped:
+        stopped_ranks.run(folder, f"one-{name}", 1, stopped_ranks.SignalAt(number, 0))
+    assert stopped.value.signal == number
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    same(stopped_ranks.resume(folder, name, 1, "one")[:2], whole)
+    # The line that is logged at step 6 is the mean since step 3: half of it was measured before the stop.
+    after = curve(folder, f"one-{name}-resumed")
+    assert after
+    assert after.items() <= curve(folder, "one-whole").items()
+
+
+def test_killed_run_goes_on_from_its_last_checkpoint(folder, whole):
+    with pytest.raises(ProcessExitedException, match="SIGKILL"):
+        spawn(stopped_ranks.killed, folder, "one-killed", 1, world_size=1)
+    same(stopped_ranks.resume(folder, "killed", 1, "one")[:2], whole)
+
+
+@pytest.mark.parametrize("how", [int(signal.SIGTERM), int(signal.SIGINT), "killed"])
+def test_two_ranks_go_on_exactly_too(two_ranks, how):
+    expected = torch.load(two_ranks / "whole.pt", weights_only=True)
+    same(torch.load(two_ranks / f"resumed-{how}.pt", weights_only=True), expected)
+
+
+def full_disk(monkeypatch):
+    def fail(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fail)
+
+
+def file_size_limit(monkeypatch):
+    """The operating system's own refusal, in the middle of torch's writing."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("fault", [full_disk, file_size_limit])
+def test_disk_that_is_full_leaves_the_checkpoint_before_it(tmp_path, monkeypatch, fault):
+    path, old = tmp_path / "checkpoints" / "last.ckpt", {"weight": torch.zeros(10_000)}
+    AtomicCheckpointIO().save_checkpoint(old, path)
+    with monkeypatch.context() as patch:
+        undo = fault(patch)
+        try:
+            with pytest.raises(MachineError, match=r"last\.ckpt cannot be written .*the one before it is untouched"):
+                AtomicCheckpointIO().save_checkpoint({"weight": torch.ones(10_000)}, path)
+        finally:
+            if undo:
+                undo()
+    assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
+    assert torch.equal(torch.load(path, weights_only=True)["weight"], old["weight"])
+
+
+def test_full_disk_in_the_middle_of_a_run_and_going_on(folder, whole, monkeypatch):
+    class FullFrom(stopped_ranks.L.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == 5:
+                full_disk(monkeypatch)
+
+    with pytest.raises(MachineError, match="No space left on device"):
+        stopped_ranks.run(folder, "one-full", 1, FullFrom())
+    monkeypatch.undo()
+    same(stopped_ranks.resume(folder, "full", 1, "one")[:2], whole)
+
+
+def test_truncated_checkpoint_is_never_picked_up(tmp_path):
+    for version in range(3):
+        path = tmp_path / f"version_{version}" / "checkpoints" / "last.ckpt"
+        AtomicCheckpointIO().save_checkpoint({"weight": torch.zeros(10_000)}, path)
+        os.utime(path, (version, version))
+    newest = path.read_bytes()
+    for cut in (0, 100, len(newest) // 2, len(newest) - 1):
+        path.write_bytes(newest[:cut])
+        assert not is_whole(path)
+        with pytest.raises(InputError, match="is not whole"):
+            find_checkpoint(str(path), tmp_path)
+        with pytest.raises(InputError, match="does not load as a checkpoint"):
+            AtomicCheckpointIO().load_checkpoint(path, weights_only=True)
+        os.utime(path, (9, 9))
+        with pytest.warns(UserWarning, match=r"version_2.*not whole and is passed over"):
+            assert find_checkpoint("last", tmp_path) == str(tmp_path / "version_1" / "checkpoints" / "last.ckpt")
+    path.write_bytes(newest)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert find_checkpoint("last", tmp_path) == str(path)
+
+
+def test_checkpoint_that_would_run_code_is_refused(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "run"),))
+
+    torch.save({"state_dict": {}, "bomb": Bomb()}, tmp_path / "bomb.ckpt")
+    with pytest.raises(InputError, match=r"bomb\.ckpt does not load as a checkpoint"):
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "bomb.ckpt", weights_only=True)
+    assert not (tmp_path / "run").exists()

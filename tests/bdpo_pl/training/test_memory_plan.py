@@ -1,0 +1,144 @@
+"""Planned memory against what a step really allocates, tracked tensor by tensor."""
+
+import pytest
+import torch
+from makers import build_model
+from torch.distributed._tools.mem_tracker import MemTracker
+from training import adamw
+
+from bdpo_pl.forward.fused_loss import fused_preference_loss
+from bdpo_pl.losses import DPOLoss, PairLogProbs
+from bdpo_pl.models.adapters import LoraOptions, add_adapters
+from bdpo_pl.models.loading import ModelSource, enable_activation_checkpointing
+from bdpo_pl.training.memory_plan import Devices, MemoryPlan, plan_memory, worst_batch
+from bdpo_pl.training.optim import parameter_groups
+
+TOLERANCE = 0.15
+SIZES = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 4, "vocab_size": 800}
+CASES = {
+    "plain": ({}, {}, 4, 128),
+    "wide": ({"num_hidden_layers": 8, "intermediate_size": 352}, {}, 8, 192),
+    "weights count most": ({"hidden_size": 256, "intermediate_size": 704}, {}, 1, 32),
+    "rows apart": ({}, {"shared": False}, 4, 128),
+    "checkpointing": ({"num_hidden_layers": 8}, {"gradient_checkpointing": True}, 4, 256),
+    "lora": ({}, {"lora": LoraOptions(r=4, alpha=8)}, 4, 128),
+    "sgd": ({"hidden_size": 256, "intermediate_size": 704}, {"optimizer": torch.optim.SGD}, 1, 32),
+    "llama": ({"architecture": "llama"}, {}, 4, 128),
+}
+
+
+def measured(model, batch, optimizer):
+    """Bytes at the peak of the second step, by PyTorch's own tracker."""
+    pairs = batch.num_sequences // 2
+    tracker = MemTracker()
+    track = tracker._track_module_params_and_buffers
+    # Its hooks, which only sort gradients from the rest, cannot be put on frozen parameters.
+    tracker._track_module_params_and_buffers = lambda module, install_grad_hooks=True: track(module, False)
+    tracker.track_external(model, optimizer)
+
+    def losses(chosen, rejected, index):
+        zeros = torch.zeros_like(chosen)
+        lengths = torch.ones(len(index), dtype=torch.int64)
+        return DPOLoss()(PairLogProbs(chosen, rejected, lengths, lengths, zeros, zeros)) / pairs
+
+    with tracker:
+        for step in range(2):
+            if step:
+                tracker.reset_mod_stats()
+            loss, _ = fused_preference_loss(model, batch, losses)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            del loss
+    return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_plan_is_within_15_percent_of_what_a_step_allocates(case):
+    sizes, options, pairs, window = CASES[case]
+    options = {"optimizer": adamw, **options}
+    batch = worst_batch(pairs, window, options.pop("shared", True))
+    model = build_model(**{**SIZES, **sizes}).train()
+    model.config.use_cache = False
+    if options.get("gradient_checkpointing"):
+        enable_activation_checkpointing(model)
+    if lora := options.get("lora"):
+        add_adapters(model, lora)
+    plan = plan_memory(ModelSource("tiny"), model.config, batch, torch.float32, devices=Devices(kind="cpu"), **options)
+    real = measured(model, batch, options["optimizer"](parameter_groups(model)))
+    assert plan.peak == pytest.approx(real, rel=TOLERANCE), plan
+
+
+def test_counts_are_exact():
+    model = build_model(**SIZES)
+    numel = sum(p.numel() for p in model.parameters())
+    batch = worst_batch(2, 32, True)
+
+    def plan(**options):
+        options = {"devices": Devices(kind="cpu"), **options}
+        return plan_memory(ModelSource("tiny"), model.config, batch, torch.float32, adamw, **options)
+
+    whole = plan()
+    assert (whole.weights, whole.optimizer, whole.gradients) == (4 * numel, 8 * numel, 4 * numel)
+    assert plan(devices=Devices(data=2, kind="cpu")).gradients == 8 * numel  # and DDP's buckets
+    split = plan(devices=Devices(data=4, sharded=True, kind="cpu"))
+    assert (split.weights, split.optimizer) == (numel, 2 * numel)
+    lora = LoraOptions(r=4, alpha=8)
+    adapters = sum(p.numel() for p in add_adapters(build_model(**SIZES), lora).parameters() if p.requires_grad)
+    adapted = plan(lora=lora)
+    assert (adapted.weights, adapted.optimizer) == (4 * (numel + adapters), 8 * adapters)
+    quantised = plan(lora=LoraOptions(r=4, alpha=8, quantize="nf4"))
+    assert 4 * adapters < quantised.weights < 4 * adapters + numel * 0.6
+
+
+def test_a_group_of_two_holds_half_the_layers_and_of_the_vocabulary():
+    """Against the parts that tensor parallelism really makes of the model."""
+    config = build_model(**SIZES).config
+    batch = worst_batch(2, 32, True)
+
+    def plan(tensor):
+        devices = Devices(tensor=tensor, sharded=True, kind="cpu")
+        return plan_memory(ModelSource("tiny"), config, batch, torch.float32, adamw, devices)
+
+    one, two = plan(1), plan(2)
+    norms = 4 * (2 * SIZES["num_hidden_layers"] + 1) * SIZES["hidden_size"]
+    assert two.weights == (one.weights - norms) // 2 + norms
+    assert 0.4 * one.activations < two.activations < 0.8 * one.activations
+
+
+def test_nothing_is_allocated(monkeypatch):
+    """A 70B model's plan takes no 70B of anything."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(
+        "llama", hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+        num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192,
+    )  # fmt: skip
+    plan = plan_memory(
+        ModelSource("llama-70b"), config, worst_batch(1, 2048, True), torch.float32, adamw,
+        Devices(data=8, tensor=8, sharded=True), gradient_checkpointing=True, half_products=torch.bfloat16,
+    )  # fmt: skip
+    # 70.55e9 parameters by the model's own card.
+    assert plan.weights == pytest.approx(4 * 70.55e9 / 64, rel=0.01)
+    assert plan.optimizer == pytest.approx(8 * 70.55e9 / 64, rel=0.01)
+
+
+def test_table_shows_the_peak(capsys):
+    from rich.console import Console
+
+    Console(width=100).print(MemoryPlan(2**30, 0, 2**31, 2**30, 2**29, 2**28).table())
+    assert "4.000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [[], ["--trainer.devices=2", "--trainer.strategy=fsdp2"], ["--model.lora.r=4"]])
+def test_dry_run_prints_the_plan_and_does_nothing(model_dir, tmp_path, monkeypatch, capsys, options):
+    from bdpo_pl.fit import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    monkeypatch.setattr("bdpo_pl.training.module.load_model", lambda *_: pytest.fail("weights were read"))
+    main([f"--model.policy={model_dir}", "--trainer.accelerator=cpu", "--dry_run=true", *options])
+    printed = capsys.readouterr().out
+    assert "Memory on each device" in printed
+    assert "peak" in printed
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,33 @@
+"""Parameter groups and schedules."""
+
+import pytest
+from makers import build_model
+
+from bdpo_pl.training.optim import lr_lambda, parameter_groups
+
+
+def test_norms_and_biases_never_decay():
+    model = build_model()
+    model.lm_head.weight.requires_grad_(False)
+    matrices, vectors = parameter_groups(model)
+    assert vectors["weight_decay"] == 0.0
+    assert "weight_decay" not in matrices
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert all("norm" in names[id(p)] or names[id(p)].endswith("bias") for p in vectors["params"])
+    assert not any("norm" in names[id(p)] or names[id(p)].endswith("bias") for p in matrices["params"])
+    trainable = sum(p.requires_grad for p in model.parameters())
+    assert len(matrices["params"]) + len(vectors["params"]) == trainable
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [1 / 3, 2 / 3, 1, 1, 1, 1, 1]),
+        ("linear", [1 / 3, 2 / 3, 1, 0.75, 0.5, 0.25, 0]),
+        ("cosine", [1 / 3, 2 / 3, 1, 0.8535534, 0.5, 0.1464466, 0]),
+    ],
+)
+def test_schedules_by_hand(schedule, expected):
+    factor = lr_lambda(schedule, warmup_steps=2, total_steps=6)
+    assert [factor(step) for step in range(7)] == pytest.approx(expected, abs=1e-7)
+    assert factor(100) == pytest.approx(expected[-1], abs=1e-7)

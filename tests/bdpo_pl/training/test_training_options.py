@@ -1,0 +1,141 @@
+"""Options that change how a step is computed, not what: precision, checkpointing, compilation, batching, clipping."""
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from training import fit, same, weights
+
+from bdpo_pl.data.packing import RowLayout
+from bdpo_pl.errors import InputError
+from bdpo_pl.training.module import PreferenceModule, compile_layers
+
+
+def fused(params):
+    return torch.optim.AdamW(params, lr=2e-3, weight_decay=0.1, fused=True)
+
+
+@pytest.fixture
+def final(job):
+    """The module after two epochs under options, and its last validation; 40 pairs, 32 of them to train on."""
+
+    def run(name, precision="32-true", **model):
+        module = fit(job(name, trainer={"max_epochs": 2, "precision": precision}, **model))
+        return module, module.evaluations[max(module.evaluations)]
+
+    return run
+
+
+_PLAIN: dict = {}
+
+
+@pytest.fixture
+def plain(final):
+    """The last validation with no option: computed once, the numbers do not depend on the test."""
+    if not _PLAIN:
+        _PLAIN.update(final("plain")[1])
+    return _PLAIN
+
+
+@pytest.mark.parametrize(
+    ("precision", "checkpointing", "compiled"),
+    [
+        ("32-true", True, "aot_eager"),
+        ("bf16-mixed", False, "aot_eager"),
+        ("bf16-mixed", True, "aot_eager"),
+        ("bf16-true", True, None),
+    ],
+)
+def test_options_work_together(final, plain, precision, checkpointing, compiled):
+    """Lightning alone would refuse the fused optimiser under bf16-mixed, where the gradient is clipped."""
+    module, values = final("all", precision, optimizer=fused, gradient_checkpointing=checkpointing, compile=compiled)
+    assert module.row_layout is RowLayout.SHARED
+    exact = precision == "32-true"
+    for name in ("held_out/loss", "held_out/margin", "train_probe/margin"):
+        assert values[name] == pytest.approx(plain[name], abs=1e-3 if exact else 0.15)
+    assert values["held_out/accuracy"] > 0.9
+
+
+def test_inductor_gives_the_same_training(final, plain):
+    compiled = final("compiled", compile="inductor")[1]
+    assert compiled["held_out/loss"] == pytest.approx(plain["held_out/loss"], abs=1e-3)
+    assert compiled["held_out/margin"] == pytest.approx(plain["held_out/margin"], abs=5e-3)
+
+
+def test_unknown_backend_and_unknown_layers_are_refused(job):
+    with pytest.raises(InputError, match=r"model\.compile: there is no backend 'fastest'; choose one of .*inductor"):
+        fit(job(compile="fastest"))
+
+    class Odd(torch.nn.Module):
+        config = type("Config", (), {"get_text_config": lambda self: self, "num_hidden_layers": 2})()
+
+    with pytest.raises(InputError, match="layers of Odd cannot be told"):
+        compile_layers(Odd(), "inductor")
+
+
+def test_batches_by_tokens_train_on_the_mean_over_pairs(job):
+    """One step over all 32 pairs: in one batch, or in micro-batches of as many pairs as fit."""
+
+    def step(name, accumulate=1, **data):
+        # Plain gradient descent: Adam's first step would blow rounding up.
+        module = fit(
+            job(
+                name,
+                data=data,
+                trainer={"accumulate_grad_batches": accumulate},
+                optimizer=lambda params: torch.optim.SGD(params, lr=1.0),
+            )
+        )
+        assert module.global_step == 1
+        return weights(module)
+
+    whole = step("whole", max_tokens_per_batch=100_000)
+    for other in (step("parts", 64, max_tokens_per_batch=150), step("by pairs", batch_size=32)):
+        for name, value in whole.items():
+            torch.testing.assert_close(value, other[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_run_by_tokens_resumes_in_the_middle_of_an_epoch(job, tmp_path):
+    data = {"max_tokens_per_batch": 200}
+    whole = fit(job("whole", data=data, trainer={"max_epochs": 2}))
+    keep = ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=3, save_top_k=-1, filename="{step}")
+    fit(job("part", data=data, trainer={"max_epochs": 2, "callbacks": [keep]}))
+    steps_an_epoch = whole.global_step // 2
+    assert steps_an_epoch > 6
+    resumed = fit(
+        job("resumed", data=data, trainer={"max_epochs": 2}), ckpt_path=str(tmp_path / "ckpt" / "step=6.ckpt")
+    )
+    assert same(weights(whole), weights(resumed))
+
+
+def test_pair_that_no_batch_can_hold_is_refused_by_name(job):
+    with pytest.raises(
+        InputError, match=r"pairs\.jsonl, line \d+: the pair takes .* data\.max_tokens_per_batch = 30\)"
+    ):
+        fit(job(data={"max_tokens_per_batch": 30}))
+    with pytest.raises(InputError, match=r"data\.max_tokens_per_batch must be at least 1"):
+        job(data={"max_tokens_per_batch": 0})
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_clipping_is_lightnings_own(job, monkeypatch, algorithm):
+    """Adam forgives a wrong scale; plain gradient descent does not."""
+
+    def run(name, **options):
+        return weights(
+            fit(
+                job(
+                    name,
+                    optimizer=lambda params: torch.optim.SGD(params, lr=1.0),
+                    trainer={"max_steps": 3, "num_sanity_val_steps": 0, **options},
+                )
+            )
+        )
+
+    options = {"gradient_clip_val": 0.02, "gradient_clip_algorithm": algorithm}
+    ours = run("ours", **options)
+    unclipped = run("unclipped", gradient_clip_val=None)
+    monkeypatch.delattr(PreferenceModule, "configure_gradient_clipping")
+    theirs = run("theirs", **options)
+    assert not same(ours, unclipped)
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6)

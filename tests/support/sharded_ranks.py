@@ -1,0 +1,77 @@
+"""What each of two ranks does in the tests of strategies; rank 0 writes what it finds to `folder`."""
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from sharded_jobs import train
+
+from bdpo_pl.errors import InputError
+from bdpo_pl.models.adapters import LoraOptions
+
+LORA = LoraOptions(r=4, alpha=8)
+RUNS = {
+    "ddp": {},
+    "fsdp2": {},
+    "fsdp2-checkpointing": {"gradient_checkpointing": True},
+    "fsdp2-logits": {"lm_head": "logits", "prefix_sharing": "never"},
+    "fsdp2-accumulating": {"trainer": {"accumulate_grad_batches": 2}, "sharing": 4},
+    "tp": {},
+    "tp-logits": {"lm_head": "logits"},
+    "ddp-lora": {"lora": LORA},
+    "fsdp2-lora": {"lora": LORA},
+}
+OTHER_MODELS = {"tp-llama": "llama", "tp-mistral": "mistral", "tp-tied": "tied", "fsdp2-tied": "tied"}
+
+
+def every_strategy(rank, folder):
+    for name, options in RUNS.items():
+        keep(rank, folder, name, train(folder, name, 2, **options))
+    for name, model in OTHER_MODELS.items():
+        keep(rank, folder, name, train(folder, name, 2, model=model, trainer={"max_epochs": 1}))
+
+
+def keep(rank, folder, name, result):
+    state, evaluations, module = result
+    whole = sum(p.numel() for p in module.policy.parameters())
+    held = sum(getattr(p, "_local_tensor", p).numel() for p in module.policy.parameters())
+    if rank == 0:
+        torch.save((state, evaluations, held / whole), folder / f"{name}.pt")
+
+
+class StopAt(L.Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            raise RuntimeError("the machine is gone")
+
+
+def interrupted_and_resumed(rank, folder):
+    """In the middle of the second epoch: 4 steps an epoch."""
+    for name, options in {"fsdp2": {}, "tp": {}, "fsdp2-lora": {"lora": LORA}, "ddp-lora": {"lora": LORA}}.items():
+        every = ModelCheckpoint(folder / f"{name}-steps", every_n_train_steps=1, save_top_k=-1, filename="{step}")
+        with pytest.raises(RuntimeError, match="machine is gone"):
+            train(folder, name + "-part", 2, callbacks=[every, StopAt(7)], **options)
+        path = str(folder / f"{name}-steps" / "step=6.ckpt")
+        keep(rank, folder, name + "-resumed", train(folder, name + "-again", 2, ckpt_path=path, **options))
+    path = str(folder / "fsdp2-steps" / "step=6.ckpt")
+    keep(rank, folder, "tp-from-fsdp2", train(folder, "tp-from-fsdp2", 2, ckpt_path=path))
+
+
+def what_does_not_fit_is_refused(rank, folder):
+    for name, options, fault in (
+        ("tp", {"lora": LORA}, "not with tensor parallelism"),
+        ("tp", {"model": "gpt2"}, "gpt2 model, and only llama"),
+        ("tp", {"model": "odd"}, "does not divide the 1 of num_key_value_heads"),
+        ("fsdp2", {"lora": LORA, "reference_mode": "live"}, "set it to precomputed"),
+    ):
+        with pytest.raises(InputError, match=fault):
+            train(folder, f"{name}-refused", 2, **options)
+
+
+def everything(rank, folder):
+    every_strategy(rank, folder)
+    interrupted_and_resumed(rank, folder)
+    what_does_not_fit_is_refused(rank, folder)
