@@ -1,7 +1,7 @@
 """The operations of `bdpo_kernels`, called so that every kernel is launched as in training.
 
-Tensors are on the CPU and have real vocabularies, but few tokens and a narrow hidden state: nothing runs on them but the
-products of PyTorch. What the stubbed kernels leave in their outputs is not looked at.
+Tensors are on the CPU and have real vocabularies, but few tokens and a narrow hidden state: only PyTorch's products run
+on them. The kernels do not run, so nobody looks at their outputs.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from bdpo_kernels import backends, linear_preference_loss, linear_sequence_logprob, sequence_logprob
 from torch import Tensor
+
+from bdpo_kernels import backends, linear_preference_loss, linear_sequence_logprob, sequence_logprob
 
 FLOATS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "f64": torch.float64}
 INTEGERS = {"i64": torch.int64, "i32": torch.int32}

@@ -21,14 +21,14 @@ from typing import Any
 
 import offline
 import planted
-import torch._dynamo  # here, so that no child imports it again
 import triton
 
 TESTED = ("sm_80", "sm_90", "sm_100", "gfx942")
 Job = tuple[str, Any]
+Records = list[dict[str, Any]]
 
 
-def _check(target_name: str, cases: Iterable[Any], changed: offline.Changed = lambda kwargs: kwargs) -> list[dict[str, Any]]:
+def _check(target_name: str, cases: Iterable[Any], changed: offline.Changed = lambda kwargs: kwargs) -> Records:
     """Compile `cases` for one target; one record a launch of a kernel that no case before it has launched."""
     # Here, not above: it imports the package, which may be a copy with a fault.
     from account import inspect
@@ -58,7 +58,7 @@ def _check(target_name: str, cases: Iterable[Any], changed: offline.Changed = la
     return records
 
 
-def _usual(job: tuple[str, str]) -> list[dict[str, Any]]:
+def _usual(job: tuple[str, str]) -> Records:
     target, name = job
     import cases
 
@@ -67,7 +67,7 @@ def _usual(job: tuple[str, str]) -> list[dict[str, Any]]:
     return [record | {"group": name} for record in _check(target, chosen)]
 
 
-def _planted(job: tuple[str, str]) -> list[dict[str, Any]]:
+def _planted(job: tuple[str, str]) -> Records:
     """Import the package from a copy with a fault. In a process of its own: it must not have been imported before."""
     target, fault = job
     package = Path(__file__).parents[3] / "kernels" / "bdpo_kernels"
@@ -87,11 +87,13 @@ def _launchable() -> list[str]:
 
     backends.load("triton")
     modules = [module for name, module in sys.modules.items() if name.startswith("bdpo_kernels.")]
-    names = {name for module in modules for name, value in vars(module).items() if isinstance(value, triton.JITFunction)}
+    names = {
+        name for module in modules for name, value in vars(module).items() if isinstance(value, triton.JITFunction)
+    }
     return sorted(name for name in names if not name.startswith("_"))
 
 
-def _run(job: tuple[str, Any]) -> Any:
+def _run(job: Job) -> Any:
     kind, what = job
     if kind == "launchable":
         return _launchable()
@@ -107,7 +109,7 @@ def main() -> None:
     parser.add_argument("--print", action="store_true", help="print a line a kernel in place of JSON")
     options = parser.parse_args()
     group = "full" if options.full else "usual"
-    jobs: list[tuple[str, Any]] = [("usual", (target, group)) for target in options.targets]
+    jobs: list[Job] = [("usual", (target, group)) for target in options.targets]
     jobs += [("usual", ("sm_90", group)) for group in ("more", "float64", "chunks") if options.more]
     if options.planted:
         faults = ("none", "blocks_of_eight", *planted.IN_THE_SOURCE)

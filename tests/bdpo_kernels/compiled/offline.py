@@ -1,7 +1,8 @@
 """A GPU driver without a GPU: launches of Triton kernels compile for a named target and run nothing.
 
-The kernels are compiled through their own launches. Block sizes, warps, flags and what Triton specialises on (alignment,
-divisibility by 16, strides of 1, 64-bit sizes) are therefore those of a real run, and none is written down a second time.
+The kernels are compiled through their own launches. Block sizes, warps, flags and what Triton specialises on
+(alignment, divisibility by 16, strides of 1, 64-bit sizes) are therefore those of a real run, and none is written down
+a second time.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-assert os.environ.get("TRITON_INTERPRET", "0") == "0", "unset TRITON_INTERPRET: the interpreter compiles nothing"
-# Triton 3.9 warns at every compilation where this is unset.
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
+
+assert os.environ.get("TRITON_INTERPRET", "0") == "0", "unset TRITON_INTERPRET: the interpreter compiles nothing"
+# Triton 3.9 warns at every compilation where this is unset.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 KIB = 1 << 10
 

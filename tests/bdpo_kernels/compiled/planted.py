@@ -32,7 +32,7 @@ def numpy_in_a_kernel(kernel: ast.FunctionDef) -> None:
 
 
 def variable_changes_type(kernel: ast.FunctionDef) -> None:
-    """Carry a variable through a loop that makes an integer a float: it runs in the interpreter and does not compile."""
+    """Let a loop turn an integer into a float: it runs in the interpreter and does not compile."""
 
     class Loops(ast.NodeTransformer):
         def visit_For(self, node: ast.For) -> list[ast.stmt]:
