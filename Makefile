@@ -1,5 +1,6 @@
 # make demo   install, then align the embedded model end to end (no network needed after the install)
 # make test   install, then run every test this machine can run
+# make docs   build the documentation pages and the API reference, and check their links
 # make lint   ruff (rules and format), mypy, and pip-audit where its service can be reached
 # make bench  kernel benchmarks against the peers of the `bench` extra
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 export PYTHONUNBUFFERED = 1
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format docs bench clean
 
 # One stamp an extra: the install is redone only when pyproject.toml changes.
 $(VENV)/.installed-%: pyproject.toml
@@ -18,8 +19,10 @@ $(VENV)/.installed-%: pyproject.toml
 demo: $(VENV)/.installed-demo
 	$(BIN)/python -m bdpo_pl.fit
 
-test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+# Extras of pyproject.toml that the tests are run with: `make test EXTRAS=test,peers` adds the peers they compare with.
+EXTRAS ?= test
+test: $(VENV)/.installed-$(EXTRAS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
@@ -30,6 +33,9 @@ lint: $(VENV)/.installed-lint
 format: $(VENV)/.installed-lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/mkdocs build --strict --site-dir dist/site
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks.kernels
