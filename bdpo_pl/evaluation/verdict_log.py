@@ -16,6 +16,7 @@ from typing import Any
 
 from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.judges.judge import Verdict
+from bdpo_pl.files import write_whole
 from bdpo_pl.forward.generation import Response
 
 WARNING = (
@@ -64,9 +65,7 @@ class RecordFile:
             head: dict[str, Any] = {"bdpo_pl_evaluation": _FORMAT}
             if self.keep_answers or self._answers:
                 head["warning"] = WARNING
-            partial = self.path.with_name(f".{self.path.name}.partial")
-            partial.write_text("".join(json.dumps(line) + "\n" for line in (head, *self._lines)), encoding="utf-8")
-            partial.replace(self.path)
+            write_whole(self.path, "".join(json.dumps(line) + "\n" for line in (head, *self._lines)))
             self._file = self.path.open("a", encoding="utf-8")
         except OSError as error:
             raise InputError(f"{self.path} cannot be written ({error.strerror}); set folder to one that can") from None

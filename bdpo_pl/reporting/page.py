@@ -9,6 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from bdpo_pl.files import write_whole
 from bdpo_pl.reporting.elements import Figure, Finding, Table
 
 _TEMPLATES = Environment(
@@ -95,7 +96,7 @@ class Page:
     def write(self, path: Path) -> Path:
         """Write the page, and its folder if there is none."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.render(), encoding="utf-8")
+        write_whole(path, self.render())
         return path
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from bdpo_pl.errors import InputError
+from bdpo_pl.files import write_whole
 from bdpo_pl.scoring.scores import ScoreTable
 
 
@@ -52,7 +52,7 @@ class ScoreCache:
         # Written now, not after hours of scoring, so that a folder that cannot be written is found out first.
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._write(self.folder / "key.json", json.dumps(self.key, indent=2, sort_keys=True).encode())
+            write_whole(self.folder / "key.json", json.dumps(self.key, indent=2, sort_keys=True), shared=True)
         except OSError as error:
             raise InputError(
                 f"the score cache {self.folder} cannot be written ({error.strerror}); "
@@ -84,7 +84,7 @@ class ScoreCache:
         arrays = {"pair_index": self.indices(chunk), **scores.columns()}
         # One entry, because safetensors writes several in no fixed order, and equal chunks shall be equal files.
         proof = json.dumps({"key": self.digest, "checksum": _checksum(arrays)})
-        self._write(self._path(chunk), save(arrays, metadata={"bdpo_pl": proof}))
+        write_whole(self._path(chunk), save(arrays, metadata={"bdpo_pl": proof}), shared=True)
 
     def _path(self, chunk: int) -> Path:
         return self.folder / f"chunk-{chunk:06d}.safetensors"
@@ -100,18 +100,6 @@ class ScoreCache:
         if not np.array_equal(arrays.pop("pair_index"), self.indices(chunk)):
             raise ValueError("it holds other rows than its name says")
         return ScoreTable(**arrays)
-
-    def _write(self, path: Path, content: bytes) -> None:
-        handle, temporary = tempfile.mkstemp(dir=self.folder, prefix=".", suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
 
 
 def _checksum(arrays: dict[str, np.ndarray]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import signal
 import threading
@@ -17,6 +16,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from bdpo_pl.errors import InputError, MachineError, StoppedError
+from bdpo_pl.files import write_whole
 
 LAST = "last.ckpt"
 
@@ -34,26 +34,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         path = Path(path)
-        temporary = path.with_name(f".{path.name}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            _sync_folder(path.parent)
+            write_whole(path, lambda file: torch.save(checkpoint, file))
         # Where the disk is full, torch's writer may raise an error of its own over that of the operating system.
         except (OSError, RuntimeError) as error:
-            temporary.unlink(missing_ok=True)
             reason = error.strerror if isinstance(error, OSError) else _first_line(error)
             raise MachineError(
                 f"the checkpoint {path} cannot be written ({reason}); the one before it is untouched. Free space, then "
                 "go on with --ckpt_path last"
             ) from error
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = lambda storage, _: storage,
@@ -177,11 +167,3 @@ class StopSignals(L.Callback):
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

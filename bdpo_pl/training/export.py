@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from bdpo_pl.files import write_whole_folder
 from bdpo_pl.models.adapters import export_adapter
 from bdpo_pl.models.checkpoint import checkpoint_model, plain_model
 from bdpo_pl.models.loading import load_model
@@ -33,16 +32,7 @@ def export_policy(policy: Any, tokenizer: Any, folder: Path) -> Path:
         policy.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
 
-    return write_whole(folder, write)
-
-
-def write_whole(folder: Path, write: Callable[[Path], None]) -> Path:
-    """Have `write` fill a folder under another name, and give it its own when it is complete."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    write(partial)
-    partial.rename(folder)
-    return folder
+    return write_whole_folder(folder, write)
 
 
 def export_model(
@@ -69,7 +59,7 @@ def export_adapters(module: PreferenceModule, folder: Path, state: dict[str, Ten
     """Export the adapters in `state`, of `whole_state`, to `folder` or the next free name beside it; which it was."""
     lora, base = module.lora, load_model(module.source, module.dtype_used)
     assert lora is not None
-    return write_whole(_free(folder), lambda partial: export_adapter(base, lora, state, partial))
+    return write_whole_folder(_free(folder), lambda partial: export_adapter(base, lora, state, partial))
 
 
 def _free(folder: Path) -> Path:

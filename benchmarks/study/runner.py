@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bdpo_pl.console import get_console
 from bdpo_pl.errors import InputError
+from bdpo_pl.files import write_whole
 from benchmarks.study.cell import run_cell, texts_digest
 from benchmarks.study.reference import make_reference, reference_folder
 from benchmarks.study.settings import Setting
@@ -41,7 +42,7 @@ def append(path: Path, line: dict[str, Any]) -> None:
     cut = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
     if cut:
         whole = path.read_text(encoding="utf-8").splitlines()[:-1]
-        path.write_text("".join(f"{text}\n" for text in whole), encoding="utf-8")
+        write_whole(path, "".join(f"{text}\n" for text in whole))
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
@@ -52,10 +53,8 @@ def remove(path: Path, keys: set[str]) -> None:
     Raises:
         InputError: as `read_records`.
     """
-    partial = path.with_name(f".{path.name}.partial")
     kept = (line for line, record in _whole_lines(path) if record.get("key") not in keys)
-    partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, "".join(f"{line}\n" for line in kept))
 
 
 def make_references(settings: Sequence[Setting], folder: Path, workers: int) -> None:

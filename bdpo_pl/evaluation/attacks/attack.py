@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 
 from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.suites.suite import EvaluationPrompt
-from bdpo_pl.files import try_writing
+from bdpo_pl.files import try_writing, write_whole
 
 WARNING = (
     "Written by an attack on a language model's safety. It holds harmful requests and may hold harmful answers: do not "
@@ -98,17 +96,7 @@ class StateFile:
     def write(self, lines: list[Any]) -> None:
         """Replace what is there, all or nothing."""
         text = "".join(json.dumps(line) + "\n" for line in (self._head, *lines))
-        # Readable by its owner alone.
-        handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=".", suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_whole(self.path, text, shared=True, private=True)
 
     def damaged(self) -> InputError:
         """The error that says that the file is not what was written."""
