@@ -1,9 +1,9 @@
-"""How well a model comprehends a response to its prompt, and the balance weights that follow from it.
+"""How well a model comprehends a response to its prompt.
 
 The paper (arXiv:2603.22829) measures comprehension as the mutual information between prompt and response under the
 reference model and gives the better comprehended response of a pair less optimisation strength. Its exact formulas
-could not be read, so the estimators, the weights and the scaling factor below are this project's reconstruction, each
-choice a named option.
+could not be read, so the estimators below are this project's reconstruction, each a named option. What follows from
+them, the balance weights, is in `bdpo_pl.losses.balanced_dpo`.
 
 Shapes: B pairs or responses; R response tokens; P prompt tokens; D hidden size.
 """
@@ -16,10 +16,8 @@ import torch
 from torch import Tensor
 
 Estimator = Literal["pmi", "pmi_sum", "ifd", "hsic"]
-Weighting = Literal["softmax", "ratio"]
 
 ESTIMATORS: tuple[str, ...] = get_args(Estimator)
-WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
 POSITIVE_ESTIMATORS = frozenset({"ifd", "hsic"})
 """Estimators that are never negative, as the `ratio` weighting needs."""
 
@@ -90,55 +88,3 @@ def normalised_hsic(prompt_hidden: Tensor, response_hidden: Tensor) -> Tensor:
     cross = (x @ y.T).square().sum()
     norm = torch.linalg.matrix_norm(x @ x.T) * torch.linalg.matrix_norm(y @ y.T)
     return (cross / norm.clamp_min(torch.finfo(torch.float32).tiny)).clamp(0.0, 1.0)
-
-
-def balance_weights(
-    comprehension_chosen: Tensor,
-    comprehension_rejected: Tensor,
-    tau: float = 0.25,
-    weighting: Weighting = "softmax",
-) -> tuple[Tensor, Tensor]:
-    """Balance weights (w_w, w_l): a share of one for each pair, the smaller for the better comprehended response.
-
-    - `softmax`: w_w = σ(−d), w_l = σ(d), d = (c_w − c_l)/τ.
-    - `ratio`: w_w = c_l/(c_w + c_l), w_l = c_w/(c_w + c_l), inputs clamped to at least 1e-6; for positive estimators.
-
-    Args:
-        comprehension_chosen: (B,) c_w.
-        comprehension_rejected: (B,) c_l.
-        tau: temperature τ > 0 in the estimator's unit, about the spread of c_w − c_l; only `softmax` reads it.
-        weighting: `softmax` or `ratio`.
-
-    Returns:
-        Two (B,) float32 tensors that sum to 1, both ½ for a balanced pair; detached.
-
-    Raises:
-        ValueError: unknown weighting.
-    """
-    c_w, c_l = comprehension_chosen.detach().float(), comprehension_rejected.detach().float()
-    if weighting == "softmax":
-        d = (c_w - c_l) / tau
-        return torch.sigmoid(-d), torch.sigmoid(d)
-    if weighting == "ratio":
-        c_w, c_l = c_w.clamp_min(_EPSILON), c_l.clamp_min(_EPSILON)
-        return c_l / (c_w + c_l), c_w / (c_w + c_l)
-    raise ValueError(f"unknown weighting {weighting!r}: choose one of {', '.join(WEIGHTINGS)}")
-
-
-def scaling_factor(weight_chosen: Tensor, weight_rejected: Tensor, scale: float | Literal["norm"]) -> Tensor:
-    """Scaling factor s that keeps the gradient's magnitude under the balance weights.
-
-    A number is used as it is (2 makes a balanced pair exactly DPO). `norm` is s = √(2/(w_w² + w_l²)), for which
-    ‖s·(w_w, w_l)‖ = √2, DPO's own value, for every pair.
-
-    Args:
-        weight_chosen: (B,) w_w.
-        weight_rejected: (B,) w_l.
-        scale: a number or `norm`.
-
-    Returns:
-        (B,) float32.
-    """
-    if scale == "norm":
-        return torch.sqrt(2.0 / (weight_chosen.square() + weight_rejected.square()))
-    return torch.full_like(weight_chosen, float(scale))

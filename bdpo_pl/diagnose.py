@@ -29,7 +29,7 @@ from bdpo_pl.diagnosis.results import Diagnosis, diagnose_split, find_leaks, pai
 from bdpo_pl.diagnosis.terminal import numbers_table
 from bdpo_pl.errors import InputError
 from bdpo_pl.files import writable_folder
-from bdpo_pl.losses import BalancedDPOLoss, PairLogProbs, PairWeights, PreferenceLoss
+from bdpo_pl.losses import BalancedDPOLoss, PairScores, PairWeights, PreferenceLoss
 from bdpo_pl.reporting.terminal import findings_table
 from bdpo_pl.scoring.reference import SplitScores
 from bdpo_pl.training.datamodule import PreferenceDataModule
@@ -180,18 +180,12 @@ def _weights(balance: PreferenceLoss, data: PreferenceDataModule, name: str, sco
     assert scores.reference is not None
     assert scores.comprehension is not None
     table = data.tables[name]
-    # Before training the policy is its own reference.
-    chosen, rejected = scores.reference
     weights = balance.weights(
-        PairLogProbs(
-            policy_chosen=chosen,
-            policy_rejected=rejected,
-            chosen_length=torch.from_numpy(table.chosen_lengths),
-            rejected_length=torch.from_numpy(table.rejected_lengths),
-            reference_chosen=chosen,
-            reference_rejected=rejected,
-            comprehension_chosen=scores.comprehension[0],
-            comprehension_rejected=scores.comprehension[1],
+        PairScores(
+            torch.from_numpy(table.chosen_lengths),
+            torch.from_numpy(table.rejected_lengths),
+            *scores.reference,
+            *scores.comprehension,
         )
     )
     assert weights is not None

@@ -5,7 +5,7 @@ by subclassing `PreferenceLoss`.
 """
 
 from bdpo_pl.losses.balanced_dpo import BalancedDPOLoss, DPOLoss
-from bdpo_pl.losses.base import PairLogProbs, PairWeights, PreferenceLoss
+from bdpo_pl.losses.base import PairScores, PairWeights, PreferenceLoss
 from bdpo_pl.losses.cpo import CPOLoss
 from bdpo_pl.losses.ipo import IPOLoss
 from bdpo_pl.losses.rmipo import RMiPOLoss
@@ -17,7 +17,7 @@ __all__ = [
     "CPOLoss",
     "DPOLoss",
     "IPOLoss",
-    "PairLogProbs",
+    "PairScores",
     "PairWeights",
     "PreferenceLoss",
     "RMiPOLoss",

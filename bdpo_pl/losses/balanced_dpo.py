@@ -1,24 +1,89 @@
-"""Balanced DPO, and DPO as its special case."""
+"""Balanced DPO in one file: balance weights, scaling factor, and the loss made of them; DPO is its special case.
+
+For a pair (x, y_w, y_l), a policy π_θ and its frozen reference π_ref, with the comprehension c of both responses
+(`bdpo_pl.comprehension`), measured before training:
+
+1. Balance weights: w_w = σ(−d), w_l = σ(d), d = (c_w − c_l)/τ (`balance_weights`).
+2. Scaling factor: s = 2, or s = √(2/(w_w² + w_l²)) (`scaling_factor`).
+3. Log-ratios: D = log π_θ(y|x) − log π_ref(y|x) of each response (`PairScores.log_ratios`).
+4. Loss: z = β·s·(w_w·D_w − w_l·D_l), L = −log σ(z) (`BalancedDPOLoss`).
+
+Steps 1 and 2 need no policy: they are known as soon as the pairs are scored. The ideas are the paper's
+(arXiv:2603.22829); the formulas of 1 and 2 are this project's reconstruction.
+
+Shapes: B pairs.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bdpo_pl.comprehension import (
-    ESTIMATORS,
-    POSITIVE_ESTIMATORS,
-    WEIGHTINGS,
-    Estimator,
-    Weighting,
-    balance_weights,
-    scaling_factor,
-)
+from bdpo_pl.comprehension import ESTIMATORS, POSITIVE_ESTIMATORS, Estimator
 from bdpo_pl.errors import InputError
-from bdpo_pl.losses.base import PairLogProbs, PairWeights, PreferenceLoss, require_positive
+from bdpo_pl.losses.base import PairScores, PairWeights, PreferenceLoss, require_positive
+
+Weighting = Literal["softmax", "ratio"]
+
+WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
+
+_EPSILON = 1e-6
+
+
+def balance_weights(
+    comprehension_chosen: Tensor,
+    comprehension_rejected: Tensor,
+    tau: float = 0.25,
+    weighting: Weighting = "softmax",
+) -> tuple[Tensor, Tensor]:
+    """Compute the balance weights (w_w, w_l): shares of one, the smaller for the better comprehended response.
+
+    - `softmax`: w_w = σ(−d), w_l = σ(d), d = (c_w − c_l)/τ.
+    - `ratio`: w_w = c_l/(c_w + c_l), w_l = c_w/(c_w + c_l), inputs clamped to at least 1e-6; for positive estimators.
+
+    Args:
+        comprehension_chosen: (B,) c_w.
+        comprehension_rejected: (B,) c_l.
+        tau: temperature τ > 0 in the estimator's unit, about the spread of c_w − c_l; only `softmax` reads it.
+        weighting: `softmax` or `ratio`.
+
+    Returns:
+        Two (B,) float32 tensors that sum to 1, both ½ for a balanced pair; detached.
+
+    Raises:
+        ValueError: unknown weighting.
+    """
+    c_w, c_l = comprehension_chosen.detach().float(), comprehension_rejected.detach().float()
+    if weighting == "softmax":
+        d = (c_w - c_l) / tau
+        return torch.sigmoid(-d), torch.sigmoid(d)
+    if weighting == "ratio":
+        c_w, c_l = c_w.clamp_min(_EPSILON), c_l.clamp_min(_EPSILON)
+        return c_l / (c_w + c_l), c_w / (c_w + c_l)
+    raise ValueError(f"unknown weighting {weighting!r}: choose one of {', '.join(WEIGHTINGS)}")
+
+
+def scaling_factor(weight_chosen: Tensor, weight_rejected: Tensor, scale: float | Literal["norm"]) -> Tensor:
+    """Compute the scaling factor s, which keeps the gradient's magnitude under the balance weights.
+
+    A number is used as it is (2 makes a balanced pair exactly DPO). `norm` is s = √(2/(w_w² + w_l²)), for which
+    ‖s·(w_w, w_l)‖ = √2, DPO's own value, for every pair.
+
+    Args:
+        weight_chosen: (B,) w_w.
+        weight_rejected: (B,) w_l.
+        scale: a number or `norm`.
+
+    Returns:
+        (B,) float32.
+    """
+    if scale == "norm":
+        return torch.sqrt(2.0 / (weight_chosen.square() + weight_rejected.square()))
+    return torch.full_like(weight_chosen, float(scale))
 
 
 class BalancedDPOLoss(PreferenceLoss):
@@ -26,8 +91,7 @@ class BalancedDPOLoss(PreferenceLoss):
 
     z = β·s·( w_w·log[π_θ(y_w|x)/π_ref(y_w|x)] − w_l·log[π_θ(y_l|x)/π_ref(y_l|x)] ),  L = −log σ(z).
 
-    The balance weights w and the scaling factor s are the paper's ideas; the formulas for them are this project's
-    (`bdpo_pl.comprehension`). Both are constants in the gradient:
+    The balance weights w and the scaling factor s are constants in the gradient:
     ∂L/∂log π_θ(y_w|x) = −β·s·w_w·σ(−z) and ∂L/∂log π_θ(y_l|x) = +β·s·w_l·σ(−z).
 
     The paper's ablation: `balance=False, scale=1` is DPO to the last bit; `scale=1` is DPO+BW; `balance=False, scale=2`
@@ -87,25 +151,25 @@ class BalancedDPOLoss(PreferenceLoss):
         self.label_smoothing = label_smoothing
         self.needs_comprehension = balance
 
-    def __call__(self, pairs: PairLogProbs) -> Tensor:
-        """Loss of each pair, (B,) float32."""
-        chosen, rejected = pairs.log_ratios()
-        weights = self.weights(pairs)
+    def __call__(self, policy_chosen: Tensor, policy_rejected: Tensor, scores: PairScores) -> Tensor:
+        """Compute the loss of each pair, (B,) float32."""
+        chosen, rejected = scores.log_ratios(policy_chosen, policy_rejected)
+        weights = self.weights(scores)
         z = self.beta * weights.scale * (weights.chosen * chosen - weights.rejected * rejected)
         if self.label_smoothing == 0.0:
             return -F.logsigmoid(z)
         return -(1.0 - self.label_smoothing) * F.logsigmoid(z) - self.label_smoothing * F.logsigmoid(-z)
 
-    def weights(self, pairs: PairLogProbs) -> PairWeights:
-        """Balance weights and scaling factor of each pair."""
+    def weights(self, scores: PairScores) -> PairWeights:
+        """Compute the balance weights and the scaling factor of each pair."""
         if self.balance:
-            if pairs.comprehension_chosen is None or pairs.comprehension_rejected is None:
+            if scores.comprehension_chosen is None or scores.comprehension_rejected is None:
                 raise ValueError("balance weights need comprehension, and these pairs carry none")
             chosen, rejected = balance_weights(
-                pairs.comprehension_chosen, pairs.comprehension_rejected, self.tau, self.weighting
+                scores.comprehension_chosen, scores.comprehension_rejected, self.tau, self.weighting
             )
         else:
-            chosen = rejected = pairs.policy_chosen.detach().float().new_ones(pairs.policy_chosen.shape)
+            chosen = rejected = torch.ones_like(scores.chosen_length, dtype=torch.float32)
         return PairWeights(chosen, rejected, scaling_factor(chosen, rejected, self.scale))
 
 

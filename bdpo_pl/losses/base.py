@@ -1,13 +1,15 @@
-"""What a preference loss is given and what it gives: the interface that every loss keeps.
+"""The interface that every preference loss keeps: what it reads and what it gives.
 
 Shapes: B pairs. All log-probabilities are sums over a response's tokens, in nats.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -16,12 +18,10 @@ from bdpo_pl.errors import InputError
 
 
 @dataclass(frozen=True)
-class PairLogProbs:
-    """What a loss may read of B pairs; every tensor is (B,). Only the policy's log-probabilities carry gradients.
+class PairScores:
+    """What is known of B pairs before the policy is asked; every tensor is (B,) and carries no gradient.
 
     Attributes:
-        policy_chosen: log π_θ(y_w | x).
-        policy_rejected: log π_θ(y_l | x).
         chosen_length: tokens in the chosen response.
         rejected_length: tokens in the rejected response.
         reference_chosen: log π_ref(y_w | x), or None without a reference.
@@ -32,8 +32,6 @@ class PairLogProbs:
         rejected_safe: whether y_l is safe, likewise.
     """
 
-    policy_chosen: Tensor
-    policy_rejected: Tensor
     chosen_length: Tensor
     rejected_length: Tensor
     reference_chosen: Tensor | None = None
@@ -43,26 +41,36 @@ class PairLogProbs:
     chosen_safe: Tensor | None = None
     rejected_safe: Tensor | None = None
 
-    def __getitem__(self, index: Tensor) -> PairLogProbs:
-        """The pairs at `index` (b,)."""
+    def __len__(self) -> int:
+        return len(self.chosen_length)
+
+    def __getitem__(self, index: Tensor) -> PairScores:
+        """Give the scores of the pairs at `index` (b,)."""
         chosen = {name: tensor[index] for name, tensor in vars(self).items() if tensor is not None}
         return replace(self, **chosen)
 
-    def log_ratios(self) -> tuple[Tensor, Tensor]:
-        """(log π_θ/π_ref of the chosen, of the rejected), two (B,) float32 tensors: how far each has drifted.
+    def log_ratios(self, policy_chosen: Tensor, policy_rejected: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute log π_θ/π_ref of the chosen and of the rejected: how far each has drifted.
+
+        Args:
+            policy_chosen: (B,) log π_θ(y_w | x).
+            policy_rejected: (B,) log π_θ(y_l | x).
+
+        Returns:
+            Two (B,) float32 tensors.
 
         Raises:
             ValueError: there are no reference log-probabilities.
         """
         if self.reference_chosen is None or self.reference_rejected is None:
             raise ValueError("log-ratios need reference log-probabilities, and these pairs carry none")
-        chosen = self.policy_chosen.float() - self.reference_chosen.float()
-        rejected = self.policy_rejected.float() - self.reference_rejected.float()
+        chosen = policy_chosen.float() - self.reference_chosen.float()
+        rejected = policy_rejected.float() - self.reference_rejected.float()
         return chosen, rejected
 
-    def mean_logps(self) -> tuple[Tensor, Tensor]:
-        """(log π_θ(y_w|x)/|y_w|, log π_θ(y_l|x)/|y_l|), two (B,) float32 tensors, nats per token."""
-        return self.policy_chosen.float() / self.chosen_length, self.policy_rejected.float() / self.rejected_length
+    def mean_logps(self, policy_chosen: Tensor, policy_rejected: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute log π_θ(y_w|x)/|y_w| and log π_θ(y_l|x)/|y_l|, two (B,) float32 tensors, nats per token."""
+        return policy_chosen.float() / self.chosen_length, policy_rejected.float() / self.rejected_length
 
 
 @dataclass(frozen=True)
@@ -93,22 +101,42 @@ class PreferenceLoss(ABC):
     needs_safety: bool = False
     initial_value: float | None = None
 
-    @abstractmethod
-    def __call__(self, pairs: PairLogProbs) -> Tensor:
-        """Loss of each pair, (B,) float32; the caller takes the mean."""
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = cls.__dict__.get("__call__")
+        if own is not None and len(inspect.signature(own).parameters) == 2:
+            raise InputError(
+                f"loss: {cls.__name__}.__call__ takes one argument, as before there was PairScores; write "
+                "__call__(self, policy_chosen, policy_rejected, scores), and rewards alike (docs/training.md)"
+            )
 
-    def rewards(self, pairs: PairLogProbs) -> tuple[Tensor, Tensor] | None:
-        """Implicit rewards of the chosen and of the rejected, (B,) float32 each, for the logs: margin and accuracy.
+    @abstractmethod
+    def __call__(self, policy_chosen: Tensor, policy_rejected: Tensor, scores: PairScores) -> Tensor:
+        """Compute the loss of each pair; the caller takes the mean.
+
+        Args:
+            policy_chosen: (B,) log π_θ(y_w | x), with gradients.
+            policy_rejected: (B,) log π_θ(y_l | x), with gradients.
+            scores: what is known of the pairs.
+
+        Returns:
+            (B,) float32.
+        """
+
+    def rewards(
+        self, policy_chosen: Tensor, policy_rejected: Tensor, scores: PairScores
+    ) -> tuple[Tensor, Tensor] | None:
+        """Compute the implicit rewards of the chosen and of the rejected, (B,) float32 each, for the logs.
 
         β·log(π_θ/π_ref), or None where there is no reference. A loss without one says what it compares instead.
         """
-        if pairs.reference_chosen is None:
+        if scores.reference_chosen is None:
             return None
-        chosen, rejected = pairs.log_ratios()
+        chosen, rejected = scores.log_ratios(policy_chosen, policy_rejected)
         return self.beta * chosen, self.beta * rejected
 
-    def weights(self, pairs: PairLogProbs) -> PairWeights | None:
-        """The balance weights the loss applies to `pairs`, for the logs; None for a loss that has none."""
+    def weights(self, scores: PairScores) -> PairWeights | None:
+        """Compute the balance weights that the loss applies to the pairs; None for a loss that has none."""
         return None
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bdpo_pl.errors import InputError
-from bdpo_pl.losses.base import PairLogProbs, PreferenceLoss, require_not_negative, require_positive
+from bdpo_pl.losses.base import PairScores, PreferenceLoss, require_not_negative, require_positive
 
 NLL = Literal["mean", "sum"]
 
@@ -44,12 +44,12 @@ class CPOLoss(PreferenceLoss):
         self.alpha = alpha
         self.nll: NLL = nll
 
-    def __call__(self, pairs: PairLogProbs) -> Tensor:
-        """Loss of each pair, (B,) float32."""
-        chosen, rejected = self.rewards(pairs)
-        nll = -pairs.mean_logps()[0] if self.nll == "mean" else -pairs.policy_chosen.float()
+    def __call__(self, policy_chosen: Tensor, policy_rejected: Tensor, scores: PairScores) -> Tensor:
+        """Compute the loss of each pair, (B,) float32."""
+        chosen, rejected = self.rewards(policy_chosen, policy_rejected, scores)
+        nll = -scores.mean_logps(policy_chosen, policy_rejected)[0] if self.nll == "mean" else -policy_chosen.float()
         return -F.logsigmoid(chosen - rejected) + self.alpha * nll
 
-    def rewards(self, pairs: PairLogProbs) -> tuple[Tensor, Tensor]:
-        """β·log π_θ(y|x) of the chosen and of the rejected, (B,) float32 each."""
-        return self.beta * pairs.policy_chosen.float(), self.beta * pairs.policy_rejected.float()
+    def rewards(self, policy_chosen: Tensor, policy_rejected: Tensor, scores: PairScores) -> tuple[Tensor, Tensor]:
+        """Compute β·log π_θ(y|x) of the chosen and of the rejected, (B,) float32 each."""
+        return self.beta * policy_chosen.float(), self.beta * policy_rejected.float()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from bdpo_pl.losses.base import PairLogProbs, PreferenceLoss, require_positive
+from bdpo_pl.losses.base import PairScores, PreferenceLoss, require_positive
 
 
 class IPOLoss(PreferenceLoss):
@@ -27,8 +27,8 @@ class IPOLoss(PreferenceLoss):
         self.beta = beta
         self.initial_value = (0.5 / beta) ** 2
 
-    def __call__(self, pairs: PairLogProbs) -> Tensor:
-        """Loss of each pair, (B,) float32."""
-        chosen, rejected = pairs.log_ratios()
-        difference = chosen / pairs.chosen_length - rejected / pairs.rejected_length
+    def __call__(self, policy_chosen: Tensor, policy_rejected: Tensor, scores: PairScores) -> Tensor:
+        """Compute the loss of each pair, (B,) float32."""
+        chosen, rejected = scores.log_ratios(policy_chosen, policy_rejected)
+        difference = chosen / scores.chosen_length - rejected / scores.rejected_length
         return (difference - 0.5 / self.beta).square()

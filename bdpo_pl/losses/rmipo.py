@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bdpo_pl.losses.base import PairLogProbs, PreferenceLoss, require_not_negative, require_positive
+from bdpo_pl.losses.base import PairScores, PreferenceLoss, require_not_negative, require_positive
 
 
 class RMiPOLoss(PreferenceLoss):
@@ -16,7 +16,7 @@ class RMiPOLoss(PreferenceLoss):
     shrinks as the chosen response is comprehended better than the rejected. γ is a constant in the gradient. The
     rewards in the logs are β·ℓ̄.
 
-    c is the comprehension by `pmi`, nats per token. The paper measures it on the policy. Here it is what `PairLogProbs`
+    c is the comprehension by `pmi`, nats per token. The paper measures it on the policy. Here it is what `PairScores`
     holds: the reference's, measured once before training, unless `model.reestimate_every` has it measured anew on the
     policy. The loss reads no log-probabilities of the reference, but it needs a reference for its comprehension.
 
@@ -40,23 +40,23 @@ class RMiPOLoss(PreferenceLoss):
         self.gamma_floor = gamma_floor
         self.gamma_range = gamma_range
 
-    def __call__(self, pairs: PairLogProbs) -> Tensor:
-        """Loss of each pair, (B,) float32."""
-        chosen, rejected = pairs.mean_logps()
-        return -F.logsigmoid(self.beta * (chosen - rejected - self.margins(pairs)))
+    def __call__(self, policy_chosen: Tensor, policy_rejected: Tensor, scores: PairScores) -> Tensor:
+        """Compute the loss of each pair, (B,) float32."""
+        chosen, rejected = scores.mean_logps(policy_chosen, policy_rejected)
+        return -F.logsigmoid(self.beta * (chosen - rejected - self.margins(scores)))
 
-    def margins(self, pairs: PairLogProbs) -> Tensor:
+    def margins(self, scores: PairScores) -> Tensor:
         """Target margin γ of each pair, (B,) float32, nats per token, without gradient.
 
         Raises:
             ValueError: there is no comprehension.
         """
-        if pairs.comprehension_chosen is None or pairs.comprehension_rejected is None:
+        if scores.comprehension_chosen is None or scores.comprehension_rejected is None:
             raise ValueError("RMiPO's margins need comprehension, and these pairs carry none")
-        lead = (pairs.comprehension_chosen - pairs.comprehension_rejected).detach().float()
+        lead = (scores.comprehension_chosen - scores.comprehension_rejected).detach().float()
         return self.gamma_floor + self.gamma_range * torch.exp(-lead.clamp_min(0.0))
 
-    def rewards(self, pairs: PairLogProbs) -> tuple[Tensor, Tensor]:
-        """β·ℓ̄ of the chosen and of the rejected, (B,) float32 each."""
-        chosen, rejected = pairs.mean_logps()
+    def rewards(self, policy_chosen: Tensor, policy_rejected: Tensor, scores: PairScores) -> tuple[Tensor, Tensor]:
+        """Compute β·ℓ̄ of the chosen and of the rejected, (B,) float32 each."""
+        chosen, rejected = scores.mean_logps(policy_chosen, policy_rejected)
         return self.beta * chosen, self.beta * rejected

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from bdpo_pl.losses.base import PairLogProbs, PreferenceLoss, require_not_negative, require_positive
+from bdpo_pl.losses.base import PairScores, PreferenceLoss, require_not_negative, require_positive
 
 
 class SafeDPOLoss(PreferenceLoss):
@@ -36,14 +36,14 @@ class SafeDPOLoss(PreferenceLoss):
         self.beta = beta
         self.delta = delta
 
-    def __call__(self, pairs: PairLogProbs) -> Tensor:
-        """Loss of each pair, (B,) float32.
+    def __call__(self, policy_chosen: Tensor, policy_rejected: Tensor, scores: PairScores) -> Tensor:
+        """Compute the loss of each pair, (B,) float32.
 
         Raises:
             ValueError: it is not known which responses are safe.
         """
-        if pairs.chosen_safe is None or pairs.rejected_safe is None:
+        if scores.chosen_safe is None or scores.rejected_safe is None:
             raise ValueError("SafeDPO needs to know which responses are safe, and these pairs do not say")
-        chosen, rejected = pairs.log_ratios()
-        harm = pairs.chosen_safe.float() - pairs.rejected_safe.float()
+        chosen, rejected = scores.log_ratios(policy_chosen, policy_rejected)
+        harm = scores.chosen_safe.float() - scores.rejected_safe.float()
         return -F.logsigmoid(self.beta * (chosen - rejected) - self.delta * harm)

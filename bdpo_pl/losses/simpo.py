@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from bdpo_pl.losses.base import PairLogProbs, PreferenceLoss, require_not_negative, require_positive
+from bdpo_pl.losses.base import PairScores, PreferenceLoss, require_not_negative, require_positive
 
 
 class SimPOLoss(PreferenceLoss):
@@ -30,12 +30,12 @@ class SimPOLoss(PreferenceLoss):
         self.beta = beta
         self.gamma_beta_ratio = gamma_beta_ratio
 
-    def __call__(self, pairs: PairLogProbs) -> Tensor:
-        """Loss of each pair, (B,) float32."""
-        chosen, rejected = pairs.mean_logps()
+    def __call__(self, policy_chosen: Tensor, policy_rejected: Tensor, scores: PairScores) -> Tensor:
+        """Compute the loss of each pair, (B,) float32."""
+        chosen, rejected = scores.mean_logps(policy_chosen, policy_rejected)
         return -F.logsigmoid(self.beta * (chosen - rejected - self.gamma_beta_ratio))
 
-    def rewards(self, pairs: PairLogProbs) -> tuple[Tensor, Tensor]:
-        """β·ℓ̄ of the chosen and of the rejected, (B,) float32 each."""
-        chosen, rejected = pairs.mean_logps()
+    def rewards(self, policy_chosen: Tensor, policy_rejected: Tensor, scores: PairScores) -> tuple[Tensor, Tensor]:
+        """Compute β·ℓ̄ of the chosen and of the rejected, (B,) float32 each."""
+        chosen, rejected = scores.mean_logps(policy_chosen, policy_rejected)
         return self.beta * chosen, self.beta * rejected

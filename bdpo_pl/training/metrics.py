@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from bdpo_pl.losses import PairLogProbs, PreferenceLoss
+from bdpo_pl.losses import PairScores, PreferenceLoss
 from bdpo_pl.losses.base import TIE
 
 NAMES = (
@@ -29,8 +29,8 @@ NAMES = (
 )
 
 
-def pair_metrics(loss: PreferenceLoss, pairs: PairLogProbs, losses: Tensor) -> dict[str, Tensor]:
-    """Values of `NAMES` for each pair, those that the loss and the data allow; every tensor is (B,), detached.
+def pair_metrics(loss: PreferenceLoss, policy: Tensor, scores: PairScores, losses: Tensor) -> dict[str, Tensor]:
+    """Compute the values of `NAMES` for each pair, those that the loss and the data allow; (B,) each, detached.
 
     - reward_*: implicit reward by the loss: β·log(π_θ/π_ref), or for a loss that reads no reference what it compares
       instead (`PreferenceLoss.rewards`); margin: chosen − rejected; accuracy: margin > 0, a tie counting ½ (rewards
@@ -38,9 +38,15 @@ def pair_metrics(loss: PreferenceLoss, pairs: PairLogProbs, losses: Tensor) -> d
     - logp_*: log π_θ(y|x); drift_*: log π_θ(y|x) − log π_ref(y|x), where there are reference scores. A falling
       drift_chosen is the sign of a policy that learns to avoid the rejected response at the cost of the chosen one.
     - weight_*: balance weights; imbalance: |w_w − w_l|. comprehension_*: by the loss's estimator.
+
+    Args:
+        loss: the loss.
+        policy: (2, B) log π_θ of the chosen and of the rejected responses.
+        scores: what is known of the pairs.
+        losses: (B,) the loss of each pair.
     """
-    values = {"loss": losses, "logp_chosen": pairs.policy_chosen, "logp_rejected": pairs.policy_rejected}
-    if (rewards := loss.rewards(pairs)) is not None:
+    values = {"loss": losses, "logp_chosen": policy[0], "logp_rejected": policy[1]}
+    if (rewards := loss.rewards(policy[0], policy[1], scores)) is not None:
         chosen, rejected = rewards
         margin = chosen - rejected
         ordered = margin.sign() * (margin.abs() > loss.beta * TIE)
@@ -50,18 +56,18 @@ def pair_metrics(loss: PreferenceLoss, pairs: PairLogProbs, losses: Tensor) -> d
             "margin": margin,
             "accuracy": 0.5 * (1.0 + ordered),
         }
-    if pairs.reference_chosen is not None:
-        values["drift_chosen"], values["drift_rejected"] = pairs.log_ratios()
-    if (weights := loss.weights(pairs)) is not None:
+    if scores.reference_chosen is not None:
+        values["drift_chosen"], values["drift_rejected"] = scores.log_ratios(policy[0], policy[1])
+    if (weights := loss.weights(scores)) is not None:
         values |= {
             "weight_chosen": weights.chosen,
             "weight_rejected": weights.rejected,
             "imbalance": (weights.chosen - weights.rejected).abs(),
         }
-    if pairs.comprehension_chosen is not None and pairs.comprehension_rejected is not None:
+    if scores.comprehension_chosen is not None and scores.comprehension_rejected is not None:
         values |= {
-            "comprehension_chosen": pairs.comprehension_chosen,
-            "comprehension_rejected": pairs.comprehension_rejected,
+            "comprehension_chosen": scores.comprehension_chosen,
+            "comprehension_rejected": scores.comprehension_rejected,
         }
     return {name: value.detach().float() for name, value in values.items()}
 

@@ -21,7 +21,7 @@ from bdpo_pl.forward.fused_loss import fused_preference_loss, why_not_fused
 from bdpo_pl.forward.masks import set_attention
 from bdpo_pl.forward.prefix_sharing import PrefixSharing, choose_layout, probe_documents
 from bdpo_pl.forward.responses import response_logps
-from bdpo_pl.losses import BalancedDPOLoss, PairLogProbs, PreferenceLoss
+from bdpo_pl.losses import BalancedDPOLoss, PairScores, PreferenceLoss
 from bdpo_pl.models.adapters import LoraOptions, quantization_config
 from bdpo_pl.models.loading import (
     DTypeName,
@@ -257,9 +257,10 @@ class PreferenceModule(L.LightningModule):
         """Weighted sum of the pairs' losses, which over an optimiser step is their mean."""
         if self._fused is None:
             self._fused = self._choose_head()
-        pairs, losses, loss = self._fused_losses(batch) if self._fused else self._losses(batch, "train")
+        scores = self._scores(batch, "train")
+        logps, losses, loss = (self._fused_losses if self._fused else self._losses)(batch, scores)
         self._require_finite(loss, batch, batch_idx)
-        self.train_means.update(pair_metrics(self.loss, pairs, losses), batch.pair_weight > 0)
+        self.train_means.update(pair_metrics(self.loss, logps, scores, losses), batch.pair_weight > 0)
         self._window_tokens += batch.num_tokens
         if self.global_step == 0 and batch_idx == 0:
             self._check_start(losses)
@@ -268,33 +269,30 @@ class PreferenceModule(L.LightningModule):
     def validation_step(self, batch: PreferenceBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Collect the metrics of held-out pairs, and of the probe of training pairs."""
         split = VALIDATION_SPLITS[dataloader_idx]
-        pairs, losses, _ = self._losses(batch, split)
-        self._means(split).update(pair_metrics(self.loss, pairs, losses), batch.pair_weight > 0)
+        scores = self._scores(batch, split)
+        logps, losses, _ = self._losses(batch, scores)
+        self._means(split).update(pair_metrics(self.loss, logps, scores, losses), batch.pair_weight > 0)
 
     def _means(self, split: str) -> PairMeans:
         means = self.split_means[split]
         assert isinstance(means, PairMeans)
         return means
 
-    def _losses(self, batch: PreferenceBatch, split: str) -> tuple[PairLogProbs, Tensor, Tensor]:
-        """The pairs' log-probabilities, their losses (B,), and the weighted sum of these."""
-        pairs = self._pairs(batch, split, self(batch))
-        losses = self.loss(pairs)
-        return pairs, losses, (losses * batch.pair_weight).sum()
+    def _losses(self, batch: PreferenceBatch, scores: PairScores) -> tuple[Tensor, Tensor, Tensor]:
+        """The policy's log-probabilities (2, B), the pairs' losses (B,), and the weighted sum of these."""
+        logps = self(batch)
+        losses = self.loss(logps[0], logps[1], scores)
+        return logps, losses, (losses * batch.pair_weight).sum()
 
-    def _fused_losses(self, batch: PreferenceBatch) -> tuple[PairLogProbs, Tensor, Tensor]:
+    def _fused_losses(self, batch: PreferenceBatch, scores: PairScores) -> tuple[Tensor, Tensor, Tensor]:
         """The same, where only the sum carries gradients: they are computed with it, a few pairs at a time."""
-        zeros = torch.zeros(2, len(batch.pair_weight), device=batch.pair_weight.device)
-        known = self._pairs(batch, "train", zeros)
 
         def loss_of_pairs(chosen: Tensor, rejected: Tensor, index: Tensor) -> Tensor:
-            some = dataclasses.replace(known[index], policy_chosen=chosen, policy_rejected=rejected)
-            return self.loss(some) * batch.pair_weight[index]
+            return self.loss(chosen, rejected, scores[index]) * batch.pair_weight[index]
 
         loss, logps = fused_preference_loss(self.policy, batch.sequences, loss_of_pairs)
-        pairs = dataclasses.replace(known, policy_chosen=logps[0], policy_rejected=logps[1])
         with torch.no_grad():
-            return pairs, self.loss(pairs), loss
+            return logps, self.loss(logps[0], logps[1], scores), loss
 
     def _choose_head(self) -> bool:
         """Whether to fuse LM head and loss."""
@@ -310,14 +308,13 @@ class PreferenceModule(L.LightningModule):
         rank_zero_info(f"LM head and loss are not fused: {objection}")
         return False
 
-    def _pairs(self, batch: PreferenceBatch, split: str, logps: Tensor) -> PairLogProbs:
-        """(2, B) `logps` with what is known of the pairs at `batch` of `split`."""
+    def _scores(self, batch: PreferenceBatch, split: str) -> PairScores:
+        """What is known of the pairs at `batch` of `split`."""
         assert self.reference is not None
         scores = self.reference.scores(split, batch.pair_index, self._data(), self.loss)
         latest = self.reestimation.values(split, batch.pair_index)
         comprehension = scores.comprehension if latest is None else latest
-        return PairLogProbs(
-            *logps,
+        return PairScores(
             *batch.lengths,
             *(scores.reference if scores.reference is not None else (None, None)),
             *(comprehension if comprehension is not None else (None, None)),

@@ -15,11 +15,11 @@ from makers import build_model, build_tokenizer, preference_rows, write_jsonl
 
 import bdpo_pl.scoring.scoring_pass
 from bdpo_pl import fit
-from bdpo_pl.comprehension import balance_weights
 from bdpo_pl.data.loading import load_pairs
 from bdpo_pl.data.tokenization import PairTokenizer
 from bdpo_pl.data.truncation import Truncation
 from bdpo_pl.diagnose import main
+from bdpo_pl.losses.balanced_dpo import balance_weights
 from bdpo_pl.scoring.scores import ScoreTable
 
 CONFIGS = Path(__file__).parents[2] / "configs"

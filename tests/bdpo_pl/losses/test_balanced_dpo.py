@@ -5,13 +5,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from pairs import Pairs, pairs_of
 
-from bdpo_pl.comprehension import balance_weights, scaling_factor
 from bdpo_pl.errors import InputError
-from bdpo_pl.losses import BalancedDPOLoss, DPOLoss, PairLogProbs
+from bdpo_pl.losses import BalancedDPOLoss, DPOLoss, PreferenceLoss
+from bdpo_pl.losses.balanced_dpo import balance_weights, scaling_factor
 
 
-def make_pairs(B=64, seed=0, requires_grad=True) -> PairLogProbs:
+def make_pairs(B=64, seed=0, requires_grad=True) -> Pairs:
     g = torch.Generator().manual_seed(seed)
 
     def draw(scale, offset=0.0):
@@ -20,7 +21,7 @@ def make_pairs(B=64, seed=0, requires_grad=True) -> PairLogProbs:
     policy = [draw(20.0, -60.0).requires_grad_(requires_grad) for _ in range(2)]
     lengths = [torch.randint(1, 60, (B,), generator=g) for _ in range(2)]
     reference = [draw(20.0, -60.0) for _ in range(2)]
-    return PairLogProbs(*policy, *lengths, *reference, draw(1.5), draw(1.5))
+    return pairs_of(*policy, *lengths, *reference, draw(1.5), draw(1.5))
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0, "norm", None])
@@ -28,7 +29,7 @@ def make_pairs(B=64, seed=0, requires_grad=True) -> PairLogProbs:
 def test_gradients_match_closed_form(scale, weighting, estimator):
     pairs = make_pairs()
     loss = BalancedDPOLoss(beta=0.3, tau=0.7, scale=scale, weighting=weighting, estimator=estimator)
-    loss(pairs).sum().backward()
+    pairs.under(loss).sum().backward()
 
     w_w, w_l = balance_weights(pairs.comprehension_chosen, pairs.comprehension_rejected, 0.7, weighting)
     s = scaling_factor(w_w, w_l, 2.0 if scale is None else scale).double()
@@ -46,7 +47,7 @@ def test_gradients_match_closed_form(scale, weighting, estimator):
 def test_dpo_is_balanced_dpo_with_balance_off_bit_for_bit():
     a, b, c = make_pairs(), make_pairs(), make_pairs()
     plain = -F.logsigmoid(0.1 * ((c.policy_chosen - c.reference_chosen) - (c.policy_rejected - c.reference_rejected)))
-    dpo, off = DPOLoss(beta=0.1)(a), BalancedDPOLoss(beta=0.1, balance=False)(b)
+    dpo, off = a.under(DPOLoss(beta=0.1)), b.under(BalancedDPOLoss(beta=0.1, balance=False))
     assert torch.equal(dpo, plain)
     assert torch.equal(off, plain)
     for loss in (plain, dpo, off):
@@ -58,16 +59,16 @@ def test_dpo_is_balanced_dpo_with_balance_off_bit_for_bit():
 
 def test_balanced_pair_at_scale_two_is_dpo():
     pairs = make_pairs(requires_grad=False)
-    balanced = PairLogProbs(**{**vars(pairs), "comprehension_rejected": pairs.comprehension_chosen})
-    torch.testing.assert_close(BalancedDPOLoss()(balanced), DPOLoss()(pairs), rtol=1e-6, atol=1e-7)
+    balanced = Pairs(**{**vars(pairs), "comprehension_rejected": pairs.comprehension_chosen})
+    torch.testing.assert_close(balanced.under(BalancedDPOLoss()), pairs.under(DPOLoss()), rtol=1e-6, atol=1e-7)
 
 
 def test_ablation_cells():
     pairs = make_pairs(requires_grad=False)
-    d_w, d_l = pairs.log_ratios()
+    d_w, d_l = pairs.log_ratios(*pairs.policy)
     w_w, w_l = balance_weights(pairs.comprehension_chosen, pairs.comprehension_rejected)
-    bw = BalancedDPOLoss(scale=1.0)(pairs)
-    sf = BalancedDPOLoss(balance=False, scale=2.0)(pairs)
+    bw = pairs.under(BalancedDPOLoss(scale=1.0))
+    sf = pairs.under(BalancedDPOLoss(balance=False, scale=2.0))
     torch.testing.assert_close(bw, -F.logsigmoid(0.1 * (w_w * d_w - w_l * d_l)))
     torch.testing.assert_close(sf, -F.logsigmoid(0.2 * (d_w - d_l)))
 
@@ -76,10 +77,10 @@ def test_ablation_cells():
 @pytest.mark.parametrize("loss_class", [DPOLoss, BalancedDPOLoss])
 def test_loss_is_ln2_when_policy_equals_reference(loss_class, smoothing):
     pairs = make_pairs(requires_grad=False)
-    same = PairLogProbs(
+    same = Pairs(
         **{**vars(pairs), "reference_chosen": pairs.policy_chosen, "reference_rejected": pairs.policy_rejected}
     )
-    losses = loss_class(label_smoothing=smoothing)(same)
+    losses = same.under(loss_class(label_smoothing=smoothing))
     torch.testing.assert_close(losses, torch.full_like(losses, math.log(2)), rtol=0, atol=1e-6)
     assert loss_class.initial_value == math.log(2)
 
@@ -87,24 +88,24 @@ def test_loss_is_ln2_when_policy_equals_reference(loss_class, smoothing):
 def test_label_smoothing_by_hand():
     one = torch.tensor([1.0])
     zero = torch.zeros(1)
-    pairs = PairLogProbs(one * 3.0, zero, one, one, zero, zero)
+    pairs = pairs_of(one * 3.0, zero, one, one, zero, zero)
     # z = 0.5 · 3 = 1.5
     expected = 0.8 * math.log(1 + math.exp(-1.5)) + 0.2 * math.log(1 + math.exp(1.5))
-    assert DPOLoss(beta=0.5, label_smoothing=0.2)(pairs).item() == pytest.approx(expected, rel=1e-6)
+    assert pairs.under(DPOLoss(beta=0.5, label_smoothing=0.2)).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_half_precision_inputs_are_accumulated_in_float32():
     pairs = make_pairs(requires_grad=False)
     given = {name: tensor for name, tensor in vars(pairs).items() if tensor is not None}
-    half = PairLogProbs(**{k: v.bfloat16() if v.is_floating_point() else v for k, v in given.items()})
-    assert BalancedDPOLoss()(half).dtype == torch.float32
+    half = Pairs(**{k: v.bfloat16() if v.is_floating_point() else v for k, v in given.items()})
+    assert half.under(BalancedDPOLoss()).dtype == torch.float32
 
 
 def test_better_comprehended_side_gets_the_smaller_gradient():
     zero = torch.zeros(1)
     chosen, rejected = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
-    pairs = PairLogProbs(chosen, rejected, zero + 1, zero + 1, zero, zero, zero + 2.0, zero + 0.5)
-    BalancedDPOLoss()(pairs).sum().backward()
+    pairs = pairs_of(chosen, rejected, zero + 1, zero + 1, zero, zero, zero + 2.0, zero + 0.5)
+    pairs.under(BalancedDPOLoss()).sum().backward()
     assert abs(chosen.grad.item()) < abs(rejected.grad.item())
 
 
@@ -129,6 +130,45 @@ def test_bad_arguments_are_named(arguments, named):
 def test_missing_reference_or_comprehension_is_an_error():
     pairs = make_pairs(requires_grad=False)
     with pytest.raises(ValueError, match="reference"):
-        DPOLoss()(PairLogProbs(**{**vars(pairs), "reference_chosen": None}))
+        Pairs(**{**vars(pairs), "reference_chosen": None}).under(DPOLoss())
     with pytest.raises(ValueError, match="comprehension"):
-        BalancedDPOLoss()(PairLogProbs(**{**vars(pairs), "comprehension_chosen": None}))
+        Pairs(**{**vars(pairs), "comprehension_chosen": None}).under(BalancedDPOLoss())
+
+
+def test_softmax_weights_by_hand():
+    w_w, w_l = balance_weights(torch.tensor([2.0, 0.0, -50.0]), torch.tensor([1.0, 0.0, 50.0]), tau=0.5)
+    torch.testing.assert_close(w_w, torch.tensor([1 / (1 + math.exp(2.0)), 0.5, 1.0]))
+    torch.testing.assert_close(w_w + w_l, torch.ones(3))
+
+
+def test_ratio_weights_by_hand_and_clamped():
+    w_w, w_l = balance_weights(torch.tensor([3.0, -1.0]), torch.tensor([1.0, 1.0]), weighting="ratio")
+    torch.testing.assert_close(w_w, torch.tensor([0.25, 1.0]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(w_w + w_l, torch.ones(2))
+    with pytest.raises(ValueError, match="hard"):
+        balance_weights(torch.ones(1), torch.ones(1), weighting="hard")
+
+
+def test_norm_scale_keeps_the_length_of_the_weight_vector():
+    w_w = torch.tensor([0.5, 0.9, 1.0])
+    s = scaling_factor(w_w, 1 - w_w, "norm")
+    torch.testing.assert_close((s * w_w).square() + (s * (1 - w_w)).square(), torch.full((3,), 2.0))
+    torch.testing.assert_close(s[[0, 2]], torch.tensor([2.0, math.sqrt(2.0)]))
+    torch.testing.assert_close(scaling_factor(w_w, 1 - w_w, 2.0), torch.full((3,), 2.0))
+
+
+def test_weights_need_no_policy():
+    """They are known as soon as the pairs are scored."""
+    pairs = make_pairs(requires_grad=False)
+    known = Pairs(**{**vars(pairs), "policy_chosen": None, "policy_rejected": None})
+    for loss in (BalancedDPOLoss(), DPOLoss()):
+        for found, expected in zip(vars(loss.weights(known)).values(), vars(loss.weights(pairs)).values(), strict=True):
+            assert torch.equal(found, expected)
+
+
+def test_a_loss_of_the_form_before_is_refused_with_the_form_of_today():
+    with pytest.raises(InputError, match=r"Old\.__call__ takes one argument.*policy_chosen, policy_rejected, scores"):
+
+        class Old(PreferenceLoss):
+            def __call__(self, pairs):
+                return pairs.policy_chosen

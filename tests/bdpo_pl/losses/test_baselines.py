@@ -8,12 +8,13 @@ import pytest
 import torch
 import yaml
 from makers import preference_rows, write_jsonl
+from pairs import Pairs, pairs_of
 from training import fit, weights
 
 from bdpo_kernels import linear_preference_loss
 from bdpo_pl.errors import InputError
 from bdpo_pl.fit import main
-from bdpo_pl.losses import CPOLoss, DPOLoss, IPOLoss, PairLogProbs, PreferenceLoss, RMiPOLoss, SafeDPOLoss, SimPOLoss
+from bdpo_pl.losses import CPOLoss, DPOLoss, IPOLoss, PreferenceLoss, RMiPOLoss, SafeDPOLoss, SimPOLoss
 from bdpo_pl.scoring.reference import Reference
 from bdpo_pl.training.metrics import pair_metrics
 
@@ -27,7 +28,7 @@ def seeded():
     torch.manual_seed(0)
 
 
-def make_pairs(seed=0) -> PairLogProbs:
+def make_pairs(seed=0) -> Pairs:
     g = torch.Generator().manual_seed(seed)
 
     def draw(scale, offset=0.0):
@@ -38,7 +39,7 @@ def make_pairs(seed=0) -> PairLogProbs:
     rejected_safe = torch.rand(B, generator=g) < 0.5
     # In order: the chosen is safe.
     safe = [torch.ones(B, dtype=torch.bool), rejected_safe]
-    return PairLogProbs(*policy, *lengths, draw(20.0, -60.0), draw(20.0, -60.0), draw(1.5), draw(1.5), *safe)
+    return pairs_of(*policy, *lengths, draw(20.0, -60.0), draw(20.0, -60.0), draw(1.5), draw(1.5), *safe)
 
 
 def softplus(x):
@@ -97,7 +98,7 @@ def test_values_and_gradients_are_the_formulas(loss, formula):
     exact = SimpleNamespace(**{name: tensor.detach().double() for name, tensor in vars(pairs).items()})
     exact.policy_chosen.requires_grad_()
     exact.policy_rejected.requires_grad_()
-    losses, expected = loss(pairs), formula(exact)
+    losses, expected = pairs.under(loss), formula(exact)
     assert losses.dtype == torch.float32
     torch.testing.assert_close(losses.double(), expected, rtol=1e-4, atol=1e-4)
     losses.sum().backward()
@@ -111,16 +112,16 @@ def one_pair(chosen, rejected, lengths=(1, 1), reference=(0.0, 0.0), comprehensi
     """A pair of the numbers given."""
     numbers = [torch.tensor([float(x)]) for x in (chosen, rejected, *lengths, *reference, *(comprehension or (0, 0)))]
     flags = [torch.tensor([x]) for x in safe or (True, True)]
-    return PairLogProbs(*numbers, *flags)
+    return pairs_of(*numbers, *flags)
 
 
 def test_safe_dpo_by_hand():
     # D_w = 5, D_l = −10, so β[D_w − D_l] = 1.5, and 10 less where the rejected response is unsafe.
     safe = one_pair(-20, -40, reference=(-25, -30), safe=(True, True))
     unsafe = one_pair(-20, -40, reference=(-25, -30), safe=(True, False))
-    assert SafeDPOLoss()(safe).item() == pytest.approx(0.2014133, rel=1e-6)
-    assert SafeDPOLoss()(unsafe).item() == pytest.approx(8.5002034, rel=1e-6)
-    assert torch.equal(SafeDPOLoss()(safe), DPOLoss()(safe))
+    assert safe.under(SafeDPOLoss()).item() == pytest.approx(0.2014133, rel=1e-6)
+    assert unsafe.under(SafeDPOLoss()).item() == pytest.approx(8.5002034, rel=1e-6)
+    assert torch.equal(safe.under(SafeDPOLoss()), safe.under(DPOLoss()))
 
 
 @pytest.mark.parametrize(
@@ -135,17 +136,17 @@ def test_safe_dpo_by_hand():
 )
 def test_rmipo_by_hand(comprehension, expected):
     pairs = one_pair(-4, -15, lengths=(2, 5), comprehension=comprehension)
-    assert RMiPOLoss()(pairs).item() == pytest.approx(expected, rel=1e-6)
+    assert pairs.under(RMiPOLoss()).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_only_ipo_begins_with_a_value_of_its_own():
     """Where policy and reference are one model."""
     pairs = make_pairs()
-    same = PairLogProbs(
+    same = Pairs(
         **{**vars(pairs), "reference_chosen": pairs.policy_chosen, "reference_rejected": pairs.policy_rejected}
     )
     for loss in (IPOLoss(), IPOLoss(0.4)):
-        losses = loss(same)
+        losses = same.under(loss)
         torch.testing.assert_close(losses, torch.full_like(losses, loss.initial_value))
     assert IPOLoss().initial_value == pytest.approx(25.0)
     assert [loss().initial_value for loss in LOSSES[1:]] == [None] * 4
@@ -175,7 +176,7 @@ def test_bad_arguments_are_named(loss, arguments, named):
 def test_what_is_missing_is_an_error(loss, missing):
     pairs = {name: tensor for name, tensor in vars(make_pairs()).items() if missing not in name}
     with pytest.raises(ValueError, match=missing):
-        loss()(PairLogProbs(**pairs))
+        Pairs(**pairs).under(loss())
 
 
 # Peers
@@ -216,11 +217,11 @@ def test_ipo_is_trls():
     }
     theirs = trainer._compute_loss(model, inputs, return_outputs=False)
     loss, sums = IPOLoss(0.3), logps.sum(1)
-    pairs = PairLogProbs(*sums.split(2), *lengths.split(2), *reference.split(2))
-    ours = loss(pairs).mean()
+    pairs = pairs_of(*sums.split(2), *lengths.split(2), *reference.split(2))
+    ours = pairs.under(loss).mean()
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(torch.autograd.grad(ours, logps)[0], torch.autograd.grad(theirs, logps)[0])
-    margin = pair_metrics(loss, pairs, ours)["margin"].mean().item()
+    margin = pair_metrics(loss, torch.stack(pairs.policy), pairs, ours)["margin"].mean().item()
     assert margin == pytest.approx(trainer._metrics["train"]["rewards/margins"][0])
 
 
@@ -251,8 +252,8 @@ def test_cpo_and_simpo_are_trls(loss, theirs, lengths):
     expected, metrics = trainer.get_batch_loss_metrics(lambda *_, **__: SimpleNamespace(logits=logits), batch)
 
     token_logps = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2) * mask[:, 1:]
-    pairs = PairLogProbs(*token_logps.sum(1).split(2), *mask.sum(1).split(2))
-    ours = loss(pairs).mean()
+    pairs = pairs_of(*token_logps.sum(1).split(2), *mask.sum(1).split(2))
+    ours = pairs.under(loss).mean()
     if isinstance(loss, CPOLoss) and loss.alpha and lengths[0] != lengths[1]:
         # TRL weighs each pair's mean NLL by its length: the one deviation, made good by hand.
         nll, tokens = -token_logps[:2].sum(1), mask[:2].sum(1)
@@ -260,7 +261,7 @@ def test_cpo_and_simpo_are_trls(loss, theirs, lengths):
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
     grads = [torch.autograd.grad(value, logits, retain_graph=True)[0] for value in (ours, expected)]
     torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6)
-    logged = pair_metrics(loss, pairs, ours)
+    logged = pair_metrics(loss, torch.stack(pairs.policy), pairs, ours)
     for name, other in (("margin", "margins"), ("reward_chosen", "chosen"), ("reward_rejected", "rejected")):
         assert logged[name].mean().item() == pytest.approx(metrics[f"rewards/{other}"], rel=1e-5)
 
@@ -281,7 +282,7 @@ def test_fused_cpo_and_simpo_are_ligers(name):
         peer = chunked.LigerFusedLinearSimPOLoss(beta=2.0, gamma=0.6, compute_nll_loss=False, compiled=False)
 
     def of_pairs(chosen, rejected, index):
-        return loss(PairLogProbs(chosen, rejected, lengths[:3][index], lengths[3:][index])) / 3
+        return pairs_of(chosen, rejected, lengths[:3][index], lengths[3:][index]).under(loss) / 3
 
     results = []
     for run in ("ours", "peer"):

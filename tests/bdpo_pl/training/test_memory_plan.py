@@ -7,7 +7,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from training import adamw
 
 from bdpo_pl.forward.fused_loss import fused_preference_loss
-from bdpo_pl.losses import DPOLoss, PairLogProbs
+from bdpo_pl.losses import DPOLoss, PairScores
 from bdpo_pl.models.adapters import LoraOptions, add_adapters
 from bdpo_pl.models.loading import ModelSource, enable_activation_checkpointing
 from bdpo_pl.training.memory_plan import Devices, MemoryPlan, plan_memory, worst_batch
@@ -39,7 +39,7 @@ def measured(model, batch, optimizer):
     def losses(chosen, rejected, index):
         zeros = torch.zeros_like(chosen)
         lengths = torch.ones(len(index), dtype=torch.int64)
-        return DPOLoss()(PairLogProbs(chosen, rejected, lengths, lengths, zeros, zeros)) / pairs
+        return DPOLoss()(chosen, rejected, PairScores(lengths, lengths, zeros, zeros)) / pairs
 
     with tracker:
         for step in range(2):
