@@ -1,0 +1,30 @@
+"""The examples run as they are. Those of the kernels have their tests with the kernels."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def test_fit_in_python_learns(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    result = runpy.run_path(str(EXAMPLES / "fit_in_python.py"))["main"](max_steps=8)
+    assert result["held_out/loss"] < 0.693
+
+
+def test_cells_of_the_tour_run_in_order(tmp_path):
+    """In a process of its own, as the kernel of a notebook is."""
+    cells = json.loads((EXAMPLES / "tour.ipynb").read_text())["cells"]
+    script = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    environment = {**os.environ, "TOUR_FOLDER": str(tmp_path), "TOUR_STEPS": "4", "TOUR_PROMPTS": "4"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert {path.parent.name for path in tmp_path.rglob("report.html")} >= {"diagnosis", "evaluation"}
+    assert (tmp_path / "version_0" / "model" / "model.safetensors").exists()
