@@ -1,7 +1,7 @@
 """Balanced DPO (arXiv:2603.22829) for open language models, on PyTorch Lightning.
 
-`PreferenceModule` and `PreferenceDataModule` are loaded when they are first used, so that a command's help and its option
-errors do not wait for torch.
+`PreferenceModule` and `PreferenceDataModule` are loaded when they are first used, so that a command's help and its
+option errors do not wait for torch.
 """
 
 from __future__ import annotations

@@ -7,6 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import yaml
+
+from bdpo_pl.fit import main as fit
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -15,6 +20,18 @@ def test_fit_in_python_learns(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     result = runpy.run_path(str(EXAMPLES / "fit_in_python.py"))["main"](max_steps=8)
     assert result["held_out/loss"] < 0.693
+
+
+def test_own_loss_by_hand_and_from_the_command_line(monkeypatch, capsys):
+    losses = runpy.run_path(str(EXAMPLES / "own_loss.py"))["main"]()
+    assert losses.tolist() == [1.0, 0.0]  # (1 − 0.1·0)², and 1 − 0.1·20 is below 0
+    capsys.readouterr()
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    with pytest.raises(SystemExit) as ended:
+        fit(["--model.loss", "own_loss.SquaredHingeLoss", "--model.loss.margin", "2", "--print_config"])
+    assert ended.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)["model"]["loss"]
+    assert printed == {"class_path": "own_loss.SquaredHingeLoss", "init_args": {"beta": 0.1, "margin": 2.0}}
 
 
 def test_cells_of_the_tour_run_in_order(tmp_path):
