@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bdpo_pl.data.rows import Message
+from bdpo_pl.data.chat_template import Conversation, Message, chat_encoder
 from bdpo_pl.errors import InputError
 from bdpo_pl.forward.masks import set_attention
 from bdpo_pl.models.loading import num_positions
@@ -58,16 +58,15 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[str], *, use_template: bool
     """
     if use_template and tokenizer.chat_template:
         return encode_conversations(tokenizer, [[{"role": "user", "content": prompt}] for prompt in prompts])
-    return list(tokenizer(list(prompts), verbose=False)["input_ids"])
+    return chat_encoder(tokenizer).texts(prompts)
 
 
 def encode_conversations(tokenizer: Any, conversations: Sequence[Sequence[Message]]) -> list[list[int]]:
-    """Token ids of conversations by the tokenizer's chat template, up to where the assistant's turn begins."""
-    texts = [
-        tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        for messages in conversations
-    ]
-    return list(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+    """Return the token ids of conversations by the tokenizer's chat template, up to where the answer begins.
+
+    A control token that a message spells stays text. The template's variables are those of `chat_encoder`.
+    """
+    return chat_encoder(tokenizer).prompts([Conversation(messages) for messages in conversations])
 
 
 @torch.no_grad()
@@ -141,18 +140,8 @@ def stop_ids(model: Any, tokenizer: Any) -> set[int]:
 
 
 def _end_of_turn(tokenizer: Any) -> int | None:
-    """The special token that the chat template puts right after what the assistant says, if it does."""
-    if not tokenizer.chat_template:
-        return None
-    mark = "ends here"
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception:  # a template may refuse any conversation, with an error of its own
-        return None
-    _, found, rest = text.rpartition(mark)
-    ids = tokenizer(rest, add_special_tokens=False, verbose=False)["input_ids"] if found else []
-    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
+    """Return the added token that the chat template puts right after what the assistant says, if it does."""
+    return chat_encoder(tokenizer).end_of_turn
 
 
 @contextmanager

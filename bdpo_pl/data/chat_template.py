@@ -1,0 +1,263 @@
+"""A tokenizer's chat template: conversations rendered, and what the template is known to do.
+
+The same object renders conversations for training, scoring, generation and attacks, so that a prompt has the same token
+ids wherever it is read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from functools import cached_property
+from typing import Any
+
+from bdpo_pl.data.control_tokens import ControlTokens, Ids, Spelled
+
+Message = dict[str, Any]
+"""A chat message: `role` and `content`, and what else the template reads (`tool_calls`, `reasoning_content`, …)."""
+
+PINNED_DATE = date(2024, 7, 26)
+"""What a template that writes today's date writes instead: the day that Llama's templates fall back on."""
+
+# Any words will do that are in no template and that a template leaves as they are.
+_SENTINEL = "zqsentinel{}qz"
+_OPEN_THOUGHT = re.compile(r"<think(?:ing)?>\s*$")
+_THOUGHT = re.compile(r"</?think(?:ing)?>")
+_DATE = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<format>.*?)(?P=quote)\s*\)""")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a chat template is rendered with.
+
+    Attributes:
+        messages: turns in order.
+        tools: descriptions of the functions that the model may call.
+        kwargs: further variables of the template, of this conversation alone.
+    """
+
+    messages: Sequence[Message]
+    tools: Sequence[Any] | None = None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def then(self, messages: Sequence[Message]) -> Conversation:
+        """Return the conversation with `messages` after its own."""
+        return Conversation([*self.messages, *messages], self.tools, self.kwargs)
+
+
+@dataclass(frozen=True)
+class TurnFacts:
+    """What a template writes around an assistant's answer to a user's question.
+
+    Attributes:
+        header: what opens the assistant's turn although the template ignores `add_generation_prompt`; "" otherwise.
+        extra: what stands between the generation prompt and the answer: a thought that is empty, say.
+        end: what stands after the answer.
+        after_user: what stands between the user's words and the answer, by the generation prompt.
+        plain: whether `extra`, `end` and the generation prompt fit together, so that answers can be cut by them.
+    """
+
+    header: str
+    extra: str
+    end: str
+    after_user: str
+    plain: bool
+
+
+class ChatTemplate:
+    """The chat template of one tokenizer, with the variables it is rendered with.
+
+    Args:
+        tokenizer: the model's; it has a chat template.
+        kwargs: variables for every conversation (`enable_thinking`, `date_string`, …).
+    """
+
+    def __init__(self, tokenizer: Any, kwargs: Mapping[str, Any] | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.source = tokenizer.chat_template
+        self.kwargs = dict(kwargs or {})
+        self._templates: dict[bool, str] = {}
+        self._facts: dict[str, TurnFacts | None] = {}
+
+    def render(self, conversation: Conversation, *, generation: bool = False) -> str:
+        """Return the conversation as the template writes it; with `generation`, up to where the answer begins.
+
+        Raises:
+            jinja2.TemplateError: the template refuses the conversation.
+        """
+        kwargs = {**self.kwargs, **conversation.kwargs}
+        text = self.tokenizer.apply_chat_template(
+            list(conversation.messages),
+            tools=list(conversation.tools) if conversation.tools else None,
+            chat_template=self._template(bool(conversation.tools)),
+            tokenize=False,
+            add_generation_prompt=generation,
+            **kwargs,
+        )
+        assert isinstance(text, str)
+        return text
+
+    def prompt(self, conversation: Conversation) -> str:
+        """Return the conversation up to where the assistant's answer begins.
+
+        A template that ignores `add_generation_prompt` leaves the model to open its own turn; what it opens turns with
+        is added here.
+        """
+        text = self.render(conversation, generation=True)
+        facts = self.facts(conversation)
+        return text + facts.header if facts is not None else text
+
+    def facts(self, conversation: Conversation) -> TurnFacts | None:
+        """Return what the template does around an answer, tried once for each set of variables; None if it refuses."""
+        tools = conversation.tools
+        key = json.dumps([conversation.kwargs, bool(tools)], sort_keys=True, default=str)
+        if key not in self._facts:
+            self._facts[key] = self._probe(Conversation([], tools, conversation.kwargs))
+        return self._facts[key]
+
+    @cached_property
+    def writes_date(self) -> bool:
+        """Whether the template asks for today's date."""
+        return "strftime_now" in self._all_text
+
+    @cached_property
+    def _all_text(self) -> str:
+        return self.source if isinstance(self.source, str) else "\n".join(self.source.values())
+
+    def mentions(self, name: str) -> bool:
+        """Return whether the template's source names a variable or key."""
+        return name in self._all_text
+
+    def markers(self) -> set[str]:
+        """Return the added tokens that the template writes around a user's turn, whether or not they are special."""
+        try:
+            turns = Conversation([{"role": "user", "content": _SENTINEL.format(0)}])
+            text = self.render(turns) + self.render(turns, generation=True)
+        except Exception:  # a template may refuse any conversation, with an error of its own
+            return set()
+        return {name for name in self._added if name in text and not _THOUGHT.fullmatch(name)}
+
+    def written(self) -> set[str]:
+        """Return the added tokens that the template's source names, but for those around thoughts."""
+        return {name for name in self._added if name in self._all_text and not _THOUGHT.fullmatch(name)}
+
+    @cached_property
+    def _added(self) -> set[str]:
+        names = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
+        return {name for name in names if name.strip()}
+
+    def _template(self, tools: bool) -> str:
+        """Return the template's source, its dates pinned."""
+        if tools not in self._templates:
+            source = self.tokenizer.get_chat_template(None, tools=[{}] if tools else None)
+            written = self.kwargs.get("date_string")
+
+            def pinned(match: re.Match[str]) -> str:
+                return json.dumps(str(written) if written else PINNED_DATE.strftime(match["format"]))
+
+            self._templates[tools] = _DATE.sub(pinned, source)
+        return self._templates[tools]
+
+    def _probe(self, blank: Conversation) -> TurnFacts | None:
+        question, answer = _SENTINEL.format(0), _SENTINEL.format(1)
+        asked = blank.then([{"role": "user", "content": question}])
+        try:
+            without, prompt = self.render(asked), self.render(asked, generation=True)
+            whole = self.render(asked.then([{"role": "assistant", "content": answer}]))
+        except Exception:  # a template may refuse any conversation, with an error of its own
+            return None
+        before, found, end = whole.partition(answer)
+        head, _, after_user = prompt.rpartition(question)
+        if not found or answer in end or (not head and not prompt.startswith(question)):
+            return None
+        header = ""
+        if prompt == without and before.startswith(prompt):
+            # The blank before an answer belongs to it: tokenizers join it to the word that follows.
+            header = before[len(prompt) :].rstrip(" ")
+        opened = prompt + header
+        plain = before.startswith(opened)
+        extra = before[len(opened) :] if plain else ""
+        return TurnFacts(header, extra, end, after_user + header, plain)
+
+
+def opens_thought(prompt: str) -> bool:
+    """Return whether a generation prompt ends within a thought."""
+    return _OPEN_THOUGHT.search(prompt) is not None
+
+
+class ChatEncoder:
+    """Token ids of conversations by a tokenizer's chat template, control tokens that texts spell left as text.
+
+    Args:
+        tokenizer: the model's.
+        kwargs: see `ChatTemplate`.
+    """
+
+    def __init__(self, tokenizer: Any, kwargs: Mapping[str, Any] | None = None) -> None:
+        self.template = ChatTemplate(tokenizer, kwargs)
+        has_template = bool(tokenizer.chat_template)
+        self.control = ControlTokens(
+            tokenizer,
+            self.template.markers() if has_template else (),
+            self.template.written() if has_template else (),
+        )
+
+    def prompts(self, conversations: Sequence[Conversation]) -> list[Ids]:
+        """Return the token ids of conversations up to where the assistant's answer begins."""
+        protected = [self.protect(conversation) for conversation in conversations]
+        texts = [self.template.prompt(conversation) for conversation, _ in protected]
+        return self.control.encode(texts, [spelled for _, spelled in protected])
+
+    def texts(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[Ids]:
+        """Return the token ids of texts that no template is rendered around."""
+        spelled = [Spelled() for _ in texts]
+        protected = [self.control.protect(text, found) for text, found in zip(texts, spelled, strict=True)]
+        return self.control.encode(protected, spelled, add_special_tokens=add_special_tokens)
+
+    @cached_property
+    def end_of_turn(self) -> int | None:
+        """The added token that the template puts right after what the assistant says, if it does."""
+        tokenizer = self.template.tokenizer
+        facts = self.template.facts(Conversation([])) if tokenizer.chat_template else None
+        ids = self.control.encode([facts.end])[0] if facts is not None and facts.end else []
+        return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
+
+    def protect(self, conversation: Conversation, spelled: Spelled | None = None) -> tuple[Conversation, Spelled]:
+        """Return the conversation with placeholders for control tokens that it spells, and what they stand for."""
+        spelled = Spelled() if spelled is None else spelled
+        protect = self.control.protect
+        messages = [
+            {
+                key: value if key == "role" else protect(value, spelled, by_model=message["role"] == "assistant")
+                for key, value in message.items()
+            }
+            for message in conversation.messages
+        ]
+        tools = protect(conversation.tools, spelled) if conversation.tools else conversation.tools
+        return Conversation(messages, tools, conversation.kwargs), spelled
+
+
+_ATTRIBUTE = "_bdpo_pl_chat_encoder"
+
+
+def chat_encoder(tokenizer: Any, kwargs: Mapping[str, Any] | None = None) -> ChatEncoder:
+    """Return the encoder of `tokenizer`, made once for each template and set of variables.
+
+    Args:
+        tokenizer: the model's.
+        kwargs: variables of the template from now on; None: those that were last given.
+    """
+    known: ChatEncoder | None = getattr(tokenizer, _ATTRIBUTE, None)
+    wanted = dict(kwargs) if kwargs is not None else known.template.kwargs if known is not None else {}
+    if (
+        known is None
+        or known.control.tokenizer is not tokenizer
+        or known.template.source != tokenizer.chat_template
+        or known.template.kwargs != wanted
+    ):
+        known = ChatEncoder(tokenizer, wanted)
+        setattr(tokenizer, _ATTRIBUTE, known)
+    return known

@@ -1,0 +1,186 @@
+"""Texts to token ids such that a control token never arises from a text that merely spells one.
+
+A chat template writes control tokens (`<|im_end|>`) as text, and the tokenizer reads them back. A message that spells
+one would close its turn and open another in someone else's name. So what a message spells is replaced by a placeholder
+before the template is rendered; afterwards the template's own control tokens take a private spelling that a copy of the
+tokenizer knows them by, and the placeholders turn back into the text, which that copy does not take for anything else.
+A conversation that spells no control token is rendered and tokenised as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from bdpo_pl.errors import InputError
+
+Ids = list[int]
+
+# Nobody who writes a data set can guess it; the ids do not depend on it.
+_NONCE = secrets.token_hex(8)
+_PLACEHOLDER = re.compile(f"zq{_NONCE}k(\\d+)zq")
+
+
+@dataclass
+class Spelled:
+    """Control tokens that the messages of one conversation spell, by the number in their placeholder."""
+
+    texts: list[str] = field(default_factory=list)
+
+    def placeholder(self, text: str) -> str:
+        """Return what stands in for `text` while the template is rendered."""
+        self.texts.append(text)
+        return f"zq{_NONCE}k{len(self.texts) - 1}zq"
+
+    def restore(self, text: str) -> str:
+        """Return `text` with each placeholder turned back into what a message spelled."""
+        return _PLACEHOLDER.sub(lambda match: self.texts[int(match[1])], text) if self.texts else text
+
+    def __bool__(self) -> bool:
+        return bool(self.texts)
+
+
+class ControlTokens:
+    """Tokenises texts; what they spell stays text, what a template wrote becomes control tokens.
+
+    Args:
+        tokenizer: the model's.
+        markers: added tokens that are not special, and that the chat template opens or closes a turn with all the same.
+        written: added tokens that are not special, and that a model may say (`<tool_call>`), but no one else.
+    """
+
+    def __init__(self, tokenizer: Any, markers: Iterable[str] = (), written: Iterable[str] = ()) -> None:
+        self.tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder
+        self.special: dict[str, int] = {token.content: i for i, token in added.items() if token.special}
+        for name in (tokenizer.bos_token, tokenizer.eos_token):
+            if name is not None:
+                self.special.setdefault(name, tokenizer.convert_tokens_to_ids(name))
+        self.ids: dict[str, int] = dict(self.special)
+        self.ids |= {token.content: i for i, token in added.items() if token.content in set(markers)}
+        self._said_by_model = _any_of(self.ids)
+        self.ids |= {token.content: i for i, token in added.items() if token.content in set(written)}
+        self._pattern = _any_of(self.ids)
+        # Looking for two characters is far quicker than the expression, and few texts hold them.
+        self._beginnings = sorted({name[:2] for name in self.ids})
+        self._backend = tokenizer.backend_tokenizer if getattr(tokenizer, "is_fast", False) else None
+        if self._backend is not None:
+            # As the tokenizer itself does when it is called without either.
+            self._backend.no_padding()
+            self._backend.no_truncation()
+
+    def protect(self, value: Any, spelled: Spelled, *, by_model: bool = False) -> Any:
+        """Return `value` (texts in lists and mappings) with placeholders where a text spells a control token.
+
+        Args:
+            value: what a template is rendered with.
+            spelled: takes down what is spelled.
+            by_model: the model itself says it, so that it may call tools.
+        """
+        if isinstance(value, str):
+            if not any(beginning in value for beginning in self._beginnings):
+                return value
+            pattern = self._said_by_model if by_model else self._pattern
+            return pattern.sub(lambda match: spelled.placeholder(match[0]), value)
+        if isinstance(value, Mapping):
+            return {key: self.protect(item, spelled, by_model=by_model) for key, item in value.items()}
+        if isinstance(value, Sequence) and not isinstance(value, bytes):
+            return [self.protect(item, spelled, by_model=by_model) for item in value]
+        return value
+
+    def encode(
+        self, texts: Sequence[str], spelled: Sequence[Spelled | None] | None = None, *, add_special_tokens: bool = False
+    ) -> list[Ids]:
+        """Return the token ids of `texts`.
+
+        Args:
+            texts: rendered conversations.
+            spelled: for each, what its messages spelled (None or empty: nothing).
+            add_special_tokens: add what the tokenizer puts around a text.
+        """
+        if not texts:
+            return []
+        marked = [i for i, found in enumerate(spelled or ()) if found]
+        if not marked:
+            return self._encode(list(texts), add_special_tokens)
+        assert spelled is not None
+        ids: list[Ids] = [[]] * len(texts)
+        plain = sorted(set(range(len(texts))) - set(marked))
+        for i, row in zip(plain, self._encode([texts[i] for i in plain], add_special_tokens), strict=True):
+            ids[i] = row
+        private = [self.private(texts[i], spelled[i]) for i in marked]
+        encodings = self._private_backend.encode_batch(private, add_special_tokens=add_special_tokens)
+        for i, encoding in zip(marked, encodings, strict=True):
+            ids[i] = encoding.ids
+        return ids
+
+    def encode_with_ends(self, text: str, spelled: Spelled | None) -> tuple[Ids, list[int]]:
+        """Return the token ids of one text, and where in `text` each token ends.
+
+        Raises:
+            InputError: the tokenizer is not a fast one, so that it does not say.
+        """
+        if self._backend is None:
+            raise InputError(self._too_slow("cut a conversation into turns"))
+        backend = self._private_backend if spelled else self._backend
+        encoding = backend.encode(self.private(text, spelled), add_special_tokens=False)
+        return encoding.ids, [end for _, end in encoding.offsets]
+
+    def private(self, text: str, spelled: Spelled | None) -> str:
+        """Return `text` as the copy of the tokenizer reads it, or `text` itself where nothing is spelled."""
+        if not spelled:
+            return text
+        return spelled.restore(self._pattern.sub(lambda match: _private(self.ids[match[0]]), text))
+
+    def _encode(self, texts: list[str], add_special_tokens: bool) -> list[Ids]:
+        if not texts:
+            return []
+        if self._backend is None:
+            # verbose=False: lengths are checked against the window later; the tokenizer's own warning would confuse.
+            return list(self.tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+        self._backend.encode_special_tokens = False
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+        return [encoding.ids for encoding in encodings]
+
+    @cached_property
+    def _private_backend(self) -> Tokenizer:
+        """The tokenizer with another spelling of every control token."""
+        if self._backend is None:
+            raise InputError(self._too_slow("read a control token that a text spells as text"))
+        state = json.loads(self._backend.to_str())
+        names = {name: _private(i) for name, i in self.ids.items()}
+        for token in state["added_tokens"]:
+            token["content"] = names.get(token["content"], token["content"])
+        model = state["model"]
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {names.get(piece, piece): i for piece, i in model["vocab"].items()}
+        else:
+            model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
+        if model.get("unk_token") is not None:
+            model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+        backend = Tokenizer.from_str(json.dumps(state))
+        if any(backend.token_to_id(new) != self.ids[old] for old, new in names.items()):
+            raise InputError(self._too_slow("read a control token that a text spells as text"))
+        return backend
+
+    def _too_slow(self, what: str) -> str:
+        return (
+            f"the tokenizer {self.tokenizer.name_or_path!r} ({type(self.tokenizer).__name__}) cannot {what}; give one "
+            "with a tokenizer.json (data.tokenizer), or leave such rows out"
+        )
+
+
+def _private(token: int) -> str:
+    return f"<{_NONCE}{token}>"
+
+
+def _any_of(names: Iterable[str]) -> re.Pattern[str]:
+    # Longer ones first: a token takes precedence over one that it begins with.
+    return re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or "(?!)")
