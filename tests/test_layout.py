@@ -18,7 +18,7 @@ def test_folder_kernels_does_not_shadow_a_package_of_that_name(tmp_path):
 
 
 def test_kernels_know_nothing_of_what_is_built_on_them():
-    script = "import sys, bdpo_kernels, bdpo_kernels.torch_rows; print([m for m in ('lightning', 'transformers', "
+    script = "import sys, bdpo_kernels, bdpo_kernels.rows.torch; print([m for m in ('lightning', 'transformers', "
     script += "'datasets', 'bdpo_pl') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert result.stdout == "[]\n", result.stderr

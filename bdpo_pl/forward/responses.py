@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bdpo_kernels import sequence_logprob, vocab_parallel_sequence_logprob
+from bdpo_kernels import linear_sequence_logprob, sequence_logprob
 from bdpo_pl.data.packing import SequenceBatch
 from bdpo_pl.forward.last_layer import scored_positions_only
 from bdpo_pl.forward.masks import model_inputs
@@ -72,9 +72,9 @@ def _vocab_parallel_logps(
 
     def compute(hidden: Tensor) -> Tensor:
         results.append(
-            vocab_parallel_sequence_logprob(
+            linear_sequence_logprob(
                 select(hidden).squeeze(0), head.local_weight(), batch.labels, batch.sequence_ids, batch.num_sequences,
-                head.shard, check_labels=False,
+                shard=head.shard, check_labels=False,
             )
         )  # fmt: skip
         return hidden[:, :0]

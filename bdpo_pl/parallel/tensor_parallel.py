@@ -1,7 +1,7 @@
 """Tensor parallelism for Llama-style models: each rank computes some heads, some of the MLP, some of the vocabulary.
 
 Attention and MLP are split by PyTorch's own column- and row-wise styles. The vocabulary is ours: the embedding adds up
-what each rank has, and the LM head joins three numbers a token (`bdpo_kernels.vocab_parallel`), never its logits.
+what each rank has, and the LM head joins three numbers a token (`bdpo_kernels.rows.sharded`), never its logits.
 
 Shapes: R rows; T positions; D hidden size; V vocabulary; v rows of it on this rank.
 """

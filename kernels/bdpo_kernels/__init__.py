@@ -3,15 +3,15 @@
 - `sequence_logprob`: from logits.
 - `linear_sequence_logprob`: from the hidden states before the LM head.
 - `linear_preference_loss`: the same, through a loss on pairs, with its gradients computed on the way forward.
-- `vocab_parallel_sequence_logprob`, and `linear_preference_loss` with a `VocabShard`: an LM head split over ranks.
 
-`backends` picks `triton_rows` or `torch_rows` for all of them, twins under one contract.
+The last two take a `VocabShard` where the LM head is split over ranks. `backends` picks `rows.triton` or `rows.torch`
+for all of them, twins under one contract.
 """
 
 from bdpo_kernels.linear_preference_loss import linear_preference_loss
 from bdpo_kernels.linear_sequence_logprob import linear_sequence_logprob
+from bdpo_kernels.rows.sharded import VocabShard
 from bdpo_kernels.sequence_logprob import sequence_logprob
-from bdpo_kernels.vocab_parallel import VocabShard, vocab_parallel_sequence_logprob
 
 __version__ = "0.1.0"
 __all__ = [
@@ -20,5 +20,4 @@ __all__ = [
     "linear_preference_loss",
     "linear_sequence_logprob",
     "sequence_logprob",
-    "vocab_parallel_sequence_logprob",
 ]

@@ -1,16 +1,72 @@
-"""Which implementation runs: Triton or PyTorch."""
+"""Which implementation runs, Triton or PyTorch, and the contract that both keep."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 from functools import cache
-from types import ModuleType
-from typing import Literal, get_args
+from typing import Literal, Protocol, cast, get_args
 
 import torch
+from torch import Tensor
+
+from bdpo_kernels.transform import LogitTransform
 
 Backend = Literal["triton", "torch"]
+
+NONE_IGNORED = -(1 << 62)
+"""An `ignore_index` that equals no label: for rows that all count."""
+
+
+class PackedRows(Protocol):
+    """What the LM head needs of its rows of logits: (n, V) with labels (n,), none of them ignored."""
+
+    def forward_in_place(self, logits: Tensor, labels: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor]:
+        """(n,) log-probabilities, and a state for `backward_in_place`. The logits may have been overwritten."""
+        ...
+
+    def backward_in_place(
+        self, logits: Tensor, labels: Tensor, token_grads: Tensor, state: Tensor, transform: LogitTransform
+    ) -> None:
+        """Write the gradient of Σ token_grads · log p(label) over what `forward_in_place` left."""
+        ...
+
+
+class Rows(PackedRows, Protocol):
+    """All operations of a backend. Rows are (B, T, V) with labels (B, T); packed input has B = 1."""
+
+    def forward(
+        self, logits: Tensor, labels: Tensor, ignore_index: int, transform: LogitTransform = ...
+    ) -> tuple[Tensor, Tensor]:
+        """(B·T,) log-probabilities, 0 at ignored rows, and what `backward` needs besides the logits."""
+        ...
+
+    def backward(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        token_grads: Tensor,
+        stats: Tensor,
+        ignore_index: int,
+        transform: LogitTransform = ...,
+        out: Tensor | None = ...,
+    ) -> Tensor:
+        """Gradient of Σ token_grads · log p(label) with respect to the raw logits; into `out`, if given."""
+        ...
+
+    def shard_statistics(self, logits: Tensor, labels: Tensor, transform: LogitTransform) -> tuple[Tensor, ...]:
+        """Of each of (n, v) rows, in natural units: the largest u, log Σ exp(u − largest), and u at the label."""
+        ...
+
+    def shard_backward(
+        self, logits: Tensor, labels: Tensor, token_grads: Tensor, state: Tensor, transform: LogitTransform
+    ) -> None:
+        """`backward_in_place` of a part of the columns; a label of −1 equals none of them."""
+        ...
+
+    def sum_by_sequence(self, logps: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
+        """(S,) sums of the (N,) `logps` by each token's index of its sequence; in float64, in a fixed order."""
+        ...
 
 
 def resolve_backend(backend: Backend | None, device: torch.device) -> Backend:
@@ -26,7 +82,7 @@ def resolve_backend(backend: Backend | None, device: torch.device) -> Backend:
     if backend == "triton":
         if not has_triton():
             raise ValueError("backend='triton' needs the triton package; install it, or use backend='torch'")
-        if device.type != "cuda" and not load("triton").INTERPRETED:
+        if device.type != "cuda" and not _interpreted():
             raise ValueError(
                 f"backend='triton' runs on CUDA tensors, got one on {device}; use backend='torch', or set "
                 "TRITON_INTERPRET=1 before the kernels are first used, to run them (slowly) in Triton's interpreter"
@@ -40,9 +96,13 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def load(backend: str) -> ModuleType:
-    """The module with the row operations of `backend`.
+def load(backend: str) -> Rows:
+    """The row operations of `backend`.
 
     Imported on first use: Triton decides at import whether its interpreter runs the kernels.
     """
-    return importlib.import_module(f"bdpo_kernels.{backend}_rows")
+    return cast(Rows, importlib.import_module(f"bdpo_kernels.rows.{backend}"))
+
+
+def _interpreted() -> bool:
+    return bool(importlib.import_module("bdpo_kernels.rows.triton").INTERPRETED)

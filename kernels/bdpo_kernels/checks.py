@@ -93,16 +93,6 @@ def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Te
     return hidden.dtype
 
 
-def check_overwritable(logits: Tensor) -> None:
-    """Raises ValueError where a gradient may not be written over `logits`."""
-    # logits[0] of a leaf is a view of it.
-    base = logits if logits._base is None else logits._base
-    if base.is_leaf and base.requires_grad:
-        raise ValueError("inplace_backward=True would overwrite a leaf with its own gradient; give computed logits")
-    if any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)):
-        raise ValueError("inplace_backward=True cannot write to expanded logits, whose rows share memory; turn it off")
-
-
 def check_label_values(labels: Tensor, V: int, ignore_index: int) -> None:
     """Raises ValueError unless every label is `ignore_index` or in [0, V). Waits for the device."""
     wrong = ((labels < 0) | (labels >= V)) & (labels != ignore_index)

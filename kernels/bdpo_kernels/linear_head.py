@@ -6,15 +6,15 @@ Shapes: N tokens; n tokens of one chunk; D hidden size; V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from bdpo_kernels.backends import load
+from bdpo_kernels.backends import PackedRows, load
+from bdpo_kernels.rows.sharded import ShardedRows, VocabShard
 from bdpo_kernels.transform import LogitTransform
-from bdpo_kernels.vocab_parallel import ShardedRows, VocabShard
 
 # Bytes of logits in one chunk. CPU: enough rows for the matrix products to run at full speed, no more. GPU: enough
 # tokens to fill it (1 GiB is 3,500 tokens of a vocabulary of 152k in bfloat16), small beside a model.
@@ -40,6 +40,32 @@ def chunk_tokens(chunk_bytes: int | None, V: int, dtype: torch.dtype, device: to
     return max(_MIN_CHUNK_TOKENS, default // (V * dtype.itemsize))
 
 
+@dataclass(frozen=True)
+class HeadOptions:
+    """How the LM head is walked over.
+
+    Attributes:
+        transform: what turns the raw logits into those of the distribution.
+        ignore_index: the label of tokens that are left out.
+        max_tokens: tokens in a chunk at most.
+        dtype: of the products: the tensors' own, or autocast's.
+        backend: of the row operations.
+        shard: of the vocabulary, where weight and bias are a rank's part of it.
+    """
+
+    transform: LogitTransform
+    ignore_index: int
+    max_tokens: int
+    dtype: torch.dtype
+    backend: str
+    shard: VocabShard | None = None
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The dtype of log-probabilities and sums: float32, float64 for float64 products."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+
 class LinearHead:
     """One walk over the tokens: `logps` of a chunk, then `backward` of the same chunk if gradients are wanted.
 
@@ -48,18 +74,14 @@ class LinearHead:
         weight: (V, D).
         bias: (V,), or None.
         labels: (N,), no ignored ones among the tokens that are walked.
-        transform: what turns the raw logits into those of the distribution.
-        backend: of the row operations.
-        max_tokens: tokens in a chunk at most.
-        dtype: of the products: the tensors' own, or autocast's.
+        options: the walk's.
+        longest: tokens in the longest chunk.
         needs: whether gradients of hidden, weight and bias are wanted.
-        shard: of the vocabulary, where weight and bias are a rank's part of it.
 
     Attributes:
         grad_hidden: (N, D), zero at tokens not walked; None unless wanted.
         grad_weight: (V, D) float32 (float64 for float64); None unless wanted.
         grad_bias: (V,), likewise.
-        wide: dtype of log-probabilities and sums.
     """
 
     def __init__(
@@ -68,41 +90,37 @@ class LinearHead:
         weight: Tensor,
         bias: Tensor | None,
         labels: Tensor,
-        transform: LogitTransform,
-        backend: str,
-        max_tokens: int,
-        dtype: torch.dtype,
+        options: HeadOptions,
+        longest: int,
         needs: tuple[bool, bool, bool] = (False, False, False),
-        shard: VocabShard | None = None,
     ) -> None:
         self.hidden = hidden
         self.labels = labels
-        self._weight = weight.to(dtype)
-        self._bias = None if bias is None else bias.to(dtype)
-        self._transform = transform
-        self._rows: Any = load(backend) if shard is None else ShardedRows(backend, shard)
-        self._shard = shard
-        self._dtype = dtype
+        self.options = options
+        self._weight = weight.to(options.dtype)
+        self._bias = None if bias is None else bias.to(options.dtype)
+        self._shards = None if options.shard is None else ShardedRows(options.backend, options.shard)
+        self._rows: PackedRows = load(options.backend) if self._shards is None else self._shards
         V = weight.shape[0]
-        self._buffer = torch.empty(min(max_tokens, len(labels)), V, dtype=dtype, device=hidden.device)
-        self.wide = wide = torch.promote_types(dtype, torch.float32)
+        self._buffer = torch.empty(min(options.max_tokens, longest), V, dtype=options.dtype, device=hidden.device)
         self.grad_hidden = torch.zeros_like(hidden) if needs[0] else None
         # Written by the first chunk, not cleared before it: of a large vocabulary that is a pass less over it.
-        self.grad_weight = torch.empty(weight.shape, dtype=wide, device=weight.device) if needs[1] else None
+        self.grad_weight = torch.empty(weight.shape, dtype=options.wide, device=weight.device) if needs[1] else None
         self._weight_is_written = False
-        self.grad_bias = torch.zeros(V, dtype=wide, device=weight.device) if needs[2] and bias is not None else None
+        wants_bias = needs[2] and bias is not None
+        self.grad_bias = torch.zeros(V, dtype=options.wide, device=weight.device) if wants_bias else None
         self._chunk: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     def logps(self, tokens: Tensor) -> Tensor:
         """(n,) log-probabilities of the labels of `tokens` (n,), indices of at most a chunk of tokens."""
-        hidden = self.hidden.index_select(0, tokens).to(self._dtype)
+        hidden = self.hidden.index_select(0, tokens).to(self.options.dtype)
         labels = self.labels.index_select(0, tokens)
         logits = self._buffer[: len(tokens)]
         if self._bias is None:
             torch.mm(hidden, self._weight.t(), out=logits)
         else:
             torch.addmm(self._bias, hidden, self._weight.t(), out=logits)
-        logps, state = self._rows.forward_in_place(logits, labels, self._transform)
+        logps, state = self._rows.forward_in_place(logits, labels, self.options.transform)
         self._chunk = (tokens, hidden, labels, state)
         return logps
 
@@ -111,7 +129,7 @@ class LinearHead:
         assert self._chunk is not None
         tokens, hidden, labels, state = self._chunk
         grad = self._buffer[: len(tokens)]
-        self._rows.backward_in_place(grad, labels, token_grads, state, self._transform)
+        self._rows.backward_in_place(grad, labels, token_grads, state, self.options.transform)
         if self.grad_hidden is not None:
             self.grad_hidden.index_copy_(0, tokens, torch.mm(grad, self._weight).to(self.grad_hidden.dtype))
         if self.grad_weight is not None:
@@ -125,14 +143,25 @@ class LinearHead:
         """Those of hidden, weight and bias in their dtypes; an empty tensor, no two the same, for one not wanted."""
         if self.grad_weight is not None and not self._weight_is_written:
             self.grad_weight.zero_()
-        if self._shard is not None and self.grad_hidden is not None:
-            self._rows.reduce(self.grad_hidden)
+        if self._shards is not None and self.grad_hidden is not None:
+            self._shards.reduce(self.grad_hidden)
         new = self.hidden.new_empty
         return (
             new(0) if self.grad_hidden is None else self.grad_hidden,
             new(0) if self.grad_weight is None else self.grad_weight.to(weight.dtype),
             new(0) if self.grad_bias is None or bias is None else self.grad_bias.to(bias.dtype),
         )
+
+
+def chunks_of_kept_tokens(labels: Tensor, options: HeadOptions) -> tuple[Tensor, ...]:
+    """Indices of the tokens that count, in their order, a chunk in each tensor; none where no token counts."""
+    kept = (labels != options.ignore_index).nonzero().squeeze(-1)
+    return kept.split(options.max_tokens) if len(kept) else ()
+
+
+def gathered(weight: Tensor) -> Tensor:
+    """`weight`, whole: FSDP2 shards parameters as DTensors."""
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor, beta: float) -> None:

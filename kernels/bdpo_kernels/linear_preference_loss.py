@@ -17,10 +17,9 @@ from torch import Tensor
 
 from bdpo_kernels.backends import Backend, load, resolve_backend
 from bdpo_kernels.checks import check_label_values, check_linear, check_sequence_values, check_sequences
-from bdpo_kernels.linear_head import LinearHead, chunk_tokens
-from bdpo_kernels.linear_sequence_logprob import gathered
+from bdpo_kernels.linear_head import HeadOptions, LinearHead, chunk_tokens, gathered
+from bdpo_kernels.rows.sharded import VocabShard
 from bdpo_kernels.transform import LogitTransform
-from bdpo_kernels.vocab_parallel import VocabShard
 
 LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(chosen (b,), rejected (b,) log-probabilities, pair index (b,)) → losses (b,)."""
@@ -61,7 +60,7 @@ def linear_preference_loss(
         num_pairs: B.
         bias, softcap, logit_scale, ignore_index, chunk_bytes, backend, check_labels: as in `linear_sequence_logprob`.
         shard: which rows of the vocabulary this rank holds, where `weight` (v, D) and `bias` (v,) are its part of them;
-            see `vocab_parallel`. All ranks call with the same tokens, and get the same loss.
+            see `rows.sharded`. All ranks call with the same tokens, and get the same loss.
 
     Returns:
         Scalar loss, (B,) log-probabilities of the chosen and (B,) of the rejected, without gradient; float32, float64
@@ -83,11 +82,10 @@ def linear_preference_loss(
     if check_labels:
         check_label_values(labels, V, ignore_index)
         check_sequence_values(sequence_ids, 2 * num_pairs)
-    chosen = resolve_backend(backend, hidden.device)
     size = chunk_tokens(chunk_bytes, widest, dtype, hidden.device)
+    options = HeadOptions(transform, ignore_index, size, dtype, resolve_backend(backend, hidden.device), shard)
     needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias))
-    options = (num_pairs, transform, ignore_index, size, dtype, chosen, needs, shard)
-    return _LinearPreferenceLoss.apply(hidden, weight, bias, labels, sequence_ids, loss_fn, *options)
+    return _LinearPreferenceLoss.apply(hidden, weight, bias, labels, sequence_ids, loss_fn, num_pairs, options, needs)
 
 
 class _Chunk(NamedTuple):
@@ -109,26 +107,18 @@ class _LinearPreferenceLoss(torch.autograd.Function):
         sequence_ids: Tensor,
         loss_fn: LossFunction,
         num_pairs: int,
-        transform: LogitTransform,
-        ignore_index: int,
-        max_tokens: int,
-        dtype: torch.dtype,
-        backend: Backend,
+        options: HeadOptions,
         needs: tuple[bool, bool, bool],
-        shard: VocabShard | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         with torch.autocast(hidden.device.type, enabled=False):
-            chunks = list(_chunks(labels, sequence_ids, num_pairs, ignore_index, max_tokens))
+            chunks = list(_chunks(labels, sequence_ids, num_pairs, options))
             longest = max(len(chunk.tokens) for chunk in chunks)
-            head = LinearHead(
-                hidden, weight, bias, labels, transform, backend, min(max_tokens, longest), dtype, needs, shard
-            )  # fmt: skip
-            wide = torch.promote_types(dtype, torch.float32)
-            total = torch.zeros((), dtype=wide, device=hidden.device)
-            logps = torch.zeros(2, num_pairs, dtype=wide, device=hidden.device)
+            head = LinearHead(hidden, weight, bias, labels, options, longest, needs)
+            total = torch.zeros((), dtype=options.wide, device=hidden.device)
+            logps = torch.zeros(2, num_pairs, dtype=options.wide, device=hidden.device)
             for chunk in chunks:
                 loss, logps[:, chunk.first : chunk.last] = _walk(
-                    head, chunk, sequence_ids, loss_fn, num_pairs, max_tokens, backend, any(needs)
+                    head, chunk, sequence_ids, loss_fn, num_pairs, any(needs)
                 )
                 total += loss
         ctx.gradients = head.gradients(weight, bias)
@@ -149,21 +139,19 @@ class _LinearPreferenceLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         # In place: the gradient of a weight is too large to hold twice.
         scaled = (g.mul_(grad) if needed else None for g, needed in zip(gradients, ctx.needs, strict=True))
-        return (*scaled, *[None] * 11)
+        return (*scaled, *[None] * 6)
 
 
-def _chunks(
-    labels: Tensor, sequence_ids: Tensor, num_pairs: int, ignore_index: int, max_tokens: int
-) -> Iterator[_Chunk]:
+def _chunks(labels: Tensor, sequence_ids: Tensor, num_pairs: int, options: HeadOptions) -> Iterator[_Chunk]:
     """Tokens that count, by pair; pairs together as long as their tokens fit."""
-    kept = (labels != ignore_index).nonzero().squeeze(-1)
+    kept = (labels != options.ignore_index).nonzero().squeeze(-1)
     pairs = sequence_ids.index_select(0, kept) % num_pairs
     kept = kept.index_select(0, torch.argsort(pairs, stable=True))
     # The one time that a GPU is waited for.
     counts = torch.bincount(pairs, minlength=num_pairs).tolist()
     first = start = end = 0
     for pair, count in enumerate(counts):
-        if pair > first and end + count - start > max_tokens:
+        if pair > first and end + count - start > options.max_tokens:
             yield _Chunk(first, pair, kept[start:end])
             first, start = pair, end
         end += count
@@ -176,19 +164,18 @@ def _walk(
     sequence_ids: Tensor,
     loss_fn: LossFunction,
     num_pairs: int,
-    max_tokens: int,
-    backend: Backend,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     """Loss (scalar) and log-probabilities (2, b) of one chunk; adds to the gradients of `head`."""
+    max_tokens = head.options.max_tokens
     b = chunk.last - chunk.first
     global_ids = sequence_ids.index_select(0, chunk.tokens).long()
     rejected = global_ids >= num_pairs
     ids = global_ids - chunk.first - torch.where(rejected, num_pairs - b, 0)
     parts = chunk.tokens.split(max_tokens) if len(chunk.tokens) else ()
     token_logps = [head.logps(part).flatten() for part in parts]
-    flat = torch.cat(token_logps) if token_logps else head.hidden.new_empty(0, dtype=head.wide)
-    sums = load(backend).sum_by_sequence(flat, ids, 2 * b).view(2, b)
+    flat = torch.cat(token_logps) if token_logps else head.hidden.new_empty(0, dtype=head.options.wide)
+    sums = load(head.options.backend).sum_by_sequence(flat, ids, 2 * b).view(2, b)
     pair_index = torch.arange(chunk.first, chunk.last, device=ids.device)
     loss, grads = _loss_and_gradient(loss_fn, sums, pair_index, needs_grad)
     if needs_grad:

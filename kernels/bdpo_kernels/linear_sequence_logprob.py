@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from bdpo_kernels.backends import Backend, load, resolve_backend
 from bdpo_kernels.checks import check_label_values, check_linear, check_sequence_values, check_sequences
-from bdpo_kernels.linear_head import LinearHead, chunk_tokens
+from bdpo_kernels.linear_head import HeadOptions, LinearHead, chunk_tokens, chunks_of_kept_tokens, gathered
+from bdpo_kernels.rows.sharded import VocabShard
 from bdpo_kernels.transform import LogitTransform
 
 
@@ -30,6 +32,7 @@ def linear_sequence_logprob(
     chunk_bytes: int | None = None,
     backend: Backend | None = None,
     check_labels: bool = True,
+    shard: VocabShard | None = None,
 ) -> Tensor:
     """Sum of log softmax(u)[label] over each sequence.
 
@@ -52,6 +55,9 @@ def linear_sequence_logprob(
             and at least 512 tokens.
         backend: "triton", "torch", or None: Triton for CUDA tensors, PyTorch for others.
         check_labels: check that labels and indices are in range. On a GPU that waits for it.
+        shard: which rows of the vocabulary this rank holds, where `weight` (v, D) and `bias` (v,) are its part of them;
+            see `rows.sharded`. All ranks call with the same tokens and get the same result; the gradient of `hidden` is
+            whole on every rank, that of `weight` is this rank's own. torch.compile breaks its graph here.
 
     Returns:
         (S,) float32, float64 for float64 products; 0 for a sequence with no counting label.
@@ -60,19 +66,92 @@ def linear_sequence_logprob(
         TypeError, ValueError: an argument has the wrong dtype, shape or device, or a label or index is out of range.
         RuntimeError: at a backward of the backward.
     """
-    weight = gathered(weight)
+    if shard is None:
+        weight = gathered(weight)
+    V, widest = (weight.shape[0],) * 2 if shard is None else (shard.vocab_size, shard.largest)
     dtype = check_linear(hidden, weight, bias, labels)
-    LogitTransform(softcap, logit_scale)
+    transform = LogitTransform(softcap, logit_scale)
     S = check_sequences(tuple(labels.shape), sequence_ids, num_sequences, hidden.device)
     chosen = resolve_backend(backend, hidden.device)
-    size = chunk_tokens(chunk_bytes, weight.shape[0], dtype, hidden.device)
-    options = (softcap, logit_scale, ignore_index, size, dtype, chosen)
-    return _op(hidden, weight, bias, labels, sequence_ids, S, *options, check_labels)
+    size = chunk_tokens(chunk_bytes, widest, dtype, hidden.device)
+    if shard is None:
+        numbers = (softcap, logit_scale, ignore_index, size, dtype, chosen)
+        return _op(hidden, weight, bias, labels, sequence_ids, S, *numbers, check_labels)
+    if check_labels:
+        check_label_values(labels, V, ignore_index)
+        check_sequence_values(sequence_ids, S)
+    options = HeadOptions(transform, ignore_index, size, dtype, chosen, shard)
+    return _Sharded.apply(hidden, weight, bias, labels, sequence_ids, S, options)
 
 
-def gathered(weight: Tensor) -> Tensor:
-    """`weight`, whole: FSDP2 shards parameters as DTensors."""
-    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    sequence_ids: Tensor,
+    num_sequences: int,
+    options: HeadOptions,
+) -> Tensor:
+    """(S,) log-probabilities: one walk over the tokens."""
+    logps = torch.zeros(len(labels), dtype=options.wide, device=hidden.device)
+    chunks = chunks_of_kept_tokens(labels, options)
+    head = LinearHead(hidden, weight, bias, labels, options, _longest(chunks))
+    for tokens in chunks:
+        logps.index_copy_(0, tokens, head.logps(tokens).flatten())
+    return load(options.backend).sum_by_sequence(logps, sequence_ids, num_sequences)
+
+
+def _gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    token_grads: Tensor,
+    options: HeadOptions,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of hidden, weight and bias: the same walk again, each chunk there and back."""
+    chunks = chunks_of_kept_tokens(labels, options)
+    head = LinearHead(hidden, weight, bias, labels, options, _longest(chunks), needs)
+    for tokens in chunks:
+        head.logps(tokens)
+        head.backward(token_grads.index_select(0, tokens))
+    return head.gradients(weight, bias)
+
+
+def _longest(chunks: tuple[Tensor, ...]) -> int:
+    return max((len(tokens) for tokens in chunks), default=0)
+
+
+class _Sharded(torch.autograd.Function):
+    """The operation over ranks: a process group is no argument of a custom operator."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        sequence_ids: Tensor,
+        num_sequences: int,
+        options: HeadOptions,
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, weight, bias, labels, sequence_ids)
+        ctx.options = options
+        with torch.autocast(hidden.device.type, enabled=False):
+            return _forward(hidden, weight, bias, labels, sequence_ids, num_sequences, options)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, labels, sequence_ids = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        token_grads = grad.index_select(0, sequence_ids)
+        with torch.autocast(hidden.device.type, enabled=False):
+            grads = _gradients(hidden, weight, bias, labels, token_grads, ctx.options, needs)
+        return (*(g if needed else None for g, needed in zip(grads, needs, strict=True)), *[None] * 4)
 
 
 @torch.library.custom_op("bdpo_kernels::linear_sequence_logprob", mutates_args=())
@@ -94,14 +173,8 @@ def _op(
     if check_labels:
         check_label_values(labels, weight.shape[0], ignore_index)
         check_sequence_values(sequence_ids, num_sequences)
-    transform = LogitTransform(softcap, logit_scale)
-    logps = torch.zeros(len(labels), dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
-    kept = (labels != ignore_index).nonzero().squeeze(-1)
-    head = LinearHead(hidden, weight, bias, labels, transform, backend, min(max_tokens, len(kept)), dtype)
-    for tokens in kept.split(max_tokens):
-        if len(tokens):
-            logps.index_copy_(0, tokens, head.logps(tokens).flatten())
-    return load(backend).sum_by_sequence(logps, sequence_ids, num_sequences)
+    options = HeadOptions(LogitTransform(softcap, logit_scale), ignore_index, max_tokens, dtype, backend)
+    return _forward(hidden, weight, bias, labels, sequence_ids, num_sequences, options)
 
 
 @_op.register_fake
@@ -139,15 +212,8 @@ def _backward_op(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; an empty tensor for one that is not wanted."""
-    transform = LogitTransform(softcap, logit_scale)
-    kept = (labels != ignore_index).nonzero().squeeze(-1)
-    wanted = (needs[0], needs[1], needs[2])
-    head = LinearHead(hidden, weight, bias, labels, transform, backend, min(max_tokens, len(kept)), dtype, wanted)
-    for tokens in kept.split(max_tokens):
-        if len(tokens):
-            head.logps(tokens)
-            head.backward(token_grads.index_select(0, tokens))
-    return head.gradients(weight, bias)
+    options = HeadOptions(LogitTransform(softcap, logit_scale), ignore_index, max_tokens, dtype, backend)
+    return _gradients(hidden, weight, bias, labels, token_grads, options, (needs[0], needs[1], needs[2]))
 
 
 @_backward_op.register_fake

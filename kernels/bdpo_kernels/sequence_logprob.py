@@ -15,7 +15,6 @@ from bdpo_kernels.checks import (
     check_floating,
     check_integer,
     check_label_values,
-    check_overwritable,
     check_sequence_values,
     check_sequences,
     check_shape,
@@ -29,7 +28,6 @@ def sequence_logprob(
     num_sequences: int | None = None,
     *,
     ignore_index: int = -100,
-    inplace_backward: bool = False,
     backend: Backend | None = None,
     check_labels: bool = True,
 ) -> Tensor:
@@ -46,8 +44,6 @@ def sequence_logprob(
         sequence_ids: packed input only: (N,) integers, the index of each token's sequence, in any order.
         num_sequences: S, for packed input. Default: the largest index + 1, which waits for the GPU.
         ignore_index: the label that counts for nothing.
-        inplace_backward: write the gradient over `logits`, whose values are then lost: right when nothing else reads
-            them, as after a plain LM head. A second backward through the same graph is then an error.
         backend: "triton", "torch", or None: Triton for CUDA tensors, PyTorch for others.
         check_labels: check that labels and indices are in range. On a GPU that waits for it: switch it off only where
             they were checked before. A label out of range then gives NaN in Triton.
@@ -68,10 +64,8 @@ def sequence_logprob(
     check_integer("labels", labels, logits.device)
     check_shape("labels", labels, rows, "one for each row of logits")
     S = check_sequences(rows, sequence_ids, num_sequences, logits.device)
-    if inplace_backward and logits.requires_grad:
-        check_overwritable(logits)
     chosen = resolve_backend(backend, logits.device)
-    return _op(logits, labels, sequence_ids, S, ignore_index, inplace_backward, chosen, check_labels)[0]
+    return _op(logits, labels, sequence_ids, S, ignore_index, chosen, check_labels)[0]
 
 
 @torch.library.custom_op("bdpo_kernels::sequence_logprob", mutates_args=())
@@ -81,7 +75,6 @@ def _op(
     sequence_ids: Tensor | None,
     num_sequences: int,
     ignore_index: int,
-    inplace_backward: bool,
     backend: str,
     check_labels: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -106,7 +99,6 @@ def _(
     sequence_ids: Tensor | None,
     num_sequences: int,
     ignore_index: int,
-    inplace_backward: bool,
     backend: str,
     check_labels: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -119,7 +111,6 @@ def _(
 def _backward_op(
     logits: Tensor, labels: Tensor, token_grads: Tensor, stats: Tensor, ignore_index: int, backend: str
 ) -> Tensor:
-    """The gradient, in a new tensor."""
     rows, labels = _as_padded(logits, labels)
     return load(backend).backward(rows, labels, token_grads, stats, ignore_index).view(logits.shape)
 
@@ -129,22 +120,13 @@ def _(logits: Tensor, labels: Tensor, token_grads: Tensor, stats: Tensor, ignore
     return logits.new_empty(logits.shape)
 
 
-@torch.library.custom_op("bdpo_kernels::sequence_logprob_backward_", mutates_args=("logits",))
-def _backward_op_(
-    logits: Tensor, labels: Tensor, token_grads: Tensor, stats: Tensor, ignore_index: int, backend: str
-) -> None:
-    """The gradient, over the logits."""
-    logits, labels = _as_padded(logits, labels)
-    load(backend).backward(logits, labels, token_grads, stats, ignore_index, out=logits)
-
-
 def _as_padded(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Packed rows as one padded sequence; a view."""
     return (logits, labels) if logits.dim() == 3 else (logits.unsqueeze(0), labels.unsqueeze(0))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    logits, labels, sequence_ids, _, ctx.ignore_index, ctx.inplace, ctx.backend, _ = inputs
+    logits, labels, sequence_ids, _, ctx.ignore_index, ctx.backend, _ = inputs
     ctx.save_for_backward(logits, labels, sequence_ids, output[1])
 
 
@@ -154,17 +136,8 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         token_grads = grad.unsqueeze(1).expand(labels.shape).reshape(-1)
     else:
         token_grads = grad.index_select(0, sequence_ids)
-    if ctx.inplace:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "sequence_logprob: inplace_backward=True overwrites the logits and allows no create_graph"
-            )
-        logits = logits.detach()
-        _backward_op_(logits, labels, token_grads, stats, ctx.ignore_index, ctx.backend)
-        dlogits = logits
-    else:
-        dlogits = _backward_op(logits, labels, token_grads, stats, ctx.ignore_index, ctx.backend)
-    return dlogits, None, None, None, None, None, None, None
+    dlogits = _backward_op(logits, labels, token_grads, stats, ctx.ignore_index, ctx.backend)
+    return dlogits, *[None] * 6
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

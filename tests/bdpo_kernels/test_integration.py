@@ -19,16 +19,15 @@ def packed(device):
     return torch.randn(7, 4, device=device), torch.randn(11, 4, device=device), labels, ids
 
 
-@pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("form", ["packed", "padded"])
-def test_compiled_sequence_logprob_has_one_graph_and_the_same_gradients(packed, form, inplace):
+def test_compiled_sequence_logprob_has_one_graph_and_the_same_gradients(packed, form):
     hidden, weight, labels, ids = packed
 
     def compute(hidden, weight):
         logits = hidden @ weight.t()
         if form == "packed":
-            return sequence_logprob(logits, labels, ids, 3, inplace_backward=inplace).exp().sum()
-        return sequence_logprob(logits[None, :6], labels[None, :6], inplace_backward=inplace).exp().sum()
+            return sequence_logprob(logits, labels, ids, 3).exp().sum()
+        return sequence_logprob(logits[None, :6], labels[None, :6]).exp().sum()
 
     assert_compiles(compute, hidden, weight)
 
@@ -76,7 +75,7 @@ def test_opcheck(packed, backend):
     hidden, weight, labels, ids = packed
     ops = torch.ops.bdpo_kernels
     logits = (hidden @ weight.t()).requires_grad_()
-    torch.library.opcheck(ops.sequence_logprob.default, (logits, labels, ids, 3, IGNORED, False, backend, True))
+    torch.library.opcheck(ops.sequence_logprob.default, (logits, labels, ids, 3, IGNORED, backend, True))
     torch.library.opcheck(
         ops.linear_sequence_logprob.default,
         (

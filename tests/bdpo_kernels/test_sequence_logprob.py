@@ -43,8 +43,7 @@ def packed(V, dtype, device, N=5, S=4):
 def run(logits, labels, sequence_ids, S, weights, **options):
     """Ours: sums and the gradient of (weights · sums)."""
     x = logits.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-    # inplace_backward wants computed logits; the multiplication hands their gradient on.
-    sums = sequence_logprob(x * 1, labels, sequence_ids, S, **options)
+    sums = sequence_logprob(x, labels, sequence_ids, S, **options)
     (grad,) = torch.autograd.grad((sums * weights.to(sums.dtype)).sum(), x)
     return sums, grad
 
@@ -65,28 +64,16 @@ def test_matches_float64_autograd(backend, device, V, dtype):
     assert_right(packed(V, dtype, device, N=3 if V > 100_000 else 5), dtype, backend=backend)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_inplace_backward_gives_the_same_gradient_and_overwrites_the_logits(backend, device, dtype):
-    case = packed(1000, dtype, device)
-    assert_right(case, dtype, backend=backend, inplace_backward=True)
-    logits = case[0].clone().requires_grad_() * 1
-    written_to = []
-    logits.register_hook(lambda grad: written_to.append(grad.data_ptr()))
-    sequence_logprob(logits, *case[1:4], backend=backend, inplace_backward=True).sum().backward()
-    assert written_to == [logits.data_ptr()]
-
-
 def test_gradcheck(backend, device):
     _, labels, ids, S, _ = packed(7, torch.float64, device)
     logits = torch.randn(5, 7, dtype=torch.float64, device=device, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: sequence_logprob(x, labels, ids, S, backend=backend), logits)
 
 
-@pytest.mark.parametrize("inplace", [False, True])
-def test_ignored_tokens_get_exactly_zero_and_are_never_read(backend, device, inplace):
+def test_ignored_tokens_get_exactly_zero_and_are_never_read(backend, device):
     logits, labels, ids, S, weights = packed(1000, torch.float32, device)
     logits[1] = float("nan")
-    sums, grad = run(logits, labels, ids, S, weights, backend=backend, inplace_backward=inplace)
+    sums, grad = run(logits, labels, ids, S, weights, backend=backend)
     assert torch.isfinite(sums).all()
     assert torch.isfinite(grad).all()
     assert (grad[1] == 0).all()
@@ -122,24 +109,22 @@ def test_no_token(backend, device):
     assert logits.grad.shape == (0, 7)
 
 
-@pytest.mark.parametrize("inplace", [False, True])
-def test_padded_is_a_view_of_packed(backend, device, inplace):
+def test_padded_is_a_view_of_packed(backend, device):
     B, T, V = 3, 4, 1000
     logits = torch.randn(B, T + 1, V, device=device)
     labels = torch.randint(0, V, (B, T), device=device)
     labels[0, 2:] = IGNORED
     labels[2] = IGNORED
     weights = torch.tensor([1.0, -2.0, 3.0], device=device)
-    sums, grad = run(logits[:, :-1], labels, None, None, weights, backend=backend, inplace_backward=inplace)
+    sums, grad = run(logits[:, :-1], labels, None, None, weights, backend=backend)
     ids = torch.arange(B, device=device).repeat_interleave(T)
     flat = run(logits[:, :-1].reshape(B * T, V), labels.flatten(), ids, B, weights, backend=backend)
     torch.testing.assert_close(sums, flat[0], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(grad.flatten(0, 1), flat[1], rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("layout", ["rows", "columns", "slice", "padded"])
-def test_non_contiguous_logits(backend, device, layout, inplace):
+def test_non_contiguous_logits(backend, device, layout):
     _, labels, ids, S, weights = packed(1000, torch.float32, device)
     if layout == "rows":
         view = torch.randn(10, 1000, device=device)[::2]
@@ -151,17 +136,9 @@ def test_non_contiguous_logits(backend, device, layout, inplace):
         view = torch.randn(5, 3, 1000, device=device)[:, 1]
     assert not view.is_contiguous()
     base = view.detach().requires_grad_()
-    sums = sequence_logprob(base, labels, ids, S, backend=backend) if not inplace else None
-    if inplace:
-        # * 1 keeps the strides of a dense tensor only, so the view itself is handed over.
-        leaf = torch.zeros((), device=device, requires_grad=True)
-        computed = view.add_(leaf)
-        sums = sequence_logprob(computed, labels, ids, S, backend=backend, inplace_backward=True)
-        expected_sums, expected_grad = oracle(computed, labels, ids, S, weights)
-        (grad,) = torch.autograd.grad((sums * weights).sum(), computed)
-    else:
-        expected_sums, expected_grad = oracle(view, labels, ids, S, weights)
-        (grad,) = torch.autograd.grad((sums * weights).sum(), base)
+    sums = sequence_logprob(base, labels, ids, S, backend=backend)
+    expected_sums, expected_grad = oracle(view, labels, ids, S, weights)
+    (grad,) = torch.autograd.grad((sums * weights).sum(), base)
     torch.testing.assert_close(sums.double(), expected_sums, **TOLERANCES[torch.float32])
     torch.testing.assert_close(grad.double(), expected_grad, **TOLERANCES[torch.float32])
 
@@ -276,17 +253,6 @@ def test_second_derivative_is_refused(backend, device):
         grad.sum().backward()
 
 
-def test_inplace_backward_runs_once(backend, device):
-    logits, labels, ids, S, _ = packed(7, torch.float32, device)
-    sums = sequence_logprob(logits.requires_grad_() * 1, labels, ids, S, backend=backend, inplace_backward=True)
-    sums.sum().backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        sums.sum().backward()
-    sums = sequence_logprob(logits * 1, labels, ids, S, backend=backend, inplace_backward=True)
-    with pytest.raises(RuntimeError, match="create_graph"):
-        torch.autograd.grad(sums.sum(), logits, create_graph=True)
-
-
 LOGITS, LABELS, IDS = torch.randn(3, 7), torch.tensor([1, 2, IGNORED]), torch.tensor([0, 1, 1])
 
 
@@ -317,14 +283,6 @@ LOGITS, LABELS, IDS = torch.randn(3, 7), torch.tensor([1, 2, IGNORED]), torch.te
         ((LOGITS, LABELS.tolist(), IDS, 2), {}, TypeError, "labels must be a torch.Tensor"),
         ((LOGITS, LABELS.to("meta"), IDS, 2), {}, ValueError, "labels is on meta"),
         ((LOGITS, LABELS, IDS, 2), {"backend": "cuda"}, ValueError, "backend must be"),
-        ((LOGITS.clone().requires_grad_(), LABELS, IDS, 2), {"inplace_backward": True}, ValueError, "leaf"),
-        ((LOGITS.clone().requires_grad_()[:], LABELS, IDS, 2), {"inplace_backward": True}, ValueError, "leaf"),
-        (
-            ((LOGITS[:1].clone().requires_grad_() * 1).expand(3, 7), LABELS, IDS, 2),
-            {"inplace_backward": True},
-            ValueError,
-            "expanded logits",
-        ),
     ],
 )
 def test_bad_arguments(arguments, options, error, message):
@@ -339,7 +297,7 @@ def test_unchecked_label_out_of_range_is_nan_in_triton(device):
 
 
 def test_triton_on_a_cpu_without_the_interpreter_is_refused(monkeypatch):
-    rows = pytest.importorskip("bdpo_kernels.triton_rows")
+    rows = pytest.importorskip("bdpo_kernels.rows.triton")
     monkeypatch.setattr(rows, "INTERPRETED", False)
     with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
         sequence_logprob(LOGITS, LABELS, IDS, 2, backend="triton")

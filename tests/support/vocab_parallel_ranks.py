@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from bdpo_kernels import VocabShard, linear_preference_loss, vocab_parallel_sequence_logprob
+from bdpo_kernels import VocabShard, linear_preference_loss, linear_sequence_logprob
 
 N, D, V, B = 23, 6, 51, 4  # V is odd: the ranks hold 26 and 25 rows
 IGNORED = -100
@@ -56,8 +56,8 @@ def compare_with_the_whole(rank):
                     )
                     found = torch.cat(both)
                 else:
-                    found = vocab_parallel_sequence_logprob(
-                        *leaves[:2], labels, ids, 2 * B, shard, bias=leaves[2], **kwargs
+                    found = linear_sequence_logprob(
+                        *leaves[:2], labels, ids, 2 * B, shard=shard, bias=leaves[2], **kwargs
                     )
                     found_loss = loss_fn(found[:B], found[B:], torch.arange(B)).sum()
                 found_grads = torch.autograd.grad(found_loss, leaves)
@@ -105,9 +105,7 @@ def numerical_derivative(rank):
     shard = VocabShard(start, V)
     # A rank's numerical derivative would need the other's weight moved with it: the hidden states are common to both.
     assert torch.autograd.gradcheck(
-        lambda h: vocab_parallel_sequence_logprob(
-            h, weight[start:end], labels, ids, 2 * B, shard, bias=bias[start:end]
-        ),
+        lambda h: linear_sequence_logprob(h, weight[start:end], labels, ids, 2 * B, shard=shard, bias=bias[start:end]),
         hidden.requires_grad_(),
         fast_mode=True,
     )

@@ -1,4 +1,4 @@
-"""Row operations in Triton: the launches of `triton_kernels`. The PyTorch twin is `torch_rows`.
+"""Row operations in Triton: the launches of `triton_kernels`. The PyTorch twin is `rows.torch`.
 
 Shapes: B, T rows of logits as two axes (packed input has B = 1); V vocabulary; S sequences.
 """
@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bdpo_kernels import triton_kernels as kernels
+from bdpo_kernels.backends import NONE_IGNORED
+from bdpo_kernels.rows import triton_kernels as kernels
 from bdpo_kernels.transform import IDENTITY, LogitTransform
 
 INTERPRETED = not isinstance(kernels.token_logprob_forward, triton.JITFunction)
@@ -20,8 +21,6 @@ INTERPRETED = not isinstance(kernels.token_logprob_forward, triton.JITFunction)
 # One program reads its row in blocks of this many bytes: enough loads in flight to fill the memory bus.
 _BLOCK_BYTES = 16_384
 _SUM_BLOCK = 1_024
-# No label: the packed operations walk over rows that count.
-_NONE_IGNORED = -(1 << 62)
 
 if INTERPRETED:
     _forward = kernels.token_logprob_forward
@@ -132,7 +131,7 @@ def forward_in_place(logits: Tensor, labels: Tensor, transform: LogitTransform) 
     Returns:
         (n,) log-probabilities, and a state for `backward_in_place`. The logits may have been overwritten.
     """
-    return forward(logits.unsqueeze(0), labels.unsqueeze(0), _NONE_IGNORED, transform)
+    return forward(logits.unsqueeze(0), labels.unsqueeze(0), NONE_IGNORED, transform)
 
 
 def backward_in_place(
@@ -140,7 +139,18 @@ def backward_in_place(
 ) -> None:
     """Write the gradient of Σ token_grads · log p(label) over the (n, V) that `forward_in_place` left."""
     padded = logits.unsqueeze(0)
-    backward(padded, labels.unsqueeze(0), token_grads, state, _NONE_IGNORED, transform, out=padded)
+    backward(padded, labels.unsqueeze(0), token_grads, state, NONE_IGNORED, transform, out=padded)
+
+
+def shard_statistics(logits: Tensor, labels: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each (v,) row: the largest u, log Σ exp(u − largest), and u at its label."""
+    logps, stats = forward(logits.unsqueeze(0), labels.unsqueeze(0), NONE_IGNORED, transform)
+    largest, log_sum = stats.unbind()
+    return largest, log_sum, logps + largest + log_sum
+
+
+# The kernel compares columns with the label: one below zero equals none.
+shard_backward = backward_in_place
 
 
 def sum_by_sequence(logps: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:

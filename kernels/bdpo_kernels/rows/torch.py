@@ -1,4 +1,4 @@
-"""Row operations in plain PyTorch, a block of rows at a time. The Triton twin is `triton_rows`.
+"""Row operations in plain PyTorch, a block of rows at a time. The Triton twin is `rows.triton`.
 
 No temporary is larger than a block, whose float32 copy stays in the cache of a CPU core. Rows with an ignored label are
 never read. Shapes: B, T rows of logits as two axes (packed input has B = 1); V vocabulary; S sequences.
@@ -11,20 +11,19 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from bdpo_kernels.backends import NONE_IGNORED
 from bdpo_kernels.transform import IDENTITY, LogitTransform
 
 # Elements in a block. CPU: two cores' caches; GPU: enough to fill it, small beside the logits.
 _BLOCK_ELEMENTS = {"cpu": 1 << 19}
 _GPU_BLOCK_ELEMENTS = 1 << 26
 _SUM_ELEMENTS = 1 << 24
-# No label: the packed operations walk over rows that count.
-_NONE_IGNORED = -(1 << 62)
 
 
 def forward(
     logits: Tensor, labels: Tensor, ignore_index: int, transform: LogitTransform = IDENTITY
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each row's label; see `triton_rows.forward`. The second result is empty: none is needed."""
+    """Log-probability of each row's label; see `rows.triton.forward`. The second result is empty: none is needed."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     logps = torch.zeros(labels.shape, dtype=dtype, device=logits.device)
     for rows in _kept_blocks(logits, labels, ignore_index):
@@ -42,7 +41,7 @@ def backward(
     transform: LogitTransform = IDENTITY,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Gradient with respect to the raw logits; see `triton_rows.backward`. `stats` is not read."""
+    """Gradient with respect to the raw logits; see `rows.triton.backward`. `stats` is not read."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     grads = token_grads.to(dtype).view(labels.shape)
     ignored = labels == ignore_index
@@ -60,12 +59,12 @@ def backward(
 
 
 def forward_in_place(logits: Tensor, labels: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the labels of (n, V) logits, none ignored; see `triton_rows.forward_in_place`.
+    """Log-probabilities of the labels of (n, V) logits, none ignored; see `rows.triton.forward_in_place`.
 
     The logits become probabilities where that is all the backward needs: one exponential a logit for both passes.
     """
     if not _keeps_probabilities(logits, transform):
-        return forward(logits.unsqueeze(0), labels.unsqueeze(0), _NONE_IGNORED, transform)
+        return forward(logits.unsqueeze(0), labels.unsqueeze(0), NONE_IGNORED, transform)
     if transform.scale != 1.0:
         logits.mul_(transform.scale)
     index = labels.long().unsqueeze(-1)
@@ -80,10 +79,10 @@ def forward_in_place(logits: Tensor, labels: Tensor, transform: LogitTransform) 
 def backward_in_place(
     logits: Tensor, labels: Tensor, token_grads: Tensor, state: Tensor, transform: LogitTransform
 ) -> None:
-    """Write the gradient over what `forward_in_place` left; see `triton_rows.backward_in_place`."""
+    """Write the gradient over what `forward_in_place` left; see `rows.triton.backward_in_place`."""
     if not _keeps_probabilities(logits, transform):
         padded = logits.unsqueeze(0)
-        backward(padded, labels.unsqueeze(0), token_grads, state, _NONE_IGNORED, transform, out=padded)
+        backward(padded, labels.unsqueeze(0), token_grads, state, NONE_IGNORED, transform, out=padded)
         return
     grads = (token_grads * transform.scale).to(logits.dtype).unsqueeze(-1)
     logits.mul_(-grads).scatter_add_(-1, labels.long().unsqueeze(-1), grads)
@@ -92,6 +91,35 @@ def backward_in_place(
 def _keeps_probabilities(logits: Tensor, transform: LogitTransform) -> bool:
     # A soft-cap's slope needs the logits themselves, and half precision is too coarse for probabilities.
     return transform.softcap is None and logits.dtype in (torch.float32, torch.float64)
+
+
+def shard_statistics(logits: Tensor, labels: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each (v,) row: the largest u, log Σ exp(u − largest), and u at its label."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    largest, log_sum, at_label = (torch.empty(len(labels), dtype=dtype, device=logits.device) for _ in range(3))
+    for rows in _blocks(logits):
+        u = _transformed(logits[rows], dtype, transform)
+        top = u.amax(dim=-1, keepdim=True)
+        largest[rows] = top.squeeze(-1)
+        log_sum[rows] = torch.exp(u - top).sum(dim=-1).log()
+        at_label[rows] = u.gather(-1, labels[rows].unsqueeze(-1)).squeeze(-1)
+    return largest, log_sum, at_label
+
+
+def shard_backward(
+    logits: Tensor, labels: Tensor, token_grads: Tensor, state: Tensor, transform: LogitTransform
+) -> None:
+    """g · ∂u/∂x · (1[label] − exp(u − logsumexp)), over the logits; a label of −1 equals no column."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    for rows in _blocks(logits):
+        u = _transformed(logits[rows], dtype, transform)
+        slope = torch.exp(u - state[0, rows, None] - state[1, rows, None]).neg_()
+        here = (labels[rows] >= 0).to(slope.dtype).unsqueeze(-1)
+        slope.scatter_add_(-1, labels[rows].clamp_min(0).unsqueeze(-1), here)
+        slope.mul_(token_grads[rows].to(slope.dtype).unsqueeze(-1))
+        if not transform.is_identity:
+            slope.mul_(transform.slope(u))
+        logits[rows] = slope.to(logits.dtype)
 
 
 def sum_by_sequence(logps: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
@@ -114,10 +142,19 @@ def _transformed(rows: Tensor, dtype: torch.dtype, transform: LogitTransform) ->
     return transform.apply_(rows.to(dtype, copy=True))
 
 
+def _block_rows(logits: Tensor) -> int:
+    return max(1, _BLOCK_ELEMENTS.get(logits.device.type, _GPU_BLOCK_ELEMENTS) // max(1, logits.shape[-1]))
+
+
+def _blocks(logits: Tensor) -> Iterator[slice]:
+    size = _block_rows(logits)
+    return (slice(start, start + size) for start in range(0, len(logits), size))
+
+
 def _kept_blocks(logits: Tensor, labels: Tensor, ignore_index: int) -> Iterator[tuple[Tensor | int | slice, ...]]:
     """Indices of blocks of the rows that count: slices where none in the block is ignored, which copies nothing."""
-    B, T, V = logits.shape
-    size = max(1, _BLOCK_ELEMENTS.get(logits.device.type, _GPU_BLOCK_ELEMENTS) // max(1, V))
+    B, T, _ = logits.shape
+    size = _block_rows(logits)
     kept = (labels != ignore_index).nonzero()
     if kept.shape[0] == B * T and size < T:
         yield from ((b, slice(t, t + size)) for b in range(B) for t in range(0, T, size))
