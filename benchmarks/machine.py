@@ -28,6 +28,14 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
+def process_memory(field: str) -> int:
+    """Return bytes of this process's memory: "VmRSS" resident now, "VmHWM" most resident so far (Linux only)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"no {field} in /proc/self/status")
+
+
 def _cpu() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):

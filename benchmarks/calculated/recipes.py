@@ -1,5 +1,5 @@
 # ruff: noqa: E501 - lines of a page, which wraps them itself
-"""What the paper's runs should need, calculated: `python -m benchmarks.recipes` writes `docs/recipes.md`.
+"""What the paper's runs should need, calculated: `python -m benchmarks.calculated.recipes` writes `docs/recipes.md`.
 
 Nothing here is measured. Memory is the plan that `--dry_run true` prints for the shipped configurations; time is
 operations at rates, and lengths of text, that the page names.
@@ -18,9 +18,9 @@ from bdpo_pl.models.adapters import LoraOptions
 from bdpo_pl.models.loading import ModelSource
 from bdpo_pl.training.memory_plan import Devices, MemoryPlan, plan_memory, worst_batch
 from bdpo_pl.training.optim import adamw
-from benchmarks.scaling import GIB, PEAK_FLOPS, SHARE
+from benchmarks.calculated.scaling import GIB, PEAK_FLOPS, SHARE
 
-PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
+PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
 PAIRS = 20_000
 WINDOW = 1024
 # For orientation: tokens of a prompt in its chat template and of a response. `fit` prints your data's.
@@ -122,7 +122,7 @@ def page() -> str:
     table = "\n".join(row(recipe, gpus) for recipe in RECIPES for gpus in (1, 8))
     return f"""# The paper's three models
 
-Written by `python -m benchmarks.recipes`. **None of these runs has been made here**: no such GPUs and no hub were at hand.
+Written by `python -m benchmarks.calculated.recipes`. **None of these runs has been made here**: no such GPUs and no hub were at hand.
 Each configuration is tested on a tiny model of the same architecture and a small file with PKU-SafeRLHF's columns; memory is
 the plan that `--dry_run true` prints, for the published sizes; time is arithmetic.
 

@@ -1,5 +1,5 @@
 # ruff: noqa: E501 - lines of a page, which wraps them itself
-"""Memory and communication of a step, calculated: `python -m benchmarks.scaling` writes `docs/scaling.md`.
+"""Memory and communication of a step, calculated: `python -m benchmarks.calculated.scaling` writes `docs/scaling.md`.
 
 Nothing here is measured. Memory comes from `bdpo_pl.training.memory_plan`, on the meta device; bytes sent, from the formulas that
 the page gives; seconds are those bytes and operations at rates that the page names.
@@ -18,7 +18,7 @@ from bdpo_pl.models.loading import ModelSource
 from bdpo_pl.training.memory_plan import Devices, plan_memory, worst_batch
 from bdpo_pl.training.optim import adamw
 
-PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
+PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
 WINDOW = 1024
 NODE = 8
 # Rates for orientation: an H100 SXM's dense bfloat16 peak and a usual share of it, NVLink and a 400 Gbit/s network card
@@ -142,7 +142,7 @@ def page() -> str:
     """The whole page."""
     head = """# Scaling out, calculated
 
-Written by `python -m benchmarks.scaling`. **None of this has been measured**: memory is the plan that `--dry_run true`
+Written by `python -m benchmarks.calculated.scaling`. **None of this has been measured**: memory is the plan that `--dry_run true`
 prints (tested to 15 % against what a step allocates at tiny sizes, on a CPU), communication and time are arithmetic.
 
 Setting: bf16-mixed (weights, gradients and AdamW's state in float32; products in bfloat16), LoRA of rank 16 on weights in

@@ -1,4 +1,4 @@
-"""A whole alignment job, ours and TRL's: `python -m benchmarks.end_to_end [--device cpu|cuda] [--mixes NAME ...]`.
+"""A whole alignment job, ours and TRL's: `python -m benchmarks.jobs [--device cpu|cuda] [--mixes NAME ...]`.
 
 Same model, pairs, order, precision, batch of pairs and optimiser. Every trainer runs in a process of its own, in rounds
 that alternate, so that a drift of the machine meets all alike. Writes JSON to `benchmarks/results/`, prints Markdown.
@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.dpo_jobs import CONTENDERS
-from benchmarks.dpo_problem import MIXES, MODELS, DPOProblem, build
+from benchmarks.jobs.problem import MIXES, MODELS, DPOProblem, build
+from benchmarks.jobs.trainers import CONTENDERS
 from benchmarks.machine import machine
 
-_RESULTS = Path(__file__).parent / "results"
+_RESULTS = Path(__file__).parents[1] / "results"
 _TIMEOUT_S = 3600
 _SAME_LOSS_STEPS = 20
 _MB = 1 << 20
@@ -35,7 +35,7 @@ _LIVE, _PRECOMPUTED = "TRL DPO, live reference", "TRL DPO, precomputed reference
 
 def child(contender: str, folder: Path) -> dict[str, Any]:
     """One job in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.dpo_jobs", contender, str(folder)]
+    command = [sys.executable, "-m", "benchmarks.jobs.trainers", contender, str(folder)]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
@@ -174,7 +174,7 @@ def main() -> None:
     path = options.out / f"{started:%Y-%m-%d}-{options.device}-end-to-end{tag}.json"
     rows: list[dict[str, Any]] = []
     report: dict[str, Any] = {
-        "command": ["python", "-m", "benchmarks.end_to_end", *sys.argv[1:]],
+        "command": ["python", "-m", "benchmarks.jobs", *sys.argv[1:]],
         "date": f"{started:%Y-%m-%dT%H:%M:%SZ}",
         "machine": machine(options.device),
         "rows": rows,

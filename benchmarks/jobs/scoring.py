@@ -1,4 +1,4 @@
-"""What the scoring pass costs: `python -m benchmarks.scoring [--model small] [--mixes NAME ...]`.
+"""What the scoring pass costs: `python -m benchmarks.jobs.scoring [--model small] [--mixes NAME ...]`.
 
 Four scorings a pair (reference log-probabilities and comprehension) with the prompt shared, against the same in rows of
 their own, and against one epoch's forward pass over both sequences of each pair, as a trainer without sharing runs it.
@@ -28,10 +28,10 @@ from bdpo_pl.forward.prefix_sharing import choose_layout
 from bdpo_pl.forward.responses import response_logps
 from bdpo_pl.models.loading import ModelSource, load_model
 from bdpo_pl.scoring.scoring_pass import score_pairs
-from benchmarks.dpo_problem import MIXES, MODELS, DPOProblem, build
+from benchmarks.jobs.problem import MIXES, MODELS, DPOProblem, build
 from benchmarks.machine import machine
 
-_RESULTS = Path(__file__).parent / "results"
+_RESULTS = Path(__file__).parents[1] / "results"
 
 
 def random_table(mix: str, num_pairs: int, vocabulary: int) -> PairTable:
@@ -105,7 +105,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{started:%Y-%m-%d}-{options.device}-scoring.json"
     report = {
-        "command": ["python", "-m", "benchmarks.scoring", *sys.argv[1:]],
+        "command": ["python", "-m", "benchmarks.jobs.scoring", *sys.argv[1:]],
         "date": f"{started:%Y-%m-%dT%H:%M:%SZ}",
         "machine": machine(options.device),
         "rows": rows,

@@ -1,4 +1,4 @@
-"""One trainer's whole job in a process of its own: `python -m benchmarks.dpo_jobs CONTENDER FOLDER`, JSON out.
+"""One trainer's whole job in a process of its own: `python -m benchmarks.jobs.trainers CONTENDER FOLDER`, JSON out.
 
 The job goes from a folder with a model and a file of pairs to trained weights: loading, tokenising, scoring with the
 reference and one epoch of training. Imports and interpreter are not in it; the peak of memory is the process's own.
@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.dpo_problem import DPOProblem, read
-from benchmarks.measure import _status
+from benchmarks.jobs.problem import DPOProblem, read
+from benchmarks.machine import process_memory
 
 BETA = 0.1
 LORA_RANK = 16
@@ -245,7 +245,7 @@ def main() -> None:
         "job_s": result["scoring_s"] + result["training_s"],
         "num_pairs": len(train),
         "num_tokens": sum(sequences),
-        "peak_bytes": torch.cuda.max_memory_allocated() if problem.device == "cuda" else _status("VmHWM"),
+        "peak_bytes": torch.cuda.max_memory_allocated() if problem.device == "cuda" else process_memory("VmHWM"),
     }
     print(json.dumps(result))
 

@@ -17,19 +17,19 @@ from typing import Any
 
 import torch
 
-from benchmarks.contenders import LINEAR, LOGITS, OTHER_LOSS
+from benchmarks.kernels.contenders import LINEAR, LOGITS, OTHER_LOSS
+from benchmarks.kernels.problem import SHAPES, Shape
+from benchmarks.kernels.report import markdown, plot
 from benchmarks.machine import machine
-from benchmarks.problem import SHAPES, Shape
-from benchmarks.report import markdown, plot
 
-_RESULTS = Path(__file__).parent / "results"
+_RESULTS = Path(__file__).parents[1] / "results"
 _ON_GPU = ("qwen2-7b", "llama-3-8b", "mistral-7b", "gemma-2-9b")
 _TIMEOUT_S = 900
 
 
 def child(task: str, shape: Shape, contender: str, device: str, repeats: int) -> dict[str, Any]:
     """One measurement in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.measure", task, shape.name, contender, device, str(repeats)]
+    command = [sys.executable, "-m", "benchmarks.kernels.measure", task, shape.name, contender, device, str(repeats)]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:

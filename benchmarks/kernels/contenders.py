@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bdpo_kernels import linear_preference_loss, linear_sequence_logprob, sequence_logprob
-from benchmarks.problem import BETA, Problem, pair_losses
+from benchmarks.kernels.problem import BETA, Problem, pair_losses
 
 LinearContender = Callable[[Problem], Tensor]
 LogitsContender = Callable[[Problem, Tensor], Tensor]

@@ -1,6 +1,6 @@
-"""One contender in a process of its own: `python -m benchmarks.measure TASK SHAPE CONTENDER DEVICE REPEATS`, JSON out.
+"""One contender in a process of its own: `python -m benchmarks.kernels.measure TASK SHAPE CONTENDER DEVICE REPEATS`.
 
-A fresh process each, so that no contender's memory hides in another's.
+Prints JSON. A fresh process each, so that no contender's memory hides in another's.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.contenders import LINEAR, LOGITS, NotRunError
-from benchmarks.problem import SHAPES, Problem, Shape, make_problem
+from benchmarks.kernels.contenders import LINEAR, LOGITS, NotRunError
+from benchmarks.kernels.problem import SHAPES, Problem, Shape, make_problem
+from benchmarks.machine import process_memory
 
 
 def find_shape(name: str) -> Shape:
@@ -53,16 +54,9 @@ def extra_peak_bytes(function: Callable[[], Any], device: str) -> int:
         return torch.cuda.max_memory_allocated() - before
     # Linux: resets the high-water mark of the resident set.
     Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    before = process_memory("VmRSS")
     function()
-    return _status("VmHWM") - before
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"no {field} in /proc/self/status")
+    return process_memory("VmHWM") - before
 
 
 def measure(forward: Callable[[], Tensor], leaves: list[Tensor], device: str, repeats: int) -> dict[str, Any]:

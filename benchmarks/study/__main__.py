@@ -17,10 +17,18 @@ from rich.table import Table
 
 from bdpo_pl.console import get_console
 from benchmarks.machine import machine
-from benchmarks.study import plan
-from benchmarks.study.reference import DEFAULT_FOLDER, make_reference
-from benchmarks.study.runner import append, differences, make_references, quiet_cell, read_records, remove, run_cells
-from benchmarks.study.settings import Setting
+from benchmarks.study.run import plan
+from benchmarks.study.run.reference import DEFAULT_FOLDER, make_reference
+from benchmarks.study.run.runner import (
+    append,
+    differences,
+    make_references,
+    quiet_cell,
+    read_records,
+    remove,
+    run_cells,
+)
+from benchmarks.study.run.settings import Setting
 
 RESULTS = Path(__file__).parents[1] / "results"
 

@@ -3,10 +3,10 @@
 import random
 from dataclasses import asdict
 
-from benchmarks.study import plan
-from benchmarks.study.evaluate import FRAMED, FRAMED_BENIGN, HARMFUL, HELD_OUT_LOOK_ALIKE, LOOK_ALIKE, SIZES
-from benchmarks.study.judge import KINDS
-from benchmarks.study.wording import UNSEEN
+from benchmarks.study.run import plan
+from benchmarks.study.run.evaluate import FRAMED, FRAMED_BENIGN, HARMFUL, HELD_OUT_LOOK_ALIKE, LOOK_ALIKE, SIZES
+from benchmarks.study.world.judge import KINDS
+from benchmarks.study.world.wording import UNSEEN
 
 HEAD = {
     "command": ["python", "-m", "benchmarks.study", "--quick"],

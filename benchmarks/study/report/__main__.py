@@ -1,4 +1,4 @@
-"""The study's page: `python -m benchmarks.study.page RECORDS.jsonl [--out docs/study.md] [--no-figures]`.
+"""The study's page: `python -m benchmarks.study.report RECORDS.jsonl [--out docs/study.md] [--no-figures]`.
 
 Tables, and sentences that follow from them by rule, are made anew each time. What a person has to say of them stands in
 a file of its own beside the page (`docs/study_reading.md`), which the page takes in whole.
@@ -10,12 +10,12 @@ import argparse
 from pathlib import Path
 
 from bdpo_pl.errors import InputError
-from benchmarks.study import frame, sections
-from benchmarks.study.confirmation import confirmation
-from benchmarks.study.figures import draw_all
-from benchmarks.study.results import Results, load
+from benchmarks.study.report import frame, sections
+from benchmarks.study.report.confirmation import confirmation
+from benchmarks.study.report.figures import draw_all
+from benchmarks.study.report.results import Results, load
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs" / "study.md"
 
 

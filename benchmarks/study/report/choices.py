@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from bdpo_pl.errors import InputError
-from benchmarks.study.evaluate import validation_score
-from benchmarks.study.plan import METHODS
-from benchmarks.study.results import Cell, Measure, Results
-from benchmarks.study.statistics import quantile
-from benchmarks.study.tables import MISSING, number, table
+from benchmarks.study.report.results import Cell, Measure, Results
+from benchmarks.study.report.statistics import quantile
+from benchmarks.study.report.tables import MISSING, number, table
+from benchmarks.study.run.evaluate import validation_score
+from benchmarks.study.run.plan import METHODS
 
 SCORE = Measure("validation score", lambda cell: validation_score(cell["metrics"]), better=-1)
 _ORDER = [method.name for method in METHODS]

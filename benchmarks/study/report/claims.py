@@ -6,8 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from benchmarks.study.plan import BDPO, DPO, DPO_BW, DPO_SF, FULL, NO_BALANCE, world_name
-from benchmarks.study.results import (
+from benchmarks.study.report.results import (
     ABILITY,
     FRAMED_ATTACKS,
     FRAMING_GAP,
@@ -18,8 +17,9 @@ from benchmarks.study.results import (
     Measure,
     Results,
 )
-from benchmarks.study.statistics import Interval, holm, interval, paired
-from benchmarks.study.tables import SIGNIFICANT, Group, difference_text, table
+from benchmarks.study.report.statistics import Interval, holm, interval, paired
+from benchmarks.study.report.tables import SIGNIFICANT, Group, difference_text, table
+from benchmarks.study.run.plan import BDPO, DPO, DPO_BW, DPO_SF, FULL, NO_BALANCE, world_name
 
 HOLDS, FAILS, UNKNOWN, ABSENT = "holds here", "does not hold here", "cannot be told", "not in the records"
 # Points that count as no loss, chosen before any result.

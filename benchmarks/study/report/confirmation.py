@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from benchmarks.study.plan import BDPO, CONFIRMED, world_name
-from benchmarks.study.results import ABILITY, FRAMED_ATTACKS, GAP, OVER_REFUSAL, REFUSAL, Results
-from benchmarks.study.sections import NOT_RUN, joined
-from benchmarks.study.tables import Contrast, Group, differences, means
+from benchmarks.study.report.results import ABILITY, FRAMED_ATTACKS, GAP, OVER_REFUSAL, REFUSAL, Results
+from benchmarks.study.report.sections import NOT_RUN, joined
+from benchmarks.study.report.tables import Contrast, Group, differences, means
+from benchmarks.study.run.plan import BDPO, CONFIRMED, world_name
 
 MEASURES = (FRAMED_ATTACKS, OVER_REFUSAL, ABILITY, GAP)
 AGAINST = tuple(name for name in CONFIRMED if name != BDPO.name)

@@ -9,9 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.study.imbalance import STRONG_RATIO, TAUS
-from benchmarks.study.plan import ALIKE, BDPO, DPO, DPO_ALIKE, HALVES, METHODS, VARIANTS
-from benchmarks.study.results import (
+from benchmarks.study.report.results import (
     ABILITY,
     CHIEF,
     FRAMED_ATTACKS,
@@ -23,8 +21,10 @@ from benchmarks.study.results import (
     Measure,
     Results,
 )
-from benchmarks.study.statistics import Interval, interval
-from benchmarks.study.tables import Contrast, Group, contrast, number
+from benchmarks.study.report.statistics import Interval, interval
+from benchmarks.study.report.tables import Contrast, Group, contrast, number
+from benchmarks.study.run.imbalance import STRONG_RATIO, TAUS
+from benchmarks.study.run.plan import ALIKE, BDPO, DPO, DPO_ALIKE, HALVES, METHODS, VARIANTS
 
 COLOURS = {DPO.name: "#b35900", BDPO.name: "#00508c"}
 INK = "#333333"

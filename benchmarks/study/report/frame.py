@@ -6,12 +6,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from benchmarks.study import plan, reference, world
-from benchmarks.study.choices import all_trials, error
-from benchmarks.study.evaluate import FRAMED, evaluation
-from benchmarks.study.plan import BDPO, DPO
-from benchmarks.study.results import Results
-from benchmarks.study.sections import joined, summary
+from benchmarks.study.report.choices import all_trials, error
+from benchmarks.study.report.results import Results
+from benchmarks.study.report.sections import joined, summary
+from benchmarks.study.run import plan, reference
+from benchmarks.study.run.evaluate import FRAMED, evaluation
+from benchmarks.study.run.plan import BDPO, DPO
+from benchmarks.study.world import texts as world
 
 _ORDER = [method.name for method in plan.METHODS]
 
@@ -20,7 +21,7 @@ def head(results: Results) -> str:
     """Title, what the page is made of, and what the records lack of the whole study."""
     lines = [
         "# A study of Balanced DPO in a small world",
-        f"Written by `python -m benchmarks.study.page {results.name}`. Tables and the sentences beside them are made from "
+        f"Written by `python -m benchmarks.study.report {results.name}`. Tables and the sentences beside them are made from "
         "those records; a number ± another is a mean over seeds with its 95 % t interval, brackets hold a 95 % interval.",
         f"{summary(results)} [One by one](#the-papers-claims-one-by-one).",
     ]
@@ -138,7 +139,7 @@ def again(results: Results) -> str:
     text = (
         "```\n"
         f"python -m benchmarks.study --cell {cell['key']} --out {results.name}\n"
-        f"python -m benchmarks.study.page {results.name}\n"
+        f"python -m benchmarks.study.report {results.name}\n"
         "```\n\n"
         f"The first runs one cell again ({cell['setting']['method']}, {cell['setting']['section']}, seed "
         f"{cell['setting']['seed']}) and says whether every number comes out the same; training the reference comes first if it "

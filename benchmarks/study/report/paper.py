@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from benchmarks.study.tables import table
+from benchmarks.study.report.tables import table
 
 ABLATION = {
     "DPO": (84.03, 81.50, 65.85),

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from bdpo_pl.errors import InputError
-from benchmarks.study.evaluate import FRAMED, HARMFUL, HELD_OUT_CATEGORIES
-from benchmarks.study.runner import read_records
+from benchmarks.study.run.evaluate import FRAMED, HARMFUL, HELD_OUT_CATEGORIES
+from benchmarks.study.run.runner import read_records
 
 Cell = dict[str, Any]
 

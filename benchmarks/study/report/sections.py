@@ -6,11 +6,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 
-from benchmarks.study import paper, plan
-from benchmarks.study.choices import chosen_table, error, trials_table
-from benchmarks.study.claims import ABSENT, CHECKS, FAILS, HOLDS, TOLERANCE, UNKNOWN, claims_table, verdicts
-from benchmarks.study.evaluate import FRAMED
-from benchmarks.study.figures import (
+from benchmarks.study.report import paper
+from benchmarks.study.report.choices import chosen_table, error, trials_table
+from benchmarks.study.report.claims import ABSENT, CHECKS, FAILS, HOLDS, TOLERANCE, UNKNOWN, claims_table, verdicts
+from benchmarks.study.report.figures import (
     FIGURES,
     curve,
     curve_groups,
@@ -18,9 +17,7 @@ from benchmarks.study.figures import (
     imbalance_groups,
     sensitivity_contrasts,
 )
-from benchmarks.study.imbalance import STRONG_RATIO, TAUS
-from benchmarks.study.plan import BDPO, DPO, DPO_BW, DPO_SF, HALVES
-from benchmarks.study.results import (
+from benchmarks.study.report.results import (
     ABILITY,
     CHIEF,
     CPU_SECONDS,
@@ -39,8 +36,12 @@ from benchmarks.study.results import (
     Results,
     attack,
 )
-from benchmarks.study.statistics import interval
-from benchmarks.study.tables import Contrast, Group, contrast, differences, mean_text, means, table
+from benchmarks.study.report.statistics import interval
+from benchmarks.study.report.tables import Contrast, Group, contrast, differences, mean_text, means, table
+from benchmarks.study.run import plan
+from benchmarks.study.run.evaluate import FRAMED
+from benchmarks.study.run.imbalance import STRONG_RATIO, TAUS
+from benchmarks.study.run.plan import BDPO, DPO, DPO_BW, DPO_SF, HALVES
 
 _ORDER = [method.name for method in plan.METHODS]
 NOT_RUN = "Not in the records."

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from benchmarks.study.results import OUTCOMES, Cell, Measure, Results
-from benchmarks.study.statistics import Interval, holm, interval, paired
+from benchmarks.study.report.results import OUTCOMES, Cell, Measure, Results
+from benchmarks.study.report.statistics import Interval, holm, interval, paired
 
 SIGNIFICANT = 0.05
 MISSING = "–"

@@ -21,11 +21,11 @@ from bdpo_pl.models.loading import ModelSource, load_model, load_tokenizer, mode
 from bdpo_pl.scoring.scoring_pass import ScoringOptions
 from bdpo_pl.training.datamodule import PreferenceDataModule
 from bdpo_pl.training.module import PreferenceModule
-from benchmarks.study.evaluate import evaluate, evaluation
-from benchmarks.study.imbalance import choose, describe, imbalances
-from benchmarks.study.reference import reference_folder
-from benchmarks.study.settings import Setting
-from benchmarks.study.world import preference_pairs
+from benchmarks.study.run.evaluate import evaluate, evaluation
+from benchmarks.study.run.imbalance import choose, describe, imbalances
+from benchmarks.study.run.reference import reference_folder
+from benchmarks.study.run.settings import Setting
+from benchmarks.study.world.texts import preference_pairs
 
 HELD_OUT_PAIRS = 162
 # Not the training pairs' seed: the held-out pairs are the same in every cell.

@@ -10,10 +10,10 @@ from typing import Any
 
 from bdpo_pl.forward.generation import generate_responses
 from bdpo_pl.refusals import is_refusal
-from benchmarks.study import wording
-from benchmarks.study.judge import KINDS, kind_of
-from benchmarks.study.topics import TEST_LOOK_ALIKES, VALIDATION_LOOK_ALIKES
-from benchmarks.study.world import Act, Split, Writer, ability_questions, acts
+from benchmarks.study.world import wording
+from benchmarks.study.world.judge import KINDS, kind_of
+from benchmarks.study.world.texts import Act, Split, Writer, ability_questions, acts
+from benchmarks.study.world.topics import TEST_LOOK_ALIKES, VALIDATION_LOOK_ALIKES
 
 MAX_NEW_TOKENS = 44
 GENERATION_BATCH = 128

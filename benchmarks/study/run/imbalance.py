@@ -17,7 +17,7 @@ from bdpo_pl.embedded.make.data import Row
 from bdpo_pl.forward.prefix_sharing import RowLayout
 from bdpo_pl.models.loading import ModelSource, load_model, load_tokenizer
 from bdpo_pl.scoring.scoring_pass import score_pairs, table_comprehension
-from benchmarks.study.settings import Pairs
+from benchmarks.study.run.settings import Pairs
 
 # One response of a strongly re-weighted pair has at least so many times the other's weight.
 STRONG_RATIO = 1.5

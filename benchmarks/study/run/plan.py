@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from bdpo_pl.errors import InputError
-from benchmarks.study.evaluate import validation_score
-from benchmarks.study.settings import Pairs, Section, Setting
+from benchmarks.study.run.evaluate import validation_score
+from benchmarks.study.run.settings import Pairs, Section, Setting
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from rich.console import Console
 
 from bdpo_pl.embedded.make.model import new_model, train, train_tokenizer
 from bdpo_pl.models.loading import ModelSource, load_tokenizer
-from benchmarks.study import world
+from benchmarks.study.world import texts as world
 
-DEFAULT_FOLDER = Path(__file__).parent / "cache"
+DEFAULT_FOLDER = Path(__file__).parents[1] / "cache"
 # At most: the world's texts give some 2,100.
 VOCABULARY = 4096
 SIZES = {

@@ -17,9 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bdpo_pl.console import get_console
 from bdpo_pl.errors import InputError
 from bdpo_pl.files import write_whole
-from benchmarks.study.cell import run_cell, texts_digest
-from benchmarks.study.reference import make_reference, reference_folder
-from benchmarks.study.settings import Setting
+from benchmarks.study.run.cell import run_cell, texts_digest
+from benchmarks.study.run.reference import make_reference, reference_folder
+from benchmarks.study.run.settings import Setting
 
 COMPARED = ("texts", "reference", "metrics", "curve", "imbalance", "steps", "failed")
 """What of a record is the same on every run on one machine."""

@@ -8,7 +8,7 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from benchmarks.study.reference import STEPS
+from benchmarks.study.run.reference import STEPS
 
 Pairs = Literal["all", "balanced half", "imbalanced half", "random half"]
 Section = Literal["tuning", "final", "imbalance", "curves", "sensitivity", "replication", "confirmation"]

@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterable
 from functools import cache
 
-from benchmarks.study import wording
-from benchmarks.study.topics import EVERYDAY, LOOK_ALIKES
+from benchmarks.study.world import wording
+from benchmarks.study.world.topics import EVERYDAY, LOOK_ALIKES
 
 KINDS = {
     "refusal": (*wording.REFUSALS, *wording.OVER_REFUSALS),

@@ -25,8 +25,8 @@ from typing import Literal, TypeVar
 from bdpo_pl.embedded.make.data import Row
 from bdpo_pl.embedded.make.model import Conversation
 from bdpo_pl.embedded.make.topics import Benign, Risk
-from benchmarks.study import abilities, wording
-from benchmarks.study.topics import (
+from benchmarks.study.world import abilities, wording
+from benchmarks.study.world.topics import (
     EVERYDAY,
     HELD_OUT_RISKS,
     LOOK_ALIKES,

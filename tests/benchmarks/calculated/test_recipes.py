@@ -8,9 +8,9 @@ from makers import build_model, build_tokenizer, safe_rlhf_row, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from bdpo_pl.fit import main
-from benchmarks.recipes import PAGE, RECIPES, hours, page
+from benchmarks.calculated.recipes import PAGE, RECIPES, hours, page
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 WORDS = ("water", "set", "keep", "ask", "read", "trap", "find", "poison", "help", "do", "it", "with")
 # As their cards have them: 7.62, 7.25 and 6.74 billion.
 PARAMETERS = {"qwen2": 7_615_616_512, "mistral": 7_248_023_552, "llama": 6_738_415_616}

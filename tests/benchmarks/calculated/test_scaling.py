@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.scaling import PAGE, SHAPES, config_of, page, parameters, sent_by_fsdp, sent_by_tensor
+from benchmarks.calculated.scaling import PAGE, SHAPES, config_of, page, parameters, sent_by_fsdp, sent_by_tensor
 
 
 @pytest.mark.parametrize("shape", SHAPES)

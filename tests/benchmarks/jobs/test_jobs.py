@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.dpo_problem import DPOProblem, build, read
-from benchmarks.end_to_end import curve_lines, loss_difference, markdown, seconds_to
+from benchmarks.jobs.__main__ import curve_lines, loss_difference, markdown, seconds_to
+from benchmarks.jobs.problem import DPOProblem, build, read
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def run(module, *arguments):
@@ -24,7 +24,7 @@ def run(module, *arguments):
 def test_our_jobs_run_and_learn(tmp_path):
     arguments = ["--mixes", "balanced", "--spread", "0.5", "--scale", "0.2", "--pairs", "48", "--learning-rate", "3e-3"]
     only = ["--only", "ours, B-DPO", "--curve", "3", "--out", str(tmp_path)]
-    printed = run("benchmarks.end_to_end", *arguments, *only)
+    printed = run("benchmarks.jobs", *arguments, *only)
     assert "| balanced 96/96, σ 0.5 | ours, B-DPO |" in printed
     (report,) = (json.loads(path.read_text()) for path in tmp_path.glob("*-cpu-end-to-end.json"))
     (row,) = report["rows"]
@@ -39,7 +39,7 @@ def test_our_jobs_run_and_learn(tmp_path):
 def test_dpo_losses_are_trls_over_twenty_steps(tmp_path):
     arguments = ["--mixes", "prompt-heavy", "--spread", "0.5", "--scale", "0.2", "--pairs", "80"]
     only = ["--only", "ours, DPO", "TRL DPO, precomputed reference", "--learning-rate", "2e-3", "--out", str(tmp_path)]
-    run("benchmarks.end_to_end", *arguments, *only)
+    run("benchmarks.jobs", *arguments, *only)
     (report,) = (json.loads(path.read_text()) for path in tmp_path.glob("*.json"))
     ours, theirs = (row["losses"] for row in report["rows"])
     assert len(ours) == len(theirs) == 20
@@ -48,7 +48,9 @@ def test_dpo_losses_are_trls_over_twenty_steps(tmp_path):
 
 
 def test_scoring_benchmark_runs(tmp_path):
-    printed = run("benchmarks.scoring", "--mixes", "balanced", "--pairs", "2", "--rounds", "1", "--out", str(tmp_path))
+    printed = run(
+        "benchmarks.jobs.scoring", "--mixes", "balanced", "--pairs", "2", "--rounds", "1", "--out", str(tmp_path)
+    )
     assert "× an epoch's forward" in printed
     (report,) = (json.loads(path.read_text()) for path in tmp_path.glob("*-cpu-scoring.json"))
     assert report["rows"][0]["layout"] == "shared"

@@ -6,9 +6,9 @@ import pytest
 import study_records
 
 from benchmarks.study import __main__ as study
-from benchmarks.study import plan
-from benchmarks.study.runner import append
-from benchmarks.study.settings import Setting
+from benchmarks.study.run import plan
+from benchmarks.study.run.runner import append
+from benchmarks.study.run.settings import Setting
 
 
 @pytest.fixture

@@ -10,14 +10,23 @@ import pytest
 import study_records as records
 
 from bdpo_pl.errors import InputError
-from benchmarks.study import plan
-from benchmarks.study.choices import chosen_table, error, trials_table
-from benchmarks.study.claims import ABSENT, CHECKS, FAILS, HOLDS, UNKNOWN, verdict, verdicts
-from benchmarks.study.confirmation import confirmation, contrasts
-from benchmarks.study.page import PAGE, ROOT, page, reading_of, write
-from benchmarks.study.results import ABILITY, FRAMED_ATTACKS, GAP, OUTCOMES, REFUSAL, Results, load
-from benchmarks.study.statistics import Interval, holm, inside, interval, paired, quantile
-from benchmarks.study.tables import Contrast, Group, difference_text, differences, mean_text, means, number, table
+from benchmarks.study.report.__main__ import PAGE, ROOT, page, reading_of, write
+from benchmarks.study.report.choices import chosen_table, error, trials_table
+from benchmarks.study.report.claims import ABSENT, CHECKS, FAILS, HOLDS, UNKNOWN, verdict, verdicts
+from benchmarks.study.report.confirmation import confirmation, contrasts
+from benchmarks.study.report.results import ABILITY, FRAMED_ATTACKS, GAP, OUTCOMES, REFUSAL, Results, load
+from benchmarks.study.report.statistics import Interval, holm, inside, interval, paired, quantile
+from benchmarks.study.report.tables import (
+    Contrast,
+    Group,
+    difference_text,
+    differences,
+    mean_text,
+    means,
+    number,
+    table,
+)
+from benchmarks.study.run import plan
 
 # Student's t, two-sided 95 %, from printed tables.
 T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 7: 2.365, 9: 2.262, 30: 2.042, 120: 1.980}
@@ -312,9 +321,9 @@ def test_figures_are_the_same_bytes_each_time_and_small(quick, tmp_path):
 
 def test_the_committed_page_is_what_its_records_make():
     if not PAGE.exists():
-        pytest.skip("no page yet: python -m benchmarks.study.page RECORDS")
+        pytest.skip("no page yet: python -m benchmarks.study.report RECORDS")
     text = PAGE.read_text(encoding="utf-8")
-    named = re.search(r"benchmarks\.study\.page (\S+)`", text)
+    named = re.search(r"benchmarks\.study\.report (\S+)`", text)
     assert named, f"{PAGE} does not say which records it is made of"
     reading = reading_of(PAGE)
     said = reading.read_text(encoding="utf-8") if reading.exists() else ""

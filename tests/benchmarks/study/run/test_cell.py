@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from bdpo_pl.errors import InputError
-from benchmarks.study import plan
-from benchmarks.study.cell import write_rows
-from benchmarks.study.evaluate import FRAMED, evaluation
-from benchmarks.study.imbalance import choose, describe, imbalances
-from benchmarks.study.reference import make_reference, reference_folder
-from benchmarks.study.runner import append, differences, quiet_cell, read_records, run_cells
-from benchmarks.study.settings import Setting
-from benchmarks.study.world import preference_pairs
+from benchmarks.study.run import plan
+from benchmarks.study.run.cell import write_rows
+from benchmarks.study.run.evaluate import FRAMED, evaluation
+from benchmarks.study.run.imbalance import choose, describe, imbalances
+from benchmarks.study.run.reference import make_reference, reference_folder
+from benchmarks.study.run.runner import append, differences, quiet_cell, read_records, run_cells
+from benchmarks.study.run.settings import Setting
+from benchmarks.study.world.texts import preference_pairs
 
 STEPS = 6
 SMALL = {"num_pairs": 48, "evaluate": "validation", "reference_steps": STEPS}

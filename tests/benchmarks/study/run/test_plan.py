@@ -7,9 +7,9 @@ from dataclasses import asdict
 import pytest
 
 from bdpo_pl.errors import InputError
-from benchmarks.study import plan
-from benchmarks.study.evaluate import validation_score
-from benchmarks.study.settings import Setting
+from benchmarks.study.run import plan
+from benchmarks.study.run.evaluate import validation_score
+from benchmarks.study.run.settings import Setting
 
 
 def record(setting, attacks=0.5, over_refusal=0.5, ability=1.0):

@@ -6,11 +6,11 @@ from collections import Counter
 import pytest
 
 from bdpo_pl.refusals import is_refusal
-from benchmarks.study import abilities, wording
-from benchmarks.study.evaluate import FRAMED, HELD_OUT_CATEGORIES, HELD_OUT_LOOK_ALIKE, SIZES, evaluation
-from benchmarks.study.judge import kind_of
-from benchmarks.study.topics import HELD_OUT_RISKS, LOOK_ALIKES, RISKS, TEST_LOOK_ALIKES, VALIDATION_LOOK_ALIKES
-from benchmarks.study.world import Writer, ability_questions, acts, conversations, preference_pairs
+from benchmarks.study.run.evaluate import FRAMED, HELD_OUT_CATEGORIES, HELD_OUT_LOOK_ALIKE, SIZES, evaluation
+from benchmarks.study.world import abilities, wording
+from benchmarks.study.world.judge import kind_of
+from benchmarks.study.world.texts import Writer, ability_questions, acts, conversations, preference_pairs
+from benchmarks.study.world.topics import HELD_OUT_RISKS, LOOK_ALIKES, RISKS, TEST_LOOK_ALIKES, VALIDATION_LOOK_ALIKES
 
 PAIRS = preference_pairs("train", 720, seed=3)
 TAUGHT = list(itertools.islice(conversations(0, 1), 4000))

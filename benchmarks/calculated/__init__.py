@@ -1,0 +1,1 @@
+"""Pages and predictions that are arithmetic: nothing here measures."""

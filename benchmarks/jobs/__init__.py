@@ -1,0 +1,1 @@
+"""Whole alignment jobs, and their scoring passes, beside TRL."""

@@ -1,0 +1,1 @@
+"""From records to the page `docs/study.md` and its figures."""
