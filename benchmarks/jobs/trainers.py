@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from benchmarks.jobs.problem import DPOProblem, read
 from benchmarks.machine import process_memory
@@ -35,11 +36,16 @@ class Curve:
         self.points: list[tuple[float, float]] = []
 
     def add(self, measure: Callable[[], float]) -> None:
-        """Stop the clock, measure, let it go on."""
+        """Add a point, with the clock stopped while it is measured."""
+        seconds = time.perf_counter() - self.start - self.paused
+        self.points.append((seconds, self.aside(measure)))
+
+    def aside(self, measure: Callable[[], Any]) -> Any:
+        """Measure with the clock stopped."""
         begin = time.perf_counter()
-        loss = measure()
-        self.points.append((begin - self.start - self.paused, loss))
+        result = measure()
         self.paused += time.perf_counter() - begin
+        return result
 
 
 def ours(problem: DPOProblem, folder: Path, balance: bool, start: float) -> dict[str, Any]:
@@ -54,10 +60,14 @@ def ours(problem: DPOProblem, folder: Path, balance: bool, start: float) -> dict
     losses: list[float] = []
     curve = Curve(start)
     marks: dict[str, float] = {}
+    reference: list[torch.Tensor] = []
 
     class Watch(L.Callback):
         def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
             marks["training_starts"] = time.perf_counter()
+            if problem.curve:
+                # Before the first step the policy is the reference.
+                reference.extend(curve.aside(lambda: held_out_margins(trainer, pl_module)))
 
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             losses.append(outputs["loss"].item())
@@ -66,13 +76,16 @@ def ours(problem: DPOProblem, folder: Path, balance: bool, start: float) -> dict
                 curve.add(lambda: held_out_loss(trainer, module))
 
     @torch.no_grad()
-    def held_out_loss(trainer: Any, module: Any) -> float:
-        loss, total, count = DPOLoss(BETA), 0.0, 0
+    def held_out_margins(trainer: Any, module: Any) -> list[torch.Tensor]:
+        margins = []
         for batch in trainer.datamodule.val_dataloader()[0]:
-            batch = trainer.strategy.batch_to_device(batch)
-            pairs = module._pairs(batch, "held_out", module(batch))
-            total, count = total + loss(pairs).sum().item(), count + len(batch.pair_weight)
-        return total / count
+            chosen, rejected = module(trainer.strategy.batch_to_device(batch))
+            margins.append(chosen - rejected)
+        return margins
+
+    def held_out_loss(trainer: Any, module: Any) -> float:
+        gained = torch.cat(held_out_margins(trainer, module)) - torch.cat(reference)
+        return -F.logsigmoid(BETA * gained).mean().item()
 
     cache = tempfile.TemporaryDirectory()
     module = PreferenceModule(
