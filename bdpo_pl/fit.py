@@ -6,29 +6,7 @@ With no argument it aligns the small embedded model on the embedded preference s
 
 from __future__ import annotations
 
-import time
-from contextlib import nullcontext
-from pathlib import Path
-
-import lightning as L
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_only
-
-import bdpo_pl.parallel.fsdp2  # noqa: F401 - names the strategy fsdp2
-from bdpo_pl.cli.command import run_command
-from bdpo_pl.cli.job import FitCLI, parse_options
-from bdpo_pl.console import get_console, paths_table
-from bdpo_pl.errors import InputError
-from bdpo_pl.files import RunFolder
-from bdpo_pl.parallel.state import whole_state
-from bdpo_pl.training.callbacks import LastCheckpoint
-from bdpo_pl.training.checkpoints import find_checkpoint, write_atomically
-from bdpo_pl.training.export import export_adapters, export_model
-from bdpo_pl.training.memory_plan import planned
-from bdpo_pl.training.module import PreferenceModule
-from bdpo_pl.training.safety_probe import SafetyProbe
-from bdpo_pl.training.summary import summary_table
+from bdpo_pl.cli.quick import answer_early
 
 
 def main(args: list[str] | None = None) -> None:
@@ -37,66 +15,12 @@ def main(args: list[str] | None = None) -> None:
     Exit status: 2 a fault of the input, 3 a loss or gradient that is not finite, 4 a fault of the machine, 128 + the
     signal's number where one stopped it.
     """
-    run_command(lambda: _run(args))
+    given = answer_early("fit", args)
+    # What follows imports torch, which takes seconds that a typo need not wait for.
+    from bdpo_pl.cli.aligning import run
+    from bdpo_pl.cli.command import run_command
 
-
-def _run(args: list[str] | None) -> None:
-    start = time.perf_counter()
-    cli = parse_options(FitCLI, args, __doc__)
-    trainer = cli.trainer
-    if cli.config.dry_run:
-        get_console().print(planned(trainer, cli.model, cli.datamodule).table())
-        return
-    checkpoint = find_checkpoint(cli.config.ckpt_path, Path(trainer.default_root_dir))
-    write_atomically(trainer)
-    # Known to rank 0 alone, which writes it; the others wait for it where the strategy sets up.
-    first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
-    with RunFolder(Path(trainer.log_dir or trainer.default_root_dir)) if first else nullcontext():
-        _align(cli, checkpoint, start)
-
-
-def _align(cli: FitCLI, checkpoint: str | None, start: float) -> None:
-    trainer, module, data = cli.trainer, cli.model, cli.datamodule
-    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
-    if module.global_step not in module.evaluations and "held_out" in data.tables:
-        trainer.validate(module, data, verbose=False)
-    # Asked on every rank: Lightning broadcasts it.
-    folder = Path(trainer.log_dir or trainer.default_root_dir)
-    # All ranks give their parts.
-    state = None if _is_plain(module, trainer) else whole_state(module.policy, module.lora is not None)
-    if not trainer.is_global_zero:
-        return
-    paths = {"configuration": folder / "config.yaml", "metrics": folder / "metrics.csv"}
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.best_model_path:
-            name = "last checkpoint" if isinstance(callback, LastCheckpoint) else "best checkpoint"
-            paths[name] = Path(callback.best_model_path)
-    if cli.config.export:
-        best = _best(trainer) if cli.config.export_from == "best" else None
-        paths["aligned model"] = export_model(module, data.tokenizer, folder / "model", state, best)
-    if cli.config.export_adapter and module.lora is not None:
-        assert state is not None
-        paths["adapter"] = export_adapters(module, folder / "adapter", state)
-    probe: SafetyProbe = cli.config_init.safety
-    console = get_console()
-    console.print(summary_table(module.evaluations, module.global_step, probe.before, probe.after))
-    console.print(paths_table(paths))
-    console.print(f"Done in {time.perf_counter() - start:.0f} s, {module.global_step} optimiser steps")
-
-
-def _is_plain(module: PreferenceModule, trainer: L.Trainer) -> bool:
-    return module.lora is None and not isinstance(trainer.strategy, ModelParallelStrategy)
-
-
-def _best(trainer: L.Trainer) -> Path:
-    """The best checkpoint; known on every rank."""
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None and callback.best_model_path:
-            return Path(callback.best_model_path)
-    raise InputError(
-        "export_from is best, but no validation chose a checkpoint: lower trainer.val_check_interval, or go on with "
-        "--ckpt_path last --export_from last"
-    )
+    run_command(lambda: run(given, __doc__))
 
 
 if __name__ == "__main__":

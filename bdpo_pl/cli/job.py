@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning as L
 import torch
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from bdpo_pl import embedded
 from bdpo_pl.cli.parser import OptionParser
+from bdpo_pl.embedded import EMBEDDED
 from bdpo_pl.errors import InputError
 from bdpo_pl.training.callbacks import LastCheckpoint, RandomState, SaveOnNonFinite, StopAtGap
 from bdpo_pl.training.checkpoints import StopSignals
@@ -23,6 +26,7 @@ from bdpo_pl.training.safety_probe import SafetyProbe
 _NAMES_A_JOB = {"--config", "-c", "--model", "--model.policy", "--data", "--data.train"}
 
 _MONITOR = "held_out/loss"
+_RUNS = "runs"
 
 _EMBEDDED_CONFIG = Path(embedded.__file__).with_name("fit.yaml")
 
@@ -69,14 +73,30 @@ class FitCLI(LightningCLI):
                 "checkpoint.filename": "best-step={step}",
                 "checkpoint.auto_insert_metric_name": False,
                 "model.loss": {"class_path": "bdpo_pl.losses.BalancedDPOLoss"},
+                # The embedded pairs are for the embedded model; a model of one's own is trained on nothing unasked.
+                "data.train": None,
             }
         )
+        # A default file names the optimiser itself, and would be left with its options and no class.
+        if not parser.default_config_files:
+            parser.set_defaults({"model.optimizer": {"class_path": "bdpo_pl.training.optim.AdamW"}})
 
     def before_instantiate_classes(self) -> None:
         """Fit the defaults to the machine and to the data."""
         if self.config.trainer.accelerator == "auto" and torch.backends.mps.is_available():
             # Log-probabilities are summed in float64, which Apple's GPUs do not have.
             self.config.trainer.accelerator = "cpu"
+        if self.config.data.train is None:
+            if self.config.model.policy != EMBEDDED:
+                raise InputError(
+                    f"model.policy is {self.config.model.policy}, but there is nothing to train it on: set data.train "
+                    "to a file of pairs, or to embedded for the small set of bdpo_pl"
+                )
+            self.config.data.train = EMBEDDED
+        logger = self.config.trainer.logger
+        if isinstance(logger, Namespace) and logger.get("init_args.save_dir") == _RUNS:
+            # One option for all that is written.
+            logger.init_args.save_dir = self.config.trainer.default_root_dir
         # With nothing held out there is no held-out loss for the checkpoint to watch.
         if self._holds_out_nothing() and self.config.checkpoint.monitor == _MONITOR:
             self.config.checkpoint.monitor = None
@@ -116,21 +136,42 @@ def parse_options(cli_class: type[FitCLI], args: list[str] | None, description: 
     given = sys.argv[1:] if args is None else args
     # The embedded run has settings of its own, which must not leak into the runs of others.
     is_embedded = _NAMES_A_JOB.isdisjoint(argument.split("=")[0] for argument in given)
-    return cli_class(
-        PreferenceModule,
-        PreferenceDataModule,
-        run=False,
-        args=args,
-        parser_class=OptionParser,
-        seed_everything_default=42,
-        auto_configure_optimizers=False,
+    return cli_class(args=args, **_settings(description, is_embedded))
+
+
+def make_parser(cli_class: type[FitCLI], embedded_run: bool = False) -> OptionParser:
+    """The parser of a command, which says what options and defaults it has."""
+    made: list[OptionParser] = []
+
+    class _Asked(cli_class):  # type: ignore[valid-type,misc]
+        def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+            made.append(cast(OptionParser, parser))
+            raise _ParserMade
+
+    with suppress(_ParserMade):
+        _Asked(args=[], **_settings(None, embedded_run))
+    return made[0]
+
+
+class _ParserMade(Exception):  # noqa: N818 - no error
+    """Ends the making of a command line before anything is parsed."""
+
+
+def _settings(description: str | None, embedded_run: bool) -> dict[str, Any]:
+    return {
+        "model_class": PreferenceModule,
+        "datamodule_class": PreferenceDataModule,
+        "run": False,
+        "parser_class": OptionParser,
+        "seed_everything_default": 42,
+        "auto_configure_optimizers": False,
         # Resuming writes into the folder it began in.
-        save_config_kwargs={"overwrite": True},
-        parser_kwargs={
+        "save_config_kwargs": {"overwrite": True},
+        "parser_kwargs": {
             "description": description,
-            "default_config_files": [str(_EMBEDDED_CONFIG)] if is_embedded else [],
+            "default_config_files": [str(_EMBEDDED_CONFIG)] if embedded_run else [],
         },
-        trainer_defaults={
+        "trainer_defaults": {
             "max_epochs": 1,
             "gradient_clip_val": 1.0,
             "log_every_n_steps": 5,
@@ -140,11 +181,11 @@ def parse_options(cli_class: type[FitCLI], args: list[str] | None, description: 
             "use_distributed_sampler": False,
             # It would list the metrics as layers; the module says what it trains in one line.
             "enable_model_summary": False,
-            "default_root_dir": "runs",
+            "default_root_dir": _RUNS,
             "logger": {
                 "class_path": "lightning.pytorch.loggers.CSVLogger",
-                "init_args": {"save_dir": "runs", "name": ""},
+                "init_args": {"save_dir": _RUNS, "name": ""},
             },
             "callbacks": [LastCheckpoint(), SaveOnNonFinite(), RandomState(), StopSignals()],
         },
-    )
+    }

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import re
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
-from bdpo_pl import losses
+from bdpo_pl.cli.quick import refuse
 
 _LOSS = "model.loss"
+_CLASSES = (_LOSS, "model.optimizer")
+_LONGEST_ERROR = 400
+_BASE_CLASSES = {"optimizer": ("torch.optim", "Optimizer"), "logger": ("lightning.pytorch.loggers", "Logger")}
 
 
 class OptionParser(LightningArgumentParser):
@@ -30,15 +35,42 @@ class OptionParser(LightningArgumentParser):
         return super().parse_args(reset, *rest, **kwargs)
 
     def get_defaults(self, *args: Any, **kwargs: Any) -> Namespace:
-        """The defaults, the loss's options left out: they are filled in last, for the loss that was chosen."""
+        """The defaults, options of loss and optimiser left out: they are filled in last, for what was chosen."""
         defaults = super().get_defaults(*args, **kwargs)
-        loss = defaults.get(_LOSS)
-        if loss is not None and "init_args" in loss:
-            parameters = inspect.signature(getattr(losses, loss.class_path.rpartition(".")[2])).parameters
-            for name, value in list(vars(loss.init_args).items()):
-                if value == parameters[name].default:
-                    del loss.init_args[name]
+        for option in _CLASSES:
+            chosen = defaults.get(option)
+            if chosen is not None and "init_args" in chosen:
+                module, _, name = chosen.class_path.rpartition(".")
+                parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+                for argument, value in list(vars(chosen.init_args).items()):
+                    if value == parameters[argument].default:
+                        del chosen.init_args[argument]
         return defaults
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Say in a few lines what is wrong, without the usage, which has hundreds."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        refuse(_shortened(message))
+
+
+def _shortened(message: str) -> str:
+    """The parser's complaint: the option, what was given and what is wanted, in five lines at most."""
+    found = re.search(r'Parser key "([^"]+)"', message)
+    given = re.search(r"(?:Expected a dot import path string|Given value): (.*)", message)
+    base = _BASE_CLASSES.get(found[1].rpartition(".")[2]) if found else None
+    if found and given and base and not re.search(r"[.{\s]", given[1]):
+        module = importlib.import_module(base[0])
+        kind = getattr(module, base[1])
+        names = sorted(
+            n for n, o in vars(module).items() if isinstance(o, type) and issubclass(o, kind) and o is not kind
+        )
+        return f"--{found[1]}: there is no {given[1]}\nThere are {', '.join(names)}."
+    lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
+    text = " ".join(lines)
+    if len(text) > _LONGEST_ERROR:
+        text = text[:_LONGEST_ERROR].rsplit(" ", 1)[0] + " …"
+    return text + "\n--help shows the options one needs, --help_all all of them."
 
 
 def _names_a_loss(argument: str) -> bool:

@@ -47,3 +47,27 @@ def lr_lambda(schedule: LRSchedule, warmup_steps: int, total_steps: int) -> Call
 def adamw(params: Any) -> torch.optim.Optimizer:
     """The default optimiser: fused AdamW at DPO's learning rate for full fine-tuning, 1e-6 (arXiv:2305.18290)."""
     return torch.optim.AdamW(params, lr=1e-6, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+
+
+class AdamW(torch.optim.AdamW):
+    """`adamw` with its settings as options.
+
+    Args:
+        params: parameter groups.
+        lr: learning rate; DPO's for full fine-tuning is 1e-6, adapters take ten times as much.
+        betas: decay rates of the means of the gradient and of its square.
+        eps: added to the root of the mean square.
+        weight_decay: of matrices; norms and biases never decay.
+        fused: one kernel for all parameters.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-6,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        fused: bool = True,
+    ) -> None:
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)

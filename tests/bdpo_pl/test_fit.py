@@ -95,7 +95,7 @@ def test_printed_configuration_gives_the_same_run(base, tmp_path):
 
 
 def test_help_names_every_group():
-    result = run(["--help"])
+    result = run(["--help_all"])
     assert result.returncode == 0
     for option in ("--config", "--ckpt_path", "--model.policy", "--model.loss", "--data.train", "--safety.harmful",
                    "--trainer.strategy", "--trainer.precision", "--checkpoint.monitor"):  # fmt: skip
@@ -122,7 +122,7 @@ def test_embedded_run_is_the_default_and_its_options_can_be_changed(capsys):
 
 def test_settings_of_the_embedded_run_do_not_leak_into_others(base):
     options = yaml.safe_load(run([*base[:2], "--print_config"]).stdout)
-    assert options["model"]["optimizer"] == "bdpo_pl.training.optim.adamw"
+    assert options["model"]["optimizer"]["init_args"]["lr"] == 1e-6
     assert options["safety"]["harmful"] is None
 
 

@@ -1,0 +1,226 @@
+"""The job of `bdpo_pl.diagnose`: score the pairs, and report what the model makes of them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.cli import LightningArgumentParser
+
+from bdpo_pl.cli.job import FitCLI, parse_options
+from bdpo_pl.console import get_console, paths_table
+from bdpo_pl.diagnosis.findings import find
+from bdpo_pl.diagnosis.measures import Measured
+from bdpo_pl.diagnosis.page import build_page
+from bdpo_pl.diagnosis.results import Diagnosis, diagnose_split, find_leaks, pair_lines
+from bdpo_pl.diagnosis.terminal import numbers_table
+from bdpo_pl.errors import InputError
+from bdpo_pl.files import writable_folder
+from bdpo_pl.losses import BalancedDPOLoss, PairScores, PairWeights, PreferenceLoss
+from bdpo_pl.reporting.terminal import findings_table
+from bdpo_pl.scoring.reference import SplitScores
+from bdpo_pl.training.datamodule import PreferenceDataModule
+from bdpo_pl.training.module import PreferenceModule
+
+UNITS = {"pmi": "nats per token", "pmi_sum": "nats", "ifd": "", "hsic": ""}
+
+
+@dataclass
+class DiagnoseOptions:
+    """What the report says.
+
+    Args:
+        folder: where it goes; default `diagnosis` in trainer.default_root_dir. An earlier report there is overwritten.
+        strong_ratio: a pair is re-weighted strongly if one response gets at least so many times the other's weight.
+        extremes: pairs listed at each end of the imbalance.
+        show_texts: put the texts of those pairs into the report, with a warning. They may be harmful or private;
+            without, pairs are told by place, category and length.
+
+    Raises:
+        InputError: a number out of range.
+    """
+
+    folder: str | None = None
+    strong_ratio: float = 1.5
+    extremes: int = 10
+    show_texts: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.strong_ratio > 1.0:
+            raise InputError(
+                f"diagnose.strong_ratio must be above 1, the ratio of equal weights; got {self.strong_ratio}"
+            )
+        if self.extremes < 0:
+            raise InputError(f"diagnose.extremes must be at least 0, got {self.extremes}")
+
+
+class DiagnoseCLI(FitCLI):
+    """The command line of `fit`, and what the report says."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the options of the report."""
+        super().add_arguments_to_parser(parser)
+        parser.add_class_arguments(DiagnoseOptions, "diagnose")
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """The Trainer that `fit` would have, which is only asked for device, precision and processes."""
+        return super().instantiate_trainer(logger=False, **kwargs)
+
+
+def run(args: list[str], description: str | None) -> None:
+    """Run the job that `args` describe; `description` opens the help."""
+    start = time.perf_counter()
+    cli = parse_options(DiagnoseCLI, args, description)
+    trainer: L.Trainer = cli.trainer
+    options: DiagnoseOptions = cli.config_init.diagnose
+    folder = writable_folder(options.folder or Path(trainer.default_root_dir) / "diagnosis", "diagnose.folder")
+    launcher = trainer.strategy.launcher
+    scores = _score(cli) if launcher is None else launcher.launch(lambda: _score(cli), trainer=trainer)
+    if not trainer.is_global_zero:
+        return
+    diagnosis, measured = _diagnose(cli.model, cli.datamodule, scores, str(trainer.precision), options)
+    paths = write(diagnosis, measured, folder)
+    console = get_console()
+    console.print(numbers_table(diagnosis))
+    console.print(findings_table(find(diagnosis)))
+    console.print(paths_table(paths))
+    console.print(f"Done in {time.perf_counter() - start:.0f} s")
+
+
+def _score(cli: FitCLI) -> dict[str, SplitScores]:
+    """Load the data and score it as `fit` does, on all of the Trainer's processes, without starting a loop."""
+    trainer, module, data = cli.trainer, cli.model, cli.datamodule
+    if not module.scoring.comprehension:
+        raise InputError("diagnose measures comprehension, and model.scoring.comprehension is false; set it to true")
+    # What the Trainer does before its first loop, so that everything in the cache's key is as in `fit`.
+    trainer.strategy.connect(module)
+    module.trainer = data.trainer = trainer
+    trainer.strategy.setup_environment()
+    trainer.datamodule = data  # type: ignore[attr-defined]
+    # Of a live reference, or none, the same is to be known.
+    module.reference_mode = "precomputed"
+    data.setup("fit")
+    module.setup("fit")
+    reference = module.reference
+    splits = [name for name in ("train", "held_out") if name in data.tables]
+    return {name: reference.scores(name, torch.arange(len(data.tables[name])), data, module.loss) for name in splits}
+
+
+def _diagnose(
+    module: PreferenceModule,
+    data: PreferenceDataModule,
+    scores: Mapping[str, SplitScores],
+    precision: str,
+    options: DiagnoseOptions,
+) -> tuple[Diagnosis, dict[str, Measured]]:
+    balance, weights_of = _balance(module.loss)
+    measured = {}
+    for name, split in scores.items():
+        assert split.reference is not None
+        assert split.comprehension is not None
+        weights = _weights(balance, data, name, split)
+        measured[name] = Measured(
+            data.tables[name],
+            split.comprehension.double().numpy(),
+            torch.stack([weights.chosen, weights.rejected]).double().numpy(),
+            weights.scale.double().numpy(),
+            options.strong_ratio,
+        )
+    reports = {report.name: report for report in data.reports}
+    shown = data.tokenizer if options.show_texts else None
+    strong = None
+    if isinstance(balance, BalancedDPOLoss) and balance.weighting == "softmax":
+        strong = balance.tau * float(np.log(options.strong_ratio))
+    facts, notes = _facts(module, data, precision)
+    facts["re-weighted strongly"] = f"one response has at least {options.strong_ratio:g} times the other's weight" + (
+        f": an imbalance of {strong:.2f} {UNITS[balance.estimator]}".rstrip() if strong is not None else ""
+    )
+    diagnosis = Diagnosis(
+        facts=facts,
+        unit=UNITS[balance.estimator],
+        strong_ratio=options.strong_ratio,
+        strong_imbalance=strong,
+        weights_of=weights_of,
+        splits={
+            name: diagnose_split(name, m, reports.get(name), options.extremes, shown) for name, m in measured.items()
+        },
+        leaks=find_leaks(data.tables, data.tokenizer),
+        loading=data.reports,
+        notes=notes,
+        shows_texts=options.show_texts,
+    )
+    return diagnosis, measured
+
+
+def _balance(loss: PreferenceLoss) -> tuple[PreferenceLoss, str | None]:
+    """The loss whose weights to tell: `loss` if it has any, else Balanced DPO by its estimator; and its name then."""
+    if loss.needs_comprehension and type(loss).weights is not PreferenceLoss.weights:
+        return loss, None
+    return BalancedDPOLoss(estimator=loss.estimator), f"BalancedDPOLoss(estimator={loss.estimator})"
+
+
+def _weights(balance: PreferenceLoss, data: PreferenceDataModule, name: str, scores: SplitScores) -> PairWeights:
+    assert scores.reference is not None
+    assert scores.comprehension is not None
+    table = data.tables[name]
+    weights = balance.weights(
+        PairScores(
+            torch.from_numpy(table.chosen_lengths),
+            torch.from_numpy(table.rejected_lengths),
+            *scores.reference,
+            *scores.comprehension,
+        )
+    )
+    assert weights is not None
+    return weights
+
+
+def _facts(module: PreferenceModule, data: PreferenceDataModule, precision: str) -> tuple[dict[str, str], list[str]]:
+    """What was measured, and what the reader must know of how the data was read."""
+    loss, tokenizer = module.loss, data.tokenizer
+    templated = data.chat_template != "none" and bool(tokenizer.chat_template)
+    facts = {
+        "reference model": module.reference_source.name,
+        "training pairs": data.train_source,
+        "held-out pairs": data.held_out_source
+        or (f"{data.held_out_fraction:.0%} of the training set, by prompt" if data.held_out_fraction else "none"),
+        "comprehension": f"estimator {loss.estimator}"
+        + (f", {UNITS[loss.estimator]}" if UNITS[loss.estimator] else "")
+        + f", against the null prompt {tokenizer.decode(data.tables['train'].null_prompt_ids)!r}",
+        "loss": f"{type(loss).__name__}("
+        + ", ".join(f"{k}={v}" for k, v in vars(loss).items() if not k.startswith(("_", "needs_", "initial_")))
+        + ")",
+        "chat template": data.chat_template
+        if data.chat_template != "auto"
+        else ("the tokenizer's" if templated else "none"),
+        "window": f"{data.truncation.max_length} tokens, longer pairs: {data.truncation.mode}",
+        "precision": precision,
+    }
+    if templated:
+        return facts, []
+    why = "it is turned off (data.chat_template)" if data.chat_template == "none" else "the tokenizer has none"
+    return facts, [
+        f"No chat template: {why}. Prompt and response are read as they stand, one after the other, and the null "
+        "prompt is the BOS token alone, or the EOS token for a tokenizer with no BOS."
+    ]
+
+
+def write(diagnosis: Diagnosis, measured: Mapping[str, Measured], folder: Path) -> dict[str, Path]:
+    """Write the report in its three forms into `folder`; what each is → its path."""
+    page = build_page(diagnosis, measured).write(folder / "report.html")
+    numbers, pairs = folder / "diagnosis.json", folder / "pairs.jsonl"
+    numbers.write_text(json.dumps(diagnosis.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with pairs.open("w", encoding="utf-8") as lines:
+        for name, m in measured.items():
+            for line in pair_lines(m, np.arange(len(m.table))):
+                fields = {"split": name, **asdict(line)}
+                del fields["texts"]
+                lines.write(json.dumps(fields, ensure_ascii=False) + "\n")
+    return {"report": page, "numbers": numbers, "each pair": pairs}

@@ -1,0 +1,174 @@
+"""The job of `bdpo_pl.evaluate`: ask, judge, compare, report."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from bdpo_pl.console import get_console, paths_table
+from bdpo_pl.data.report import report_table
+from bdpo_pl.embedded import EMBEDDED
+from bdpo_pl.evaluation.answering import Asker
+from bdpo_pl.evaluation.attacks.options import make_attacks
+from bdpo_pl.evaluation.judges.agreement import LABELLED_FILE, measure_agreement, read_labelled
+from bdpo_pl.evaluation.judges.judge import Judge
+from bdpo_pl.evaluation.judges.options import make_judge
+from bdpo_pl.evaluation.judges.phrases import PhraseJudge
+from bdpo_pl.evaluation.measures import ability
+from bdpo_pl.evaluation.next_round import write_rows
+from bdpo_pl.evaluation.options import EvaluateOptions, parse
+from bdpo_pl.evaluation.page import build_page, findings
+from bdpo_pl.evaluation.results import Evaluation, SuiteFacts
+from bdpo_pl.evaluation.runner import Runner, check_labels, check_refine, choose_device, choose_dtype
+from bdpo_pl.evaluation.subjects import Subject, newest_run, subject
+from bdpo_pl.evaluation.suites.known import known_suites, load_suite
+from bdpo_pl.evaluation.suites.suite import Suite
+from bdpo_pl.evaluation.terminal import results_table, suites_table, weakness_table
+from bdpo_pl.evaluation.verdict_log import RecordFile
+from bdpo_pl.files import RunFolder, writable_folder
+from bdpo_pl.reporting.terminal import findings_table
+
+OWN_SUITES = ("embedded_harmful", "embedded_jailbreak", "embedded_benign")
+
+
+def run(args: list[str], description: str | None) -> None:
+    """Run the job that `args` describe; `description` opens the help."""
+    start = time.perf_counter()
+    names, options = parse(args, description)
+    if options.list_suites:
+        get_console().print(suites_table(known_suites()))
+        return
+    notes = []
+    if not names:
+        names, options, note = _embedded_job(options)
+        notes += note
+    if options.suites is None:
+        notes.append("The prompts are the small set of bdpo_pl itself; for a real model name published suites.")
+    subjects = [
+        subject(name, trust_remote_code=options.trust_remote_code, attn_implementation=options.attn_implementation)
+        for name in names
+    ]
+    check_labels(subjects)
+    # Whatever can be known to be wrong is found out before the first model answers.
+    refine = check_refine(options.refine)
+    ability.check(options.ability)
+    folder = writable_folder(options.folder, "folder")
+    bare = [load_suite(spec, options.max_prompts) for spec in options.suites or OWN_SUITES]
+    with RunFolder(folder, "folder"):
+        evaluation, runner = _evaluate(options, subjects, bare, folder, notes)
+        paths = _write(evaluation, runner, folder, options, refine)
+    _print(evaluation, runner, paths, time.perf_counter() - start)
+
+
+def _write(
+    evaluation: Evaluation, runner: Runner, folder: Path, options: EvaluateOptions, refine: Path | None
+) -> dict[str, Path]:
+    """What each file is → its path."""
+    paths = {"report": build_page(evaluation).write(folder / "report.html"), "numbers": folder / "evaluation.json"}
+    paths["numbers"].write_text(json.dumps(evaluation.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    paths["answers, to handle with care" if options.keep_answers else "verdicts"] = runner.asker.records.path
+    if refine is not None:
+        write_rows(evaluation.failures, refine)
+        paths["rows to complete, to handle with care"] = refine
+    return paths
+
+
+def _embedded_job(options: EvaluateOptions) -> tuple[list[str], EvaluateOptions, list[str]]:
+    """What is evaluated where no model is named: the embedded one, and what the newest run made of it."""
+    names, notes = [f"before={EMBEDDED}"], []
+    newest = newest_run(Path("runs"))
+    if newest is None:
+        notes.append(
+            "There is no run of the embedded model under runs yet: after `python -m bdpo_pl.fit` what it made stands "
+            "beside it."
+        )
+    else:
+        names.append(f"{newest.parent.name}={newest}")
+    embedded_pairs = replace(options.pairs, train=EMBEDDED, held_out=EMBEDDED, out_of_distribution=EMBEDDED)
+    return (
+        names,
+        replace(
+            options,
+            pairs=options.pairs if options.pairs.sources() else embedded_pairs,
+            ability=replace(options.ability, embedded=True),
+        ),
+        notes,
+    )
+
+
+def _evaluate(
+    options: EvaluateOptions, subjects: list[Subject], bare: list[Suite], folder: Path, notes: list[str]
+) -> tuple[Evaluation, Runner]:
+    device = choose_device(options.device)
+    judge = make_judge(options.judge)
+    framed, attacks = make_attacks(options.attacks, bare, judge, options.generation)
+    suites = [*bare, *framed]
+    labels = options.labels or (EMBEDDED if isinstance(judge, PhraseJudge) else None)
+    agreement = None
+    if labels is not None:
+        agreement = measure_agreement(judge, *read_labelled(LABELLED_FILE if labels == EMBEDDED else labels))
+    keep_texts = options.show_texts or options.refine is not None
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("prompts"))
+    with (
+        RecordFile(folder / "verdicts.jsonl", options.keep_answers) as records,
+        Progress(*columns, TimeRemainingColumn(), console=get_console(stderr=True)) as progress,
+    ):
+        # An attack makes each of its prompts, and then asks it.
+        attacked = 2 * len(attacks.by_name) * len(attacks.suite.prompts) if attacks.suite is not None else 0
+        total = (sum(len(suite.prompts) for suite in suites) + attacked) * len(subjects)
+        task = progress.add_task("", total=total)
+        runner = Runner(
+            suites,
+            Asker(judge, records, options.generation, keep_texts, lambda count: progress.advance(task, count)),
+            choose_dtype(options.dtype, device),
+            device,
+            options.pairs,
+            options.ability,
+            attacks.by_name,
+            attacks.suite,
+            keep_texts,
+            lambda text: progress.update(task, description=text),
+        )
+        models = [runner.evaluate(one) for one in subjects]
+    return (
+        Evaluation(
+            facts=_facts(options, subjects, judge, runner),
+            judge={"judge": judge.name, **judge.facts(), **{why: str(n) for why, n in judge.notes().items()}},
+            agreement=agreement,
+            suites=[SuiteFacts(s.name, s.kind, s.source, len(s.prompts), s.digest, dict(s.dropped)) for s in suites],
+            models=models,
+            failures=runner.failures,
+            notes=[*notes, *runner.notes],
+            shows_texts=options.show_texts,
+        ),
+        runner,
+    )
+
+
+def _facts(options: EvaluateOptions, subjects: list[Subject], judge: Judge, runner: Runner) -> dict[str, str]:
+    generation = options.generation
+    return {
+        "models": ", ".join(f"{one.label}: {one.checkpoint or one.source.name}" for one in subjects),
+        "judge": judge.name,
+        "responses": f"greedy, up to {generation.max_new_tokens} tokens, "
+        + ("in the chat template" if generation.use_template else "without chat template"),
+        "weights": str(runner.dtype).removeprefix("torch."),
+        "device": str(runner.device),
+    }
+
+
+def _print(evaluation: Evaluation, runner: Runner, paths: dict[str, Path], seconds: float) -> None:
+    console = get_console()
+    if runner.pair_reports:
+        console.print(report_table(runner.pair_reports))
+    console.print(results_table(evaluation))
+    if evaluation.models[-1].weakest:
+        console.print(weakness_table(evaluation))
+    if found := list(findings(evaluation)):
+        console.print(findings_table(found))
+    console.print(paths_table(paths))
+    console.print(f"Done in {seconds:.0f} s")

@@ -1,0 +1,37 @@
+"""One command for all: `bdpo fit`, `bdpo diagnose`, `bdpo evaluate`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+
+from bdpo_pl.cli.quick import refuse
+
+COMMANDS = {
+    "diagnose": "see a preference set through a model's eyes, before training",
+    "fit": "align a model on preference pairs",
+    "evaluate": "measure the safety of models, side by side",
+}
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command that the first argument names, with the others."""
+    given = list(sys.argv[1:] if args is None else args)
+    if not given or given[0] in ("-h", "--help"):
+        print("usage: bdpo COMMAND [--option VALUE ...]\n\nCommands, in the order of use:")
+        print("\n".join(f"  {name:<10}{what}" for name, what in COMMANDS.items()))
+        print("\nbdpo COMMAND --help shows a command's options. With none, each works on the embedded model and pairs.")
+        sys.exit(0)
+    command, *rest = given
+    if command not in COMMANDS:
+        close = difflib.get_close_matches(command, COMMANDS, n=1)
+        refuse(
+            f"there is no command {command}"
+            + (f"; did you mean {close[0]}?" if close else f"; there are {', '.join(COMMANDS)}")
+        )
+    importlib.import_module(f"bdpo_pl.{command}").main(rest)
+
+
+if __name__ == "__main__":
+    main()

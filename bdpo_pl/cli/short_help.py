@@ -1,0 +1,152 @@
+"""The help that fits a screen: the options one needs, with the defaults that hold for a model of one's own."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import NamedTuple
+
+_WIDTH = 100
+_COLUMN = 34
+
+
+class Option(NamedTuple):
+    """One line of the help.
+
+    Attributes:
+        name: the option in full, no dashes.
+        short: its short spelling, if it has one.
+        default: as text; what holds where the option is left out.
+        help: what it is.
+    """
+
+    name: str
+    short: str
+    default: str
+    help: str
+
+
+_JOB = {
+    "Model and data": (
+        Option("model.policy", "", "", "model to align: folder in the Hugging Face layout, or hub name"),
+        Option("data.train", "", "", "pairs: JSONL, Parquet, folder or hub dataset with prompt, chosen, rejected"),
+        Option("data.held_out", "", "a part of data.train", "pairs kept from training, to see overfitting by"),
+        Option("data.held_out_fraction", "", "0.05", "share of data.train to hold out"),
+        Option("data.max_length", "max_length", "1024, or the model's", "tokens of prompt + response"),
+        Option("data.load.columns", "", "{}", "our column: yours, as in '{chosen: good_answer}'"),
+        Option("config", "", "", "YAML file with any of these; configs/ has some to start from"),
+    ),
+    "Method": (
+        Option("model.loss", "loss_type", "BalancedDPOLoss", "or DPOLoss, IPOLoss, CPOLoss, SimPOLoss, SafeDPOLoss, …"),
+        Option("model.loss.beta", "beta", "0.1", "how far the policy may move from its reference"),
+        Option("model.loss.tau", "tau", "0.25", "imbalance, in nats per token, at which weights differ e : 1"),
+        Option("model.lora.r", "lora_r", "off", "train LoRA adapters of this rank, with ten times the learning rate"),
+    ),
+    "Training": (
+        Option("model.optimizer.lr", "learning_rate", "1e-06", "learning rate of AdamW"),
+        Option("model.lr_schedule", "lr_scheduler_type", "cosine", "or linear, constant"),
+        Option("model.warmup_ratio", "warmup_ratio", "0.1", "share of all steps that warms the learning rate up"),
+        Option("trainer.max_epochs", "num_train_epochs", "1", "passes over the data"),
+        Option("trainer.max_steps", "max_steps", "-1", "optimiser steps at most; -1: as many as the epochs have"),
+        Option("data.batch_size", "per_device_train_batch_size", "8", "pairs in a micro-batch on each device"),
+        Option("trainer.accumulate_grad_batches", "gradient_accumulation_steps", "1", "micro-batches in a step"),
+        Option("trainer.val_check_interval", "", "each epoch", "share of an epoch, or batches, between validations"),
+        Option("seed_everything", "seed", "42", "of everything that is drawn"),
+    ),
+    "Machine": (
+        Option("trainer.precision", "precision", "32-true", "bf16-mixed on a GPU"),
+        Option("trainer.devices", "devices", "auto", "number of devices, with trainer.strategy (auto, ddp, fsdp2)"),
+        Option("model.gradient_checkpointing", "gradient_checkpointing", "false", "less memory, a third more time"),
+        Option("dry_run", "", "false", "print what the run needs of memory, and do nothing else"),
+    ),
+    "Safety, and what is written": (
+        Option("safety.harmful", "", "none", "prompts to refuse, asked before and after; a file or a suite's name"),
+        Option("safety.benign", "", "none", "prompts to answer, likewise; and safety.jailbreak"),
+        Option("trainer.default_root_dir", "output_dir", "runs", "folder of all runs"),
+        Option("trainer.logger", "report_to", "csv", "or tensorboard, wandb, mlflow, none"),
+        Option("export_from", "", "last", "weights to export: last or best"),
+        Option("ckpt_path", "", "", "go on from a checkpoint; last: the newest"),
+    ),
+}
+_DIAGNOSE = {
+    "Model and data": _JOB["Model and data"],
+    "Method": _JOB["Method"][1:3],
+    "The report": (
+        Option("diagnose.folder", "", "runs/diagnosis", "where it goes"),
+        Option(
+            "diagnose.strong_ratio", "", "1.5", "larger weight over the smaller from which on a pair counts as strong"
+        ),
+        Option("diagnose.extremes", "", "10", "pairs listed at each end of the imbalance"),
+        Option("diagnose.show_texts", "", "false", "put their texts into the report, with a warning"),
+    ),
+}
+_EVALUATE = {
+    "What is asked": (
+        Option("suites", "", "the small ones of bdpo_pl", "NAME=FILE,… ; see --list_suites true"),
+        Option("max_prompts", "", "all", "prompts of each suite at most"),
+        Option("attacks.framings", "", "none", "jailbreak framings by name, or all"),
+        Option("generation.max_new_tokens", "", "64", "tokens in an answer at most; a judge of harm wants 256"),
+        Option("generation.batch_size", "", "32", "prompts answered at a time"),
+    ),
+    "Who judges": (
+        Option("judge.kind", "", "phrases", "or classifier, guard, chat; phrases tell refusals alone, not harm"),
+        Option("judge.model", "", "", "the judge's model"),
+        Option("labels", "", "", "labelled answers to measure the judge by"),
+    ),
+    "What is compared beside": (
+        Option("pairs.train", "", "none", "preference pairs trained on, and pairs.held_out: the gap between them"),
+        Option("ability.lm_eval", "", "none", "tasks of lm-evaluation-harness"),
+    ),
+    "What is written": (
+        Option("folder", "", "runs/evaluation", "where report, numbers and verdicts go"),
+        Option("keep_answers", "", "false", "keep answers beside verdicts, for another judge"),
+        Option("show_texts", "", "false", "put what went wrong into the report, with a warning"),
+        Option("refine", "", "", "file for failing prompts as rows that lack only chosen"),
+    ),
+    "Machine": (
+        Option("dtype", "", "auto", "float32, bfloat16 or float16"),
+        Option("device", "", "auto", "cpu, cuda or cuda:N"),
+        Option("config", "", "", "YAML file with any of these, and models"),
+    ),
+}
+SHORT_HELP = {"fit": _JOB, "diagnose": _DIAGNOSE, "evaluate": _EVALUATE}
+"""Command → heading → options."""
+
+_OPENINGS = {
+    "fit": (
+        "bdpo fit --model.policy MODEL --data.train PAIRS [--option VALUE ...]",
+        "Align a model on preference pairs. With no option: the small embedded model on the embedded pairs.",
+    ),
+    "diagnose": (
+        "bdpo diagnose --model.policy MODEL --data.train PAIRS [--option VALUE ...]",
+        "See a preference set through a model's eyes before training. It takes all options of fit, too.",
+    ),
+    "evaluate": (
+        "bdpo evaluate [LABEL=]MODEL ... [--option VALUE ...]",
+        "Measure the safety of models side by side; the first is the baseline. MODEL: folder, hub name, checkpoint.",
+    ),
+}
+
+
+def page(command: str) -> str:
+    """The help of `fit`, `diagnose` or `evaluate`."""
+    usage, what = _OPENINGS[command]
+    lines = [f"usage: {usage}", f"       (or python -m bdpo_pl.{command})", "", *textwrap.wrap(what, _WIDTH)]
+    for heading, options in SHORT_HELP[command].items():
+        lines += ["", f"{heading}:"]
+        for option in options:
+            lines += _entry(option)
+    lines += ["", "--help_all lists every option, --print_config their values; --model.loss.help LOSS those of a loss."]
+    return "\n".join(lines)
+
+
+def _entry(option: Option) -> list[str]:
+    names = f"  --{option.name}"
+    if option.short:
+        names += f", --{option.short}"
+    text = f"{option.help} (default: {option.default})" if option.default else option.help
+    body = textwrap.wrap(text, _WIDTH - _COLUMN)
+    first = f"{names:<{_COLUMN}}" if len(names) < _COLUMN else None
+    indent = " " * _COLUMN
+    if first is None:
+        return [names, *(indent + line for line in body)]
+    return [first + body[0], *(indent + line for line in body[1:])]

@@ -1,0 +1,70 @@
+"""Write the names of all options down: `python -m bdpo_pl.cli.write_known`, where an option was added."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import typing
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from bdpo_pl import losses
+from bdpo_pl.cli.diagnosing import DiagnoseCLI
+from bdpo_pl.cli.job import FitCLI, make_parser
+from bdpo_pl.cli.known import FILE
+from bdpo_pl.evaluation.options import EvaluateOptions
+
+
+def collect() -> dict[str, Any]:
+    """What `known.read` gives, from the parsers."""
+    found: dict[str, Any] = {
+        "losses": {
+            name: list(inspect.signature(kind).parameters)
+            for name in sorted(losses.__all__)
+            if isinstance(kind := getattr(losses, name), type)
+            and issubclass(kind, losses.PreferenceLoss)
+            and kind is not losses.PreferenceLoss
+        }
+    }
+    evaluate = ArgumentParser()
+    evaluate.add_argument("--config", action="config")
+    evaluate.add_class_arguments(EvaluateOptions, as_group=False)
+    for command, parser in (
+        ("fit", make_parser(FitCLI)),
+        ("diagnose", make_parser(DiagnoseCLI)),
+        ("evaluate", evaluate),
+    ):
+        found[command] = _names(parser)
+    return found
+
+
+def _names(parser: Any) -> dict[str, list[str]]:
+    options, free = set(), set()
+    for action in parser._actions:
+        for name in action.option_strings:
+            if not name.startswith("--"):
+                continue
+            name = name.removeprefix("--")
+            options.add(name)
+            if f"--{name}.help" not in parser._option_string_actions:
+                continue
+            inner = _options_class(getattr(action, "_typehint", None))
+            if inner is None:
+                free.add(name)
+            else:
+                options |= {f"{name}.{field.name}" for field in dataclasses.fields(inner)}
+                # Options of options are left to the parser.
+                free |= {f"{name}.{field.name}" for field in dataclasses.fields(inner)}
+    return {"options": sorted(options), "open": sorted(free)}
+
+
+def _options_class(hint: Any) -> Any:
+    """The dataclass that an option's type names, None left aside; None if there is none."""
+    kinds = [kind for kind in (typing.get_args(hint) or (hint,)) if dataclasses.is_dataclass(kind)]
+    return kinds[0] if len(kinds) == 1 else None
+
+
+if __name__ == "__main__":
+    FILE.write_text(json.dumps(collect(), indent=1) + "\n", encoding="utf-8")
