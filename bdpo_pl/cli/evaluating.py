@@ -110,7 +110,11 @@ def _evaluate(
     labels = options.labels or (EMBEDDED if isinstance(judge, PhraseJudge) else None)
     agreement = None
     if labels is not None:
-        agreement = measure_agreement(judge, *read_labelled(LABELLED_FILE if labels == EMBEDDED else labels))
+        own = labels == EMBEDDED
+        whose = "answers written and labelled by this project, most of them hard on purpose"
+        agreement = measure_agreement(
+            judge, *read_labelled(LABELLED_FILE if own else labels), source=whose if own else f"labels of {labels}"
+        )
     keep_texts = options.show_texts or options.refine is not None
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("prompts"))
     with (

@@ -8,6 +8,7 @@ from typing import Any
 
 from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.judges.judge import Exchange, Judge, Verdict
+from bdpo_pl.evaluation.oddities import oddities
 from bdpo_pl.evaluation.suites.suite import EvaluationPrompt, Suite
 from bdpo_pl.evaluation.verdict_log import Judged, RecordFile, key_of
 from bdpo_pl.forward.generation import Response, encode_prompts, generate
@@ -134,7 +135,8 @@ class Asker:
             raise InputError(f"{error}. {kept}") from error
         for i, verdict, response in zip(positions, verdicts, responses, strict=True):
             assert response is not None
-            judged = Judged(_with_refusal(verdict, suite, response), response.num_tokens, response.finished)
+            odd = oddities(suite.prompts[i].text, response.text, response.finished)
+            judged = Judged(_with_refusal(verdict, suite, response), response.num_tokens, response.finished, odd)
             self.records.add_verdict(keys[i], self.judge_key, judged)
         self.on_progress(len(positions))
 

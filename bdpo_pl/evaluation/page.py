@@ -5,30 +5,33 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bdpo_pl.evaluation.judges.agreement import Agreement
-from bdpo_pl.evaluation.judges.phrases import PhraseJudge
-from bdpo_pl.evaluation.measures.rates import WORST, Rate, SuiteResult
+from bdpo_pl.evaluation.measures.rates import Rate, SuiteResult
 from bdpo_pl.evaluation.next_round import Failure
-from bdpo_pl.evaluation.results import Evaluation
+from bdpo_pl.evaluation.oddities import CUT, MANY
+from bdpo_pl.evaluation.results import Evaluation, ModelResult
 from bdpo_pl.evaluation.suites.suite import Kind
 from bdpo_pl.evaluation.terminal import SPLITS, number, percent, points, rows
 from bdpo_pl.evaluation.verdict_log import WARNING
 from bdpo_pl.reporting import Estimate, Finding, Page, Section, Table, bar_chart
 from bdpo_pl.statistics import Interval
 
-MANY_CUT = 0.10
-"""Share of answers cut at max_new_tokens, in a suite that is judged for harm, from which on it is worth a notice."""
+_KINDS: tuple[Kind, ...] = ("harmful", "benign")
 _MOST_CATEGORIES = 30
 _MOST_FAILURES = 50
 _SHOWN_FAILURES = 50
 _HOW_TO_READ = (
-    "Attack success rate: share of harmful prompts whose answer is unsafe; by a judge that tells refusals alone, share "
-    "not refused. Over-refusal: share of benign prompts refused.",
+    "Attack success: share of harmful prompts whose answer is unsafe, by a judge of harm. Not refused: share of "
+    "harmful prompts whose answer does not refuse, by a judge that tells refusals alone; such an answer may still be "
+    "harmless, beside the point or no answer at all. Over-refusal: share of benign prompts refused.",
+    "Blank answers refuse nothing and give nothing. They are counted beside the rates, as are answers that were cut at "
+    "the limit of tokens, that echo the request, repeat themselves or are in another language: no judge is to be "
+    "trusted on them.",
     "Intervals are 95 % percentile bootstrap intervals over requests: framings of the same request go together. Where "
     "every outcome is the same they are Wilson's. They tell the chance in the draw of prompts, and nothing of the "
     "judge's errors.",
     "Changes are paired by prompt, so that the difference of two models is known better than either rate.",
-    "Youden's J is (1 − mean attack success rate) − mean over-refusal: 1 is perfect, and 0 what a model has that "
-    "refuses everything, or nothing.",
+    "Youden's J is (1 − mean attack success, or share not refused) − mean over-refusal: 1 is perfect, and 0 what a "
+    "model has that refuses everything, or nothing.",
     "Margins compare a model's log-probabilities of chosen and rejected responses with those of the first model; a gap "
     "is the training pairs' margin minus that of other pairs: what was learnt by heart.",
 )
@@ -40,14 +43,17 @@ def build_page(evaluation: Evaluation) -> Page:
     if evaluation.shows_texts:
         page.warn(WARNING)
     last = evaluation.models[-1]
-    for kind, label in WORST.items():
+    for kind in _KINDS:
         found = [result for result in last.suites if result.kind == kind]
         if found:
             rate = sum(result.overall.failed.value for result in found) / len(found)
-            page.headline(f"{rate:.1%}", f"{label} of {last.label}, mean of {len(found)} suites")
+            over = f"mean of {len(found)} suites" if len(found) > 1 else found[0].suite
+            judge = evaluation.judge.get("judge", "?")
+            n = sum(result.count for result in found)
+            page.headline(f"{rate:.1%}", f"{found[0].counted}, {last.label}, {over}, n = {n:,}; judge: {judge}")
     page.findings(list(findings(evaluation)))
     _comparison(page.section("Comparison"), evaluation)
-    for kind in WORST:
+    for kind in _KINDS:
         _suites(page, evaluation, kind)
     _changes(page, evaluation)
     _categories(page.section("Categories"), evaluation)
@@ -61,32 +67,51 @@ def build_page(evaluation: Evaluation) -> Page:
 def findings(evaluation: Evaluation) -> Iterator[Finding]:
     """What a reader should do something about, worst first."""
     first, last = evaluation.models[0], evaluation.models[-1]
-    tells_refusals_alone = evaluation.judge.get("judge") == PhraseJudge.name
     for model in evaluation.models[1:]:
         for suite, change in model.changes.items():
             if change.low > 0:
                 yield Finding("problem", f"{model.label} does worse than {first.label} on {suite}.", points(change))
+    for model in evaluation.models:
+        yield from _odd_answers(model, evaluation.tells_harm)
+    if alike := evaluation.all_alike():
+        named = ", ".join(f"{suite} ({count})" for suite, count in alike.items())
+        whose = "every model" if len(evaluation.models) > 1 else first.label
+        yield Finding(
+            "notice",
+            f"All outcomes of {whose} are the same on {named}.",
+            "Such a suite tells nothing of differences between models, and no more of the rate than its interval.",
+        )
     for note in evaluation.notes:
         yield Finding("notice", note)
     if last.weakest:
         named = ", ".join(f"{w.category} ({w.rate:.0%} of {w.prompts}, {w.suite})" for w in last.weakest)
         yield Finding("notice", f"Weakest categories of {last.label}.", named)
-    for model in evaluation.models:
-        for result in model.suites:
-            if (
-                result.kind == "harmful"
-                and not tells_refusals_alone
-                and result.cut > MANY_CUT * result.overall.failed.count
-            ):
-                yield Finding(
-                    "notice",
-                    f"{model.label}, {result.suite}: {result.cut} of {result.overall.failed.count} answers were cut.",
-                    "A judge of harm may have missed what would have come; raise generation.max_new_tokens.",
-                )
     for model in evaluation.models[1:]:
         better = [suite for suite, change in model.changes.items() if change.high < 0]
         if better:
             yield Finding("fine", f"{model.label} does better than {first.label} on {', '.join(better)}.")
+
+
+def _odd_answers(model: ModelResult, tells_harm: bool) -> Iterator[Finding]:
+    """Warnings of answers that are no real answers, where they are more than a few in a hundred."""
+    many = {oddity: n for oddity, n in model.oddities.items() if n > MANY * model.answers}
+    cut = many.pop(CUT, 0)
+    if many:
+        named = ", ".join(f"{oddity}: {n:,}" for oddity, n in many.items())
+        yield Finding(
+            "problem",
+            f"{model.label}: many of {model.answers:,} answers are no real answers ({named}).",
+            "Neither its rates nor its Youden's J mean what they say; is it the right model, with its chat template?",
+        )
+    if cut:
+        yield Finding(
+            "problem" if tells_harm else "notice",
+            f"{model.label}: {cut:,} of {model.answers:,} answers were cut at the limit of tokens.",
+            "A judge of harm may have missed what would have come; raise generation.max_new_tokens."
+            if tells_harm
+            else "Refusals show early, so that a judge of refusals loses little; raise generation.max_new_tokens if "
+            "the model begins with long preambles.",
+        )
 
 
 def _subtitle(evaluation: Evaluation) -> str:
@@ -98,7 +123,7 @@ def _comparison(section: Section, evaluation: Evaluation) -> None:
     changed = len(evaluation.models) == 2
     columns = ["", *(model.label for model in evaluation.models), *(["change, points"] if changed else [])]
     body = [[name, *cells, *([change] if changed else [])] for name, cells, change in rows(evaluation)]
-    section.table(Table(columns, body, "Every measure, with 95 % intervals"))
+    section.table(Table(columns, body, f"Every measure, with 95 % intervals. {evaluation.judge_note()}"))
 
 
 def _suites(page: Page, evaluation: Evaluation, kind: Kind) -> None:
@@ -107,12 +132,16 @@ def _suites(page: Page, evaluation: Evaluation, kind: Kind) -> None:
     )
     if not names:
         return
-    title = WORST[kind].capitalize()
+    results = [result for model in evaluation.models for result in model.suites if result.kind == kind]
+    title = results[0].counted.capitalize()
     section = page.section(title)
+    counts = {result.suite: result.count for result in results}
+    caption = f"n: {', '.join(f'{name} {counts[name]:,}' for name in names)}. {evaluation.judge_note()}"
     series = {
         model.label: [_estimate(model.suite(name)) for name in names] for model in evaluation.models
     }  # fmt: skip
-    section.figure(bar_chart(title, names, series, "share of prompts; lower is better", percent=True, limits=(0, 1)))
+    axis = "share of prompts; lower is better"
+    section.figure(bar_chart(title, names, series, axis, percent=True, limits=(0, 1), caption=caption))
 
 
 def _changes(page: Page, evaluation: Evaluation) -> None:
@@ -124,7 +153,7 @@ def _changes(page: Page, evaluation: Evaluation) -> None:
     body = [
         [name, *(points(m.changes[name]) if name in m.changes else None for m in compared)] for name in names
     ]  # fmt: skip
-    caption = "Percentage points, paired by prompt; below zero is better"
+    caption = f"Percentage points, paired by prompt; below zero is better. {evaluation.judge_note()}"
     section.table(Table(["", *(model.label for model in compared)], body, caption))
 
 
@@ -144,13 +173,13 @@ def _categories(section: Section, evaluation: Evaluation) -> None:
         more = len(result.categories) - len(shown)
         section.figure(
             bar_chart(
-                f"{result.suite}: {WORST[result.kind]} by category, worst of {last.label} first",
+                f"{result.suite}: {result.counted} by category, worst of {last.label} first",
                 [f"{rate.name} ({rate.failed.count})" for rate in shown],
                 series,
                 "share of prompts; lower is better",
                 percent=True,
                 limits=(0, 1),
-                caption=f"{more} more categories are in the JSON." if more else "",
+                caption=f"{f'{more} more categories are in the JSON. ' if more else ''}{evaluation.judge_note()}",
             )
         )
     if not some:
@@ -230,10 +259,10 @@ def _agreement(section: Section, agreement: Agreement) -> None:
     if agreement.kappa_interval is not None:
         kappa += " ({:.2f} to {:.2f})".format(*agreement.kappa_interval)
     section.text(
-        f"On {agreement.count} answers labelled by hand, asked whether each is {agreement.question}, the judge agrees "
+        f"On {agreement.count} {agreement.source}, asked whether each is {agreement.question}, the judge agrees "
         f"with the label in {agreement.accuracy:.1%} ({low:.1%} to {high:.1%}); Cohen's kappa is {kappa}. Of "
         f"{agreement.hits + agreement.misses} it finds {agreement.hits}, and takes {agreement.false_alarms} others for "
-        "the same. Such a file holds more hard cases than a model's answers do."
+        "the same."
     )
     body = [[case or "other", f"{right} of {count}"] for case, (right, count) in agreement.by_case.items()]
     if len(body) > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -12,9 +13,10 @@ from bdpo_pl.evaluation.measures.ability import Ability
 from bdpo_pl.evaluation.measures.overfitting import Overfitting
 from bdpo_pl.evaluation.measures.rates import SuiteResult
 from bdpo_pl.evaluation.next_round import Failure, Weakness
+from bdpo_pl.evaluation.oddities import ODDITIES
 from bdpo_pl.statistics import Interval
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,19 @@ class ModelResult:
     ability: list[Ability] = field(default_factory=list)
     attacks: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def oddities(self) -> dict[str, int]:
+        """Answers over all suites that are no real answers, by kind."""
+        found: Counter[str] = Counter()
+        for result in self.suites:
+            found.update(result.oddities)
+        return {oddity: found[oddity] for oddity in ODDITIES if found[oddity]}
+
+    @property
+    def answers(self) -> int:
+        """Answers over all suites."""
+        return sum(result.count for result in self.suites)
+
     def suite(self, name: str) -> SuiteResult | None:
         """The result on the suite of that name, if it was asked."""
         return next((result for result in self.suites if result.suite == name), None)
@@ -86,6 +101,29 @@ class Evaluation:
     notes: Sequence[str]
     shows_texts: bool
 
+    @property
+    def tells_harm(self) -> bool:
+        """Whether the judge tells harm, so that there is an attack success; else it tells refusals alone."""
+        return not any(result.counted == "not refused" for model in self.models for result in model.suites)
+
+    def judge_note(self) -> str:
+        """Who judged and how far it agrees with people: what stands under every figure of safety."""
+        limits = "" if self.tells_harm else ", which tells refusals and not harm"
+        if self.agreement is None:
+            measured = "its agreement with people is not measured here (--labels FILE measures it)"
+        else:
+            measured = self.agreement.sentence()
+        return f"Judge: {self.judge.get('judge', '?')}{limits}; {measured}."
+
+    def all_alike(self) -> dict[str, int]:
+        """Suite → prompts, of suites on which every answer of every model had one and the same outcome."""
+        found = {}
+        for name in dict.fromkeys(result.suite for model in self.models for result in model.suites):
+            results = [result for model in self.models if (result := model.suite(name)) is not None]
+            if all(result.all_alike for result in results) and len({r.overall.failed.value for r in results}) == 1:
+                found[name] = results[0].count
+        return found
+
     def to_json(self) -> dict[str, Any]:
         """Everything but texts; null where a number is not to be had."""
         values = {
@@ -94,7 +132,10 @@ class Evaluation:
             "judge": dict(self.judge),
             "agreement": None if self.agreement is None else asdict(self.agreement),
             "suites": [asdict(suite) for suite in self.suites],
-            "models": [asdict(model) for model in self.models],
+            "judge_note": self.judge_note(),
+            "models": [
+                {**asdict(model), "answers": model.answers, "oddities": model.oddities} for model in self.models
+            ],
             "notes": list(self.notes),
         }
         return _finite(values)

@@ -8,8 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from bdpo_pl.evaluation.measures.overfitting import Overfitting
-from bdpo_pl.evaluation.measures.rates import WORST
-from bdpo_pl.evaluation.results import Evaluation
+from bdpo_pl.evaluation.oddities import ODDITIES
+from bdpo_pl.evaluation.results import Evaluation, ModelResult
 from bdpo_pl.evaluation.suites.known import KnownSuite
 from bdpo_pl.statistics import Interval
 
@@ -39,7 +39,12 @@ def results_table(evaluation: Evaluation) -> Table:
     """Rates of each suite and the rest, a row a measure and a column a model; of two models, the change as well."""
     models = evaluation.models
     changed = len(models) == 2
-    table = Table(title="Safety, with 95 % intervals", title_justify="left")
+    table = Table(
+        title="Safety, with 95 % intervals",
+        title_justify="left",
+        caption=Text(evaluation.judge_note()),
+        caption_justify="left",
+    )
     table.add_column("", overflow="fold")
     for model in models:
         table.add_column(Text(model.label), justify="right", overflow="fold")
@@ -55,19 +60,27 @@ def rows(evaluation: Evaluation) -> Iterator[tuple[str, list[str], str]]:
     models = evaluation.models
     for name in dict.fromkeys(result.suite for model in models for result in model.suites):
         found = [model.suite(name) for model in models]
-        kind = next(result.kind for result in found if result is not None)
+        result = next(result for result in found if result is not None)
         change = models[1].changes.get(name) if len(models) == 2 else None
-        cells = ["–" if result is None else percent(result.overall.failed) for result in found]
-        yield f"{WORST[kind]}, {name}", cells, "" if change is None else points(change)
+        cells = ["–" if r is None else percent(r.overall.failed) for r in found]
+        yield f"{result.counted}, {name}, n = {result.count:,}", cells, "" if change is None else points(change)
     if any(model.score is not None for model in models):
         cells = ["–" if model.score is None else f"{model.score:+.3f}" for model in models]
         yield "safety − over-refusal (Youden's J)", cells, ""
+    for oddity in ODDITIES:
+        if any(oddity in model.oddities for model in models):
+            yield f"answers: {oddity}", [_odd_share(model, oddity) for model in models], ""
     if any(model.overfitting is not None for model in models):
         yield from _overfitting_rows([model.overfitting for model in models])
     for ability in {a.name: a for model in models for a in model.ability}.values():
         by_model = [next((a for a in model.ability if a.name == ability.name), None) for model in models]
         form = percent if ability.percent else number
         yield ability.name, ["–" if a is None else form(a.value) for a in by_model], ""
+
+
+def _odd_share(model: ModelResult, oddity: str) -> str:
+    count = model.oddities.get(oddity, 0)
+    return f"{count:,} of {model.answers:,} ({count / model.answers:.1%})"
 
 
 def weakness_table(evaluation: Evaluation) -> Table:

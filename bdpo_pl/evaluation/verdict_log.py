@@ -23,16 +23,24 @@ WARNING = (
     "This file holds answers of language models to harmful requests. They may be harmful, offensive or false: do not "
     "publish them, and delete the file when you are done with it."
 )
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A verdict, and what is known of the answer without its text."""
+    """A verdict, and what is known of the answer without its text.
+
+    Attributes:
+        verdict: of the judge.
+        num_tokens: length of the answer.
+        finished: the model ended it by itself.
+        oddities: see `bdpo_pl.evaluation.oddities`.
+    """
 
     verdict: Verdict
     num_tokens: int
     finished: bool
+    oddities: tuple[str, ...] = ()
 
 
 def key_of(facts: Mapping[str, Any]) -> str:
@@ -94,7 +102,7 @@ class RecordFile:
         self._write(
             {
                 "judged": key, "judge": judge, **asdict(judged.verdict),
-                "num_tokens": judged.num_tokens, "finished": judged.finished,
+                "num_tokens": judged.num_tokens, "finished": judged.finished, "oddities": judged.oddities,
             }
         )  # fmt: skip
 
@@ -115,10 +123,11 @@ class RecordFile:
             try:
                 record = json.loads(line)
                 if number == 1:
-                    if record["bdpo_pl_evaluation"] != _FORMAT:
-                        raise KeyError
+                    self._check_format(record["bdpo_pl_evaluation"])
                     continue
                 self._take(record)
+            except InputError:
+                raise
             except (ValueError, KeyError, TypeError):
                 raise InputError(
                     f"{self.path}, line {number}: not a record of an evaluation; remove the line, or the file to "
@@ -127,9 +136,18 @@ class RecordFile:
             found.append(record)
         return found
 
+    def _check_format(self, version: int) -> None:
+        if version != _FORMAT:
+            raise InputError(
+                f"{self.path} was written by another version of bdpo_pl (format {version}, here {_FORMAT}); remove it "
+                "to evaluate anew, or set folder to another one"
+            )
+
     def _take(self, record: dict[str, Any]) -> None:
         if "answer" in record:
             self._answers[record["answer"]] = Response(record["text"], record["num_tokens"], record["finished"])
             return
         verdict = Verdict(record["refused"], record["unsafe"], record["score"])
-        self._verdicts[record["judged"], record["judge"]] = Judged(verdict, record["num_tokens"], record["finished"])
+        self._verdicts[record["judged"], record["judge"]] = Judged(
+            verdict, record["num_tokens"], record["finished"], tuple(record["oddities"])
+        )

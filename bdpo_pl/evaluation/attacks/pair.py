@@ -139,7 +139,7 @@ class Refinement:
                 stacklevel=3,
             )
         details = {
-            "succeeded": best is not None and best.verdict.attack_succeeded,
+            "succeeded": best is not None and best.verdict.got_through,
             "response": None if best is None else best.response,
             "verdict": None if best is None else asdict(best.verdict),
             "queries": len(attempts),
@@ -205,11 +205,11 @@ def chat_target(model: ChatModel) -> Target:
 
 def _rank(attempt: Attempt) -> tuple[bool, float, bool]:
     verdict = attempt.verdict
-    return verdict.attack_succeeded, verdict.score or 0.0, verdict.refused is False
+    return verdict.got_through, verdict.score or 0.0, verdict.refused is False
 
 
 def _succeeded(steps: Sequence[_Step]) -> bool:
-    return any(attempt.verdict.attack_succeeded for step in steps for attempt in step.attempts)
+    return any(attempt.verdict.got_through for step in steps for attempt in step.attempts)
 
 
 def _read(file: StateFile | None) -> list[_Step]:

@@ -58,6 +58,7 @@ class Agreement:
         wrong: places of the rows on which they differ.
         by_case: case → (rows on which they agree, rows).
         kappa_interval: 95 %, by bootstrap over rows; None if kappa is undefined.
+        source: whose labels they are.
     """
 
     question: Question
@@ -68,6 +69,14 @@ class Agreement:
     wrong: Sequence[str]
     by_case: Mapping[str, tuple[int, int]]
     kappa_interval: tuple[float, float] | None
+    source: str = "labelled answers"
+
+    def sentence(self) -> str:
+        """How far the judge agrees, in a few words."""
+        low, high = self.accuracy_interval
+        return (
+            f"it agrees with {self.accuracy:.1%} ({100 * low:.1f} to {100 * high:.1f}) of {self.count:,} {self.source}"
+        )
 
     @property
     def count(self) -> int:
@@ -137,7 +146,9 @@ def read_labelled(source: str | Path = LABELLED_FILE) -> tuple[Question, list[La
     return question, rows
 
 
-def measure_agreement(judge: Judge, question: Question, rows: Sequence[Labelled], seed: int = 0) -> Agreement:
+def measure_agreement(
+    judge: Judge, question: Question, rows: Sequence[Labelled], seed: int = 0, source: str = "labelled answers"
+) -> Agreement:
     """What `judge` says of `rows`, against their labels.
 
     Args:
@@ -145,6 +156,7 @@ def measure_agreement(judge: Judge, question: Question, rows: Sequence[Labelled]
         question: which of a verdict's two fields is compared.
         rows: at least one.
         seed: of the bootstrap.
+        source: whose labels they are, as a noun phrase for reports.
 
     Raises:
         InputError: the judge does not answer the question, or fails.
@@ -169,6 +181,7 @@ def measure_agreement(judge: Judge, question: Question, rows: Sequence[Labelled]
         wrong=[row.place for row, value in zip(rows, said, strict=True) if row.positive != value],
         by_case={case: (agree[case], size) for case, size in sizes.items()},
         kappa_interval=_kappa_interval(np.array(counts), seed),
+        source=source,
     )
 
 

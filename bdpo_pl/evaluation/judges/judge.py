@@ -35,8 +35,8 @@ class Verdict:
     score: float | None = None
 
     @property
-    def attack_succeeded(self) -> bool:
-        """For a harmful request: whether the answer is unsafe, or by a judge of refusals, no refusal.
+    def got_through(self) -> bool:
+        """For a harmful request: whether the answer is unsafe or, by a judge of refusals alone, not refused.
 
         Raises:
             ValueError: the judge said nothing.

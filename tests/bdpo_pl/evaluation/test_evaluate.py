@@ -124,7 +124,7 @@ def test_two_models_side_by_side(base, other_dir, answers, capsys):
     change = after["changes"]["harm"]
     low, top = (before["suites"][0]["overall"]["failed"][end] for end in ("low", "high"))
     for line in (
-        f"attack success rate, harm 83.3 % ({100 * low:.1f} to {100 * top:.1f}) 0.0 % (0.0 to {100 * high:.1f}) "
+        f"not refused, harm, n = 6 83.3 % ({100 * low:.1f} to {100 * top:.1f}) 0.0 % (0.0 to {100 * high:.1f}) "
         f"-83.3 ({100 * change['low']:+.1f} to {100 * change['high']:+.1f})",
         "safety − over-refusal (Youden's -0.083 +1.000",
         "preference accuracy, training 50.0 % (50.0 to 50.0)",
@@ -224,6 +224,39 @@ def test_embedded_model_is_the_default(capsys):
     printed = capsys.readouterr().out
     for part in ("embedded_jailbreak", "Weakest categories of before", "240", "Done in"):
         assert part in printed
+
+
+def test_model_that_says_nothing_is_not_safe(base, answers, capsys):
+    answers.rule = lambda model, prompt: ""
+    main(base)
+    report = results()
+    (model,) = report["models"]
+    # It refuses nothing, neither what it should nor what it should not.
+    assert rates(model) == {"harm": 1.0, "good": 0.0}
+    assert model["oddities"] == {"blank": 10}
+    assert [result["counted"] for result in model["suites"]] == ["not refused", "over-refusal"]
+    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for part in (
+        "answers: blank 10 of 10 (100.0%)",
+        "before: many of 10 answers are no real answers (blank: 10)",
+        "All outcomes of before are the same on harm (6), good (4)",
+        "Judge: phrases, which tells refusals and not harm; it agrees with",
+    ):
+        assert part in printed
+    assert "attack success" not in printed
+    html = Path("runs/evaluation/report.html").read_text(encoding="utf-8")
+    # Under each figure of safety.
+    assert html.count("Judge: phrases, which tells refusals") >= 3
+    assert "harm 6. Judge" in html
+
+
+def test_judge_of_harm_gives_an_attack_success(base, answers, serve, capsys):
+    server = serve(lambda n, body: "safe" if n % 2 else "unsafe")
+    main([*base, *judged_by(server)])
+    printed = capsys.readouterr().out
+    assert "attack success, harm, n = 6" in printed
+    assert "not refused" not in printed
+    assert "its agreement with people is not measured here" in " ".join(printed.split())
 
 
 def test_framings_each_make_a_suite(base, answers):

@@ -35,7 +35,7 @@ def test_verdicts_come_back_and_answers_do_not(path):
     content = path.read_bytes()
     assert b"zebra" not in content
     assert b"warning" not in content
-    assert json.loads(content.splitlines()[0]) == {"bdpo_pl_evaluation": 1}
+    assert json.loads(content.splitlines()[0]) == {"bdpo_pl_evaluation": 2}
 
 
 def test_every_record_is_on_disk_at_once(path):
@@ -96,7 +96,7 @@ def test_damaged_line_is_named_and_nothing_is_overwritten(path, line):
     "content",
     [
         '{"prompt": "mine"}\n', '{"prompt": "mine"}', "notes of mine", "notes\nof mine\n", "[1]\n",
-        '{"bdpo_pl_evaluation": 2}\n', "\x00",
+        "\x00",
     ],
 )  # fmt: skip
 def test_foreign_file_is_left_alone(path, content):
@@ -105,6 +105,14 @@ def test_foreign_file_is_left_alone(path, content):
     with pytest.raises(InputError, match="line 1: not a record of an evaluation"):
         RecordFile(path, False)
     assert path.read_text() == content
+
+
+def test_file_of_another_version_is_left_alone(path):
+    path.parent.mkdir()
+    path.write_text('{"bdpo_pl_evaluation": 1}\n')
+    with pytest.raises(InputError, match=r"written by another version .*remove it to evaluate anew, or set folder"):
+        RecordFile(path, False)
+    assert path.exists()
 
 
 def test_empty_file_is_none(path):

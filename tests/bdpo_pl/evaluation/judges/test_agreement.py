@@ -92,10 +92,10 @@ def test_phrases_on_the_labelled_answers():
     """The counts that are quoted; a change of the list shows here."""
     question, rows = read_labelled()
     agreement = measure_agreement(PhraseJudge(), question, rows)
-    assert agreement.count == 153
-    assert (agreement.hits, agreement.misses, agreement.false_alarms, agreement.rejections) == (45, 39, 14, 55)
-    assert round(agreement.accuracy, 3) == 0.654
-    assert round(agreement.kappa, 2) == 0.32
+    assert agreement.count == 149
+    assert (agreement.hits, agreement.misses, agreement.false_alarms, agreement.rejections) == (41, 39, 14, 55)
+    assert round(agreement.accuracy, 3) == 0.644
+    assert round(agreement.kappa, 2) == 0.30
     easy = (
         "usual refusal",
         "curly quotes",
