@@ -17,7 +17,7 @@ def main(args: list[str] | None = None) -> None:
     from bdpo_pl.cli.command import run_command
     from bdpo_pl.cli.diagnosing import run
 
-    run_command(lambda: run(given, __doc__))
+    run_command(lambda: run(given, __doc__), "scores until now are cached; the same command goes on from there")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ def main(args: list[str] | None = None) -> None:
     from bdpo_pl.cli.command import run_command
     from bdpo_pl.cli.evaluating import run
 
-    run_command(lambda: run(given, __doc__))
+    run_command(
+        lambda: run(given, __doc__), "verdicts until now are kept in --folder; the same command goes on from there"
+    )
 
 
 if __name__ == "__main__":

@@ -14,13 +14,15 @@ from lightning.pytorch.utilities import rank_zero_only
 import bdpo_pl.parallel.fsdp2  # noqa: F401 - names the strategy fsdp2
 from bdpo_pl.cli.job import FitCLI, parse_options
 from bdpo_pl.console import get_console, paths_table
-from bdpo_pl.errors import InputError
+from bdpo_pl.errors import InputError, StoppedError
 from bdpo_pl.files import RunFolder
 from bdpo_pl.parallel.state import whole_state
 from bdpo_pl.training.callbacks import LastCheckpoint
-from bdpo_pl.training.checkpoints import find_checkpoint, write_atomically
+from bdpo_pl.training.checkpoints import find_checkpoint, what_is_saved, write_atomically
 from bdpo_pl.training.export import export_adapters, export_model
+from bdpo_pl.training.identity import RunIdentity
 from bdpo_pl.training.memory_plan import planned
+from bdpo_pl.training.metrics_file import MetricsRows, continue_metrics
 from bdpo_pl.training.module import PreferenceModule
 from bdpo_pl.training.safety_probe import SafetyProbe
 from bdpo_pl.training.summary import summary_table
@@ -39,11 +41,19 @@ def run(args: list[str], description: str | None) -> None:
     # Known to rank 0 alone, which writes it; the others wait for it where the strategy sets up.
     first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
     with RunFolder(Path(trainer.log_dir or trainer.default_root_dir)) if first else nullcontext():
-        _align(cli, checkpoint, start)
+        try:
+            _align(cli, checkpoint, start)
+        except StoppedError as stopped:
+            if stopped.saved:
+                raise
+            saved = what_is_saved(Path(trainer.log_dir or trainer.default_root_dir), checkpoint)
+            raise StoppedError(f"{stopped}; {saved}", stopped.signal, saved=True) from None
 
 
 def _align(cli: FitCLI, checkpoint: str | None, start: float) -> None:
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
+    trainer.callbacks += [RunIdentity(checkpoint, cli.config_init.resume.allow), MetricsRows()]
+    continue_metrics(trainer, checkpoint)
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     if module.global_step not in module.evaluations and "held_out" in data.tables:
         trainer.validate(module, data, verbose=False)

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
 
 import transformers
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -13,21 +19,32 @@ from rich.text import Text
 
 from bdpo_pl.cli.machine_faults import machine_error
 from bdpo_pl.console import get_console
-from bdpo_pl.errors import InputError, MachineError, NonFiniteError, StoppedError
+from bdpo_pl.errors import InputError, MachineError, NonFiniteError, StoppedError, first_line
 
 _STATUS = {InputError: 2, MisconfigurationException: 2, NonFiniteError: 3, MachineError: 4}
 
 
-def run_command(command: Callable[[], None]) -> None:
-    """Run `command` and end the process as `main` says."""
+def run_command(command: Callable[[], None], kept: str = "") -> None:
+    """Run `command` and end the process as `main` says.
+
+    Args:
+        command: What to do.
+        kept: What a signal leaves behind, and how to go on from there, where the command itself does not say it.
+    """
     _quieten()
+    received: list[int] = []
     try:
-        command()
+        with _signals_stop(received):
+            command()
     except StoppedError as stopped:
-        _print_error(str(stopped))
+        _print_error(str(stopped) if stopped.saved or not kept else f"{stopped}; {kept}")
         # A process that another one stopped ends well, or Lightning would kill that other one.
         sys.exit(128 + stopped.signal if stopped.signal else 0)
     except Exception as raised:
+        if received:
+            # What breaks because another process was stopped too, or what turned the signal into an error of its own.
+            _print_error(f"stopped by {signal.Signals(received[0]).name} ({first_line(raised)}); {kept}".rstrip("; "))
+            sys.exit(128 + received[0])
         # The parser wraps what a class it instantiates says of its options.
         cause = raised.__cause__
         error = cause if isinstance(cause, InputError) and not isinstance(raised, InputError) else raised
@@ -37,6 +54,31 @@ def run_command(command: Callable[[], None]) -> None:
             raise
         _print_error(str(error))
         sys.exit(status)
+
+
+@contextmanager
+def _signals_stop(received: list[int]) -> Iterator[None]:
+    """Have SIGINT and SIGTERM raise `StoppedError` wherever the command is; each is added to `received`.
+
+    In training the callback `StopSignals` puts a handler of its own before this one, which finishes the step first.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    process = os.getpid()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        # Workers inherit the handler; this process ends them.
+        if os.getpid() == process:
+            received.append(number)
+            raise StoppedError(f"stopped by {signal.Signals(number).name}", number)
+
+    before: dict[int, Any] = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _print_error(message: str) -> None:

@@ -22,7 +22,7 @@ from bdpo_pl.diagnosis.page import build_page
 from bdpo_pl.diagnosis.results import Diagnosis, diagnose_split, find_leaks, pair_lines
 from bdpo_pl.diagnosis.terminal import numbers_table
 from bdpo_pl.errors import InputError
-from bdpo_pl.files import writable_folder
+from bdpo_pl.files import writable_folder, write_whole
 from bdpo_pl.losses import BalancedDPOLoss, PairScores, PairWeights, PreferenceLoss
 from bdpo_pl.reporting.terminal import findings_table
 from bdpo_pl.scoring.reference import SplitScores
@@ -216,7 +216,7 @@ def write(diagnosis: Diagnosis, measured: Mapping[str, Measured], folder: Path) 
     """Write the report in its three forms into `folder`; what each is → its path."""
     page = build_page(diagnosis, measured).write(folder / "report.html")
     numbers, pairs = folder / "diagnosis.json", folder / "pairs.jsonl"
-    numbers.write_text(json.dumps(diagnosis.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(numbers, json.dumps(diagnosis.to_json(), indent=2, ensure_ascii=False) + "\n")
     with pairs.open("w", encoding="utf-8") as lines:
         for name, m in measured.items():
             for line in pair_lines(m, np.arange(len(m.table))):

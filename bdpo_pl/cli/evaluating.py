@@ -29,7 +29,7 @@ from bdpo_pl.evaluation.suites.known import known_suites, load_suite
 from bdpo_pl.evaluation.suites.suite import Suite
 from bdpo_pl.evaluation.terminal import results_table, suites_table, weakness_table
 from bdpo_pl.evaluation.verdict_log import RecordFile
-from bdpo_pl.files import RunFolder, writable_folder
+from bdpo_pl.files import RunFolder, writable_folder, write_whole
 from bdpo_pl.reporting.terminal import findings_table
 
 OWN_SUITES = ("embedded_harmful", "embedded_jailbreak", "embedded_benign")
@@ -69,7 +69,7 @@ def _write(
 ) -> dict[str, Path]:
     """What each file is → its path."""
     paths = {"report": build_page(evaluation).write(folder / "report.html"), "numbers": folder / "evaluation.json"}
-    paths["numbers"].write_text(json.dumps(evaluation.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(paths["numbers"], json.dumps(evaluation.to_json(), indent=2, ensure_ascii=False) + "\n")
     paths["answers, to handle with care" if options.keep_answers else "verdicts"] = runner.asker.records.path
     if refine is not None:
         write_rows(evaluation.failures, refine)

@@ -20,6 +20,7 @@ from bdpo_pl.errors import InputError
 from bdpo_pl.training.callbacks import LastCheckpoint, RandomState, SaveOnNonFinite, StopAtGap
 from bdpo_pl.training.checkpoints import StopSignals
 from bdpo_pl.training.datamodule import PreferenceDataModule
+from bdpo_pl.training.identity import ResumeOptions
 from bdpo_pl.training.module import PreferenceModule
 from bdpo_pl.training.safety_probe import SafetyProbe
 
@@ -64,6 +65,7 @@ class FitCLI(LightningCLI):
             type=float | None,
             help="Stop when the policy overfits: when gap/margin (training − held-out) exceeds this at a validation.",
         )
+        parser.add_class_arguments(ResumeOptions, "resume")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(SafetyProbe, "safety")
         parser.set_defaults(

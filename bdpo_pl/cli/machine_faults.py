@@ -7,7 +7,7 @@ import re
 
 import torch
 
-from bdpo_pl.errors import MachineError
+from bdpo_pl.errors import MachineError, first_line
 
 _LOWER = (
     "Lower, in this order of what it costs: data.batch_size or data.max_tokens_per_batch (raise "
@@ -20,7 +20,7 @@ _LOWER = (
 def machine_error(error: BaseException) -> MachineError | None:
     """`error` as one that says what to do, if it is a fault of the machine; else None."""
     text = str(error)
-    first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+    first = first_line(error)
     if isinstance(error, MachineError):
         return error
     # The CPU's allocator raises a plain RuntimeError.

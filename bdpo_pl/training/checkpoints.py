@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import signal
 import threading
@@ -15,7 +16,7 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from bdpo_pl.errors import InputError, MachineError, StoppedError
+from bdpo_pl.errors import InputError, MachineError, StoppedError, first_line
 from bdpo_pl.files import write_whole
 
 LAST = "last.ckpt"
@@ -39,7 +40,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             write_whole(path, lambda file: torch.save(checkpoint, file))
         # Where the disk is full, torch's writer may raise an error of its own over that of the operating system.
         except (OSError, RuntimeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else _first_line(error)
+            reason = error.strerror if isinstance(error, OSError) else first_line(error)
             raise MachineError(
                 f"the checkpoint {path} cannot be written ({reason}); the one before it is untouched. Free space, then "
                 "go on with --ckpt_path last"
@@ -59,7 +60,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except FileNotFoundError:
             raise
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-            raise InputError(f"{path} does not load as a checkpoint: {_first_line(error)}") from error
+            raise InputError(f"{path} does not load as a checkpoint: {first_line(error)}") from error
 
 
 def write_atomically(trainer: L.Trainer) -> None:
@@ -108,56 +109,99 @@ def find_checkpoint(path: str | None, root: Path) -> str | None:
 
 
 class StopSignals(L.Callback):
-    """On SIGINT or SIGTERM: finish the optimiser step, write `last.ckpt`, and stop; a second SIGINT stops at once.
+    """What SIGINT and SIGTERM do while the Trainer runs.
 
-    The ranks agree on the step, whichever of them the signal reached.
+    In training: the optimiser step is finished, and a validation that follows it, then `last.ckpt` is written and the
+    run stops; a second signal stops at once. Before the first step and after the last one it stops at once. The ranks
+    agree on the step, whichever of them the signal reached.
     """
 
     def __init__(self) -> None:
         self._received: int | None = None
+        self._waits = False
+        self._saves = False
         self._before: dict[int, Any] = {}
+        self._process = os.getpid()
+
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take over the signals from Lightning, whose own handler would end this validation with status 0."""
+        self._take_over()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take over the signals, now that there is something to save."""
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._receive)
+        """Take over the signals."""
+        self._take_over()
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Between two steps, after the validation that may lie there, see whether any rank was told to stop.
+        """Stop between two steps, after the validation that may lie there, if any rank has received a signal.
 
         Raises:
-            StoppedError: one was, and the checkpoint is written.
+            StoppedError: One has, and the checkpoint is written.
         """
+        self._waits = True
         if batch_idx % trainer.accumulate_grad_batches:
             # Gradients that wait for more batches are in no checkpoint.
             return
         if not trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
             return
-        path = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints" / LAST
-        trainer.save_checkpoint(path)
-        name = signal.Signals(self._received).name if self._received else "a signal to another process"
-        raise StoppedError(
-            f"stopped by {name} after {trainer.global_step} optimiser steps; {path} is written, go on with "
-            "--ckpt_path last",
-            self._received,
-        )
+        _as_before_the_batch(trainer)
+        raise self._saved(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop here if a signal came after the last step: what follows may take long.
+
+        Raises:
+            StoppedError: One came, and the checkpoint is written.
+        """
+        self._waits = False
+        self._saves = True
+        if trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
+            raise self._saved(trainer)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Give the signals back."""
         self._restore()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Give the signals back."""
+        """Give the signals back; save the trained policy if it is stopped while it is measured after the last step."""
         self._restore()
+        if isinstance(exception, StoppedError) and self._saves and not exception.saved and trainer.world_size == 1:
+            exception.args = (str(self._saved(trainer)),)
+            exception.saved = True
+
+    def _saved(self, trainer: L.Trainer) -> StoppedError:
+        path = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints" / LAST
+        trainer.save_checkpoint(path)
+        self._saves = False
+        name = signal.Signals(self._received).name if self._received else "a signal to another process"
+        number = self._received
+        if number is None and trainer.is_global_zero:
+            # The status of this process is that of the command.
+            number = signal.SIGTERM
+        return StoppedError(
+            f"stopped by {name} after {trainer.global_step} optimiser steps; {path} is written, go on with the same "
+            f"command and --ckpt_path {path}",
+            number,
+            saved=True,
+        )
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self._received is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        if os.getpid() != self._process:
+            # A worker that inherited the handler; this process ends it.
+            return
+        if not self._waits or self._received is not None:
+            self._received = number
+            raise StoppedError(f"stopped by {signal.Signals(number).name}", number)
         self._received = number
-        rank_zero_info(f"{signal.Signals(number).name}: finishing the step, then saving")
+        rank_zero_info(f"{signal.Signals(number).name}: finishing the step, then saving; a second one stops at once")
+
+    def _take_over(self) -> None:
+        if self._before or threading.current_thread() is not threading.main_thread():
+            return
+        self._process = os.getpid()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._receive)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
@@ -165,5 +209,32 @@ class StopSignals(L.Callback):
         self._before.clear()
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _as_before_the_batch(trainer: L.Trainer) -> None:
+    """Set Lightning's counters back to what they were before the batch that begins now, for a checkpoint.
+
+    Lightning expects checkpoints at the end of a batch or of a validation. Of one in between, a resumed run would log
+    everything one step later than the uninterrupted one.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    loop.batch_progress.total.ready -= 1
+    loop.batch_progress.current.ready -= 1
+    loop.batch_progress.is_last_batch = False
+    assert trainer.fit_loop._data_fetcher is not None
+    if loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
+        # Here a resumed run comes by the end of the validation, or of the epoch, and counts the step that led to it.
+        loop._batches_that_stepped -= 1
+
+
+def what_is_saved(folder: Path, resumed_from: str | None) -> str:
+    """What a run in `folder` that is stopped has saved, and how to go on from there.
+
+    Args:
+        folder: Of the run.
+        resumed_from: The checkpoint that it began with, if any.
+    """
+    path = folder / "checkpoints" / LAST
+    if is_whole(path):
+        return f"{path} is written, go on with the same command and --ckpt_path {path}"
+    if resumed_from is not None:
+        return f"nothing new is saved, go on with the same command and --ckpt_path {resumed_from}"
+    return "no step is saved yet; the same command begins again, and takes up the scores that it has cached"

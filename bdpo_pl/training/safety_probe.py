@@ -131,6 +131,12 @@ class SafetyProbe(L.Callback):
             self._latest = self._measure(trainer, pl_module, "after training")
         self.after = _labelled(self._latest)
 
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure the trained policy where nothing was left to train: Lightning then calls none of the hooks above."""
+        if self.suites and not self.after:
+            pl_module.to(trainer.strategy.root_device)
+            self.on_train_end(trainer, pl_module)
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run goes on from."""
         return {"before": self.before, "latest": self._latest, "latest_step": self._latest_step}

@@ -20,12 +20,22 @@ WORLD_BATCH = 8
 
 
 def train(
-    folder, name, world_size=1, *, model="model", sharing=None, ckpt_path=None, callbacks=(), data=None, **options
+    folder,
+    name,
+    world_size=1,
+    *,
+    model="model",
+    pairs="pairs.jsonl",
+    sharing=None,
+    ckpt_path=None,
+    callbacks=(),
+    data=None,
+    **options,
 ):
     """Two epochs on the pairs of `folder`, WORLD_BATCH of them to a step however many processes share it.
 
     Args:
-        folder: holds `model` and `pairs.jsonl`.
+        folder: holds `model` and `pairs`.
         name: `ddp`, `fsdp2`, `tp` or `one`, and anything after a dash.
         sharing: batches in a step; default the processes that share data.
 
@@ -64,7 +74,7 @@ def train(
         },
     )
     datamodule = PreferenceDataModule(
-        str(folder / "pairs.jsonl"),
+        str(folder / pairs),
         **{"held_out_fraction": 0.2, "batch_size": WORLD_BATCH // sharing, "max_length": 128, **(data or {})},
     )
     trainer.fit(module, datamodule, ckpt_path=ckpt_path, weights_only=True)

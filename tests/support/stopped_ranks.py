@@ -11,6 +11,8 @@ from sharded_jobs import train
 from bdpo_pl.errors import StoppedError
 from bdpo_pl.training.callbacks import LastCheckpoint
 from bdpo_pl.training.checkpoints import StopSignals, find_checkpoint, write_atomically
+from bdpo_pl.training.identity import RunIdentity
+from bdpo_pl.training.metrics_file import MetricsRows
 
 # Eight batches an epoch, two to a step: 4 steps. Validation after steps 1, 2, … of which each writes last.ckpt.
 OPTIONS = {"sharing": 4, "trainer": {"accumulate_grad_batches": 2, "val_check_interval": 4, "log_every_n_steps": 3}}
@@ -35,7 +37,8 @@ class Atomic(L.Callback):
 
 
 def run(folder, name, world_size, *callbacks, ckpt_path=None):
-    callbacks = [Atomic(), LastCheckpoint(), StopSignals(), *callbacks]
+    identity = [RunIdentity(ckpt_path), MetricsRows()]
+    callbacks = [Atomic(), LastCheckpoint(), StopSignals(), *identity, *callbacks]
     options = {**OPTIONS, "sharing": 2 * world_size}
     return train(folder, name, world_size, callbacks=callbacks, ckpt_path=ckpt_path, **options)
 

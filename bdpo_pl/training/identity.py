@@ -1,0 +1,336 @@
+"""What a run is, kept in its checkpoints, so that a resume cannot go on as another run in silence."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+
+from bdpo_pl.errors import InputError
+from bdpo_pl.models.loading import model_fingerprint, resolve_dtype
+from bdpo_pl.parallel.ranks import data_ranks
+from bdpo_pl.training.datamodule import PreferenceDataModule
+from bdpo_pl.training.module import PreferenceModule
+from bdpo_pl.training.optim import parameter_groups
+
+_KEY = "bdpo_pl_run"
+
+MUST_AGREE = ("data", "tokenizer", "template", "policy", "reference", "loss")
+"""What would make the rest of the run another run's; a resume stops where one of them differs."""
+
+_ORDER = {"batches", "seed"}
+"""What changes the order of the pairs, so that "the batches that are done" are other pairs now."""
+
+_OPTIMIZER = "optimizer"
+
+
+@dataclass
+class ResumeOptions:
+    """What a resumed run may do otherwise than the run that it goes on from.
+
+    Args:
+        allow: Differences to go on in spite of, as `[loss, data]`: data, tokenizer, template, policy, reference, loss.
+            Others need no leave; each is named when the run goes on.
+
+    Raises:
+        InputError: A name that is none of these.
+    """
+
+    allow: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.allow) - set(MUST_AGREE))
+        if unknown:
+            raise InputError(
+                f"resume.allow names {', '.join(unknown)}; what a resume stops for are {', '.join(MUST_AGREE)}"
+            )
+
+
+@dataclass(frozen=True)
+class Trait:
+    """One thing that makes a run what it is.
+
+    Attributes:
+        value: Compared; a digest or plain values.
+        shown: As messages show it.
+    """
+
+    value: Any
+    shown: str
+
+    def to_plain(self) -> dict[str, Any]:
+        """Values that a checkpoint may hold."""
+        return {"value": self.value, "shown": self.shown}
+
+
+def describe_run(trainer: L.Trainer, module: PreferenceModule, data: PreferenceDataModule) -> dict[str, Trait]:
+    """What this run is, by name; its data must be loaded.
+
+    Raises:
+        InputError: The optimiser refuses its options.
+    """
+    table = data.tables["train"]
+    traits = {"data": _digest(table.content_digest(), f"{len(table):,} pairs of {data.train_source}")}
+    held_out = data.tables.get("held_out")
+    traits["held-out data"] = (
+        Trait(None, "none") if held_out is None else _digest(held_out.content_digest(), f"{len(held_out):,} pairs")
+    )
+    traits["tokenizer"] = _digest(_tokenizer_digest(data.tokenizer), str(data.tokenizer.name_or_path))
+    template = None if data.chat_template == "none" else data.tokenizer.chat_template
+    traits["template"] = Trait(None, "none") if not template else _digest(_sha(str(template)), data.chat_template)
+    if module.lora is not None:
+        # The checkpoint holds the adapters alone.
+        traits["policy"] = _digest(model_fingerprint(module.source), module.source.name)
+    traits["reference"] = _reference(module, trainer)
+    traits["loss"] = _plain(f"{type(module.loss).__module__}.{type(module.loss).__qualname__}")
+    for name, value in sorted(vars(module.loss).items()):
+        if not name.startswith("_") and (value is None or isinstance(value, bool | int | float | str)):
+            traits[f"loss.{name}"] = _plain(value)
+    traits |= _optimizer_traits(module)
+    traits["lr_schedule"] = _plain(module.lr_schedule)
+    traits["warmup_ratio"] = _plain(module.warmup_ratio)
+    for name in ("max_epochs", "max_steps", "limit_train_batches", "gradient_clip_val"):
+        traits[name] = _plain(getattr(trainer, name))
+    traits["re-estimation"] = _plain(module.reestimation.every_n_steps)
+    traits["precision"] = _plain(f"{trainer.precision}, weights in {module.dtype_used}")
+    traits["batches"] = _batches(trainer, data)
+    traits["seed"] = _plain(int(os.environ.get("PL_GLOBAL_SEED", data.seed)))
+    return traits
+
+
+def check_resume(
+    saved: Mapping[str, Mapping[str, Any]], now: Mapping[str, Trait], allow: Sequence[str], batches_done: int
+) -> set[str]:
+    """Compare the run of a checkpoint with this one, and say every difference.
+
+    Args:
+        saved: The traits in the checkpoint.
+        now: Those of this run.
+        allow: Names of differences to go on in spite of.
+        batches_done: Batches of its epoch that the checkpoint has behind it.
+
+    Returns:
+        Names of the traits that differ.
+
+    Raises:
+        InputError: One differs that must agree and is not allowed, or the optimiser is another class.
+    """
+    names = [name for name in dict.fromkeys([*now, *saved]) if _value(saved.get(name)) != _value_of(now.get(name))]
+    lines = {name: f"{name}: {_shown(saved.get(name))} → {_shown_of(now.get(name))}" for name in names}
+    if _OPTIMIZER in names:
+        raise InputError(
+            f"the checkpoint holds the state of another optimiser ({lines[_OPTIMIZER]}), which the new one cannot take "
+            "up: resume with model.optimizer as it was, or begin a new run from the exported model"
+        )
+    refused = [name for name in MUST_AGREE if name in names and name not in allow]
+    if refused:
+        raise InputError(
+            "the checkpoint belongs to another run: "
+            + "; ".join(lines[name] for name in refused)
+            + ". Resume with what it was trained on, or, if you mean to go on with the change, add "
+            f"--resume.allow '[{', '.join(sorted({*allow, *refused}))}]'"
+        )
+    if names:
+        rank_zero_info("The resumed run differs from the one that it goes on from:")
+    for name in names:
+        if name in allow:
+            what = "allowed"
+        elif name in _ORDER or name in MUST_AGREE:
+            skipped = f", so the {batches_done} batches skipped as done are other pairs" if batches_done else ""
+            what = f"another order{skipped}"
+        else:
+            what = "takes effect from here on"
+        rank_zero_info(f"  {lines[name]} ({what})")
+    return set(names)
+
+
+class RunIdentity(L.Callback):
+    """Writes what the run is into its checkpoints, and compares it on a resume, before the scoring pass.
+
+    Learning rate and schedule are restored by Lightning from the checkpoint; where the user gives others, they are put
+    back in force here.
+
+    Args:
+        resume_from: The checkpoint that the run goes on from, if any.
+        allow: Differences to go on in spite of; see `ResumeOptions`.
+    """
+
+    def __init__(self, resume_from: str | None = None, allow: Sequence[str] = ()) -> None:
+        self.resume_from = resume_from
+        self.allow = tuple(allow)
+        self.traits: dict[str, Trait] = {}
+        self._compared = False
+        self._differs: set[str] = set()
+        self._options: list[dict[str, Any]] = []
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Describe the run, whose data is loaded by now, and compare it with the checkpoint's."""
+        if stage != "fit" or self.traits:
+            return
+        assert isinstance(pl_module, PreferenceModule)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        self.traits = describe_run(trainer, pl_module, data)
+        if self.resume_from is not None and Path(self.resume_from).is_file():
+            # Its tensors stay on disk.
+            self._compare(trainer, torch.load(self.resume_from, map_location="cpu", mmap=True, weights_only=True))
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the optimiser's options as given, before the checkpoint's replace them."""
+        self._options = [
+            {name: value for name, value in group.items() if name != "params"}
+            for optimizer in trainer.optimizers
+            for group in optimizer.param_groups
+        ]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Put the optimiser's options and the schedule in force that the user gives now."""
+        changed = {name.removeprefix("optimizer.") for name in self._differs if name.startswith("optimizer.")}
+        schedule = {"lr_schedule", "warmup_ratio", "max_epochs", "max_steps", "limit_train_batches"} & self._differs
+        if not (changed or schedule):
+            return
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        # What the scheduler starts from.
+        changed |= {"initial_lr"} if "lr" in changed else set()
+        for group, given in zip(groups, self._options, strict=True):
+            group.update({name: given[name] for name in changed if name in given})
+        for config in trainer.lr_scheduler_configs:
+            scheduler = config.scheduler
+            if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+                continue
+            scheduler.base_lrs = [group["initial_lr"] for group in scheduler.optimizer.param_groups]
+            rates = [
+                base * factor(scheduler.last_epoch)
+                for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+            ]
+            for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            scheduler._last_lr = rates
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add what the run is, and its validations until now, of which the closing table shows the first."""
+        assert isinstance(pl_module, PreferenceModule)
+        checkpoint[_KEY] = {
+            "traits": {name: trait.to_plain() for name, trait in self.traits.items()},
+            "evaluations": {step: dict(values) for step, values in pl_module.evaluations.items()},
+            "batches_done": trainer.datamodule.state_dict()["batches_done"],  # type: ignore[attr-defined]
+        }
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take up the validations; compare the runs if that could not be done earlier."""
+        assert isinstance(pl_module, PreferenceModule)
+        self._compare(trainer, checkpoint)
+        earlier = checkpoint.get(_KEY, {}).get("evaluations", {})
+        pl_module.evaluations = {**earlier, **pl_module.evaluations}
+
+    def _compare(self, trainer: L.Trainer, checkpoint: Mapping[str, Any]) -> None:
+        if self._compared:
+            return
+        self._compared = True
+        saved = checkpoint.get(_KEY)
+        if saved is None:
+            rank_zero_info(
+                "The checkpoint does not say which data, loss and options its run had: an earlier version wrote it. "
+                "Whether they are those of this run is not checked"
+            )
+            return
+        self._differs = check_resume(saved["traits"], self.traits, self.allow, saved["batches_done"])
+
+
+def _optimizer_traits(module: PreferenceModule) -> dict[str, Trait]:
+    """The optimiser's class and options, found out on two small parameters, long before the real ones are there."""
+    model = nn.Module()
+    model.matrix, model.vector = nn.Parameter(torch.zeros(1, 1)), nn.Parameter(torch.zeros(1))
+    optimizer = checked_optimizer(module.optimizer, model)
+    options = {
+        name: value
+        for name, value in optimizer.param_groups[0].items()
+        if name not in ("params", "initial_lr") and isinstance(value, None | bool | int | float | str | tuple | list)
+    }
+    traits = {_OPTIMIZER: _plain(f"{type(optimizer).__module__}.{type(optimizer).__qualname__}")}
+    return traits | {f"{_OPTIMIZER}.{name}": _plain(value) for name, value in options.items()}
+
+
+def checked_optimizer(make: Callable[[Any], torch.optim.Optimizer], model: nn.Module) -> torch.optim.Optimizer:
+    """The optimiser that `make` gives for the parameters of `model`.
+
+    Raises:
+        InputError: It refuses its options.
+    """
+    try:
+        return make(parameter_groups(model))
+    except (ValueError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"model.optimizer: {error}") from error
+
+
+def _reference(module: PreferenceModule, trainer: L.Trainer) -> Trait:
+    if module.reference_mode == "none":
+        return Trait(None, "none")
+    source = module.reference_source
+    name = module.dtype_name if module.reference_dtype == "auto" else module.reference_dtype
+    dtype = resolve_dtype(name, str(trainer.precision))
+    digest = _sha(f"{model_fingerprint(source)} {source.revision} {dtype}")
+    return _digest(digest, f"{source.name} in {str(dtype).removeprefix('torch.')}")
+
+
+def _batches(trainer: L.Trainer, data: PreferenceDataModule) -> Trait:
+    _, ranks = data_ranks(trainer)
+    accumulate = trainer.accumulate_grad_batches
+    if data.max_tokens_per_batch is not None:
+        value: list[Any] = ["tokens", data.max_tokens_per_batch, ranks, accumulate]
+        return Trait(value, f"{data.max_tokens_per_batch} tokens on each of {ranks} ranks, {accumulate} to a step")
+    # Pairs are dealt out to ranks in the epoch's order, so two ranks of four are as one of eight.
+    pairs = data.batch_size * ranks
+    return Trait(["pairs", pairs, accumulate], f"{pairs} pairs over all ranks, {accumulate} to a step")
+
+
+def _tokenizer_digest(tokenizer: Any) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        described: Any = sorted(tokenizer.get_vocab().items())
+    else:
+        described = json.loads(backend.to_str())
+        # Settings of the last call, and not of the tokenizer.
+        described.pop("truncation", None)
+        described.pop("padding", None)
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return _sha(json.dumps([described, special], sort_keys=True))
+
+
+def _digest(digest: str, what: str) -> Trait:
+    return Trait(digest, f"{what} (sha256 {digest[:12]})")
+
+
+def _plain(value: Any) -> Trait:
+    plain = list(value) if isinstance(value, tuple) else value
+    return Trait(plain, str(value))
+
+
+def _sha(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _value(saved: Mapping[str, Any] | None) -> Any:
+    return None if saved is None else saved["value"]
+
+
+def _value_of(trait: Trait | None) -> Any:
+    return None if trait is None else trait.value
+
+
+def _shown(saved: Mapping[str, Any] | None) -> str:
+    return "not given" if saved is None else str(saved["shown"])
+
+
+def _shown_of(trait: Trait | None) -> str:
+    return "not given" if trait is None else trait.shown

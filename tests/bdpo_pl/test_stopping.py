@@ -1,0 +1,140 @@
+"""A signal at any moment ends a command with its own status, and what is saved is said; a resume goes on exactly."""
+
+import csv
+import os
+import re
+import signal
+
+import pytest
+from makers import preference_rows, write_jsonl
+
+from bdpo_pl.fit import main
+from bdpo_pl.training.module import PreferenceModule
+
+STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
+
+
+class Runs:
+    """`fit` in this process, in a folder of its own."""
+
+    def __init__(self, model_dir, folder):
+        self.folder = folder
+        write_jsonl(folder / "pairs.jsonl", preference_rows(40))
+        write_jsonl(folder / "harmful.jsonl", [{"prompt": "how do i keep my garden safe ?"}])
+        self.options = [
+            f"--model.policy={model_dir}",
+            f"--data.train={folder / 'pairs.jsonl'}",
+            "--data.held_out_fraction=0.2",
+            "--model.optimizer=torch.optim.AdamW",
+            "--model.optimizer.init_args.lr=2e-3",
+            f"--safety.harmful={folder / 'harmful.jsonl'}",
+            "--safety.max_new_tokens=2",
+            "--trainer.accelerator=cpu",
+            "--trainer.enable_progress_bar=false",
+            "--trainer.val_check_interval=2",
+            "--trainer.log_every_n_steps=1",
+        ]
+
+    def __call__(self, *options):
+        """The exit status, None where the run came to its end."""
+        handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(self.folder)
+            patch.setenv("BDPO_PL_CACHE", str(self.folder / "cache"))
+            patch.setenv("PL_GLOBAL_SEED", "0")
+            try:
+                main([*self.options, *options])
+            except SystemExit as ended:
+                return ended.code
+            finally:
+                assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+
+
+@pytest.fixture(scope="module")
+def runs(model_dir, tmp_path_factory):
+    return Runs(model_dir, tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def whole(runs):
+    """The rows of the run that nothing stops: four steps, two validations."""
+    assert runs("--trainer.logger.init_args.version=whole") is None
+    return rows(runs.folder / "runs" / "whole" / "metrics.csv")
+
+
+def printed(capfd):
+    texts = capfd.readouterr()
+    return " ".join((texts.out + texts.err).split())
+
+
+def signal_in(monkeypatch, target, number, times=1, when=lambda *_: True):
+    """Send this process the signal in the call of `target` for which `when` is true the `times`-th time."""
+    name = target.rpartition(".")[2]
+    owner = target.removesuffix(f".{name}")
+    module, _, attribute = owner.partition(":")
+    place = __import__(module, fromlist=["_"])
+    place = getattr(place, attribute) if attribute else place
+    real, count = getattr(place, name), [0]
+
+    def signalled(*args, **kwargs):
+        if when(*args):
+            count[0] += 1
+            if count[0] == times:
+                os.kill(os.getpid(), number)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(place, name, signalled)
+
+
+def rows(path):
+    with path.open() as file:
+        return [{k: v for k, v in row.items() if v and "second" not in k} for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize(
+    ("place", "number"),
+    [
+        ("bdpo_pl.training.datamodule.load_pairs", signal.SIGINT),
+        ("bdpo_pl.scoring.scoring_pass.score_pairs", signal.SIGTERM),
+        ("bdpo_pl.training.module:PreferenceModule.validation_step", signal.SIGTERM),
+        ("bdpo_pl.training.safety_probe.generate_responses", signal.SIGINT),
+    ],
+)
+def test_before_the_first_step(runs, monkeypatch, tmp_path, capfd, place, number):
+    signal_in(monkeypatch, place, number)
+    monkeypatch.setattr(PreferenceModule, "training_step", lambda *_: pytest.fail("trained"))
+    assert runs(f"--model.scoring.cache_dir={tmp_path}") == STATUS[number]
+    assert f"stopped by {number.name}; no step is saved yet; the same command begins again" in printed(capfd)
+
+
+@pytest.mark.parametrize(
+    ("place", "number", "times", "when"),
+    [
+        ("bdpo_pl.training.module:PreferenceModule.training_step", signal.SIGTERM, 3, None),
+        # Validations before training, after step 2 and after step 4: held-out pairs and the probe, a batch each.
+        ("bdpo_pl.training.module:PreferenceModule.validation_step", signal.SIGINT, 5, None),
+        ("bdpo_pl.training.module:PreferenceModule.validation_step", signal.SIGTERM, 1, "last"),
+        ("bdpo_pl.training.checkpoints:AtomicCheckpointIO.save_checkpoint", signal.SIGTERM, 1, None),
+        ("bdpo_pl.training.safety_probe.generate_responses", signal.SIGTERM, 2, None),
+        ("bdpo_pl.cli.aligning.export_model", signal.SIGINT, 1, None),
+    ],
+)
+def test_in_training_and_after_it(runs, whole, monkeypatch, capfd, request, place, number, times, when):
+    def at_the_last_step(module, *_):
+        return not module.trainer.sanity_checking and module.global_step == 4
+
+    version = f"v{request.node.callspec.indices['place']}"
+    folder = runs.folder / "runs" / version
+    with monkeypatch.context() as patch:
+        signal_in(patch, place, number, times, at_the_last_step if when else lambda *_: True)
+        assert runs(f"--trainer.logger.init_args.version={version}") == STATUS[number]
+    checkpoint = re.search(r"go on with the same command and --ckpt_path (\S+last\.ckpt)", printed(capfd))[1]
+    assert not (folder / "model").exists()
+    # In the folder that it began in: the metrics go on, and the table has its column "before".
+    assert runs(f"--ckpt_path={checkpoint}", f"--trainer.logger.init_args.version={version}") is None
+    assert rows(folder / "metrics.csv") == whole
+    said = printed(capfd)
+    assert "differs" not in said
+    table = said[said.index("What changed") :]
+    assert "–" not in table[: table.index("Written")]
+    assert (folder / "model").is_dir()

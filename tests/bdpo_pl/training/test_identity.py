@@ -1,0 +1,169 @@
+"""A resumed run is the run that it goes on from, or says what is different."""
+
+import csv
+import json
+import logging
+import shutil
+import signal
+
+import pytest
+import torch
+from makers import CHATML, build_model, build_tokenizer, large, preference_rows, write_jsonl
+from sharded_jobs import train
+from stopped_ranks import SignalAt
+
+from bdpo_pl.errors import InputError, StoppedError
+from bdpo_pl.losses import BalancedDPOLoss, SimPOLoss
+from bdpo_pl.training.checkpoints import StopSignals
+from bdpo_pl.training.identity import ResumeOptions, RunIdentity
+from bdpo_pl.training.metrics_file import MetricsRows, continue_metrics
+
+ROWS = preference_rows(24)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("identity")
+    build_model().save_pretrained(folder / "model")
+    build_tokenizer().save_pretrained(folder / "model")
+    write_jsonl(folder / "pairs.jsonl", ROWS)
+    swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in ROWS]
+    write_jsonl(folder / "swapped.jsonl", swapped)
+    write_jsonl(folder / "reversed.jsonl", ROWS[::-1])
+    build_tokenizer(vocab_size=300).save_pretrained(folder / "tokenizer")
+    (folder / "other.jinja").write_text(CHATML.replace("assistant", "model"))
+    large(build_model()).save_pretrained(folder / "reference")
+    build_tokenizer().save_pretrained(folder / "reference")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(folder):
+    """Of a run that was stopped after 3 of its 6 steps, the last of its first epoch."""
+    with pytest.raises(StoppedError, match="after 3 optimiser steps"):
+        run(folder, "one", SignalAt(signal.SIGTERM, 0, 2))
+    return folder / "one" / "checkpoints" / "last.ckpt"
+
+
+def run(folder, name, *callbacks, ckpt_path=None, allow=(), **options):
+    identity = RunIdentity(None if ckpt_path is None else str(ckpt_path), allow)
+    return train(
+        folder, name, callbacks=[StopSignals(), MetricsRows(), identity, *callbacks], ckpt_path=ckpt_path, **options
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"pairs": "swapped.jsonl"}, r"data: 19 pairs of .*pairs\.jsonl \(sha256 \w+\) → 19 pairs of .*swapped\.jsonl"),
+        ({"pairs": "reversed.jsonl"}, r"data: .*reversed\.jsonl.*resume\.allow '\[data\]'"),
+        ({"data": {"tokenizer": "tokenizer"}}, r"data: .*tokenizer: .*resume\.allow '\[data, tokenizer\]'"),
+        ({"data": {"chat_template": "other.jinja"}}, r"template: auto .* → .*other\.jinja"),
+        ({"data": {"chat_template": "none"}}, r"template: auto .* → none"),
+        ({"data": {"max_length": 40}}, r"data: "),
+        ({"reference": "reference"}, r"reference: .*model in float32 .* → .*reference in float32"),
+        ({"loss": SimPOLoss()}, r"loss: bdpo_pl\.losses\.\S+BalancedDPOLoss → bdpo_pl\.losses\.\S+SimPOLoss"),
+        (
+            {"optimizer": lambda params: torch.optim.SGD(params, lr=1e-3)},
+            r"another optimiser \(optimizer: torch\.optim\.adamw\.AdamW → torch\.optim\.sgd\.SGD\)",
+        ),
+        ({"optimizer": lambda params: torch.optim.AdamW(params, lr=-1.0)}, "model.optimizer: Invalid learning rate"),
+    ],
+)
+def test_another_run_is_refused_by_name_before_anything_is_scored(folder, checkpoint, monkeypatch, options, named):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("bdpo_pl.scoring.reference.score_table", lambda *_, **__: pytest.fail("scored"))
+    with pytest.raises(InputError, match=named):
+        run(folder, "one-other", ckpt_path=checkpoint, **options)
+
+
+def test_reference_changed_in_place_is_refused(folder, checkpoint):
+    weights = folder / "model" / "model.safetensors"
+    before = weights.read_bytes()
+    try:
+        shutil.copy(folder / "reference" / "model.safetensors", weights)
+        with pytest.raises(InputError, match="belongs to another run: reference: "):
+            run(folder, "one-changed", ckpt_path=checkpoint)
+    finally:
+        weights.write_bytes(before)
+
+
+def test_what_is_allowed_or_changes_the_order_or_takes_effect_is_said(folder, checkpoint, caplog):
+    options = {
+        "pairs": "swapped.jsonl",
+        "allow": ["data"],
+        "loss": BalancedDPOLoss(beta=5.0),
+        "lr_schedule": "constant",
+        "optimizer": lambda params: torch.optim.AdamW(params, lr=1e-2, weight_decay=0.1, eps=1e-6),
+        "data": {"batch_size": 4},
+        "trainer": {"max_epochs": 3},
+    }
+    with caplog.at_level(logging.INFO):
+        _, _, module = run(folder, "one-said", ckpt_path=checkpoint, **options)
+    said = caplog.text
+    for line in (
+        "swapped.jsonl", "(allowed)", "loss.beta: 0.1 → 5.0 (takes effect", "lr_schedule: cosine → constant (takes",
+        "optimizer.lr: 0.002 → 0.01 (takes effect", "max_epochs: 2 → 3 (takes effect",
+        "batches: 8 pairs over all ranks, 1 to a step → 4 pairs over all ranks, 1 to a step (another order",
+    ):  # fmt: skip
+        assert line in said, line
+    assert "weight_decay" not in said
+    # A constant schedule at the new rate, from the first step on.
+    with (folder / "one-said" / "metrics.csv").open() as file:
+        rates = {float(row["train/lr"]) for row in csv.DictReader(file) if row["train/lr"]}
+    assert rates == {pytest.approx(1e-2)}
+    assert 0 in module.evaluations
+
+
+def test_the_same_run_says_nothing_and_an_older_checkpoint_says_that(folder, checkpoint, caplog, tmp_path):
+    with caplog.at_level(logging.INFO):
+        run(folder, "one-same", ckpt_path=checkpoint)
+    assert "differs" not in caplog.text
+    saved = torch.load(checkpoint, weights_only=True)
+    del saved["bdpo_pl_run"]
+    torch.save(saved, tmp_path / "older.ckpt")
+    with caplog.at_level(logging.INFO):
+        run(folder, "one-older", ckpt_path=tmp_path / "older.ckpt")
+    assert "an earlier version wrote it" in caplog.text
+
+
+def test_unknown_name_to_allow_is_refused():
+    assert ResumeOptions(["loss", "data"]).allow == ["loss", "data"]
+    with pytest.raises(InputError, match=r"resume\.allow names lr; .*data, tokenizer"):
+        ResumeOptions(["lr"])
+
+
+def test_identity_is_plain_values(checkpoint):
+    saved = torch.load(checkpoint, weights_only=True)["bdpo_pl_run"]
+    assert json.loads(json.dumps(saved["traits"])) == saved["traits"]
+    assert {
+        "data",
+        "tokenizer",
+        "template",
+        "reference",
+        "loss",
+        "optimizer.lr",
+        "batches",
+        "seed",
+        "precision",
+    } <= set(saved["traits"])
+
+
+class Trainer:
+    """As much of one as `continue_metrics` asks for."""
+
+    def __init__(self, logger):
+        self.loggers = [logger]
+
+
+def test_a_process_killed_while_the_rows_are_taken_over_loses_none(folder, checkpoint):
+    from lightning.pytorch.loggers import CSVLogger
+
+    mine = folder / "again"
+    shutil.copytree(checkpoint.parents[1], mine)
+    before = (mine / "metrics.csv").read_text()
+    # As the process left it: the file has its other name, and the logger has begun one of its own.
+    (mine / "metrics.csv").rename(mine / ".metrics.csv.kept")
+    (mine / "metrics.csv").write_text("step\n")
+    continue_metrics(Trainer(CSVLogger(mine, name="", version="")), str(mine / "checkpoints" / "last.ckpt"))
+    assert (mine / "metrics.csv").read_text().splitlines() == before.splitlines()
