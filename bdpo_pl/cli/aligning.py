@@ -52,7 +52,7 @@ def run(args: list[str], description: str | None) -> None:
 
 def _align(cli: FitCLI, checkpoint: str | None, start: float) -> None:
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
-    trainer.callbacks += [RunIdentity(checkpoint, cli.config_init.resume.allow), MetricsRows()]
+    trainer.callbacks += [RunIdentity(checkpoint, cli.config_init.resume.allow), MetricsRows()]  # type: ignore[attr-defined]
     continue_metrics(trainer, checkpoint)
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     if module.global_step not in module.evaluations and "held_out" in data.tables:
