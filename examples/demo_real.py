@@ -4,7 +4,7 @@
 2. Align it with Balanced DPO on HH-RLHF pairs, a share of them held out.
 3. Evaluate it before and after on XSTest and StrongREJECT.
 
-With `--hub` model, pairs and prompts come from the Hugging Face hub by their names, in place of the package index and files.
+With `--hub`, model, pairs and prompts come from the Hugging Face hub by name, not from the package index and files.
 
 The folder of `--data` holds `preferences/hh_rlhf_harmless_test.jsonl.gz`, `suites/xstest_prompts.csv.gz` and
 `suites/strongreject_dataset.csv.gz`, as published. Texts of these sets are never printed: parts are offensive to read.
