@@ -1,4 +1,3 @@
-# ruff: noqa: E501 - lines of a page, which wraps them itself
 """What the paper's runs should need, calculated: `python -m benchmarks.calculated.recipes` writes `docs/recipes.md`.
 
 Nothing here is measured. Memory is the plan that `--dry_run true` prints for the shipped configurations; time is
@@ -19,6 +18,7 @@ from bdpo_pl.models.loading import ModelSource
 from bdpo_pl.training.memory_plan import Devices, MemoryPlan, plan_memory, worst_batch
 from bdpo_pl.training.optim import adamw
 from benchmarks.calculated.scaling import GIB, PEAK_FLOPS, SHARE
+from benchmarks.pages import render
 
 PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
 PAIRS = 20_000
@@ -117,50 +117,20 @@ def row(recipe: Recipe, gpus: int) -> str:
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the whole page."""
     commands = "\n".join(f"python -m bdpo_pl.fit --config configs/{recipe.config}" for recipe in RECIPES)
     table = "\n".join(row(recipe, gpus) for recipe in RECIPES for gpus in (1, 8))
-    return f"""# The paper's three models
-
-Written by `python -m benchmarks.calculated.recipes`. **None of these runs has been made here**: no such GPUs and no hub were at hand.
-Each configuration is tested on a tiny model of the same architecture and a small file with PKU-SafeRLHF's columns; memory is
-the plan that `--dry_run true` prints, for the published sizes; time is arithmetic.
-
-The data are the paper's: 10,000 safe and 10,000 unsafe queries of PKU-SafeRLHF (CC BY-NC 4.0: not for commercial use); of an
-unsafe query the safe response is chosen. The paper's batch size, learning rate, epochs and β could not be read: the
-configurations have DPO's (64, 1e-6, 1, 0.1) and this project's reconstruction of the balance (τ 0.25 nats per token, s = 2).
-
-On eight GPUs, all weights:
-
-```
-{commands}
-```
-
-On one, adapters (give Vicuna its template with `--data.chat_template configs/vicuna.jinja`):
-
-```
-python -m bdpo_pl.fit --config configs/lora_one_gpu.yaml --model.policy Qwen/Qwen2-7B-Instruct \\
-    --data.train PKU-Alignment/PKU-SafeRLHF --data.load.safe_rlhf.num_safe 10000 --data.load.safe_rlhf.num_unsafe 10000
-```
-
-For the ablation's cells add `--model.loss DPOLoss` (DPO), `--model.loss.scale 1` (DPO+BW) or `--model.loss.balance false
---model.loss.scale 2` (DPO+SF). Before: `python -m bdpo_pl.diagnose` with the same options. After:
-
-```
-python -m bdpo_pl.evaluate before=Qwen/Qwen2-7B-Instruct dpo=runs/version_0/model bdpo=runs/version_1/model \\
-    --suites strongreject,xstest_benign,xstest_harmful --judge.kind llama_guard --judge.model meta-llama/Llama-Guard-3-8B \\
-    --generation.max_new_tokens 256 --ability.lm_eval gsm8k
-```
-
-| model | GPUs | what is trained | peak of each, GiB | an epoch, minutes | scoring pass, minutes |
-|---|---|---|---|---|---|
-{table}
-
-Peak memory is of the largest micro-batch that the configuration allows: pairs that fill the window of {WINDOW:,} tokens. Minutes
-are operations at {SHARE:.0%} of {PEAK_FLOPS / 1e12:.0f} TFLOP/s (dense bfloat16 on an H100 SXM) for {PAIRS:,} pairs of {PROMPT} prompt and twice {RESPONSE} response tokens,
-an assumption: `fit` prints the lengths of your data. Validation, loading and communication come on top. The paper names 0.4 hours
-for its comprehension pass and 1.5 hours for training on 20,000 pairs, on one RTX A800, whose peak is a third of that.
-"""
+    return render(
+        Path(__file__).with_name("recipes.md.j2"),
+        commands=commands,
+        table=table,
+        window=WINDOW,
+        share=SHARE,
+        peak=PEAK_FLOPS,
+        pairs=PAIRS,
+        prompt=PROMPT,
+        response=RESPONSE,
+    )
 
 
 def main() -> None:

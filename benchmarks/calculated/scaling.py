@@ -1,8 +1,7 @@
-# ruff: noqa: E501 - lines of a page, which wraps them itself
 """Memory and communication of a step, calculated: `python -m benchmarks.calculated.scaling` writes `docs/scaling.md`.
 
-Nothing here is measured. Memory comes from `bdpo_pl.training.memory_plan`, on the meta device; bytes sent, from the formulas that
-the page gives; seconds are those bytes and operations at rates that the page names.
+Nothing here is measured. Memory comes from `bdpo_pl.training.memory_plan`, on the meta device; bytes sent, from the
+formulas that the page gives; seconds are those bytes and operations at rates that the page names.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from bdpo_pl.models.adapters import LoraOptions
 from bdpo_pl.models.loading import ModelSource
 from bdpo_pl.training.memory_plan import Devices, plan_memory, worst_batch
 from bdpo_pl.training.optim import adamw
+from benchmarks.pages import render
 
 PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
 WINDOW = 1024
@@ -130,52 +130,25 @@ def row(case: Case) -> str:
     fsdp = sent_by_fsdp(P, case.data, case.tensor, case.lora, adapters)
     tensor = sent_by_tensor(case.shape, tokens, scored, case.tensor)
     link = NVLINK if case.data * case.tensor <= NODE else NETWORK
+    sizes = (plan.weights + plan.gathered, plan.gradients, plan.optimizer, plan.activations, plan.logits_chunk)
     return (
         f"| {case.shape}{' LoRA' if case.lora else ''} | {case.data} × {case.tensor} | {case.data * case.pairs} | "
-        f"{(plan.weights + plan.gathered) / GIB:.1f} | {plan.gradients / GIB:.1f} | {plan.optimizer / GIB:.1f} | "
-        f"{plan.activations / GIB:.1f} | {plan.logits_chunk / GIB:.1f} | **{plan.peak / GIB:.1f}** | {fsdp / 1e9:.1f} | "
+        f"{' | '.join(f'{size / GIB:.1f}' for size in sizes)} | **{plan.peak / GIB:.1f}** | {fsdp / 1e9:.1f} | "
         f"{tensor / 1e9:.1f} | {seconds:.2f} | {fsdp / link:.2f} | {tensor / NVLINK:.2f} |"
     )
 
 
 def page() -> str:
-    """The whole page."""
-    head = """# Scaling out, calculated
-
-Written by `python -m benchmarks.calculated.scaling`. **None of this has been measured**: memory is the plan that `--dry_run true`
-prints (tested to 15 % against what a step allocates at tiny sizes, on a CPU), communication and time are arithmetic.
-
-Setting: bf16-mixed (weights, gradients and AdamW's state in float32; products in bfloat16), LoRA of rank 16 on weights in
-bfloat16, gradient checkpointing, pairs that fill a window of 1,024 tokens with half prompt and half responses, as one row
-of 1,536 tokens each.
-
-With P parameters, n GPUs that share the weights (FSDP2), t that share each layer (tensor parallelism), and in each group
-L layers, D hidden size, N tokens in the rows and S scored tokens:
-
-- FSDP2, sent by each GPU in a step: (n − 1)/n · (2 · 2 P/t + 4 P_trained/t) bytes: the weights gathered in bfloat16 for the
-  forward and for the backward pass, the gradients scattered in float32.
-- Tensor parallelism: 2 (t − 1)/t · [3 · 2 L · N D · 2 + N D · 2 + S (D · 2 + 3 · 4)] bytes: two sums a layer in the forward
-  pass, its recomputation and the backward pass; one of the embedding; and of the LM head the gradient of its input and three
-  numbers a token, never a logit.
-- Operations of each group: 2 · 4 · N · P_layers + 2 · 3 · S · V D (LoRA: 3 and 2 for 4 and 3, there being no gradient of
-  frozen weights). Sharing the prompt is in N, scoring responses alone is in S: with two rows a pair N were a third larger.
-- The scoring pass, once: 2 P operations a token, for the prompt's row and the null prompt's; no communication.
-
-"""
-    table = """| model | n × t | pairs a step | weights, GiB | gradients | optimiser | activations | logits | peak | FSDP2, GB sent | TP, GB sent | compute, s | FSDP2, s | TP, s |
-|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
-"""
-    rows = "\n".join(row(case) for case in CASES)
-    foot = f"""
-
-Sizes are of one GPU. Weights include FSDP2's gathered copies (embedding, LM head and two blocks) or autocast's. Seconds
-are for orientation: operations at {SHARE:.0%} of {PEAK_FLOPS / 1e12:.0f} TFLOP/s; bytes at {NVLINK / 1e9:.0f} GB/s within
-a node of {NODE} and {NETWORK / 1e9:.0f} GB/s between nodes. FSDP2 sends while it computes, so the larger of the two is what a step takes; tensor parallelism mostly waits, so its seconds come on top.
-
-What follows: on 64 GPUs, FSDP2 alone sends for longer than it computes at two pairs a GPU, and wants larger micro-batches;
-with each layer shared within the node, a GPU sends a ninth of that.
-"""
-    return head + table + rows + foot
+    """Return the whole page."""
+    return render(
+        Path(__file__).with_name("scaling.md.j2"),
+        rows="\n".join(row(case) for case in CASES),
+        share=SHARE,
+        peak=PEAK_FLOPS,
+        nvlink=NVLINK,
+        network=NETWORK,
+        node=NODE,
+    )
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """The study's page: `python -m benchmarks.study.report RECORDS.jsonl [--out docs/study.md] [--no-figures]`.
 
-Tables, and sentences that follow from them by rule, are made anew each time. What a person has to say of them stands in
-a file of its own beside the page (`docs/study_reading.md`), which the page takes in whole.
+The prose is in `page.md.j2`; tables, and sentences that follow from them by rule, are made from the records. What a
+person concludes is in a file beside the page (`docs/study_reading.md`), which the page includes.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import argparse
 from pathlib import Path
 
 from bdpo_pl.errors import InputError
-from benchmarks.study.report import frame, sections
-from benchmarks.study.report.confirmation import confirmation
+from benchmarks import pages
+from benchmarks.study.report import facts
 from benchmarks.study.report.figures import draw_all
+from benchmarks.study.report.laboratory import laboratory
 from benchmarks.study.report.results import Results, load
 
 ROOT = Path(__file__).parents[3]
@@ -27,23 +28,22 @@ def page(results: Results, reading: str = "", figures: str = "study") -> str:
         reading: a person's, in Markdown; empty: none.
         figures: their folder, as seen from the page.
     """
-    parts = [frame.head(results)]
-    if reading.strip():
-        parts.append(f"## What it comes to\n\n{reading.strip()}")
-    parts += [
-        frame.laboratory(results),
-        sections.main_table(results, figures),
-        sections.ablation(results),
-        sections.imbalance(results, figures),
-        sections.curves(results, figures),
-        sections.sensitivity(results, figures),
-        confirmation(results),
-        sections.choices(results),
-        sections.claims(results),
-        frame.limits(results),
-        frame.again(results),
-    ]
-    return "\n\n".join(parts) + "\n"
+    return pages.render(
+        Path(__file__).with_name("page.md.j2"),
+        name=results.name,
+        reading=reading.strip(),
+        figure=lambda name: facts.figure(name, figures, results),
+        claims=facts.claims(results),
+        methods=facts.methods(results),
+        ablation=facts.ablation(results),
+        imbalance=facts.imbalance(results),
+        halves=facts.halves(results),
+        curves=facts.curves(results),
+        sensitivity=facts.sensitivity(results),
+        confirmation=facts.confirmation(results),
+        choices=facts.choices(results),
+        **laboratory(results),
+    )
 
 
 def reading_of(path: Path) -> Path:

@@ -1,4 +1,3 @@
-# ruff: noqa: E501 - lines of a page, which wraps them itself
 """The paper's own numbers (arXiv:2603.22829, Qwen2-7B-Instruct, in %), to stand beside the study's."""
 
 from __future__ import annotations
@@ -22,21 +21,14 @@ MAIN = {
 """StrongReject, XSTest, GCG, PAIR, average with general abilities: the rows that could be read."""
 
 
-def main_rows() -> str:
-    """The main table's rows, labelled as the paper's."""
-    return (
-        "**The paper's rows, for reference** (Qwen2-7B-Instruct, higher is better, in percent, without intervals; CPO and SimPO "
-        "could not be read): other benchmarks, so only orders can be compared.\n\n"
-    ) + _table(("StrongReject", "XSTest", "GCG", "PAIR", "average with general abilities"), MAIN)
+def main_table() -> str:
+    """Return the main table's rows."""
+    return _table(("StrongReject", "XSTest", "GCG", "PAIR", "average with general abilities"), MAIN)
 
 
-def ablation_rows() -> str:
-    """The ablation's rows, labelled as the paper's."""
-    return (
-        "**The paper's rows, for reference** (Qwen2-7B-Instruct, higher is better, in percent; no interval is given there, and "
-        "one standard error is about 2 points by our inference): another model, other data and other benchmarks, so only signs "
-        "can be compared. XSTest is safe answers to its unsafe prompts there, by our inference, and not over-refusal.\n\n"
-    ) + _table(("StrongReject", "XSTest", "AdvGLUE"), ABLATION)
+def ablation_table() -> str:
+    """Return the ablation's rows."""
+    return _table(("StrongReject", "XSTest", "AdvGLUE"), ABLATION)
 
 
 def _table(head: tuple[str, ...], rows: dict[str, tuple[float, ...]]) -> str:

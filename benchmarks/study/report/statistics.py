@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from scipy import stats
+
 LEVEL = 0.95
 
 
@@ -36,33 +38,9 @@ class Interval:
         return self.mean + self.half
 
 
-def inside(t: float, freedom: int) -> float:
-    """P(|T| ≤ t) for a whole number of degrees of freedom (Abramowitz and Stegun 1964, 26.7.3 and 26.7.4).
-
-    Args:
-        t: not negative.
-        freedom: degrees of freedom, 1 or more.
-    """
-    angle = math.atan2(t, math.sqrt(freedom))
-    cos_squared = math.cos(angle) ** 2
-    odd = freedom % 2
-    total, term = 0.0, math.cos(angle) if odd else 1.0
-    for power in range(odd, freedom - 1, 2):
-        total += term
-        term *= (power + 1) / (power + 2) * cos_squared
-    total *= math.sin(angle)
-    return 2 / math.pi * (angle + total) if odd else total
-
-
 def quantile(freedom: int, level: float = LEVEL) -> float:
-    """t with P(|T| ≤ t) = `level`."""
-    low, high = 0.0, 1.0
-    while inside(high, freedom) < level:
-        high *= 2
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if inside(middle, freedom) < level else (low, middle)
-    return (low + high) / 2
+    """Return t with P(|T| ≤ t) = `level`, at `freedom` degrees of freedom."""
+    return float(stats.t.ppf((1 + level) / 2, freedom))
 
 
 def interval(values: Sequence[float], bound: float = 0.0) -> Interval:
@@ -83,7 +61,7 @@ def interval(values: Sequence[float], bound: float = 0.0) -> Interval:
     if math.sqrt(variance) <= 1e-12 * max(1.0, abs(mean)):
         return Interval(mean, 0.0, count, 1.0 if abs(mean - bound) <= 1e-12 else 0.5 ** (count - 1))
     error = math.sqrt(variance / count)
-    p = 1.0 - inside(abs(mean - bound) / error, count - 1)
+    p = float(2 * stats.t.sf(abs(mean - bound) / error, count - 1))
     return Interval(mean, quantile(count - 1) * error, count, p)
 
 
