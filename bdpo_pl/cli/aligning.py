@@ -25,7 +25,7 @@ from bdpo_pl.training.memory_plan import planned
 from bdpo_pl.training.metrics_file import MetricsRows, continue_metrics
 from bdpo_pl.training.module import PreferenceModule
 from bdpo_pl.training.safety_probe import SafetyProbe
-from bdpo_pl.training.summary import summary_table
+from bdpo_pl.training.summary import remark_line, remarks, summary_table
 
 
 def run(args: list[str], description: str | None) -> None:
@@ -76,7 +76,19 @@ def _align(cli: FitCLI, checkpoint: str | None, start: float) -> None:
         paths["adapter"] = export_adapters(module, folder / "adapter", state)
     probe: SafetyProbe = cli.config_init.safety
     console = get_console()
-    console.print(summary_table(module.evaluations, module.global_step, probe.before, probe.after))
+    pairs = len(data.tables["held_out"]) if "held_out" in data.tables else None
+    table = summary_table(
+        module.evaluations,
+        module.global_step,
+        probe.before,
+        probe.after,
+        errors=module.errors,
+        pairs=pairs,
+        prompts=probe.counts,
+    )
+    console.print(table)
+    for level, sentence in remarks(module.evaluations, pairs, bool(probe.suites)):
+        console.print(remark_line(level, sentence))
     console.print(paths_table(paths))
     console.print(f"Done in {time.perf_counter() - start:.0f} s, {module.global_step} optimiser steps")
 

@@ -17,10 +17,10 @@ from lightning.pytorch.cli import LightningArgumentParser
 from bdpo_pl.cli.job import FitCLI, parse_options
 from bdpo_pl.console import get_console, paths_table
 from bdpo_pl.diagnosis.findings import find
-from bdpo_pl.diagnosis.measures import Measured
+from bdpo_pl.diagnosis.measures import Measured, suggested_tau, temperatures
 from bdpo_pl.diagnosis.page import build_page
 from bdpo_pl.diagnosis.results import Diagnosis, diagnose_split, find_leaks, pair_lines
-from bdpo_pl.diagnosis.terminal import numbers_table
+from bdpo_pl.diagnosis.terminal import numbers_table, tau_table
 from bdpo_pl.errors import InputError
 from bdpo_pl.files import writable_folder, write_whole
 from bdpo_pl.losses import BalancedDPOLoss, PairScores, PairWeights, PreferenceLoss
@@ -89,6 +89,8 @@ def run(args: list[str], description: str | None) -> None:
     paths = write(diagnosis, measured, folder)
     console = get_console()
     console.print(numbers_table(diagnosis))
+    if diagnosis.temperatures:
+        console.print(tau_table(diagnosis))
     console.print(findings_table(find(diagnosis)))
     console.print(paths_table(paths))
     console.print(f"Done in {time.perf_counter() - start:.0f} s")
@@ -135,9 +137,10 @@ def _diagnose(
         )
     reports = {report.name: report for report in data.reports}
     shown = data.tokenizer if options.show_texts else None
-    strong = None
+    strong = tau = None
     if isinstance(balance, BalancedDPOLoss) and balance.weighting == "softmax":
         strong = balance.tau * float(np.log(options.strong_ratio))
+        tau = balance.tau
     facts, notes = _facts(module, data, precision)
     facts["re-weighted strongly"] = f"one response has at least {options.strong_ratio:g} times the other's weight" + (
         f": an imbalance of {strong:.2f} {UNITS[balance.estimator]}".rstrip() if strong is not None else ""
@@ -155,6 +158,9 @@ def _diagnose(
         loading=data.reports,
         notes=notes,
         shows_texts=options.show_texts,
+        tau=tau,
+        suggested_tau=None if tau is None else suggested_tau(measured["train"]),
+        temperatures=[] if tau is None else temperatures(measured["train"], tau),
     )
     return diagnosis, measured
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from bdpo_pl.diagnosis.results import Diagnosis, SplitDiagnosis
 from bdpo_pl.reporting import Finding
+from bdpo_pl.reporting.format import ratio
 
 MANY_STRONG = 0.10
 """Share of strongly re-weighted pairs from which on it is worth a notice."""
@@ -18,6 +19,10 @@ CORRELATED = 0.30
 UNEVEN = 1.5
 """Mean size of a category's or of the held-out pairs' imbalance, as a multiple of the training pairs', likewise."""
 FEW_PAIRS = 50
+EXTREME_RATIO = 50.0
+"""Larger weight over the smaller that 5 % of the pairs go beyond, from which on it is a problem."""
+SPREADS_APART = 1.5
+"""τ and the spread of the imbalance, larger over smaller, from which on it is worth a notice."""
 
 _ORDER = ("problem", "notice", "fine")
 
@@ -86,11 +91,12 @@ def _pairs_of(name: str, split: SplitDiagnosis) -> Iterator[Finding]:
 
 
 def _balance(diagnosis: Diagnosis) -> Iterator[Finding]:
-    overall, ratio = diagnosis.splits["train"].overall, diagnosis.splits["train"].weight_ratio
+    overall, ratios = diagnosis.splits["train"].overall, diagnosis.splits["train"].weight_ratio
     detail = (
         f"One response has at least {diagnosis.strong_ratio:g} times the weight of the other. "
-        f"Half the pairs stay within {ratio['median']:.2f} times, 95 % within {ratio['p95']:.2f}."
+        f"Half the pairs stay within {ratio(ratios['median'])} times, 95 % within {ratio(ratios['p95'])}."
     )
+    yield from _temperature(diagnosis)
     if diagnosis.weights_of:
         detail += f" The loss of this configuration applies no weights: these are what {diagnosis.weights_of} would do."
     yield Finding(
@@ -129,6 +135,31 @@ def _balance(diagnosis: Diagnosis) -> Iterator[Finding]:
             f"Held-out pairs are {size / overall.size:.1f} times as imbalanced as training pairs.",
             "They are of another kind than the training pairs: a gap after training can come from that alone.",
         )
+
+
+def _temperature(diagnosis: Diagnosis) -> Iterator[Finding]:
+    """Whether τ suits the spread of the imbalance, which it should be about."""
+    tau, suggested = diagnosis.tau, diagnosis.suggested_tau
+    spread = diagnosis.splits["train"].overall.spread
+    if tau is None or suggested is None or spread is None:
+        return
+    now = next(row for row in diagnosis.temperatures if row.tau == tau)
+    then = next(row for row in diagnosis.temperatures if row.tau == suggested)
+    extreme = now.p95 > EXTREME_RATIO
+    if not extreme and 1 / SPREADS_APART <= tau / spread <= SPREADS_APART:
+        yield Finding("fine", f"τ = {tau:g} is about the spread of the imbalance, {spread:.2g}.")
+        return
+    consequence = (
+        f"In 5 % of the pairs one response gets more than {ratio(now.p95)} times the other's weight, at most "
+        f"{ratio(now.largest)} times: the smaller side is hardly trained."
+        if tau < spread
+        else "Balance weights hardly differ, and B-DPO is nearly DPO."
+    )
+    yield Finding(
+        "problem" if extreme else "notice",
+        f"τ is {tau:g}, and the spread of the imbalance (its standard deviation) is {spread:.2g}.",
+        f"{consequence} Suggested: --tau {suggested:g}, at which 95 % stay within {ratio(then.p95)} times.",
+    )
 
 
 def _length(split: SplitDiagnosis) -> Iterator[Finding]:

@@ -17,6 +17,9 @@ _LENGTH_GROUPS = 6
 _LEAST_FOR_INTERVAL = 10
 _LEAST_FOR_CORRELATION = 3
 _SMALLEST_WEIGHT = 1e-12
+_ROUND_TAUS = (0.1, 0.25, 0.5, 1.0, 2.0)
+# A ratio beyond e^600 is infinite for all purposes, and JSON has no infinity.
+_LARGEST_EXPONENT = 600.0
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,23 @@ class Mean:
 
 
 @dataclass(frozen=True)
+class Temperature:
+    """What a τ would make of the pairs: the larger weight over the smaller, exp(|imbalance| / τ).
+
+    Attributes:
+        tau: of the softmax weighting.
+        median: ratio that half the pairs stay within.
+        p95: ratio that 95 % stay within.
+        largest: of all pairs.
+    """
+
+    tau: float
+    median: float
+    p95: float
+    largest: float
+
+
+@dataclass(frozen=True)
 class Group:
     """Pairs that have something in common.
 
@@ -88,6 +108,7 @@ class Group:
         rejected: comprehension of the rejected.
         imbalance: chosen − rejected.
         size: mean of the imbalance without its sign.
+        spread: standard deviation of the imbalance; None of one pair.
         strong: share that is re-weighted strongly.
         strength_chosen: mean of scaling factor × balance weight of the chosen; 1 in plain DPO.
         strength_rejected: likewise of the rejected.
@@ -100,6 +121,7 @@ class Group:
     rejected: Mean
     imbalance: Mean
     size: float
+    spread: float | None
     strong: float
     strength_chosen: float
     strength_rejected: float
@@ -140,10 +162,33 @@ def group(measured: Measured, name: str, index: np.ndarray | None = None) -> Gro
         Mean.of(measured.comprehension[1, i]),
         Mean.of(measured.imbalance[i]),
         float(np.abs(measured.imbalance[i]).mean()),
+        float(measured.imbalance[i].std(ddof=1)) if len(i) > 1 else None,
         float(measured.strong[i].mean()),
         float(strength[0].mean()),
         float(strength[1].mean()),
     )
+
+
+def suggested_tau(measured: Measured) -> float | None:
+    """The spread of the imbalance in two digits, which τ should be about; None where there is none to speak of."""
+    spread = group(measured, "").spread
+    return float(f"{spread:.2g}") if spread else None
+
+
+def temperatures(measured: Measured, tau: float) -> list[Temperature]:
+    """What the `tau` in use, the suggested one and some round ones would do, the lowest first."""
+    sizes = np.abs(measured.imbalance)
+    found = {tau, suggested_tau(measured) or tau, *_ROUND_TAUS}
+    return [
+        Temperature(
+            value,
+            *(
+                float(np.exp(min(_LARGEST_EXPONENT, size / value)))
+                for size in (np.median(sizes), np.quantile(sizes, 0.95), sizes.max())
+            ),
+        )
+        for value in sorted(found)
+    ]
 
 
 def by_category(measured: Measured) -> list[Group]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import overload
 
 from bdpo_pl.diagnosis.findings import find
 from bdpo_pl.diagnosis.measures import Group, Mean, Measured
 from bdpo_pl.diagnosis.results import TEXTS_WARNING, Diagnosis, Places, SplitDiagnosis
 from bdpo_pl.reporting import Cell, Estimate, Line, Page, Section, Table, bar_chart, histogram, line_chart, scatter
+from bdpo_pl.reporting.format import plus_minus, ratio, signed
 
 _MOST_LISTED = 50
 _MOST_CATEGORIES = 30
@@ -37,7 +37,8 @@ def build_page(diagnosis: Diagnosis, measured: Mapping[str, Measured]) -> Page:
     train = diagnosis.splits["train"]
     unit = f" {diagnosis.unit}" if diagnosis.unit else ""
     page.headline(f"{train.overall.strong:.1%}", "of the training pairs re-weighted strongly")
-    page.headline(f"{train.overall.size:.2f}", f"mean size of the imbalance,{unit or ' no unit'}")
+    if train.overall.spread is not None:
+        page.headline(f"{train.overall.spread:.2f}", f"spread of the imbalance{unit and ','}{unit}: what τ should be")
     page.headline(f"{len(train.swapped):,}", "pairs contradicted, sides swapped")
     leaks = diagnosis.leaks
     page.headline("–" if leaks is None else f"{len(leaks.prompts):,}", "held-out pairs with a training prompt")
@@ -60,6 +61,7 @@ def _overview(section: Section, diagnosis: Diagnosis) -> None:
         ("comprehension of the chosen", lambda g: told(g.chosen)),
         ("comprehension of the rejected", lambda g: told(g.rejected)),
         ("imbalance, chosen − rejected", lambda g: told(g.imbalance)),
+        ("spread of the imbalance (standard deviation)", lambda g: "–" if g.spread is None else f"{g.spread:.3f}"),
         ("size of the imbalance", lambda g: f"{g.size:.3f}"),
         ("re-weighted strongly", lambda g: f"{g.strong:.1%}"),
         ("strength on the chosen (DPO: 1)", lambda g: f"{g.strength_chosen:.2f}"),
@@ -68,9 +70,11 @@ def _overview(section: Section, diagnosis: Diagnosis) -> None:
     ):
         rows.append([label, *(tell(s.overall) for s in splits.values())])
     ratios = [s.weight_ratio for s in splits.values()]
-    told_ratios = [f"{r['median']:.2f} / {r['p95']:.2f} / {r['max']:.2f}" for r in ratios]
-    rows.insert(6, ["larger weight over smaller: median / 95 % / max", *told_ratios])
-    caption = f"Means over pairs, comprehension in {diagnosis.unit}" if diagnosis.unit else "Means over pairs"
+    told_ratios = [" / ".join(ratio(r[key]) for key in ("median", "p95", "max")) for r in ratios]
+    rows.insert(7, ["larger weight over smaller: median / 95 % / max", *told_ratios])
+    caption = "Means over pairs, ± their 95 % intervals" + (
+        f"; comprehension in {diagnosis.unit}" if diagnosis.unit else ""
+    )
     section.table(Table(["", *(NAMES[name] for name in splits)], rows, caption))
     loaded: list[list[Cell]] = []
     for report in diagnosis.loading:
@@ -94,7 +98,7 @@ def _comprehension(section: Section, diagnosis: Diagnosis, measured: Mapping[str
     )
     marks = {"balanced": 0.0}
     if diagnosis.strong_imbalance is not None:
-        marks |= {"strong": diagnosis.strong_imbalance, "strong ": -diagnosis.strong_imbalance}
+        marks = {"strong": -diagnosis.strong_imbalance, **marks, "strong ": diagnosis.strong_imbalance}
     section.figure(
         histogram(
             "Imbalance of pairs",
@@ -112,6 +116,17 @@ def _weights(section: Section, diagnosis: Diagnosis, measured: Mapping[str, Meas
         section.text(
             f"The loss of this configuration applies no balance weights. These are those of {diagnosis.weights_of}."
         )
+    if diagnosis.temperatures:
+        rows: list[list[Cell]] = [
+            [_tau(row.tau, diagnosis), ratio(row.median), ratio(row.p95), ratio(row.largest)]
+            for row in diagnosis.temperatures
+        ]
+        section.text(
+            "τ should be about the spread of the imbalance. Far below it the smaller side of most pairs is hardly "
+            "trained; far above it B-DPO is nearly DPO."
+        )
+        caption = "What τ makes of the training pairs: larger weight over smaller"
+        section.table(Table(["τ", "median", "95 % within", "largest"], rows, caption))
     section.figure(
         histogram(
             "Balance weight of the chosen response",
@@ -122,6 +137,13 @@ def _weights(section: Section, diagnosis: Diagnosis, measured: Mapping[str, Meas
             "scaling factor restores the magnitude of the gradient.",
         )
     )
+
+
+def _tau(tau: float, diagnosis: Diagnosis) -> str:
+    marks = [
+        word for word, value in (("in use", diagnosis.tau), ("suggested", diagnosis.suggested_tau)) if tau == value
+    ]
+    return f"{tau:g}" + (f" ({', '.join(marks)})" if marks else "")
 
 
 def _categories(section: Section, split: SplitDiagnosis) -> None:
@@ -176,7 +198,8 @@ def _lengths(section: Section, diagnosis: Diagnosis, measured: Measured) -> None
                 },
                 "mean tokens in a response",
                 f"mutual information{unit}",
-                caption="Means of groups of about equal size, with 95 % intervals.",
+                caption="Means of groups of about equal size"
+                + (", with 95 % intervals." if _have_intervals(split.lengths) else "; too few pairs for intervals."),
             )
         )
     section.table(group_table("tokens", split.lengths, "Training pairs by mean length of their responses"))
@@ -268,27 +291,17 @@ def group_table(kind: str, groups: Sequence[Group], caption: str) -> Table:
 
 
 def told(mean: Mean) -> str:
-    """A mean with half the width of its interval."""
-    text = signed(mean.mean, 3)
-    return text if mean.high is None else f"{text} ± {mean.high - mean.mean:.3f}"
-
-
-@overload
-def signed(value: float, decimals: int = 2) -> str: ...
-@overload
-def signed(value: float | None, decimals: int = 2) -> str | None: ...
-def signed(value: float | None, decimals: int = 2) -> str | None:
-    """A number with its sign; None if there is none."""
-    if value is None:
-        return None
-    # Rounding of nothing is no "−0.00".
-    rounded = round(value, decimals)
-    return f"{rounded:+.{decimals}f}".replace("-", "−") if rounded else f"{0.0:.{decimals}f}"
+    """A mean with half the width of its 95 % interval."""
+    return plus_minus(mean.mean, mean.high)
 
 
 def estimate(mean: Mean) -> Estimate:
     """A mean for a bar."""
     return Estimate(mean.mean, mean.low, mean.high)
+
+
+def _have_intervals(groups: Sequence[Group]) -> bool:
+    return all(g.chosen.high is not None for g in groups)
 
 
 def _line(groups: Sequence[Group], means: Sequence[Mean]) -> Line:

@@ -11,7 +11,17 @@ import numpy as np
 from bdpo_pl.data.consistency import Match, contradictions, leaks, near_leaks, repeats
 from bdpo_pl.data.report import DataReport
 from bdpo_pl.data.table import PairTable
-from bdpo_pl.diagnosis.measures import Group, LengthBias, Measured, by_category, by_length, extremes, group, length_bias
+from bdpo_pl.diagnosis.measures import (
+    Group,
+    LengthBias,
+    Measured,
+    Temperature,
+    by_category,
+    by_length,
+    extremes,
+    group,
+    length_bias,
+)
 
 DUPLICATE = "duplicate of an earlier pair"
 TEXTS_WARNING = (
@@ -112,6 +122,9 @@ class Diagnosis:
         leaks: None if nothing is held out.
         loading: what loading kept and dropped.
         shows_texts: texts of the data are in it.
+        tau: of the loss; None if it has none.
+        suggested_tau: the spread of the training pairs' imbalance, rounded.
+        temperatures: what some τ would make of the training pairs.
     """
 
     facts: dict[str, str]
@@ -124,6 +137,9 @@ class Diagnosis:
     loading: list[DataReport]
     notes: list[str] = field(default_factory=list)
     shows_texts: bool = False
+    tau: float | None = None
+    suggested_tau: float | None = None
+    temperatures: list[Temperature] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, texts and their warning included only if they were asked for."""

@@ -8,6 +8,7 @@ from rich.text import Text
 from bdpo_pl.diagnosis.measures import Group
 from bdpo_pl.diagnosis.page import NAMES, told
 from bdpo_pl.diagnosis.results import Diagnosis
+from bdpo_pl.reporting.format import ratio
 
 _MOST_CATEGORIES = 6
 
@@ -15,8 +16,9 @@ _MOST_CATEGORIES = 6
 def numbers_table(diagnosis: Diagnosis) -> Table:
     """Means of each split, and the training pairs' most imbalanced categories."""
     unit = f", {diagnosis.unit}" if diagnosis.unit else ""
-    table = Table(title=Text(f"Comprehension{unit}"), title_justify="left")
-    for column in ("", "pairs", "chosen", "rejected", "imbalance", "|imbalance|", "strong"):
+    table = Table(title=Text(f"Comprehension{unit}"), title_justify="left", caption_justify="left")
+    table.caption = "± is the 95 % interval of a mean; spread is the standard deviation of the imbalance"
+    for column in ("", "pairs", "chosen", "rejected", "imbalance", "spread", "strong"):
         table.add_column(column, justify="right" if column else "left", overflow="fold")
     for name, split in diagnosis.splits.items():
         table.add_row(*_row(Text(NAMES[name], "bold"), split.overall))
@@ -32,6 +34,21 @@ def numbers_table(diagnosis: Diagnosis) -> Table:
 
 def _row(name: Text, group: Group) -> list[Text | str]:
     return [
-        name, f"{group.pairs:,}", told(group.chosen), told(group.rejected), told(group.imbalance), f"{group.size:.3f}",
+        name, f"{group.pairs:,}", told(group.chosen), told(group.rejected), told(group.imbalance),
+        "–" if group.spread is None else f"{group.spread:.3f}",
         f"{group.strong:.1%}",
     ]  # fmt: skip
+
+
+def tau_table(diagnosis: Diagnosis) -> Table:
+    """What some τ, the one in use and the suggested one among them, would make of the training pairs."""
+    table = Table(title="τ: larger weight over smaller", title_justify="left")
+    for column in ("τ", "", "median", "95 % within", "largest"):
+        table.add_column(column, justify="left" if not column else "right")
+    for row in diagnosis.temperatures:
+        marks = [w for w, tau in (("in use", diagnosis.tau), ("suggested", diagnosis.suggested_tau)) if tau == row.tau]
+        style = "bold" if marks else ""
+        table.add_row(
+            f"{row.tau:g}", ", ".join(marks), *(ratio(x) for x in (row.median, row.p95, row.largest)), style=style
+        )
+    return table

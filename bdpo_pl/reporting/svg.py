@@ -15,6 +15,8 @@ _LETTER = 6.6
 _LABEL_ROOM = 36
 NUM_COLOURS = 6
 
+_MARK_ROW = 13.0
+
 
 class Frame:
     """A plotting area: data coordinates in, SVG out.
@@ -58,6 +60,7 @@ class Frame:
         self.height = height + _LEGEND_ROW * max(0, len(rows) - 1)
         self.left, self.right, self.bottom = left, WIDTH - _RIGHT, self.height - _BOTTOM
         self._parts: list[Markup] = []
+        self._labels: list[tuple[int, float, float]] = []
         self._axes(x_label, ticks(self.x_low, self.x_high, percent=x_percent), y_label, y_ticks)
         self._legend(rows)
 
@@ -84,12 +87,18 @@ class Frame:
         self.add('<text x="{}" y="{}" class="{}" text-anchor="{}">{}</text>', x, y, css, anchor, text)
 
     def mark(self, value: float, label: str) -> None:
-        """A dashed vertical line at x = `value`, labelled at its top."""
+        """A dashed vertical line at x = `value`, labelled at its top, lower where labels would overlap."""
         x = self.x(value)
         self.path([(x, self.top), (x, self.bottom)], "mark")
-        room = self.right - x
-        at_end = len(label) * _LETTER > room
-        self.text(x + (-4.0 if at_end else 4.0), self.top + 10.0, label, "marklabel", "end" if at_end else "start")
+        width = _LETTER * len(label.strip())
+        at_end = width > self.right - x
+        start = x - 4.0 - width if at_end else x + 4.0
+        row = 0
+        while any(r == row and start < end + 4.0 and begin - 4.0 < start + width for r, begin, end in self._labels):
+            row += 1
+        self._labels.append((row, start, start + width))
+        y = self.top + 10.0 + _MARK_ROW * row
+        self.text(x + (-4.0 if at_end else 4.0), y, label, "marklabel", "end" if at_end else "start")
 
     def render(self, description: str) -> Markup:
         """The drawing; `description` says in words what it shows."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -26,6 +27,7 @@ NAMES = (
     "imbalance",
     "comprehension_chosen",
     "comprehension_rejected",
+    "logp_accuracy",
 )
 
 
@@ -37,6 +39,8 @@ def pair_metrics(loss: PreferenceLoss, policy: Tensor, scores: PairScores, losse
       within β·1e-3, which is rounding, tie).
     - logp_*: log π_θ(y|x); drift_*: log π_θ(y|x) − log π_ref(y|x), where there are reference scores. A falling
       drift_chosen is the sign of a policy that learns to avoid the rejected response at the cost of the chosen one.
+    - logp_accuracy: log π_θ(y|x)/|y| of the chosen above that of the rejected, a tie counting ½: what a model
+      prefers by itself, with no reference; before training the base model's.
     - weight_*: balance weights; imbalance: |w_w − w_l|. comprehension_*: by the loss's estimator.
 
     Args:
@@ -45,7 +49,13 @@ def pair_metrics(loss: PreferenceLoss, policy: Tensor, scores: PairScores, losse
         scores: what is known of the pairs.
         losses: (B,) the loss of each pair.
     """
-    values = {"loss": losses, "logp_chosen": policy[0], "logp_rejected": policy[1]}
+    per_token = scores.mean_logps(policy[0], policy[1])
+    values = {
+        "loss": losses,
+        "logp_chosen": policy[0],
+        "logp_rejected": policy[1],
+        "logp_accuracy": 0.5 * (1.0 + (per_token[0] - per_token[1]).sign()),
+    }
     if (rewards := loss.rewards(policy[0], policy[1], scores)) is not None:
         chosen, rejected = rewards
         margin = chosen - rejected
@@ -73,15 +83,22 @@ def pair_metrics(loss: PreferenceLoss, policy: Tensor, scores: PairScores, losse
 
 
 class PairMeans(Metric):
-    """Means over pairs of everything in `NAMES`, in two vectors, so that ranks synchronise all of them at once."""
+    """Means over pairs of everything in `NAMES`, in vectors, so that ranks synchronise all of them at once.
+
+    Attributes:
+        errors: standard errors of the means that `compute` last gave, of values seen at least twice.
+    """
 
     full_state_update = False
 
     sums: Tensor
     counts: Tensor
+    squares: Tensor
 
     def __init__(self) -> None:
         super().__init__()
+        self.errors: dict[str, float] = {}
+        self.add_state("squares", torch.zeros(len(NAMES), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("sums", torch.zeros(len(NAMES), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("counts", torch.zeros(len(NAMES), dtype=torch.float64), dist_reduce_fx="sum")
 
@@ -91,6 +108,7 @@ class PairMeans(Metric):
         for i, name in enumerate(NAMES):
             if name in values:
                 self.sums[i] += torch.where(counted, values[name], 0.0).sum(dtype=self.sums.dtype)
+                self.squares[i] += torch.where(counted, values[name].double().square(), 0.0).sum()
                 self.counts[i] += number
 
     def joined(self, reduce: Callable[..., Tensor]) -> dict[str, Tensor]:
@@ -108,5 +126,12 @@ class PairMeans(Metric):
 
     def compute(self) -> dict[str, float]:
         """Mean of each value that has been seen."""
-        sums, counts = self.sums.tolist(), self.counts.tolist()
-        return {name: sums[i] / counts[i] for i, name in enumerate(NAMES) if counts[i]}
+        sums, counts, squares = self.sums.tolist(), self.counts.tolist(), self.squares.tolist()
+        seen = [(i, name) for i, name in enumerate(NAMES) if counts[i]]
+        self.errors = {
+            # Rounding may leave less than nothing of a variance of nothing.
+            name: math.sqrt(max(0.0, squares[i] - sums[i] ** 2 / counts[i]) / (counts[i] - 1) / counts[i])
+            for i, name in seen
+            if counts[i] > 1
+        }
+        return {name: sums[i] / counts[i] for i, name in seen}

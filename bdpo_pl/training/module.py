@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from typing import Any, Literal
 
@@ -135,6 +136,8 @@ class PreferenceModule(L.LightningModule):
         self.split_means = nn.ModuleDict({split: PairMeans() for split in VALIDATION_SPLITS})
         self.evaluations: dict[int, dict[str, float]] = {}
         """Validation results by optimiser step; step 0 is the policy before training."""
+        self.errors: dict[int, dict[str, float]] = {}
+        """Their standard errors, of those that are means over at least two pairs."""
         self._fused: bool | None = None
         self._layout: RowLayout | None = None
         self._grad_norm = torch.zeros(())
@@ -418,14 +421,19 @@ class PreferenceModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the means of each split, and the gap between them: overfitting as a curve."""
         values: dict[str, float] = {}
+        errors: dict[str, float] = {}
         for split in VALIDATION_SPLITS:
             means = self._means(split)
             values |= {f"{split}/{name}": value for name, value in means.compute().items()}
+            errors |= {f"{split}/{name}": value for name, value in means.errors.items()}
             means.reset()
         for name in ("margin", "accuracy"):
             if f"train_probe/{name}" in values and f"held_out/{name}" in values:
                 values[f"gap/{name}"] = values[f"train_probe/{name}"] - values[f"held_out/{name}"]
+                of_both = [errors.get(f"{split}/{name}", math.nan) for split in ("train_probe", "held_out")]
+                errors |= {f"gap/{name}": math.hypot(*of_both)} if not any(map(math.isnan, of_both)) else {}
         self.evaluations[self.global_step] = values
+        self.errors[self.global_step] = errors
         # The means are the same on every rank already; sync_dist only says so to Lightning.
         self.log_dict(values, sync_dist=True)
 
@@ -440,6 +448,8 @@ class PreferenceModule(L.LightningModule):
             "lora": None if self.lora is None else dataclasses.asdict(self.lora),
             # Over all ranks: what the next log line will be the mean of.
             "train_means": self.train_means.joined(self.trainer.strategy.reduce),
+            # What the closing table of a resumed run begins with.
+            "before": self.evaluations.get(0, {}),
         }
         trained = self._trained_names()
         # Where the weights are split, only rank 0 has them.
@@ -464,6 +474,8 @@ class PreferenceModule(L.LightningModule):
             )
         if "reestimation" in saved:
             self.reestimation.load_state_dict(saved["reestimation"])
+        if saved.get("before"):
+            self.evaluations.setdefault(0, saved["before"])
         if "train_means" in saved and self.trainer.is_global_zero:
             self.train_means.take_up(saved["train_means"])
 

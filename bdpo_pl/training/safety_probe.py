@@ -77,6 +77,11 @@ class SafetyProbe(L.Callback):
         self._latest_step: int | None = None
 
     @property
+    def counts(self) -> dict[str, int]:
+        """Prompts asked for each rate of `before` and `after`."""
+        return {_LABELS[name]: len(suite.prompts) for name, suite in self.suites.items()}
+
+    @property
     def logged(self) -> set[str]:
         """The names of what is logged during training."""
         if self.every_n_steps is None:

@@ -1,20 +1,42 @@
-"""The table that closes a run: what changed, and where everything was written."""
+"""The table that closes a run: what changed, on how many pairs, and what the reader must not conclude from it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from rich.table import Table
+from rich.text import Text
 
+from bdpo_pl.reporting.format import percent, signed, signed_percent
+from bdpo_pl.statistics import wilson
+
+FEW_PAIRS = 50
+"""Held-out pairs below which the table says that they are few."""
+_Z = 1.96
 _ZERO = 5e-4
-_HELD_OUT = (
-    ("held-out preference accuracy", "held_out/accuracy", "{:.1%}"),
-    ("held-out margin", "held_out/margin", "{:+.3f}"),
-    ("margin gap, train − held-out", "gap/margin", "{:+.3f}"),
-    ("accuracy gap, train − held-out", "gap/accuracy", "{:+.1%}"),
-    ("drift of the chosen, nats", "held_out/drift_chosen", "{:+.2f}"),
-    ("drift of the rejected, nats", "held_out/drift_rejected", "{:+.2f}"),
+_BY_DEFINITION = "by definition"
+_Form = Callable[[float], str]
+
+
+def _three(value: float) -> str:
+    return signed(value, 3)
+
+
+_HELD_OUT: tuple[tuple[str, str, _Form], ...] = (
+    ("held-out preference accuracy", "held_out/accuracy", percent),
+    ("the same by log-prob. a token", "held_out/logp_accuracy", percent),
+    ("held-out margin", "held_out/margin", _three),
+    ("margin gap, train − held-out", "gap/margin", _three),
+    ("accuracy gap, train − held-out", "gap/accuracy", signed_percent),
+    ("drift of the chosen, nats", "held_out/drift_chosen", signed),
+    ("drift of the rejected, nats", "held_out/drift_rejected", signed),
 )
+_SHARES = {"held_out/accuracy", "held_out/logp_accuracy"}
+# What a policy that is its own reference has, whatever model it is.
+_AT_START = {
+    "held_out/accuracy": 0.5, "held_out/margin": 0.0, "gap/margin": 0.0, "gap/accuracy": 0.0,
+    "held_out/drift_chosen": 0.0, "held_out/drift_rejected": 0.0,
+}  # fmt: skip
 
 
 def summary_table(
@@ -22,31 +44,106 @@ def summary_table(
     final_step: int,
     rates_before: Mapping[str, float],
     rates_after: Mapping[str, float],
+    *,
+    errors: Mapping[int, Mapping[str, float]] | None = None,
+    pairs: int | None = None,
+    prompts: Mapping[str, int] | None = None,
 ) -> Table:
-    """Before → after, one measure a row; a dash where there is no measurement.
+    """Before → after with 95 % intervals, one measure a row; a dash where there is no measurement.
 
     Args:
         evaluations: validation results by optimiser step.
         final_step: the last optimiser step of the run.
         rates_before: refusal rates before training, by name.
         rates_after: after it.
+        errors: standard errors of the validation results, likewise.
+        pairs: held-out pairs.
+        prompts: prompts asked for each refusal rate.
     """
-    table = Table(title="What changed", title_justify="left")
+    table = Table(title="What changed, with 95 % intervals", title_justify="left", caption_justify="left")
     table.add_column("")
+    table.add_column("n", justify="right")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
     before, after = evaluations.get(0, {}), evaluations.get(final_step, {})
+    spread = (errors or {}).get(final_step, {})
     for label, name, form in _HELD_OUT:
         if name in before or name in after:
-            table.add_row(label, _cell(before, name, form), _cell(after, name, form))
+            first = _BY_DEFINITION if _is_by_definition(before, name) else _cell(before, name, form, {}, pairs)
+            table.add_row(label, "" if pairs is None else f"{pairs:,}", first, _cell(after, name, form, spread, pairs))
     for name in dict.fromkeys([*rates_before, *rates_after]):
-        table.add_row(name, _cell(rates_before, name, "{:.1%}"), _cell(rates_after, name, "{:.1%}"))
+        count = (prompts or {}).get(name)
+        cells = (_rate(rates, name, count) for rates in (rates_before, rates_after))
+        table.add_row(name, "" if count is None else f"{count:,}", *cells)
     return table
 
 
-def _cell(values: Mapping[str, float], name: str, form: str) -> str:
+def remarks(
+    evaluations: Mapping[int, Mapping[str, float]], pairs: int | None, measures_safety: bool
+) -> list[tuple[str, str]]:
+    """What a reader of the table must know: (level, sentence).
+
+    Args:
+        evaluations: validation results by optimiser step.
+        pairs: held-out pairs; None: none are held out.
+        measures_safety: prompts were given to measure refusals by.
+    """
+    said = []
+    before = evaluations.get(0, {})
+    if pairs is None:
+        said.append(("notice", "No pair was held out, so nothing tells overfitting: set data.held_out_fraction."))
+    elif pairs < FEW_PAIRS:
+        said.append(
+            ("warning", f"Only {pairs} held-out pairs: one pair more or less moves the accuracy by {1 / pairs:.0%}. "
+             "Conclude nothing from it; raise data.held_out_fraction, or give data.held_out.")
+        )  # fmt: skip
+    if _is_by_definition(before, "held_out/accuracy"):
+        own = before.get("held_out/logp_accuracy")
+        beside = "" if own is None else f" By its own log-probability a token it prefers the chosen in {percent(own)}."
+        said.append(
+            ("note", "Before training the policy is its reference, so accuracy is 50 % and margins are 0 by "
+             f"definition.{beside}")
+        )  # fmt: skip
+    if not measures_safety:
+        said.append(
+            ("notice", "No safety prompts were given, so this run tells nothing of refusals: add --safety.harmful and "
+             "--safety.benign, or run bdpo evaluate on both models.")
+        )  # fmt: skip
+    return said
+
+
+def remark_line(level: str, sentence: str) -> Text:
+    """One of `remarks` for a terminal."""
+    style = {"warning": "bold red", "notice": "yellow"}.get(level, "dim")
+    return Text(f"{level}: ", style) + Text(sentence)
+
+
+def _is_by_definition(before: Mapping[str, float], name: str) -> bool:
+    """Whether `name` could have had no other value before training: nothing had drifted."""
+    drifted = [before.get(f"held_out/drift_{side}") for side in ("chosen", "rejected")]
+    if any(drift is None or abs(drift) > _ZERO for drift in drifted) or name not in before or name not in _AT_START:
+        return False
+    return abs(before[name] - _AT_START[name]) <= _ZERO
+
+
+def _cell(values: Mapping[str, float], name: str, form: _Form, errors: Mapping[str, float], pairs: int | None) -> str:
     if name not in values:
         return "–"
     value = values[name]
-    # Rounding of nothing is no "-0.000".
-    return form.format(value if abs(value) >= _ZERO else 0.0)
+    text = form(value if abs(value) >= _ZERO else 0.0)
+    if name in _SHARES and pairs:
+        low, high = wilson(value * pairs, pairs)
+    elif name in errors:
+        low, high = value - _Z * errors[name], value + _Z * errors[name]
+    else:
+        return text
+    return f"{text} [{form(low).rstrip('%')}, {form(high).rstrip('%')}]"
+
+
+def _rate(rates: Mapping[str, float], name: str, count: int | None) -> str:
+    if name not in rates:
+        return "–"
+    if not count:
+        return percent(rates[name])
+    low, high = wilson(rates[name] * count, count)
+    return f"{percent(rates[name])} [{100 * low:.1f}, {100 * high:.1f}]"

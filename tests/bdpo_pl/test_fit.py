@@ -65,6 +65,8 @@ def test_run_from_options_to_a_folder_that_answers(base, model_dir, tmp_path, ca
 
     main(base)
     printed = capsys.readouterr().out
+    for part in ("by definition", "Only 8 held-out pairs", "No safety prompts were given"):
+        assert part in printed
     for part in ("What changed", "held-out preference accuracy", "margin gap", "aligned model", "8 optimiser steps"):
         assert part in printed
     folder = tmp_path / "runs" / "version_0"
@@ -150,7 +152,10 @@ def test_loss_by_class_path(base):
 def test_resume_from_the_command_line_ends_in_the_same_weights(base, capsys):
     main([*base, "--checkpoint.save_top_k=-1"])
     main([*base, "--ckpt_path=runs/version_0/checkpoints/best-step=4.ckpt"])
-    assert capsys.readouterr().out.count("8 optimiser steps") == 2
+    printed = capsys.readouterr().out
+    assert printed.count("8 optimiser steps") == 2
+    # The resumed run knows what the first one began with.
+    assert printed.count("by definition") == 2 * (printed.count("by definition") // 2) > 2
     whole, resumed = exported(), exported("runs/version_1/model")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 

@@ -11,7 +11,18 @@ from bdpo_pl.data.report import DataReport
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.data.tokenization import PreferencePair
 from bdpo_pl.diagnosis.findings import find
-from bdpo_pl.diagnosis.measures import Mean, Measured, by_category, by_length, extremes, group, length_bias, spearman
+from bdpo_pl.diagnosis.measures import (
+    Mean,
+    Measured,
+    by_category,
+    by_length,
+    extremes,
+    group,
+    length_bias,
+    spearman,
+    suggested_tau,
+    temperatures,
+)
 from bdpo_pl.diagnosis.page import build_page
 from bdpo_pl.diagnosis.results import Diagnosis, Leaks, Places, diagnose_split
 
@@ -167,3 +178,36 @@ def test_page_of_hardly_any_pairs_holds_no_nan(num):
     assert "nan" not in html.lower()
     assert f"only {num} pair" in html
     assert "carry no category" in html
+
+
+def test_tau_is_held_against_the_spread_of_the_imbalance():
+    d = np.linspace(-2.0, 2.0, 101)
+    m = measured(101, comprehension=np.stack([d, np.zeros(101)]))
+    spread = statistics.stdev(d)
+    assert group(m, "all").spread == pytest.approx(spread)
+    assert suggested_tau(m) == 1.2
+    rows = {row.tau: row for row in temperatures(m, 0.3)}
+    assert {0.3, 1.2} < rows.keys()
+    # Softmax weights differ by exp(|d| / τ).
+    assert rows[0.3].largest == pytest.approx(np.exp(2.0 / 0.3))
+    assert rows[1.2].median == pytest.approx(np.exp(1.0 / 1.2))
+
+    def said(tau):
+        of = {"tau": tau, "suggested_tau": 1.2, "temperatures": temperatures(m, tau)}
+        return find(diagnosis(m, **of))
+
+    assert "τ is 0.3, and the spread" in titles(said(0.3), "problem")
+    assert any("--tau 1.2" in finding.detail for finding in said(0.3))
+    assert "τ is 5, and the spread" in titles(said(5.0), "notice")
+    assert "τ = 1 is about the spread" in titles(said(1.0), "fine")
+    html = build_page(
+        diagnosis(m, tau=0.3, suggested_tau=1.2, temperatures=temperatures(m, 0.3)), {"train": m}
+    ).render()
+    assert "0.3 (in use)" in html
+    assert "1.2 (suggested)" in html
+
+
+def test_a_tau_far_below_the_spread_gives_numbers_that_json_has():
+    m = measured(20, comprehension=np.stack([np.full(20, 900.0), np.zeros(20)]))
+    assert all(np.isfinite(row.largest) for row in temperatures(m, 0.01))
+    assert suggested_tau(m) is None
