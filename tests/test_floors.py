@@ -11,11 +11,11 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     "errors", "console", "files", "statistics", "comprehension", "losses", "data", "reporting", "refusals", "models",
     "parallel", "forward", "embedded", "scoring", "diagnosis", "evaluation", "training", "cli", "fit", "diagnose",
-    "evaluate", "__main__",
+    "evaluate", "__main__", "module",
 ]  # fmt: skip
 
 
-_STILL_LARGE = {"bdpo_pl.training.module"}
+_STILL_LARGE: set[str] = set()
 _STILL_ALIKE = {("evaluation", "options")}
 
 

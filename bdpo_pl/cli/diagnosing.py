@@ -13,9 +13,12 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.cli import LightningArgumentParser
+from torch.utils.data import DataLoader
 
 from bdpo_pl.cli.job import FitCLI, parse_options
 from bdpo_pl.console import get_console, paths_table
+from bdpo_pl.data.splits import PreferenceSplits
+from bdpo_pl.data.table import PairTable
 from bdpo_pl.diagnosis.findings import find
 from bdpo_pl.diagnosis.measures import Measured, suggested_tau, temperatures
 from bdpo_pl.diagnosis.page import build_page
@@ -25,7 +28,8 @@ from bdpo_pl.errors import InputError
 from bdpo_pl.files import writable_folder, write_whole
 from bdpo_pl.losses import BalancedDPOLoss, PairScores, PairWeights, PreferenceLoss
 from bdpo_pl.reporting.terminal import findings_table
-from bdpo_pl.scoring.reference import SplitScores
+from bdpo_pl.scoring.machine import Machine
+from bdpo_pl.scoring.scores import SplitScores
 from bdpo_pl.training.datamodule import PreferenceDataModule
 from bdpo_pl.training.module import PreferenceModule
 
@@ -71,7 +75,7 @@ class DiagnoseCLI(FitCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """The Trainer that `fit` would have, which is only asked for device, precision and processes."""
-        return super().instantiate_trainer(logger=False, **kwargs)
+        return super().instantiate_trainer(logger=False, enable_progress_bar=False, **kwargs)
 
 
 def run(args: list[str], description: str | None) -> None:
@@ -81,11 +85,17 @@ def run(args: list[str], description: str | None) -> None:
     trainer: L.Trainer = cli.trainer
     options: DiagnoseOptions = cli.config_init.diagnose
     folder = writable_folder(options.folder or Path(trainer.default_root_dir) / "diagnosis", "diagnose.folder")
-    launcher = trainer.strategy.launcher
-    scores = _score(cli) if launcher is None else launcher.launch(lambda: _score(cli), trainer=trainer)
+    if not cli.model.scoring.comprehension:
+        raise InputError("diagnose measures comprehension, and model.scoring.comprehension is false; set it to true")
+    scoring = _Scoring(cli.model, cli.datamodule)
+    # Lightning starts the processes and sets up devices and precision, as for `fit`; there is nothing to predict.
+    trainer.predict(scoring, DataLoader([0]), return_predictions=False)  # type: ignore[arg-type]
     if not trainer.is_global_zero:
         return
-    diagnosis, measured = _diagnose(cli.model, cli.datamodule, scores, str(trainer.precision), options)
+    assert scoring.splits is not None
+    diagnosis, measured = _diagnose(
+        cli.model, cli.datamodule, scoring.splits, scoring.scores, str(trainer.precision), options
+    )
     paths = write(diagnosis, measured, folder)
     console = get_console()
     console.print(numbers_table(diagnosis))
@@ -96,28 +106,45 @@ def run(args: list[str], description: str | None) -> None:
     console.print(f"Done in {time.perf_counter() - start:.0f} s")
 
 
-def _score(cli: FitCLI) -> dict[str, SplitScores]:
-    """Load the data and score it as `fit` does, on all of the Trainer's processes, without starting a loop."""
-    trainer, module, data = cli.trainer, cli.model, cli.datamodule
-    if not module.scoring.comprehension:
-        raise InputError("diagnose measures comprehension, and model.scoring.comprehension is false; set it to true")
-    # What the Trainer does before its first loop, so that everything in the cache's key is as in `fit`.
-    trainer.strategy.connect(module)
-    module.trainer = data.trainer = trainer
-    trainer.strategy.setup_environment()
-    trainer.datamodule = data  # type: ignore[attr-defined]
-    # Of a live reference, or none, the same is to be known.
-    module.reference_mode = "precomputed"
-    data.setup("fit")
-    module.setup("fit")
-    reference = module.reference
-    splits = [name for name in ("train", "held_out") if name in data.tables]
-    return {name: reference.scores(name, torch.arange(len(data.tables[name])), data, module.loss) for name in splits}
+class _Scoring(L.LightningModule):
+    """Has the pairs read and scored by the reference as `fit` does, in `setup`, on all of the Trainer's processes.
+
+    Args:
+        module: describes model, loss and reference.
+        data: describes the pairs.
+    """
+
+    def __init__(self, module: PreferenceModule, data: PreferenceDataModule) -> None:
+        super().__init__()
+        # In a tuple, so that they are no part of this module, which has no weights.
+        self._described = (module, data)
+        self.splits: PreferenceSplits | None = None
+        self.scores: dict[str, SplitScores] = {}
+
+    def setup(self, stage: str) -> None:
+        """Read and score."""
+        module, data = self._described
+        self.splits = data.read(module.source, order_by_safety=module.loss.needs_safety)
+        machine = Machine.of(self.trainer)
+        # Of a live reference, or none, the same is to be known.
+        reference = module.make_reference("precomputed", machine.precision)
+        reference.check_fits(module.loss)
+        reference.prepare(machine, self.splits, module.loss)
+        for name in ("train", "held_out"):
+            if name in self.splits.tables:
+                self.scores[name] = reference.scores(name, torch.arange(len(self.splits.tables[name])))
+
+    def configure_model(self) -> None:
+        """Build nothing; strategies that split a model want this method."""
+
+    def predict_step(self, *_: Any) -> None:
+        """Do nothing."""
 
 
 def _diagnose(
     module: PreferenceModule,
     data: PreferenceDataModule,
+    splits: PreferenceSplits,
     scores: Mapping[str, SplitScores],
     precision: str,
     options: DiagnoseOptions,
@@ -127,16 +154,16 @@ def _diagnose(
     for name, split in scores.items():
         assert split.reference is not None
         assert split.comprehension is not None
-        weights = _weights(balance, data, name, split)
+        weights = _weights(balance, splits.tables[name], split)
         measured[name] = Measured(
-            data.tables[name],
+            splits.tables[name],
             split.comprehension.double().numpy(),
             torch.stack([weights.chosen, weights.rejected]).double().numpy(),
             weights.scale.double().numpy(),
             options.strong_ratio,
         )
     reports = {report.name: report for report in data.reports}
-    shown = data.tokenizer if options.show_texts else None
+    shown = splits.tokenizer if options.show_texts else None
     strong = tau = None
     if isinstance(balance, BalancedDPOLoss) and balance.weighting == "softmax":
         strong = balance.tau * float(np.log(options.strong_ratio))
@@ -154,7 +181,7 @@ def _diagnose(
         splits={
             name: diagnose_split(name, m, reports.get(name), options.extremes, shown) for name, m in measured.items()
         },
-        leaks=find_leaks(data.tables, data.tokenizer),
+        leaks=find_leaks(splits.tables, splits.tokenizer),
         loading=data.reports,
         notes=notes,
         shows_texts=options.show_texts,
@@ -172,10 +199,9 @@ def _balance(loss: PreferenceLoss) -> tuple[PreferenceLoss, str | None]:
     return BalancedDPOLoss(estimator=loss.estimator), f"BalancedDPOLoss(estimator={loss.estimator})"
 
 
-def _weights(balance: PreferenceLoss, data: PreferenceDataModule, name: str, scores: SplitScores) -> PairWeights:
+def _weights(balance: PreferenceLoss, table: PairTable, scores: SplitScores) -> PairWeights:
     assert scores.reference is not None
     assert scores.comprehension is not None
-    table = data.tables[name]
     weights = balance.weights(
         PairScores(
             torch.from_numpy(table.chosen_lengths),

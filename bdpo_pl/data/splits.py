@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from bdpo_pl.data.table import PairTable
+from bdpo_pl.data.tokenization import padding_id
 from bdpo_pl.data.truncation import Truncation
 from bdpo_pl.errors import InputError
 
 
-class PreferenceSplits(Protocol):
-    """Pairs of all splits of a job, tokenised, and how they were.
+@dataclass(frozen=True)
+class PreferenceSplits:
+    """Pairs of all splits of a job, tokenised, and how they were read.
 
     Attributes:
         tables: pairs by the name of their split (`train`, `held_out`, `train_probe`).
-        probe_indices: places in `train` of the pairs of `train_probe`; None without a probe.
+        tokenizer: the tokenizer that read them.
         truncation: treatment of pairs that are longer than the window.
         chat_template: name of the chat template (`auto`, `none` or a file).
+        probe_indices: places in `train` of the pairs of `train_probe`; None without a probe.
     """
 
     tables: dict[str, PairTable]
-    probe_indices: np.ndarray | None
+    tokenizer: Any
     truncation: Truncation
     chat_template: str
+    probe_indices: np.ndarray | None = None
 
     @property
     def pad_id(self) -> int:
-        """Token id that fills padding."""
+        """Token id that fills padding, which the model does not see; any id will do."""
+        return padding_id(self.tokenizer)
 
 
 def split_by_prompt(table: PairTable, fraction: float, seed: int) -> tuple[PairTable, PairTable]:

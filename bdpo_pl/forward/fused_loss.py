@@ -10,18 +10,22 @@ Shapes: B pairs; S = 2B sequences; N scored tokens; D hidden size; V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from bdpo_kernels import linear_preference_loss
 from bdpo_pl.data.packing import SequenceBatch
+from bdpo_pl.errors import InputError
 from bdpo_pl.forward.equivalence import compute_dtype, relative_error, tolerance
 from bdpo_pl.forward.last_layer import scored_positions_only
 from bdpo_pl.forward.masks import model_inputs
 from bdpo_pl.forward.responses import head_input, response_logps
 from bdpo_pl.parallel.tensor_parallel import VocabParallelHead, head_weight
+
+LMHead = Literal["auto", "fused", "logits"]
 
 LossOfPairs = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(chosen (b,), rejected (b,), pair index (b,)) → weighted loss of each pair (b,)."""
@@ -91,6 +95,29 @@ def why_not_fused(model: Any, batch: SequenceBatch) -> str | None:
     if not error <= tolerance(dtype):
         return f"its logits are not those of its LM head alone (log-probabilities differ by {error:.2g} of their size)"
     return None
+
+
+def choose_head(model: Any, probe: SequenceBatch, option: LMHead, name: str) -> bool:
+    """Decide whether to fuse LM head and loss, and say so where it cannot be.
+
+    Args:
+        model: causal language model, on the device it will run on.
+        probe: sequences to compare both ways on.
+        option: `auto`, or `fused` or `logits` alone.
+        name: of the model, for messages.
+
+    Raises:
+        InputError: `fused`, and the model cannot.
+    """
+    if option == "logits":
+        return False
+    objection = why_not_fused(model, probe)
+    if objection is None:
+        return True
+    if option == "fused":
+        raise InputError(f"model.lm_head is fused, but {name} cannot be: {objection}; set it to auto")
+    rank_zero_info(f"LM head and loss are not fused: {objection}")
+    return False
 
 
 def _transform(config: Any) -> tuple[float | None, float]:

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from bdpo_pl.data.packing import RowLayout
 from bdpo_pl.data.splits import PreferenceSplits
+from bdpo_pl.data.table import PairTable
 from bdpo_pl.errors import InputError
 from bdpo_pl.losses import PreferenceLoss
-from bdpo_pl.scoring.scoring_pass import ScoringOptions, score_pairs, table_comprehension
+from bdpo_pl.scoring.machine import Machine
+from bdpo_pl.scoring.scores import SplitScores, score_splits, table_comprehension
+from bdpo_pl.scoring.scoring_pass import ScoringOptions, score_pairs
 
 
 class Reestimation:
@@ -39,7 +40,7 @@ class Reestimation:
         self._step = 0
         self._values: dict[str, Tensor] = {}
 
-    def check_fits(self, trainer: L.Trainer, loss: PreferenceLoss, options: ScoringOptions) -> None:
+    def check_fits(self, machine: Machine, loss: PreferenceLoss, options: ScoringOptions) -> None:
         """Raise `InputError` if there is nothing to re-estimate, or if ranks could not score apart from each other."""
         if self.every_n_steps is None:
             return
@@ -49,10 +50,10 @@ class Reestimation:
                 "remove the option or take a loss that does (BalancedDPOLoss: turn the balance on)"
             )
         # Where the weights are sharded, every forward pass needs every rank.
-        if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+        if not machine.whole_policy:
             raise InputError(
-                "model.reestimate_every needs the whole policy on each device (a single one, or ddp), not "
-                f"{type(trainer.strategy).__name__}"
+                "model.reestimate_every needs the whole policy on each device (a single one, or ddp), and this "
+                "strategy splits it"
             )
 
     def due(self, step: int) -> bool:
@@ -61,22 +62,21 @@ class Reestimation:
 
     def update(
         self,
+        step: int,
         policy: nn.Module,
-        trainer: L.Trainer,
-        data: PreferenceSplits,
+        machine: Machine,
+        splits: PreferenceSplits,
         loss: PreferenceLoss,
         options: ScoringOptions,
         layout: RowLayout,
     ) -> None:
-        """Score all pairs with `policy`; the ranks share them."""
-        self._step = trainer.global_step
-        rank_zero_info(f"Re-estimating comprehension on the policy at step {self._step}")
-        for split in ("train", "held_out"):
-            if split not in data.tables:
-                continue
-            table = data.tables[split]
-            mine = np.array_split(np.arange(len(table)), trainer.world_size)[trainer.global_rank]
-            values = torch.zeros(2, len(table), device=trainer.strategy.root_device)
+        """Score all pairs with `policy`, before optimiser step `step`; the ranks share them."""
+        self._step = step
+        rank_zero_info(f"Re-estimating comprehension on the policy at step {step}")
+
+        def comprehension(_: str, table: PairTable) -> SplitScores:
+            mine = np.array_split(np.arange(len(table)), machine.world_size)[machine.rank]
+            values = torch.zeros(2, len(table), device=machine.device)
             if len(mine):
                 scores = score_pairs(
                     policy,
@@ -84,17 +84,17 @@ class Reestimation:
                     mine,
                     layout=layout,
                     batch_tokens=options.batch_tokens,
-                    pad_id=data.pad_id,
+                    pad_id=splits.pad_id,
                     hsic=loss.estimator == "hsic",
-                    context=trainer.precision_plugin.forward_context,
+                    context=machine.context,
                 )
-                values[:, torch.from_numpy(mine)] = table_comprehension(scores, table.select(mine), loss.estimator).to(
-                    values
-                )
-            self._values[split] = trainer.strategy.reduce(values, reduce_op="sum")
-        if data.probe_indices is not None:
-            probe = torch.from_numpy(data.probe_indices).to(self._values["train"].device)
-            self._values["train_probe"] = self._values["train"].index_select(1, probe)
+                own = table_comprehension(scores, table.select(mine), loss.estimator)
+                values[:, torch.from_numpy(mine)] = own.to(values)
+            return SplitScores(comprehension=machine.sum_over_ranks(values))
+
+        for name, scores in score_splits(splits, comprehension).items():
+            assert scores.comprehension is not None
+            self._values[name] = scores.comprehension
 
     def values(self, split: str, pair_index: Tensor) -> Tensor | None:
         """(2, B) comprehension of the pairs at `pair_index` of `split`, or None before the first re-estimation."""

@@ -5,41 +5,31 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import lightning as L
 import torch
 import transformers
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
 import bdpo_kernels
-from bdpo_pl.comprehension import Estimator
 from bdpo_pl.data.packing import RowLayout
 from bdpo_pl.data.splits import PreferenceSplits
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.errors import InputError
+from bdpo_pl.forward.masks import set_attention
 from bdpo_pl.forward.prefix_sharing import PrefixSharing, choose_layout
 from bdpo_pl.losses import PreferenceLoss
 from bdpo_pl.models.adapters import adapters_off
 from bdpo_pl.models.loading import ModelSource, frozen, load_model, model_fingerprint
 from bdpo_pl.scoring.cache import ScoreCache, default_cache_dir
-from bdpo_pl.scoring.scores import ScoreTable
-from bdpo_pl.scoring.scoring_pass import Ranks, ScoringOptions, score_pairs, score_table, table_comprehension
+from bdpo_pl.scoring.machine import Machine
+from bdpo_pl.scoring.scores import SplitScores, score_splits, split_scores
+from bdpo_pl.scoring.scoring_pass import ScoringOptions, score_pairs, score_table
 
 ReferenceMode = Literal["precomputed", "live", "none"]
 ReferenceChoice = Literal["auto", ReferenceMode]
-
-
-@dataclass
-class SplitScores:
-    """What a loss is given besides the policy's log-probabilities, of M pairs: (2, M) float32 each, chosen first."""
-
-    reference: Tensor | None = None
-    comprehension: Tensor | None = None
 
 
 class AdaptedPolicy(Protocol):
@@ -57,8 +47,8 @@ class AdaptedPolicy(Protocol):
     @property
     def row_layout(self) -> RowLayout: ...  # noqa: D102
 
-    def base_model(self) -> nn.Module:
-        """The model before it is given adapters: loaded once, and handed on to the policy."""
+    def base_model(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        """Load the model before it is given adapters: once, and handed on to the policy."""
 
 
 def choose_mode(choice: ReferenceChoice, loss: PreferenceLoss, given: bool) -> ReferenceMode:
@@ -110,6 +100,8 @@ class Reference:
         """How the model reads pairs; None as long as it has read none."""
         self.attention: str | None = None
         self._adapted = adapted
+        self._splits: PreferenceSplits | None = None
+        self._loss: PreferenceLoss | None = None
 
     def check_fits(self, loss: PreferenceLoss) -> None:
         """Raise `InputError` if `loss` reads what this reference does not give."""
@@ -124,54 +116,79 @@ class Reference:
                 "or take a loss that reads none (BalancedDPOLoss: turn the balance off)"
             )
 
-    def check_strategy(self, trainer: L.Trainer) -> None:
+    def check_machine(self, machine: Machine) -> None:
         """Raise `InputError` if the policy is split and each rank would have to score with it alone."""
-        if self.mode == "live" and self._adapted is not None and isinstance(trainer.strategy, ModelParallelStrategy):
+        if self.mode == "live" and self._adapted is not None and machine.mesh is not None:
             raise InputError(
-                "model.reference_mode is live, and the reference is the policy without its adapters, which "
-                f"{type(trainer.strategy).__name__} splits over the devices; set it to precomputed"
+                "model.reference_mode is live, and the reference is the policy without its adapters, which this "
+                "strategy splits; set it to precomputed"
             )
 
-    def prepare(self, trainer: L.Trainer, data: PreferenceSplits, loss: PreferenceLoss) -> None:
-        """Score every split of `data` that is not scored yet (`precomputed`), or load the model to keep (`live`)."""
+    def prepare(self, machine: Machine, splits: PreferenceSplits, loss: PreferenceLoss) -> None:
+        """Score every split that is not scored yet (`precomputed`), or load the model to keep (`live`)."""
+        self._splits, self._loss = splits, loss
         if self.mode == "live" and self._model is None and self._adapted is None:
-            self._model = self._load(trainer)
-            self._choose_layout(self._model, trainer, data)
+            self._model = self._load(machine)
+            self._choose_layout(self._model, machine, splits)
         if self.mode != "precomputed" or self._scores:
             return
-        self._score_splits(trainer, data, loss)
-        if data.probe_indices is not None:
-            train, probe = self._scores["train"], torch.from_numpy(data.probe_indices)
-            self._scores["train_probe"] = SplitScores(_take(train.reference, probe), _take(train.comprehension, probe))
+        load = cache(lambda: self._load(machine))
+        layout = cache(lambda: self._choose_layout(load(), machine, splits))
+
+        def score(name: str, table: PairTable) -> SplitScores:
+            scores = score_table(
+                name,
+                table,
+                load,
+                ScoreCache(self._cache_root(), self._key(table, machine), len(table), self.options.chunk_pairs),
+                self.options,
+                layout=layout,
+                pad_id=splits.pad_id,
+                hsic=self._hsic(),
+                machine=machine,
+            )
+            return split_scores(scores, table, loss.estimator)
+
+        self._scores = score_splits(splits, score)
         # By now nothing holds on to the model: training has its memory.
+        del score
+        load.cache_clear()
+        layout.cache_clear()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _score_splits(self, trainer: L.Trainer, data: PreferenceSplits, loss: PreferenceLoss) -> None:
-        load = cache(lambda: self._load(trainer))
-        layout = cache(lambda: self._choose_layout(load(), trainer, data))
-        for split in ("train", "held_out"):
-            if split in data.tables:
-                scores = self._score(split, load, layout, trainer, data, loss)
-                self._scores[split] = _split_scores(scores, data.tables[split], loss.estimator)
-
-    def scores(self, split: str, pair_index: Tensor, data: PreferenceSplits, loss: PreferenceLoss) -> SplitScores:
-        """Scores of the B pairs at `pair_index` of `split`, on its device."""
+    def scores(self, split: str, pair_index: Tensor) -> SplitScores:
+        """Give the scores of the B pairs at `pair_index` of `split`, on its device."""
         device = pair_index.device
         if self.mode == "none":
             return SplitScores()
         if self.mode == "live":
-            table, indices = data.tables[split], pair_index.cpu().numpy()
+            assert self._splits is not None
+            assert self._loss is not None
+            table, indices = self._splits.tables[split], pair_index.cpu().numpy()
             with self._live() as (model, layout):
-                scores = score_pairs(model, table, indices, layout=layout, **self._options(data, loss))
-            found = _split_scores(scores, table.select(indices), loss.estimator)
-            return SplitScores(*(None if t is None else t.to(device) for t in (found.reference, found.comprehension)))
-        held = self._scores[split]
-        if held.reference is not None and held.reference.device != device:
-            held = SplitScores(*(None if t is None else t.to(device) for t in (held.reference, held.comprehension)))
-            self._scores[split] = held
-        return SplitScores(_take(held.reference, pair_index), _take(held.comprehension, pair_index))
+                scores = score_pairs(
+                    model,
+                    table,
+                    indices,
+                    layout=layout,
+                    batch_tokens=self.options.batch_tokens,
+                    pad_id=self._splits.pad_id,
+                    comprehension=self.options.comprehension,
+                    hsic=self._hsic(),
+                )
+            return split_scores(scores, table.select(indices), self._loss.estimator).to(device)
+        held = self._scores[split] = self._scores[split].to(device)
+        return held[pair_index]
+
+    def layout_of(self, source: ModelSource, dtype: torch.dtype, model: Any) -> RowLayout | None:
+        """Give the layout found for this reference, if `model`, of `source` in `dtype`, is the same; else None."""
+        if self.layout is None or self.source != source or self.dtype != dtype:
+            return None
+        assert self.attention is not None
+        set_attention(model, self.attention)
+        return self.layout
 
     @contextmanager
     def _live(self) -> Iterator[tuple[nn.Module, RowLayout]]:
@@ -184,75 +201,52 @@ class Reference:
             with adapters_off(self._adapted.policy) as model:
                 yield model, self._adapted.row_layout
 
-    def _load(self, trainer: L.Trainer) -> nn.Module:
-        model = load_model(self.source, self.dtype) if self._adapted is None else self._adapted.base_model()
-        return frozen(model, trainer.strategy.root_device)
+    def _load(self, machine: Machine) -> nn.Module:
+        if self._adapted is None:
+            model = load_model(self.source, self.dtype)
+        else:
+            model = self._adapted.base_model(self.dtype, machine.device)
+        return frozen(model, machine.device)
 
-    def _choose_layout(self, model: Any, trainer: L.Trainer, data: PreferenceSplits) -> RowLayout:
+    def _choose_layout(self, model: Any, machine: Machine, splits: PreferenceSplits) -> RowLayout:
         self.layout = choose_layout(
             model,
-            data.tables["train"],
+            splits.tables["train"],
             self.prefix_sharing,
             name=self.source.name,
             attention=self.source.attn_implementation,
-            pad_id=data.pad_id,
-            context=trainer.precision_plugin.forward_context,
+            pad_id=splits.pad_id,
+            context=machine.context,
         )
         self.attention = model.config._attn_implementation
         return self.layout
 
-    def _options(self, data: PreferenceSplits, loss: PreferenceLoss) -> dict[str, Any]:
-        return {
-            "batch_tokens": self.options.batch_tokens,
-            "pad_id": data.pad_id,
-            "comprehension": self.options.comprehension,
-            "hsic": self.options.comprehension and loss.estimator == "hsic",
-        }
+    def _hsic(self) -> bool:
+        return self.options.comprehension and self._loss is not None and self._loss.estimator == "hsic"
 
-    def _score(
-        self, split: str, load: Any, layout: Any, trainer: L.Trainer, data: PreferenceSplits, loss: PreferenceLoss
-    ) -> ScoreTable:
-        table = data.tables[split]
-        hsic = self.options.comprehension and loss.estimator == "hsic"
-        key = {
+    def _cache_root(self) -> Path:
+        return Path(self.options.cache_dir).expanduser() if self.options.cache_dir else default_cache_dir()
+
+    def _key(self, table: PairTable, machine: Machine) -> dict[str, Any]:
+        """Everything that the scores of `table` depend on."""
+        assert self._splits is not None
+        return {
             "format": 2,
             # Token ids, boundaries and null prompt: what template, truncation and tokenizer come to.
             "pairs": table.content_digest(),
-            "template": data.chat_template,
-            "truncation": repr(data.truncation),
+            "template": self._splits.chat_template,
+            "truncation": repr(self._splits.truncation),
             "model": model_fingerprint(self.source),
             "revision": self.source.revision,
             "dtype": str(self.dtype),
-            "precision": trainer.precision,
+            "precision": machine.precision,
             "attention": self.source.attn_implementation,
             "quantization": None if self._adapted is None else self._adapted.quantization,
             "prefix_sharing": self.prefix_sharing,
-            "device": trainer.strategy.root_device.type,
+            "device": machine.device.type,
             "kernels": bdpo_kernels.__version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "comprehension": self.options.comprehension,
-            "hsic": hsic,
+            "hsic": self._hsic(),
         }
-        root = Path(self.options.cache_dir).expanduser() if self.options.cache_dir else default_cache_dir()
-        return score_table(
-            split,
-            table,
-            load,
-            ScoreCache(root, key, len(table), self.options.chunk_pairs),
-            self.options,
-            layout=layout,
-            pad_id=data.pad_id,
-            hsic=hsic,
-            context=trainer.precision_plugin.forward_context,
-            ranks=Ranks(trainer.global_rank, trainer.world_size, trainer.strategy.barrier),
-        )
-
-
-def _split_scores(scores: ScoreTable, table: PairTable, estimator: Estimator) -> SplitScores:
-    measured = None if scores.null is None else table_comprehension(scores, table, estimator)
-    return SplitScores(torch.from_numpy(scores.reference), measured)
-
-
-def _take(values: Tensor | None, index: Tensor) -> Tensor | None:
-    return None if values is None else values.index_select(1, index)

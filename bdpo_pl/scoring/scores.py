@@ -1,10 +1,17 @@
-"""What the frozen model says of every pair of a table."""
+"""Scores of pairs: what a frozen model says of them, and what a loss is given of it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
+
+from bdpo_pl.comprehension import Estimator, comprehension
+from bdpo_pl.data.splits import PreferenceSplits
+from bdpo_pl.data.table import PairTable
 
 
 @dataclass(frozen=True)
@@ -34,3 +41,60 @@ class ScoreTable:
         """Join the scores of consecutive pairs."""
         names = parts[0].columns()
         return cls(**{name: np.concatenate([part.columns()[name] for part in parts], axis=1) for name in names})
+
+
+@dataclass(frozen=True)
+class SplitScores:
+    """What a loss is given besides the policy's log-probabilities, of M pairs: (2, M) float32 each, chosen first.
+
+    Attributes:
+        reference: log π_ref(y | x), or None without a reference.
+        comprehension: by the loss's estimator, or None if it was not measured.
+    """
+
+    reference: Tensor | None = None
+    comprehension: Tensor | None = None
+
+    def __getitem__(self, index: Tensor) -> SplitScores:
+        """Give the scores of the pairs at `index` (B,)."""
+        return self._each(lambda values: values.index_select(1, index))
+
+    def to(self, device: torch.device) -> SplitScores:
+        """Copy to `device`, where the scores are not there already."""
+        return self._each(lambda values: values.to(device))
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> SplitScores:
+        return SplitScores(*(None if t is None else function(t) for t in (self.reference, self.comprehension)))
+
+
+def table_comprehension(scores: ScoreTable, table: PairTable, estimator: Estimator) -> Tensor:
+    """Compute the (2, M) float32 comprehension of the M pairs of `table`; `scores` must hold the null prompt's."""
+    assert scores.null is not None
+    lengths = torch.stack([torch.from_numpy(table.chosen_lengths), torch.from_numpy(table.rejected_lengths)])
+    hsic = None if scores.hsic is None else torch.from_numpy(scores.hsic)
+    return comprehension(estimator, torch.from_numpy(scores.reference), torch.from_numpy(scores.null), lengths, hsic)
+
+
+def split_scores(scores: ScoreTable, table: PairTable, estimator: Estimator) -> SplitScores:
+    """Turn the scores of the pairs of `table` into what a loss with `estimator` is given."""
+    measured = None if scores.null is None else table_comprehension(scores, table, estimator)
+    return SplitScores(torch.from_numpy(scores.reference), measured)
+
+
+def score_splits(splits: PreferenceSplits, score: Callable[[str, PairTable], SplitScores]) -> dict[str, SplitScores]:
+    """Score every split: the training pairs, the held-out ones, and the probe, whose scores are the training pairs'.
+
+    Args:
+        splits: the pairs.
+        score: gives the scores of one split, by its name and table.
+
+    Returns:
+        Scores by the name of the split.
+    """
+    found: dict[str, SplitScores] = {}
+    found |= {name: score(name, splits.tables[name]) for name in ("train", "held_out") if name in splits.tables}
+    if splits.probe_indices is not None:
+        probe = torch.from_numpy(splits.probe_indices)
+        device = next(t.device for t in vars(found["train"]).values() if t is not None)
+        found["train_probe"] = found["train"][probe.to(device)]
+    return found

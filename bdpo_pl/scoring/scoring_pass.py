@@ -18,12 +18,13 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from bdpo_pl.comprehension import Estimator, comprehension, normalised_hsic
+from bdpo_pl.comprehension import normalised_hsic
 from bdpo_pl.data.packing import Document, RowLayout, lay_out
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.errors import InputError
 from bdpo_pl.forward.responses import response_logps
 from bdpo_pl.scoring.cache import ScoreCache
+from bdpo_pl.scoring.machine import Machine
 from bdpo_pl.scoring.scores import ScoreTable
 
 
@@ -44,15 +45,6 @@ class ScoringOptions:
     chunk_pairs: int = 256
     cache_dir: str | None = None
     comprehension: bool = True
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """This process among those that share the scoring."""
-
-    rank: int = 0
-    world_size: int = 1
-    barrier: Callable[[], None] = lambda: None
 
 
 class _Place(NamedTuple):
@@ -148,8 +140,7 @@ def score_table(
     layout: Callable[[], RowLayout] = lambda: RowLayout.SPLIT,
     pad_id: int = 0,
     hsic: bool = False,
-    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    ranks: Ranks | None = None,
+    machine: Machine | None = None,
 ) -> ScoreTable:
     """Scores of the whole `table`: from the cache as far as it goes, by `model` for the rest.
 
@@ -164,22 +155,21 @@ def score_table(
         layout: gives the model's layout; called only if something is left to score.
         pad_id: fills the padding.
         hsic: compute `normalised_hsic` as well.
-        context: entered around each forward pass, for autocast.
-        ranks: the processes that share the work.
+        machine: the processes that share the work; default this one alone.
 
     Raises:
         InputError: a pair cannot be scored, or another rank's chunks are nowhere to be found.
     """
-    ranks = ranks or Ranks()
+    machine = machine or Machine()
     chunks = [cache.load(chunk) for chunk in range(cache.num_chunks)]
     missing = [i for i, scores in enumerate(chunks) if scores is None]
     # All ranks have looked before any writes: they agree on what is missing.
-    ranks.barrier()
+    machine.barrier()
     if missing:
-        with _progress(enabled=ranks.rank == 0) as progress:
+        with _progress(enabled=machine.rank == 0) as progress:
             done = sum(len(scores) for scores in chunks if scores is not None)
             task = progress.add_task(f"Scoring {name}", total=len(table), completed=done)
-            for chunk in missing[ranks.rank :: ranks.world_size]:
+            for chunk in missing[machine.rank :: machine.world_size]:
                 indices = cache.indices(chunk)
                 scores = score_pairs(
                     model(),
@@ -190,11 +180,11 @@ def score_table(
                     pad_id=pad_id,
                     comprehension=options.comprehension,
                     hsic=hsic,
-                    context=context,
+                    context=machine.context,
                 )
                 cache.save(chunk, scores)
-                progress.advance(task, len(indices) * ranks.world_size)
-        ranks.barrier()
+                progress.advance(task, len(indices) * machine.world_size)
+        machine.barrier()
         chunks = [scores or cache.load(chunk) for chunk, scores in enumerate(chunks)]
     complete = [scores for scores in chunks if scores is not None]
     if len(complete) < len(chunks):
@@ -203,14 +193,6 @@ def score_table(
             "set scoring.cache_dir to a folder that all nodes share"
         )
     return ScoreTable.concatenate(complete)
-
-
-def table_comprehension(scores: ScoreTable, table: PairTable, estimator: Estimator) -> Tensor:
-    """(2, M) float32 comprehension of the M pairs of `table` by `estimator`; `scores` must hold the null prompt's."""
-    assert scores.null is not None
-    lengths = torch.stack([torch.from_numpy(table.chosen_lengths), torch.from_numpy(table.rejected_lengths)])
-    hsic = None if scores.hsic is None else torch.from_numpy(scores.hsic)
-    return comprehension(estimator, torch.from_numpy(scores.reference), torch.from_numpy(scores.null), lengths, hsic)
 
 
 def _groups(documents: list[Document], batch_tokens: int, layout: RowLayout) -> Iterator[list[Document]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pickle
 import signal
@@ -18,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from bdpo_pl.errors import InputError, MachineError, StoppedError, first_line
 from bdpo_pl.files import write_whole
+from bdpo_pl.models.adapters import LoraOptions
 
 LAST = "last.ckpt"
 
@@ -238,3 +240,22 @@ def what_is_saved(folder: Path, resumed_from: str | None) -> str:
     if resumed_from is not None:
         return f"nothing new is saved, go on with the same command and --ckpt_path {resumed_from}"
     return "no step is saved yet; the same command begins again, and takes up the scores that it has cached"
+
+
+def require_same_policy(saved: dict[str, Any], name: str, lora: LoraOptions | None, whole: bool) -> None:
+    """Raise `InputError` if a checkpoint was written for another policy or with other adapters.
+
+    Args:
+        saved: what the module wrote into the checkpoint.
+        name: the policy's.
+        lora: the adapters that are trained now.
+        whole: whether the checkpoint holds every weight that is trained now.
+    """
+    if saved.get("policy", name) != name:
+        raise InputError(f"the checkpoint holds weights of {saved['policy']}, but model.policy is {name}")
+    adapters = None if lora is None else dataclasses.asdict(lora)
+    if saved.get("lora") != adapters or not whole:
+        raise InputError(
+            f"the checkpoint was written with model.lora {saved.get('lora')}, but it is now {adapters}; "
+            "resume with the options it was written with"
+        )

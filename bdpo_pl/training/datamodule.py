@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -18,9 +19,9 @@ from bdpo_pl.data.loading import LoadOptions, load_pairs
 from bdpo_pl.data.packing import RowLayout
 from bdpo_pl.data.report import DataReport, report_table
 from bdpo_pl.data.samplers import PairBatchSampler, StepSampler, TokenBatchSampler, check_budget
-from bdpo_pl.data.splits import split_by_prompt
+from bdpo_pl.data.splits import PreferenceSplits, split_by_prompt
 from bdpo_pl.data.table import PairTable
-from bdpo_pl.data.tokenization import PairTokenizer, padding_id
+from bdpo_pl.data.tokenization import PairTokenizer
 from bdpo_pl.data.truncation import Truncation, TruncationMode
 from bdpo_pl.embedded import EMBEDDED
 from bdpo_pl.errors import InputError
@@ -33,6 +34,8 @@ _DEFAULT_WINDOW = 1024
 
 class PreferenceDataModule(L.LightningDataModule):
     """Preference pairs, read, checked, tokenised and batched.
+
+    It asks nobody: the module, which knows the model and the loss, has it `read` the pairs before anything else.
 
     Args:
         train: JSONL or Parquet file, a folder of them, a hub dataset, or `embedded` for the set shipped with bdpo_pl.
@@ -111,24 +114,44 @@ class PreferenceDataModule(L.LightningDataModule):
         self.train_probe = train_probe
         self.num_workers = num_workers
         self.seed = seed
-        self.tokenizer: Any = None
-        self.tables: dict[str, PairTable] = {}
-        self.probe_indices: np.ndarray | None = None
+        self.splits: PreferenceSplits | None = None
         self.reports: list[DataReport] = []
+        self._row_layout: Callable[[], RowLayout] | None = None
         self._resume_batches = 0
         self._train_sampler: StepSampler | None = None
 
     @property
-    def pad_id(self) -> int:
-        """Fills padding, which the model does not see; any id will do."""
-        return padding_id(self.tokenizer)
+    def tables(self) -> dict[str, PairTable]:
+        """Pairs by the name of their split."""
+        return self._read_splits().tables
 
-    def setup(self, stage: str) -> None:
-        """Load every split once, and print what was kept and dropped."""
-        if self.tables:
-            return
-        policy: ModelSource = self._trainer().lightning_module.source  # type: ignore[assignment]
-        self.tokenizer = load_tokenizer(
+    @property
+    def tokenizer(self) -> Any:
+        """Tokenizer that read the pairs."""
+        return self._read_splits().tokenizer
+
+    @property
+    def pad_id(self) -> int:
+        """Token id that fills padding."""
+        return self._read_splits().pad_id
+
+    def read(
+        self, policy: ModelSource, *, order_by_safety: bool = False, row_layout: Callable[[], RowLayout] | None = None
+    ) -> PreferenceSplits:
+        """Read every split, once, and print what was kept and dropped.
+
+        Args:
+            policy: the model that the pairs are for: its tokenizer, and its positions where no window is given.
+            order_by_safety: put the safe response of a pair first, and drop pairs of two unsafe ones.
+            row_layout: gives the layout of rows; asked when the first batches are made. Default: a row a response.
+
+        Raises:
+            InputError: the pairs cannot be read, or none is left.
+        """
+        if self.splits is not None:
+            return self.splits
+        self._row_layout = row_layout
+        tokenizer = load_tokenizer(
             policy
             if self.tokenizer_name is None
             else ModelSource(self.tokenizer_name, trust_remote_code=policy.trust_remote_code)
@@ -136,27 +159,47 @@ class PreferenceDataModule(L.LightningDataModule):
         if self.max_length is None:
             window = min(_DEFAULT_WINDOW, num_positions(load_config(policy)) or _DEFAULT_WINDOW)
             self.truncation = Truncation(window, self.truncation.mode, self.truncation.max_prompt_length)
-        pairs = PairTokenizer(self.tokenizer, self.chat_template, self.null_prompt)
-        train, report = self._load("train", self.train_source, pairs, self.split)
+        pairs = PairTokenizer(tokenizer, self.chat_template, self.null_prompt)
+
+        def load(name: str, source: str, split: str) -> tuple[PairTable, DataReport]:
+            return load_pairs(
+                name,
+                source,
+                pairs,
+                self.truncation,
+                self.load_options,
+                split,
+                self.revision,
+                self.seed,
+                order_by_safety,
+            )
+
+        train, report = load("train", self.train_source, self.split)
         self.reports = [report]
         held_out = None
         if self.held_out_source is not None:
-            held_out, held_out_report = self._load("held_out", self.held_out_source, pairs, self.held_out_split)
+            held_out, held_out_report = load("held_out", self.held_out_source, self.held_out_split)
             held_out_report.note("prompts that stand in train too (a leak)", count_shared_prompts(train, held_out))
             self.reports.append(held_out_report)
         elif self.held_out_fraction > 0:
             train, held_out = split_by_prompt(train, self.held_out_fraction, self.seed)
             report.note("held out for validation, by prompt", len(held_out))
-        self.tables = {"train": train}
+        tables, probe = {"train": train}, None
         if held_out is not None:
-            self.tables["held_out"] = held_out
+            tables["held_out"] = held_out
             if self.train_probe:
                 size = min(len(train), len(held_out))
-                chosen = np.random.default_rng(self.seed).choice(len(train), size, replace=False)
-                self.probe_indices = np.sort(chosen)
-                self.tables["train_probe"] = train.select(self.probe_indices)
+                probe = np.sort(np.random.default_rng(self.seed).choice(len(train), size, replace=False))
+                tables["train_probe"] = train.select(probe)
+        self.splits = PreferenceSplits(tables, tokenizer, self.truncation, self.chat_template, probe)
         if self.trainer is None or self.trainer.is_global_zero:
             get_console().print(report_table(self.reports))
+        return self.splits
+
+    def _read_splits(self) -> PreferenceSplits:
+        if self.splits is None:
+            raise RuntimeError("the pairs are not read yet: PreferenceModule.setup does, or read(policy)")
+        return self.splits
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Training pairs, in an order of their own each epoch."""
@@ -203,12 +246,6 @@ class PreferenceDataModule(L.LightningDataModule):
         if self._resume_batches:
             rank_zero_info(f"Resuming after batch {self._resume_batches} of the epoch")
 
-    def _load(self, name: str, source: str, pairs: PairTokenizer, split: str) -> tuple[PairTable, DataReport]:
-        by_safety: bool = self._trainer().lightning_module.loss.needs_safety  # type: ignore[union-attr, assignment]
-        return load_pairs(
-            name, source, pairs, self.truncation, self.load_options, split, self.revision, self.seed, by_safety
-        )
-
     def _sampler(self, name: str, batch_size: int, **kwargs: Any) -> StepSampler:
         trainer, table = self._trainer(), self.tables[name]
         rank, world_size = data_ranks(trainer)
@@ -220,8 +257,8 @@ class PreferenceDataModule(L.LightningDataModule):
         return TokenBatchSampler(sizes, self.max_tokens_per_batch, **kwargs)
 
     def _layout(self) -> RowLayout:
-        """How the module's policy reads pairs."""
-        return self._trainer().lightning_module.row_layout  # type: ignore[return-value]
+        """How the policy reads pairs."""
+        return RowLayout.SPLIT if self._row_layout is None else self._row_layout()
 
     def _loader(self, name: str, sampler: StepSampler) -> DataLoader[Any]:
         dataset = PairDataset(self.tables[name], self.pad_id, self._layout())

@@ -173,10 +173,11 @@ class RunIdentity(L.Callback):
         self._options: list[dict[str, Any]] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Describe the run, whose data is loaded by now, and compare it with the checkpoint's."""
+        """Have the pairs read, describe the run, and compare it with the checkpoint's, before any pair is scored."""
         if stage != "fit" or self.traits:
             return
         assert isinstance(pl_module, PreferenceModule)
+        pl_module.read_pairs()
         data = trainer.datamodule  # type: ignore[attr-defined]
         self.traits = describe_run(trainer, pl_module, data)
         if self.resume_from is not None and Path(self.resume_from).is_file():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -135,3 +136,54 @@ class PairMeans(Metric):
             if counts[i] > 1
         }
         return {name: sums[i] / counts[i] for i, name in seen}
+
+
+def gaps(values: Mapping[str, float], errors: Mapping[str, float]) -> dict[str, tuple[float, float | None]]:
+    """Compute how far training pairs are ahead of held-out ones: overfitting as a curve.
+
+    Args:
+        values: means by `split/name`, of an evaluation.
+        errors: their standard errors, as far as they are known.
+
+    Returns:
+        The gap and its standard error, None where that is not known, of `gap/margin` and of `gap/accuracy`.
+    """
+    found: dict[str, tuple[float, float | None]] = {}
+    for name in ("margin", "accuracy"):
+        probe, held_out = f"train_probe/{name}", f"held_out/{name}"
+        if probe in values and held_out in values:
+            known = probe in errors and held_out in errors
+            error = math.hypot(errors[probe], errors[held_out]) if known else None
+            found[f"gap/{name}"] = (values[probe] - values[held_out], error)
+    return found
+
+
+class Throughput:
+    """A clock of the tokens that training reads, which stops for validations."""
+
+    def __init__(self) -> None:
+        self._tokens = 0
+        self._start = 0.0
+        self._paused = 0.0
+
+    def start(self) -> None:
+        """Begin a window."""
+        self._start, self._tokens = time.perf_counter(), 0
+
+    def add(self, tokens: int) -> None:
+        """Count `tokens` of this process."""
+        self._tokens += tokens
+
+    def pause(self) -> None:
+        """Stop the clock."""
+        self._paused = time.perf_counter()
+
+    def resume(self) -> None:
+        """Let the clock go on."""
+        self._start += time.perf_counter() - self._paused
+
+    def per_second(self) -> float:
+        """Give the tokens a second of the window that ends now, and begin the next."""
+        rate = self._tokens / (time.perf_counter() - self._start)
+        self.start()
+        return rate

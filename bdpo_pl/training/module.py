@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import time
-from typing import Any, Literal
+from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from bdpo_pl import embedded
 from bdpo_pl.data.batches import PreferenceBatch
 from bdpo_pl.data.packing import RowLayout, lay_out
+from bdpo_pl.data.splits import PreferenceSplits
 from bdpo_pl.embedded import EMBEDDED
-from bdpo_pl.errors import InputError, NonFiniteError
-from bdpo_pl.forward.fused_loss import fused_preference_loss, why_not_fused
-from bdpo_pl.forward.masks import set_attention
+from bdpo_pl.errors import InputError
+from bdpo_pl.forward.fused_loss import LMHead, choose_head
 from bdpo_pl.forward.prefix_sharing import PrefixSharing, choose_layout, probe_documents
 from bdpo_pl.forward.responses import response_logps
 from bdpo_pl.losses import BalancedDPOLoss, PairScores, PreferenceLoss
@@ -34,21 +30,21 @@ from bdpo_pl.models.loading import (
     load_model,
     resolve_dtype,
 )
+from bdpo_pl.scoring.machine import Machine
 from bdpo_pl.scoring.reestimation import Reestimation
-from bdpo_pl.scoring.reference import Reference, ReferenceChoice, choose_mode
+from bdpo_pl.scoring.reference import Reference, ReferenceChoice, ReferenceMode, choose_mode
 from bdpo_pl.scoring.scoring_pass import ScoringOptions
+from bdpo_pl.training.checkpoints import require_same_policy
 from bdpo_pl.training.datamodule import VALIDATION_SPLITS, PreferenceDataModule
-from bdpo_pl.training.metrics import PairMeans, pair_metrics
-from bdpo_pl.training.optim import LRSchedule, adamw, lr_lambda, parameter_groups
+from bdpo_pl.training.guards import check_first_loss, require_finite_loss
+from bdpo_pl.training.metrics import pair_metrics
+from bdpo_pl.training.optim import LRSchedule, adamw, lr_lambda, parameter_groups, warn_of_lost_updates
 from bdpo_pl.training.policy import build_policy
-
-LMHead = Literal["auto", "fused", "logits"]
-
-# A weight of 0.02, a usual size, is 6e-5 from its next neighbour in bfloat16; a step of Adam is about the rate.
-_SMALLEST_HALF_RATE = 1e-5
+from bdpo_pl.training.steps import fused_losses, pair_scores, plain_losses
+from bdpo_pl.training.watched import WatchedModule
 
 
-class PreferenceModule(L.LightningModule):
+class PreferenceModule(WatchedModule):
     """Aligns a causal language model on preference pairs.
 
     Args:
@@ -129,55 +125,60 @@ class PreferenceModule(L.LightningModule):
         if lora is not None:
             # Checkpoints hold the adapters alone; on_load_checkpoint sees to it that they hold all of them.
             self.strict_loading = False
-        self.policy: Any = None
         self.reference: Reference | None = None
         self.reestimation = Reestimation(reestimate_every)
-        self.train_means = PairMeans()
-        self.split_means = nn.ModuleDict({split: PairMeans() for split in VALIDATION_SPLITS})
-        self.evaluations: dict[int, dict[str, float]] = {}
-        """Validation results by optimiser step; step 0 is the policy before training."""
-        self.errors: dict[int, dict[str, float]] = {}
-        """Their standard errors, of those that are means over at least two pairs."""
         self._fused: bool | None = None
         self._layout: RowLayout | None = None
-        self._grad_norm = torch.zeros(())
+        self._machine: Machine | None = None
+        self._splits: PreferenceSplits | None = None
         # In a list, so that it is no part of this module before it is its policy.
         self._base: list[nn.Module] = []
-        self._window_tokens = 0
-        self._window_start = 0.0
-        self._validation_start = 0.0
 
     # Setting up
 
     def setup(self, stage: str) -> None:
-        """Check that model, data and loss fit each other, and score the pairs with the reference."""
-        data = self._data()
+        """Have the pairs read, check that model, data and loss fit each other, and score the pairs."""
+        splits = self.read_pairs()
+        self._machine = machine = Machine.of(self.trainer)
         config = load_config(self.source)
-        check_window(config, data.truncation.max_length, self.source.name)
-        check_vocabulary(config, data.tokenizer, self.source.name)
+        check_window(config, splits.truncation.max_length, self.source.name)
+        check_vocabulary(config, splits.tokenizer, self.source.name)
+        if self.reference_source != self.source:
+            check_vocabulary(load_config(self.reference_source), splits.tokenizer, self.reference_source.name)
         if self.reference is None:
-            if self.reference_source != self.source:
-                check_vocabulary(load_config(self.reference_source), data.tokenizer, self.reference_source.name)
-            name = self.dtype_name if self.reference_dtype == "auto" else self.reference_dtype
-            dtype = resolve_dtype(name, str(self.trainer.precision))
-            adapted: Any = self if self.lora is not None and self.reference_source == self.source else None
-            if adapted is not None and dtype != self.dtype_used:
-                raise InputError(
-                    f"model.reference_dtype is {self.reference_dtype}, but with LoRA the reference is the policy "
-                    "without its adapters, in the policy's own dtype; leave it out"
-                )
-            self.reference = Reference(
-                self.reference_source, self.reference_mode, dtype, self.scoring, self.prefix_sharing, adapted
-            )
-            if self.reference_mode == "none" and not (self.loss.needs_reference or self.loss.needs_comprehension):
-                rank_zero_info(
-                    f"{type(self.loss).__name__} reads no reference, so no pair is scored before training: drift and "
-                    "comprehension are not logged; to have them, set model.reference_mode to precomputed"
-                )
-        self.reference.check_strategy(self.trainer)
+            self.reference = self.make_reference(self.reference_mode, machine.precision)
+        self.reference.check_machine(machine)
         self.reference.check_fits(self.loss)
-        self.reestimation.check_fits(self.trainer, self.loss, self.scoring)
-        self.reference.prepare(self.trainer, data, self.loss)
+        self.reestimation.check_fits(machine, self.loss, self.scoring)
+        self.reference.prepare(machine, splits, self.loss)
+
+    def make_reference(self, mode: ReferenceMode, precision: str) -> Reference:
+        """Make the reference that the options describe, with nothing scored yet.
+
+        Args:
+            mode: how it is kept.
+            precision: Lightning's name of the precision, which says in which dtype weights are held.
+
+        Raises:
+            InputError: its dtype is not the policy's, where it is the policy without its adapters.
+        """
+        name = self.dtype_name if self.reference_dtype == "auto" else self.reference_dtype
+        dtype = resolve_dtype(name, precision)
+        adapted: Any = self if self.lora is not None and self.reference_source == self.source else None
+        if adapted is not None and dtype != resolve_dtype(self.dtype_name, precision):
+            raise InputError(
+                f"model.reference_dtype is {self.reference_dtype}, but with LoRA the reference is the policy "
+                "without its adapters, in the policy's own dtype; leave it out"
+            )
+        return Reference(self.reference_source, mode, dtype, self.scoring, self.prefix_sharing, adapted)
+
+    def read_pairs(self) -> PreferenceSplits:
+        """Have the data module read the pairs for this policy and loss, once."""
+        data = self._data()
+        self._splits = data.read(
+            self.source, order_by_safety=self.loss.needs_safety, row_layout=lambda: self.row_layout
+        )
+        return self._splits
 
     def configure_model(self) -> None:
         """Load the policy, once; by now the scoring pass has let go of the reference."""
@@ -187,7 +188,7 @@ class PreferenceModule(L.LightningModule):
             self.trainer,
             self.source,
             self.dtype_used,
-            self.base_model,
+            lambda: self.base_model(self.dtype_used, self.trainer.strategy.root_device),
             lora=self.lora,
             gradient_checkpointing=self.gradient_checkpointing,
         )
@@ -195,32 +196,25 @@ class PreferenceModule(L.LightningModule):
         if self.compile_backend is not None:
             compile_layers(self.policy, self.compile_backend)
 
-    def base_model(self) -> nn.Module:
-        """The whole model before training, loaded once for reference and policy."""
+    def base_model(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        """Load the whole model as it is before training, once for reference and policy; quantised, on `device`."""
         if not self._base:
-            quantization = quantization_config(self.lora)
-            self._base.append(load_model(self.source, self.dtype_used, quantization, self.trainer.strategy.root_device))
+            self._base.append(load_model(self.source, dtype, quantization_config(self.lora), device))
         return self._base[0]
 
     @property
     def row_layout(self) -> RowLayout:
         """How the policy reads pairs: tried out when first asked for, with the policy on its device."""
         if self._layout is None:
-            data, reference = self._data(), self.reference
-            assert reference is not None
-            if reference.layout is not None and reference.source == self.source and reference.dtype == self.dtype_used:
-                # The same model has been tried, for the scoring.
-                assert reference.attention is not None
-                set_attention(self.policy, reference.attention)
-                self._layout = reference.layout
-                return self._layout
-            self._layout = choose_layout(
+            assert self.reference is not None
+            tried = self.reference.layout_of(self.source, self.dtype_used, self.policy)
+            self._layout = tried or choose_layout(
                 self.policy,
-                data.tables["train"],
+                self.splits.tables["train"],
                 self.prefix_sharing,
                 name=self.source.name,
                 attention=self.source.attn_implementation,
-                pad_id=data.pad_id,
+                pad_id=self.splits.pad_id,
                 context=self.trainer.precision_plugin.forward_context,
             )
         return self._layout
@@ -233,13 +227,7 @@ class PreferenceModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimiser on its parameter groups, and the schedule over all of the run's steps."""
         optimizer = self.optimizer(parameter_groups(self.policy))
-        rate = max(group["lr"] for group in optimizer.param_groups)
-        dtype = optimizer.param_groups[0]["params"][0].dtype
-        if rate < _SMALLEST_HALF_RATE and dtype in (torch.bfloat16, torch.float16):
-            rank_zero_warn(
-                f"a learning rate of {rate:g} changes {dtype} weights by less than their rounding, so most "
-                "updates are lost; hold the weights in float32 with --trainer.precision bf16-mixed"
-            )
+        warn_of_lost_updates(optimizer)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = lr_lambda(self.lr_schedule, round(self.warmup_ratio * steps), steps)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
@@ -254,188 +242,45 @@ class PreferenceModule(L.LightningModule):
     def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """Measure comprehension on the policy, where it is due."""
         if self.reestimation.due(self.global_step):
-            self.reestimation.update(self.policy, self.trainer, self._data(), self.loss, self.scoring, self.row_layout)
+            assert self._machine is not None
+            self.reestimation.update(
+                self.global_step, self.policy, self._machine, self.splits, self.loss, self.scoring, self.row_layout
+            )
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """Weighted sum of the pairs' losses, which over an optimiser step is their mean."""
         if self._fused is None:
-            self._fused = self._choose_head()
+            probe = lay_out(probe_documents(self.splits.tables["train"]), self.row_layout, self.splits.pad_id)
+            self._fused = choose_head(self.policy, probe.to(self.device), self.lm_head, self.source.name)
         scores = self._scores(batch, "train")
-        logps, losses, loss = (self._fused_losses if self._fused else self._losses)(batch, scores)
-        self._require_finite(loss, batch, batch_idx)
+        logps, losses, loss = (fused_losses if self._fused else plain_losses)(self.policy, self.loss, batch, scores)
+        places = [self.splits.tables["train"].places[i] for i in batch.pair_index.tolist()]
+        require_finite_loss(self.trainer, loss, places, batch_idx)
         self.train_means.update(pair_metrics(self.loss, logps, scores, losses), batch.pair_weight > 0)
-        self._window_tokens += batch.num_tokens
-        if self.global_step == 0 and batch_idx == 0:
-            self._check_start(losses)
+        self.throughput.add(batch.num_tokens)
+        if self.global_step == 0 and batch_idx == 0 and self._starts_as_reference:
+            assert self.loss.initial_value is not None
+            check_first_loss(self.trainer, losses, self.loss.initial_value)
         return loss
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Collect the metrics of held-out pairs, and of the probe of training pairs."""
         split = VALIDATION_SPLITS[dataloader_idx]
         scores = self._scores(batch, split)
-        logps, losses, _ = self._losses(batch, scores)
-        self._means(split).update(pair_metrics(self.loss, logps, scores, losses), batch.pair_weight > 0)
-
-    def _means(self, split: str) -> PairMeans:
-        means = self.split_means[split]
-        assert isinstance(means, PairMeans)
-        return means
-
-    def _losses(self, batch: PreferenceBatch, scores: PairScores) -> tuple[Tensor, Tensor, Tensor]:
-        """The policy's log-probabilities (2, B), the pairs' losses (B,), and the weighted sum of these."""
-        logps = self(batch)
-        losses = self.loss(logps[0], logps[1], scores)
-        return logps, losses, (losses * batch.pair_weight).sum()
-
-    def _fused_losses(self, batch: PreferenceBatch, scores: PairScores) -> tuple[Tensor, Tensor, Tensor]:
-        """The same, where only the sum carries gradients: they are computed with it, a few pairs at a time."""
-
-        def loss_of_pairs(chosen: Tensor, rejected: Tensor, index: Tensor) -> Tensor:
-            return self.loss(chosen, rejected, scores[index]) * batch.pair_weight[index]
-
-        loss, logps = fused_preference_loss(self.policy, batch.sequences, loss_of_pairs)
-        with torch.no_grad():
-            return logps, self.loss(logps[0], logps[1], scores), loss
-
-    def _choose_head(self) -> bool:
-        """Whether to fuse LM head and loss."""
-        if self.lm_head == "logits":
-            return False
-        data = self._data()
-        probe = lay_out(probe_documents(data.tables["train"]), self.row_layout, data.pad_id)
-        objection = why_not_fused(self.policy, probe.to(self.device))
-        if objection is None:
-            return True
-        if self.lm_head == "fused":
-            raise InputError(f"model.lm_head is fused, but {self.source.name} cannot be: {objection}; set it to auto")
-        rank_zero_info(f"LM head and loss are not fused: {objection}")
-        return False
+        logps, losses, _ = plain_losses(self.policy, self.loss, batch, scores)
+        self.means(split).update(pair_metrics(self.loss, logps, scores, losses), batch.pair_weight > 0)
 
     def _scores(self, batch: PreferenceBatch, split: str) -> PairScores:
         """What is known of the pairs at `batch` of `split`."""
         assert self.reference is not None
-        scores = self.reference.scores(split, batch.pair_index, self._data(), self.loss)
         latest = self.reestimation.values(split, batch.pair_index)
-        comprehension = scores.comprehension if latest is None else latest
-        return PairScores(
-            *batch.lengths,
-            *(scores.reference if scores.reference is not None else (None, None)),
-            *(comprehension if comprehension is not None else (None, None)),
-            *(batch.safe if batch.safe is not None else (None, None)),
-        )
+        return pair_scores(batch, self.reference.scores(split, batch.pair_index), latest)
 
-    # Guards
-
-    def _require_finite(self, loss: Tensor, batch: PreferenceBatch, batch_idx: int) -> None:
-        """Raise on every rank if `loss` is not finite on any: before the backward pass, with the weights still good."""
-        finite = bool(torch.isfinite(loss.detach()))
-        if self.trainer.strategy.reduce_boolean_decision(finite, all=True):
-            return
-        places = [self._data().tables["train"].places[i] for i in batch.pair_index.tolist()]
-        culprit = "" if finite else f" Its pairs: {'; '.join(places[:8])}{'; …' if len(places) > 8 else ''}."
-        raise NonFiniteError(
-            f"the loss is {loss.item()} in epoch {self.current_epoch}, batch {batch_idx} (after {self.global_step} "
-            f"optimiser steps).{culprit} The weights are those of the last good step. "
-            "Lower the learning rate, or use bf16 instead of fp16"
-        )
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the gradient's norm, and stop before a step with a gradient that is not finite."""
-        grads = [p.grad for p in self.policy.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        self.log("train/grad_norm", norm)
-        self._grad_norm = norm
-        # With fp16's loss scaling an overflow is ordinary: the scaler skips the step and lowers the scale.
-        if not str(self.trainer.precision).startswith("16") and not torch.isfinite(norm):
-            raise NonFiniteError(
-                f"the gradient's norm is {norm.item()} at optimiser step {self.global_step} in epoch "
-                f"{self.current_epoch}, with a finite loss. The weights are those of the last good step. "
-                "Lower the learning rate"
-            )
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip by the norm that `on_before_optimizer_step` has measured.
-
-        Lightning would measure it again, and refuses to clip for a fused optimiser under bf16-mixed, which is harmless:
-        only fp16's scaler is in the way of that.
-        """
-        by_norm = gradient_clip_algorithm in (None, "norm")
-        if not by_norm or not gradient_clip_val or str(self.trainer.precision).startswith("16"):
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        elif self._grad_norm.device.type != "cpu" or self._grad_norm > gradient_clip_val:
-            torch.nn.utils.clip_grads_with_norm_(self.policy.parameters(), gradient_clip_val, self._grad_norm)
-
-    def _check_start(self, losses: Tensor) -> None:
-        """Warn if the first loss is not what it must be when the policy is its own reference (ln 2 for DPO)."""
-        expected = self.loss.initial_value
-        if expected is None or self.reference_mode == "none" or self.reference_source != self.source:
-            return
-        low = str(self.trainer.precision).startswith(("bf16", "16"))
-        error = (losses.detach() - expected).abs().max().item()
-        if error > (2e-2 if low else 1e-4) * max(1.0, expected):
-            rank_zero_warn(
-                f"the first loss is off by {error:.2g} from {expected:.4f}, its value for a policy that equals its "
-                "reference: policy and reference are computed differently (dtype, attention, or a stale cache?)"
-            )
-        else:
-            rank_zero_info(f"First loss {losses.detach().mean().item():.6f}: policy and reference agree")
-
-    # Logging
-
-    def on_train_start(self) -> None:
-        """Start the clock of the throughput."""
-        self._window_start, self._window_tokens = time.perf_counter(), 0
-
-    def on_train_batch_end(self, outputs: Any, batch: PreferenceBatch, batch_idx: int) -> None:
-        """Every `log_every_n_steps` optimiser steps, log the means over all pairs since the last time."""
-        stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
-        if not stepped or self.global_step % max(1, self.trainer.log_every_n_steps):  # type: ignore[attr-defined]
-            return
-        means = self.train_means.compute()
-        self.train_means.reset()
-        for name, value in means.items():
-            self.log(f"train/{name}", value, prog_bar=name in ("loss", "margin", "accuracy"))
-        self.log("train/lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
-        self.log("train/tokens_per_second", self._tokens_per_second(), prog_bar=True)
-
-    def _tokens_per_second(self) -> Tensor:
-        now = time.perf_counter()
-        rate = torch.tensor(self._window_tokens / (now - self._window_start), device=self.device, dtype=torch.float32)
-        self._window_start, self._window_tokens = now, 0
-        return self.trainer.strategy.reduce(rate, reduce_op="sum")
-
-    def on_validation_start(self) -> None:
-        """Stop the clock: validation is no part of the throughput."""
-        self._validation_start = time.perf_counter()
-
-    def on_validation_end(self) -> None:
-        """Let the clock go on."""
-        self._window_start += time.perf_counter() - self._validation_start
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the means of each split, and the gap between them: overfitting as a curve."""
-        values: dict[str, float] = {}
-        errors: dict[str, float] = {}
-        for split in VALIDATION_SPLITS:
-            means = self._means(split)
-            values |= {f"{split}/{name}": value for name, value in means.compute().items()}
-            errors |= {f"{split}/{name}": value for name, value in means.errors.items()}
-            means.reset()
-        for name in ("margin", "accuracy"):
-            if f"train_probe/{name}" in values and f"held_out/{name}" in values:
-                values[f"gap/{name}"] = values[f"train_probe/{name}"] - values[f"held_out/{name}"]
-                of_both = [errors.get(f"{split}/{name}", math.nan) for split in ("train_probe", "held_out")]
-                errors |= {f"gap/{name}": math.hypot(*of_both)} if not any(map(math.isnan, of_both)) else {}
-        self.evaluations[self.global_step] = values
-        self.errors[self.global_step] = errors
-        # The means are the same on every rank already; sync_dist only says so to Lightning.
-        self.log_dict(values, sync_dist=True)
+    @property
+    def _starts_as_reference(self) -> bool:
+        """Whether the loss of every pair is known at the start, policy and reference being one model."""
+        same = self.reference_mode != "none" and self.reference_source == self.source
+        return same and self.loss.initial_value is not None
 
     # Checkpoints
 
@@ -462,16 +307,9 @@ class PreferenceModule(L.LightningModule):
             InputError: the checkpoint was written for another policy.
         """
         saved = checkpoint.get("bdpo_pl", {})
-        if saved.get("policy", self.source.name) != self.source.name:
-            raise InputError(
-                f"the checkpoint holds weights of {saved['policy']}, but model.policy is {self.source.name}"
-            )
-        adapters = None if self.lora is None else dataclasses.asdict(self.lora)
-        if saved.get("lora") != adapters or not self._trained_names() <= checkpoint["state_dict"].keys():
-            raise InputError(
-                f"the checkpoint was written with model.lora {saved.get('lora')}, but it is now {adapters}; "
-                "resume with the options it was written with"
-            )
+        require_same_policy(
+            saved, self.source.name, self.lora, self._trained_names() <= checkpoint["state_dict"].keys()
+        )
         if "reestimation" in saved:
             self.reestimation.load_state_dict(saved["reestimation"])
         if saved.get("before"):
@@ -485,8 +323,15 @@ class PreferenceModule(L.LightningModule):
             return set(self.state_dict())
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
 
+    @property
+    def splits(self) -> PreferenceSplits:
+        """The pairs of all splits, once `setup` has had them read."""
+        if self._splits is None:
+            raise RuntimeError("the pairs are not read yet: trainer.fit(module, datamodule) has them read")
+        return self._splits
+
     def _data(self) -> PreferenceDataModule:
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        data = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, PreferenceDataModule):
             raise InputError("PreferenceModule trains on a PreferenceDataModule: trainer.fit(module, datamodule)")
         return data

@@ -7,9 +7,13 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 LRSchedule = Literal["cosine", "linear", "constant"]
+
+# A weight of 0.02, a usual size, is 6e-5 from its next neighbour in bfloat16; a step of Adam is about the rate.
+_SMALLEST_HALF_RATE = 1e-5
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -71,3 +75,14 @@ class AdamW(torch.optim.AdamW):
         fused: bool = True,
     ) -> None:
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
+
+
+def warn_of_lost_updates(optimizer: torch.optim.Optimizer) -> None:
+    """Warn if the learning rate is below the rounding of the weights it is to change."""
+    rate = max(group["lr"] for group in optimizer.param_groups)
+    dtype = optimizer.param_groups[0]["params"][0].dtype
+    if rate < _SMALLEST_HALF_RATE and dtype in (torch.bfloat16, torch.float16):
+        rank_zero_warn(
+            f"a learning rate of {rate:g} changes {dtype} weights by less than their rounding, so most "
+            "updates are lost; hold the weights in float32 with --trainer.precision bf16-mixed"
+        )

@@ -67,7 +67,16 @@ def refuse_to_score(*_, **__):
 def test_numbers_are_those_of_the_model_alone(base, tmp_path, capsys):
     main(base)
     printed = capsys.readouterr().out
-    for part in ("training", "held-out", "spread", "in use", "suggested", "Findings", "re-weighted strongly", "report.html"):
+    for part in (
+        "training",
+        "held-out",
+        "spread",
+        "in use",
+        "suggested",
+        "Findings",
+        "re-weighted strongly",
+        "report.html",
+    ):
         assert part in printed
     report, pairs = results()
     table, _ = load_pairs("all", str(tmp_path / "pairs.jsonl"), PairTokenizer(build_tokenizer()), Truncation(512))

@@ -132,7 +132,7 @@ def _align(setting: Setting, source: Path, folder: Path, train: Path, held_out: 
     metrics = evaluate(module.policy, data.tokenizer, setting.evaluate)
     metrics["pairs"] = pair_measures(module.evaluations[module.global_step])
     assert module.reference is not None
-    known = module.reference.scores("train", torch.arange(num_pairs), data, module.loss).comprehension
+    known = module.reference.scores("train", torch.arange(num_pairs)).comprehension
     assert known is not None
     return {
         "metrics": metrics,

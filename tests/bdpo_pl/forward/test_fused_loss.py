@@ -82,7 +82,7 @@ def test_fused_training_equals_training_on_logits(job):
 
 
 def test_fusing_what_cannot_be_fused_is_an_error_and_auto_falls_back(job, monkeypatch):
-    monkeypatch.setattr("bdpo_pl.training.module.why_not_fused", lambda *_: "its LM head is odd")
+    monkeypatch.setattr("bdpo_pl.forward.fused_loss.why_not_fused", lambda *_: "its LM head is odd")
     with pytest.raises(InputError, match=r"lm_head is fused, but .* cannot be: its LM head is odd"):
         fit(job("fused", lm_head="fused"))
     assert same(weights(fit(job("auto"))), weights(fit(job("logits", lm_head="logits"))))

@@ -14,7 +14,8 @@ from bdpo_pl.data.table import PairTable
 from bdpo_pl.data.tokenization import PreferencePair
 from bdpo_pl.errors import InputError
 from bdpo_pl.scoring.cache import ScoreCache
-from bdpo_pl.scoring.scoring_pass import Ranks, ScoringOptions, score_pairs, score_table
+from bdpo_pl.scoring.machine import Machine
+from bdpo_pl.scoring.scoring_pass import ScoringOptions, score_pairs, score_table
 
 NULL = [3, 8]
 
@@ -93,9 +94,9 @@ class Counter:
         return self.model
 
 
-def run(table, counter, root, key=None, ranks=None):
+def run(table, counter, root, key=None, machine=None):
     cache = ScoreCache(root, key or {"model": "a"}, len(table), 4)
-    return score_table("train", table, counter, cache, ScoringOptions(), ranks=ranks), cache
+    return score_table("train", table, counter, cache, ScoringOptions(), machine=machine), cache
 
 
 def test_second_run_reads_the_cache_and_no_model(model, table, tmp_path):
@@ -179,8 +180,8 @@ def test_two_ranks_give_the_cache_of_one(model, table, tmp_path):
     alone, cache = run(table, Counter(model), tmp_path / "one")
     # Rank 1 comes first and finds that rank 0's chunks never arrive.
     with pytest.raises(InputError, match="folder that all nodes share"):
-        run(table, Counter(model), tmp_path / "two", ranks=Ranks(1, 2))
-    shared, other = run(table, Counter(model), tmp_path / "two", ranks=Ranks(0, 1))
+        run(table, Counter(model), tmp_path / "two", machine=Machine(rank=1, world_size=2))
+    shared, other = run(table, Counter(model), tmp_path / "two", machine=Machine())
     np.testing.assert_array_equal(alone.reference, shared.reference)
     for number in range(cache.num_chunks):
         assert chunk(cache, number).read_bytes() == chunk(other, number).read_bytes()

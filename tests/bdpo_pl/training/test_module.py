@@ -148,9 +148,9 @@ class NaNAfter(DPOLoss):
         super().__init__()
         self.left = calls
 
-    def __call__(self, pairs):
-        self.left -= pairs.policy_chosen.requires_grad
-        losses = super().__call__(pairs)
+    def __call__(self, policy_chosen, policy_rejected, scores):
+        self.left -= policy_chosen.requires_grad
+        losses = super().__call__(policy_chosen, policy_rejected, scores)
         return losses * float("nan") if self.left < 0 else losses
 
 
@@ -170,8 +170,8 @@ def test_nan_loss_stops_names_the_batch_and_keeps_the_last_good_state(job, tmp_p
 class NaNGradient(DPOLoss):
     """A finite loss with a gradient that is not."""
 
-    def __call__(self, pairs):
-        losses = super().__call__(pairs)
+    def __call__(self, policy_chosen, policy_rejected, scores):
+        losses = super().__call__(policy_chosen, policy_rejected, scores)
         if losses.requires_grad:
             losses.register_hook(lambda g: g * float("inf"))
         return losses

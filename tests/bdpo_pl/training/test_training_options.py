@@ -7,7 +7,8 @@ from training import fit, same, weights
 
 from bdpo_pl.data.packing import RowLayout
 from bdpo_pl.errors import InputError
-from bdpo_pl.training.module import PreferenceModule, compile_layers
+from bdpo_pl.models.loading import compile_layers
+from bdpo_pl.training.watched import WatchedModule
 
 
 def fused(params):
@@ -134,7 +135,7 @@ def test_clipping_is_lightnings_own(job, monkeypatch, algorithm):
     options = {"gradient_clip_val": 0.02, "gradient_clip_algorithm": algorithm}
     ours = run("ours", **options)
     unclipped = run("unclipped", gradient_clip_val=None)
-    monkeypatch.delattr(PreferenceModule, "configure_gradient_clipping")
+    monkeypatch.delattr(WatchedModule, "configure_gradient_clipping")
     theirs = run("theirs", **options)
     assert not same(ours, unclipped)
     for name in ours:

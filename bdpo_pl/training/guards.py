@@ -1,0 +1,77 @@
+"""Guards of a training step: numbers that are not finite, and a first loss that is not what it must be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+
+from bdpo_pl.errors import NonFiniteError
+
+
+def require_finite_loss(trainer: L.Trainer, loss: Tensor, places: Sequence[str], batch_idx: int) -> None:
+    """Raise on every rank if `loss` is not finite on any: before the backward pass, with the weights still good.
+
+    Args:
+        trainer: knows the ranks, and how far training is.
+        loss: of a micro-batch.
+        places: file and row of its pairs.
+        batch_idx: its number in the epoch.
+
+    Raises:
+        NonFiniteError: the loss is NaN or infinite on some rank.
+    """
+    finite = bool(torch.isfinite(loss.detach()))
+    if trainer.strategy.reduce_boolean_decision(finite, all=True):
+        return
+    culprit = "" if finite else f" Its pairs: {'; '.join(places[:8])}{'; …' if len(places) > 8 else ''}."
+    raise NonFiniteError(
+        f"the loss is {loss.item()} in epoch {trainer.current_epoch}, batch {batch_idx} (after {trainer.global_step} "
+        f"optimiser steps).{culprit} The weights are those of the last good step. "
+        "Lower the learning rate, or use bf16 instead of fp16"
+    )
+
+
+def finite_gradient_norm(trainer: L.Trainer, model: nn.Module) -> Tensor:
+    """Measure the norm of all gradients of `model`, and stop before a step with one that is not finite.
+
+    Raises:
+        NonFiniteError: the norm is NaN or infinite; but not with fp16, whose loss scaling skips such a step.
+    """
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    if not scales_the_loss(trainer) and not torch.isfinite(norm):
+        raise NonFiniteError(
+            f"the gradient's norm is {norm.item()} at optimiser step {trainer.global_step} in epoch "
+            f"{trainer.current_epoch}, with a finite loss. The weights are those of the last good step. "
+            "Lower the learning rate"
+        )
+    return norm
+
+
+def scales_the_loss(trainer: L.Trainer) -> bool:
+    """Whether the precision is fp16, under which gradients are scaled until the step."""
+    return str(trainer.precision).startswith("16")
+
+
+def check_first_loss(trainer: L.Trainer, losses: Tensor, expected: float) -> None:
+    """Warn if the first loss is not what it must be when the policy is its own reference (ln 2 for DPO).
+
+    Args:
+        trainer: its precision says how far rounding may go.
+        losses: (B,) of the first micro-batch.
+        expected: the loss of any pair then.
+    """
+    low = str(trainer.precision).startswith(("bf16", "16"))
+    error = (losses.detach() - expected).abs().max().item()
+    if error > (2e-2 if low else 1e-4) * max(1.0, expected):
+        rank_zero_warn(
+            f"the first loss is off by {error:.2g} from {expected:.4f}, its value for a policy that equals its "
+            "reference: policy and reference are computed differently (dtype, attention, or a stale cache?)"
+        )
+    else:
+        rank_zero_info(f"First loss {losses.detach().mean().item():.6f}: policy and reference agree")

@@ -1,0 +1,56 @@
+"""The losses of a batch: what is known of its pairs, and the two ways to compute their losses.
+
+Shapes: B pairs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bdpo_pl.data.batches import PreferenceBatch
+from bdpo_pl.forward.fused_loss import fused_preference_loss
+from bdpo_pl.forward.responses import response_logps
+from bdpo_pl.losses import PairScores, PreferenceLoss
+from bdpo_pl.scoring.scores import SplitScores
+
+Losses = tuple[Tensor, Tensor, Tensor]
+"""The policy's log-probabilities (2, B), the pairs' losses (B,), and the weighted sum of these."""
+
+
+def pair_scores(batch: PreferenceBatch, scores: SplitScores, latest: Tensor | None) -> PairScores:
+    """Collect what is known of the pairs of `batch`.
+
+    Args:
+        batch: the pairs.
+        scores: of the reference.
+        latest: (2, B) comprehension measured on the policy, which then counts instead of the reference's.
+    """
+    comprehension = scores.comprehension if latest is None else latest
+    nothing = (None, None)
+    return PairScores(
+        *batch.lengths,
+        *(scores.reference if scores.reference is not None else nothing),
+        *(comprehension if comprehension is not None else nothing),
+        *(batch.safe if batch.safe is not None else nothing),
+    )
+
+
+def plain_losses(policy: Any, loss: PreferenceLoss, batch: PreferenceBatch, scores: PairScores) -> Losses:
+    """Compute the losses from log-probabilities that carry gradients."""
+    logps = response_logps(policy, batch.sequences).view(2, -1)
+    losses = loss(logps[0], logps[1], scores)
+    return logps, losses, (losses * batch.pair_weight).sum()
+
+
+def fused_losses(policy: Any, loss: PreferenceLoss, batch: PreferenceBatch, scores: PairScores) -> Losses:
+    """Compute the same, where only the sum carries gradients: they are computed with it, a few pairs at a time."""
+
+    def loss_of_pairs(chosen: Tensor, rejected: Tensor, index: Tensor) -> Tensor:
+        return loss(chosen, rejected, scores[index]) * batch.pair_weight[index]
+
+    total, logps = fused_preference_loss(policy, batch.sequences, loss_of_pairs)
+    with torch.no_grad():
+        return logps, loss(logps[0], logps[1], scores), total

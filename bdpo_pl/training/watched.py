@@ -1,0 +1,106 @@
+"""What is watched as a policy trains: the means over pairs, the throughput and the gradient's norm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import nn
+
+from bdpo_pl.data.batches import PreferenceBatch
+from bdpo_pl.training.datamodule import VALIDATION_SPLITS
+from bdpo_pl.training.guards import finite_gradient_norm, scales_the_loss
+from bdpo_pl.training.metrics import PairMeans, Throughput, gaps
+
+
+class WatchedModule(L.LightningModule):
+    """A module that logs what it is given of each batch, and clips by the gradient's norm that it has measured.
+
+    Attributes:
+        policy: the model that is trained.
+        train_means: means over the training pairs since the last line of the log.
+        evaluations: validation results by optimiser step; step 0 is the policy before training.
+        errors: standard errors of these, of those that are means over at least two pairs.
+        throughput: clock of the tokens that training reads.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.policy: Any = None
+        self.train_means = PairMeans()
+        self.split_means = nn.ModuleDict({split: PairMeans() for split in VALIDATION_SPLITS})
+        self.evaluations: dict[int, dict[str, float]] = {}
+        self.errors: dict[int, dict[str, float]] = {}
+        self.throughput = Throughput()
+        self._grad_norm = torch.zeros(())
+
+    def means(self, split: str) -> PairMeans:
+        """Give the means over the pairs of `split` in this validation."""
+        means = self.split_means[split]
+        assert isinstance(means, PairMeans)
+        return means
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the gradient's norm, and stop before a step with a gradient that is not finite."""
+        self._grad_norm = finite_gradient_norm(self.trainer, self.policy)
+        self.log("train/grad_norm", self._grad_norm)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the norm that `on_before_optimizer_step` has measured.
+
+        Lightning would measure it again, and refuses to clip for a fused optimiser under bf16-mixed, which is harmless:
+        only fp16's scaler is in the way of that.
+        """
+        by_norm = gradient_clip_algorithm in (None, "norm")
+        if not by_norm or not gradient_clip_val or scales_the_loss(self.trainer):
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif self._grad_norm.device.type != "cpu" or self._grad_norm > gradient_clip_val:
+            torch.nn.utils.clip_grads_with_norm_(self.policy.parameters(), gradient_clip_val, self._grad_norm)
+
+    def on_train_start(self) -> None:
+        """Start the clock of the throughput."""
+        self.throughput.start()
+
+    def on_train_batch_end(self, outputs: Any, batch: PreferenceBatch, batch_idx: int) -> None:
+        """Every `log_every_n_steps` optimiser steps, log the means over all pairs since the last time."""
+        stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
+        if not stepped or self.global_step % max(1, self.trainer.log_every_n_steps):  # type: ignore[attr-defined]
+            return
+        means = self.train_means.compute()
+        self.train_means.reset()
+        for name, value in means.items():
+            self.log(f"train/{name}", value, prog_bar=name in ("loss", "margin", "accuracy"))
+        self.log("train/lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
+        rate = torch.tensor(self.throughput.per_second(), device=self.device, dtype=torch.float32)
+        self.log("train/tokens_per_second", self.trainer.strategy.reduce(rate, reduce_op="sum"), prog_bar=True)
+
+    def on_validation_start(self) -> None:
+        """Stop the clock: validation is no part of the throughput."""
+        self.throughput.pause()
+
+    def on_validation_end(self) -> None:
+        """Let the clock go on."""
+        self.throughput.resume()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means of each split, and the gap between them: overfitting as a curve."""
+        values: dict[str, float] = {}
+        errors: dict[str, float] = {}
+        for split in VALIDATION_SPLITS:
+            means = self.means(split)
+            values |= {f"{split}/{name}": value for name, value in means.compute().items()}
+            errors |= {f"{split}/{name}": value for name, value in means.errors.items()}
+            means.reset()
+        for name, (gap, error) in gaps(values, errors).items():
+            values[name] = gap
+            errors |= {} if error is None else {name: error}
+        self.evaluations[self.global_step] = values
+        self.errors[self.global_step] = errors
+        # The means are the same on every rank already; sync_dist only says so to Lightning.
+        self.log_dict(values, sync_dist=True)
