@@ -30,6 +30,7 @@ NAMES = (
     "comprehension_rejected",
     "logp_accuracy",
 )
+"""In the order of checkpoints: a new name goes to the end."""
 
 
 def pair_metrics(loss: PreferenceLoss, policy: Tensor, scores: PairScores, losses: Tensor) -> dict[str, Tensor]:
@@ -121,8 +122,10 @@ class PairMeans(Metric):
 
     def take_up(self, state: dict[str, Tensor]) -> None:
         """Go on from what `joined` gave; on one rank alone."""
-        self.sums.copy_(state["sums"])
-        self.counts.copy_(state["counts"])
+        # An earlier version had fewer names, those at the beginning.
+        known = len(state["sums"])
+        self.sums[:known].copy_(state["sums"])
+        self.counts[:known].copy_(state["counts"])
         self._update_count = 1
 
     def compute(self) -> dict[str, float]:
