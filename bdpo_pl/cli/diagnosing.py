@@ -204,8 +204,8 @@ def _weights(balance: PreferenceLoss, table: PairTable, scores: SplitScores) -> 
     assert scores.comprehension is not None
     weights = balance.weights(
         PairScores(
-            torch.from_numpy(table.chosen_lengths),
-            torch.from_numpy(table.rejected_lengths),
+            torch.from_numpy(table.trained_lengths[0]),
+            torch.from_numpy(table.trained_lengths[1]),
             *scores.reference,
             *scores.comprehension,
         )
@@ -217,7 +217,7 @@ def _weights(balance: PreferenceLoss, table: PairTable, scores: SplitScores) -> 
 def _facts(module: PreferenceModule, data: PreferenceDataModule, precision: str) -> tuple[dict[str, str], list[str]]:
     """What was measured, and what the reader must know of how the data was read."""
     loss, tokenizer = module.loss, data.tokenizer
-    templated = data.chat_template != "none" and bool(tokenizer.chat_template)
+    templated = data.reports[0].templated > 0
     facts = {
         "reference model": module.reference_source.name,
         "training pairs": data.train_source,
@@ -237,7 +237,9 @@ def _facts(module: PreferenceModule, data: PreferenceDataModule, precision: str)
     }
     if templated:
         return facts, []
-    why = "it is turned off (data.chat_template)" if data.chat_template == "none" else "the tokenizer has none"
+    why = "the tokenizer has none"
+    if tokenizer.chat_template:
+        why = "it is turned off (data.chat_template, data.dialogues)"
     return facts, [
         f"No chat template: {why}. Prompt and response are read as they stand, one after the other, and the null "
         "prompt is the BOS token alone, or the EOS token for a tokenizer with no BOS."

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from bdpo_pl.data.packing import Document, RowLayout, SequenceBatch, lay_out
 from bdpo_pl.data.samplers import PairKey
 from bdpo_pl.data.table import PairTable
-from bdpo_pl.data.tokenization import PreferencePair
+from bdpo_pl.data.tokenization import Ids, PreferencePair
 
 
 @dataclass
@@ -27,7 +27,7 @@ class PreferenceBatch:
         sequences: the 2·B sequences, chosen then rejected.
         pair_index: (B,) int64, index of each pair in its table.
         pair_weight: (B,) float32; the step's loss is Σ weight·loss. Zero for a pair that only fills a rank's batch.
-        lengths: (2, B) int64, response tokens of the chosen and of the rejected.
+        lengths: (2, B) int64, tokens of the chosen and of the rejected that are trained on.
         num_tokens: tokens in the rows, padding left out.
         safe: (2, B) bool, whether the chosen and the rejected responses are safe; None where the data does not say.
     """
@@ -42,8 +42,24 @@ class PreferenceBatch:
 
 def pair_documents(pairs: Sequence[PreferencePair]) -> list[Document]:
     """A document for each pair, its sequences numbered as in a `PreferenceBatch`."""
-    B = len(pairs)
-    return [Document(p.prompt_ids, [(b, p.chosen_ids), (B + b, p.rejected_ids)]) for b, p in enumerate(pairs)]
+    return [pair_document(pair, b, len(pairs) + b) for b, pair in enumerate(pairs)]
+
+
+def pair_document(pair: PreferencePair, chosen: int, rejected: int, context: Ids | None = None) -> Document:
+    """Return the document of one pair.
+
+    Args:
+        pair: the pair.
+        chosen: number of the sequence of its chosen response.
+        rejected: likewise of its rejected one.
+        context: what the responses follow, in place of the pair's prompt.
+    """
+    trained = {chosen: pair.chosen_trained, rejected: pair.rejected_trained}
+    return Document(
+        pair.prompt_ids if context is None else context,
+        [(chosen, pair.chosen_ids), (rejected, pair.rejected_ids)],
+        {number: flags for number, flags in trained.items() if flags is not None},
+    )
 
 
 class PairDataset(Dataset[PairKey]):
@@ -70,7 +86,7 @@ class PairDataset(Dataset[PairKey]):
         """The batch of the pairs that `keys` name."""
         index = np.array([i for i, _ in keys])
         sequences = lay_out(pair_documents([self.table[int(i)] for i in index]), self.layout, self.pad_id)
-        lengths = np.stack([self.table.chosen_lengths[index], self.table.rejected_lengths[index]])
+        lengths = self.table.trained_lengths[:, index]
         return PreferenceBatch(
             sequences,
             pair_index=torch.from_numpy(index),

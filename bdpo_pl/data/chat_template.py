@@ -88,9 +88,15 @@ class ChatTemplate:
         Raises:
             jinja2.TemplateError: the template refuses the conversation.
         """
+        return self._render(conversation, generation, self.wants_parts)
+
+    def _render(self, conversation: Conversation, generation: bool, in_parts: bool) -> str:
         kwargs = {**self.kwargs, **conversation.kwargs}
+        messages = conversation.messages
+        if in_parts:
+            messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
         text = self.tokenizer.apply_chat_template(
-            list(conversation.messages),
+            list(messages),
             tools=list(conversation.tools) if conversation.tools else None,
             chat_template=self._template(bool(conversation.tools)),
             tokenize=False,
@@ -117,6 +123,35 @@ class ChatTemplate:
         if key not in self._facts:
             self._facts[key] = self._probe(Conversation([], tools, conversation.kwargs))
         return self._facts[key]
+
+    @cached_property
+    def wants_parts(self) -> bool:
+        """Whether the template reads contents as lists of parts alone, as those of models that see images may."""
+        asked = Conversation([{"role": "user", "content": _SENTINEL.format(0)}])
+        for in_parts in (False, True):
+            try:
+                if _SENTINEL.format(0) in self._render(asked, False, in_parts):
+                    return in_parts
+            except Exception:  # noqa: S112 - a template may refuse any conversation, with an error of its own
+                continue
+        return False
+
+    @cached_property
+    def end_of_earlier_turn(self) -> str | None:
+        """The added token that ends an assistant's turn which another follows, if there is one."""
+        question, answer = _SENTINEL.format(0), _SENTINEL.format(1)
+        turns = [
+            {"role": "user", "content": "?"},
+            {"role": "assistant", "content": answer},
+            {"role": "user", "content": question},
+        ]
+        try:
+            text = self.render(Conversation(turns))
+        except Exception:  # a template may refuse any conversation, with an error of its own
+            return None
+        between = text.partition(answer)[2].partition(question)[0]
+        found = [(between.find(name), -len(name), name) for name in self._added if name in between]
+        return min(found)[2] if found else None
 
     @cached_property
     def writes_date(self) -> bool:
@@ -182,6 +217,29 @@ class ChatTemplate:
         extra = before[len(opened) :] if plain else ""
         return TurnFacts(header, extra, end, after_user + header, plain)
 
+    def around(self, prompt: Conversation, response: Message, thought: str) -> tuple[str, str, str] | None:
+        """Return what this conversation's rendering puts around the answer; None if a text does not reach it.
+
+        Args:
+            prompt: up to the user's last turn.
+            response: the assistant's message.
+            thought: what its content opens with that the template may move or drop.
+
+        Returns:
+            What follows the user's last words in the generation prompt; what stands between these words and the answer
+            in the whole conversation; what follows the answer there.
+        """
+        question, answer = _SENTINEL.format(0), _SENTINEL.format(1)
+        asked = Conversation(
+            [*prompt.messages[:-1], {**prompt.messages[-1], "content": question}], prompt.tools, prompt.kwargs
+        )
+        opened = self.prompt(asked)
+        whole = self.render(asked.then([{**response, "content": thought + answer}]))
+        _, found, after = opened.rpartition(question)
+        before, found_answer, end = whole.rpartition(answer)
+        _, found_again, between = before.rpartition(question)
+        return (after, between, end) if found and found_answer and found_again else None
+
 
 def opens_thought(prompt: str) -> bool:
     """Return whether a generation prompt ends within a thought."""
@@ -222,7 +280,7 @@ class ChatEncoder:
         """The added token that the template puts right after what the assistant says, if it does."""
         tokenizer = self.template.tokenizer
         facts = self.template.facts(Conversation([])) if tokenizer.chat_template else None
-        ids = self.control.encode([facts.end])[0] if facts is not None and facts.end else []
+        ids = self.control.encode([facts.end.lstrip()])[0] if facts is not None and facts.end.strip() else []
         return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
 
     def protect(self, conversation: Conversation, spelled: Spelled | None = None) -> tuple[Conversation, Spelled]:

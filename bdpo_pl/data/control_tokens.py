@@ -122,7 +122,7 @@ class ControlTokens:
         return ids
 
     def encode_with_ends(self, text: str, spelled: Spelled | None) -> tuple[Ids, list[int]]:
-        """Return the token ids of one text, and where in `text` each token ends.
+        """Return the token ids of one text without any around it, and where each ends in `private(text, spelled)`.
 
         Raises:
             InputError: the tokenizer is not a fast one, so that it does not say.
@@ -130,7 +130,13 @@ class ControlTokens:
         if self._backend is None:
             raise InputError(self._too_slow("cut a conversation into turns"))
         backend = self._private_backend if spelled else self._backend
-        encoding = backend.encode(self.private(text, spelled), add_special_tokens=False)
+        # Post-processors add tokens around a text, and some take blanks out of what they call a token's place.
+        processor = backend.post_processor
+        backend.post_processor = None
+        try:
+            encoding = backend.encode(self.private(text, spelled), add_special_tokens=False)
+        finally:
+            backend.post_processor = processor
         return encoding.ids, [end for _, end in encoding.offsets]
 
     def private(self, text: str, spelled: Spelled | None) -> str:

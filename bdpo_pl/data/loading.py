@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 
 from bdpo_pl.data.report import DataReport
 from bdpo_pl.data.rows import BOTH_UNSAFE, PreferenceRow, RowError, order_by_safety
-from bdpo_pl.data.schemas import preference, safe_rlhf
-from bdpo_pl.data.schemas.safe_rlhf import SafeRLHFOptions
+from bdpo_pl.data.schemas import SCHEMAS
+from bdpo_pl.data.schemas.preference import PREFERENCE
+from bdpo_pl.data.schemas.safe_rlhf import SafeRLHF, SafeRLHFOptions
+from bdpo_pl.data.schemas.schema import SAFETY_COLUMNS, Schema, SchemaContext
 from bdpo_pl.data.sources import Record, read_records
 from bdpo_pl.data.table import PairTable
-from bdpo_pl.data.tokenization import PairTokenizer, PreferencePair
+from bdpo_pl.data.tokenization import PairTokenizer, PreferencePair, ReadAs
 from bdpo_pl.data.truncation import Truncation
 from bdpo_pl.errors import InputError
 
-DataFormat = Literal["auto", "preference", "safe_rlhf"]
+DataFormat = Literal["auto", "preference", "safe_rlhf", "hh_rlhf", "sharegpt", "orca", "azure", "kto"]
 BadRows = Literal["auto", "error", "drop"]
 
-_Parsed = TypeVar("_Parsed")
 _ENCODE_AT_ONCE = 512
 
 
@@ -31,16 +32,19 @@ class LoadOptions:
     """How a source becomes pairs.
 
     Args:
-        format: schema of the rows; `auto` takes PKU-SafeRLHF's where its columns are there, else the common one.
+        format: schema of the rows; `auto` takes the first that recognises the first row.
         columns: our column → yours, as in `{chosen: good_answer}`.
+        ignore: columns that are left out on purpose. A column that a model should read and that nothing reads ends the
+            run.
         bad_rows: a row that cannot be trained on stops the run (`error`) or is left out and counted (`drop`). `auto`:
-            `error` for the common schema, `drop` for PKU-SafeRLHF, which is known to be messy.
+            `drop` for published sets that are known to hold such rows (PKU-SafeRLHF, HH-RLHF, KTO's), else `error`.
         duplicates: pairs that repeat an earlier pair token for token are left out and counted (`drop`) or kept.
         safe_rlhf: which pairs of PKU-SafeRLHF to take.
     """
 
     format: DataFormat = "auto"
     columns: dict[str, str] = field(default_factory=dict)
+    ignore: list[str] = field(default_factory=list)
     bad_rows: BadRows = "auto"
     duplicates: Literal["drop", "keep"] = "drop"
     safe_rlhf: SafeRLHFOptions = field(default_factory=SafeRLHFOptions)
@@ -56,6 +60,7 @@ def load_pairs(
     revision: str | None = None,
     seed: int = 0,
     by_safety: bool = False,
+    subset: str | None = None,
 ) -> tuple[PairTable, DataReport]:
     """Read, check, select, tokenise, truncate and deduplicate the pairs of `source`.
 
@@ -70,84 +75,65 @@ def load_pairs(
         seed: of the draw from PKU-SafeRLHF.
         by_safety: put the safe response first and leave out pairs of two unsafe ones (`order_by_safety`); the source
             must say of every response whether it is safe.
+        subset: configuration of a hub dataset that has several.
 
     Raises:
         InputError: unreadable source, missing column, a bad row under `error`, or nothing left to train on.
     """
     options = options or LoadOptions()
     report = DataReport(name, source)
-    records = (_rename(record, options.columns) for record in read_records(source, split, revision))
+    records = (_rename(record, options) for record in read_records(source, split, revision, subset, report.unread))
     first = next(records, None)
     if first is None:
         raise InputError(f"{source}: no rows")
     schema = _schema(first, options.format)
-    if by_safety and schema == "preference":
+    if by_safety and not isinstance(schema, SafeRLHF):
         _require_safety(first)
-    strict = options.bad_rows == "error" or (options.bad_rows == "auto" and schema == "preference")
-    rows = _rows(chain([first], records), schema, options, seed, report, strict)
+    strict = options.bad_rows == "error" or (options.bad_rows == "auto" and not schema.is_messy)
+
+    def refuse(error: RowError, record: Record) -> None:
+        # The rule that leaves out a pair of unsafe responses is a choice, not a fault of the row.
+        _refuse(error, record, report, strict and error.reason != BOTH_UNSAFE)
+
+    report.notes["schema"] = schema.name
+    context = SchemaContext(report, refuse, seed, options.safe_rlhf, options.ignore)
+    rows = schema.rows(chain([first], records), context)
     if by_safety:
         rows = _by_safety(rows, report, strict)
     table = _tokenize(rows, tokenizer, truncation, options, report, strict)
     if not len(table):
         raise InputError(_nothing_left(report, truncation))
     report.kept = len(table)
-    report.lengths(table.prompt_lengths, table.chosen_lengths)
+    report.lengths(table)
     return table, report
 
 
-def _rename(record: Record, columns: dict[str, str]) -> Record:
+def _rename(record: Record, options: LoadOptions) -> Record:
     """`record` under our column names. A mapping that names an absent column is reported as that column missing."""
-    if not columns:
+    if not options.columns and not options.ignore:
         return record
-    taken = set(columns.values())
+    taken = {*options.columns.values(), *options.ignore}
     fields = {name: value for name, value in record.fields.items() if name not in taken}
-    fields |= {ours: record.fields[theirs] for ours, theirs in columns.items() if theirs in record.fields}
+    fields |= {ours: record.fields[theirs] for ours, theirs in options.columns.items() if theirs in record.fields}
     return Record(record.source, record.number, fields)
 
 
-def _schema(first: Record, format: DataFormat) -> str:
+def _schema(first: Record, format: DataFormat) -> Schema:
     found = first.fields.keys()
-    if format == "auto":
-        # Any of its unmistakable columns: a file that lost one should be told which, not be read as another schema.
-        is_pku = bool(found & {"is_response_0_safe", "is_response_1_safe", "safer_response_id"})
-        format = "safe_rlhf" if is_pku else "preference"
-    required = safe_rlhf.REQUIRED_COLUMNS if format == "safe_rlhf" else preference.REQUIRED_COLUMNS
-    missing = [column for column in required if column not in found]
+    schema = next((s for s in SCHEMAS if s.name == format or (format == "auto" and s.recognises(first))), PREFERENCE)
+    missing = [column for column in schema.required if column not in found]
     if missing:
+        known = "; ".join(f"{s.name}: {', '.join(s.required)}" for s in SCHEMAS)
         raise InputError(
             f"{first.source}: missing column{'s' if len(missing) > 1 else ''} {', '.join(map(repr, missing))} of the "
-            f"{format} schema; found {', '.join(map(repr, found)) or 'none'}. Rename with data.load.columns "
-            f"({{{missing[0]}: your_column}}) or set data.load.format"
+            f"{schema.name} schema; found {', '.join(map(repr, found)) or 'none'}. Rename with data.load.columns "
+            f"({{{missing[0]}: your_column}}) or set data.load.format (columns of each: {known})"
         )
-    return format
-
-
-def _rows(
-    records: Iterable[Record], schema: str, options: LoadOptions, seed: int, report: DataReport, strict: bool
-) -> Iterable[PreferenceRow]:
-    def parsed(parse: Callable[[Record], _Parsed]) -> Iterator[_Parsed]:
-        for record in records:
-            report.read += 1
-            try:
-                yield parse(record)
-            except RowError as error:
-                # The rule that leaves out a pair of unsafe responses is a choice, not a fault of the row.
-                _refuse(error, record, report, strict and error.reason != BOTH_UNSAFE)
-
-    if schema == "preference":
-        return parsed(preference.parse_preference)
-    both_unsafe = options.safe_rlhf.both_unsafe
-    kinds = parsed(lambda record: safe_rlhf.parse_safe_rlhf(record, both_unsafe))
-    rows, drawn = safe_rlhf.draw_queries(kinds, options.safe_rlhf, seed)
-    for kind, (asked, taken) in drawn.items():
-        plural = kind.replace("query", "queries")
-        report.notes[plural] = f"{taken:,}" if asked is None else f"{taken:,} of {asked:,} asked"
-    report.note("not drawn (safe_rlhf.num_safe, num_unsafe)", report.read - report.num_dropped - len(rows))
-    return rows
+    return schema
 
 
 def _require_safety(first: Record) -> None:
-    missing = [column for column in preference.SAFETY_COLUMNS if column not in first.fields]
+    missing = [column for column in SAFETY_COLUMNS if column not in first.fields]
     if missing:
         raise InputError(
             f"{first.source}: missing column{'s' if len(missing) > 1 else ''} {', '.join(map(repr, missing))}: the "
@@ -180,20 +166,26 @@ def _tokenize(
     pairs: list[PreferencePair] = []
     kept: list[PreferenceRow] = []
     merged = truncated = 0
-    null_prompt_ids: list[int] | None = None
+    as_text: bool | None = None
     bos = tokenizer.tokenizer.bos_token_id
+    tokenizer.read_as = ReadAs()
     for row, pair in _encoded(rows, tokenizer):
         if isinstance(pair, RowError):
             _refuse(pair, row.record, report, strict)
             continue
-        if null_prompt_ids is None:
-            null_prompt_ids = tokenizer.null_prompt_ids(row.rendered)
+        if as_text is None:
+            as_text = tokenizer.reads_as_text(row)
+        elif as_text is not tokenizer.reads_as_text(row):
+            raise InputError(
+                f"{row.record.place}: some rows are dialogues that are read as the text they are, and others are "
+                "rendered with the chat template; set data.dialogues to turns, or load them apart"
+            )
         cut = truncation.apply(pair, bos)
         if cut is None:
             reason = (
                 f"longer than {truncation.max_length} tokens"
                 if truncation.mode == "drop"
-                else "chosen = rejected once truncated"
+                else "chosen = rejected once truncated, or nothing left to train on"
             )
             report.drop(reason, row.record.place)
             continue
@@ -203,13 +195,14 @@ def _tokenize(
         kept.append(row)
     table = PairTable.from_pairs(
         pairs,
-        null_prompt_ids or [],
+        tokenizer.null_prompt_ids(bool(as_text)),
         [row.record.place for row in kept],
         [row.category for row in kept],
         _safety(kept),
     )
     report.note(f"truncated to {truncation.max_length} tokens ({truncation.mode})", truncated)
     report.note("token merged across the prompt/response boundary: cut before it", merged)
+    report.read_as(tokenizer)
     return _deduplicate(table, options.duplicates, report)
 
 

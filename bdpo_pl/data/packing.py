@@ -10,9 +10,10 @@ Shapes: R rows; T positions; S sequences, one for each response; N scored tokens
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import Enum
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -32,10 +33,12 @@ class Document(NamedTuple):
     Attributes:
         context: token ids, at least one.
         responses: (number of the sequence, its token ids), at least one of each.
+        trained: for a sequence's number, which of its tokens are scored; all of those of a sequence that is not there.
     """
 
     context: Ids
     responses: list[tuple[int, Ids]]
+    trained: Mapping[int, Sequence[bool]] = MappingProxyType({})
 
     @property
     def num_tokens(self) -> int:
@@ -44,7 +47,7 @@ class Document(NamedTuple):
 
     def split(self) -> list[Document]:
         """A document for each response, with a context of its own."""
-        return [Document(self.context, [response]) for response in self.responses]
+        return [self._replace(responses=[response]) for response in self.responses]
 
 
 class RowLayout(Enum):
@@ -109,7 +112,7 @@ class SequenceBatch:
 
 
 def lay_out(documents: Sequence[Document], layout: RowLayout, pad_id: int) -> SequenceBatch:
-    """Rows that hold `documents`; every response token is scored.
+    """Rows that hold `documents`; every response token is scored, but for those that a document leaves out.
 
     Args:
         documents: their sequences are numbered 0 … S−1, in any order.
@@ -135,7 +138,7 @@ def lay_out(documents: Sequence[Document], layout: RowLayout, pad_id: int) -> Se
     labels: list[Ids] = [[]] * S
     for r, row in enumerate(rows):
         at = 0
-        for d, (context, responses) in enumerate(row):
+        for d, (context, responses, trained) in enumerate(row):
             first, at = at, at + len(context)
             _write(grid[:, r, first:at], context, 0, d, 0)
             for branch, (s, ids) in enumerate(responses, start=1):
@@ -146,6 +149,9 @@ def lay_out(documents: Sequence[Document], layout: RowLayout, pad_id: int) -> Se
                 index[s] = np.arange(spans[s, 2] - 1, spans[s, 3] - 1)
                 index[s][0] = spans[s, 1] - 1
                 labels[s] = ids
+                if s in trained:
+                    index[s] = index[s][np.array(trained[s])]
+                    labels[s] = [token for token, is_trained in zip(ids, trained[s], strict=True) if is_trained]
     input_ids, position_ids, document_ids, branches = torch.from_numpy(grid)
     lengths = torch.tensor([len(ids) for ids in labels])
     score_index = np.concatenate(index)

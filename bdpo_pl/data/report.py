@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from rich.table import Table
 
+from bdpo_pl.data.chat_template import PINNED_DATE
+from bdpo_pl.data.table import PairTable
+from bdpo_pl.data.tokenization import PairTokenizer
+
 _EXAMPLES = 3
+_ALIKE = 0.25
+_THOUGHTS = {"train": "trained on", "mask": "read, not trained on", "strip": "taken out"}
 
 
 @dataclass
@@ -22,6 +29,8 @@ class DataReport:
         kept: pairs that will be used.
         dropped: reason → places of the rows dropped for it.
         notes: counts of what was changed or noticed but not dropped.
+        files_left_out: files in the source's folder that are not read.
+        templated: rows rendered with the chat template.
     """
 
     name: str
@@ -30,6 +39,8 @@ class DataReport:
     kept: int = 0
     dropped: dict[str, list[str]] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+    files_left_out: list[str] = field(default_factory=list)
+    templated: int = 0
 
     def drop(self, reason: str, place: str) -> None:
         """Count one dropped row."""
@@ -45,13 +56,55 @@ class DataReport:
         """Rows dropped, for whatever reason."""
         return sum(len(places) for places in self.dropped.values())
 
-    def lengths(self, prompt: np.ndarray, response: np.ndarray) -> None:
-        """Note the token lengths of the kept pairs."""
-        for what, values in (("prompt tokens", prompt), ("response tokens", response)):
+    def unread(self, name: str) -> None:
+        """Count a file in the source's folder that is not read."""
+        self.files_left_out.append(name)
+        shown = ", ".join(sorted(self.files_left_out)[:_EXAMPLES]) + (
+            ", …" if len(self.files_left_out) > _EXAMPLES else ""
+        )
+        self.notes["files in the folder that are not read"] = f"{len(self.files_left_out):,} ({shown})"
+
+    def read_as(self, tokenizer: PairTokenizer) -> None:
+        """Note how the rows were read."""
+        read = tokenizer.read_as
+        encoder = tokenizer.encoder
+        self.templated = read.templated
+        self.note("rendered with the chat template", read.templated)
+        self.note("of these, HH-RLHF dialogues read as turns (data.dialogues)", read.dialogues)
+        self.note("read as plain text, no chat template", read.plain)
+        for what, count in read.counts.items():
+            if what == "responses with thoughts":
+                what = f"responses with thoughts: {_THOUGHTS[tokenizer.thoughts]} (data.thoughts={tokenizer.thoughts})"
+            self.note(what, count)
+        for added in sorted(read.added):
+            self.notes["put before answers by the template, read but not trained on"] = repr(added)
+        if read.templated and encoder.template.writes_date:
+            date = encoder.template.kwargs.get("date_string") or f"{PINNED_DATE:%d %b %Y}"
+            self.notes["date that the template writes, pinned (chat_template_kwargs.date_string)"] = str(date)
+
+    def lengths(self, table: PairTable) -> None:
+        """Note the token lengths of the kept pairs, and how many responses begin alike."""
+        responses = table.trained_lengths.reshape(-1)
+        for what, values in (("prompt tokens", table.prompt_lengths), ("response tokens", responses)):
             if len(values):
                 self.notes[f"{what}: median / 95 % / max"] = (
                     f"{np.median(values):.0f} / {np.percentile(values, 95):.0f} / {values.max()}"
                 )
+        share, size = alike(table)
+        if share >= _ALIKE and len(table) > 1:
+            self.notes[f"responses that begin with the same {size} tokens"] = f"{share:.0%}"
+
+
+def alike(table: PairTable, size: int = 4) -> tuple[float, int]:
+    """Return the share of responses that begin with the commonest first `size` trained tokens, and `size`."""
+    beginnings: Counter[tuple[int, ...]] = Counter()
+    for i in range(len(table)):
+        pair = table[i]
+        for ids, trained in ((pair.chosen_ids, pair.chosen_trained), (pair.rejected_ids, pair.rejected_trained)):
+            said = ids if trained is None else [t for t, flag in zip(ids, trained, strict=True) if flag]
+            beginnings[tuple(said[:size])] += 1
+    total = 2 * len(table)
+    return (max(beginnings.values()) / total if total else 0.0), size
 
 
 def report_table(reports: Sequence[DataReport]) -> Table:

@@ -4,28 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
+from bdpo_pl.data.chat_template import Message
+from bdpo_pl.data.messages import USER_ROLES, RowError, is_blank, is_unicode, parse_messages, says_nothing
 from bdpo_pl.data.sources import Record
 
-Message = dict[str, str]
+__all__ = ["BOTH_UNSAFE", "Content", "Message", "PreferenceRow", "RowError", "Turns"]
+
 Content = str | list[Message]
-"""Text, or chat messages of the form {"role": …, "content": …}."""
+"""Text, or chat messages."""
 
 BOTH_UNSAFE = "both responses unsafe"
 """Reason of a `RowError` that is a choice of what to train on, and no fault of the row."""
 
 
-class RowError(ValueError):
-    """A row that cannot be trained on.
+@dataclass(frozen=True)
+class Turns:
+    """A pair as chat messages, of a row whose texts hold whole dialogues.
 
     Attributes:
-        reason: short name of the fault, the same for every row that has it; reports count by it.
+        prompt: turns up to the last of the user's before the responses part.
+        chosen: the assistant's turn, and what follows it.
+        rejected: likewise.
     """
 
-    def __init__(self, record: Record, reason: str, detail: str) -> None:
-        super().__init__(f"{record.place}: {detail}")
-        self.reason = reason
+    prompt: list[Message]
+    chosen: list[Message]
+    rejected: list[Message]
 
 
 @dataclass(frozen=True)
@@ -37,10 +44,13 @@ class PreferenceRow:
         chosen: the preferred response.
         rejected: the dispreferred response.
         record: where the row came from.
-        rendered: the texts are already in the model's own format (an implicit prompt in plain text): no template.
+        rendered: the texts are dialogues in a format of their own, which no template is rendered around.
         category: risk category or other label, for reports.
         chosen_safe: whether the preferred response is safe; None where the data does not say.
         rejected_safe: whether the dispreferred one is, likewise.
+        turns: what a `rendered` row says as messages, for a model with a chat template.
+        tools: descriptions of the functions that the model may call.
+        template_kwargs: variables of the chat template for this row alone.
     """
 
     prompt: Content
@@ -51,6 +61,9 @@ class PreferenceRow:
     category: str = ""
     chosen_safe: bool | None = None
     rejected_safe: bool | None = None
+    turns: Turns | None = None
+    tools: Sequence[Any] | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 def common_prefix_length(a: Sequence[Any], b: Sequence[Any]) -> int:
@@ -65,10 +78,19 @@ def check_row(row: PreferenceRow) -> PreferenceRow:
     Raises:
         RowError: an empty prompt or response, or chosen = rejected.
     """
-    for name in ("prompt", "chosen", "rejected"):
-        if _is_blank(getattr(row, name)):
-            reason = "empty prompt" if name == "prompt" else "empty response"
-            raise RowError(row.record, reason, f"field '{name}' is empty; fill it in or remove the row")
+    if _is_blank(row.prompt):
+        raise RowError(row.record, "empty prompt", "field 'prompt' is empty; fill it in or remove the row")
+    for name, content in (("chosen", row.chosen), ("rejected", row.rejected)):
+        if _is_blank(content):
+            where = (
+                f"the answer after the prompt in '{name}'" if "prompt" not in row.record.fields else f"field '{name}'"
+            )
+            raise RowError(row.record, "empty response", f"{where} is empty; fill it in or remove the row")
+    for name in ("chosen", "rejected"):
+        if isinstance(content := getattr(row, name), list):
+            check_response(row.record, name, content)
+    if isinstance(row.prompt, list):
+        _check_prompt(row.record, row.prompt)
     if row.chosen == row.rejected:
         raise RowError(
             row.record, "chosen = rejected", "'chosen' and 'rejected' are the same; a pair must prefer one to the other"
@@ -115,37 +137,51 @@ def parse_content(record: Record, name: str, value: Any) -> Content:
     if value is None:
         raise RowError(record, f"missing {name}", f"field '{name}' is missing or null; fill it in or remove the row")
     if isinstance(value, str):
-        if not _is_unicode(value):
+        if not is_unicode(value):
             raise RowError(record, "broken unicode", f"field '{name}' holds half of a surrogate pair, which is no text")
         return value
     if isinstance(value, Sequence) and not isinstance(value, bytes):
-        return [_parse_message(record, name, message) for message in value]
+        return parse_messages(record, name, value)
     raise RowError(
         record, "wrong type", f"field '{name}' must be text or a list of chat messages, got {type(value).__name__}"
     )
 
 
-def _parse_message(record: Record, name: str, message: Any) -> Message:
-    role = message.get("role") if isinstance(message, dict) else None
-    content = message.get("content") if isinstance(message, dict) else None
-    if not isinstance(role, str) or not isinstance(content, str) or not _is_unicode(content):
+def _check_prompt(record: Record, prompt: list[Message]) -> None:
+    last = prompt[-1]["role"]
+    if last == "assistant":
+        raise RowError(record, "prompt ends with the assistant", "the prompt's last turn is the assistant's")
+    if last not in USER_ROLES:
+        raise RowError(
+            record, "no user turn", f"the prompt ends with a message of the role {last!r}, and asks nothing; add a turn"
+        )
+
+
+def check_response(record: Record, name: str, response: list[Message]) -> None:
+    """Raise `RowError` unless the messages in field `name` are the assistant's, and what they are answers to."""
+    first, last = response[0]["role"], response[-1]["role"]
+    if first != "assistant" or last != "assistant":
+        which, role = ("begins", first) if first != "assistant" else ("ends", last)
         raise RowError(
             record,
-            "wrong message",
-            f"field '{name}': each message needs a text 'role' and a text 'content', got {message!r:.80}",
+            "response of another role",
+            f"the response in '{name}' {which} with a turn of the role {role!r}; only the assistant's words are "
+            "trained on, so it must begin and end with the assistant",
         )
-    return {"role": role, "content": content}
+    if any(message["role"] in ("system", "developer") for message in response):
+        raise RowError(record, "system turn in a response", f"the response in '{name}' holds a system message")
+    if any(a["role"] == b["role"] == "assistant" for a, b in pairwise(response)):
+        raise RowError(
+            record,
+            "two answers in a row",
+            f"the response in '{name}' holds two turns of the assistant's in a row; generation would have stopped "
+            "after the first",
+        )
+    if says_nothing(response[-1]):
+        raise RowError(record, "empty response", f"the last answer in '{name}' is empty; fill it in or remove the row")
 
 
 def _is_blank(content: Content) -> bool:
     if isinstance(content, str):
-        return not content.strip()
-    return not content or all(not message["content"].strip() for message in content)
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+        return is_blank(content)
+    return all(says_nothing(message) for message in content)

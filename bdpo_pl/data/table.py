@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -25,6 +26,7 @@ class PairTable:
         places: file and row of each pair, for messages.
         categories: label of each pair, "" without one.
         safe: (2, M) bool, whether the chosen and the rejected responses are safe; None unless it is known of all.
+        trained: (total,) bool, whether a response's token is trained on (unused in prompts); None: all are.
     """
 
     tokens: np.ndarray
@@ -36,6 +38,7 @@ class PairTable:
     places: list[str]
     categories: list[str]
     safe: np.ndarray | None = None
+    trained: np.ndarray | None = None
 
     @classmethod
     def from_pairs(
@@ -68,6 +71,7 @@ class PairTable:
             places=list(places) if places is not None else [f"pair {i}" for i in range(len(pairs))],
             categories=list(categories) if categories is not None else [""] * len(pairs),
             safe=safe,
+            trained=_trained(pairs, int(starts[-1])),
         )
 
     def __len__(self) -> int:
@@ -79,7 +83,27 @@ class PairTable:
         ids = self.tokens[self.starts[index] : self.starts[index + 1]].tolist()
         prompt_end = int(self.prompt_lengths[index])
         chosen_end = prompt_end + int(self.chosen_lengths[index])
-        return PreferencePair(ids[:prompt_end], ids[prompt_end:chosen_end], ids[chosen_end:])
+        pair = PreferencePair(ids[:prompt_end], ids[prompt_end:chosen_end], ids[chosen_end:])
+        if self.trained is None:
+            return pair
+        trained = self.trained[self.starts[index] : self.starts[index + 1]].tolist()
+        chosen, rejected = tuple(trained[prompt_end:chosen_end]), tuple(trained[chosen_end:])
+        return replace(
+            pair,
+            chosen_trained=None if all(chosen) else chosen,
+            rejected_trained=None if all(rejected) else rejected,
+        )
+
+    @cached_property
+    def trained_lengths(self) -> np.ndarray:
+        """(2, M) int32 tokens of the chosen and of the rejected responses that are trained on: |y| of the losses."""
+        lengths = np.stack([self.chosen_lengths, self.rejected_lengths])
+        if self.trained is None:
+            return lengths
+        total = np.concatenate([[0], np.cumsum(self.trained, dtype=np.int64)])
+        cuts = self.starts[:-1] + self.prompt_lengths
+        middles = cuts + self.chosen_lengths
+        return np.stack([total[middles] - total[cuts], total[self.starts[1:]] - total[middles]]).astype(np.int32)
 
     def select(self, indices: np.ndarray) -> PairTable:
         """The table of the pairs at `indices`, in that order."""
@@ -105,16 +129,20 @@ class PairTable:
         """A digest of each pair's chosen and of its rejected tokens."""
         middles = self.starts[:-1] + self.prompt_lengths
         cuts = middles + self.chosen_lengths
-        chosen = [_digest(self.tokens[a:b]) for a, b in zip(middles, cuts, strict=True)]
-        rejected = [_digest(self.tokens[a:b]) for a, b in zip(cuts, self.starts[1:], strict=True)]
+        chosen = [self._digest(a, b) for a, b in zip(middles, cuts, strict=True)]
+        rejected = [self._digest(a, b) for a, b in zip(cuts, self.starts[1:], strict=True)]
         return chosen, rejected
 
     def pair_digests(self) -> list[bytes]:
         """A digest of each whole pair, boundaries included."""
         return [
-            _digest(self.tokens[self.starts[i] : self.starts[i + 1]], self.prompt_lengths[i], self.chosen_lengths[i])
+            self._digest(self.starts[i], self.starts[i + 1], self.prompt_lengths[i], self.chosen_lengths[i])
             for i in range(len(self))
         ]
+
+    def _digest(self, start: int, stop: int, *parts: np.integer) -> bytes:
+        masks = () if self.trained is None else (self.trained[start:stop],)
+        return _digest(self.tokens[start:stop], *masks, *parts)
 
     def content_digest(self) -> str:
         """SHA-256 over all that a model would read: token ids, boundaries and null prompt."""
@@ -125,10 +153,27 @@ class PairTable:
             self.chosen_lengths,
             self.rejected_lengths,
             np.array(self.null_prompt_ids, dtype=np.int32),
+            *(() if self.trained is None else (self.trained,)),
         ):
             digest.update(len(array).to_bytes(8, "little"))
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
+
+
+def _trained(pairs: Sequence[PreferencePair], total: int) -> np.ndarray | None:
+    if all(p.chosen_trained is None and p.rejected_trained is None for p in pairs):
+        return None
+    flags = (
+        flag
+        for p in pairs
+        for ids, trained in (
+            (p.prompt_ids, None),
+            (p.chosen_ids, p.chosen_trained),
+            (p.rejected_ids, p.rejected_trained),
+        )
+        for flag in (trained if trained is not None else (True,) * len(ids))
+    )
+    return np.fromiter(flags, dtype=bool, count=total)
 
 
 def _digest(*parts: np.ndarray | np.integer) -> bytes:

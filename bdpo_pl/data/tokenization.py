@@ -1,4 +1,4 @@
-"""From preference rows to token ids, with a prompt/response boundary that cannot go wrong.
+"""From preference rows to token ids, with a prompt/response boundary that is proven for each row.
 
 Prompt and response are always tokenised together and then cut, because tokenising them apart gives other tokens
 wherever the tokenizer would have merged across the boundary.
@@ -6,59 +6,76 @@ wherever the tokenizer would have merged across the boundary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import TemplateError
 
+from bdpo_pl.data.boundary import Cutter, Response, Thoughts
+from bdpo_pl.data.chat_template import Conversation, chat_encoder
+from bdpo_pl.data.control_tokens import Ids, Spelled
+from bdpo_pl.data.pairs import PreferencePair, ReadAs, padding_id
 from bdpo_pl.data.rows import Content, Message, PreferenceRow, RowError, common_prefix_length
 from bdpo_pl.errors import InputError
 
-Ids = list[int]
+__all__ = ["Ids", "PairTokenizer", "PreferencePair", "ReadAs", "SpelledControlTokens", "padding_id"]
+
+SpelledControlTokens = Literal["auto", "text", "parse"]
+
+# Nothing that a response holds is so long; a single text of this size would keep a tokenizer busy for minutes.
+MAX_CHARACTERS = 1_000_000
 
 
-@dataclass(frozen=True)
-class PreferencePair:
-    """Token ids of one pair. The model reads `prompt_ids + chosen_ids` and `prompt_ids + rejected_ids`.
+@dataclass
+class _Texts:
+    """A row as texts: the prompt, and each response behind it."""
 
-    Attributes:
-        prompt_ids: at least one token, begun by the BOS token where the tokenizer or the template puts one.
-        chosen_ids: at least one token, ended by the end-of-turn or EOS token unless it was truncated.
-        rejected_ids: likewise.
-        merged: the tokenizer joined the prompt's end with a response's beginning, so the cut lies before that token.
-    """
-
-    prompt_ids: Ids
-    chosen_ids: Ids
-    rejected_ids: Ids
-    merged: bool = False
-
-
-def padding_id(tokenizer: Any) -> int:
-    """Fills padding, which the model does not see; any id will do."""
-    return int(next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None))
+    prompt: str
+    responses: tuple[Response, Response]
+    spelled: Spelled | None
+    templated: bool
 
 
 class PairTokenizer:
     """Tokenises preference rows for one model.
 
     Args:
-        tokenizer: a fast transformers tokenizer with an EOS token.
+        tokenizer: transformers tokenizer with an EOS token.
         chat_template: `auto` renders with the tokenizer's template if it has one (a text prompt becomes the user's
             turn); `none` takes texts as they are; anything else is the path of a Jinja template file.
         null_prompt: the user's words in the null prompt x₀ against which comprehension is measured.
+        template_kwargs: variables of the chat template for every row (`enable_thinking`, `date_string`, …).
+        thoughts: see `Cutter`.
+        dialogues: rows that hold a whole dialogue as text become chat messages, or stay the text they are.
+        control_tokens: what a text that spells a control token comes to: `text`, a control token (`parse`, only
+            without a chat template), or `auto`: text with a chat template, a row that is refused without.
 
     Raises:
-        InputError: no EOS token, or an unreadable template.
+        InputError: no EOS token, an unreadable template, or options that contradict each other.
     """
 
-    def __init__(self, tokenizer: Any, chat_template: str = "auto", null_prompt: str = "") -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        chat_template: str = "auto",
+        null_prompt: str = "",
+        template_kwargs: Mapping[str, Any] | None = None,
+        thoughts: Thoughts = "train",
+        dialogues: Literal["turns", "text"] = "turns",
+        control_tokens: SpelledControlTokens = "auto",
+    ) -> None:
         if tokenizer.eos_token_id is None:
             raise InputError(
                 f"tokenizer {tokenizer.name_or_path!r} has no EOS token, so a model cannot learn where a response "
                 "ends; set eos_token in its tokenizer_config.json"
+            )
+        if not tokenizer("a b", add_special_tokens=False, verbose=False)["input_ids"]:
+            raise InputError(
+                f"tokenizer {tokenizer.name_or_path!r} gives no token for the text 'a b': the model's folder lacks its "
+                "tokenizer's files (tokenizer.json or tokenizer.model); add them, or name a tokenizer (data.tokenizer)"
             )
         if chat_template not in ("auto", "none"):
             try:
@@ -68,79 +85,141 @@ class PairTokenizer:
         self.tokenizer = tokenizer
         self.null_prompt = null_prompt
         self.uses_template = chat_template != "none" and bool(tokenizer.chat_template)
-        self._special_ids = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._special_ids.add(tokenizer.eos_token_id)
+        if template_kwargs and not self.uses_template:
+            raise InputError("data.chat_template_kwargs: there is no chat template that could read them; leave it out")
+        if self.uses_template and control_tokens == "parse":
+            raise InputError(
+                "data.control_tokens: a chat template writes the control tokens itself, and texts cannot hold them "
+                "too; set data.chat_template to none for texts that are rendered already"
+            )
+        self.encoder = chat_encoder(tokenizer, template_kwargs)
+        self.thoughts = thoughts
+        self.dialogues = dialogues
+        self.control_tokens = control_tokens
+        self.read_as = ReadAs()
 
     def null_prompt_ids(self, rendered: bool = False) -> Ids:
-        """Token ids of the null prompt x₀, at least one.
+        """Return the token ids of the null prompt x₀, at least one.
 
-        With a template, an empty user turn; without one (or for rows that are `rendered` already), the BOS token alone,
-        or the EOS token for tokenizers with no BOS.
+        With a template, an empty user turn; without one (or for rows that are read as the text they are), the BOS token
+        alone, or the EOS token for tokenizers with no BOS.
         """
         if self.uses_template and not rendered:
-            text = self._render([{"role": "user", "content": self.null_prompt}], add_generation_prompt=True)
-            return self._tokenize([text], add_special_tokens=False)[0]
-        ids = self._tokenize([self.null_prompt], add_special_tokens=True)[0] if self.null_prompt else []
+            return self.encoder.prompts([Conversation([{"role": "user", "content": self.null_prompt}])])[0]
+        ids = self._plain([self.null_prompt], [None])[0] if self.null_prompt else []
         bos = self.tokenizer.bos_token_id
         return ids or [bos if bos is not None else self.tokenizer.eos_token_id]
 
+    def reads_as_text(self, row: PreferenceRow) -> bool:
+        """Return whether `row` is read without the chat template."""
+        return not self.uses_template or (row.rendered and (row.turns is None or self.dialogues == "text"))
+
     def encode(self, rows: Sequence[PreferenceRow]) -> list[PreferencePair | RowError]:
-        """Token ids of each row, or why the row has none, in order."""
+        """Return the token ids of each row, or why the row has none, in order."""
         results: list[PreferencePair | RowError | None] = [None] * len(rows)
-        texts: list[str] = []
-        templated: list[int] = []
-        plain: list[int] = []
-        rendered: dict[int, tuple[str, str, str]] = {}
+        texts: dict[int, _Texts] = {}
         for i, row in enumerate(rows):
             try:
-                rendered[i] = self._texts(row)
+                _check_size(row)
+                texts[i] = self._plain_texts(row) if self.reads_as_text(row) else self._templated_texts(row)
             except RowError as error:
                 results[i] = error
-                continue
-            (plain if row.rendered or not self.uses_template else templated).append(i)
-        for group, is_plain in ((templated, False), (plain, True)):
-            texts = [text for i in group for text in rendered[i]]
-            ids = self._tokenize(texts, add_special_tokens=is_plain) if texts else []
+        for templated in (True, False):
+            group = [i for i, found in texts.items() if found.templated is templated]
+            flat = [t for i in group for t in (texts[i].prompt, *(r.text for r in texts[i].responses))]
+            spelled = [texts[i].spelled for i in group for _ in range(3)]
+            ids = self.encoder.control.encode(flat, spelled) if templated else self._plain(flat, spelled)
             for at, i in enumerate(group):
-                results[i] = self._cut(rows[i], *ids[3 * at : 3 * at + 3])
+                try:
+                    results[i] = self._cut(rows[i], texts[i], *ids[3 * at : 3 * at + 3])
+                except RowError as error:
+                    results[i] = error
         assert all(result is not None for result in results)
         return [result for result in results if result is not None]
 
-    def _texts(self, row: PreferenceRow) -> tuple[str, str, str]:
-        """(prompt, prompt + chosen, prompt + rejected) as the model reads them, without the final EOS."""
-        if row.rendered or not self.uses_template:
-            if not (isinstance(row.prompt, str) and isinstance(row.chosen, str) and isinstance(row.rejected, str)):
-                raise InputError(
-                    f"{row.record.place}: the row holds chat messages, and the tokenizer has no chat template; "
-                    "give one with data.chat_template=FILE"
-                )
-            return row.prompt, row.prompt + row.chosen, row.prompt + row.rejected
-        prompt = _messages(row.prompt, "user")
-        if prompt[-1]["role"] == "assistant":
-            raise RowError(row.record, "prompt ends with the assistant", "the prompt's last turn is the assistant's")
+    @cached_property
+    def _cutter(self) -> Cutter:
+        end = self.encoder.end_of_turn
+        stops = {self.tokenizer.eos_token}
+        if end is not None:
+            stops.add(self.tokenizer.convert_ids_to_tokens(end))
+        return Cutter(self.encoder.template, stops, self.thoughts)
+
+    def _templated_texts(self, row: PreferenceRow) -> _Texts:
+        """Prompt and responses as the template writes them."""
+        record = row.record
+        source = row if row.turns is None else row.turns
+        spelled = Spelled()
+        prompt = Conversation(_messages(source.prompt, "user"), row.tools, row.template_kwargs)
+        if prompt.messages[-1]["role"] == "assistant":
+            raise RowError(record, "prompt ends with the assistant", "the prompt's last turn is the assistant's")
+        protected, _ = self.encoder.protect(prompt, spelled)
+        responses = []
         try:
-            return (
-                self._render(prompt, add_generation_prompt=True),
-                self._render(prompt + _messages(row.chosen, "assistant")),
-                self._render(prompt + _messages(row.rejected, "assistant")),
-            )
+            opened = self._cutter.prompt(record, protected)
+            for content in (source.chosen, source.rejected):
+                turns, _ = self.encoder.protect(Conversation(_messages(content, "assistant")), spelled)
+                responses.append(self._cutter.response(record, protected, opened, list(turns.messages)))
         except TemplateError as error:
-            raise RowError(row.record, "refused by the template", f"the chat template refuses it: {error}") from None
+            raise RowError(record, "refused by the template", f"the chat template refuses it: {error}") from None
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            if isinstance(error, RowError):
+                raise
+            raise RowError(
+                record, "refused by the template", f"the chat template fails on it ({type(error).__name__}: {error})"
+            ) from None
+        self.read_as.dialogues += row.turns is not None
+        return _Texts(opened, (responses[0], responses[1]), spelled, True)
 
-    def _render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-        assert isinstance(text, str)
-        return text
+    def _plain_texts(self, row: PreferenceRow) -> _Texts:
+        """Prompt and responses as they are, without the final EOS."""
+        record = row.record
+        if not (isinstance(row.prompt, str) and isinstance(row.chosen, str) and isinstance(row.rejected, str)):
+            raise InputError(
+                f"{record.place}: the row holds chat messages, and the tokenizer has no chat template; "
+                "give one with data.chat_template=FILE"
+            )
+        if row.turns is not None and max(len(row.turns.chosen), len(row.turns.rejected)) > 1:
+            raise RowError(
+                record,
+                "several turns in a plain text",
+                "a response goes on with another turn of the user's, and without a chat template the assistant's words "
+                "cannot be trained on alone; give a template (data.chat_template)",
+            )
+        spelled = Spelled()
+        parts = [row.prompt, row.chosen, row.rejected]
+        if self.control_tokens != "parse":
+            parts = [self.encoder.control.protect(part, spelled) for part in parts]
+        if spelled and self.control_tokens == "auto":
+            raise RowError(
+                record,
+                "control token in a plain text",
+                f"the text spells the control token {spelled.texts[0]!r}, and there is no chat template to say whether "
+                "it is one: data.control_tokens=parse reads it as one (the texts are rendered already), "
+                "data.control_tokens=text as text",
+            )
+        prompt, *answers = parts
+        first, second = (
+            Response(
+                prompt + answer,
+                len(prompt),
+                [(len(prompt), len(prompt) + len(answer))],
+                self.control_tokens == "parse" and answer.rstrip().endswith(self.tokenizer.eos_token),
+            )
+            for answer in answers
+        )
+        return _Texts(prompt, (first, second), spelled, False)
 
-    def _tokenize(self, texts: list[str], add_special_tokens: bool) -> list[Ids]:
-        """Ids without a doubled BOS (the text may hold its own) and without an EOS that the tokenizer appends."""
-        # verbose=False: lengths are checked against the window later; the tokenizer's own warning would confuse.
-        encoded = self.tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
-        if not add_special_tokens:
-            return encoded
+    def _plain(self, texts: list[str], spelled: Sequence[Spelled | None]) -> list[Ids]:
+        """Ids with what the tokenizer puts around a text, but no doubled BOS and no EOS that the text lacks."""
+        control = self.encoder.control
+        if self.control_tokens != "parse" and not any(spelled):
+            found = [Spelled() for _ in texts]
+            texts = [control.protect(text, s) for text, s in zip(texts, found, strict=True)]
+            spelled = found
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         cleaned = []
-        for text, ids in zip(texts, encoded, strict=True):
+        for text, ids in zip(texts, control.encode(texts, spelled, add_special_tokens=True), strict=True):
             if bos is not None and ids[:2] == [bos, bos]:
                 ids = ids[1:]
             if ids and ids[-1] == eos and len(ids) > 1 and not text.endswith(self.tokenizer.eos_token):
@@ -148,29 +227,143 @@ class PairTokenizer:
             cleaned.append(ids)
         return cleaned
 
-    def _cut(self, row: PreferenceRow, prompt: Ids, with_chosen: Ids, with_rejected: Ids) -> PreferencePair | RowError:
-        """Cut both sequences at the end of the prompt, or where all three still agree if a token spans the boundary."""
-        cut = min(common_prefix_length(prompt, with_chosen), common_prefix_length(prompt, with_rejected))
-        if cut == 0:
-            return RowError(row.record, "no prompt token", "no token of the prompt survives next to its responses")
-        chosen, rejected = self._end(with_chosen[cut:]), self._end(with_rejected[cut:])
-        if chosen == rejected:
-            return RowError(row.record, "chosen = rejected", "'chosen' and 'rejected' have the same tokens")
-        return PreferencePair(prompt[:cut], chosen, rejected, merged=cut < len(prompt))
+    def _cut(self, row: PreferenceRow, texts: _Texts, prompt: Ids, *wholes: Ids) -> PreferencePair:
+        """Cut both sequences at the end of the prompt, or before the one token that spans the boundary.
 
-    def _end(self, response: Ids) -> Ids:
-        """`response` ended by one end-of-turn token: the template's own, else EOS.
-
-        What a template puts after the end of the turn (ChatML's newline) is no part of the response: generation has
-        stopped by then.
+        Raises:
+            RowError: the prompt's tokens are others with a response behind it, or two responses are the same.
         """
-        last = len(response)
-        while last > 0 and response[last - 1] not in self._special_ids:
-            last -= 1
-        tail = response[last:]
-        if last > 0 and not self.tokenizer.decode(tail).strip():
-            return response[:last]
-        return [*response, self.tokenizer.eos_token_id]
+        sides = [
+            self._rejoin(texts, prompt, response, ids) for response, ids in zip(texts.responses, wholes, strict=True)
+        ]
+        cut = min(common_prefix_length(prompt, ids) for ids in sides)
+        if cut == 0:
+            raise RowError(row.record, "no prompt token", "no token of the prompt survives next to its responses")
+        if cut < len(prompt):
+            for response, ids in zip(texts.responses, sides, strict=True):
+                self._check_merged(row, texts, response, prompt, ids, cut)
+        eos = [self.tokenizer.eos_token_id]
+        chosen, rejected = (
+            ids[cut:] if response.is_ended else [*ids[cut:], *eos]
+            for response, ids in zip(texts.responses, sides, strict=True)
+        )
+        if chosen == rejected:
+            raise RowError(row.record, "chosen = rejected", "'chosen' and 'rejected' have the same tokens")
+        chosen_trained, rejected_trained = (
+            self._trained(texts, response, ids, cut) for response, ids in zip(texts.responses, sides, strict=True)
+        )
+        self._count(row, texts)
+        return PreferencePair(
+            prompt[:cut],
+            chosen,
+            rejected,
+            merged=cut < len(prompt),
+            chosen_trained=chosen_trained,
+            rejected_trained=rejected_trained,
+            header=self._header(texts, prompt, cut),
+        )
+
+    def _rejoin(self, texts: _Texts, prompt: Ids, response: Response, whole: Ids) -> Ids:
+        """`whole`, or the prompt's own ids and then the response's where what the template adds would join the two."""
+        if not response.added or whole[: len(prompt)] == prompt:
+            return whole
+        return prompt + self.encoder.control.encode([response.text[response.boundary :]], [texts.spelled])[0]
+
+    def _check_merged(
+        self, row: PreferenceRow, texts: _Texts, response: Response, prompt: Ids, whole: Ids, cut: int
+    ) -> None:
+        """Raise `RowError` unless the prompt's tokens end at the boundary, or with one that spans it."""
+        if whole[: len(prompt)] == prompt:
+            return
+        control = self.encoder.control
+        boundary = len(control.private(response.text[: response.boundary], texts.spelled))
+        ids, ends = control.encode_with_ends(response.text, texts.spelled)
+        if ids[:1] != whole[:1]:
+            ends = [0, *ends]  # a BOS token
+        if 0 < cut < len(ends) and ends[cut - 1] <= boundary < ends[cut]:
+            return
+        raise RowError(
+            row.record,
+            "other prompt tokens with a response",
+            "the tokenizer reads the prompt's last words otherwise once a response follows; begin the responses with a "
+            "space or a new line, or end the prompt with one",
+        )
+
+    def _trained(self, texts: _Texts, response: Response, whole: Ids, cut: int) -> tuple[bool, ...] | None:
+        """For each token of the response, whether any of its characters lies in a stretch that is trained on."""
+        if not response.is_masked:
+            return None
+        size = len(whole) - cut
+        end = [] if response.is_ended else [True]
+        added = self._added_ids(response.added)
+        if len(response.spans) == 1 and added and whole[cut : cut + len(added)] == added:
+            return (*([False] * len(added)), *([True] * (size - len(added))), *end)
+        control = self.encoder.control
+        prefix = len(control.encode([response.text[: response.boundary]], [texts.spelled])[0])
+        ids, ends = control.encode_with_ends(response.text, texts.spelled)
+        if ids != whole:  # rejoined: the ends are those of the two parts
+            _, first = control.encode_with_ends(response.text[: response.boundary], texts.spelled)
+            _, rest = control.encode_with_ends(response.text[response.boundary :], texts.spelled)
+            offset = len(control.private(response.text[: response.boundary], texts.spelled))
+            ends = first[:prefix] + [offset + end_ for end_ in rest]
+        spans = [
+            tuple(len(control.private(response.text[:place], texts.spelled)) for place in span)
+            for span in response.spans
+        ]
+        trained = []
+        start = ends[cut - 1]
+        for stop in ends[cut:]:
+            trained.append(any(first < stop and start < last for first, last in spans))
+            start = stop
+        return (*trained, *end)
+
+    def _added_ids(self, added: str) -> Ids:
+        if added not in self._added:
+            self._added[added] = self.encoder.control.encode([added])[0] if added else []
+        return self._added[added]
+
+    @cached_property
+    def _added(self) -> dict[str, Ids]:
+        return {}
+
+    def _header(self, texts: _Texts, prompt: Ids, cut: int) -> int:
+        """Last tokens of the prompt that open the assistant's turn."""
+        facts = self.encoder.template.facts(Conversation([])) if texts.templated else None
+        text = facts.after_user if facts is not None else _ASSISTANT_MARK
+        if not texts.prompt.endswith(text):
+            return 0
+        size = len(self._added_ids(text))
+        return max(0, size - (len(prompt) - cut))
+
+    def _count(self, row: PreferenceRow, texts: _Texts) -> None:
+        read = self.read_as
+        read.templated += texts.templated
+        read.plain += not texts.templated
+        read.added |= {response.added for response in texts.responses if response.added}
+        first, second = texts.responses
+        read.count("control tokens spelled in a text, read as text", bool(texts.spelled))
+        read.count("prompts that the template writes otherwise before an answer", first.moved or second.moved)
+        read.count("responses with thoughts", first.has_thought or second.has_thought)
+        read.count("responses of several turns", max(len(r.spans) for r in texts.responses) > 1)
+        read.count("ended by EOS, the template ends no turn with a token", texts.templated and not first.is_ended)
+        read.count("with tools", bool(row.tools))
+
+
+_ASSISTANT_MARK = "\n\nAssistant:"
+
+
+def _check_size(row: PreferenceRow) -> None:
+    for name in ("prompt", "chosen", "rejected"):
+        content = getattr(row, name)
+        texts = [content] if isinstance(content, str) else [message["content"] for message in content]
+        longest = max(map(len, texts), default=0)
+        if longest > MAX_CHARACTERS:
+            raise RowError(
+                row.record,
+                "text of more than a million characters",
+                f"field '{name}' holds a text of {longest:,} characters; that is no prompt or answer: shorten it, or "
+                "leave the row out",
+            )
 
 
 def _messages(content: Content, role: str) -> list[Message]:

@@ -15,9 +15,9 @@ TruncationMode = Literal["drop", "keep_start", "keep_end"]
 class Truncation:
     """The policy for pairs whose prompt and longer response exceed `max_length` tokens.
 
-    `drop` leaves the pair out. `keep_start` and `keep_end` first shorten the prompt, from its end or from its start (a
-    leading BOS stays), down to `max_prompt_length` at the least; what still does not fit is cut off the responses'
-    ends, which then have no EOS. A response never becomes empty.
+    `drop` leaves the pair out. `keep_start` and `keep_end` first shorten the prompt, from its end (the tokens that open
+    the assistant's turn stay) or from its start (a leading BOS stays), down to `max_prompt_length` at the least; what
+    still does not fit is cut off the responses' ends, which then have no EOS. A response never becomes empty.
 
     Args:
         max_length: window in tokens, prompt + response.
@@ -53,16 +53,27 @@ class Truncation:
             return None
         longest = max(len(pair.chosen_ids), len(pair.rejected_ids))
         allowance = self.max_prompt_length or max(1, self.max_length // 2)
-        prompt = self._shorten(pair.prompt_ids, max(allowance, self.max_length - longest), bos_token_id)
+        prompt = self._shorten(pair.prompt_ids, max(allowance, self.max_length - longest), bos_token_id, pair.header)
         room = self.max_length - len(prompt)
-        cut = replace(pair, prompt_ids=prompt, chosen_ids=pair.chosen_ids[:room], rejected_ids=pair.rejected_ids[:room])
+        cut = replace(
+            pair,
+            prompt_ids=prompt,
+            chosen_ids=pair.chosen_ids[:room],
+            rejected_ids=pair.rejected_ids[:room],
+            chosen_trained=None if pair.chosen_trained is None else pair.chosen_trained[:room],
+            rejected_trained=None if pair.rejected_trained is None else pair.rejected_trained[:room],
+        )
+        if any(flags is not None and not any(flags) for flags in (cut.chosen_trained, cut.rejected_trained)):
+            return None
         return None if cut.chosen_ids == cut.rejected_ids else cut
 
-    def _shorten(self, prompt: list[int], length: int, bos_token_id: int | None) -> list[int]:
+    def _shorten(self, prompt: list[int], length: int, bos_token_id: int | None, header: int) -> list[int]:
         if len(prompt) <= length:
             return prompt
         if self.mode == "keep_start":
-            return prompt[:length]
+            # The tokens that open the assistant's turn stay: without them, the response would continue the user's.
+            header = min(header, length)
+            return prompt[: length - header] + (prompt[-header:] if header else [])
         if length > 1 and prompt[0] == bos_token_id:
             return [prompt[0], *prompt[-(length - 1) :]]
         return prompt[-length:]

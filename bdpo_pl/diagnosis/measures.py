@@ -58,7 +58,7 @@ class Measured:
     @cached_property
     def lengths(self) -> np.ndarray:
         """(2, M) int64 tokens in each response."""
-        return np.stack([self.table.chosen_lengths, self.table.rejected_lengths]).astype(np.int64)
+        return self.table.trained_lengths.astype(np.int64)
 
 
 @dataclass(frozen=True)

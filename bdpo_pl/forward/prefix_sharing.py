@@ -141,4 +141,4 @@ def _with_another_response(documents: Sequence[Document], model: Any) -> list[Do
     first, *rest = documents
     (number, ids), *others = first.responses
     assert number == 0
-    return [Document(first.context, [(0, [(token + 1) % V for token in ids]), *others]), *rest]
+    return [first._replace(responses=[(0, [(token + 1) % V for token in ids]), *others]), *rest]

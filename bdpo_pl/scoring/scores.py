@@ -70,7 +70,7 @@ class SplitScores:
 def table_comprehension(scores: ScoreTable, table: PairTable, estimator: Estimator) -> Tensor:
     """Compute the (2, M) float32 comprehension of the M pairs of `table`; `scores` must hold the null prompt's."""
     assert scores.null is not None
-    lengths = torch.stack([torch.from_numpy(table.chosen_lengths), torch.from_numpy(table.rejected_lengths)])
+    lengths = torch.from_numpy(table.trained_lengths)
     hsic = None if scores.hsic is None else torch.from_numpy(scores.hsic)
     return comprehension(estimator, torch.from_numpy(scores.reference), torch.from_numpy(scores.null), lengths, hsic)
 

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from bdpo_pl.comprehension import normalised_hsic
+from bdpo_pl.data.batches import pair_document
 from bdpo_pl.data.packing import Document, RowLayout, lay_out
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.errors import InputError
@@ -91,8 +92,7 @@ def score_pairs(
         pair = table[int(index)]
         prompts = {"reference": pair.prompt_ids} | ({"null": table.null_prompt_ids} if comprehension else {})
         for column, prompt in prompts.items():
-            responses = list(enumerate((pair.chosen_ids, pair.rejected_ids), start=len(places)))
-            documents.append(Document(prompt, responses))
+            documents.append(pair_document(pair, len(places), len(places) + 1, prompt))
             places += [_Place(column, side, position) for side in range(2)]
     if layout is RowLayout.SPLIT:
         documents = [part for document in documents for part in document.split()]
@@ -214,7 +214,17 @@ def _groups(documents: list[Document], batch_tokens: int, layout: RowLayout) -> 
 def _renumbered(documents: list[Document]) -> list[Document]:
     """`documents` with their sequences numbered from 0, in order."""
     number = itertools.count()
-    return [Document(context, [(next(number), ids) for _, ids in responses]) for context, responses in documents]
+    renumbered = []
+    for document in documents:
+        numbers = {old: next(number) for old, _ in document.responses}
+        renumbered.append(
+            Document(
+                document.context,
+                [(numbers[old], ids) for old, ids in document.responses],
+                {numbers[old]: flags for old, flags in document.trained.items() if old in numbers},
+            )
+        )
+    return renumbered
 
 
 def _default_batch_tokens(device: torch.device) -> int:

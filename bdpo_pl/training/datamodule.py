@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from bdpo_pl import embedded
 from bdpo_pl.console import get_console
 from bdpo_pl.data.batches import PairDataset
+from bdpo_pl.data.boundary import Thoughts
 from bdpo_pl.data.consistency import count_shared_prompts
 from bdpo_pl.data.loading import LoadOptions, load_pairs
 from bdpo_pl.data.packing import RowLayout
@@ -21,7 +22,7 @@ from bdpo_pl.data.report import DataReport, report_table
 from bdpo_pl.data.samplers import PairBatchSampler, StepSampler, TokenBatchSampler, check_budget
 from bdpo_pl.data.splits import PreferenceSplits, split_by_prompt
 from bdpo_pl.data.table import PairTable
-from bdpo_pl.data.tokenization import PairTokenizer
+from bdpo_pl.data.tokenization import PairTokenizer, SpelledControlTokens
 from bdpo_pl.data.truncation import Truncation, TruncationMode
 from bdpo_pl.embedded import EMBEDDED
 from bdpo_pl.errors import InputError
@@ -50,6 +51,12 @@ class PreferenceDataModule(L.LightningDataModule):
         max_prompt_length: tokens a prompt may always keep when truncating; default half of `max_length`.
         tokenizer: folder or hub name; default: the policy's.
         chat_template: `auto` (the tokenizer's, if it has one), `none`, or a Jinja file.
+        chat_template_kwargs: variables of the chat template (`enable_thinking`, `date_string`, …), for generation too.
+        thoughts: thoughts in responses are trained on (`train`), read but not trained on (`mask`), or taken out
+            (`strip`).
+        dialogues: HH-RLHF's dialogues become chat messages if there is a chat template (`turns`), or stay `text`.
+        control_tokens: control tokens that a text spells are `text`, or control tokens (`parse`, for texts that are
+            rendered already); `auto`: text with a chat template, and without one the row is refused.
         null_prompt: the user's words in the null prompt that comprehension is measured against.
         batch_size: pairs in a micro-batch on each device.
         eval_batch_size: pairs in a validation batch on each device; default `batch_size`.
@@ -75,6 +82,10 @@ class PreferenceDataModule(L.LightningDataModule):
         max_prompt_length: int | None = None,
         tokenizer: str | None = None,
         chat_template: str = "auto",
+        chat_template_kwargs: dict[str, Any] | None = None,
+        thoughts: Thoughts = "train",
+        dialogues: Literal["turns", "text"] = "turns",
+        control_tokens: SpelledControlTokens = "auto",
         null_prompt: str = "",
         batch_size: int = 8,
         eval_batch_size: int | None = None,
@@ -107,6 +118,10 @@ class PreferenceDataModule(L.LightningDataModule):
         self.truncation = Truncation(max_length or _DEFAULT_WINDOW, truncation, max_prompt_length)
         self.tokenizer_name = tokenizer
         self.chat_template = chat_template
+        self.chat_template_kwargs = chat_template_kwargs
+        self.thoughts = thoughts
+        self.dialogues = dialogues
+        self.control_tokens = control_tokens
         self.null_prompt = null_prompt
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
@@ -159,7 +174,15 @@ class PreferenceDataModule(L.LightningDataModule):
         if self.max_length is None:
             window = min(_DEFAULT_WINDOW, num_positions(load_config(policy)) or _DEFAULT_WINDOW)
             self.truncation = Truncation(window, self.truncation.mode, self.truncation.max_prompt_length)
-        pairs = PairTokenizer(tokenizer, self.chat_template, self.null_prompt)
+        pairs = PairTokenizer(
+            tokenizer,
+            self.chat_template,
+            self.null_prompt,
+            self.chat_template_kwargs,
+            self.thoughts,
+            self.dialogues,
+            self.control_tokens,
+        )
 
         def load(name: str, source: str, split: str) -> tuple[PairTable, DataReport]:
             return load_pairs(

@@ -1,1 +1,12 @@
-"""Schemas of preference data, one file each."""
+"""Schemas of preference data. A new one is a file beside these and a line in `SCHEMAS`."""
+
+from __future__ import annotations
+
+from bdpo_pl.data.schemas.hh_rlhf import HH_RLHF
+from bdpo_pl.data.schemas.preference import PREFERENCE
+from bdpo_pl.data.schemas.published import AZURE, KTO_, ORCA, SHARE_GPT
+from bdpo_pl.data.schemas.safe_rlhf import SAFE_RLHF
+from bdpo_pl.data.schemas.schema import Schema
+
+SCHEMAS: tuple[Schema, ...] = (SAFE_RLHF, AZURE, KTO_, SHARE_GPT, HH_RLHF, ORCA, PREFERENCE)
+"""In the order they are tried: columns of a later one may be in a file of an earlier one too."""

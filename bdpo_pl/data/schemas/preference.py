@@ -1,89 +1,104 @@
 """The common preference schema: `chosen`, `rejected` and, unless it is implicit in them, `prompt`.
 
-Optional are `category`, a label for reports, and `chosen_safe` and `rejected_safe`, true or false.
+Optional are `system`, `tools`, `chat_template_kwargs`, `category`, a label for reports, and `chosen_safe` and
+`rejected_safe`, true or false.
 """
 
 from __future__ import annotations
 
-from bdpo_pl.data.rows import (
-    Content,
-    Message,
-    PreferenceRow,
-    RowError,
-    check_row,
-    common_prefix_length,
-    parse_content,
-    parse_flag,
-)
+from bdpo_pl.data.rows import Content, Message, PreferenceRow, RowError, check_row, parse_content
+from bdpo_pl.data.schemas.hh_rlhf import is_dialogue, parse_dialogues
+from bdpo_pl.data.schemas.schema import SAFETY_COLUMNS, Schema, make_row, split_conversations
 from bdpo_pl.data.sources import Record
 
-REQUIRED_COLUMNS = ("chosen", "rejected")
-SAFETY_COLUMNS = ("chosen_safe", "rejected_safe")
-"""Optional: true or false."""
-
-_ASSISTANT_MARK = "\n\nAssistant:"
-"""What precedes every response in Anthropic's HH-RLHF, the best known set with implicit prompts."""
+SHARED_COLUMNS = ("system", "tools", "chat_template_kwargs", "category", *SAFETY_COLUMNS)
 
 
-def parse_preference(record: Record) -> PreferenceRow:
-    """The preference row in `record`.
+class Preference(Schema):
+    """Text or messages, with the prompt in a column of its own or implicit."""
 
-    Text or messages are both taken, with the prompt in a column of its own or implicit: then chosen and rejected are
-    whole conversations, and the prompt is what they begin with in common.
+    def parse(self, record: Record) -> PreferenceRow:
+        """Return the preference row in `record`.
 
-    Raises:
-        RowError: a field is missing, empty or of the wrong type, or an implicit prompt cannot be found.
-    """
-    chosen = parse_content(record, "chosen", record.fields.get("chosen"))
-    rejected = parse_content(record, "rejected", record.fields.get("rejected"))
-    if type(chosen) is not type(rejected):
-        raise RowError(record, "wrong type", "'chosen' and 'rejected' must both be text or both be messages")
-    category = record.fields.get("category")
-    label = category if isinstance(category, str) else ""
-    safe = [parse_flag(record, name) for name in SAFETY_COLUMNS]
-    if "prompt" in record.fields:
-        prompt = parse_content(record, "prompt", record.fields["prompt"])
-        return check_row(PreferenceRow(prompt, chosen, rejected, record, False, label, *safe))
-    if chosen == rejected:
-        return check_row(PreferenceRow("implicit", chosen, rejected, record))
-    prompt, chosen, rejected = _split_implicit(record, chosen, rejected)
-    return check_row(PreferenceRow(prompt, chosen, rejected, record, isinstance(prompt, str), label, *safe))
+        Without a `prompt`, `chosen` and `rejected` are whole conversations, and the prompt is what they begin with in
+        common: messages, or dialogues in HH-RLHF's form. With one, they may be whole conversations all the same
+        (UltraFeedback's layout): the prompt is then taken out of them.
 
-
-def _split_implicit(record: Record, chosen: Content, rejected: Content) -> tuple[Content, Content, Content]:
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        cut = _text_cut(chosen, rejected)
-        parts: tuple[Content, Content, Content] = (chosen[:cut], chosen[cut:], rejected[cut:])
-    else:
-        assert isinstance(chosen, list)
-        assert isinstance(rejected, list)
-        cut = _message_cut(chosen, rejected)
-        parts = (chosen[:cut], chosen[cut:], rejected[cut:])
-    if not parts[0]:
+        Raises:
+            RowError: a field is missing, empty or of the wrong type, or an implicit prompt cannot be found.
+        """
+        chosen = parse_response(record, "chosen")
+        rejected = parse_response(record, "rejected")
+        if type(chosen) is not type(rejected):
+            raise RowError(record, "wrong type", "'chosen' and 'rejected' must both be text or both be messages")
+        if "prompt" in record.fields:
+            prompt = parse_content(record, "prompt", record.fields["prompt"])
+            if isinstance(chosen, list) and isinstance(rejected, list) and _is_whole(chosen, rejected):
+                prompt, chosen, rejected = _take_out(record, prompt, chosen, rejected)
+            return check_row(make_row(record, prompt, chosen, rejected))
+        if isinstance(chosen, list) and isinstance(rejected, list):
+            return check_row(make_row(record, *split_conversations(record, chosen, rejected)))
+        assert isinstance(chosen, str)
+        assert isinstance(rejected, str)
+        if is_dialogue(chosen) and is_dialogue(rejected):
+            return parse_dialogues(record, chosen, rejected)
         raise RowError(
             record,
             "no prompt",
-            "there is no 'prompt', and 'chosen' and 'rejected' begin with nothing in common; add a 'prompt' column",
+            "there is no 'prompt', and 'chosen' and 'rejected' are plain texts without HH-RLHF's '\\n\\nHuman:' and "
+            f"'\\n\\nAssistant:'; {_prompt_hint(record)}",
         )
-    return parts
 
 
-def _text_cut(chosen: str, rejected: str) -> int:
-    common = chosen[: common_prefix_length(chosen, rejected)]
-    mark = common.rfind(_ASSISTANT_MARK)
-    if mark >= 0:
-        return mark + len(_ASSISTANT_MARK)
-    # Both responses may begin with the same words; without a mark, only keep from splitting a word.
-    cut = len(common)
-    while cut > 0 and not common[cut - 1].isspace():
-        cut -= 1
-    # The blank before a response belongs to it: tokenizers join it to the word that follows.
-    return cut - 1 if cut > 0 and common[cut - 1] == " " else cut
+PREFERENCE = Preference(
+    "preference",
+    ("chosen", "rejected"),
+    ("prompt", *SHARED_COLUMNS),
+    about="prompt (or implicit), chosen, rejected as text or messages: TRL's and UltraFeedback's forms",
+)
 
 
-def _message_cut(chosen: list[Message], rejected: list[Message]) -> int:
-    cut = common_prefix_length(chosen, rejected)
-    # A turn of the assistant that both share is still followed by the user's; otherwise it is where they part.
-    while cut > 0 and chosen[cut - 1]["role"] == "assistant":
-        cut -= 1
-    return cut
+def parse_response(record: Record, name: str) -> Content:
+    """Return the response in column `name`: text, messages, or a single message.
+
+    Raises:
+        RowError: it is something else.
+    """
+    value = record.fields.get(name)
+    return parse_content(record, name, [value] if isinstance(value, dict) else value)
+
+
+def _prompt_hint(record: Record) -> str:
+    for column in ("question", "instruction", "query", "input"):
+        if isinstance(record.fields.get(column), str):
+            return f"read the prompt with --data.load.columns '{{prompt: {column}}}'"
+    return f"add a 'prompt' column, or name yours with --data.load.columns '{{prompt: your_column}}' {_found(record)}"
+
+
+def _found(record: Record) -> str:
+    return f"(found {', '.join(map(repr, record.fields))})"
+
+
+def _is_whole(chosen: list[Message], rejected: list[Message]) -> bool:
+    return all(turns and turns[0]["role"] != "assistant" for turns in (chosen, rejected))
+
+
+def _take_out(
+    record: Record, prompt: Content, chosen: list[Message], rejected: list[Message]
+) -> tuple[Content, Content, Content]:
+    """The prompt that two whole conversations share, if the `prompt` column says the same."""
+    turns, chosen, rejected = split_conversations(record, chosen, rejected)
+    if isinstance(prompt, str):
+        if any(m["role"] == "user" and m["content"].strip() == prompt.strip() for m in turns):
+            return turns, chosen, rejected
+    else:
+        said = [m for m in turns if m["role"] != "system"]
+        if prompt[-len(turns) :] == turns or [m for m in prompt if m["role"] != "system"] == said:
+            # Whichever has a system message.
+            return (prompt if len(prompt) >= len(turns) else turns), chosen, rejected
+    raise RowError(
+        record,
+        "two prompts",
+        "'chosen' and 'rejected' are whole conversations, and the prompt in them is not the one in 'prompt'; leave the "
+        "column out with --data.load.ignore '[prompt]', or mend the row",
+    )

@@ -8,41 +8,47 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from bdpo_pl.data.rows import BOTH_UNSAFE, PreferenceRow, RowError, check_row, parse_content
+from bdpo_pl.data.schemas.schema import SafeRLHFOptions, Schema, SchemaContext
 from bdpo_pl.data.sources import Record
 
 REQUIRED_COLUMNS = (
     "prompt",
     *(f"response_{i}" for i in (0, 1)),
     *(f"is_response_{i}_safe" for i in (0, 1)),
-    *(f"response_{i}_severity_level" for i in (0, 1)),
-    *(f"response_{i}_harm_category" for i in (0, 1)),
     "better_response_id",
     "safer_response_id",
 )
+"""Those of all its releases: the ones of 10,000 and 30,000 rows have no severity and no harm categories."""
 
 SAFE_QUERY = "safe query"
 UNSAFE_QUERY = "unsafe query"
 
 
-@dataclass
-class SafeRLHFOptions:
-    """Which pairs of PKU-SafeRLHF to take.
+class SafeRLHF(Schema):
+    """PKU-SafeRLHF's rows, and the draw among them."""
 
-    A query is safe when both its responses are, and unsafe when one or both are not.
+    def recognises(self, first: Record) -> bool:
+        """Return whether any of its unmistakable columns is there: a file that lost one is told which."""
+        return bool(first.fields.keys() & {"is_response_0_safe", "is_response_1_safe", "safer_response_id"})
 
-    Args:
-        num_safe: safe queries to draw, one pair each; None takes every pair. The paper draws 10,000.
-        num_unsafe: unsafe queries to draw, likewise.
-        both_unsafe: a pair of two unsafe responses is dropped (`drop`) or its `safer_response_id` is chosen (`safer`).
-    """
+    def rows(self, records: Iterable[Record], context: SchemaContext) -> Iterable[PreferenceRow]:
+        """Return the rows that are drawn, in file order."""
+        options, report = context.safe_rlhf, context.report
+        kinds = self._parsed(records, context, lambda record: parse_safe_rlhf(record, options.both_unsafe))
+        rows, drawn = draw_queries(kinds, options, context.seed)
+        for kind, (asked, taken) in drawn.items():
+            plural = kind.replace("query", "queries")
+            report.notes[plural] = f"{taken:,}" if asked is None else f"{taken:,} of {asked:,} asked"
+        report.note("not drawn (safe_rlhf.num_safe, num_unsafe)", report.read - report.num_dropped - len(rows))
+        return rows
 
-    num_safe: int | None = None
-    num_unsafe: int | None = None
-    both_unsafe: Literal["drop", "safer"] = "drop"
+
+SAFE_RLHF = SafeRLHF(
+    "safe_rlhf", REQUIRED_COLUMNS, is_messy=True, about="PKU-SafeRLHF in all its releases; the safe response is chosen"
+)
 
 
 def parse_safe_rlhf(record: Record, both_unsafe: Literal["drop", "safer"] = "drop") -> tuple[str, PreferenceRow]:

@@ -103,7 +103,7 @@ def _embedded(model: Any, tokenizer: Any) -> list[Ability]:
     table, _ = load_pairs("held_out", str(embedded.HELD_OUT_FILE), PairTokenizer(tokenizer), Truncation(_WINDOW))
     benign = [i for i, row in enumerate(rows) if row["kind"] != "harmful"]
     scores = score_pairs(model, table, benign, comprehension=False, pad_id=padding_id(tokenizer))
-    per_token = scores.reference[0].astype(np.float64) / table.chosen_lengths[benign]
+    per_token = scores.reference[0].astype(np.float64) / table.trained_lengths[0, benign]
     return [
         Ability("everyday questions answered helpfully", mean(helped)),
         Ability("log-probability of helpful answers, nats per token", mean(per_token, rate=False), percent=False),

@@ -74,12 +74,21 @@ def test_implicit_prompts_in_text_and_messages(load, tmp_path, tokenizer):
         "chosen": "\n\nHuman: how ?\n\nAssistant: I water it .",
         "rejected": "\n\nHuman: how ?\n\nAssistant: I do not .",
     }
-    table, _ = load(write_jsonl(tmp_path / "hh.jsonl", [hh]))
-    pair = table[0]
-    assert tokenizer.tokenizer.decode(pair.prompt_ids) == "\n\nHuman: how ?\n\nAssistant:"
+    path = write_jsonl(tmp_path / "hh.jsonl", [hh])
+    as_text = PairTokenizer(build_tokenizer(), dialogues="text")
+    table, report = load_pairs("train", str(path), as_text, Truncation(256))
+    assert tokenizer.tokenizer.decode(table[0].prompt_ids) == "\n\nHuman: how ?\n\nAssistant:"
     assert texts(table, tokenizer) == [("I water it .", "I do not .")]
-    # No template around a prompt that is rendered already, so none around the null prompt either.
+    # No template around a text that is read as it is, so none around the null prompt either.
     assert table.null_prompt_ids == [tokenizer.tokenizer.eos_token_id]
+    assert report.notes["read as plain text, no chat template"] == "1"
+    # With a chat template the dialogue becomes turns, and the report says so.
+    table, report = load(path)
+    assert tokenizer.tokenizer.decode(table[0].prompt_ids) == (
+        "<|im_start|>user\nhow ?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert texts(table, tokenizer) == [("I water it .", "I do not .")]
+    assert report.notes["of these, HH-RLHF dialogues read as turns (data.dialogues)"] == "1"
 
     user = {"role": "user", "content": "how ?"}
     chat = {
@@ -91,10 +100,11 @@ def test_implicit_prompts_in_text_and_messages(load, tmp_path, tokenizer):
     assert table.content_digest() == explicit.content_digest()
 
 
-def test_implicit_text_is_not_split_inside_a_word(load, tmp_path, tokenizer):
+def test_implicit_prompt_in_plain_text_needs_the_marks_of_hh_rlhf(load, tmp_path):
+    """The common beginning "question :" was taken for the prompt."""
     row = {"chosen": "question : water", "rejected": "question : watch"}
-    table, _ = load(write_jsonl(tmp_path / "rows.jsonl", [row]))
-    assert tokenizer.tokenizer.decode(table[0].prompt_ids) == "question :"
+    with pytest.raises(InputError, match=r"line 1: there is no 'prompt'.*--data\.load\.columns"):
+        load(write_jsonl(tmp_path / "rows.jsonl", [row]))
 
 
 def test_columns_can_be_renamed(load, tmp_path):

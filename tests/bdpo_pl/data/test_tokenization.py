@@ -42,7 +42,7 @@ def test_messages_and_text_give_the_same_tokens(chat_tokenizer):
 def test_plain_text_gets_one_bos_and_one_eos():
     tokenizer = build_tokenizer(bos=True, chat=False)
     for prompt in ("how do i", "<s>how do i"):
-        pair = encode(tokenizer, prompt, " water it", " set traps")
+        pair = encode(tokenizer, prompt, " water it", " set traps", control_tokens="parse")
         assert pair.prompt_ids.count(tokenizer.bos_token_id) == 1
         assert pair.prompt_ids[0] == tokenizer.bos_token_id
         for response in (pair.chosen_ids, pair.rejected_ids):
@@ -52,8 +52,30 @@ def test_plain_text_gets_one_bos_and_one_eos():
 
 def test_eos_written_in_the_text_is_not_doubled():
     tokenizer = build_tokenizer(chat=False)
-    pair = encode(tokenizer, "how do i", " water it</s>", " set traps")
+    pair = encode(tokenizer, "how do i", " water it</s>", " set traps", control_tokens="parse")
     assert pair.chosen_ids.count(tokenizer.eos_token_id) == 1
+
+
+def test_control_token_in_a_plain_text_is_text_or_a_named_error():
+    tokenizer = build_tokenizer(chat=False)
+    error = encode(tokenizer, "how do i", " water it</s>", " set traps")
+    assert isinstance(error, RowError)
+    assert "control token '</s>'" in str(error)
+    assert "data.control_tokens=parse" in str(error)
+    pair = encode(tokenizer, "how do i", " water it</s>", " set traps", control_tokens="text")
+    assert pair.chosen_ids.count(tokenizer.eos_token_id) == 1
+    assert tokenizer.decode(pair.chosen_ids) == " water it</s></s>"
+    with pytest.raises(InputError, match=r"data\.control_tokens"):
+        PairTokenizer(build_tokenizer(), control_tokens="parse")
+
+
+def test_folder_without_a_tokenizer_is_named():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    empty = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), eos_token="</s>")
+    with pytest.raises(InputError, match=r"lacks its tokenizer's files"):
+        PairTokenizer(empty)
 
 
 def test_boundary_inside_a_token_is_cut_at_the_common_prefix_and_reported():

@@ -1,0 +1,285 @@
+"""Where a response begins and ends in what a chat template writes, proven for each conversation.
+
+What is proven: the prompt is what generation would begin from, the response's text is the data's text, nothing of
+another turn is trained on, and the response ends as generation ends. Where a template writes a conversation otherwise
+than its generation prompt, the response is put behind the generation prompt if it can be told apart, else the row is
+refused by name.
+
+Positions are of characters in the rendered text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from bdpo_pl.data.chat_template import ChatTemplate, Conversation, Message, opens_thought
+from bdpo_pl.data.messages import RowError, thought_of, without_thought
+from bdpo_pl.data.messages import split_thought as split_thought_of
+from bdpo_pl.data.sources import Record
+
+Thoughts = Literal["train", "mask", "strip"]
+
+
+@dataclass(frozen=True)
+class Response:
+    """One response behind its prompt.
+
+    Attributes:
+        text: prompt and response, up to the token that ends the response.
+        boundary: where the prompt ends.
+        spans: stretches of the response that are trained on.
+        is_ended: whether `text` ends with a token that generation stops at.
+        moved: whether the template writes the prompt otherwise before an answer than before generation.
+        added: what the template puts between the prompt and the answer.
+        has_thought: whether the response holds thoughts.
+    """
+
+    text: str
+    boundary: int
+    spans: list[tuple[int, int]]
+    is_ended: bool
+    moved: bool = False
+    added: str = ""
+    has_thought: bool = False
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether part of the response is not trained on."""
+        return self.spans != [(self.boundary, len(self.text))]
+
+
+class Cutter:
+    """Cuts rendered conversations at their responses.
+
+    Args:
+        template: renders them.
+        stops: spellings of the tokens that generation stops at.
+        thoughts: thoughts in responses are trained on, read but not trained on (`mask`), or taken out (`strip`).
+    """
+
+    def __init__(self, template: ChatTemplate, stops: set[str], thoughts: Thoughts) -> None:
+        self.template = template
+        self.stops = sorted(stops)
+        self.thoughts = thoughts
+
+    def prompt(self, record: Record, prompt: Conversation) -> str:
+        """Return the generation prompt.
+
+        Raises:
+            RowError: the template leaves out something that the prompt says.
+        """
+        text = self.template.prompt(prompt)
+        for message in prompt.messages:
+            if message["role"] in ("system", "developer", "user") and message["content"].strip() not in text:
+                raise RowError(
+                    record,
+                    "left out by the template",
+                    f"the chat template leaves out (a part of) the {message['role']} message; put its text into the "
+                    "user's turn, or give a template that writes it (data.chat_template)",
+                )
+        for tool in prompt.tools or ():
+            name = _tool_name(tool)
+            if name is not None and name not in text:
+                raise RowError(
+                    record,
+                    "left out by the template",
+                    "the chat template writes no tools; leave out the column (data.load.ignore='[tools]'), or give a "
+                    "template that writes them (data.chat_template)",
+                )
+        return text
+
+    def response(self, record: Record, prompt: Conversation, opened: str, response: list[Message]) -> Response:
+        """Return the response behind its prompt.
+
+        Args:
+            record: for messages.
+            prompt: the conversation up to where the response begins.
+            opened: its generation prompt.
+            response: the assistant's turn, and what follows it up to the assistant's last.
+
+        Raises:
+            RowError: the response cannot be told apart from what is around it.
+            jinja2.TemplateError: the template refuses the conversation.
+        """
+        if self.thoughts == "strip":
+            response = [without_thought(m) if m["role"] == "assistant" else m for m in response]
+        whole = self.template.render(prompt.then(response))
+        if len(response) > 1 or response[0].get("tool_calls"):
+            return self._turns(record, prompt, opened, response, whole)
+        thought = thought_of(response[0])
+        facts = self.template.facts(prompt)
+        if not thought and facts is not None and facts.plain and whole.startswith(opened):
+            for said in _variants(response[0]["content"]):
+                if whole[len(opened) :] == facts.extra + said + facts.end:
+                    return self._single(opened, facts.extra, said, facts.end, False, False)
+        return self._alone(record, prompt, opened, response[0], whole, thought)
+
+    def _alone(
+        self, record: Record, prompt: Conversation, opened: str, message: Message, whole: str, thought: str
+    ) -> Response:
+        """One answer, by what the template puts around it in this very conversation."""
+        inline, rest = split_thought_of(message["content"])
+        around = self.template.around(prompt, message, inline)
+        if around is None:
+            raise RowError(
+                record,
+                "left out by the template",
+                "the chat template leaves out the answer or the user's last turn; give another (data.chat_template)",
+            )
+        after, between, end = around
+        if not between.startswith(after):
+            after = after.rstrip(" ")
+        if not between.startswith(after):
+            raise RowError(record, *_otherwise(after, self.template, bool(thought)))
+        extra = between[len(after) :]
+        if thought and thought not in extra + after:
+            raise RowError(
+                record,
+                "thoughts left out by the template",
+                "the response has thoughts that the chat template does not write; take them out with "
+                "data.thoughts=strip, or give a template that writes them (data.chat_template)",
+            )
+        for said in _variants(rest):
+            if whole.endswith(between + said + end):
+                return self._single(opened, extra, said, end, not whole.startswith(opened), bool(thought))
+        raise RowError(
+            record,
+            "changed by the template",
+            "the chat template does not write the answer as it is in the data, so the two cannot be told apart; give "
+            "another template (data.chat_template) or leave the row out",
+        )
+
+    def _single(self, opened: str, extra: str, said: str, end: str, moved: bool, has_thought: bool) -> Response:
+        closing, is_ended = self._closing(end)
+        text = opened + extra + said + closing
+        start = len(opened)
+        # What a template always puts before an answer is not the model's to choose. A blank belongs to the answer.
+        if extra.strip() and (not has_thought or self.thoughts == "mask"):
+            start += len(extra)
+        return Response(
+            text,
+            len(opened),
+            [(start, len(text))],
+            is_ended,
+            moved,
+            "" if has_thought or not extra.strip() else extra,
+            has_thought,
+        )
+
+    def _closing(self, end: str) -> tuple[str, bool]:
+        """What of `end` belongs to a response: up to the first token that generation stops at, or nothing."""
+        place, stop = self._stop(end, 0)
+        # Words before the stop are the next turn's, or the template's own.
+        if stop and not end[:place].strip():
+            return end[: place + len(stop)], True
+        return "", False
+
+    def _stop(self, text: str, start: int) -> tuple[int, str]:
+        found = [(place, stop) for stop in self.stops if (place := text.find(stop, start)) >= 0]
+        return min(found, key=lambda at: (at[0], -len(at[1])), default=(len(text), ""))
+
+    def _turns(
+        self, record: Record, prompt: Conversation, opened: str, response: list[Message], whole: str
+    ) -> Response:
+        """Several turns, or one with tool calls: the assistant's alone are trained on."""
+        facts = self.template.facts(prompt)
+        extra = facts.extra if facts is not None and facts.plain and facts.extra.strip() else ""
+        spans: list[tuple[int, int]] = []
+        has_thought = False
+        is_ended = True
+        for k, message in self._said(response):
+            before = opened if k == 0 else self.template.prompt(prompt.then(response[:k]))
+            if not whole.startswith(before):
+                raise RowError(record, *_otherwise("", self.template))
+            start = len(before)
+            is_last = k == len(response) - 1
+            limit = len(whole) if is_last else self._next_turn(record, prompt.then(response[: k + 1]), whole, start)
+            end, stop = self._stop(whole[:limit], start)
+            if not stop:
+                # The turn has no end that generation would stop at, so only its words are trained on.
+                said = message["content"].strip()
+                place = whole.find(said, start, limit) if said and not message.get("tool_calls") else -1
+                if place < 0:
+                    raise RowError(record, *_otherwise("", self.template))
+                end = place + len(said)
+                is_ended = not is_last
+            part = whole[start:end]
+            thought = thought_of(message)
+            has_thought |= bool(thought)
+            self._check_part(record, message, part, thought)
+            if thought and self.thoughts == "mask":
+                start += part.find(split_thought_of(message["content"])[1].strip())
+            elif not thought and extra and part.startswith(extra):
+                start += len(extra)
+            spans.append((start, end + len(stop)))
+        return Response(whole[: spans[-1][1]], len(opened), spans, is_ended, added=extra, has_thought=has_thought)
+
+    def _next_turn(self, record: Record, upto: Conversation, whole: str, start: int) -> int:
+        """Where the turn that begins at `start` is over, of a conversation that goes on after it."""
+        alone = self.template.render(upto).rstrip()
+        if whole.startswith(alone):
+            return len(alone)
+        # The template writes a turn otherwise once it is not the last: it is over with the token that ends turns.
+        ends = [stop for stop in (*self.stops, self.template.end_of_earlier_turn) if stop]
+        found = [place + len(stop) for stop in ends if (place := whole.find(stop, start)) >= 0]
+        if not found:
+            raise RowError(record, *_otherwise("", self.template))
+        return min(found)
+
+    def _said(self, response: list[Message]) -> Iterator[tuple[int, Message]]:
+        return ((k, message) for k, message in enumerate(response) if message["role"] == "assistant")
+
+    def _check_part(self, record: Record, message: Message, part: str, thought: str) -> None:
+        said = split_thought_of(message["content"])[1].strip()
+        missing = said not in part and "the words"
+        missing = missing or (thought not in part and "the thoughts")
+        for call in message.get("tool_calls") or ():
+            missing = missing or (str(_tool_name(call)) not in part and "the tool calls")
+        if missing:
+            remedy = "data.thoughts=strip takes thoughts out; else " if missing == "the thoughts" else ""
+            raise RowError(
+                record,
+                "left out by the template",
+                f"the chat template leaves out {missing} of a turn of the assistant's; {remedy}give a template that "
+                "writes them (data.chat_template) or leave the row out",
+            )
+
+
+def _variants(text: str) -> Iterator[str]:
+    """`text` as templates write it: as it is, or stripped."""
+    yield text
+    yield text.strip()
+    yield text.rstrip()
+    yield text.lstrip()
+
+
+def _tool_name(tool: object) -> str | None:
+    function = tool.get("function", tool) if isinstance(tool, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def _otherwise(after: str, template: ChatTemplate, has_thought: bool = False) -> tuple[str, str]:
+    """Reason and detail of a conversation that goes on otherwise than its generation prompt."""
+    if has_thought:
+        return (
+            "thoughts against the generation prompt",
+            "the response has thoughts, and the chat template's generation prompt leaves no place for them where the "
+            "template writes them; take them out with data.thoughts=strip, or give another template "
+            "(data.chat_template) or variable (data.chat_template_kwargs='{enable_thinking: true}')",
+        )
+    if opens_thought(after):
+        switch = next((name for name in ("enable_thinking", "thinking") if template.mentions(name)), None)
+        remedy = f"data.chat_template_kwargs='{{{switch}: false}}'" if switch else "data.chat_template=FILE"
+        return (
+            "the generation prompt opens a thought",
+            "the chat template's generation prompt opens a thought, and the response has none, so generation would "
+            f"begin from another prompt than training; turn thinking off with {remedy}",
+        )
+    return (
+        "written otherwise by the template",
+        "the chat template writes the conversation otherwise once the response is there, so the response cannot be "
+        "told apart from the prompt; give another template (data.chat_template), or one answer in a row",
+    )

@@ -1,0 +1,165 @@
+"""Chat messages as data sets hold them, checked and brought into one form.
+
+Roles and contents are checked here; what else a message holds (`tool_calls`, `reasoning_content`, `name`, …) is kept
+for the chat template.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bdpo_pl.data.chat_template import Message
+from bdpo_pl.data.sources import Record
+
+USER_ROLES = ("user", "tool", "function", "ipython")
+"""Roles that an answer of the assistant may follow."""
+ROLES = ("system", "developer", *USER_ROLES, "assistant")
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+"""Names that data sets and templates have for an assistant's thoughts."""
+
+_SHAREGPT = {"human": "user", "gpt": "assistant", "observation": "tool", "chatgpt": "assistant", "bot": "assistant"}
+_THOUGHT = re.compile(r"\s*<(think(?:ing)?)>(?P<thought>.*?)</\1>\s*", re.DOTALL)
+_INVISIBLE = re.compile("[\\s\u200b-\u200f\u2060-\u2064\ufeff\u00ad]+")
+
+
+class RowError(ValueError):
+    """A row that cannot be trained on.
+
+    Attributes:
+        reason: short name of the fault, the same for every row that has it; reports count by it.
+    """
+
+    def __init__(self, record: Record, reason: str, detail: str) -> None:
+        super().__init__(f"{record.place}: {detail}")
+        self.reason = reason
+
+
+def parse_messages(record: Record, name: str, value: Sequence[Any]) -> list[Message]:
+    """Return the messages in field `name`.
+
+    Raises:
+        RowError: a message has no role or content of the kinds known here.
+    """
+    return [parse_message(record, name, message) for message in value]
+
+
+def parse_message(record: Record, name: str, message: Any) -> Message:
+    """Return one message, of the form {"role": …, "content": …} or ShareGPT's {"from": …, "value": …}.
+
+    Contents in parts become one text; nulls are left out; arguments of tool calls become mappings.
+
+    Raises:
+        RowError: no known role, no text, or a part that is no text.
+    """
+    fields = {k: v for k, v in message.items() if v is not None} if isinstance(message, Mapping) else {}
+    if "role" not in fields and "from" in fields and "value" in fields:
+        role = fields.pop("from")
+        fields["role"] = _SHAREGPT.get(role, role) if isinstance(role, str) else role
+        fields["content"] = fields.pop("value")
+    role, content = fields.get("role"), fields.get("content")
+    if isinstance(content, Sequence) and not isinstance(content, (str, bytes)):
+        content = _join(record, name, content)
+    calls = fields.get("tool_calls") if isinstance(fields.get("tool_calls"), Sequence) else None
+    if content is None and (calls or any(isinstance(fields.get(key), str) for key in REASONING_KEYS)):
+        content = ""
+    if not isinstance(role, str) or not isinstance(content, str) or not is_unicode(content):
+        raise RowError(
+            record,
+            "wrong message",
+            f"field '{name}': each message needs a text 'role' and a text 'content', got {_keys(message)}",
+        )
+    if role not in ROLES:
+        raise RowError(
+            record,
+            "unknown role",
+            f"field '{name}': a message has the role {role!r:.40}; known are {', '.join(ROLES)}",
+        )
+    parsed = {key: value for key, value in fields.items() if key not in ("role", "content", "tool_calls")}
+    for key, value in parsed.items():
+        if isinstance(value, str) and not is_unicode(value):
+            raise RowError(record, "broken unicode", f"field '{name}': {key!r} holds half of a surrogate pair")
+    if calls:
+        parsed["tool_calls"] = [_parse_call(record, name, call) for call in calls]
+    return {"role": role, "content": content, **parsed}
+
+
+def split_thought(content: str) -> tuple[str, str]:
+    """Return (the thought that `content` opens with, tags and blanks included, or ""; the rest)."""
+    found = _THOUGHT.match(content)
+    return (content[: found.end()], content[found.end() :]) if found else ("", content)
+
+
+def without_thought(message: Message) -> Message:
+    """Return an assistant's message without its thoughts."""
+    kept = {key: value for key, value in message.items() if key not in REASONING_KEYS}
+    return {**kept, "content": split_thought(message["content"])[1]}
+
+
+def thought_of(message: Message) -> str:
+    """Return the text of an assistant's thoughts, "" without any."""
+    for key in REASONING_KEYS:
+        if isinstance(message.get(key), str) and message[key].strip():
+            return str(message[key]).strip()
+    found = _THOUGHT.match(message["content"])
+    return found["thought"].strip() if found else ""
+
+
+def is_blank(text: str) -> bool:
+    """Return whether nothing of `text` is visible."""
+    return not _INVISIBLE.sub("", text)
+
+
+def says_nothing(message: Message) -> bool:
+    """Return whether a message has neither words nor tool calls."""
+    return is_blank(message["content"]) and not message.get("tool_calls")
+
+
+def is_unicode(text: str) -> bool:
+    """Return whether `text` can be written as UTF-8: it holds no half of a surrogate pair."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _join(record: Record, name: str, parts: Sequence[Any]) -> str:
+    texts = []
+    for part in parts:
+        text = part.get("text") if isinstance(part, Mapping) else part
+        if not isinstance(text, str):
+            kind = part.get("type", "unknown") if isinstance(part, Mapping) else type(part).__name__
+            raise RowError(
+                record,
+                "content that is no text",
+                f"field '{name}': a message has a part of type {kind!r:.30}; only text is trained on",
+            )
+        texts.append(text)
+    return "".join(texts)
+
+
+def _parse_call(record: Record, name: str, call: Any) -> Any:
+    """Return a tool call whose arguments are a mapping: templates write them as JSON themselves."""
+    if not isinstance(call, Mapping):
+        raise RowError(record, "wrong tool call", f"field '{name}': a tool call must be a mapping")
+    call = {key: value for key, value in call.items() if value is not None}
+    function = call.get("function", call)
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise RowError(record, "wrong tool call", f"field '{name}': a tool call needs the 'name' of a function")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:
+            arguments = function.get("arguments")
+        function = {**function, "arguments": arguments}
+    return {**call, "function": dict(function)} if "function" in call else dict(function)
+
+
+def _keys(message: Any) -> str:
+    if isinstance(message, Mapping):
+        return f"the keys {', '.join(map(repr, message)) or 'none'}"[:80]
+    return type(message).__name__

@@ -1,0 +1,80 @@
+"""Anthropic's HH-RLHF: `chosen` and `rejected` are dialogues (`Human: … Assistant: …`) that share a beginning.
+
+For a model with a chat template they become chat messages; otherwise they stay the text they are.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+from bdpo_pl.data.rows import PreferenceRow, RowError, Turns, check_response, check_row, parse_content
+from bdpo_pl.data.schemas.schema import SAFETY_COLUMNS, Schema, make_row, split_conversations
+from bdpo_pl.data.sources import Record
+
+_MARK = re.compile(r"\n\n(Human|Assistant):")
+_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+class HHRLHF(Schema):
+    """Dialogues in HH-RLHF's form."""
+
+    def recognises(self, first: Record) -> bool:
+        """Return whether both texts are dialogues, and there is no prompt beside them."""
+        texts = [first.fields.get(column) for column in self.required]
+        return "prompt" not in first.fields and all(isinstance(text, str) and is_dialogue(text) for text in texts)
+
+    def parse(self, record: Record) -> PreferenceRow:
+        """Return the preference row in `record`; see `parse_dialogues`."""
+        chosen, rejected = (parse_content(record, name, record.fields.get(name)) for name in self.required)
+        if not isinstance(chosen, str) or not isinstance(rejected, str):
+            raise RowError(record, "wrong type", "'chosen' and 'rejected' must be dialogues as text")
+        for name, text in (("chosen", chosen), ("rejected", rejected)):
+            if not is_dialogue(text):
+                raise RowError(record, "no dialogue", f"field '{name}' does not begin with '\\n\\nHuman:'")
+        return parse_dialogues(record, chosen, rejected)
+
+
+HH_RLHF = HHRLHF(
+    "hh_rlhf",
+    ("chosen", "rejected"),
+    ("category", *SAFETY_COLUMNS),
+    is_messy=True,
+    about="chosen, rejected: whole dialogues, '\\n\\nHuman: … \\n\\nAssistant: …'",
+)
+
+
+def is_dialogue(text: str) -> bool:
+    """Return whether `text` begins as HH-RLHF's dialogues do and holds an answer."""
+    return _opened(text).startswith("\n\nHuman:") and "\n\nAssistant:" in text
+
+
+def parse_dialogues(record: Record, chosen: str, rejected: str) -> PreferenceRow:
+    """Return the row of two dialogues: as text, cut before the answers that part, and as messages.
+
+    Raises:
+        RowError: they do not part at an answer, or one is empty.
+    """
+    chosen, rejected = _opened(chosen), _opened(rejected)
+    turns = [_turns(text) for text in (chosen, rejected)]
+    messages = [[{"role": role, "content": said.strip()} for role, said, _ in dialogue] for dialogue in turns]
+    prompt, *answers = split_conversations(record, messages[0], messages[1])
+    for name, answer in zip(("chosen", "rejected"), answers, strict=True):
+        if any(not m["content"] for m in answer if m["role"] == "assistant"):
+            raise RowError(record, "empty response", f"an answer after the prompt in '{name}' is empty; remove the row")
+        check_response(record, name, answer)
+    cuts = [dialogue[len(prompt)][2] for dialogue in turns]
+    row = make_row(record, chosen[: cuts[0]], chosen[cuts[0] :], rejected[cuts[1] :], rendered=True)
+    return check_row(replace(row, turns=Turns(prompt, answers[0], answers[1])))
+
+
+def _opened(text: str) -> str:
+    """`text` with the two line breaks that the first mark has."""
+    return "\n\n" + text.lstrip("\n") if text.lstrip("\n").startswith("Human:") else text
+
+
+def _turns(text: str) -> list[tuple[str, str, int]]:
+    """(role, words, where they begin) of each turn."""
+    marks = list(_MARK.finditer(text))
+    ends = [mark.start() for mark in marks[1:]] + [len(text)]
+    return [(_ROLES[mark[1]], text[mark.end() : end], mark.end()) for mark, end in zip(marks, ends, strict=True)]

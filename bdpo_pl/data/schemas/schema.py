@@ -1,0 +1,264 @@
+"""What a schema of preference data is: how its rows are recognised, and how each becomes a preference row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from bdpo_pl.data.rows import Content, Message, PreferenceRow, RowError, common_prefix_length, parse_content, parse_flag
+from bdpo_pl.data.sources import Record
+from bdpo_pl.errors import InputError
+
+if TYPE_CHECKING:
+    from bdpo_pl.data.report import DataReport
+
+SAFETY_COLUMNS = ("chosen_safe", "rejected_safe")
+
+# Columns that hold part of what a model should read, by the name that this project has for what they hold.
+_TEXT_COLUMNS = {
+    "system": "system",
+    "system_prompt": "system",
+    "question": "prompt",
+    "instruction": "prompt",
+    "query": "prompt",
+    "input": "prompt",
+    "context": "prompt",
+    "history": "prompt",
+    "conversations": "prompt",
+    "messages": "prompt",
+    "tools": "tools",
+    "functions": "tools",
+    "images": "images",
+    "image": "images",
+}
+
+Refuse = Callable[[RowError, Record], None]
+"""Counts a row that cannot be trained on, or ends the run for it."""
+
+
+@dataclass
+class SafeRLHFOptions:
+    """Which pairs of PKU-SafeRLHF to take.
+
+    A query is safe when both its responses are, and unsafe when one or both are not.
+
+    Args:
+        num_safe: safe queries to draw, one pair each; None takes every pair. The paper draws 10,000.
+        num_unsafe: unsafe queries to draw, likewise.
+        both_unsafe: a pair of two unsafe responses is dropped (`drop`) or its `safer_response_id` is chosen (`safer`).
+    """
+
+    num_safe: int | None = None
+    num_unsafe: int | None = None
+    both_unsafe: Literal["drop", "safer"] = "drop"
+
+
+@dataclass
+class SchemaContext:
+    """What a schema needs beside its records.
+
+    Attributes:
+        report: takes down what was done.
+        refuse: see `Refuse`.
+        seed: of draws.
+        safe_rlhf: pairs of PKU-SafeRLHF to take.
+        ignore: columns that are left out on purpose.
+    """
+
+    report: DataReport
+    refuse: Refuse
+    seed: int
+    safe_rlhf: SafeRLHFOptions
+    ignore: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Schema:
+    """A layout of preference data.
+
+    Attributes:
+        name: as in `data.load.format`.
+        required: columns that every row has.
+        reads: further columns that are read.
+        is_messy: a published set with rows that cannot be used: they are left out and counted by default.
+        about: what its rows hold, for documentation.
+    """
+
+    name: str
+    required: tuple[str, ...]
+    reads: tuple[str, ...] = ()
+    is_messy: bool = False
+    about: str = ""
+    _all: frozenset[str] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_all", frozenset((*self.required, *self.reads)))
+
+    def recognises(self, first: Record) -> bool:
+        """Return whether the file whose first record is `first` has this schema."""
+        return all(column in first.fields for column in self.required)
+
+    def parse(self, record: Record) -> PreferenceRow:
+        """Return the preference row in `record`.
+
+        Raises:
+            RowError: the record cannot be trained on.
+        """
+        raise NotImplementedError
+
+    def rows(self, records: Iterable[Record], context: SchemaContext) -> Iterable[PreferenceRow]:
+        """Return the preference rows of `records`, those that cannot be trained on refused."""
+        return self._parsed(records, context, self.parse)
+
+    def _parsed(
+        self, records: Iterable[Record], context: SchemaContext, parse: Callable[[Record], Any]
+    ) -> Iterator[Any]:
+        for record in records:
+            context.report.read += 1
+            try:
+                row = parse(record)
+            except RowError as error:
+                context.refuse(error, record)
+                continue
+            self.check_unread(record, row, context.ignore)
+            yield row
+
+    def check_unread(self, record: Record, row: Any, ignore: Sequence[str]) -> None:
+        """Raise `InputError` if a column that a model should read is not read."""
+        for column in _TEXT_COLUMNS.keys() & record.fields.keys() - self._all:
+            value = record.fields[column]
+            if column in ignore or not value or (isinstance(value, str) and not value.strip()):
+                continue
+            if column in ("messages", "conversations") and not isinstance(record.fields.get("chosen"), str):
+                continue  # the conversation once more, as in ultrafeedback_binarized
+            if isinstance(row, PreferenceRow) and isinstance(value, str) and value.strip() in _words(row.prompt):
+                continue
+            raise InputError(f"{record.place}: nothing reads what column {column!r} holds. {_remedy(column, record)}")
+
+
+def _remedy(column: str, record: Record) -> str:
+    ours = _TEXT_COLUMNS[column]
+    leave_out = f"--data.load.ignore '[{column}]' leaves it out"
+    if ours == "images":
+        return f"Images are not trained on: {leave_out}"
+    if ours in record.fields:
+        return f"There is a {ours!r} already: {leave_out}"
+    return f"Read it with --data.load.columns '{{{ours}: {column}}}'; {leave_out}"
+
+
+def _words(prompt: Content) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+
+
+def make_row(record: Record, prompt: Content, chosen: Content, rejected: Content, **more: Any) -> PreferenceRow:
+    """Return the row of these texts and of the columns that all schemas share.
+
+    These are `category`, `chosen_safe` and `rejected_safe`, `system`, `tools` and `chat_template_kwargs`.
+
+    Raises:
+        RowError: one of them holds something else than it should.
+    """
+    category = record.fields.get("category")
+    chosen_safe, rejected_safe = (parse_flag(record, name) for name in SAFETY_COLUMNS)
+    fields = {
+        "category": category if isinstance(category, str) else "",
+        "chosen_safe": chosen_safe,
+        "rejected_safe": rejected_safe,
+        "tools": _tools(record, record.fields.get("tools")),
+        "template_kwargs": _template_kwargs(record),
+        **more,
+    }
+    return PreferenceRow(with_system(record, prompt), chosen, rejected, record, **fields)
+
+
+def with_system(record: Record, prompt: Content) -> Content:
+    """Return `prompt` with the `system` column's text before it.
+
+    Raises:
+        RowError: it is no text, or the prompt has another system message.
+    """
+    value = record.fields.get("system")
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return prompt
+    system = parse_content(record, "system", value)
+    if not isinstance(system, str):
+        raise RowError(record, "wrong type", f"field 'system' must be text, got {type(value).__name__}")
+    turns: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if turns and turns[0]["role"] in ("system", "developer"):
+        if turns[0]["content"].strip() != system.strip():
+            raise RowError(record, "two system messages", "field 'system' differs from the prompt's system message")
+        return turns
+    return [{"role": "system", "content": system}, *turns]
+
+
+def split_conversations(
+    record: Record, chosen: list[Message], rejected: list[Message]
+) -> tuple[list[Message], list[Message], list[Message]]:
+    """Return (prompt, chosen, rejected) of two whole conversations: what they begin with in common, and the rest.
+
+    Raises:
+        RowError: they do not part at a turn of the assistant's.
+    """
+    cut = common_prefix_length(chosen, rejected)
+    parting = [turns[cut]["role"] if cut < len(turns) else "nothing" for turns in (chosen, rejected)]
+    if chosen == rejected:
+        raise RowError(
+            record, "chosen = rejected", "'chosen' and 'rejected' are the same; a pair must prefer one to the other"
+        )
+    if cut == 0 and parting != ["assistant", "assistant"]:
+        raise RowError(
+            record,
+            "no prompt",
+            "there is no 'prompt', and 'chosen' and 'rejected' begin with nothing in common; add a 'prompt' column",
+        )
+    if parting != ["assistant", "assistant"]:
+        role = next(role for role in parting if role != "assistant")
+        raise RowError(
+            record,
+            "parted by another than the assistant",
+            f"'chosen' and 'rejected' part at turn {cut + 1}, where one has {role} and not the assistant; only the "
+            "assistant's words can be preferred",
+        )
+    while cut > 0 and chosen[cut - 1]["role"] == "assistant":
+        cut -= 1
+    if cut == 0:
+        raise RowError(record, "no prompt", "'chosen' and 'rejected' begin with the assistant; add a 'prompt' column")
+    return chosen[:cut], chosen[cut:], rejected[cut:]
+
+
+def _tools(record: Record, value: Any) -> list[Any] | None:
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise RowError(record, "wrong tools", "field 'tools' must be a list, or one written as JSON") from None
+    if not value:
+        return None
+    if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
+        raise RowError(record, "wrong tools", "field 'tools' must be a list of mappings, one for each function")
+    return [_without_nulls(tool) for tool in value]
+
+
+def _template_kwargs(record: Record) -> dict[str, Any]:
+    value = record.fields.get("chat_template_kwargs")
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except ValueError:
+            value = None
+    if value is None or value == "":
+        return {}
+    if not isinstance(value, Mapping):
+        raise RowError(record, "wrong type", "field 'chat_template_kwargs' must be a mapping of names to values")
+    return {str(name): item for name, item in value.items() if item is not None}
+
+
+def _without_nulls(value: Any) -> Any:
+    """`value` without the nulls that Parquet fills a mapping up with."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value

@@ -1,0 +1,357 @@
+"""The boundary, proven for each row: over templates that do what published ones do, and over those that TRL ships."""
+
+import importlib.util
+from pathlib import Path
+
+import chat_templates as T
+import pytest
+import torch
+from chat_templates import tokenizer_for
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from makers import build_model, build_tokenizer
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from bdpo_pl.data.batches import pair_documents
+from bdpo_pl.data.packing import RowLayout, lay_out
+from bdpo_pl.data.rows import PreferenceRow, RowError
+from bdpo_pl.data.sources import Record
+from bdpo_pl.data.table import PairTable
+from bdpo_pl.data.tokenization import PairTokenizer, PreferencePair
+from bdpo_pl.data.truncation import Truncation
+from bdpo_pl.forward.generation import encode_conversations, stop_ids
+
+MERGES = [("b", "c"), ("a", "b")]
+HERE = Record("file.jsonl", 1, {"prompt": ""})
+USER = {"role": "user", "content": "how do i water it ?"}
+SYSTEM = {"role": "system", "content": "answer briefly ."}
+TURNS = [
+    {"role": "assistant", "content": "why ?"},
+    {"role": "user", "content": "slugs ."},
+    {"role": "assistant", "content": "set traps ."},
+]
+ENDS = {"generation_config": type("G", (), {"eos_token_id": None})()}
+
+
+def say(text, **more):
+    return [{"role": "assistant", "content": text, **more}]
+
+
+def encode(tokenizer, prompt, chosen, rejected, tools=None, template_kwargs=None, **options):
+    row = PreferenceRow(prompt, chosen, rejected, HERE, tools=tools, template_kwargs=template_kwargs or {})
+    pairs = PairTokenizer(tokenizer, **options)
+    return pairs.encode([row])[0], pairs.read_as
+
+
+def trained(ids, flags):
+    return ids if flags is None else [i for i, flag in zip(ids, flags, strict=True) if flag]
+
+
+def check(tokenizer, prompt, pair, chosen, rejected, merged=False):
+    """What must hold of a row whose response is a single answer."""
+    (opened,) = encode_conversations(tokenizer, [prompt])
+    assert pair.prompt_ids == (opened[: len(pair.prompt_ids)] if merged else opened)
+    assert pair.merged is merged
+    stops = stop_ids(type("M", (), ENDS), tokenizer)
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    for ids, flags, said in (
+        (pair.chosen_ids, pair.chosen_trained, chosen),
+        (pair.rejected_ids, pair.rejected_trained, rejected),
+    ):
+        *words, last = trained(ids, flags)
+        assert last in stops
+        assert ids[-1] == last
+        assert not special & set(words), "a marker of another turn is trained on"
+        assert tokenizer.decode(words).strip().endswith(said.strip())
+        assert tokenizer.decode(words).strip() == said.strip() or merged
+
+
+TEMPLATES = {
+    name: getattr(T, name)
+    for name in (
+        "CHATML", "DEFAULT_SYSTEM", "LLAMA3", "LLAMA3_FIRST", "LLAMA32", "GEMMA", "MISTRAL", "QWEN3", "QWEN35_THINK",
+        "GPT_OSS", "VICUNA", "FOREIGN", "PARTS",
+    )
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("chosen", ["in the morning .", "a", " t ", "user\nassistant", "<|im_end|> not <s> </s>"])
+def test_response_is_its_text_behind_the_generation_prompt(name, chosen):
+    tokenizer = tokenizer_for(TEMPLATES[name])
+    for prompt in ([USER], [USER, *say("why ?"), {"role": "user", "content": "slugs ."}], [SYSTEM, USER]):
+        if name == "GEMMA" and prompt[0] is SYSTEM:
+            continue
+        pair, _ = encode(tokenizer, prompt, say(chosen), say("i cannot help ."))
+        assert isinstance(pair, PreferencePair), pair
+        check(tokenizer, prompt, pair, chosen, "i cannot help .")
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from(sorted(TEMPLATES)),
+    asked=st.text(min_size=1, max_size=20).filter(str.strip),
+    said=st.text(min_size=1, max_size=20).filter(lambda text: text.strip() and text.strip() != "no ."),
+)
+def test_any_words_are_cut_exactly_or_refused(name, asked, said):
+    tokenizer = tokenizer_for(TEMPLATES[name])
+    try:
+        pair, _ = encode(tokenizer, [{"role": "user", "content": asked}], say(said), say("no ."))
+    except UnicodeEncodeError:
+        return
+    if isinstance(pair, RowError):
+        assert pair.reason in ("other prompt tokens with a response", "changed by the template")
+        return
+    words = trained(pair.chosen_ids, pair.chosen_trained)
+    assert tokenizer.decode(words[:-1]).strip().endswith(said.strip())
+
+
+def test_system_message_that_the_template_moves_is_kept():
+    """Mistral v3's wrote it before generation and left it out before an answer: the prompt was `<s>[INST]`."""
+    tokenizer = tokenizer_for(T.MISTRAL)
+    pair, read = encode(tokenizer, [SYSTEM, USER], say("in the morning ."), say("no ."))
+    assert tokenizer.decode(pair.prompt_ids) == "<s>[INST] answer briefly .\n\nhow do i water it ?[/INST]"
+    assert tokenizer.decode(pair.chosen_ids) == " in the morning .<|im_end|>"
+    assert not pair.merged
+    assert read.counts["prompts that the template writes otherwise before an answer"] == 1
+
+
+def test_template_that_ignores_the_generation_prompt_opens_the_turn_all_the_same():
+    """Llama 3's first release: every response began and ended with the header of a turn."""
+    first, later = tokenizer_for(T.LLAMA3_FIRST), tokenizer_for(T.LLAMA3)
+    pairs = [encode(tokenizer, [USER], say("so ."), say("no ."))[0] for tokenizer in (first, later)]
+    assert pairs[0] == pairs[1]
+    assert first.decode(pairs[0].chosen_ids) == "so .<|eot_id|>"
+    assert encode_conversations(first, [[USER]]) == encode_conversations(later, [[USER]])
+
+
+def test_empty_thought_of_the_template_is_read_and_not_trained_on():
+    tokenizer = tokenizer_for(T.QWEN3)
+    pair, read = encode(tokenizer, [USER], say("so ."), say("no ."))
+    assert tokenizer.decode(pair.chosen_ids) == "<think>\n\n</think>\n\nso .<|im_end|>"
+    assert tokenizer.decode(trained(pair.chosen_ids, pair.chosen_trained)) == "so .<|im_end|>"
+    assert read.added == {"<think>\n\n</think>\n\n"}
+    closed, _ = encode(tokenizer, [USER], say("so ."), say("no ."), template_kwargs={"enable_thinking": False})
+    assert closed.chosen_trained is None
+    assert closed.prompt_ids + closed.chosen_ids == pair.prompt_ids + pair.chosen_ids
+
+
+def test_open_thought_is_closed_behind_the_very_generation_prompt():
+    """Qwen3.5's: the two line breaks were one token, so training read another prompt than generation."""
+    tokenizer = tokenizer_for(T.QWEN35_THINK)
+    tokenizer.add_tokens(["\n\n"])
+    pair, _ = encode(tokenizer, [USER], say("so ."), say("no ."))
+    assert pair.prompt_ids == encode_conversations(tokenizer, [[USER]])[0]
+    assert tokenizer.decode(pair.chosen_ids) == "\n</think>\n\nso .<|im_end|>"
+    assert tokenizer.decode(trained(pair.chosen_ids, pair.chosen_trained)) == "so .<|im_end|>"
+
+
+def test_thought_that_only_generation_opens_is_refused_with_the_option_that_mends_it():
+    tokenizer = tokenizer_for(T.DEEPSEEK)
+    error, _ = encode(tokenizer, [USER], say("so ."), say("no ."))
+    assert isinstance(error, RowError)
+    assert "data.chat_template_kwargs='{thinking: false}'" in str(error)
+    pair, _ = encode(tokenizer, [USER], say("so ."), say("no ."), template_kwargs={"thinking": False})
+    assert tokenizer.decode(pair.prompt_ids).endswith("<｜Assistant｜></think>")
+    assert tokenizer.decode(pair.chosen_ids) == "so .<|im_end|>"
+
+
+@pytest.mark.parametrize("inline", [False, True])
+@pytest.mark.parametrize(
+    ("thoughts", "seen", "learnt"),
+    [
+        ("train", "<think>\ni wonder\n</think>\n\nso .<|im_end|>", "<think>\ni wonder\n</think>\n\nso .<|im_end|>"),
+        ("mask", "<think>\ni wonder\n</think>\n\nso .<|im_end|>", "so .<|im_end|>"),
+        ("strip", "<think>\n\n</think>\n\nso .<|im_end|>", "so .<|im_end|>"),
+    ],
+)
+def test_thoughts_are_trained_masked_or_stripped(inline, thoughts, seen, learnt):
+    tokenizer = tokenizer_for(T.CHATML if inline else T.QWEN3)
+    for token in ("<think>", "</think>"):
+        tokenizer.add_tokens([token])
+    if inline:
+        chosen, seen = say("<think>\ni wonder\n</think>\n\nso ."), seen.replace("<think>\n\n</think>\n\n", "")
+    else:
+        chosen = say("so .", reasoning_content="i wonder")
+    pair, read = encode(tokenizer, [USER], chosen, say("no ."), thoughts=thoughts)
+    assert tokenizer.decode(pair.chosen_ids) == seen
+    assert tokenizer.decode(trained(pair.chosen_ids, pair.chosen_trained)) == learnt
+    assert read.counts.get("responses with thoughts", 0) == (thoughts != "strip")
+
+
+def test_thoughts_that_the_template_drops_are_refused():
+    tokenizer = tokenizer_for(T.CHATML)
+    error, _ = encode(tokenizer, [USER], say("so .", reasoning_content="i wonder"), say("no ."))
+    assert isinstance(error, RowError)
+    assert "data.thoughts=strip" in str(error)
+
+
+@pytest.mark.parametrize("name", ["CHATML", "LLAMA3", "LLAMA3_FIRST", "GEMMA", "QWEN3", "GPT_OSS", "VICUNA", "MISTRAL"])
+def test_of_several_turns_the_assistants_words_alone_are_trained_on(name):
+    tokenizer = tokenizer_for(TEMPLATES[name])
+    pair, read = encode(tokenizer, [USER], TURNS, say("no ."))
+    learnt = tokenizer.decode(trained(pair.chosen_ids, pair.chosen_trained))
+    assert "slugs" in tokenizer.decode(pair.chosen_ids)
+    assert "slugs" not in learnt
+    end = tokenizer.decode(pair.chosen_ids[-1:])
+    first_end = "" if name == "GPT_OSS" else end  # generation does not stop at what ends its earlier turns
+    assert learnt.replace(" ", "") == f"why?{first_end}settraps.{end}"
+    assert pair.rejected_trained is None or name in ("QWEN3", "GPT_OSS")
+    assert read.counts["responses of several turns"] == 1
+
+
+def test_mask_is_that_of_the_templates_own_generation_marks():
+    """The oracle: transformers' mask of the assistant's tokens, by marks in the template."""
+    marked = T.CHATML.replace(
+        "{{ m.role }}\n{{ m.content }}<|im_end|>\n",
+        "{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+        "{% else %}{{ m.content }}<|im_end|>{% endif %}\n",
+    )
+    tokenizer = tokenizer_for(marked)
+    said = tokenizer.apply_chat_template([USER, *TURNS], return_dict=True, return_assistant_tokens_mask=True)
+    pair, _ = encode(tokenizer, [USER], TURNS, say("no ."))
+    ours = [False] * len(pair.prompt_ids) + list(pair.chosen_trained)
+    assert [bool(flag) for flag in said["assistant_masks"]][: len(ours)] == ours
+    assert said["input_ids"][: len(ours)] == pair.prompt_ids + pair.chosen_ids
+
+
+def test_tools_and_their_calls_reach_the_template():
+    tokenizer = tokenizer_for(T.QWEN3)
+    tools = [{"type": "function", "function": {"name": "rain", "parameters": {"type": "object", "properties": {}}}}]
+    call = {"function": {"name": "rain", "arguments": {"days": 2}}}
+    chosen = [
+        *say("", tool_calls=[call]), {"role": "tool", "content": "none"}, *say("water it .")
+    ]  # fmt: skip
+    pair, _ = encode(tokenizer, [USER], chosen, say("no ."), tools)
+    assert '"name": "rain"' in tokenizer.decode(pair.prompt_ids)
+    learnt = tokenizer.decode(trained(pair.chosen_ids, pair.chosen_trained))
+    assert '<tool_call>\n{"name": "rain", "arguments": {"days": 2}}\n</tool_call><|im_end|>' in learnt
+    assert "none" in tokenizer.decode(pair.chosen_ids)
+    assert "none" not in learnt
+    for template in (T.CHATML, T.LLAMA3):
+        error, _ = encode(tokenizer_for(template), [USER], say("so ."), say("no ."), tools)
+        assert "writes no tools" in str(error)
+        error, _ = encode(tokenizer_for(template), [USER], say("so .", tool_calls=[call]), say("no ."))
+        assert "leaves out the tool calls" in str(error)
+
+
+def test_message_that_the_template_leaves_out_is_refused():
+    tokenizer = tokenizer_for(T.CHATML.replace("{% for m in messages %}", "{% for m in messages[-2:] %}"))
+    error, _ = encode(tokenizer, [SYSTEM, USER, *say("why ?"), USER], say("so ."), say("no ."))
+    assert "leaves out (a part of) the system message" in str(error)
+
+
+def test_date_is_pinned():
+    tokenizer = tokenizer_for(T.LLAMA32)
+    pair, _ = encode(tokenizer, [USER], say("so ."), say("no ."))
+    assert tokenizer.decode(pair.prompt_ids).startswith("26 Jul 2024 ")
+    assert tokenizer.decode(encode_conversations(tokenizer, [[USER]])[0]).startswith("26 Jul 2024 ")
+    dated = PairTokenizer(tokenizer, template_kwargs={"date_string": "1 May 2025"})
+    (pair,) = dated.encode([PreferenceRow([USER], say("so ."), say("no ."), HERE)])
+    assert tokenizer.decode(pair.prompt_ids).startswith("1 May 2025 ")
+    # One set of variables for all that renders with this tokenizer: generation, evaluation and attacks.
+    assert encode_conversations(tokenizer, [[USER]]) == [pair.prompt_ids]
+
+
+def test_markers_that_the_tokenizer_lacks_end_no_turn():
+    tokenizer = tokenizer_for(T.FOREIGN)
+    pair, read = encode(tokenizer, [USER], say("so ."), say("no ."))
+    assert tokenizer.decode(pair.chosen_ids) == "so .<|im_end|>"
+    assert read.counts["ended by EOS, the template ends no turn with a token"] == 1
+
+
+def test_one_merged_token_is_merged_and_more_are_refused():
+    tokenizer = build_tokenizer(chat=False)
+    pair, _ = encode(tokenizer, "my gar", "den", "lic")
+    assert pair.merged
+    # "ab" alone is one token; before a "c" it is "a", and "bc" spans the boundary: two tokens are others.
+    bpe = models.BPE({letter: i for i, letter in enumerate(["a", "b", "c", "x", "d", "bc", "ab", "</s>"])}, MERGES)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(bpe), eos_token="</s>")
+    error, _ = encode(tokenizer, "xab", "c", "d")
+    assert isinstance(error, RowError)
+    assert error.reason == "other prompt tokens with a response"
+
+
+def test_keep_start_keeps_what_opens_the_assistants_turn():
+    tokenizer = tokenizer_for(T.CHATML)
+    pair, _ = encode(tokenizer, "w " * 60, "yes .", "no .")
+    cut = Truncation(32, "keep_start").apply(pair, None)
+    assert tokenizer.decode(cut.prompt_ids).endswith(" w w<|im_end|>\n<|im_start|>assistant\n")
+    assert len(cut.prompt_ids) + max(len(cut.chosen_ids), len(cut.rejected_ids)) == 32
+
+
+def test_masks_are_cut_with_their_responses():
+    pair = PreferencePair([1] * 4, [5] * 6, [6] * 3, chosen_trained=(False, False, True, True, True, True))
+    cut = Truncation(7, "keep_end", max_prompt_length=3).apply(pair, None)
+    assert cut.chosen_trained == (False, False, True, True)
+    assert Truncation(3, "keep_end", max_prompt_length=1).apply(pair, None) is None
+
+
+def test_masked_tokens_are_not_scored_in_any_layout():
+    """The oracle: a plain forward pass, with labels of −100 at the masked tokens."""
+    model = build_model(vocab_size=400).eval()
+    pairs = [
+        PreferencePair([5, 6, 7], [8, 9, 10, 11], [12, 13], chosen_trained=(False, True, False, True)),
+        PreferencePair([14, 15], [16, 17], [18, 19, 20], rejected_trained=(False, False, True)),
+    ]
+    table = PairTable.from_pairs(pairs, [1])
+    assert [table[i] for i in range(2)] == pairs
+    assert table.trained_lengths.tolist() == [[2, 2], [2, 1]]
+    other = PairTable.from_pairs([PreferencePair(p.prompt_ids, p.chosen_ids, p.rejected_ids) for p in pairs], [1])
+    assert table.content_digest() != other.content_digest()
+    assert table.select(torch.tensor([1]).numpy())[0] == pairs[1]
+    for layout in (RowLayout.SPLIT, RowLayout.SHARED):
+        batch = lay_out(pair_documents(pairs), layout, 0)
+        flat = batch.input_ids.flatten()
+        for s, (pair, side) in enumerate((pair, side) for side in ("chosen", "rejected") for pair in pairs):
+            ids, flags = getattr(pair, f"{side}_ids"), getattr(pair, f"{side}_trained") or (True,) * 9
+            labels = [token for token, flag in zip(ids, flags, strict=False) if flag]
+            mine = batch.sequence_ids == s
+            assert batch.labels[mine].tolist() == labels
+            # Each is predicted from the token before it.
+            before = [([pair.prompt_ids[-1], *ids])[k] for k, flag in enumerate(flags[: len(ids)]) if flag]
+            assert flat[batch.score_index[mine]].tolist() == before
+    from bdpo_pl.forward.responses import response_logps
+
+    ours = response_logps(model, lay_out(pair_documents(pairs), RowLayout.SPLIT, 0))
+    for s, (pair, side) in enumerate((pair, side) for side in ("chosen", "rejected") for pair in pairs):
+        ids, flags = getattr(pair, f"{side}_ids"), getattr(pair, f"{side}_trained") or (True,) * 9
+        whole = torch.tensor([pair.prompt_ids + ids])
+        labels = [-100] * len(pair.prompt_ids) + [t if flag else -100 for t, flag in zip(ids, flags, strict=False)]
+        with torch.no_grad():
+            loss = torch.nn.functional.cross_entropy(
+                model(whole).logits[0, :-1].double(), torch.tensor(labels[1:]), reduction="sum"
+            )
+        assert ours[s].item() == pytest.approx(-loss.item(), abs=1e-4)
+
+
+_trl = importlib.util.find_spec("trl")
+_EXTRA = Path("/tmp/helpers/libs/trl")
+_FOLDER = (Path(_trl.origin).parent if _trl and _trl.origin else _EXTRA / "trl") / "chat_templates"
+
+
+@pytest.mark.skipif(not _FOLDER.is_dir(), reason="TRL, whose chat templates these are, is not installed")
+def test_every_template_of_trl_is_cut_exactly_or_refused_by_name():
+    silent, refused, exact = [], {}, 0
+    for path in sorted(_FOLDER.glob("*.jinja")):
+        template = path.read_text(encoding="utf-8")
+        tokenizer = tokenizer_for(template)
+        for prompt in ([USER], [SYSTEM, USER], [USER, *say("why ?"), {"role": "user", "content": "slugs ."}]):
+            pair, _ = encode(tokenizer, prompt, say("in the morning ."), say("i cannot help ."))
+            if isinstance(pair, RowError):
+                refused[path.stem] = pair.reason
+                continue
+            try:
+                check(tokenizer, prompt, pair, "in the morning .", "i cannot help .")
+                exact += 1
+            except AssertionError as error:
+                silent.append((path.stem, str(error)))
+        several, _ = encode(tokenizer, [USER], TURNS, say("no ."))
+        if not isinstance(several, RowError):
+            learnt = tokenizer.decode(trained(several.chosen_ids, several.chosen_trained))
+            if "slugs" in learnt or "why" not in learnt or "traps" not in learnt:
+                silent.append((path.stem, learnt))
+    assert not silent
+    assert exact > 100
+    assert set(refused.values()) <= {"the generation prompt opens a thought", "refused by the template"}, refused
