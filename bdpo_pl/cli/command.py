@@ -23,6 +23,16 @@ from bdpo_pl.errors import InputError, MachineError, NonFiniteError, StoppedErro
 
 _STATUS = {InputError: 2, MisconfigurationException: 2, NonFiniteError: 3, MachineError: 4}
 
+_NOISE = (
+    "litlogger",
+    "GPU available: False",
+    "TPU available: False",
+    "Loading `train_dataloader` to estimate",
+    "`Trainer(val_check_interval=1.0)` was configured",
+    "`weights_only` was not set",
+    "`Trainer.fit` stopped:",
+)
+
 
 def run_command(command: Callable[[], None], kept: str = "") -> None:
     """Run `command` and end the process as `main` says.
@@ -94,11 +104,14 @@ def _quieten() -> None:
         r".*LightningCLI's args parameter.*",  # main(args) is for callers in Python
         r".*Total length of `list` across ranks is zero.*",  # nothing held out, as asked for
         r".*isinstance\(treespec, LeafSpec\).*",  # between Lightning and torch
+        r".*The dirpath has changed from.*",  # a resumed run keeps its own best checkpoint
+        r".*could not find the monitored key in the returned metrics.*",  # a run that ends before its first validation
+        r".*was configured so validation will run.*",  # as it was asked for
     ):
         warnings.filterwarnings("ignore", message=message)
-    # Not a message of the run, but an advertisement.
+    # Not messages of the run: advertisements, what the machine has not, and how Lightning goes about it.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "litlogger" not in record.getMessage()
+        lambda record: not any(noise in record.getMessage() for noise in _NOISE)
     )
     if not sys.stderr.isatty():
         # A log file has no use for transformers' bars of loading and saving.

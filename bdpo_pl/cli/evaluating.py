@@ -7,8 +7,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from bdpo_pl.console import get_console, paths_table
 from bdpo_pl.data.report import report_table
 from bdpo_pl.embedded import EMBEDDED
@@ -30,6 +28,7 @@ from bdpo_pl.evaluation.suites.suite import Suite
 from bdpo_pl.evaluation.terminal import results_table, suites_table, weakness_table
 from bdpo_pl.evaluation.verdict_log import RecordFile
 from bdpo_pl.files import RunFolder, writable_folder, write_whole
+from bdpo_pl.reporting.progress import progress
 from bdpo_pl.reporting.terminal import findings_table
 
 OWN_SUITES = ("embedded_harmful", "embedded_jailbreak", "embedded_benign")
@@ -116,18 +115,17 @@ def _evaluate(
             judge, *read_labelled(LABELLED_FILE if own else labels), source=whose if own else f"labels of {labels}"
         )
     keep_texts = options.show_texts or options.refine is not None
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("prompts"))
     with (
         RecordFile(folder / "verdicts.jsonl", options.keep_answers) as records,
-        Progress(*columns, TimeRemainingColumn(), console=get_console(stderr=True)) as progress,
+        progress("prompts") as told,
     ):
         # An attack makes each of its prompts, and then asks it.
         attacked = 2 * len(attacks.by_name) * len(attacks.suite.prompts) if attacks.suite is not None else 0
         total = (sum(len(suite.prompts) for suite in suites) + attacked) * len(subjects)
-        task = progress.add_task("", total=total)
+        task = told.add_task("", total=total)
         runner = Runner(
             suites,
-            Asker(judge, records, options.generation, keep_texts, lambda count: progress.advance(task, count)),
+            Asker(judge, records, options.generation, keep_texts, lambda count: told.advance(task, count)),
             choose_dtype(options.dtype, device),
             device,
             options.pairs,
@@ -135,7 +133,7 @@ def _evaluate(
             attacks.by_name,
             attacks.suite,
             keep_texts,
-            lambda text: progress.update(task, description=text),
+            lambda text: told.update(task, description=text),
         )
         models = [runner.evaluate(one) for one in subjects]
     return (

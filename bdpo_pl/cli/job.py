@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 import lightning as L
 import torch
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from bdpo_pl import embedded
@@ -22,6 +22,7 @@ from bdpo_pl.training.checkpoints import StopSignals
 from bdpo_pl.training.datamodule import PreferenceDataModule
 from bdpo_pl.training.identity import ResumeOptions
 from bdpo_pl.training.module import PreferenceModule
+from bdpo_pl.training.run_progress import RunProgress
 from bdpo_pl.training.safety_probe import SafetyProbe
 
 _NAMES_A_JOB = {"--config", "-c", "--model", "--model.policy", "--data", "--data.train"}
@@ -121,6 +122,12 @@ class FitCLI(LightningCLI):
             if not config.data.train_probe:
                 raise InputError("stop_at_gap needs the gap, which training pairs tell: set data.train_probe to true")
             trainer.callbacks.insert(0, StopAtGap(config.stop_at_gap))  # type: ignore[attr-defined]
+        if type(trainer.progress_bar_callback) in (RichProgressBar, TQDMProgressBar) and not any(
+            isinstance(callback, ProgressBar) for callback in self.config_init.trainer.callbacks or []
+        ):
+            # Lightning's own, unless it was asked for by name.
+            at = trainer.callbacks.index(trainer.progress_bar_callback)  # type: ignore[attr-defined]
+            trainer.callbacks[at] = RunProgress()  # type: ignore[attr-defined]
         return trainer
 
     def _holds_out_nothing(self) -> bool:

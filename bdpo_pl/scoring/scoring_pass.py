@@ -11,11 +11,11 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from bdpo_pl.comprehension import normalised_hsic
@@ -24,6 +24,7 @@ from bdpo_pl.data.packing import Document, RowLayout, lay_out
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.errors import InputError
 from bdpo_pl.forward.responses import response_logps
+from bdpo_pl.reporting.progress import Reporter, progress
 from bdpo_pl.scoring.cache import ScoreCache
 from bdpo_pl.scoring.machine import Machine
 from bdpo_pl.scoring.scores import ScoreTable
@@ -68,6 +69,7 @@ def score_pairs(
     comprehension: bool = True,
     hsic: bool = False,
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    on_batch: Callable[[float], None] = lambda share: None,
 ) -> ScoreTable:
     """Score the pairs at `indices` of `table` with `model`, in evaluation mode.
 
@@ -81,6 +83,7 @@ def score_pairs(
         comprehension: score against the null prompt as well.
         hsic: compute `normalised_hsic` as well.
         context: entered around each forward pass, for autocast.
+        on_batch: told after each forward pass which share of all tokens it was.
 
     Raises:
         InputError: a log-probability is not finite; the pair is named.
@@ -101,6 +104,7 @@ def score_pairs(
 
     names = ["reference", *(["null"] if comprehension else []), *(["hsic"] if hsic else [])]
     columns = {name: np.full((2, len(indices)), np.nan, dtype=np.float32) for name in names}
+    all_tokens = sum(document.num_tokens for document in documents)
     was_training = model.training
     model.eval()
     try:
@@ -118,6 +122,7 @@ def score_pairs(
                     states, (start, end, first, last) = hidden[0].flatten(0, 1), spans[i]
                     value = normalised_hsic(states[start:end], states[first:last]).item()
                     columns["hsic"][place.side, place.position] = value
+            on_batch(sum(document.num_tokens for document in group) / all_tokens)
     finally:
         model.train(was_training)
     for values in columns.values():
@@ -166,9 +171,9 @@ def score_table(
     # All ranks have looked before any writes: they agree on what is missing.
     machine.barrier()
     if missing:
-        with _progress(enabled=machine.rank == 0) as progress:
+        with progress("pairs", enabled=machine.rank == 0) as told:
             done = sum(len(scores) for scores in chunks if scores is not None)
-            task = progress.add_task(f"Scoring {name}", total=len(table), completed=done)
+            task = told.add_task(f"Scoring {name}", total=len(table), completed=done)
             for chunk in missing[machine.rank :: machine.world_size]:
                 indices = cache.indices(chunk)
                 scores = score_pairs(
@@ -181,9 +186,9 @@ def score_table(
                     comprehension=options.comprehension,
                     hsic=hsic,
                     context=machine.context,
+                    on_batch=partial(_advance, told, task, len(indices) * machine.world_size),
                 )
                 cache.save(chunk, scores)
-                progress.advance(task, len(indices) * machine.world_size)
         machine.barrier()
         chunks = [scores or cache.load(chunk) for chunk, scores in enumerate(chunks)]
     complete = [scores for scores in chunks if scores is not None]
@@ -231,8 +236,5 @@ def _default_batch_tokens(device: torch.device) -> int:
     return 2_048 if device.type == "cpu" else 16_384
 
 
-def _progress(enabled: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("pairs"), TimeRemainingColumn(),
-        disable=not enabled,
-    )  # fmt: skip
+def _advance(told: Reporter, task: Any, pairs: int, share: float) -> None:
+    told.advance(task, share * pairs)

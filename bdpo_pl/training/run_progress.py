@@ -1,0 +1,168 @@
+"""How far a run is: one bar that fits 80 columns in a terminal, a line every few steps where there is none."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ProgressBar
+from rich.progress import BarColumn, Progress, TextColumn
+
+from bdpo_pl.console import get_console
+from bdpo_pl.reporting.format import percent, seconds, signed, size
+from bdpo_pl.reporting.progress import memory_used, say, shows_bars
+
+_MOST_SECONDS = 30.0
+"""Between two lines, where steps are slow."""
+_TRIAL = 2
+_SHOWN: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("train/loss", "loss", lambda value: f"{value:.4f}"),
+    ("train/margin", "margin", lambda value: signed(value, 3)),
+    ("train/accuracy", "accuracy", percent),
+)
+_VALIDATED: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("held_out/loss", "held-out loss", lambda value: f"{value:.4f}"),
+    ("held_out/accuracy", "accuracy", percent),
+    ("gap/margin", "margin gap", lambda value: signed(value, 3)),
+)
+
+
+class RunProgress(ProgressBar):
+    """Says step, loss, margin, pairs a second, memory and time left.
+
+    Args:
+        clock: tells the seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self.clock = clock
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._enabled = True
+        self._start = self._last = self._paused = 0.0
+        self._pairs = self._batches = 0
+        self._first_step = self._said_step = 0
+        self._due: int | None = None
+
+    def disable(self) -> None:
+        """Say nothing, on ranks but the first."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Say it again."""
+        self._enabled = True
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock, and the bar."""
+        self._start = self._last = self.clock()
+        self._paused, self._pairs, self._batches = 0.0, 0, 0
+        self._first_step = self._said_step = trainer.global_step
+        if self._enabled and shows_bars():
+            columns = (TextColumn("{task.description}"), BarColumn(14), TextColumn("{task.fields[said]}"))
+            self._bar = Progress(*columns, console=get_console())
+            self._bar.start()
+            self._task = self._bar.add_task("", total=_total(trainer), completed=trainer.global_step, said="")
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count, and say it where it is due."""
+        self._pairs += int((batch.pair_weight > 0).sum())
+        self._batches += 1
+        now, step = self.clock(), trainer.global_step
+        if not self._enabled:
+            return
+        if self._batches == _TRIAL:
+            left = _batches_of(trainer) - _TRIAL
+            if left > 0:
+                expected = (now - self._start) / _TRIAL * (left + _TRIAL)
+                self._write(f"Training: about {seconds(expected)} for {_total(trainer):,} steps, validations aside")
+        done = step >= _total(trainer)
+        at_log = step % max(1, trainer.log_every_n_steps) == 0  # type: ignore[attr-defined]
+        if step == self._said_step or not (at_log or done or now - self._last >= _MOST_SECONDS):
+            return
+        self._said_step, self._last = step, now
+        # The module logs the step's metrics after its callbacks have been called.
+        self._due = step
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Say what is due of the step before."""
+        self._say_step(trainer)
+
+    def _say_step(self, trainer: L.Trainer) -> None:
+        if self._due is None:
+            return
+        step, self._due = self._due, None
+        values = _told(trainer.callback_metrics, _SHOWN)
+        taken = max(self._last - self._start - self._paused, 1e-9)
+        left_steps = (_total(trainer) - step) / max(1, step - self._first_step) * taken
+        left = "" if step >= _total(trainer) else f"{seconds(left_steps)} left"
+        if self._bar is not None:
+            self._bar.update(
+                self._task,
+                description=f"step {step:,}/{_total(trainer):,}",
+                completed=step,
+                said=" ".join(filter(None, [*values[:2], left])),
+            )
+            return
+        rest = [f"{self._pairs / taken:.3g} pairs/s", size(memory_used()), left]
+        self._write(", ".join(filter(None, [f"step {step:,} of {_total(trainer):,}", *values, *rest])))
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave the time of validations out of the rate."""
+        self._say_step(trainer)
+        self._validation_start = self.clock()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say what the validation found."""
+        self._paused += self.clock() - self._validation_start
+        values = _told(trainer.callback_metrics, _VALIDATED)
+        if self._enabled and values and not trainer.sanity_checking:
+            self._write(f"after step {trainer.global_step:,}: {', '.join(values)}")
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say what is due of the last step."""
+        self._say_step(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Put the bar away."""
+        self._say_step(trainer)
+        self._stop()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Put the bar away."""
+        self._stop()
+
+    def print(self, *args: Any, sep: str = " ", **kwargs: Any) -> None:
+        """Print above the bar."""
+        self._write(sep.join(map(str, args)))
+
+    def _write(self, line: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(line, highlight=False)
+        else:
+            say(line)
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def _total(trainer: L.Trainer) -> int:
+    """Optimiser steps of the whole run, whichever of epochs and steps ends it."""
+    return int(trainer.estimated_stepping_batches)
+
+
+def _batches_of(trainer: L.Trainer) -> int:
+    """Micro-batches of the whole run."""
+    return _total(trainer) * trainer.accumulate_grad_batches
+
+
+def _told(metrics: Mapping[str, Any], shown: tuple[tuple[str, str, Callable[[float], str]], ...]) -> list[str]:
+    return [f"{label} {form(float(metrics[name]))}" for name, label, form in shown if name in metrics]

@@ -1,0 +1,49 @@
+"""A run's progress, in a log and in a terminal of 80 columns."""
+
+import re
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from bdpo_pl.training import run_progress
+from bdpo_pl.training.run_progress import RunProgress
+
+
+@pytest.fixture
+def run(job):
+    def train(**trainer):
+        options = {"enable_progress_bar": True, "callbacks": [RunProgress()], **trainer}
+        built, module, data = job(trainer=options)
+        built.fit(module, data)
+        return module
+
+    return train
+
+
+def test_a_log_has_a_line_every_few_steps(run, capsys):
+    run(max_epochs=2, log_every_n_steps=2)
+    printed = capsys.readouterr().out
+    steps = re.findall(
+        r"^step (\d+) of 16, loss [\d.]+, margin \S+, accuracy \S+%, \S+ pairs/s, \S+ [MG]B(.*)$", printed, re.M
+    )
+    assert [int(step) for step, _ in steps] == [2, 4, 6, 8, 10, 12, 14, 16]
+    assert all("left" in rest for _, rest in steps[:-1])
+    assert re.search(r"^Training: about .* for 16 steps", printed, re.M)
+    assert len(re.findall(r"^after step \d+: held-out loss [\d.]+, accuracy", printed, re.M)) == 2
+
+
+def test_steps_that_end_a_run_early_are_its_total(run, capsys):
+    run(max_epochs=2, max_steps=3, log_every_n_steps=1)
+    assert re.findall(r"^step (\d+ of \d+)", capsys.readouterr().out, re.M) == ["1 of 3", "2 of 3", "3 of 3"]
+
+
+def test_a_bar_fits_80_columns(run, monkeypatch):
+    console = Console(file=StringIO(), force_terminal=True, width=80, color_system=None)
+    monkeypatch.setattr(run_progress, "shows_bars", lambda: True)
+    monkeypatch.setattr(run_progress, "get_console", lambda: console)
+    run(log_every_n_steps=1)
+    frames = re.split(r"[\r\n]", re.sub(r"\x1b\[[0-9?]*[A-Za-z]", "", console.file.getvalue()))
+    last = next(frame for frame in reversed(frames) if "step" in frame and "/" in frame)
+    assert re.search(r"step 8/8 .*loss [\d.]+ margin \S+", last)
+    assert max(map(len, frames)) <= 80
