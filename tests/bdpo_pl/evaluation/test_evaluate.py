@@ -434,7 +434,7 @@ def test_options_as_users_write_them(given, models, expected):
 
 def test_help_is_readable_and_every_switch_and_list_has_its_short_form(capsys):
     with pytest.raises(SystemExit) as stopped:
-        main(["--help"])
+        main(["--help_all"])
     assert stopped.value.code == 0
     printed = capsys.readouterr().out
     assert printed.startswith("usage: python -m bdpo_pl.evaluate [MODEL ...] [--option VALUE ...]\n")
