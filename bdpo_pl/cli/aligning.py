@@ -19,6 +19,7 @@ from bdpo_pl.files import RunFolder
 from bdpo_pl.parallel.state import whole_state
 from bdpo_pl.training.callbacks import LastCheckpoint
 from bdpo_pl.training.checkpoints import find_checkpoint, what_is_saved, write_atomically
+from bdpo_pl.training.disk import SaysDisk
 from bdpo_pl.training.export import export_adapters, export_model
 from bdpo_pl.training.identity import RunIdentity
 from bdpo_pl.training.memory_plan import planned
@@ -52,7 +53,8 @@ def run(args: list[str], description: str | None) -> None:
 
 def _align(cli: FitCLI, checkpoint: str | None, start: float) -> None:
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
-    trainer.callbacks += [RunIdentity(checkpoint, cli.config_init.resume.allow), MetricsRows()]  # type: ignore[attr-defined]
+    resumed = RunIdentity(checkpoint, cli.config_init.resume.allow)
+    trainer.callbacks += [resumed, MetricsRows(), SaysDisk(cli.config.export)]  # type: ignore[attr-defined]
     continue_metrics(trainer, checkpoint)
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     if module.global_step not in module.evaluations and "held_out" in data.tables:

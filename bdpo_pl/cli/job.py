@@ -75,6 +75,8 @@ class FitCLI(LightningCLI):
                 "checkpoint.mode": "min",
                 "checkpoint.filename": "best-step={step}",
                 "checkpoint.auto_insert_metric_name": False,
+                # The whole state, three times as much, is in last.ckpt, from which one resumes.
+                "checkpoint.save_weights_only": True,
                 "model.loss": {"class_path": "bdpo_pl.losses.BalancedDPOLoss"},
                 # The embedded pairs are for the embedded model; a model of one's own is trained on nothing unasked.
                 "data.train": None,
@@ -122,6 +124,8 @@ class FitCLI(LightningCLI):
             if not config.data.train_probe:
                 raise InputError("stop_at_gap needs the gap, which training pairs tell: set data.train_probe to true")
             trainer.callbacks.insert(0, StopAtGap(config.stop_at_gap))  # type: ignore[attr-defined]
+        # Last of all, so that it can be one file with what the others have written.
+        trainer.callbacks.sort(key=lambda callback: isinstance(callback, LastCheckpoint))  # type: ignore[attr-defined]
         if type(trainer.progress_bar_callback) in (RichProgressBar, TQDMProgressBar) and not any(
             isinstance(callback, ProgressBar) for callback in self.config_init.trainer.callbacks or []
         ):

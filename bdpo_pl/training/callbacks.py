@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,39 @@ class LastCheckpoint(ModelCheckpoint):
 
     def __init__(self) -> None:
         super().__init__(filename=self.NAME, save_top_k=1, monitor=None, enable_version_counter=False)
+
+    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        """Write the file, or make it one with a checkpoint of the whole state that this validation has written."""
+        same = next(filter(None, (_just_written(callback, trainer) for callback in trainer.checkpoint_callbacks)), None)
+        if same is None or same == Path(filepath) or not _linked(trainer, same, Path(filepath)):
+            super()._save_checkpoint(trainer, filepath)
+            return
+        self._last_global_step_saved = trainer.global_step
+        self._last_checkpoint_saved = filepath
+
+
+def _just_written(callback: Any, trainer: L.Trainer) -> Path | None:
+    """The checkpoint of the whole state that `callback` has written at this step, if it has."""
+    if isinstance(callback, LastCheckpoint) or not isinstance(callback, ModelCheckpoint) or callback.save_weights_only:
+        return None
+    written = Path(callback._last_checkpoint_saved) if callback._last_checkpoint_saved else None
+    return written if written is not None and callback._last_global_step_saved == trainer.global_step else None
+
+
+def _linked(trainer: L.Trainer, file: Path, name: Path) -> bool:
+    """Give `file` the name `name` too, all at once; whether the file system could. All ranks call it."""
+    done = False
+    if trainer.is_global_zero and file.is_file():
+        partial = name.with_name(f".{name.name}.link")
+        try:
+            partial.unlink(missing_ok=True)
+            os.link(file, partial)
+            partial.replace(name)
+            done = True
+        except OSError:
+            # Some file systems have no links.
+            partial.unlink(missing_ok=True)
+    return trainer.strategy.reduce_boolean_decision(done, all=False)
 
 
 class SaveOnNonFinite(L.Callback):

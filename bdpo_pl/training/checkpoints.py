@@ -107,7 +107,20 @@ def find_checkpoint(path: str | None, root: Path) -> str | None:
             f"the checkpoint {path} is not whole: its end is missing, or it is another kind of file; "
             "resume from another, or with --ckpt_path last"
         )
+    if Path(path).is_file() and _holds_weights_alone(Path(path)):
+        raise InputError(
+            f"the checkpoint {path} holds weights alone, from which no run can go on: resume with --ckpt_path last, or "
+            "write whole ones with --checkpoint.save_weights_only false"
+        )
     return path
+
+
+def _holds_weights_alone(path: Path) -> bool:
+    try:
+        return "optimizer_states" not in torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError):
+        # What else is wrong with it is said where it is read.
+        return False
 
 
 class StopSignals(L.Callback):

@@ -157,7 +157,7 @@ def plan_memory(
     return MemoryPlan(
         round(weights),
         round(gathered),
-        round(counts.trained / shards * _state_width(optimizer, torch.float32 if lora is not None else dtype)),
+        round(counts.trained / shards * state_width(optimizer, torch.float32 if lora is not None else dtype)),
         round(gradients),
         activations,
         _logits_chunk(config, batch, half_products or dtype, devices, head_trained=lora is None),
@@ -300,7 +300,7 @@ def _logits_chunk(config: Any, batch: SequenceBatch, dtype: torch.dtype, devices
     return chunk + 2 * N * D * dtype.itemsize + (v * D * 4 if head_trained else 0)
 
 
-def _state_width(optimizer: Callable[[Any], torch.optim.Optimizer], dtype: torch.dtype) -> float:
+def state_width(optimizer: Callable[[Any], torch.optim.Optimizer], dtype: torch.dtype) -> float:
     """Bytes of optimiser state for each parameter."""
     parameter = nn.Parameter(torch.zeros(8, 8, dtype=dtype))
     made = optimizer([{"params": [parameter]}])

@@ -150,7 +150,7 @@ def test_loss_by_class_path(base):
 
 
 def test_resume_from_the_command_line_ends_in_the_same_weights(base, capsys):
-    main([*base, "--checkpoint.save_top_k=-1"])
+    main([*base, "--checkpoint.save_top_k=-1", "--checkpoint.save_weights_only=false"])
     main([*base, "--ckpt_path=runs/version_0/checkpoints/best-step=4.ckpt"])
     printed = capsys.readouterr().out
     assert printed.count("8 optimiser steps") == 2
@@ -175,6 +175,15 @@ def test_last_checkpoint_is_written_though_nothing_improves_and_found_again(base
     capsys.readouterr()
     main([*base, "--ckpt_path=last"])
     assert "8 optimiser steps" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_weights_alone_is_none_to_resume_from(base, capsys):
+    main([*base, "--export=false"])
+    best = next(Path("runs/version_0/checkpoints").glob("best-step=*.ckpt"))
+    with pytest.raises(SystemExit) as stopped:
+        main([*base, f"--ckpt_path={best}"])
+    assert stopped.value.code == 2
+    assert "holds weights alone" in capsys.readouterr().err
 
 
 def test_last_checkpoint_of_no_run_is_refused(base, capsys):

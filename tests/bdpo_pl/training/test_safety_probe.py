@@ -213,7 +213,8 @@ def test_limits_that_are_none(limit):
 
 
 def test_resumed_run_keeps_the_latest_rates_and_is_exact(command, folder, monkeypatch):
-    options = [*suites(folder), "--safety.every_n_steps=4", "--checkpoint.save_top_k=-1"]
+    whole_states = ["--checkpoint.save_top_k=-1", "--checkpoint.save_weights_only=false"]
+    options = [*suites(folder), "--safety.every_n_steps=4", *whole_states]
     script = {"harmful": [0, 1, 2, 3], "jailbreak": [0, 2, 0, 4], "benign": [4, 1, 3, 0]}
     Answers(monkeypatch, **script)
     fit.main([*command, *options])

@@ -1,0 +1,99 @@
+"""What a run will write to the disk, said before its first step."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from bdpo_pl.reporting.format import size
+from bdpo_pl.training.callbacks import LastCheckpoint
+from bdpo_pl.training.memory_plan import state_width
+
+
+@dataclass(frozen=True)
+class DiskPlan:
+    """Bytes on the disk.
+
+    Attributes:
+        last: of `last.ckpt`, policy and optimiser.
+        best: of one best checkpoint.
+        kept: number of best checkpoints that are kept; None: all of them.
+        export: of the exported model.
+    """
+
+    last: int
+    best: int
+    kept: int | None
+    export: int
+
+    @property
+    def total(self) -> int:
+        """At the end of the run, with one best checkpoint where all are kept; a checkpoint is written before the one
+        it replaces goes.
+        """
+        return (
+            self.last
+            + self.best * (self.kept if self.kept is not None else 1)
+            + self.export
+            + max(self.last, self.best)
+        )
+
+    def told(self, free: int) -> str:
+        """Say it in one line, with what is free."""
+        many = {None: "each ", 1: "", 0: "none of "}.get(self.kept, f"{self.kept} × ")
+        return (
+            f"On the disk: last.ckpt {size(self.last)}, best checkpoint {many}{size(self.best)}, exported model "
+            f"{size(self.export)}; {size(free)} are free"
+        )
+
+
+class SaysDisk(L.Callback):
+    """Says before the first step what the run will write, and warns where the disk is too small for it.
+
+    Args:
+        export: whether the model is exported at the end.
+    """
+
+    def __init__(self, export: bool) -> None:
+        self.export = export
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say it."""
+        plan = plan_disk(trainer, pl_module, self.export)
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        here = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+        free = shutil.disk_usage(here).free
+        rank_zero_info(plan.told(free))
+        if plan.total > free:
+            rank_zero_warn(
+                f"the disk of {folder} has {size(free)} free, and the run will want {size(plan.total)}: free some, set "
+                "trainer.default_root_dir to another disk, or lower checkpoint.save_top_k"
+            )
+
+
+def plan_disk(trainer: L.Trainer, module: Any, export: bool) -> DiskPlan:
+    """The plan of a run whose policy is loaded.
+
+    Args:
+        trainer: with its checkpoint callbacks.
+        module: a `PreferenceModule`.
+        export: whether the model is exported.
+    """
+    parameters = list(module.policy.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    weights = sum(p.numel() * p.element_size() for p in (trained if module.lora is not None else parameters))
+    optimizer = sum(p.numel() for p in trained) * state_width(module.optimizer, trained[0].dtype)
+    best = 0
+    kept: int | None = 0
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and not isinstance(callback, LastCheckpoint):
+            best = weights if callback.save_weights_only else round(weights + optimizer)
+            kept = None if callback.save_top_k == -1 else callback.save_top_k
+    whole = sum(p.numel() * p.element_size() for p in parameters)
+    return DiskPlan(round(weights + optimizer), best, kept, whole if export else 0)
