@@ -22,8 +22,7 @@ from torch import Tensor
 
 from bdpo_pl.data.tokenization import Ids
 
-# Rows of compiled attention take one of few lengths: each new one is compiled anew.
-_LENGTHS_PER_OCTAVE = 4
+# Compiled attention wants whole blocks; with dynamic shapes another length costs no compilation.
 _BLOCK = 128
 
 
@@ -194,6 +193,5 @@ def _first_fit(documents: Sequence[Document], capacity: int) -> list[list[Docume
 
 
 def _row_length(num_tokens: int) -> int:
-    """The next of the few lengths that rows of compiled attention take."""
-    step = max(_BLOCK, (1 << (num_tokens - 1).bit_length()) // (2 * _LENGTHS_PER_OCTAVE))
-    return -(-num_tokens // step) * step
+    """`num_tokens` rounded up to whole blocks."""
+    return -(-num_tokens // _BLOCK) * _BLOCK

@@ -115,6 +115,11 @@ class PairTable:
             None if self.safe is None else self.safe[:, indices],
         )
 
+    @property
+    def largest_id(self) -> int:
+        """The largest token id in pairs and null prompt."""
+        return max([*self.null_prompt_ids, int(self.tokens.max(initial=0))])
+
     def num_tokens(self, shared: bool) -> np.ndarray:
         """(M,) tokens that a pair takes in a batch, its prompt counted once if `shared`, else for each response."""
         prompts = self.prompt_lengths if shared else 2 * self.prompt_lengths

@@ -1,15 +1,25 @@
-"""Whether two computations of the same log-probabilities agree: up to rounding, and no further."""
+"""Whether two computations of the same thing agree: up to rounding, and no further."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-# Log-probabilities of a response by two orders of the same arithmetic, relative to their size.
-_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
-_HALF_TOLERANCE = 3e-2
+# Rounding of a log-probability of one token, in units of its dtype's precision: the errors of many layers' products,
+# of logits of some ten nats. Half precision rounds every activation and leaves less room for chance.
+_UNITS, _HALF_UNITS = 16.0, 2.0
+_LEAST_NATS = 8.0
+# Gradients, as the norm of a difference in units of the norm; those of half precision differ by some per cent.
+_GRADIENT_BOUND = {torch.float64: 1e-7, torch.float32: 1e-3}
+_HALF_GRADIENT_BOUND = 0.1
+# With TF32, products of float32 have 10 bits.
+_TF32_EPS, _TF32_GRADIENT_BOUND = 2.0**-10, 3e-2
+# A part with less than this share of the largest part's gradient is measured in units of that share.
+_SMALL_SHARE = 0.05
 
 
 def compute_dtype(model: Any) -> torch.dtype:
@@ -18,11 +28,59 @@ def compute_dtype(model: Any) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
 
 
-def tolerance(dtype: torch.dtype) -> float:
-    """The largest `relative_error` that rounding in `dtype` explains."""
-    return _TOLERANCE.get(dtype, _HALF_TOLERANCE)
+def rounding_of_logps(logps: Tensor, lengths: Tensor, dtype: torch.dtype) -> Tensor:
+    """(S,) nats by which rounding alone may change the log-probabilities of responses.
+
+    The errors of n tokens add up as those of independent draws do, so the bound grows with √n.
+
+    Args:
+        logps: (S,) log-probabilities, summed over the tokens of each response.
+        lengths: (S,) tokens n of each response.
+        dtype: of the products.
+    """
+    eps, units = torch.finfo(dtype).eps, _UNITS
+    if dtype not in _GRADIENT_BOUND:
+        units = _HALF_UNITS
+    elif dtype == torch.float32 and _tf32():
+        eps, units = _TF32_EPS, _HALF_UNITS
+    per_token = (logps.abs() / lengths).clamp_min(_LEAST_NATS)
+    return units * eps * lengths.sqrt() * per_token
 
 
-def relative_error(values: Tensor, expected: Tensor) -> float:
-    """The largest difference, relative to the larger of 1 and the expected size; NaN if anything is."""
-    return ((values - expected).abs() / expected.abs().clamp_min(1.0)).max().item()
+def rounding_of_gradients(dtype: torch.dtype) -> float:
+    """The largest `gradient_error` that rounding in `dtype` explains."""
+    if dtype == torch.float32 and _tf32():
+        return _TF32_GRADIENT_BOUND
+    return _GRADIENT_BOUND.get(dtype, _HALF_GRADIENT_BOUND)
+
+
+def gradient_error(parts: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest norm of a difference of two parts, relative to the expected part's norm; NaN if anything is.
+
+    Args:
+        parts: gradients, cut into pieces so that none is too small to be seen.
+        expected: the same pieces as they should be.
+    """
+    assert len(parts) == len(expected)
+    sizes = torch.stack([part.float().norm() for part in expected])
+    sizes = sizes.clamp_min(max(_SMALL_SHARE * sizes.max().item(), torch.finfo(torch.float32).tiny))
+    differences = torch.stack(
+        [(part.float() - other.float()).norm() for part, other in zip(parts, expected, strict=True)]
+    )
+    return (differences / sizes).max().item()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Hold `model` in evaluation mode while open; each of its modules is then given back the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _tf32() -> bool:
+    return torch.cuda.is_available() and torch.get_float32_matmul_precision() != "highest"

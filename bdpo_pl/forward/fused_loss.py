@@ -2,7 +2,7 @@
 
 The hidden states of the scored positions are taken where they enter the head, and `linear_preference_loss` does the
 rest chunk by chunk. What an architecture does to its logits after the head (soft-cap, scale) is read from its
-configuration, and the result is compared once with the model's own logits before it is trusted.
+configuration, and the result is compared once with the model's own logits, values and gradients, before it is trusted.
 
 Shapes: B pairs; S = 2B sequences; N scored tokens; D hidden size; V vocabulary.
 """
@@ -17,11 +17,18 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from bdpo_kernels import linear_preference_loss
-from bdpo_pl.data.packing import SequenceBatch
+from bdpo_pl.data.packing import Document, SequenceBatch
 from bdpo_pl.errors import InputError
-from bdpo_pl.forward.equivalence import compute_dtype, relative_error, tolerance
+from bdpo_pl.forward.equivalence import (
+    compute_dtype,
+    evaluating,
+    gradient_error,
+    rounding_of_gradients,
+    rounding_of_logps,
+)
 from bdpo_pl.forward.last_layer import scored_positions_only
 from bdpo_pl.forward.masks import model_inputs
+from bdpo_pl.forward.reading import read
 from bdpo_pl.forward.responses import head_input, response_logps
 from bdpo_pl.parallel.tensor_parallel import VocabParallelHead, head_weight
 
@@ -83,18 +90,39 @@ def why_not_fused(model: Any, batch: SequenceBatch) -> str | None:
     dtype = compute_dtype(model)
     if dtype == torch.float16:
         return "float16 gradients vanish unless the loss is scaled before they are computed; use bf16"
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            own = response_logps(model, batch, whole=True)
-            _, fused = fused_preference_loss(model, batch, lambda chosen, rejected, _: chosen - rejected)
-    finally:
-        model.train(was_training)
-    error = relative_error(fused.flatten(), own)
-    if not error <= tolerance(dtype):
-        return f"its logits are not those of its LM head alone (log-probabilities differ by {error:.2g} of their size)"
+    # Each sequence is a document of its own here: rows are the same on both sides.
+    documents = [Document([0], [(number, [0])]) for number in range(batch.num_sequences)]
+
+    def own() -> tuple[Tensor, Tensor]:
+        logps = response_logps(model, batch, whole=True)
+        chosen, rejected = logps.view(2, -1)
+        return logps, _trial_loss(chosen, rejected, torch.arange(len(chosen), device=chosen.device)).sum()
+
+    def fused() -> tuple[Tensor, Tensor]:
+        loss, logps = fused_preference_loss(model, batch, _trial_loss)
+        return logps.flatten(), loss
+
+    with evaluating(model):
+        expected, found = (read(model, batch, documents, run, head=True) for run in (own, fused))
+    lengths = torch.bincount(batch.sequence_ids, minlength=batch.num_sequences)
+    difference = (found.logps - expected.logps).abs()
+    if not (difference <= rounding_of_logps(expected.logps, lengths, dtype)).all():
+        return (
+            f"its logits are not those of its LM head alone (log-probabilities differ by {difference.max():.2g} nats)"
+        )
+    pairs = [(found.parts, expected.parts, "hidden states")]
+    if expected.head is not None and found.head is not None:
+        pairs.append(([found.head], [expected.head], "LM head"))
+    for ours, own_parts, name in pairs:
+        error = gradient_error(ours, own_parts)
+        if not error <= rounding_of_gradients(dtype):
+            return f"gradients of its {name} are not those of its own logits (they differ by {error:.2g} of their size)"
     return None
+
+
+def _trial_loss(chosen: Tensor, rejected: Tensor, index: Tensor) -> Tensor:
+    """A loss of pairs whose gradients are of one size however far apart the two responses are."""
+    return (1.0 + index) * (0.5 * chosen - 0.4 * rejected)
 
 
 def choose_head(model: Any, probe: SequenceBatch, option: LMHead, name: str) -> bool:

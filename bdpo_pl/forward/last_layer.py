@@ -8,6 +8,7 @@ Shapes: R rows; T positions; U positions to keep; D hidden size.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -62,5 +63,21 @@ def _last_mlp(model: Any) -> nn.Module | None:
     if last._compiled_call_impl is not None or getattr(last, "gradient_checkpointing", False):
         return None
     mlp = getattr(last, "mlp", None)
-    # transformers names the plain, position-wise ones so; mixtures of experts have other names.
-    return mlp if isinstance(mlp, nn.Module) and type(mlp).__name__.endswith("MLP") else None
+    return mlp if isinstance(mlp, nn.Module) and _is_position_wise(mlp) else None
+
+
+def _is_position_wise(mlp: nn.Module) -> bool:
+    """Whether `mlp` is the plain kind: one tensor in, one out, and nothing in it but products and norms.
+
+    Mixtures of experts are not (gpt-oss's returns its router's scores too), nor is BLOOM's, which adds the residual.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    parameters = list(inspect.signature(type(mlp).forward).parameters.values())[1:]
+    if len(parameters) != 1 or parameters[0].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
+        return False
+    return all(
+        isinstance(module, nn.Linear | Conv1D | nn.LayerNorm) or type(module).__name__.endswith("Norm")
+        for module in mlp.modules()
+        if any(True for _ in module.parameters(recurse=False))
+    )

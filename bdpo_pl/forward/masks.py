@@ -10,6 +10,7 @@ Shapes: R rows; T positions.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor
 from bdpo_pl.data.packing import SequenceBatch
 
 _KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+
+_RECOMPILATIONS = 64
 
 Sees = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(row, query's place, key's place) → whether the query sees the key; broadcasts."""
@@ -54,6 +57,8 @@ def why_not_shared(model: Any) -> str | None:
 
 def set_attention(model: Any, implementation: str) -> None:
     """Switch the attention implementation of `model`, all its layers."""
+    if implementation == "flex_attention":
+        allow_recompilation()
     if model.config._attn_implementation != implementation:
         model.set_attn_implementation(implementation)
 
@@ -114,9 +119,29 @@ def _blocks(sees: Sees, batch: SequenceBatch, dtype: torch.dtype) -> Any:
 
     R, T = batch.input_ids.shape
     device = batch.input_ids.device
-    return create_block_mask(
-        lambda row, _, query, key: sees(row, query, key), R, None, T, T, str(device), _compile=device.type == "cuda"
-    )
+    make = _compiled_block_mask() if device.type == "cuda" else create_block_mask
+    return make(lambda row, _, query, key: sees(row, query, key), R, None, T, T, str(device))
+
+
+@cache
+def _compiled_block_mask() -> Callable[..., Any]:
+    """PyTorch's `create_block_mask`, compiled once: it never holds a mask of all places."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    allow_recompilation()
+    return torch.compile(create_block_mask)
+
+
+def allow_recompilation() -> None:
+    """Raise the number of compilations of one function after which PyTorch silently runs it uncompiled.
+
+    FlexAttention is compiled for each kind of layer, with and without gradients, with static and with dynamic shapes,
+    and for a reference with other heads once more: 8, the default, is within reach, and past it all scores of all
+    places are held in memory.
+    """
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILATIONS)
 
 
 _FORMS: dict[str, Callable[[Sees, SequenceBatch, torch.dtype], Any]] = {

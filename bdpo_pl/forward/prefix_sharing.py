@@ -1,15 +1,18 @@
 """Prefix sharing: whether a model may read a pair as one row, found out before it is relied on.
 
 Nothing is taken for granted: the model scores a few real pairs with the responses in rows of their own and in shared
-rows, and must give the same; and what it says of one response must not change when another one does.
+rows, and must give the same log-probabilities and the same gradients; and what it says of one response must not change
+when another one does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -18,14 +21,26 @@ from bdpo_pl.data.batches import pair_documents
 from bdpo_pl.data.packing import Document, RowLayout, lay_out
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.errors import InputError
-from bdpo_pl.forward.equivalence import compute_dtype, relative_error, tolerance
+from bdpo_pl.forward.equivalence import (
+    compute_dtype,
+    evaluating,
+    gradient_error,
+    rounding_of_gradients,
+    rounding_of_logps,
+)
 from bdpo_pl.forward.masks import set_attention, why_not_shared
+from bdpo_pl.forward.reading import Reading, read, weighted
 from bdpo_pl.forward.responses import response_logps
+from bdpo_pl.forward.soundness import check_sound
 
 PrefixSharing = Literal["auto", "always", "never"]
 
-# What a response leaks into another is no rounding: a mask gives exact zeros, so it shows far below the tolerance.
+# What a response leaks into another is no rounding: a mask gives exact zeros, so it shows far below the bound.
 _LEAK_SHARE = 0.02
+# Of a timed batch: pairs at most, and runs after the first, which compiles.
+_TIMED_PAIRS, _TIMED_RUNS = 16, 3
+# Dense masks must be faster by this factor: what is chosen should not change from run to run.
+_CLEARLY = 0.85
 
 
 def choose_layout(
@@ -40,8 +55,8 @@ def choose_layout(
 ) -> RowLayout:
     """The best layout in which `model` gives exact log-probabilities; says so where that is not the best there is.
 
-    On a GPU, where the user has not named an implementation, block-sparse attention is tried first, and kept if it
-    gives the same log-probabilities.
+    On a GPU, where the user has not named an implementation, block-sparse attention is tried first, with a backward
+    pass, and kept if it gives the same and dense masks are not clearly faster.
 
     Args:
         model: causal language model, on the device it will run on.
@@ -53,28 +68,39 @@ def choose_layout(
         context: entered around each forward pass, for autocast.
 
     Raises:
-        InputError: `always`, and the model cannot.
+        InputError: `always`, and the model cannot; or it is not one to compute log-probabilities with (`check_sound`).
     """
+    documents = probe_documents(table)
+    if option == "always" and (known := why_not_shared(model)):
+        raise _cannot_share(name, known)
+    check_sound(model, documents[-1], name, pad_id, context)
     if option == "never":
         return RowLayout.SPLIT
-    documents = probe_documents(table)
     on_gpu = _on_gpu(model)
     if on_gpu and attention is None and getattr(model, "_supports_flex_attn", False):
         before = model.config._attn_implementation
         set_attention(model, "flex_attention")
         objection = _objection(model, documents, RowLayout.ONE_ROW, pad_id, context, reference=before)
         if objection is None:
-            return RowLayout.ONE_ROW
+            sparse = _seconds(model, table, RowLayout.ONE_ROW, pad_id, context)
         set_attention(model, before)
+        if objection is None and _objection(model, documents, RowLayout.SHARED, pad_id, context) is None:
+            dense = _seconds(model, table, RowLayout.SHARED, pad_id, context)
+            if dense < _CLEARLY * sparse:
+                objection = (
+                    f"dense masks are faster on these pairs ({dense * 1e3:.0f} ms against {sparse * 1e3:.0f} ms for "
+                    "the same rows); name one with model.attn_implementation to have it always"
+                )
+        if objection is None:
+            set_attention(model, "flex_attention")
+            return RowLayout.ONE_ROW
         rank_zero_info(f"Block-sparse attention is not used: {objection}")
     layout = RowLayout.ONE_ROW if attention == "flex_attention" and on_gpu else RowLayout.SHARED
     objection = _objection(model, documents, layout, pad_id, context)
     if objection is None:
         return layout
     if option == "always":
-        raise InputError(
-            f"model.prefix_sharing is always, but {name} cannot share a prompt: {objection}; set it to auto"
-        )
+        raise _cannot_share(name, objection)
     rank_zero_info(f"Prompts are not shared, each response has a row of its own: {objection}")
     return RowLayout.SPLIT
 
@@ -83,6 +109,10 @@ def probe_documents(table: PairTable) -> list[Document]:
     """A few pairs to try a model on: the longest and the shortest."""
     sizes = table.num_tokens(shared=True)
     return pair_documents([table[i] for i in dict.fromkeys((int(sizes.argmax()), int(sizes.argmin())))])
+
+
+def _cannot_share(name: str, objection: str) -> InputError:
+    return InputError(f"model.prefix_sharing is always, but {name} cannot share a prompt: {objection}; set it to auto")
 
 
 def _on_gpu(model: Any) -> bool:
@@ -100,39 +130,89 @@ def _objection(
     """Why `layout` will not do for `model`, or None; `reference`: the attention to compare with, if another."""
     if known := why_not_shared(model):
         return known
-    was_training = model.training
-    model.eval()
     try:
-        with torch.no_grad(), context():
-            bound = tolerance(compute_dtype(model))
-            shared = _logps(model, documents, layout, pad_id)
-            changed = _logps(model, _with_another_response(documents, model), layout, pad_id)
-            if reference is not None:
-                used = model.config._attn_implementation
-                set_attention(model, reference)
-            alone = _logps(model, documents, RowLayout.SPLIT, pad_id, whole=True)
-            if reference is not None:
-                set_attention(model, used)
+        with evaluating(model), context():
+            dtype = compute_dtype(model)
+            shared = _reading(model, documents, layout, pad_id)
+            with torch.no_grad():
+                changed = response_logps(model, _batch(model, _with_another_response(documents, model), layout, pad_id))
+            with _attention(model, reference):
+                alone = _reading(model, documents, RowLayout.SPLIT, pad_id, whole=True)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         reason = str(error).strip().splitlines()[:1]
         return f"{type(model).__name__} fails on such rows ({type(error).__name__}: {''.join(reason)})"
-    finally:
-        model.train(was_training)
+    lengths = torch.tensor([len(ids) for document in documents for _, ids in document.responses])
+    bounds = rounding_of_logps(alone.logps, lengths.to(alone.logps.device), dtype)
     # Only the first sequence was changed.
-    leak = relative_error(changed[1:], shared[1:])
-    if not leak <= _LEAK_SHARE * bound:
-        return f"a response is seen by another (log-probabilities change by {leak:.2g} of their size)"
-    difference = relative_error(shared, alone)
-    if not difference <= bound:
-        return f"log-probabilities differ from those of responses alone by {difference:.2g} of their size"
+    leak = (changed - shared.logps).abs()[1:]
+    if not (leak <= _LEAK_SHARE * bounds[1:]).all():
+        return f"a response is seen by another (log-probabilities change by {leak.max():.2g} nats)"
+    difference = (shared.logps - alone.logps).abs()
+    if not (difference <= bounds).all():
+        return (
+            f"log-probabilities differ from those of responses alone by {difference.max():.2g} nats, more than "
+            f"rounding explains ({bounds[int(difference.argmax())]:.2g})"
+        )
+    share = gradient_error(shared.parts, alone.parts)
+    if not share <= rounding_of_gradients(dtype):
+        return f"gradients differ from those of responses alone by {share:.2g} of their size"
     return None
 
 
-def _logps(model: Any, documents: Sequence[Document], layout: RowLayout, pad_id: int, whole: bool = False) -> Tensor:
-    batch = lay_out(documents, layout, pad_id)
-    return response_logps(model, batch.to(next(model.parameters()).device), whole=whole)
+def _reading(
+    model: Any, documents: Sequence[Document], layout: RowLayout, pad_id: int, *, whole: bool = False
+) -> Reading:
+    batch = _batch(model, documents, layout, pad_id)
+
+    def run() -> tuple[Tensor, Tensor]:
+        logps = response_logps(model, batch, whole=whole)
+        return logps, weighted(logps)
+
+    return read(model, batch, documents, run)
+
+
+def _batch(model: Any, documents: Sequence[Document], layout: RowLayout, pad_id: int) -> Any:
+    return lay_out(documents, layout, pad_id).to(next(model.parameters()).device)
+
+
+@contextmanager
+def _attention(model: Any, implementation: str | None) -> Iterator[None]:
+    """While open, `model` attends by `implementation`, if one is given."""
+    used = model.config._attn_implementation
+    set_attention(model, implementation or used)
+    try:
+        yield
+    finally:
+        set_attention(model, used)
+
+
+def _seconds(
+    model: Any,
+    table: PairTable,
+    layout: RowLayout,
+    pad_id: int,
+    context: Callable[[], AbstractContextManager[Any]],
+) -> float:
+    """Time of a forward and a backward pass over pairs from all of `table`; the first pass does not count."""
+    chosen = np.linspace(0, len(table) - 1, min(len(table), _TIMED_PAIRS)).astype(int)
+    documents = pair_documents([table[int(i)] for i in chosen])
+    times = []
+    with evaluating(model), context():
+        for _ in range(1 + _TIMED_RUNS):
+            _wait(model)
+            start = time.perf_counter()
+            _reading(model, documents, layout, pad_id)
+            _wait(model)
+            times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def _wait(model: Any) -> None:
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _with_another_response(documents: Sequence[Document], model: Any) -> list[Document]:

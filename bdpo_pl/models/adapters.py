@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from bdpo_pl.errors import InputError
+from bdpo_pl.models.reach import unreached
 
 Quantization = Literal["none", "nf4"]
 _PEFT_PREFIX = "base_model.model."
@@ -104,7 +105,7 @@ def add_adapters(model: nn.Module, options: LoraOptions) -> nn.Module:
         )
     peft = _peft()
     try:
-        peft.inject_adapter_in_model(_config(options), model)
+        peft.inject_adapter_in_model(_config(options, model), model)
     except ValueError as error:
         raise InputError(f"model.lora.target_modules {options.target_modules!r}: {error}") from error
     for name, parameter in model.named_parameters():
@@ -163,7 +164,7 @@ def merged(base: nn.Module, options: LoraOptions, state: dict[str, Tensor]) -> n
 
 
 def _with_state(base: nn.Module, options: LoraOptions, state: dict[str, Tensor]) -> Any:
-    model = _peft().get_peft_model(base, _config(options))
+    model = _peft().get_peft_model(base, _config(options, base))
     found = model.load_state_dict({_PEFT_PREFIX + name: value for name, value in state.items()}, strict=False)
     left = [name for name in found.missing_keys if is_adapter(name)]
     assert not found.unexpected_keys, found.unexpected_keys
@@ -171,12 +172,15 @@ def _with_state(base: nn.Module, options: LoraOptions, state: dict[str, Tensor])
     return model
 
 
-def _config(options: LoraOptions) -> Any:
+def _config(options: LoraOptions, model: nn.Module) -> Any:
+    # Adapters of what text never reaches would get no gradient.
+    excluded = sorted({name.rpartition(".")[0] for name in unreached(model)})
     return _peft().LoraConfig(
         r=options.r,
         lora_alpha=options.alpha,
         lora_dropout=options.dropout,
         target_modules=options.target_modules,
+        exclude_modules=excluded or None,
         use_rslora=options.rslora,
         task_type="CAUSAL_LM",
     )

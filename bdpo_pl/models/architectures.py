@@ -1,4 +1,4 @@
-"""What is known of an architecture: where its layers are."""
+"""What is known of an architecture: which class it is, where its language model is, and where its layers are."""
 
 from __future__ import annotations
 
@@ -7,9 +7,42 @@ from typing import Any
 from torch import nn
 
 
+def auto_class(config: Any) -> Any:
+    """The class of transformers that loads a language model of `config` whole.
+
+    What was saved as a model of images and text is loaded as one, though text is all that it will read: loaded as a
+    language model alone, it would be exported without its vision tower.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+
+    whole = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+    saved = (getattr(config, "architectures", None) or [None])[0]
+    if whole is None or getattr(config, "is_encoder_decoder", False):
+        return AutoModelForCausalLM
+    if saved == whole or config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
+def text_model(model: Any) -> Any:
+    """The module of `model` that reads text: itself, or its language model where it has other parts."""
+    config = model.config
+    text = config.get_text_config()
+    if text is config:
+        return model
+    # Read as the configuration has it: a vision tower's is another.
+    found = [module for module in model.modules() if getattr(module, "config", None) is text]
+    return found[0] if found else model
+
+
 def decoder_layers(model: Any) -> nn.ModuleList | None:
     """The layers of `model`, in order; None if they cannot be told."""
     number = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == number]
+    modules = text_model(model).modules()
+    lists = [module for module in modules if isinstance(module, nn.ModuleList) and len(module) == number]
     # One alone: two of the same length could be anything.
     return lists[0] if len(lists) == 1 else None

@@ -11,6 +11,7 @@ from torch import Tensor
 from bdpo_pl.errors import InputError
 from bdpo_pl.models.adapters import LoraOptions, merged
 from bdpo_pl.models.loading import ModelSource, load_config, load_model, model_class
+from bdpo_pl.models.reach import unreached
 
 _PREFIX = "policy."
 
@@ -64,7 +65,7 @@ def checkpoint_model(path: Path, source: ModelSource, dtype: torch.dtype) -> Any
     # Into a whole model: what is in no checkpoint, as the positions' frequencies and how to generate, comes with it.
     model = load_model(source, dtype)
     found = model.load_state_dict(state, strict=False)
-    left = set(found.missing_keys) - set(getattr(model, "all_tied_weights_keys", ()))
+    left = set(found.missing_keys) - set(getattr(model, "all_tied_weights_keys", ())) - unreached(model)
     if left or found.unexpected_keys:
         raise InputError(
             f"{path} does not hold the weights of {source.name} (first that differs: "

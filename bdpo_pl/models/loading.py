@@ -5,9 +5,7 @@ Nothing is fetched or executed that the user did not name: hub code stays off un
 
 from __future__ import annotations
 
-import hashlib
-import json
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +14,9 @@ import torch
 from torch import nn
 
 from bdpo_pl.errors import InputError
-from bdpo_pl.models.architectures import decoder_layers
+from bdpo_pl.models.architectures import auto_class, decoder_layers
+from bdpo_pl.models.folder import check_folder, file_digest, files_digest, gguf_file
+from bdpo_pl.models.noise import silence_modules, without_noise
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -26,7 +26,7 @@ class ModelSource:
     """Which causal language model, and how to load it.
 
     Attributes:
-        name: folder in the Hugging Face layout, or a name on the hub.
+        name: folder in the Hugging Face layout, a GGUF file, or a name on the hub.
         revision: git revision on the hub; pin it to make a run repeatable.
         attn_implementation: as in transformers (`sdpa`, `eager`, `flash_attention_2`, …); None: transformers chooses.
         trust_remote_code: run Python code that comes with the model. Off by default: it runs with your permissions.
@@ -37,6 +37,15 @@ class ModelSource:
     attn_implementation: str | None = None
     trust_remote_code: bool = False
 
+    @property
+    def location(self) -> dict[str, Any]:
+        """Where transformers finds it: the arguments of `from_pretrained` that say so."""
+        file = gguf_file(self.name)
+        place = {"pretrained_model_name_or_path": self.name} if file is None else {
+            "pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name
+        }  # fmt: skip
+        return {**place, "revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
 
 def load_tokenizer(source: ModelSource) -> Any:
     """The fast tokenizer of `source`.
@@ -46,36 +55,34 @@ def load_tokenizer(source: ModelSource) -> Any:
     """
     from transformers import AutoTokenizer
 
-    _check_path(source.name)
+    check_folder(source.name)
     try:
-        return AutoTokenizer.from_pretrained(
-            source.name, revision=source.revision, trust_remote_code=source.trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(**source.location)
     except Exception as error:  # missing, gated, malformed, code refused: all mean that there is no tokenizer
         raise InputError(f"cannot load a tokenizer from {source.name!r}: {_reason(error)}") from error
+    # transformers makes an empty one where there are no files.
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise InputError(
+            f"{source.name} has no tokenizer: without its files transformers makes one that knows no text; copy "
+            "tokenizer.json and tokenizer_config.json into the folder, or name another folder with data.tokenizer"
+        )
+    return tokenizer
 
 
 def load_config(source: ModelSource) -> Any:
-    """The configuration of `source`, with every dropout set to zero.
-
-    DPO compares the policy with its reference, and dropout would add noise to one side of the comparison.
+    """The configuration of `source`, with every dropout and other noise set to zero.
 
     Raises:
         InputError: there is no model of that name.
     """
     from transformers import AutoConfig
 
-    _check_path(source.name)
+    check_folder(source.name)
     try:
-        config = AutoConfig.from_pretrained(
-            source.name, revision=source.revision, trust_remote_code=source.trust_remote_code
-        )
+        config = AutoConfig.from_pretrained(**source.location)
     except Exception as error:
         raise InputError(f"cannot load a model from {source.name!r}: {_reason(error)}") from error
-    for key, value in list(vars(config).items()):
-        if ("dropout" in key or key.endswith("pdrop")) and isinstance(value, float):
-            setattr(config, key, 0.0)
-    return config
+    return without_noise(config)
 
 
 def model_class(source: ModelSource, config: Any, dtype: torch.dtype) -> Any:
@@ -84,15 +91,14 @@ def model_class(source: ModelSource, config: Any, dtype: torch.dtype) -> Any:
     Raises:
         InputError: transformers has no causal language model of that configuration.
     """
-    from transformers import AutoModelForCausalLM
-
     kwargs = {} if source.attn_implementation is None else {"attn_implementation": source.attn_implementation}
     try:
-        return AutoModelForCausalLM.from_config(
+        model = auto_class(config).from_config(
             config, dtype=dtype, trust_remote_code=source.trust_remote_code, **kwargs
         )
     except Exception as error:
         raise InputError(f"cannot build a causal language model of {source.name!r}: {_reason(error)}") from error
+    return silence_modules(model)
 
 
 def load_model(source: ModelSource, dtype: torch.dtype, quantization: Any = None, device: Any = None) -> nn.Module:
@@ -107,8 +113,6 @@ def load_model(source: ModelSource, dtype: torch.dtype, quantization: Any = None
     Raises:
         InputError: there is no causal language model of that name, or its weights do not load.
     """
-    from transformers import AutoModelForCausalLM
-
     config = load_config(source)
     kwargs: dict[str, Any] = {}
     if source.attn_implementation is not None:
@@ -116,14 +120,8 @@ def load_model(source: ModelSource, dtype: torch.dtype, quantization: Any = None
     if quantization is not None:
         kwargs |= {"quantization_config": quantization, "device_map": {"": device}}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source.name,
-            config=config,
-            revision=source.revision,
-            dtype=dtype,
-            trust_remote_code=source.trust_remote_code,
-            output_loading_info=True,
-            **kwargs,
+        model, info = auto_class(config).from_pretrained(
+            **source.location, config=config, dtype=dtype, output_loading_info=True, **kwargs
         )
     except Exception as error:
         raise InputError(f"cannot load a causal language model from {source.name!r}: {_reason(error)}") from error
@@ -134,7 +132,7 @@ def load_model(source: ModelSource, dtype: torch.dtype, quantization: Any = None
             f"(first: {', '.join(missing[:3])}); is it a causal language model's, and whole?"
         )
     model.config.use_cache = False
-    return model
+    return silence_modules(model)
 
 
 def frozen(model: Any, device: torch.device) -> Any:
@@ -192,40 +190,31 @@ def check_window(config: Any, max_length: int, name: str) -> None:
         )
 
 
-def check_vocabulary(config: Any, tokenizer: Any, name: str) -> None:
-    """Raise `InputError` if the tokenizer can give ids that the model has no embedding for."""
+def check_vocabulary(config: Any, ids: Iterable[int], name: str) -> None:
+    """Raise `InputError` if the model has no embedding for one of the token `ids` that it will read.
+
+    A tokenizer may know more tokens than the model embeds (Gemma 3's `<image_soft_token>`): what the data never hold
+    does no harm.
+    """
     rows = config.get_text_config().vocab_size
-    largest = max(tokenizer.get_vocab().values())
+    largest = max(ids, default=0)
     if largest >= rows:
         raise InputError(
-            f"the tokenizer gives ids up to {largest}, but {name} embeds only {rows} tokens: "
-            "they belong to different models; check data.tokenizer"
+            f"the data hold token {largest}, but {name} embeds only {rows} tokens: tokenizer and model do not belong "
+            "together; check data.tokenizer"
         )
 
 
 def model_fingerprint(source: ModelSource) -> str:
-    """What identifies the weights of `source`: the commit of a hub model, else a SHA-256 over the folder's files."""
-    path = Path(source.name).expanduser()
-    if not path.is_dir():
+    """What identifies `source`: the commit of a hub model, else a SHA-256 over all files that change what it says."""
+    check_folder(source.name)
+    if (file := gguf_file(source.name)) is not None:
+        return file_digest(file)
+    folder = Path(source.name).expanduser()
+    if not folder.is_dir():
         commit = getattr(load_config(source), "_commit_hash", None)
         return f"{source.name}@{commit or source.revision}"
-    files = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".bin", ".json", ".py", ".pt"))
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        digests = list(pool.map(_file_digest, files))
-    return hashlib.sha256(json.dumps([[p.name, d] for p, d in zip(files, digests, strict=True)]).encode()).hexdigest()
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _check_path(name: str) -> None:
-    """A path that is not there should be called that, not be looked for on the hub."""
-    path = Path(name).expanduser()
-    looks_like_path = name.startswith(("/", ".", "~")) or name.count("/") > 1
-    if looks_like_path and not path.is_dir():
-        raise InputError(f"no model folder at {name!r} (looked from {Path.cwd()})")
+    return files_digest(folder)
 
 
 def _reason(error: Exception) -> str:

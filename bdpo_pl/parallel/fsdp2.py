@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from bdpo_pl.errors import InputError
 from bdpo_pl.models.adapters import LoraOptions, add_adapters, base_name, initial_value, is_adapter
 from bdpo_pl.models.loading import ModelSource, enable_activation_checkpointing, load_config, model_class
+from bdpo_pl.models.reach import freeze_unreached
 from bdpo_pl.parallel.state import (
     DATA,
     TENSOR,
@@ -132,6 +133,7 @@ def build_sharded(
     with torch.device("meta"):
         model = model_class(source, config, dtype)
     model.config.use_cache = False
+    freeze_unreached(model)
     if gradient_checkpointing:
         enable_activation_checkpointing(model)
     if lora is not None:

@@ -112,6 +112,9 @@ class VocabParallelHead(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """(…, D) to (…, V) logits, whole on every rank and without gradient: for generation, a position at a time."""
         shard, local = self.shard, F.linear(hidden, self.local_weight())
+        if not local.shape[:-1].numel():
+            # Training has computed all it wants of the head elsewhere: no need for ranks to exchange nothing.
+            return local.new_zeros(*local.shape[:-1], shard.vocab_size)
         padded = local.new_zeros(*local.shape[:-1], shard.largest)
         padded[..., : local.shape[-1]] = local
         parts = [torch.empty_like(padded) for _ in range(dist.get_world_size(shard.group))]

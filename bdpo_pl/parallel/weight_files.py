@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bdpo_pl.errors import InputError
+from bdpo_pl.models.folder import check_folder, check_name, weight_map
 from bdpo_pl.models.loading import ModelSource
 
 _SINGLE = "model.safetensors"
@@ -33,9 +33,8 @@ class WeightFiles:
         self._open: dict[Path, Any] = {}
         self._files: dict[str, Path] = {}
         if (index := folder / _INDEX).is_file():
-            for tensor, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
-                if Path(file).name != file:
-                    raise InputError(f"{index}: {file!r} is not the name of a file in the folder")
+            for tensor, file in weight_map(index).items():
+                check_name(file, index)
                 self._files[tensor] = folder / file
         elif (single := folder / _SINGLE).is_file():
             self._files = dict.fromkeys(self._file(single).keys(), single)
@@ -52,6 +51,7 @@ class WeightFiles:
         Raises:
             InputError: as the class, or the hub cannot be reached.
         """
+        check_folder(source.name)
         folder = Path(source.name).expanduser()
         if not folder.is_dir():
             from huggingface_hub import snapshot_download

@@ -23,6 +23,7 @@ from bdpo_pl.data.batches import pair_document
 from bdpo_pl.data.packing import Document, RowLayout, lay_out
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.errors import InputError
+from bdpo_pl.forward.equivalence import evaluating
 from bdpo_pl.forward.responses import response_logps
 from bdpo_pl.reporting.progress import Reporter, progress
 from bdpo_pl.scoring.cache import ScoreCache
@@ -105,26 +106,36 @@ def score_pairs(
     names = ["reference", *(["null"] if comprehension else []), *(["hsic"] if hsic else [])]
     columns = {name: np.full((2, len(indices)), np.nan, dtype=np.float32) for name in names}
     all_tokens = sum(document.num_tokens for document in documents)
-    was_training = model.training
-    model.eval()
-    try:
+
+    def store(numbers: list[int], logps: Tensor, kernels: list[Tensor]) -> None:
+        kernel = iter(torch.stack(kernels).tolist() if kernels else [])
+        for number, logp in zip(numbers, logps.tolist(), strict=True):
+            place = places[number]
+            columns[place.column][place.side, place.position] = logp
+            if hsic and place.column == "reference":
+                columns["hsic"][place.side, place.position] = next(kernel)
+
+    # Read one batch late: a GPU computes the next while Python lays out the one after.
+    pending: tuple[list[int], Tensor, list[Tensor]] | None = None
+    with evaluating(model):
         for group in _groups(documents, batch_tokens or _default_batch_tokens(device), layout):
             numbers = [number for document in group for number, _ in document.responses]
-            batch = lay_out(_renumbered(group), layout, pad_id).to(device)
+            batch = lay_out(_renumbered(group), layout, pad_id)
+            spans = batch.spans.tolist()
             hidden: list[Tensor] = []
             with context():
-                logps = response_logps(model, batch, hidden.append if hsic else None)
-            spans = batch.spans.tolist()
-            for i, (number, logp) in enumerate(zip(numbers, logps.tolist(), strict=True)):
-                place = places[number]
-                columns[place.column][place.side, place.position] = logp
-                if hsic and place.column == "reference":
-                    states, (start, end, first, last) = hidden[0].flatten(0, 1), spans[i]
-                    value = normalised_hsic(states[start:end], states[first:last]).item()
-                    columns["hsic"][place.side, place.position] = value
+                logps = response_logps(model, batch.to(device), hidden.append if hsic else None)
+            kernels: list[Tensor] = []
+            for number, (start, end, first, last) in zip(numbers, spans, strict=True):
+                if hsic and places[number].column == "reference":
+                    states = hidden[0].flatten(0, 1)
+                    kernels.append(normalised_hsic(states[start:end], states[first:last]))
+            if pending is not None:
+                store(*pending)
+            pending = numbers, logps, kernels
             on_batch(sum(document.num_tokens for document in group) / all_tokens)
-    finally:
-        model.train(was_training)
+        if pending is not None:
+            store(*pending)
     for values in columns.values():
         if not np.isfinite(values).all():
             bad = int(indices[int(np.argwhere(~np.isfinite(values))[0, 1])])

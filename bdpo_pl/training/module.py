@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from bdpo_pl.errors import InputError
 from bdpo_pl.forward.fused_loss import LMHead, choose_head
 from bdpo_pl.forward.prefix_sharing import PrefixSharing, choose_layout, probe_documents
 from bdpo_pl.forward.responses import response_logps
+from bdpo_pl.forward.router_loss import balancing_loss, check_router, routed
 from bdpo_pl.losses import BalancedDPOLoss, PairScores, PreferenceLoss
 from bdpo_pl.models.adapters import LoraOptions, quantization_config
 from bdpo_pl.models.loading import (
@@ -30,6 +32,7 @@ from bdpo_pl.models.loading import (
     load_model,
     resolve_dtype,
 )
+from bdpo_pl.models.reach import frozen_names
 from bdpo_pl.scoring.machine import Machine
 from bdpo_pl.scoring.reestimation import Reestimation
 from bdpo_pl.scoring.reference import Reference, ReferenceChoice, ReferenceMode, choose_mode
@@ -73,6 +76,8 @@ class PreferenceModule(WatchedModule):
             its minute of compilation in long runs.
         lora: train low-rank adapters and nothing else; the reference is then the policy without them, and checkpoints
             hold them alone.
+        router_aux_loss: factor of the loss that balances the experts of a mixture, over the tokens of each batch; 0:
+            none.
         trust_remote_code: run Python code that comes with the model. It runs with your permissions: read it first.
 
     Raises:
@@ -99,6 +104,7 @@ class PreferenceModule(WatchedModule):
         gradient_checkpointing: bool = False,
         compile: str | None = None,
         lora: LoraOptions | None = None,
+        router_aux_loss: float = 0.0,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
@@ -121,6 +127,7 @@ class PreferenceModule(WatchedModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.compile_backend = compile
         self.lora = lora
+        self.router_aux_loss = router_aux_loss
         self.quantization = None if lora is None or lora.quantize == "none" else lora.quantize
         if lora is not None:
             # Checkpoints hold the adapters alone; on_load_checkpoint sees to it that they hold all of them.
@@ -142,9 +149,11 @@ class PreferenceModule(WatchedModule):
         self._machine = machine = Machine.of(self.trainer)
         config = load_config(self.source)
         check_window(config, splits.truncation.max_length, self.source.name)
-        check_vocabulary(config, splits.tokenizer, self.source.name)
+        largest = [splits.pad_id, *(table.largest_id for table in splits.tables.values())]
+        check_vocabulary(config, largest, self.source.name)
+        check_router(config, self.router_aux_loss, self.source.name)
         if self.reference_source != self.source:
-            check_vocabulary(load_config(self.reference_source), splits.tokenizer, self.reference_source.name)
+            check_vocabulary(load_config(self.reference_source), largest, self.reference_source.name)
         if self.reference is None:
             self.reference = self.make_reference(self.reference_mode, machine.precision)
         self.reference.check_machine(machine)
@@ -193,6 +202,9 @@ class PreferenceModule(WatchedModule):
             gradient_checkpointing=self.gradient_checkpointing,
         )
         self._base.clear()
+        if frozen_names(self.policy):
+            # Checkpoints hold what is trained; on_load_checkpoint sees to it that they hold all of it.
+            self.strict_loading = False
         if self.compile_backend is not None:
             compile_layers(self.policy, self.compile_backend)
 
@@ -253,7 +265,13 @@ class PreferenceModule(WatchedModule):
             probe = lay_out(probe_documents(self.splits.tables["train"]), self.row_layout, self.splits.pad_id)
             self._fused = choose_head(self.policy, probe.to(self.device), self.lm_head, self.source.name)
         scores = self._scores(batch, "train")
-        logps, losses, loss = (fused_losses if self._fused else plain_losses)(self.policy, self.loss, batch, scores)
+        watch: AbstractContextManager[list[Any]] = routed(self.policy) if self.router_aux_loss else nullcontext([])
+        with watch as decisions:
+            compute = fused_losses if self._fused else plain_losses
+            logps, losses, loss = compute(self.policy, self.loss, batch, scores)
+        if decisions:
+            # A batch counts as much as its pairs do.
+            loss = loss + self.router_aux_loss * batch.pair_weight.sum() * balancing_loss(decisions, batch.sequences)
         places = [self.splits.tables["train"].places[i] for i in batch.pair_index.tolist()]
         require_finite_loss(self.trainer, loss, places, batch_idx)
         self.train_means.update(pair_metrics(self.loss, logps, scores, losses), batch.pair_weight > 0)
@@ -318,9 +336,10 @@ class PreferenceModule(WatchedModule):
             self.train_means.take_up(saved["train_means"])
 
     def _trained_names(self) -> set[str]:
-        """Names in a checkpoint's state: everything, or with LoRA the adapters."""
+        """Names in a checkpoint's state: everything that is trained, with LoRA the adapters."""
         if self.lora is None:
-            return set(self.state_dict())
+            # What text never reaches is as it was, and FSDP2 does not gather it.
+            return set(self.state_dict()) - {f"policy.{name}" for name in frozen_names(self.policy)}
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     @property

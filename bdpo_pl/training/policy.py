@@ -13,6 +13,7 @@ from torch import nn
 
 from bdpo_pl.models.adapters import LoraOptions, add_adapters
 from bdpo_pl.models.loading import ModelSource, enable_activation_checkpointing
+from bdpo_pl.models.reach import freeze_unreached
 
 
 def build_policy(
@@ -53,6 +54,7 @@ def build_policy(
         )
     else:
         model = load()
+        freeze_unreached(model)
         if gradient_checkpointing:
             enable_activation_checkpointing(model)
         if lora is not None:

@@ -56,10 +56,8 @@ def job(model_dir, tmp_path):
             "callbacks": callbacks,
             "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
         }
-        module = PreferenceModule(
-            str(model_dir),
-            **{"optimizer": adamw, "scoring": ScoringOptions(cache_dir=str(tmp_path / "cache")), **model},
-        )
+        scoring = ScoringOptions(cache_dir=str(tmp_path / "cache"))
+        module = PreferenceModule(**{"policy": str(model_dir), "optimizer": adamw, "scoring": scoring, **model})
         datamodule = PreferenceDataModule(
             str(pairs), **{"held_out_fraction": 0.2, "batch_size": 4, "max_length": 128, **(data or {})}
         )

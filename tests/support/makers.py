@@ -49,6 +49,8 @@ def build_model(architecture="qwen2", vocab_size=400, **overrides):
     """A model of a real architecture with random weights, two layers deep."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from bdpo_pl.models.noise import without_noise
+
     sizes = {
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -63,10 +65,12 @@ def build_model(architecture="qwen2", vocab_size=400, **overrides):
     }
     if architecture == "gpt2":
         sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, "vocab_size": vocab_size}
+    if architecture == "xlnet":
+        sizes = {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64, "vocab_size": vocab_size}
     if architecture == "gemma2":
         sizes |= {"head_dim": 8, "sliding_window": 16, "final_logit_softcapping": 2.0}
     torch.manual_seed(0)
-    config = AutoConfig.for_model(architecture, **{**sizes, **overrides})
+    config = without_noise(AutoConfig.for_model(architecture, **{**sizes, **overrides}))
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 

@@ -6,6 +6,7 @@ from makers import build_model, large, rows_alone
 from torch import nn
 from training import fit, same, weights
 
+from bdpo_kernels import linear_preference_loss
 from bdpo_pl.errors import InputError
 from bdpo_pl.forward.fused_loss import fused_preference_loss, why_not_fused
 from bdpo_pl.forward.responses import response_logps
@@ -58,6 +59,24 @@ def test_unknown_change_of_the_logits_is_noticed():
     model.__class__ = Doubled
     assert "not those of its LM head alone" in why_not_fused(model, batch())
     assert model.training
+
+
+@pytest.mark.parametrize(
+    ("lost", "message"), [("hidden", "gradients of its hidden states"), ("weight", "of its LM head")]
+)
+def test_a_wrong_gradient_is_noticed(monkeypatch, lost, message):
+    def halved(hidden, weight, *args, **kwargs):
+        half = {"hidden": hidden, "weight": weight}[lost] * 0.5
+        whole = half + half.detach()
+        arguments = (whole, weight) if lost == "hidden" else (hidden, whole)
+        return linear_preference_loss(*arguments, *args, **kwargs)
+
+    model = large(build_model()).eval()
+    monkeypatch.setattr("bdpo_pl.forward.fused_loss.linear_preference_loss", halved)
+    assert message in why_not_fused(model, batch())
+    # What is not trained needs no gradient.
+    if lost == "weight":
+        assert why_not_fused(model.requires_grad_(False), batch()) is None
 
 
 def test_head_that_is_more_than_a_matrix_is_left_alone():

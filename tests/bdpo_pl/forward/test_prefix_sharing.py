@@ -1,6 +1,7 @@
 """Prefix sharing: rows that hold several sequences give what rows of their own give, or are not used."""
 
 import dataclasses
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -150,24 +151,98 @@ def blind(sees):
     return lambda row, query, key: sees(row, query, key) | (query >= key)
 
 
-def doubled(documents, layout, pad_id):
-    """Shared rows with wrong positions."""
-    batch = lay_out(documents, layout, pad_id)
-    return dataclasses.replace(batch, position_ids=batch.position_ids * 2) if batch.shared else batch
+class Planted:
+    """Puts a fault into shared rows alone; rows of their own are as they should be."""
+
+    def __init__(self, monkeypatch):
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        self.shared = False
+        self.attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        self.functions, self.monkeypatch = ALL_ATTENTION_FUNCTIONS, monkeypatch
+        monkeypatch.setattr(row_layout, "lay_out", self.lay_out)
+
+    def lay_out(self, documents, layout, pad_id):
+        batch = lay_out(documents, layout, pad_id)
+        self.shared = batch.shared
+        return batch
+
+    def attention(self, faulty):
+        def attend(module, query, key, value, mask, **kwargs):
+            if self.shared:
+                query, key, value, mask = faulty(query, key, value, mask)
+            return self.attend(module, query, key, value, mask, **kwargs)
+
+        self.monkeypatch.setitem(self.functions._global_mapping, "sdpa", attend)
 
 
-@pytest.mark.parametrize(
-    ("fault", "message"),
-    [("mask", "a response is seen by another"), ("positions", "differ from those of responses alone")],
-)
-def test_a_leak_and_a_wrong_position_are_noticed(monkeypatch, fault, message):
-    if fault == "mask":
-        sees = attention._sees
-        monkeypatch.setattr(attention, "_sees", lambda *args: blind(sees(*args)))
-    else:
-        monkeypatch.setattr(row_layout, "lay_out", doubled)
-    with pytest.raises(InputError, match=message):
-        choose_layout(model_named("qwen2"), table(), "always")
+def leak(planted):
+    sees = attention._sees
+    planted.monkeypatch.setattr(attention, "_sees", lambda *args: blind(sees(*args)))
+
+
+def wrong_positions(planted):
+    def doubled(documents, layout, pad_id):
+        batch = planted.lay_out(documents, layout, pad_id)
+        return dataclasses.replace(batch, position_ids=batch.position_ids * 2) if batch.shared else batch
+
+    planted.monkeypatch.setattr(row_layout, "lay_out", doubled)
+
+
+def ignored_mask(planted):
+    planted.attention(lambda query, key, value, mask: (query, key, value, None))
+
+
+def no_gradient_behind_the_last_turn(planted):
+    """Right values, and a prompt that learns nothing from what follows it."""
+
+    def cut(query, key, value, mask):
+        first = key.shape[2] // 2
+        halves = [torch.cat([t[:, :, :first].detach(), t[:, :, first:]], dim=2) for t in (key, value)]
+        return query, *halves, mask
+
+    planted.attention(cut)
+
+
+FAULTS = {
+    leak: "a response is seen by another",
+    ignored_mask: "a response is seen by another",
+    wrong_positions: "log-probabilities differ from those of responses alone",
+    no_gradient_behind_the_last_turn: "gradients differ from those of responses alone",
+}
+
+
+@pytest.mark.parametrize("length", [3, 200], ids=["short", "long"])
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_planted_faults_are_noticed(monkeypatch, fault, length):
+    model = model_named("qwen2")
+    pair = PreferencePair(list(range(5, 5 + length)), [7, 8] * (length // 2 + 1), [9, 10, 11] * (length // 3))
+    one = PairTable.from_pairs([pair], [3, 8])
+    assert choose_layout(model, one, "always") is RowLayout.SHARED
+    fault(Planted(monkeypatch))
+    with pytest.raises(InputError, match=FAULTS[fault]):
+        choose_layout(model, one, "always")
+
+
+def test_the_trial_leaves_no_gradient_behind():
+    model = model_named("qwen2")
+    choose_layout(model, table())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    # And a frozen model is tried as well.
+    assert choose_layout(model.requires_grad_(False), table(), "always") is RowLayout.SHARED
+
+
+def test_padding_gets_no_gradient():
+    """Places that see nothing but padding: finite, and exactly zero."""
+    model = model_named("llama")
+    batch = lay_out(pair_documents(pairs()), RowLayout.ONE_ROW, 0)
+    found = []
+    handle = model.get_input_embeddings().register_forward_hook(lambda _m, _a, out: found.append(out.requires_grad_()))
+    (grad,) = torch.autograd.grad(response_logps(model, batch).sum(), found)
+    handle.remove()
+    assert (batch.documents < 0).sum() > 10
+    assert (grad[batch.documents < 0] == 0).all()
+    assert torch.isfinite(grad).all()
 
 
 def test_attention_that_takes_no_mask_is_named():
@@ -179,16 +254,37 @@ def test_attention_that_takes_no_mask_is_named():
         model_inputs(model, lay_out(pair_documents(pairs()), RowLayout.SHARED, 0))
 
 
-def test_on_a_gpu_block_sparse_attention_is_tried_first(monkeypatch):
-    """Compiled attention has no backward on a CPU, but a forward: enough for the trial."""
+def attend_by_blocks(module, query, key, value, blocks, scaling=None, **kwargs):
+    """What compiled attention computes, uncompiled: that has no backward pass on a CPU."""
+    from torch.nn.attention.flex_attention import create_mask
+
+    T = query.shape[2]
+    mask = create_mask(blocks.mask_mod, query.shape[0], None, T, T, "cpu")
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    attended = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
+    return attended.transpose(1, 2).contiguous(), None
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """What a GPU would do, on the CPU; gives the time that each layout is to take."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
     monkeypatch.setattr(row_layout, "_on_gpu", lambda model: True)
-    model = large(build_model("llama", head_dim=16, num_hidden_layers=1)).eval()
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flex_attention", attend_by_blocks)
+    seconds = {RowLayout.ONE_ROW: 1.0, RowLayout.SHARED: 1.0}
+    monkeypatch.setattr(row_layout, "_seconds", lambda _model, _table, layout, *_: seconds[layout])
+    return seconds
+
+
+def test_on_a_gpu_block_sparse_attention_is_tried_first(gpu):
+    model = model_named("llama")
     documents = pair_documents(pairs())
-    with torch.no_grad():
-        alone = response_logps(model, lay_out(documents, RowLayout.SPLIT, 0))
-        assert choose_layout(model, table()) is RowLayout.ONE_ROW
-        assert model.config._attn_implementation == "flex_attention"
-        ours = response_logps(model, lay_out(documents, RowLayout.ONE_ROW, 0))
+    alone = response_logps(model, lay_out(documents, RowLayout.SPLIT, 0))
+    assert choose_layout(model, table()) is RowLayout.ONE_ROW
+    assert model.config._attn_implementation == "flex_attention"
+    ours = response_logps(model, lay_out(documents, RowLayout.ONE_ROW, 0))
     torch.testing.assert_close(ours, alone, rtol=1e-4, atol=1e-4)
     # What the user names is what is used.
     set_attention(model, "sdpa")
@@ -196,8 +292,42 @@ def test_on_a_gpu_block_sparse_attention_is_tried_first(monkeypatch):
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_block_sparse_attention_that_fails_leaves_dense_masks(monkeypatch):
-    monkeypatch.setattr(row_layout, "_on_gpu", lambda model: True)
+def test_a_wrong_backward_pass_of_block_sparse_attention_is_noticed(gpu, monkeypatch):
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    def no_gradient_of_values(module, query, key, value, *args, **kwargs):
+        return attend_by_blocks(module, query, key, value.detach(), *args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flex_attention", no_gradient_of_values)
+    messages = []
+    monkeypatch.setattr(row_layout, "rank_zero_info", messages.append)
+    model = model_named("llama")
+    assert choose_layout(model, table()) is RowLayout.SHARED
+    assert model.config._attn_implementation == "sdpa"
+    assert "Block-sparse attention is not used: gradients differ" in messages[0]
+
+
+@pytest.mark.parametrize(("dense", "layout"), [(0.5, RowLayout.SHARED), (0.9, RowLayout.ONE_ROW)])
+def test_dense_masks_that_are_clearly_faster_are_taken(gpu, monkeypatch, dense, layout):
+    gpu[RowLayout.SHARED] = dense
+    messages = []
+    monkeypatch.setattr(row_layout, "rank_zero_info", messages.append)
+    assert choose_layout(model_named("llama"), table()) is layout
+    assert [("dense masks are faster" in message) for message in messages] == [True] * (layout is RowLayout.SHARED)
+
+
+def test_a_layout_can_be_timed():
+    assert row_layout._seconds(model_named("llama"), table(), RowLayout.SHARED, 0, nullcontext) > 0
+
+
+def test_choosing_compiled_attention_allows_for_its_compilations():
+    import torch._dynamo
+
+    set_attention(model_named("llama"), "flex_attention")
+    assert torch._dynamo.config.recompile_limit >= 64
+
+
+def test_block_sparse_attention_that_fails_leaves_dense_masks(gpu, monkeypatch):
     model = model_named("llama")
 
     def fails(*args):
@@ -210,6 +340,18 @@ def test_block_sparse_attention_that_fails_leaves_dense_masks(monkeypatch):
     assert model.config._attn_implementation == "sdpa"
     assert len(messages) == 1
     assert "no kernel for this head size" in messages[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_real_gpu_gradients_of_twenty_row_lengths_are_those_of_rows_alone(dtype):
+    """Compiled once for dynamic shapes, and never run uncompiled."""
+    model = large(build_model("llama", hidden_size=64, head_dim=32), 0.1).to("cuda", dtype).eval()
+    set_attention(model, "flex_attention")
+    for number in range(20):
+        some = PairTable.from_pairs(pairs(seed=number, n=2 + number, longest=40 + 5 * number), [3, 8])
+        assert choose_layout(model, some, attention="flex_attention") is not RowLayout.SPLIT
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

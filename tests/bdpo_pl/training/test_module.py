@@ -202,7 +202,7 @@ def test_what_does_not_fit_is_refused_before_training(job, options, fault):
 
 def test_tokenizer_of_another_model_is_refused(job, tmp_path):
     tokenizer = build_tokenizer()
-    tokenizer.add_tokens([f"<extra{i}>" for i in range(200)])
+    tokenizer.add_tokens([*(f"<extra{i}>" for i in range(200)), "garden"])
     tokenizer.save_pretrained(tmp_path / "larger")
     trainer, module, data = job(data={"tokenizer": str(tmp_path / "larger")})
     with pytest.raises(InputError, match="embeds only 400 tokens"):

@@ -1,0 +1,91 @@
+"""What every model must be before anything is computed with it: causal, and without noise in training mode.
+
+Both are tried on a real pair, since neither can be read from a configuration with certainty.
+
+Shapes: T positions; D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bdpo_pl.data.packing import Document, RowLayout, lay_out
+from bdpo_pl.errors import InputError
+from bdpo_pl.forward.equivalence import compute_dtype, evaluating
+from bdpo_pl.forward.masks import model_inputs
+from bdpo_pl.forward.responses import head_input
+
+# Of the norm of the hidden states. The same arithmetic in the same order: no rounding, but for kernels that add in an
+# order of their own.
+_BOUND = {torch.float32: 1e-4, torch.float64: 1e-8}
+_HALF_BOUND = 2e-2
+_LONGEST = 64
+
+
+@torch.no_grad()
+def check_sound(
+    model: Any, document: Document, name: str, pad_id: int, context: Callable[[], AbstractContextManager[Any]]
+) -> None:
+    """Raise `InputError` unless `model` is causal, and says in training mode what it says in evaluation.
+
+    Args:
+        model: on the device it will run on; its mode is given back.
+        document: a real one; its beginning is read.
+        name: of the model, for messages.
+        pad_id: fills the padding.
+        context: entered around each forward pass, for autocast.
+    """
+    ids = [*document.context, *document.responses[0][1]][:_LONGEST]
+    half = max(1, len(ids) // 2)
+    V = model.config.get_text_config().vocab_size
+    with context():
+        bound = _BOUND.get(compute_dtype(model), _HALF_BOUND)
+        with evaluating(model):
+            expected = _hidden(model, ids, pad_id)
+            changed = _hidden(model, [*ids[:half], *((token + 1) % V for token in ids[half:])], pad_id)
+        if not (error := _difference(changed[:half], expected[:half])) <= bound:
+            raise InputError(
+                f"{name} ({type(model).__name__}) is no causal language model: what it says of a position changes with "
+                f"the tokens after it (hidden states by {error:.2g} of their size), so the log-probability of a "
+                "response means nothing; choose a model that was trained to predict the next token"
+            )
+        with evaluating(model):
+            model.train()
+            for module in model.modules():
+                # What the user asked for, and was warned of.
+                for dropout in getattr(module, "lora_dropout", {}).values():
+                    dropout.eval()
+            noisy = [_hidden(model, ids, pad_id) for _ in range(2)]
+    if not (error := max(_difference(states, expected) for states in noisy)) <= bound:
+        raise InputError(
+            f"{name} ({type(model).__name__}) computes something else in training mode (hidden states differ by "
+            f"{error:.2g} of their size): dropout or other noise of its own that its configuration does not name; "
+            "set it to zero in the model's config.json"
+        )
+
+
+def _hidden(model: Any, ids: list[int], pad_id: int) -> Tensor:
+    """(T, …) what enters the LM head, or the logits of a model that names none."""
+    batch = lay_out([Document(ids[:1], [(0, ids[1:] or ids)])], RowLayout.SPLIT, pad_id)
+    batch = batch.to(next(model.parameters()).device)
+    found: list[Tensor] = []
+
+    def keep(hidden: Tensor) -> Tensor:
+        found.append(hidden[0])
+        # Logits of one position are enough to go on with.
+        return hidden[:, -1:]
+
+    with head_input(model, keep):
+        logits = model(**model_inputs(model, batch)).logits
+    return (found[0] if found else logits[0]).float()
+
+
+def _difference(values: Tensor, expected: Tensor) -> float:
+    """The largest difference of a position, relative to its norm; NaN if anything is."""
+    sizes = expected.flatten(1).norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+    return ((values - expected).flatten(1).norm(dim=1) / sizes).max().item()

@@ -1,0 +1,124 @@
+"""The files of a model's folder: which of them count, and that none leads out of it.
+
+A folder may come from anyone. Its index and its links are followed only within the folder; in Hugging Face's own cache
+also to the blobs of the same repository.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from bdpo_pl.errors import InputError
+
+_INDEX_SUFFIX = ".index.json"
+_TEMPLATES = "additional_chat_templates"
+# Other frameworks' weights and what is only for people to read: nothing of these is loaded.
+_UNREAD = frozenset({".md", ".png", ".jpg", ".gif", ".pdf", ".h5", ".msgpack", ".ot", ".onnx", ".tflite", ".gguf"})
+
+
+def gguf_file(name: str) -> Path | None:
+    """The GGUF file that a model's name stands for, None if it is no such file's name."""
+    return Path(name).expanduser() if name.endswith(".gguf") else None
+
+
+def check_folder(name: str) -> None:
+    """Refuse a local model that is not there, is no model, or reaches out of its folder.
+
+    Args:
+        name: a model's folder, its GGUF file, or a name on the hub, which passes.
+
+    Raises:
+        InputError: no such folder or file; a PEFT adapter; a link, or a name in an index, that leads out of the folder;
+            an entry that is no regular file.
+    """
+    if (file := gguf_file(name)) is not None:
+        if not file.is_file():
+            raise InputError(f"no GGUF file at {name!r} (looked from {Path.cwd()})")
+        return
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        # A path that is not there should be called that, not be looked for on the hub.
+        if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+            raise InputError(f"no model folder at {name!r} (looked from {Path.cwd()})")
+        return
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise InputError(
+            f"{name} is a PEFT adapter{_base_of(folder)}, not a whole model; merge it into its base model "
+            "(PeftModel.merge_and_unload, then save_pretrained) and give that folder"
+        )
+    for path in _entries(folder):
+        _check_entry(path, folder)
+        if path.name.endswith(_INDEX_SUFFIX):
+            for file_name in set(weight_map(path).values()):
+                check_name(file_name, path)
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """File of each tensor by the index at `index`.
+
+    Raises:
+        InputError: it is no such index.
+    """
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {str(tensor): file for tensor, file in found.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index}: not an index of weights ({type(error).__name__}); fetch the model again") from None
+
+
+def check_name(file: object, index: Path) -> None:
+    """Raise `InputError` unless `file`, which `index` names, is a plain name within the folder."""
+    if not isinstance(file, str) or Path(file).name != file:
+        raise InputError(f"{index}: {file!r} is not the name of a file in the folder")
+
+
+def files_digest(folder: Path) -> str:
+    """SHA-256 over names and contents of all files that change what the model of `folder` says."""
+    files = sorted(path for path in _entries(folder) if path.suffix.lower() not in _UNREAD)
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        digests = list(pool.map(file_digest, files))
+    named = [[str(path.relative_to(folder)), digest] for path, digest in zip(files, digests, strict=True)]
+    return hashlib.sha256(json.dumps(named).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    """What transformers may read: all but hidden files and folders; of these, chat templates alone."""
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if not path.is_dir():
+            yield path
+        elif path.name == _TEMPLATES:
+            yield from path.iterdir()
+
+
+def _check_entry(path: Path, folder: Path) -> None:
+    try:
+        target = path.resolve(strict=True)
+    except (OSError, RuntimeError):
+        raise InputError(f"{path} is a link to nothing; copy the file itself into the folder") from None
+    root = folder.resolve()
+    # Hugging Face's cache: …/models--a--b/snapshots/revision/file links to …/models--a--b/blobs/digest.
+    within = root.parents[1] if root.parent.name == "snapshots" else root
+    if not target.is_relative_to(within):
+        raise InputError(f"{path} leads out of the model's folder, to {target}; copy the file itself into the folder")
+    if not target.is_file():
+        raise InputError(f"{path} is not a regular file; remove it from the model's folder")
+
+
+def _base_of(folder: Path) -> str:
+    try:
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        return ""
+    return f" of {base}" if base else ""
