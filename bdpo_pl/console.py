@@ -2,20 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.table import Table
 
 # A log file has no width of its own, and 80 columns break the paths in it.
 _LOG_WIDTH = 120
 
 
+def printable(text: str) -> str:
+    """`text` with what a terminal would obey, or could not show, written as an escape; line breaks and tabs stay.
+
+    Control characters (so escape codes), marks that turn the direction of writing, and lone surrogates. A zero-width
+    joiner stays: it is part of emoji and of many scripts.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(c if c in "\n\t\u200c\u200d" or unicodedata.category(c) not in _OBEYED else _escape(c) for c in text)
+
+
+_OBEYED = {"Cc", "Cf", "Cs"}
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape", "surrogatepass").decode()
+
+
+class _PlainConsole(Console):
+    """A console on which what data, models and services say cannot give orders to the terminal."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:  # type: ignore[override]
+        """Escape what segments of text hold; rich's own codes are added later."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+
 def get_console(stderr: bool = False) -> Console:
     """A console as wide as the terminal, or wide enough for tables where there is none."""
-    console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(stderr=stderr, width=max(console.width, _LOG_WIDTH))
+    console = _PlainConsole(stderr=stderr)
+    return console if console.is_terminal else _PlainConsole(stderr=stderr, width=max(console.width, _LOG_WIDTH))
 
 
 def paths_table(paths: Mapping[str, Path]) -> Table:

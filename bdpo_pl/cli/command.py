@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.text import Text
 
 from bdpo_pl.cli.machine_faults import machine_error
-from bdpo_pl.console import get_console
+from bdpo_pl.console import get_console, printable
 from bdpo_pl.errors import InputError, MachineError, NonFiniteError, StoppedError, first_line
 
 _STATUS = {InputError: 2, MisconfigurationException: 2, NonFiniteError: 3, MachineError: 4}
@@ -92,7 +92,9 @@ def _signals_stop(received: list[int]) -> Iterator[None]:
 
 
 def _print_error(message: str) -> None:
-    get_console(stderr=True).print("[bold red]error:[/bold red]", Text(message), soft_wrap=True, highlight=False)
+    get_console(stderr=True).print(
+        "[bold red]error:[/bold red]", Text(printable(message)), soft_wrap=True, highlight=False
+    )
 
 
 def _quieten() -> None:

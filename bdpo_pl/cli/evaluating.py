@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from bdpo_pl.cli.ranges import check_ranges
 from bdpo_pl.console import get_console, paths_table
 from bdpo_pl.data.report import report_table
 from bdpo_pl.embedded import EMBEDDED
@@ -37,7 +38,7 @@ OWN_SUITES = ("embedded_harmful", "embedded_jailbreak", "embedded_benign")
 def run(args: list[str], description: str | None) -> None:
     """Run the job that `args` describe; `description` opens the help."""
     start = time.perf_counter()
-    names, options = parse(args, description)
+    names, options = parse(args, description, check_ranges)
     if options.list_suites:
         get_console().print(suites_table(known_suites()))
         return

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgre
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from bdpo_pl import embedded
+from bdpo_pl.cli.combinations import check_combinations, check_monitor
 from bdpo_pl.cli.parser import OptionParser
 from bdpo_pl.embedded import EMBEDDED
 from bdpo_pl.errors import InputError
@@ -117,7 +118,9 @@ class FitCLI(LightningCLI):
         ):
             if wanted and self._holds_out_nothing():
                 raise InputError(f"{option} needs held-out pairs: set data.held_out, or data.held_out_fraction above 0")
+        check_combinations(config, self.parser.get_defaults())
         probe.check_monitor(config.checkpoint.monitor, config.checkpoint.mode)
+        check_monitor(config.checkpoint.monitor, self.model, config, probe)
         if config.export_from == "best" and config.checkpoint.monitor is None:
             raise InputError("export_from is best, but no checkpoint is chosen: set checkpoint.monitor")
         if config.stop_at_gap is not None:

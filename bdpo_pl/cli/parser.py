@@ -13,6 +13,8 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from bdpo_pl.cli.quick import refuse
+from bdpo_pl.cli.ranges import check_ranges
+from bdpo_pl.errors import InputError
 
 _LOSS = "model.loss"
 _CLASSES = (_LOSS, "model.optimizer")
@@ -32,7 +34,14 @@ class OptionParser(LightningArgumentParser):
         """Parse `args`; a loss that they name replaces the one before it, options and all."""
         given = sys.argv[1:] if args is None else args
         reset = [part for arg in given for part in ([f"--{_LOSS}=null", arg] if _names_a_loss(arg) else [arg])]
-        return super().parse_args(reset, *rest, **kwargs)
+        parsed = super().parse_args(reset, *rest, **kwargs)
+        try:
+            check_ranges(parsed)
+        except InputError as error:
+            if not self.exit_on_error:
+                raise
+            refuse(str(error))
+        return parsed
 
     def get_defaults(self, *args: Any, **kwargs: Any) -> Namespace:
         """The defaults, options of loss and optimiser left out: they are filled in last, for what was chosen."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import sys
 from argparse import SUPPRESS
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from jsonargparse import ArgumentParser
 
@@ -77,12 +78,15 @@ class EvaluateOptions:
     trust_remote_code: bool = False
 
 
-def parse(args: Sequence[str] | None, description: str | None = None) -> tuple[list[str], EvaluateOptions]:
+def parse(
+    args: Sequence[str] | None, description: str | None = None, check: Callable[[Any], None] = lambda parsed: None
+) -> tuple[list[str], EvaluateOptions]:
     """The models named, on the command line or in a file, and the options.
 
     Args:
         args: as given; None: those of this process.
         description: opens the help.
+        check: Called with what was parsed, before anything is made of it.
     """
     parser = ArgumentParser(prog=_PROG, usage=f"{_PROG} [MODEL ...] [--option VALUE ...]", description=description)
     parser.add_argument("--config", action="config", help="YAML file with options, and `models`.")
@@ -93,7 +97,9 @@ def parse(args: Sequence[str] | None, description: str | None = None) -> tuple[l
     )  # fmt: skip
     models.required = False
     parser.add_class_arguments(EvaluateOptions, as_group=False)
-    chosen = parser.instantiate(parser.parse_args(_in_full(sys.argv[1:] if args is None else args)))
+    parsed = parser.parse_args(_in_full(sys.argv[1:] if args is None else args))
+    check(parsed)
+    chosen = parser.instantiate(parsed)
     named = [chosen.models] if isinstance(chosen.get("models"), str) else chosen.get("models")
     return list(named or []), EvaluateOptions(**{f.name: getattr(chosen, f.name) for f in fields(EvaluateOptions)})
 

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
+
+import httpx2 as httpx
 
 from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.chat.chat_model import Message
-from bdpo_pl.evaluation.chat.completions import PassingError, complete
+from bdpo_pl.evaluation.chat.completions import Key, Limits, PassingError, complete, new_client
 
 _LONGEST_BACKOFF = 60.0
 _PATH = "/chat/completions"
+
+_TURN = 0.2
+
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -29,7 +37,9 @@ class EndpointOptions:
             empty. The key itself is never an option: options are written into files.
         max_tokens: tokens in an answer at most; null leaves it out of the request.
         temperature: of sampling, 0 for greedy; null leaves it out of the request.
-        timeout: seconds to wait for a sign of life from the endpoint, at each try.
+        timeout: Seconds to wait for a sign of life from the endpoint, at each try.
+        deadline: Seconds to wait for a whole answer, at each try.
+        max_bytes: Bytes of a whole answer at most; a longer one is an error, and is not read to its end.
         retries: further tries after a failure that may pass: no connection, status 408, 429 or 5xx.
         parallel: requests at a time.
 
@@ -43,6 +53,8 @@ class EndpointOptions:
     max_tokens: int | None = 512
     temperature: float | None = 0.0
     timeout: float = 120.0
+    deadline: float = 600.0
+    max_bytes: int = 4_000_000
     retries: int = 5
     parallel: int = 8
 
@@ -54,8 +66,11 @@ class EndpointOptions:
             raise InputError(f"endpoint.max_tokens must be at least 1, or null; got {self.max_tokens}")
         if self.temperature is not None and not self.temperature >= 0.0:
             raise InputError(f"endpoint.temperature must be at least 0, or null; got {self.temperature}")
-        if not self.timeout > 0.0:
-            raise InputError(f"endpoint.timeout must be above 0 seconds; got {self.timeout}")
+        for name in ("timeout", "deadline"):
+            if not getattr(self, name) > 0.0:
+                raise InputError(f"endpoint.{name} must be above 0 seconds; got {getattr(self, name)}")
+        if self.max_bytes < 1:
+            raise InputError(f"endpoint.max_bytes must be at least 1; got {self.max_bytes}")
         if self.retries < 0:
             raise InputError(f"endpoint.retries must be at least 0; got {self.retries}")
         if self.parallel < 1:
@@ -95,7 +110,8 @@ class Endpoint:
         base = options.url.rstrip("/")
         self.url = base if base.endswith(_PATH) else base + _PATH
         self._sleep = sleep
-        self._key = _read_key(options.api_key_env)
+        self._key = Key(_read_key(options.api_key_env), options.api_key_env)
+        self._limits = Limits(options.timeout, options.deadline, options.max_bytes)
 
     def reply(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
         """The next turn of each conversation, in order, `parallel` of them at a time.
@@ -105,47 +121,90 @@ class Endpoint:
         """
         replies: list[str | None] = [None] * len(conversations)
         failures: dict[int, InputError] = {}
-        stop = threading.Event()
-
-        def fetch(i: int) -> None:
-            try:
-                replies[i] = self._fetch(conversations[i], stop)
-            except InputError as error:
-                failures[i] = error
-                stop.set()
-
-        pool = ThreadPoolExecutor(max_workers=self.options.parallel)
-        try:
-            for future in [pool.submit(fetch, i) for i in range(len(conversations))]:
-                future.result()
-        finally:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
+        _aside(self._reply_all(conversations, replies, failures))
         if failures:
             first = failures[min(failures)]
             had = sum(reply is not None for reply in replies)
             raise EndpointError(f"{first} ({had} of {len(replies)} answers had been given)", replies) from first
         return [reply for reply in replies if reply is not None]
 
-    def _fetch(self, conversation: Sequence[Message], stop: threading.Event) -> str | None:
+    async def _reply_all(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        replies: list[str | None],
+        failures: dict[int, InputError],
+    ) -> None:
+        stop, places = asyncio.Event(), asyncio.Semaphore(self.options.parallel)
+
+        async def fetch(client: httpx.AsyncClient, i: int) -> None:
+            async with places:
+                try:
+                    replies[i] = await self._fetch(client, conversations[i], stop)
+                except InputError as error:
+                    failures[i] = error
+                    stop.set()
+
+        async with new_client(self._limits, self.options.parallel) as client:
+            await asyncio.gather(*(fetch(client, i) for i in range(len(conversations))))
+
+    async def _fetch(
+        self, client: httpx.AsyncClient, conversation: Sequence[Message], stop: asyncio.Event
+    ) -> str | None:
         """The answer to one conversation; None if another has failed for good meanwhile."""
         body: dict[str, Any] = {"model": self.name, "messages": [dict(message) for message in conversation]}
         if self.options.max_tokens is not None:
             body["max_tokens"] = self.options.max_tokens
         if self.options.temperature is not None:
             body["temperature"] = self.options.temperature
-        wait = self._sleep or stop.wait
         tries = 0
         while not stop.is_set():
             try:
-                return complete(self.url, body, self._key, self.options.api_key_env, self.options.timeout)
+                return await complete(client, self.url, body, self._key, self._limits)
             except PassingError as failure:
                 tries += 1
                 if tries > self.options.retries:
                     times = "once" if tries == 1 else f"{tries} times"
                     raise InputError(f"{self.url}: {failure}; tried {times}; {failure.remedy}") from None
-                wait(max(min(2.0 ** (tries - 1), _LONGEST_BACKOFF), failure.retry_after))
+                await self._wait(max(min(2.0 ** (tries - 1), _LONGEST_BACKOFF), failure.retry_after), stop)
         return None
+
+    async def _wait(self, seconds: float, stop: asyncio.Event) -> None:
+        if self._sleep is not None:
+            self._sleep(seconds)
+            return
+        with suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), seconds)
+
+
+def _aside(work: Coroutine[Any, Any, _T]) -> _T:
+    """Run `work` in an event loop of a thread of its own.
+
+    A signal then interrupts the waiting of this thread and no callback of the loop, which would swallow its exception.
+    The thread is a daemon: whatever the endpoint does, the process can end.
+    """
+    done: Future[_T] = Future()
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(work)
+
+    def run() -> None:
+        asyncio.set_event_loop(loop)
+        try:
+            done.set_result(loop.run_until_complete(task))
+        except BaseException as error:
+            done.set_exception(error)
+        finally:
+            loop.close()
+
+    threading.Thread(target=run, name="endpoint", daemon=True).start()
+    try:
+        # In short turns: a signal that another thread is given is handled only when this one wakes.
+        while not wait([done], timeout=_TURN).done:
+            pass
+        return done.result()
+    except BaseException:
+        with suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(task.cancel)
+        raise
 
 
 def _check_url(url: str) -> None:

@@ -1,9 +1,13 @@
 """The endpoint against a server on this machine that plays out a script of answers."""
 
+import itertools
 import json
+import os
+import signal
 import socket
 import threading
 import time
+from contextlib import suppress
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -47,11 +51,21 @@ class Handler(BaseHTTPRequestHandler):
             self.server.closing.wait(20)
             return
         status, content, *headers = said
-        content = content if isinstance(content, bytes) else json.dumps(content).encode()
+        streamed = isinstance(content, list) and content and not isinstance(content[0], dict)
+        content = content if streamed or isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(content)), **(headers[0] if headers else {})}.items():
+        length = {} if streamed else {"Content-Length": str(len(content))}
+        for name, value in {**length, **(headers[0] if headers else {})}.items():
             self.send_header(name, value)
         self.end_headers()
+        if isinstance(content, list):  # piece by piece, as long as somebody reads
+            with suppress(OSError):
+                for piece in content[0]:
+                    self.wfile.write(piece)
+                    self.wfile.flush()
+                    if self.server.closing.wait(0.01):
+                        break
+            return
         self.wfile.write(content)
 
     do_GET = do_POST  # noqa: N815
@@ -274,6 +288,8 @@ def test_named_key_must_be_there_and_whole(monkeypatch):
         ({"temperature": -0.1}, "endpoint.temperature"),
         ({"temperature": float("nan")}, "endpoint.temperature"),
         ({"timeout": 0.0}, "endpoint.timeout"),
+        ({"deadline": float("nan")}, "endpoint.deadline"),
+        ({"max_bytes": 0}, "endpoint.max_bytes"),
         ({"retries": -1}, "endpoint.retries"),
         ({"parallel": 0}, "endpoint.parallel"),
     ],
@@ -282,3 +298,101 @@ def test_wrong_options(wrong, said):
     with pytest.raises(InputError, match=said) as caught:
         EndpointOptions(**{"url": "http://localhost:8000/v1", "model": "m", **wrong})
     assert KEY not in str(caught.value)
+
+
+def test_answer_that_drips_for_ever_has_a_deadline(serve):
+    server = serve(lambda n, body: (200, [itertools.repeat(b" ")]))
+    with pytest.raises(EndpointError, match=r"no whole answer within 0.3 s; tried 2 times; .*endpoint.deadline"):
+        endpoint(server, deadline=0.3, retries=1).reply(chat("a"))
+
+
+def test_head_that_drips_for_ever_has_a_deadline():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        closing = threading.Event()
+
+        def drip():
+            connection, _ = server.accept()
+            with connection, suppress(OSError):
+                connection.sendall(b"HTTP/1.1 200 OK\r\nX-Long: ")
+                while not closing.wait(0.01):
+                    connection.sendall(b"x")
+
+        thread = threading.Thread(target=drip, daemon=True)
+        thread.start()
+        options = EndpointOptions(f"http://127.0.0.1:{server.getsockname()[1]}/v1", "m", deadline=0.3, retries=0)
+        try:
+            with pytest.raises(EndpointError, match=r"no whole answer within 0\.3 s"):
+                Endpoint(options).reply(chat("a"))
+        finally:
+            closing.set()
+            thread.join(10)
+
+
+def test_answer_without_end_is_not_read_to_its_end(serve):
+    sent = itertools.count()
+    server = serve(lambda n, body: (200, [(b"x" * 1000 for _ in sent)]))
+    with pytest.raises(EndpointError, match=r"longer than 50000 bytes.*endpoint.max_bytes"):
+        endpoint(server, max_bytes=50_000).reply(chat("a"))
+    assert next(sent) < 100_000
+    assert len(server.seen) == 1
+
+
+@pytest.mark.parametrize("shown", [KEY, " ".join(KEY), f"{KEY[:5]}\n{KEY[5:]}", f"{KEY[:5]}\u200b{KEY[5:]}"])
+def test_key_is_shown_in_no_field_and_in_no_form(serve, monkeypatch, shown):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    bare = "".join(shown.split())
+    assert endpoint(serve(lambda n, body: answer(f"it is {shown}!"))).reply(chat("a")) == ["it is [key]!"]
+    assert endpoint(serve(lambda n, body: answer(None, refusal=f"no: {shown}"))).reply(chat("a")) == ["no: [key]"]
+    choice = {"message": {"content": None}, "finish_reason": f"{shown} " + "x" * 5000}
+    for reply in (
+        (200, {"choices": [choice]}),
+        (400, {"error": shown}),
+        (200, {"other": shown}),
+        (200, shown.encode()),
+    ):
+        with pytest.raises(EndpointError) as caught:
+            endpoint(serve(lambda n, body, reply=reply: reply)).reply(chat("a"))
+        assert bare not in "".join(str(caught.value).split()).replace("\u200b", "")
+        assert len(str(caught.value)) < 1000
+
+
+def test_escape_codes_do_not_reach_the_terminal(serve, capsys):
+    bad = "\x1b]0;PWNED\x07\x1b[31mRED\x9b2J \u202eabc"
+    choice = {"message": {"content": None}, "finish_reason": bad}
+    for reply in ((400, {"error": bad}), (200, {"choices": [choice]}), (200, bad.encode())):
+        with pytest.raises(EndpointError) as caught:
+            endpoint(serve(lambda n, body, reply=reply: reply)).reply(chat("a"))
+        assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(str(caught.value))
+    from rich.table import Table
+
+    from bdpo_pl.console import get_console
+
+    table = Table(title=bad)
+    table.add_column(bad)
+    table.add_row(bad)
+    get_console().print(table, bad, "\ud800", "a 👩\u200d🔬 b")
+    printed = capsys.readouterr().out
+    assert not {"\x1b", "\x07", "\x9b", "\u202e", "\ud800"} & set(printed)
+    assert r"\x1b]0;PWNED" in printed
+    assert "👩\u200d🔬" in printed
+
+
+def test_half_a_surrogate_pair_is_replaced(serve):
+    raw = rb'{"choices": [{"message": {"content": "a \ud800 b \ud83d\ude42"}}]}'
+    assert endpoint(serve(lambda n, body: (200, raw))).reply(chat("\ud800")) == ["a \ufffd b 🙂"]
+
+
+def test_signal_ends_the_waiting_at_once(serve):
+    class Stop(BaseException):
+        pass
+
+    def raised(number, frame):
+        raise Stop
+
+    server = serve(lambda n, body: os.kill(os.getpid(), signal.SIGUSR1))
+    before = signal.signal(signal.SIGUSR1, raised)
+    try:
+        with pytest.raises(Stop):
+            endpoint(server, timeout=15.0).reply(chat("a"))
+    finally:
+        signal.signal(signal.SIGUSR1, before)

@@ -1,0 +1,80 @@
+"""Options of a training run that contradict each other, refused before anything is loaded."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from bdpo_pl.errors import InputError
+from bdpo_pl.training.datamodule import VALIDATION_SPLITS
+from bdpo_pl.training.metrics import NAMES
+from bdpo_pl.training.module import PreferenceModule
+from bdpo_pl.training.safety_probe import SafetyProbe
+
+
+def check_combinations(config: Any, defaults: Any) -> None:
+    """Refuse options of which one makes the other do nothing.
+
+    Args:
+        config: All options.
+        defaults: Those that hold where the user gives none.
+
+    Raises:
+        InputError: Two contradict each other.
+    """
+    if config.data.max_tokens_per_batch is not None:
+        for name in ("batch_size", "eval_batch_size"):
+            if config.data[name] != defaults.data[name]:
+                raise InputError(
+                    f"data.{name} and data.max_tokens_per_batch both say how large a batch is: leave out one of them"
+                )
+    if config.export_from == "best":
+        if not config.export:
+            raise InputError("export is false, so export_from best has nothing to export: leave out one of them")
+        if config.checkpoint.save_top_k == 0:
+            raise InputError("export_from is best, but checkpoint.save_top_k 0 keeps no checkpoint; set it to 1")
+    if config.export_adapter and config.model.lora is None:
+        raise InputError("export_adapter is true, but there is no adapter: set model.lora, or leave export_adapter out")
+
+
+def check_monitor(monitor: str | None, module: PreferenceModule, config: Any, probe: SafetyProbe) -> None:
+    """Refuse a `checkpoint.monitor` that will never be logged.
+
+    Args:
+        monitor: The name.
+        module: Says what its loss and reference give.
+        config: All options.
+        probe: Says what it logs.
+
+    Raises:
+        InputError: Nothing logs it.
+    """
+    # Callbacks of the user may log what they like.
+    own_callbacks = any(str(c.get("class_path", "")) for c in config.trainer.callbacks or () if hasattr(c, "get"))
+    if monitor is None or own_callbacks:
+        return
+    logged = logged_names(module, config, probe)
+    if monitor in logged:
+        return
+    meant = difflib.get_close_matches(monitor, logged, n=3, cutoff=0.5)
+    raise InputError(
+        f"checkpoint.monitor is {monitor}, which this run never logs; "
+        + (f"did you mean {' or '.join(meant)}?" if meant else f"it logs {', '.join(sorted(logged))}")
+    )
+
+
+def logged_names(module: PreferenceModule, config: Any, probe: SafetyProbe) -> set[str]:
+    """Every metric that a run with these options logs."""
+    values = set(NAMES)
+    if module.reference_mode == "none":
+        values -= {"drift_chosen", "drift_rejected"}
+    if module.reference_mode == "none" or not module.scoring.comprehension:
+        values -= {"comprehension_chosen", "comprehension_rejected"}
+    splits = {"train"}
+    if config.data.held_out is not None or config.data.held_out_fraction > 0:
+        splits |= set(VALIDATION_SPLITS) - (set() if config.data.train_probe else {"train_probe"})
+    logged = {f"{split}/{value}" for split in splits for value in values}
+    logged |= {"train/grad_norm", "train/lr", "train/tokens_per_second", "epoch", "step"} | probe.logged
+    if "train_probe" in splits:
+        logged |= {"gap/margin", "gap/accuracy"}
+    return logged

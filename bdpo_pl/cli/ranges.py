@@ -1,0 +1,154 @@
+"""The ranges of all number options, in one table, checked when the options are parsed and not hours later."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bdpo_pl.errors import InputError
+
+_MOST = 2**31 - 1
+"""Counts and sizes end where 32-bit integers do, on which kernels and libraries rely."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers that an option may have, both ends among them unless they are open.
+
+    Attributes:
+        low: The lower end.
+        high: The upper end.
+        open_low: `low` itself is outside.
+        open_high: `high` itself is outside.
+        share: A fraction, which has this range, or a whole number, which counts from `least` on.
+        least: See `share`.
+    """
+
+    low: float
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+    share: bool = False
+    least: int = 0
+
+    def holds(self, value: float) -> bool:
+        """Whether `value` is in the range; NaN and infinities are in none."""
+        if isinstance(value, int):
+            if self.share:
+                return self.least <= value <= _MOST
+        elif not math.isfinite(value):
+            return False
+        above = value > self.low if self.open_low else value >= self.low
+        return above and (value < self.high if self.open_high else value <= self.high)
+
+    def __str__(self) -> str:
+        low = f"above {self.low}" if self.open_low else f"at least {self.low}"
+        if self.share:
+            return f"a share {low} and at most {self.high}, or a whole number of at least {self.least}"
+        if self.high in (math.inf, _MOST):
+            return f"{low}, and finite" if self.high == math.inf else low
+        return f"{low} and {'below' if self.open_high else 'at most'} {self.high}"
+
+
+COUNT = Range(1, _MOST)
+SOME = Range(0, _MOST)
+MINUS_ONE = Range(-1, _MOST)
+SEED = Range(0, 2**32 - 1)
+POSITIVE = Range(0, open_low=True)
+NOT_NEGATIVE = Range(0)
+BELOW_ONE = Range(0, 1, open_high=True)
+SHARE = Range(0, 1, share=True)
+
+_ENDPOINT = {
+    "max_tokens": COUNT, "temperature": NOT_NEGATIVE, "timeout": POSITIVE, "deadline": POSITIVE,
+    "max_bytes": COUNT, "retries": SOME, "parallel": Range(1, 1024),
+}  # fmt: skip
+
+RANGES: dict[str, Range] = {
+    "seed_everything": SEED,
+    # The Trainer.
+    "trainer.devices": MINUS_ONE, "trainer.num_nodes": COUNT, "trainer.fast_dev_run": SOME,
+    "trainer.max_epochs": MINUS_ONE, "trainer.min_epochs": SOME, "trainer.max_steps": MINUS_ONE,
+    "trainer.min_steps": SOME, "trainer.limit_train_batches": SHARE, "trainer.limit_val_batches": SHARE,
+    "trainer.limit_test_batches": SHARE, "trainer.limit_predict_batches": SHARE, "trainer.overfit_batches": SHARE,
+    "trainer.val_check_interval": Range(0, 1, open_low=True, share=True, least=1),
+    "trainer.check_val_every_n_epoch": COUNT, "trainer.num_sanity_val_steps": MINUS_ONE,
+    "trainer.log_every_n_steps": SOME, "trainer.accumulate_grad_batches": COUNT,
+    "trainer.gradient_clip_val": NOT_NEGATIVE, "trainer.reload_dataloaders_every_n_epochs": SOME,
+    # The module.
+    "model.reestimate_every": COUNT, "model.warmup_ratio": BELOW_ONE,
+    "model.scoring.batch_tokens": COUNT, "model.scoring.chunk_pairs": COUNT,
+    "model.lora.r": COUNT, "model.lora.alpha": COUNT, "model.lora.dropout": BELOW_ONE,
+    # Of any optimiser or loss that has an option of this name.
+    "model.optimizer.lr": NOT_NEGATIVE, "model.optimizer.weight_decay": NOT_NEGATIVE,
+    "model.optimizer.eps": NOT_NEGATIVE, "model.optimizer.betas": BELOW_ONE, "model.optimizer.momentum": NOT_NEGATIVE,
+    "model.loss.beta": POSITIVE, "model.loss.tau": POSITIVE,
+    # The data.
+    "data.held_out_fraction": BELOW_ONE, "data.max_length": Range(2, _MOST), "data.max_prompt_length": COUNT,
+    "data.batch_size": COUNT, "data.eval_batch_size": COUNT, "data.max_tokens_per_batch": COUNT,
+    "data.num_workers": Range(0, 1024), "data.seed": SEED,
+    "data.load.safe_rlhf.num_safe": SOME, "data.load.safe_rlhf.num_unsafe": SOME,
+    # What is written, measured and stopped at.
+    "stop_at_gap": POSITIVE,
+    "checkpoint.save_top_k": MINUS_ONE, "checkpoint.every_n_train_steps": SOME, "checkpoint.every_n_epochs": SOME,
+    "safety.max_new_tokens": COUNT, "safety.max_prompts": COUNT, "safety.batch_size": COUNT,
+    "safety.every_n_steps": COUNT,
+    "diagnose.strong_ratio": Range(1, open_low=True), "diagnose.extremes": SOME,
+    # `evaluate`.
+    "max_prompts": COUNT, "generation.max_new_tokens": COUNT, "generation.batch_size": COUNT,
+    "judge.batch_size": COUNT, "judge.max_new_tokens": COUNT, "judge.max_length": COUNT, "judge.attempts": COUNT,
+    "judge.unsafe_from": Range(0, 1, open_low=True),
+    **{f"judge.endpoint.{name}": allowed for name, allowed in _ENDPOINT.items()},
+    **{f"attacks.attacker.{name}": allowed for name, allowed in _ENDPOINT.items()},
+    "attacks.max_prompts": COUNT,
+    "attacks.gcg.steps": COUNT, "attacks.gcg.search_width": COUNT, "attacks.gcg.topk": COUNT,
+    "attacks.gcg.batch_size": COUNT, "attacks.gcg.stop_loss": NOT_NEGATIVE, "attacks.gcg.seed": SEED,
+    "attacks.gcg.save_every": COUNT,
+    "attacks.refinement.streams": COUNT, "attacks.refinement.steps": COUNT, "attacks.refinement.history": COUNT,
+    "attacks.refinement.retries": SOME,
+    "pairs.load.safe_rlhf.num_safe": SOME, "pairs.load.safe_rlhf.num_unsafe": SOME,
+    "pairs.max_pairs": SOME, "pairs.max_length": Range(2, _MOST), "pairs.seed": SEED,
+    "ability.limit": COUNT, "ability.num_fewshot": SOME, "ability.batch_size": COUNT,
+}  # fmt: skip
+"""Option, as on the command line and without `init_args` → what it may be."""
+
+
+def check_ranges(options: Any) -> None:
+    """Check every number among `options` that has a range.
+
+    Args:
+        options: Nested mappings, namespaces or dataclasses, as a parser gives them.
+
+    Raises:
+        InputError: One is out of its range; the message has option, value and range.
+    """
+    for name, value in numbers(options):
+        allowed = RANGES.get(name)
+        if allowed is not None and not allowed.holds(value):
+            shown = str(value)
+            raise InputError(f"--{name} must be {allowed}; got {shown[:24]}{'…' if len(shown) > 24 else ''}")
+
+
+def numbers(options: Any, prefix: str = "") -> Iterator[tuple[str, int | float]]:
+    """Every number among `options`, with the name of its option; of a list every item under the list's name."""
+    if isinstance(options, bool) or options is None or isinstance(options, str):
+        return
+    if isinstance(options, int | float):
+        yield prefix, options
+    elif isinstance(options, list | tuple):
+        for item in options:
+            yield from numbers(item, prefix)
+    else:
+        if dataclasses.is_dataclass(options) and not isinstance(options, type):
+            options = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+        if not isinstance(options, Mapping):
+            # A namespace; anything else has no numbers of options.
+            options = vars(options) if type(options).__name__ == "Namespace" else {}
+        for name, value in options.items():
+            if name in ("init_args", "dict_kwargs"):
+                yield from numbers(value, prefix)
+            else:
+                yield from numbers(value, f"{prefix}.{name}" if prefix else str(name))
