@@ -35,7 +35,7 @@ def _escape(character: str) -> str:
 class _PlainConsole(Console):
     """A console on which what data, models and services say cannot give orders to the terminal."""
 
-    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:  # type: ignore[override]
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
         """Escape what segments of text hold; rich's own codes are added later."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(printable(segment.text), segment.style)
