@@ -26,10 +26,10 @@ from bdpo_pl.diagnosis.results import Diagnosis, diagnose_split, find_leaks, pai
 from bdpo_pl.diagnosis.terminal import numbers_table, tau_table
 from bdpo_pl.errors import InputError
 from bdpo_pl.files import writable_folder, write_whole
-from bdpo_pl.losses import BalancedDPOLoss, PairScores, PairWeights, PreferenceLoss
+from bdpo_pl.losses import BalancedDPOLoss, PairWeights, PreferenceLoss
 from bdpo_pl.reporting.terminal import findings_table
 from bdpo_pl.scoring.machine import Machine
-from bdpo_pl.scoring.scores import SplitScores
+from bdpo_pl.scoring.scores import SplitScores, table_scores
 from bdpo_pl.training.datamodule import PreferenceDataModule
 from bdpo_pl.training.module import PreferenceModule
 
@@ -150,6 +150,7 @@ def _diagnose(
     options: DiagnoseOptions,
 ) -> tuple[Diagnosis, dict[str, Measured]]:
     balance, weights_of = _balance(module.loss)
+    balance.prepare(table_scores(splits.tables["train"], scores["train"]))
     measured = {}
     for name, split in scores.items():
         assert split.reference is not None
@@ -166,8 +167,8 @@ def _diagnose(
     shown = splits.tokenizer if options.show_texts else None
     strong = tau = None
     if isinstance(balance, BalancedDPOLoss) and balance.weighting == "softmax":
-        strong = balance.tau * float(np.log(options.strong_ratio))
-        tau = balance.tau
+        strong = balance.temperature() * float(np.log(options.strong_ratio))
+        tau = balance.temperature()
     facts, notes = _facts(module, data, precision)
     facts["re-weighted strongly"] = f"one response has at least {options.strong_ratio:g} times the other's weight" + (
         f": an imbalance of {strong:.2f} {UNITS[balance.estimator]}".rstrip() if strong is not None else ""
@@ -200,16 +201,7 @@ def _balance(loss: PreferenceLoss) -> tuple[PreferenceLoss, str | None]:
 
 
 def _weights(balance: PreferenceLoss, table: PairTable, scores: SplitScores) -> PairWeights:
-    assert scores.reference is not None
-    assert scores.comprehension is not None
-    weights = balance.weights(
-        PairScores(
-            torch.from_numpy(table.trained_lengths[0]),
-            torch.from_numpy(table.trained_lengths[1]),
-            *scores.reference,
-            *scores.comprehension,
-        )
-    )
+    weights = balance.weights(table_scores(table, scores))
     assert weights is not None
     return weights
 
@@ -228,7 +220,8 @@ def _facts(module: PreferenceModule, data: PreferenceDataModule, precision: str)
         + f", against the null prompt {tokenizer.decode(data.tables['train'].null_prompt_ids)!r}",
         "loss": f"{type(loss).__name__}("
         + ", ".join(f"{k}={v}" for k, v in vars(loss).items() if not k.startswith(("_", "needs_", "initial_")))
-        + ")",
+        + ")"
+        + "".join(f"; {name} found from the training pairs: {value:.4g}" for name, value in loss.state_dict().items()),
         "chat template": data.chat_template
         if data.chat_template != "auto"
         else ("the tokenizer's" if templated else "none"),

@@ -3,7 +3,8 @@
 For a pair (x, y_w, y_l), a policy π_θ and its frozen reference π_ref, with the comprehension c of both responses
 (`bdpo_pl.comprehension`), measured before training:
 
-1. Balance weights: w_w = σ(−d), w_l = σ(d), d = (c_w − c_l)/τ (`balance_weights`).
+1. Balance weights: w_w = σ(−d), w_l = σ(d), d = (c_w − c_l)/τ (`balance_weights`); τ is the spread of c_w − c_l over
+   the training pairs (`imbalance_spread`) or a number.
 2. Scaling factor: s = 2, or s = √(2/(w_w² + w_l²)) (`scaling_factor`).
 3. Log-ratios: D = log π_θ(y|x) − log π_ref(y|x) of each response (`PairScores.log_ratios`).
 4. Loss: z = β·s·(w_w·D_w − w_l·D_l), L = −log σ(z) (`BalancedDPOLoss`).
@@ -19,6 +20,7 @@ from __future__ import annotations
 import math
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,11 +36,32 @@ WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
 _EPSILON = 1e-6
 
 
+def imbalance_spread(comprehension_chosen: Tensor, comprehension_rejected: Tensor) -> float:
+    """Measure the spread of the imbalance Δ = c_w − c_l over pairs: τ, where it is `auto`.
+
+    1.4826 · MAD, the median absolute deviation from the median. For a normal distribution this is the standard
+    deviation, and pairs far out do not move it (Huber, Robust Statistics, 1981). It is at least a tenth of the median
+    of |Δ|, for pairs that are all imbalanced alike. Where more than half of the pairs are balanced, both are 0, and the
+    standard deviation takes their place; 1 where every pair is balanced.
+
+    Args:
+        comprehension_chosen: (M,) c_w of all training pairs.
+        comprehension_rejected: (M,) c_l.
+
+    Returns:
+        A number above 0, in the estimator's unit.
+    """
+    difference = (comprehension_chosen - comprehension_rejected).double().cpu().numpy()
+    robust = 1.4826 * np.median(np.abs(difference - np.median(difference)))
+    return float(max(robust, 0.1 * np.median(np.abs(difference))) or difference.std() or 1.0)
+
+
 def balance_weights(
     comprehension_chosen: Tensor,
     comprehension_rejected: Tensor,
-    tau: float = 0.25,
+    tau: float,
     weighting: Weighting = "softmax",
+    max_ratio: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the balance weights (w_w, w_l): shares of one, the smaller for the better comprehended response.
 
@@ -50,6 +73,7 @@ def balance_weights(
         comprehension_rejected: (B,) c_l.
         tau: temperature τ > 0 in the estimator's unit, about the spread of c_w − c_l; only `softmax` reads it.
         weighting: `softmax` or `ratio`.
+        max_ratio: cap on the larger weight over the smaller, above 1; None: no cap.
 
     Returns:
         Two (B,) float32 tensors that sum to 1, both ½ for a balanced pair; detached.
@@ -60,10 +84,13 @@ def balance_weights(
     c_w, c_l = comprehension_chosen.detach().float(), comprehension_rejected.detach().float()
     if weighting == "softmax":
         d = (c_w - c_l) / tau
+        if max_ratio is not None:
+            d = d.clamp(-math.log(max_ratio), math.log(max_ratio))
         return torch.sigmoid(-d), torch.sigmoid(d)
     if weighting == "ratio":
         c_w, c_l = c_w.clamp_min(_EPSILON), c_l.clamp_min(_EPSILON)
-        return c_l / (c_w + c_l), c_w / (c_w + c_l)
+        low, high = (0.0, 1.0) if max_ratio is None else (1 / (1 + max_ratio), max_ratio / (1 + max_ratio))
+        return (c_l / (c_w + c_l)).clamp(low, high), (c_w / (c_w + c_l)).clamp(low, high)
     raise ValueError(f"unknown weighting {weighting!r}: choose one of {', '.join(WEIGHTINGS)}")
 
 
@@ -100,14 +127,14 @@ class BalancedDPOLoss(PreferenceLoss):
     Args:
         beta: β > 0.
         balance: apply balance weights; without, w = (1, 1).
-        tau: temperature τ > 0 of the `softmax` weighting, in the estimator's unit (nats per token for `pmi`).
-            The default is for `pmi`: the standard deviation of c_w − c_l in `docs/study.md`, where 0.25 let fewer
-            attacks pass than 1. `pmi_sum` needs some 20 times as much, being summed over tokens.
+        tau: temperature of the `softmax` weighting in the estimator's unit (nats per token for `pmi`): a number > 0, or
+            `auto`, the spread of c_w − c_l over the training pairs, known once they are scored.
         weighting: `softmax`, or `ratio` for the positive estimators `ifd` and `hsic`.
         estimator: `pmi`, `pmi_sum`, `ifd` or `hsic`; see `bdpo_pl.comprehension.comprehension`.
         scale: scaling factor s: a number > 0, or `norm` for s = √(2/(w_w² + w_l²)). Default: 2 with balance, 1 without.
         label_smoothing: ε in [0, 0.5): the assumed share of flipped labels (conservative DPO),
             L = −(1−ε)·log σ(z) − ε·log σ(−z).
+        max_weight_ratio: cap on the larger weight of a pair over the smaller, above 1; default none.
 
     Raises:
         InputError: an argument is out of its range, or `ratio` meets an estimator that can be negative.
@@ -119,16 +146,22 @@ class BalancedDPOLoss(PreferenceLoss):
         self,
         beta: float = 0.1,
         balance: bool = True,
-        tau: float = 0.25,
+        tau: float | Literal["auto"] = "auto",
         weighting: Weighting = "softmax",
         estimator: Estimator = "pmi",
         scale: float | Literal["norm"] | None = None,
         label_smoothing: float = 0.0,
+        max_weight_ratio: float | None = None,
     ) -> None:
         if scale is None:
             scale = 2.0 if balance else 1.0
         require_positive("beta", beta)
-        require_positive("tau", tau)
+        if tau != "auto":
+            require_positive("tau", tau)
+        if max_weight_ratio is not None and not (max_weight_ratio > 1.0 and math.isfinite(max_weight_ratio)):
+            raise InputError(
+                f"loss: max_weight_ratio must be above 1, the ratio of equal weights; got {max_weight_ratio}"
+            )
         if scale != "norm":
             require_positive("scale", scale)
         if not 0.0 <= label_smoothing < 0.5:
@@ -149,7 +182,10 @@ class BalancedDPOLoss(PreferenceLoss):
         self.estimator = estimator
         self.scale = scale
         self.label_smoothing = label_smoothing
+        self.max_weight_ratio = max_weight_ratio
         self.needs_comprehension = balance
+        self.needs_all_pairs = balance and weighting == "softmax" and tau == "auto"
+        self._spread: float | None = None
 
     def __call__(self, policy_chosen: Tensor, policy_rejected: Tensor, scores: PairScores) -> Tensor:
         """Compute the loss of each pair, (B,) float32."""
@@ -166,11 +202,53 @@ class BalancedDPOLoss(PreferenceLoss):
             if scores.comprehension_chosen is None or scores.comprehension_rejected is None:
                 raise ValueError("balance weights need comprehension, and these pairs carry none")
             chosen, rejected = balance_weights(
-                scores.comprehension_chosen, scores.comprehension_rejected, self.tau, self.weighting
+                scores.comprehension_chosen,
+                scores.comprehension_rejected,
+                self.temperature() if self.weighting == "softmax" else 1.0,
+                self.weighting,
+                self.max_weight_ratio,
             )
         else:
             chosen = rejected = torch.ones_like(scores.chosen_length, dtype=torch.float32)
         return PairWeights(chosen, rejected, scaling_factor(chosen, rejected, self.scale))
+
+    def temperature(self) -> float:
+        """Give τ as a number.
+
+        Raises:
+            ValueError: it is `auto`, and no training pairs have been seen.
+        """
+        if self.tau != "auto":
+            return self.tau
+        if self._spread is None:
+            raise ValueError("tau is auto: call prepare(scores of all training pairs) first, or give tau a number")
+        return self._spread
+
+    def prepare(self, scores: PairScores) -> None:
+        """Find τ, where it is `auto`."""
+        if self.needs_all_pairs:
+            assert scores.comprehension_chosen is not None
+            assert scores.comprehension_rejected is not None
+            self._spread = imbalance_spread(scores.comprehension_chosen, scores.comprehension_rejected)
+
+    def state_dict(self) -> dict[str, float]:
+        """Give τ, where it was found."""
+        return {"tau": self._spread} if self.needs_all_pairs and self._spread is not None else {}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Take up τ, where it is `auto`: a resumed run goes on with the same weights.
+
+        Raises:
+            InputError: the checkpoint was written with a τ that was given.
+        """
+        if not self.needs_all_pairs:
+            return
+        if "tau" not in state:
+            raise InputError(
+                "model.loss.tau is auto, but the checkpoint was written with a number (0.25 was the default of version "
+                "0.1); give --model.loss.tau that number to go on"
+            )
+        self._spread = state["tau"]
 
 
 class DPOLoss(BalancedDPOLoss):

@@ -91,6 +91,7 @@ class PreferenceLoss(ABC):
         needs_reference: the loss reads reference log-probabilities.
         needs_comprehension: the loss reads comprehension.
         needs_safety: the loss reads whether each response is safe, of pairs put in order by it.
+        needs_all_pairs: the loss is to `prepare` from the scores of all training pairs.
         initial_value: the loss of any pair when policy and reference are one model; None if it depends on the pair.
     """
 
@@ -99,6 +100,7 @@ class PreferenceLoss(ABC):
     needs_reference: bool = True
     needs_comprehension: bool = False
     needs_safety: bool = False
+    needs_all_pairs: bool = False
     initial_value: float | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -138,6 +140,20 @@ class PreferenceLoss(ABC):
     def weights(self, scores: PairScores) -> PairWeights | None:
         """Compute the balance weights that the loss applies to the pairs; None for a loss that has none."""
         return None
+
+    def prepare(self, scores: PairScores) -> None:  # noqa: B027 - most losses have nothing to do
+        """Take from the scores of all training pairs what the loss needs to know of them, before training."""
+
+    def state_dict(self) -> dict[str, float]:
+        """Give what `prepare` has found: it goes into checkpoints, the log and the report."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:  # noqa: B027 - likewise
+        """Take up what a checkpoint holds of `state_dict`.
+
+        Raises:
+            InputError: this loss needs what the checkpoint lacks.
+        """
 
 
 def require_positive(name: str, value: float) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 import transformers
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 import bdpo_kernels
@@ -25,7 +26,7 @@ from bdpo_pl.models.adapters import adapters_off
 from bdpo_pl.models.loading import ModelSource, frozen, load_model, model_fingerprint
 from bdpo_pl.scoring.cache import ScoreCache, default_cache_dir
 from bdpo_pl.scoring.machine import Machine
-from bdpo_pl.scoring.scores import SplitScores, score_splits, split_scores
+from bdpo_pl.scoring.scores import SplitScores, score_splits, split_scores, table_scores
 from bdpo_pl.scoring.scoring_pass import ScoringOptions, score_pairs, score_table
 
 ReferenceMode = Literal["precomputed", "live", "none"]
@@ -115,6 +116,11 @@ class Reference:
                 f"{name} needs comprehension, and model.scoring.comprehension is false; set it to true, "
                 "or take a loss that reads none (BalancedDPOLoss: turn the balance off)"
             )
+        if self.mode == "live" and loss.needs_all_pairs:
+            raise InputError(
+                f"{name} as configured needs the scores of all training pairs before training (tau auto), and with "
+                "model.reference_mode live there are none; set it to precomputed, or give model.loss.tau a number"
+            )
 
     def check_machine(self, machine: Machine) -> None:
         """Raise `InputError` if the policy is split and each rank would have to score with it alone."""
@@ -150,6 +156,9 @@ class Reference:
             return split_scores(scores, table, loss.estimator)
 
         self._scores = score_splits(splits, score)
+        loss.prepare(table_scores(splits.tables["train"], self._scores["train"]))
+        for name, value in loss.state_dict().items():
+            rank_zero_info(f"{type(loss).__name__}: {name} is {value:.4g}, found from the training pairs")
         # By now nothing holds on to the model: training has its memory.
         del score
         load.cache_clear()

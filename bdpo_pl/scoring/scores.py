@@ -12,6 +12,7 @@ from torch import Tensor
 from bdpo_pl.comprehension import Estimator, comprehension
 from bdpo_pl.data.splits import PreferenceSplits
 from bdpo_pl.data.table import PairTable
+from bdpo_pl.losses import PairScores
 
 
 @dataclass(frozen=True)
@@ -98,3 +99,13 @@ def score_splits(splits: PreferenceSplits, score: Callable[[str, PairTable], Spl
         device = next(t.device for t in vars(found["train"]).values() if t is not None)
         found["train_probe"] = found["train"][probe.to(device)]
     return found
+
+
+def table_scores(table: PairTable, scores: SplitScores) -> PairScores:
+    """Collect what is known of all pairs of `table`, as a loss is given it."""
+    nothing = (None, None)
+    return PairScores(
+        *torch.from_numpy(table.trained_lengths),
+        *(scores.reference if scores.reference is not None else nothing),
+        *(scores.comprehension if scores.comprehension is not None else nothing),
+    )

@@ -107,14 +107,13 @@ class PreferenceModule(WatchedModule):
         router_aux_loss: float = 0.0,
         trust_remote_code: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(loss or BalancedDPOLoss())
         if not 0.0 <= warmup_ratio < 1.0:
             raise InputError(f"model.warmup_ratio must be in [0, 1), got {warmup_ratio}")
         self.source = ModelSource(_resolve(policy), revision, attn_implementation, trust_remote_code)
         self.reference_source = self.source
         if reference is not None:
             self.reference_source = ModelSource(_resolve(reference), None, attn_implementation, trust_remote_code)
-        self.loss = loss or BalancedDPOLoss()
         self.reference_mode = choose_mode(reference_mode, self.loss, given=reference is not None)
         self.reference_dtype: DTypeName = reference_dtype
         self.scoring = scoring or ScoringOptions()
@@ -308,6 +307,7 @@ class PreferenceModule(WatchedModule):
             "policy": self.source.name,
             "revision": self.source.revision,
             "reestimation": self.reestimation.state_dict(),
+            "loss": self.loss.state_dict(),
             "lora": None if self.lora is None else dataclasses.asdict(self.lora),
             # Over all ranks: what the next log line will be the mean of.
             "train_means": self.train_means.joined(self.trainer.strategy.reduce),
@@ -328,6 +328,7 @@ class PreferenceModule(WatchedModule):
         require_same_policy(
             saved, self.source.name, self.lora, self._trained_names() <= checkpoint["state_dict"].keys()
         )
+        self.loss.load_state_dict(saved.get("loss", {}))
         if "reestimation" in saved:
             self.reestimation.load_state_dict(saved["reestimation"])
         if saved.get("before"):

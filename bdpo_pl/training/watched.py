@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from bdpo_pl.data.batches import PreferenceBatch
+from bdpo_pl.losses import PreferenceLoss
 from bdpo_pl.training.datamodule import VALIDATION_SPLITS
 from bdpo_pl.training.guards import finite_gradient_norm, scales_the_loss
 from bdpo_pl.training.metrics import PairMeans, Throughput, gaps
@@ -19,15 +20,17 @@ class WatchedModule(L.LightningModule):
 
     Attributes:
         policy: the model that is trained.
+        loss: the loss; what it has found of the training pairs is logged too.
         train_means: means over the training pairs since the last line of the log.
         evaluations: validation results by optimiser step; step 0 is the policy before training.
         errors: standard errors of these, of those that are means over at least two pairs.
         throughput: clock of the tokens that training reads.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, loss: PreferenceLoss) -> None:
         super().__init__()
         self.policy: Any = None
+        self.loss = loss
         self.train_means = PairMeans()
         self.split_means = nn.ModuleDict({split: PairMeans() for split in VALIDATION_SPLITS})
         self.evaluations: dict[int, dict[str, float]] = {}
@@ -64,7 +67,9 @@ class WatchedModule(L.LightningModule):
             torch.nn.utils.clip_grads_with_norm_(self.policy.parameters(), gradient_clip_val, self._grad_norm)
 
     def on_train_start(self) -> None:
-        """Start the clock of the throughput."""
+        """Write down what the loss has found of the training pairs, and start the clock of the throughput."""
+        for logger in self.loggers:
+            logger.log_hyperparams({f"loss.{name}": value for name, value in self.loss.state_dict().items()})
         self.throughput.start()
 
     def on_train_batch_end(self, outputs: Any, batch: PreferenceBatch, batch_idx: int) -> None:
@@ -76,6 +81,8 @@ class WatchedModule(L.LightningModule):
         self.train_means.reset()
         for name, value in means.items():
             self.log(f"train/{name}", value, prog_bar=name in ("loss", "margin", "accuracy"))
+        for name, value in self.loss.state_dict().items():
+            self.log(f"train/{name}", value)
         self.log("train/lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
         rate = torch.tensor(self.throughput.per_second(), device=self.device, dtype=torch.float32)
         self.log("train/tokens_per_second", self.trainer.strategy.reduce(rate, reduce_op="sum"), prog_bar=True)

@@ -90,7 +90,7 @@ def ours(problem: DPOProblem, folder: Path, balance: bool, start: float) -> dict
     cache = tempfile.TemporaryDirectory()
     module = PreferenceModule(
         str(folder / "model"),
-        loss=BalancedDPOLoss(BETA) if balance else DPOLoss(BETA),
+        loss=BalancedDPOLoss(BETA, tau=0.25) if balance else DPOLoss(BETA),
         scoring=ScoringOptions(cache_dir=cache.name, comprehension=balance),
         optimizer=lambda params: torch.optim.AdamW(params, lr=problem.learning_rate, weight_decay=0.0, fused=True),
         lr_schedule="constant",

@@ -43,7 +43,7 @@ def rows():
 def base(model_dir, tmp_path, rows):
     path = write_jsonl(tmp_path / "pairs.jsonl", rows)
     return [f"--model.policy={model_dir}", f"--data.train={path}", "--data.held_out_fraction=0.2",
-            "--trainer.accelerator=cpu"]  # fmt: skip
+            "--trainer.accelerator=cpu", "--model.loss.tau=0.25"]  # fmt: skip
 
 
 def results(folder="runs/diagnosis"):
@@ -88,7 +88,7 @@ def test_numbers_are_those_of_the_model_alone(base, tmp_path, capsys):
             (logp_alone(model, pair.prompt_ids, y) - logp_alone(model, table.null_prompt_ids, y)) / len(y)
             for y in (pair.chosen_ids, pair.rejected_ids)
         ]
-        weights = balance_weights(*torch.tensor(c))
+        weights = balance_weights(*torch.tensor(c), 0.25)
         assert [line["comprehension_chosen"], line["comprehension_rejected"]] == pytest.approx(c, abs=1e-4)
         assert [line["weight_chosen"], line["weight_rejected"]] == pytest.approx([w.item() for w in weights], abs=1e-4)
     for name, size in (("train", 32), ("held_out", 8)):

@@ -12,6 +12,7 @@ from makers import build_model
 from training import fit, same, weights
 
 from bdpo_pl.errors import InputError
+from bdpo_pl.losses import BalancedDPOLoss
 from bdpo_pl.models import adapters
 from bdpo_pl.models.adapters import LoraOptions, adapters_off, export_adapter, is_adapter
 from bdpo_pl.models.checkpoint import plain_model
@@ -79,9 +80,9 @@ def test_no_second_model_is_loaded_or_held(lora_job, monkeypatch):
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_live_reference_equals_the_precomputed_one(lora_job, precision):
     """Under autocast too, where a pass without gradients could leave casts behind that the next one must not use."""
-    trainer = {"max_epochs": 2, "precision": precision}
-    precomputed = fit(lora_job("a", trainer=dict(trainer)))
-    live = fit(lora_job("b", trainer=dict(trainer), reference_mode="live"))
+    trainer, loss = {"max_epochs": 2, "precision": precision}, BalancedDPOLoss(tau=0.25)
+    precomputed = fit(lora_job("a", trainer=dict(trainer), loss=loss))
+    live = fit(lora_job("b", trainer=dict(trainer), loss=loss, reference_mode="live"))
     bound = 1e-5 if precision == "32-true" else 2e-2
     assert live.evaluations[16] == pytest.approx(precomputed.evaluations[16], abs=bound)
     moved = [p.abs().max() for name, p in live.policy.named_parameters() if ".lora_B." in name]

@@ -96,8 +96,8 @@ def test_accumulation_gives_the_weights_of_the_whole_batch(job, batch_size):
 
 
 def test_live_reference_equals_the_precomputed_one(job):
-    precomputed = fit(job("precomputed"))
-    live = fit(job("live", reference_mode="live"))
+    precomputed = fit(job("precomputed", loss=BalancedDPOLoss(tau=0.25)))
+    live = fit(job("live", loss=BalancedDPOLoss(tau=0.25), reference_mode="live"))
     for step, values in precomputed.evaluations.items():
         assert live.evaluations[step] == pytest.approx(values, abs=1e-4)
 
@@ -116,14 +116,14 @@ def test_training_holds_no_reference_once_its_scores_are_known(job, mode, models
     per_model = sum(isinstance(part, PreTrainedModel) for part in build_model().modules())
     gc.collect()
     before, counts = living(), []
-    fit(job(trainer={"callbacks": [Count()]}, reference_mode=mode))
+    fit(job(trainer={"callbacks": [Count()]}, loss=BalancedDPOLoss(tau=0.25), reference_mode=mode))
     assert {count - before for count in counts} == {models}
 
 
 def test_checkpoint_holds_the_policy_alone_and_no_pickled_code(job, tmp_path, model_dir):
     keep = ModelCheckpoint(tmp_path / "ckpt", filename="end")
     for name, mode in (("a", "precomputed"), ("b", "live")):
-        module = fit(job(name, trainer={"callbacks": [keep]}, reference_mode=mode))
+        module = fit(job(name, trainer={"callbacks": [keep]}, loss=DPOLoss(), reference_mode=mode))
         checkpoint = torch.load(keep.best_model_path, weights_only=True)
         assert {key.split(".")[0] for key in checkpoint["state_dict"]} == {"policy"}
         assert len(checkpoint["state_dict"]) == len(module.policy.state_dict())
