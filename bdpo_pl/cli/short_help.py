@@ -38,9 +38,7 @@ _JOB = {
     "Method": (
         Option("model.loss", "loss_type", "BalancedDPOLoss", "or DPOLoss, IPOLoss, CPOLoss, SimPOLoss, SafeDPOLoss, …"),
         Option("model.loss.beta", "beta", "0.1", "how far the policy may move from its reference"),
-        Option(
-            "model.loss.tau", "tau", "auto", "imbalance at which weights differ e : 1; auto: its spread"
-        ),
+        Option("model.loss.tau", "tau", "auto", "imbalance at which weights differ e : 1; auto: its spread"),
         Option("model.lora.r", "lora_r", "off", "train LoRA adapters of this rank, with ten times the learning rate"),
     ),
     "Training": (

@@ -35,7 +35,5 @@ def test_tau_is_the_spread_of_the_training_pairs_in_log_and_checkpoint_and_a_res
 
 
 def test_a_live_reference_has_no_scores_to_find_tau_from(job):
-    with pytest.raises(
-        InputError, match=r"live there are none.*or give model\.loss\.tau a number"
-    ):
+    with pytest.raises(InputError, match=r"live there are none.*or give model\.loss\.tau a number"):
         fit(job(reference_mode="live"))
