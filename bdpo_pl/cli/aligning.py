@@ -8,6 +8,7 @@ from pathlib import Path
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -17,16 +18,19 @@ from bdpo_pl.console import get_console, paths_table
 from bdpo_pl.errors import InputError, StoppedError
 from bdpo_pl.files import RunFolder
 from bdpo_pl.parallel.state import whole_state
+from bdpo_pl.reporting.format import seconds
 from bdpo_pl.training.callbacks import LastCheckpoint
 from bdpo_pl.training.checkpoints import find_checkpoint, what_is_saved, write_atomically
 from bdpo_pl.training.disk import SaysDisk
 from bdpo_pl.training.export import export_adapters, export_model
 from bdpo_pl.training.identity import RunIdentity
 from bdpo_pl.training.memory_plan import planned
-from bdpo_pl.training.metrics_file import MetricsRows, continue_metrics
+from bdpo_pl.training.metrics_file import MetricsRows, continue_metrics, step_first
+from bdpo_pl.training.model_card import describe
 from bdpo_pl.training.module import PreferenceModule
+from bdpo_pl.training.run_report import read_curves, run_page
 from bdpo_pl.training.safety_probe import SafetyProbe
-from bdpo_pl.training.summary import remark_line, remarks, summary_table
+from bdpo_pl.training.summary import remark_line, remarks, summary_rows, summary_table
 
 
 def run(args: list[str], description: str | None) -> None:
@@ -65,34 +69,39 @@ def _align(cli: FitCLI, checkpoint: str | None, start: float) -> None:
     state = None if _is_plain(module, trainer) else whole_state(module.policy, module.lora is not None)
     if not trainer.is_global_zero:
         return
-    paths = {"configuration": folder / "config.yaml", "metrics": folder / "metrics.csv"}
+    probe: SafetyProbe = cli.config_init.safety
+    pairs = len(data.tables["held_out"]) if "held_out" in data.tables else None
+    results = module.evaluations, module.global_step, probe.before, probe.after
+    counted = {"errors": module.errors, "pairs": pairs, "prompts": probe.counts}
+    rows = summary_rows(*results, **counted)
+    card = describe(trainer, module, data, rows, bool(probe.suites))
+    paths = {"report of the run": folder / "report.html", "configuration": folder / "config.yaml"}
+    paths["metrics"] = folder / "metrics.csv"
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.best_model_path:
             name = "last checkpoint" if isinstance(callback, LastCheckpoint) else "best checkpoint"
             paths[name] = Path(callback.best_model_path)
     if cli.config.export:
         best = _best(trainer) if cli.config.export_from == "best" else None
-        paths["aligned model"] = export_model(module, data.tokenizer, folder / "model", state, best)
+        paths["aligned model"] = export_model(module, data.tokenizer, folder / "model", state, best, card.text())
     if cli.config.export_adapter and module.lora is not None:
         assert state is not None
-        paths["adapter"] = export_adapters(module, folder / "adapter", state)
-    probe: SafetyProbe = cli.config_init.safety
+        paths["adapter"] = export_adapters(module, folder / "adapter", state, card.of_adapter().text())
+    for logger in trainer.loggers:
+        if isinstance(logger, CSVLogger):
+            logger.save()
+    step_first(paths["metrics"])
+    said = remarks(module.evaluations, pairs, bool(probe.suites))
+    taken = time.perf_counter() - start
+    curves = read_curves(paths["metrics"])
+    device = str(trainer.strategy.root_device)
+    run_page(f"{card.base}, {card.loss}", card.facts, rows, said, curves, device, taken).write(folder / "report.html")
     console = get_console()
-    pairs = len(data.tables["held_out"]) if "held_out" in data.tables else None
-    table = summary_table(
-        module.evaluations,
-        module.global_step,
-        probe.before,
-        probe.after,
-        errors=module.errors,
-        pairs=pairs,
-        prompts=probe.counts,
-    )
-    console.print(table)
-    for level, sentence in remarks(module.evaluations, pairs, bool(probe.suites)):
+    console.print(summary_table(*results, **counted))
+    for level, sentence in said:
         console.print(remark_line(level, sentence))
     console.print(paths_table(paths))
-    console.print(f"Done in {time.perf_counter() - start:.0f} s, {module.global_step} optimiser steps")
+    console.print(f"Done in {seconds(taken)}, {module.global_step} optimiser steps")
 
 
 def _is_plain(module: PreferenceModule, trainer: L.Trainer) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from bdpo_pl.models.loading import load_model
 from bdpo_pl.training.module import PreferenceModule
 
 
-def export_policy(policy: Any, tokenizer: Any, folder: Path) -> Path:
+def export_policy(policy: Any, tokenizer: Any, folder: Path, card: str | None = None) -> Path:
     """Write weights (safetensors), config, generation config, tokenizer and chat template to `folder`.
 
     `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` load it. The folder appears only when it
@@ -24,6 +25,7 @@ def export_policy(policy: Any, tokenizer: Any, folder: Path) -> Path:
         policy: transformers model.
         tokenizer: its tokenizer.
         folder: must not exist yet.
+        card: text of its README.
     """
 
     def write(partial: Path) -> None:
@@ -31,12 +33,20 @@ def export_policy(policy: Any, tokenizer: Any, folder: Path) -> Path:
         policy.config.use_cache = True
         policy.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        _forget_machine(partial / "tokenizer_config.json")
+        if card is not None:
+            (partial / "README.md").write_text(card, encoding="utf-8")
 
     return write_whole_folder(folder, write)
 
 
 def export_model(
-    module: PreferenceModule, tokenizer: Any, folder: Path, state: dict[str, Tensor] | None, best: Path | None
+    module: PreferenceModule,
+    tokenizer: Any,
+    folder: Path,
+    state: dict[str, Tensor] | None,
+    best: Path | None,
+    card: str | None = None,
 ) -> Path:
     """Export the policy of `module`, adapters merged, to `folder` or the next free name beside it; which it was.
 
@@ -46,20 +56,44 @@ def export_model(
         folder: where to.
         state: of `whole_state`, where the policy in memory is not a plain model.
         best: checkpoint whose weights are exported in place of the last ones.
+        card: text of its README.
     """
     policy = module.policy
     if best is not None:
         policy = checkpoint_model(best, module.source, module.dtype_used)
     elif state is not None:
         policy = plain_model(module.source, module.dtype_used, state, module.lora)
-    return export_policy(policy, tokenizer, _free(folder))
+    return export_policy(policy, tokenizer, _free(folder), card)
 
 
-def export_adapters(module: PreferenceModule, folder: Path, state: dict[str, Tensor]) -> Path:
-    """Export the adapters in `state`, of `whole_state`, to `folder` or the next free name beside it; which it was."""
+def export_adapters(module: PreferenceModule, folder: Path, state: dict[str, Tensor], card: str | None = None) -> Path:
+    """Export the adapters in `state`, of `whole_state`, to `folder` or the next free name beside it; which it was.
+
+    Args:
+        module: after training.
+        folder: where to.
+        state: of all ranks.
+        card: text of the README, in place of peft's empty one.
+    """
     lora, base = module.lora, load_model(module.source, module.dtype_used)
     assert lora is not None
-    return write_whole_folder(_free(folder), lambda partial: export_adapter(base, lora, state, partial))
+
+    def write(partial: Path) -> None:
+        export_adapter(base, lora, state, partial)
+        (partial / "README.md").unlink(missing_ok=True)
+        if card is not None:
+            (partial / "README.md").write_text(card, encoding="utf-8")
+
+    return write_whole_folder(_free(folder), write)
+
+
+def _forget_machine(config: Path) -> None:
+    """Take out of a saved tokenizer's settings how this machine was told to look for it."""
+    if not config.is_file():
+        return
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    if settings.pop("local_files_only", None) is not None:
+        config.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _free(folder: Path) -> Path:

@@ -83,3 +83,16 @@ def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
         reader = csv.DictReader(file)
         rows = list(reader)
     return list(reader.fieldnames or []), rows
+
+
+def step_first(file: Path) -> None:
+    """Put the columns `step` and `epoch` of a finished run's metrics before the others, which are in order of name."""
+    names, rows = _read(file)
+    first = [name for name in ("step", "epoch") if name in names]
+    if names[: len(first)] == first:
+        return
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, fieldnames=[*first, *(name for name in names if name not in first)])
+    table.writeheader()
+    table.writerows(rows)
+    write_whole(file, text.getvalue())

@@ -60,22 +60,39 @@ def summary_table(
         pairs: held-out pairs.
         prompts: prompts asked for each refusal rate.
     """
-    table = Table(title="What changed, with 95 % intervals", title_justify="left", caption_justify="left")
+    table = Table(title="What changed, with 95 % intervals", title_justify="left")
     table.add_column("")
-    table.add_column("n", justify="right")
-    table.add_column("before", justify="right")
-    table.add_column("after", justify="right")
+    for column in ("n", "before", "after"):
+        table.add_column(column, justify="right")
+    rows = summary_rows(evaluations, final_step, rates_before, rates_after, errors=errors, pairs=pairs, prompts=prompts)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def summary_rows(
+    evaluations: Mapping[int, Mapping[str, float]],
+    final_step: int,
+    rates_before: Mapping[str, float],
+    rates_after: Mapping[str, float],
+    *,
+    errors: Mapping[int, Mapping[str, float]] | None = None,
+    pairs: int | None = None,
+    prompts: Mapping[str, int] | None = None,
+) -> list[list[str]]:
+    """Measure, number, before and after: the cells of `summary_table`, whose arguments these are."""
+    rows = []
     before, after = evaluations.get(0, {}), evaluations.get(final_step, {})
     spread = (errors or {}).get(final_step, {})
     for label, name, form in _HELD_OUT:
         if name in before or name in after:
             first = _BY_DEFINITION if _is_by_definition(before, name) else _cell(before, name, form, {}, pairs)
-            table.add_row(label, "" if pairs is None else f"{pairs:,}", first, _cell(after, name, form, spread, pairs))
+            rows.append([label, "" if pairs is None else f"{pairs:,}", first, _cell(after, name, form, spread, pairs)])
     for name in dict.fromkeys([*rates_before, *rates_after]):
         count = (prompts or {}).get(name)
         cells = (_rate(rates, name, count) for rates in (rates_before, rates_after))
-        table.add_row(name, "" if count is None else f"{count:,}", *cells)
-    return table
+        rows.append([name, "" if count is None else f"{count:,}", *cells])
+    return rows
 
 
 def remarks(

@@ -72,6 +72,19 @@ def test_run_from_options_to_a_folder_that_answers(base, model_dir, tmp_path, ca
     folder = tmp_path / "runs" / "version_0"
     with (folder / "metrics.csv").open() as file:
         assert {"gap/margin", "train/loss"} <= set(csv.DictReader(file).fieldnames)
+        file.seek(0)
+        assert file.readline().startswith("step,epoch,")
+    card = (folder / "model" / "README.md").read_text()
+    for part in ("## How to cite", "32 of pairs.jsonl", "| held-out preference accuracy | 8 | by definition |",
+                 "No safety was measured", "BalancedDPOLoss(beta=0.1", "learning rate 0.002"):  # fmt: skip
+        assert part in card
+    assert str(model_dir) not in card
+    assert str(tmp_path) not in card
+    assert "local_files_only" not in (folder / "model" / "tokenizer_config.json").read_text()
+    report = (folder / "report.html").read_text()
+    for part in ("Margin and its gap", "Drift from the reference", "Only 8 held-out pairs", "torch"):
+        assert part in report
+    assert "report.html" in printed
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     assert tokenizer.chat_template

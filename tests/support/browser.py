@@ -42,6 +42,7 @@ class Visit:
         requests: URLs asked for, beside the page itself and what it carries in `data:`.
         drawings: (width, height) in CSS pixels of each SVG.
         overflow: CSS pixels by which the page is wider than the window.
+        sideways: drawings that must be scrolled sideways.
         nameless: SVGs with no description, and links or regions with no name.
     """
 
@@ -52,12 +53,14 @@ class Visit:
     drawings: list[tuple[float, float]] = field(default_factory=list)
     overflow: int = 0
     nameless: int = 0
+    sideways: int = 0
 
 
 LOOK = """JSON.stringify({
   title: document.title,
   text: document.body.innerText,
   drawings: [...document.querySelectorAll('svg')].map(s => [s.getBoundingClientRect().width, s.getBoundingClientRect().height]),
+  sideways: [...document.querySelectorAll('figure > .scroll')].filter(e => e.scrollWidth > e.clientWidth + 1).length,
   overflow: Math.max(0, document.documentElement.scrollWidth - window.innerWidth),
   nameless: [...document.querySelectorAll('svg[role=img], [role=region]')].filter(e => !e.getAttribute('aria-label')).length
     + [...document.querySelectorAll('a')].filter(a => !a.innerText.trim()).length

@@ -44,6 +44,7 @@ def test_browser_shows_the_page_without_complaint_and_asks_for_nothing(tmp_path)
         for visit in (wide, browser.visit(path, width=360), browser.visit(path, dark=True, paper=True)):
             assert visit.title == "Report plain"
             assert (visit.complaints, visit.requests, visit.overflow, visit.nameless) == ([], [], 0, 0)
+            assert visit.sideways == 0
             assert len(visit.drawings) == 4
             assert all(width > 200 and height > 60 for width, height in visit.drawings)
         assert "1,234" in wide.text

@@ -1,0 +1,130 @@
+"""The report of a run: its curves, what changed, how it was trained and on what."""
+
+from __future__ import annotations
+
+import csv
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import lightning
+import torch
+import transformers
+
+from bdpo_pl import __version__
+from bdpo_pl.reporting import Finding, Line, Page, Section, Table, line_chart
+
+_CURVES: tuple[tuple[str, str, tuple[tuple[str, str], ...], str], ...] = (
+    (
+        "Loss",
+        "mean loss of a pair",
+        (("training batches", "train/loss"), ("training pairs", "train_probe/loss"),
+         ("held-out pairs", "held_out/loss")),
+        "Training batches are means since the point before; the others are measured at validations.",
+    ),
+    (
+        "Margin and its gap",
+        "implicit reward, chosen − rejected",
+        (("training pairs", "train_probe/margin"), ("held-out pairs", "held_out/margin"),
+         ("gap", "gap/margin")),
+        "The gap, training − held-out, is overfitting as it grows.",
+    ),
+    (
+        "Preference accuracy",
+        "share of pairs",
+        (("training pairs", "train_probe/accuracy"), ("held-out pairs", "held_out/accuracy"),
+         ("held-out, by log-probability a token", "held_out/logp_accuracy")),
+        "Before training the policy is its reference, and accuracy ½ by definition; by its own log-probability a token "
+        "it is the base model's.",
+    ),
+    (
+        "Drift from the reference",
+        "log-probability of a response − the reference's, nats",
+        (("held-out chosen", "held_out/drift_chosen"), ("held-out rejected", "held_out/drift_rejected")),
+        "A chosen response whose line falls is unlearnt along with the rejected one.",
+    ),
+    (
+        "Balance weights",
+        "mean weight of a response",
+        (("chosen", "train/weight_chosen"), ("rejected", "train/weight_rejected"),
+         ("difference in a pair", "train/imbalance")),
+        "The better comprehended response of a pair has the smaller weight.",
+    ),
+    (
+        "Safety on the way",
+        "share of prompts",
+        (("harmful refused", "safety/refusal_harmful"), ("jailbreaks refused", "safety/refusal_jailbreak"),
+         ("benign refused", "safety/over_refusal")),
+        "By refusal phrases, which tell a refusal and not harm.",
+    ),
+    ("Learning rate", "learning rate", (("learning rate", "train/lr"),), ""),
+    ("Gradient", "norm before clipping", (("gradient norm", "train/grad_norm"),), ""),
+)  # fmt: skip
+
+
+def read_curves(metrics: Path) -> dict[str, tuple[list[float], list[float]]]:
+    """Name → steps and values, of a `metrics.csv`; nothing if there is none."""
+    curves: dict[str, tuple[list[float], list[float]]] = {}
+    if not metrics.is_file():
+        return curves
+    with metrics.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            for name, text in row.items():
+                if name in ("step", "epoch") or not text or not row.get("step"):
+                    continue
+                steps, values = curves.setdefault(name, ([], []))
+                steps.append(float(row["step"]))
+                values.append(float(text))
+    return curves
+
+
+def run_page(
+    title: str,
+    settings: Mapping[str, str],
+    rows: Sequence[Sequence[str]],
+    said: Sequence[tuple[str, str]],
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    device: str,
+    seconds: float,
+) -> Page:
+    """The report.
+
+    Args:
+        title: names the model.
+        settings: how the run was trained: name → value.
+        rows: of the closing table.
+        said: what the reader of the table must know: (level, sentence).
+        curves: see `read_curves`.
+        device: where it ran.
+        seconds: how long it took.
+    """
+    page = Page("Training run", title, settings)
+    levels = {"warning": "problem", "notice": "notice"}
+    page.findings([Finding(levels.get(level, "fine"), sentence) for level, sentence in said])  # type: ignore[arg-type]
+    section = page.section("What changed")
+    section.table(Table(["", "n", "before", "after"], [list(row) for row in rows], "With 95 % intervals"))
+    _curves(page.section("Curves", "By optimiser step."), curves)
+    facts = {
+        "bdpo-pl": __version__,
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
+        "transformers": transformers.__version__,
+        "Python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": device,
+        "time": f"{seconds:.0f} s",
+    }
+    environment = page.section("Environment", "The whole configuration is in config.yaml beside this file.")
+    environment.table(Table(["", ""], [list(item) for item in facts.items()], "Where it ran", "ll"))
+    return page
+
+
+def _curves(section: Section, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> None:
+    drawn = False
+    for title, y_label, names, caption in _CURVES:
+        lines = {label: Line(*curves[name]) for label, name in names if len(curves.get(name, ((),))[0]) > 1}
+        if lines:
+            section.figure(line_chart(title, lines, "optimiser step", y_label, caption=caption))
+            drawn = True
+    if not drawn:
+        section.text("Too few steps were logged to draw a line; see trainer.log_every_n_steps.")
