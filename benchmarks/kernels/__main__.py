@@ -1,7 +1,11 @@
 """Kernels beside their peers: `python -m benchmarks.kernels [--device cpu|cuda] [--shapes NAME ...]`.
 
+With no options: a small CPU run of at most two minutes, with a table, a plot and how costs grow. It writes to `runs/`.
+With a device: the full grid, JSON and plot to `benchmarks/results/`. `benchmarks/README.md` describes the JSON.
+
 Every contender runs in a process of its own, in rounds, so that a drift of the machine meets all alike. What cannot run
-is listed with its reason. Writes JSON and a plot to `benchmarks/results/` and prints Markdown.
+is listed with its reason. `--against` compares with an older result, and exits with status 1 where something has become
+slower or larger beyond noise.
 """
 
 from __future__ import annotations
@@ -15,9 +19,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.kernels.contenders import LINEAR, LOGITS, OTHER_LOSS
+from benchmarks.kernels import against
+from benchmarks.kernels.contenders import LINEAR, LOGITS, OTHER_LOSS, missing_package
+from benchmarks.kernels.growth import CONTENDER, measure_growth
+from benchmarks.kernels.growth import markdown as growth_markdown
 from benchmarks.kernels.problem import SHAPES, Shape
 from benchmarks.kernels.report import markdown, plot
 from benchmarks.machine import machine
@@ -25,11 +30,16 @@ from benchmarks.machine import machine
 _RESULTS = Path(__file__).parents[1] / "results"
 _ON_GPU = ("qwen2-7b", "llama-3-8b", "mistral-7b", "gemma-2-9b")
 _TIMEOUT_S = 900
+# Without those that compile first, or import for long: the whole run takes two minutes at most.
+_ON_LAPTOP = (
+    "naive", "ours, fused loss", "ours, linear logprob", "ours", "TRL selective_log_softmax",
+    "torch linear_cross_entropy",
+)  # fmt: skip
 
 
-def child(task: str, shape: Shape, contender: str, device: str, repeats: int) -> dict[str, Any]:
-    """One measurement in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.kernels.measure", task, shape.name, contender, device, str(repeats)]
+def child(task: str, shape: str, contender: str, device: str, repeats: int) -> dict[str, Any]:
+    """Measure in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.kernels.measure", task, shape, contender, device, str(repeats)]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
@@ -40,6 +50,13 @@ def child(task: str, shape: Shape, contender: str, device: str, repeats: int) ->
     return json.loads(result.stdout.strip().splitlines()[-1])
 
 
+def measured(task: str, shape: Shape, contender: str, device: str, repeats: int) -> dict[str, Any]:
+    """`child`, but for contenders whose package is not installed: for those no process is started."""
+    if (package := missing_package(contender)) is not None:
+        return {"not_run": f"{package} is not installed"}
+    return child(task, shape.name, contender, device, repeats)
+
+
 def deviation(result: dict[str, Any], reference: dict[str, Any]) -> float:
     """Largest difference of loss and sampled gradients, relative to the largest value."""
     pairs = zip(result["grad_sample"], reference["grad_sample"], strict=True)
@@ -48,13 +65,13 @@ def deviation(result: dict[str, Any], reference: dict[str, Any]) -> float:
     return max(gradient, abs(result["loss"] - reference["loss"]) / max(abs(reference["loss"]), 1e-12))
 
 
-def compare(task: str, shape: Shape, names: list[str], device: str, rounds: int, repeats: int) -> list[dict[str, Any]]:
+def race(task: str, shape: Shape, names: list[str], device: str, rounds: int, repeats: int) -> list[dict[str, Any]]:
     """Every contender at one shape, `rounds` times each."""
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for _ in range(rounds):
         for name in names:
             if not any("not_run" in run for run in runs[name]):
-                runs[name].append(child(task, shape, name, device, repeats))
+                runs[name].append(measured(task, shape, name, device, repeats))
     rows = []
     for name, results in runs.items():
         row: dict[str, Any] = {"task": task, "shape": shape.name, "contender": name}
@@ -82,7 +99,7 @@ def compare(task: str, shape: Shape, names: list[str], device: str, rounds: int,
 
 def limits(shape: Shape, device: str, rounds: int, repeats: int) -> dict[str, Any]:
     """The machine's own limits at `shape`."""
-    results = [child("ceilings", shape, "-", device, repeats) for _ in range(rounds)]
+    results = [child("ceilings", shape.name, "-", device, repeats) for _ in range(rounds)]
     for result in results:
         if "not_run" in result:
             raise SystemExit(f"the limits at {shape.name} could not be measured: {result['not_run']}")
@@ -92,21 +109,62 @@ def limits(shape: Shape, device: str, rounds: int, repeats: int) -> dict[str, An
     }
 
 
-def main() -> None:
-    """Command line."""
+def write_growth(device: str, repeats: int) -> list[dict[str, Any]]:
+    """Measure how time and memory of the fused loss grow."""
+    return measure_growth(lambda names: child("growth", ",".join(names), CONTENDER, device, repeats))
+
+
+def compare_files(old: Path, new: dict[str, Any]) -> None:
+    """Print what has changed since the result `old`.
+
+    Raises:
+        SystemExit: something is slower or larger than before, beyond noise.
+    """
+    before = against.read(old)
+    found = against.changes(before, new)
+    print("\n".join([f"**Against {old}**", "", *against.remarks(before, new), against.markdown(found)]))
+    regressions = [one for one in found if one.slower or one.larger]
+    if regressions:
+        raise SystemExit(f"{len(regressions)} of {len(found)} are slower or larger than before, beyond noise")
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="default: the CPU set, or on a GPU the four models")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a small CPU run; cuda: the full grid")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="default: laptop, cpu or the four models")
     parser.add_argument("--tasks", nargs="+", choices=("linear", "logits"), default=["linear", "logits"])
-    parser.add_argument("--only", nargs="+", help="contenders to run; default all")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--only", nargs="+", help="contenders to run; default: all; on a laptop a few")
+    parser.add_argument("--rounds", type=int, help="default: 2, on a laptop 1")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs in each round")
-    parser.add_argument("--out", type=Path, default=_RESULTS)
+    parser.add_argument("--growth", action=argparse.BooleanOptionalAction, help="measure growth; default: on a laptop")
+    parser.add_argument("--out", type=Path, help="folder of the results; default: benchmarks/results, on a laptop runs")
+    parser.add_argument("--against", type=Path, metavar="OLD.json", help="compare with an older result")
+    parser.add_argument("--load", type=Path, metavar="NEW.json", help="with --against: compare this one, measure none")
     options = parser.parse_args()
-    names = options.shapes or (_ON_GPU if options.device == "cuda" else ("cpu",))
+    if options.load and not options.against:
+        parser.error("--load names the newer of two results; give the older one with --against")
     unknown = set(options.only or ()) - LINEAR.keys() - LOGITS.keys()
     if unknown:
         parser.error(f"unknown contenders {sorted(unknown)}; there are {sorted(LINEAR.keys() | LOGITS.keys())}")
+    # No device and no shapes: two minutes on a laptop.
+    laptop = options.device is None and options.shapes is None
+    options.device = options.device or "cpu"
+    options.shapes = options.shapes or (("laptop",) if laptop else _ON_GPU if options.device == "cuda" else ("cpu",))
+    options.rounds = options.rounds or (1 if laptop else 2)
+    options.growth = laptop if options.growth is None else options.growth
+    options.out = options.out or (Path("runs") if laptop else _RESULTS)
+    if laptop and not options.only:
+        options.only = list(_ON_LAPTOP)
+    return options
+
+
+def main() -> None:
+    """Run the command line."""
+    options = parse()
+    if options.load:
+        compare_files(options.against, against.read(options.load))
+        return
     options.out.mkdir(parents=True, exist_ok=True)
     started = datetime.datetime.now(datetime.UTC)
     stem = options.out / f"{started:%Y-%m-%d}-{options.device}-kernels"
@@ -117,18 +175,30 @@ def main() -> None:
         "machine": machine(options.device),
         "ceilings": ceilings,
         "rows": rows,
+        "growth": [],
     }
-    for shape in (shape for name in names for shape in SHAPES[name]):
+
+    def save() -> None:
+        # Kept as it grows: a run over large shapes is long.
+        stem.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+    for shape in (shape for name in options.shapes for shape in SHAPES[name]):
         ceilings[shape.name] = limits(shape, options.device, options.rounds, options.repeats)
         for task in options.tasks:
             contenders = [c for c in (LINEAR if task == "linear" else LOGITS) if not options.only or c in options.only]
-            rows += compare(task, shape, contenders, options.device, options.rounds, options.repeats)
-            # Kept as it grows: a run over large shapes is long.
-            stem.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    if not plot(rows, stem.with_suffix(".png")):
-        print("no plot: matplotlib is not installed")
+            rows += race(task, shape, contenders, options.device, options.rounds, options.repeats)
+            save()
+    if options.growth:
+        report["growth"] = write_growth(options.device, options.repeats)
+        save()
+    if not plot(rows, report["growth"], stem.with_suffix(".png")):
+        print('no plot: matplotlib is not installed; pip install -e ".[bench]"')
     print(markdown(rows, ceilings))
+    if report["growth"]:
+        print(growth_markdown(report["growth"]))
     print(f"Written to {stem}.json")
+    if options.against:
+        compare_files(options.against, report)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bdpo_kernels import linear_preference_loss, linear_sequence_logprob, sequence_logprob
@@ -102,6 +105,37 @@ def liger_cross_entropy(p: Problem) -> Tensor:
     return LigerFusedLinearCrossEntropyLoss(softcap=p.shape.softcap)(p.weight, p.hidden, p.labels)
 
 
+def torch_linear_cross_entropy(p: Problem) -> Tensor:
+    """PyTorch's F.linear_cross_entropy, chunked at its own choice: not a preference loss, only the same products."""
+    if not hasattr(F, "linear_cross_entropy"):
+        raise NotRunError(f"torch {torch.__version__} has no F.linear_cross_entropy; 2.13 has")
+    if p.shape.softcap is not None:
+        raise NotRunError("it has no soft-cap")
+    return F.linear_cross_entropy(p.hidden, p.weight, p.labels, options=torch.nn.LinearCrossEntropyOptions())
+
+
+def liger_cute(p: Problem) -> Tensor:
+    """Liger's cross-entropy by its CuTe kernels for Hopper: not a preference loss, only the same products."""
+    if not p.hidden.is_cuda or torch.cuda.get_device_capability() < (9, 0):
+        raise NotRunError("its CuTe kernels need a Hopper GPU or newer")
+    if find_spec("cutlass") is None:
+        raise NotRunError("its CuTe kernels need the package nvidia-cutlass-dsl")
+    # Read when Liger is first imported: this process is this contender's own.
+    os.environ["LIGER_KERNEL_IMPL"] = "cutedsl"
+    return liger_cross_entropy(p)
+
+
+def quack_linear(p: Problem) -> Tensor:
+    """QuACK's chunked linear cross-entropy: not a preference loss, only the same products."""
+    if not p.hidden.is_cuda or torch.cuda.get_device_capability() < (9, 0):
+        raise NotRunError("it needs a Hopper GPU or newer")
+    if p.shape.softcap is not None:
+        raise NotRunError("it has no soft-cap")
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return chunked_linear_cross_entropy(p.hidden, p.weight, p.labels)
+
+
 def logits_ours(p: Problem, logits: Tensor) -> Tensor:
     """bdpo_kernels.sequence_logprob."""
     return sequence_logprob(logits, p.labels, p.sequence_ids, 2 * p.num_pairs, check_labels=False).sum()
@@ -143,6 +177,9 @@ LINEAR: dict[str, LinearContender] = {
     "Liger fused linear DPO": liger_dpo,
     "cut-cross-entropy": cut_cross_entropy,
     "Liger fused linear CE": liger_cross_entropy,
+    "Liger fused linear CE, CuTe": liger_cute,
+    "QuACK linear CE": quack_linear,
+    "torch linear_cross_entropy": torch_linear_cross_entropy,
 }
 LOGITS: dict[str, LogitsContender] = {
     "naive": logits_naive,
@@ -151,5 +188,15 @@ LOGITS: dict[str, LogitsContender] = {
     "TRL selective_log_softmax": logits_trl_selective,
     "QuACK cross_entropy": logits_quack,
 }
-OTHER_LOSS = frozenset({"Liger fused linear CE"})
+OTHER_LOSS = frozenset(
+    {"Liger fused linear CE", "Liger fused linear CE, CuTe", "QuACK linear CE", "torch linear_cross_entropy"}
+)
 """Contenders whose loss is another one, so that their numbers cannot agree with the rest."""
+
+_PACKAGES = {"TRL": "trl", "Liger": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy", "QuACK": "quack"}
+
+
+def missing_package(contender: str) -> str | None:
+    """Return the package that `contender` needs and that is not installed; None: nothing is missing."""
+    package = next((package for name, package in _PACKAGES.items() if contender.startswith(name)), None)
+    return package if package is not None and find_spec(package) is None else None

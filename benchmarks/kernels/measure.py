@@ -18,13 +18,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels.contenders import LINEAR, LOGITS, NotRunError
-from benchmarks.kernels.problem import SHAPES, Problem, Shape, make_problem
+from benchmarks.kernels.problem import Problem, find_shape, make_problem
 from benchmarks.machine import process_memory
-
-
-def find_shape(name: str) -> Shape:
-    """The shape of that name."""
-    return next(shape for shapes in SHAPES.values() for shape in shapes if shape.name == name)
 
 
 def seconds(function: Callable[[], Any], device: str) -> float:
@@ -122,15 +117,17 @@ def ceilings(problem: Problem, device: str, repeats: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     task, shape, contender, device, repeats = sys.argv[1:6]
-    problem = make_problem(find_shape(shape), device)
     try:
-        if task == "ceilings":
-            result = ceilings(problem, device, int(repeats))
+        problems = (make_problem(find_shape(name), device) for name in shape.split(","))
+        if task == "growth":
+            result = {"points": [linear_task(problem, contender, device, int(repeats)) for problem in problems]}
+        elif task == "ceilings":
+            result = ceilings(next(problems), device, int(repeats))
         else:
             run = linear_task if task == "linear" else logits_task
-            result = run(problem, contender, device, int(repeats))
+            result = run(next(problems), contender, device, int(repeats))
     except (NotRunError, ImportError) as error:
         result = {"not_run": f"{error}"}
     except torch.OutOfMemoryError:

@@ -37,6 +37,7 @@ class Shape:
 
 _HALF = torch.bfloat16
 SHAPES = {
+    "laptop": (Shape("512x256x32000", 512, 256, 32_000, 64),),
     "cpu": (
         Shape("1024x512x32000", 1024, 512, 32_000, 128),
         Shape("2048x512x152064", 2048, 512, 152_064, 128),
@@ -48,6 +49,15 @@ SHAPES = {
     "mistral-7b": (Shape("Mistral-7B", 8192, 4096, 32_768, 512, dtype=_HALF),),
     "gemma-2-9b": (Shape("Gemma-2-9B", 8192, 3584, 256_000, 512, softcap=30.0, dtype=_HALF),),
 }
+
+
+def find_shape(name: str) -> Shape:
+    """Return the shape of that name, or the float32 one that `tokens x hidden x vocabulary x response` describes."""
+    for shape in (shape for shapes in SHAPES.values() for shape in shapes):
+        if shape.name == name:
+            return shape
+    N, D, V, T = (int(size) for size in name.split("x"))
+    return Shape(name, N, D, V, T)
 
 
 @dataclass

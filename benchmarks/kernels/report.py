@@ -41,8 +41,12 @@ def share_of_limit(row: dict[str, Any], ceiling: dict[str, Any]) -> float:
     return 3 * row["logits_bytes"] / row["time_s"] / ceiling["copy_bytes_per_s"]
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> bool:
-    """Time against memory for the linear task, one panel a shape. False without matplotlib."""
+def plot(rows: list[dict[str, Any]], growth: list[dict[str, Any]], path: Path) -> bool:
+    """Draw ratio to naive and extra memory of each contender, a column a shape, and how costs grow below.
+
+    Returns:
+        False without matplotlib.
+    """
     try:
         import matplotlib
 
@@ -52,16 +56,40 @@ def plot(rows: list[dict[str, Any]], path: Path) -> bool:
         return False
     done = [row for row in rows if row["task"] == "linear" and "time_s" in row]
     shapes = list(dict.fromkeys(row["shape"] for row in done))
-    figure, axes = pyplot.subplots(1, max(1, len(shapes)), figsize=(5 * max(1, len(shapes)), 4), squeeze=False)
-    for axis, shape in zip(axes[0], shapes, strict=False):
-        for row in (r for r in done if r["shape"] == shape):
-            ours = row["contender"].startswith("ours")
-            axis.scatter(row["extra_bytes"] / _MB, row["time_s"], color="C3" if ours else "C0")
-            axis.annotate(row["contender"], (row["extra_bytes"] / _MB, row["time_s"]), fontsize=7)
-        axis.set(
-            title=shape, xlabel="extra peak memory, MB", ylabel="forward + backward, s", xscale="log", ylim=(0, None)
-        )
-    figure.tight_layout()
+    grown = [one for one in growth if "time_s" in one]
+    columns = max(1, len(shapes), len(grown))
+    figure, axes = pyplot.subplots(
+        3 if grown else 2, columns, figsize=(5 * columns, 11 if grown else 8), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat:
+        axis.set_visible(False)
+    for (time, memory), shape in zip(axes[:2].T, shapes, strict=False):
+        _bars(time, memory, shape, [row for row in done if row["shape"] == shape])
+    for axis, one in zip(axes[-1] if grown else [], grown, strict=False):
+        _growth(axis, one)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return True
+
+
+def _bars(time: Any, memory: Any, shape: str, rows: list[dict[str, Any]]) -> None:
+    names = [row["contender"] for row in rows]
+    colours = ["C3" if name.startswith("ours") else "C0" for name in names]
+    base = next((row["time_s"] for row in rows if row["contender"] == "naive"), None)
+    time.barh(names, [row["time_s"] / (base or 1.0) for row in rows], color=colours)
+    time.set(title=shape, xlabel="forward + backward, × naive" if base else "forward + backward, s")
+    memory.barh(names, [max(0, row["extra_bytes"]) / _MB for row in rows], color=colours)
+    memory.set(xlabel="extra peak memory, MB")
+    for axis in (time, memory):
+        axis.set_visible(True)
+        axis.invert_yaxis()
+
+
+def _growth(axis: Any, one: dict[str, Any]) -> None:
+    axis.set_visible(True)
+    time = [value / one["time_s"][0] for value in one["time_s"]]
+    memory = [value / one["extra_bytes"][0] for value in one["extra_bytes"]]
+    axis.loglog(one["sizes"], time, "o-", label=f"time, slope {one['time_slope']:.2f}")
+    axis.loglog(one["sizes"], memory, "s--", label=f"memory, slope {one['memory_slope']:.2f}")
+    axis.set(title=f"{one['contender']}: growth in {one['axis']}", xlabel=one["axis"], ylabel="× the smallest")
+    axis.legend()

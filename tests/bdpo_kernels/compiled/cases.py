@@ -18,7 +18,7 @@ from bdpo_kernels import backends, linear_preference_loss, linear_sequence_logpr
 
 FLOATS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "f64": torch.float64}
 INTEGERS = {"i64": torch.int64, "i32": torch.int32}
-HIDDEN = 8
+HIDDEN = 16
 
 
 @dataclass(frozen=True)

@@ -49,10 +49,6 @@ class Code:
     exponentials: int = 0
     digest: str = ""
 
-    def wide_bytes(self, accesses: Counter[int]) -> int:
-        """Return the bytes that a program's accesses of 16 bytes a thread move."""
-        return sum(number * width for width, number in accesses.items() if width >= 16) * self.threads
-
 
 def read(compiled: Any, target: Target) -> Code:
     """Read a kernel compiled for `target`."""

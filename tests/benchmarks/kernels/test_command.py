@@ -5,6 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+import torch.nn.functional as F
+
 ROOT = Path(__file__).parents[3]
 
 
@@ -14,7 +18,7 @@ def test_every_contender_is_measured_or_listed_with_its_reason(tmp_path):
                 "ours, linear logprob", "QuACK cross_entropy"]  # fmt: skip
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    assert "not run: it needs a GPU" in result.stdout
+    assert "| QuACK cross_entropy | not run: " in result.stdout
     (report,) = (json.loads(path.read_text()) for path in tmp_path.glob("*.json"))
     assert report["machine"]["cores"] >= 1
     assert report["machine"]["versions"]["torch"]
@@ -33,3 +37,47 @@ def test_unknown_contender_is_refused():
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2
     assert "unknown contenders ['nobody']" in result.stderr
+
+
+def test_a_peer_that_is_not_installed_is_listed_without_a_process(monkeypatch):
+    from benchmarks.kernels import __main__ as command
+    from benchmarks.kernels import contenders
+    from benchmarks.kernels.problem import find_shape
+
+    monkeypatch.setattr(contenders, "find_spec", lambda name: None)
+    monkeypatch.setattr(command, "child", lambda *arguments: pytest.fail("a process was started"))
+    found = command.measured("linear", find_shape("tiny"), "TRL ChunkedLogProbFunction", "cpu", 1)
+    assert found == {"not_run": "trl is not installed"}
+
+
+@pytest.mark.parametrize("contender", ["Liger fused linear CE, CuTe", "QuACK linear CE"])
+def test_kernels_for_hopper_say_that_they_need_one(contender):
+    from benchmarks.kernels.contenders import LINEAR, NotRunError
+    from benchmarks.kernels.problem import find_shape, make_problem
+
+    with pytest.raises(NotRunError, match="Hopper"):
+        LINEAR[contender](make_problem(find_shape("tiny"), "cpu"))
+
+
+def test_pytorchs_own_linear_cross_entropy_agrees_with_plain_cross_entropy():
+    from benchmarks.kernels.contenders import LINEAR
+    from benchmarks.kernels.problem import find_shape, make_problem
+
+    if not hasattr(F, "linear_cross_entropy"):
+        pytest.skip(f"torch {torch.__version__} has no F.linear_cross_entropy")
+    problem = make_problem(find_shape("tiny"), "cpu")
+    expected = F.cross_entropy(problem.hidden @ problem.weight.t(), problem.labels)
+    torch.testing.assert_close(LINEAR["torch linear_cross_entropy"](problem), expected)
+
+
+def test_the_plot_shows_ratio_memory_and_growth(tmp_path):
+    pytest.importorskip("matplotlib")
+    from benchmarks.kernels.report import plot
+
+    rows = [
+        {"task": "linear", "shape": "s", "contender": name, "time_s": 1.0, "extra_bytes": 1 << 20}
+        for name in ("naive", "ours, fused loss")
+    ]
+    one = {"sizes": [1, 2], "time_s": [1.0, 2.0], "extra_bytes": [5, 5], "time_slope": 1.0, "memory_slope": 0.0}
+    assert plot(rows, [one | {"axis": "tokens", "contender": "ours"}], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000

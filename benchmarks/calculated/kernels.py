@@ -1,0 +1,214 @@
+"""Predicted time of the fused preference loss on one GPU: `python -m benchmarks.calculated.kernels`.
+
+Nothing here is measured, and everything it prints is called a prediction. The model counts:
+
+- Products, by tiles. An output of M × N is cut into tiles; as many tiles as there are multiprocessors run at once, and
+  a last wave that is not full takes as long as a full one. The rate is cuBLAS's measured rate at 8,192³.
+- Bytes, at the memory's measured rate. What a product writes beyond a bfloat16 result (a float32 result, or one added
+  to what is there) is hidden behind its arithmetic only in part.
+- Kernel launches and waits for the device, at a fixed cost each.
+
+Shapes: N tokens; D hidden size; V vocabulary; n tokens of one chunk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass, fields, replace
+
+# Tile shapes that cuBLAS chooses from, and the share of the rate that each can reach.
+_TILES = ((128, 256, 1.0), (256, 128, 1.0), (128, 128, 0.92), (64, 256, 0.85))
+_HALF, _SINGLE = 2, 4
+# The assumption that matters most: how much of the extra traffic of a product is not hidden.
+EXPOSED = 0.5
+# Share of the memory's rate that a kernel over rows of logits reaches.
+ROW_KERNELS = 0.92
+LAUNCH_S = 1.0e-6
+WAIT_S = 60e-6
+"""Host time until the device has work again after a wait for it."""
+
+
+@dataclass(frozen=True)
+class GPU:
+    """A device, by rates that others have measured on it.
+
+    Attributes:
+        name: of the device.
+        flops: operations a second of a bfloat16 product of 8,192³.
+        bandwidth: bytes a second of a large copy, both directions added.
+        multiprocessors: number of them.
+    """
+
+    name: str
+    flops: float
+    bandwidth: float
+    multiprocessors: int = 132
+
+    @property
+    def tile_rate(self) -> float:
+        """Operations a second of one multiprocessor, so that 8,192³ comes to `flops`."""
+        tiles = (8192 // 128) * (8192 // 256)
+        full = tiles / self.multiprocessors / math.ceil(tiles / self.multiprocessors)
+        return self.flops / self.multiprocessors / full
+
+
+H100 = GPU("H100 SXM", 790e12, 3.0e12)
+H200 = GPU("H200", 788e12, 4.3e12)
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What one step of the fused loss does, counted.
+
+    Attributes:
+        chunks: tokens of each chunk.
+        D: hidden size.
+        V: vocabulary.
+        mixed: float32 weights under bfloat16 autocast, rather than bfloat16 weights.
+        trains_head: whether the head's weight needs a gradient.
+        wide_gradient: whether the weight's gradient is accumulated in float32 and cast at the end.
+        row_passes: passes over the logits by kernels (reads and writes), beyond those of the products.
+        scaling_pass: whether the weight's gradient is multiplied by the gradient of the loss.
+        launches: number of kernel launches.
+        waits: number of times that the host waits for the device.
+    """
+
+    chunks: tuple[int, ...]
+    D: int
+    V: int
+    mixed: bool = False
+    trains_head: bool = True
+    wide_gradient: bool = True
+    row_passes: int = 3
+    scaling_pass: bool = True
+    launches: int = 90
+    waits: int = 4
+
+    @property
+    def tokens(self) -> int:
+        """N."""
+        return sum(self.chunks)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Predicted seconds of one step, by what they are spent on.
+
+    Attributes:
+        logits: first product, hidden states by the weight.
+        grad_hidden: second product.
+        grad_weight: third product, with the traffic of its accumulation.
+        rows: kernels over rows of logits.
+        casts: the weight to bfloat16, or its gradient from float32.
+        scaling: the weight's gradient by the gradient of the loss.
+        overhead: launches and waits.
+    """
+
+    logits: float
+    grad_hidden: float
+    grad_weight: float
+    rows: float
+    casts: float
+    scaling: float
+    overhead: float
+
+    @property
+    def total(self) -> float:
+        """All of them: nothing overlaps."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def product_seconds(gpu: GPU, M: int, N: int, K: int, out_bytes: int = _HALF, adds: bool = False) -> float:
+    """Predict the time of an (M, K) by (K, N) product in bfloat16.
+
+    Args:
+        gpu: device.
+        M: rows of the result.
+        N: columns of the result.
+        K: length of the sums.
+        out_bytes: bytes of an element of the result.
+        adds: whether the product is added to what the result holds.
+    """
+    best = math.inf
+    for rows, columns, share in _TILES:
+        tiles = math.ceil(M / rows) * math.ceil(N / columns)
+        # Where tiles are few, cuBLAS splits the sums and adds the parts up in float32.
+        for split in (1, 2, 4):
+            waves = math.ceil(tiles * split / gpu.multiprocessors)
+            seconds = waves * 2 * rows * columns * K / split / (gpu.tile_rate * share)
+            parts = 0 if split == 1 else split * M * N * 2 * _SINGLE
+            best = min(best, seconds + parts / gpu.bandwidth)
+    written = M * N * out_bytes * (2 if adds else 1)
+    extra = written - M * N * _HALF
+    traffic = (M * K + K * N) * _HALF + written
+    return max(best + EXPOSED * max(0, extra) / gpu.bandwidth, traffic / gpu.bandwidth)
+
+
+def predict(gpu: GPU, step: Counted) -> Prediction:
+    """Predict the time of one step of the fused loss, forward and backward."""
+    D, V = step.D, step.V
+    accumulated = step.mixed or (step.wide_gradient and step.trains_head)
+    width = _SINGLE if accumulated else _HALF
+    grad_weight = (
+        product_seconds(gpu, V, D, n, width, adds=i > 0) if step.trains_head else 0.0 for i, n in enumerate(step.chunks)
+    )
+    casts = 0.0
+    if step.mixed or (step.trains_head and width == _SINGLE):
+        casts = V * D * (_HALF + _SINGLE) / gpu.bandwidth
+    owned = _SINGLE if step.mixed else _HALF
+    scaled = step.scaling_pass and step.trains_head
+    return Prediction(
+        logits=sum(product_seconds(gpu, n, V, D) for n in step.chunks),
+        grad_hidden=sum(product_seconds(gpu, n, D, V) for n in step.chunks),
+        grad_weight=sum(grad_weight),
+        rows=step.row_passes * step.tokens * V * _HALF / gpu.bandwidth / ROW_KERNELS,
+        casts=casts,
+        scaling=2 * V * D * owned / gpu.bandwidth if scaled else 0.0,
+        overhead=step.launches * LAUNCH_S + step.waits * WAIT_S,
+    )
+
+
+def ideal_seconds(gpu: GPU, step: Counted) -> float:
+    """Return the time of the products alone at cuBLAS's own rate: 6·N·V·D operations, 4 with a frozen head."""
+    return (6 if step.trains_head else 4) * step.tokens * step.V * step.D / gpu.flops
+
+
+QWEN2_7B = Counted((3072, 1024), D=3584, V=152_064)
+STEPS = {
+    "two chunks, accumulated in float32, scaled": QWEN2_7B,
+    "the same, bf16-mixed": replace(QWEN2_7B, mixed=True),
+    "one chunk": replace(QWEN2_7B, chunks=(4096,)),
+    "+ no scaling pass": replace(QWEN2_7B, chunks=(4096,), scaling_pass=False),
+    "+ gradient in the weight's dtype": replace(QWEN2_7B, chunks=(4096,), scaling_pass=False, wide_gradient=False),
+    "+ rows in one kernel": replace(QWEN2_7B, chunks=(4096,), scaling_pass=False, wide_gradient=False, row_passes=2),
+    "+ no waits": replace(QWEN2_7B, chunks=(4096,), scaling_pass=False, wide_gradient=False, row_passes=2, waits=0),
+}
+"""Qwen2-7B's head over 4,096 tokens, change by change."""
+
+
+def table(gpu: GPU, steps: dict[str, Counted]) -> str:
+    """Return a Markdown table of predictions in milliseconds."""
+    names = [field.name for field in fields(Prediction)]
+    lines = [
+        f"| {gpu.name}, predicted, ms | {' | '.join(name.replace('_', ' ') for name in names)} | total | of cuBLAS |",
+        "|---" * (len(names) + 3) + "|",
+    ]
+    for label, step in steps.items():
+        found = predict(gpu, step)
+        parts = " | ".join(f"{1e3 * getattr(found, name):.2f}" for name in names)
+        share = ideal_seconds(gpu, step) / found.total
+        lines.append(f"| {label} | {parts} | {1e3 * found.total:.1f} | {share:.0%} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print the predictions."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    print("PREDICTIONS, not measurements: see the head of this file for what they assume.\n")
+    print("\n\n".join(table(gpu, STEPS) for gpu in (H100, H200)))
+
+
+if __name__ == "__main__":
+    main()
