@@ -14,6 +14,8 @@ from datetime import date
 from functools import cached_property
 from typing import Any
 
+from transformers.utils.chat_template_utils import render_jinja_template
+
 from bdpo_pl.data.control_tokens import ControlTokens, Ids, Spelled
 
 Message = dict[str, Any]
@@ -79,6 +81,7 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.source = tokenizer.chat_template
         self.kwargs = dict(kwargs or {})
+        self.special_tokens: dict[str, Any] = dict(tokenizer.special_tokens_map)
         self._templates: dict[bool, str] = {}
         self._facts: dict[str, TurnFacts | None] = {}
 
@@ -91,20 +94,18 @@ class ChatTemplate:
         return self._render(conversation, generation, self.wants_parts)
 
     def _render(self, conversation: Conversation, generation: bool, in_parts: bool) -> str:
-        kwargs = {**self.kwargs, **conversation.kwargs}
         messages = conversation.messages
         if in_parts:
             messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
-        text = self.tokenizer.apply_chat_template(
-            list(messages),
+        # What `apply_chat_template` comes to, for messages that are plain data already: it takes half the time.
+        (text,), _ = render_jinja_template(
+            conversations=[list(messages)],
             tools=list(conversation.tools) if conversation.tools else None,
             chat_template=self._template(bool(conversation.tools)),
-            tokenize=False,
             add_generation_prompt=generation,
-            **kwargs,
+            **{**self.special_tokens, **self.kwargs, **conversation.kwargs},
         )
-        assert isinstance(text, str)
-        return text
+        return str(text)
 
     def prompt(self, conversation: Conversation) -> str:
         """Return the conversation up to where the assistant's answer begins.
@@ -315,6 +316,7 @@ def chat_encoder(tokenizer: Any, kwargs: Mapping[str, Any] | None = None) -> Cha
         or known.control.tokenizer is not tokenizer
         or known.template.source != tokenizer.chat_template
         or known.template.kwargs != wanted
+        or known.template.special_tokens != tokenizer.special_tokens_map
     ):
         known = ChatEncoder(tokenizer, wanted)
         setattr(tokenizer, _ATTRIBUTE, known)

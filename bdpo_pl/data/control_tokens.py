@@ -121,6 +121,22 @@ class ControlTokens:
             ids[i] = encoding.ids
         return ids
 
+    def splits_at(self, name: str) -> bool:
+        """Return whether the tokenizer reads what is on either side of a control token on its own.
+
+        Then texts with a common beginning can be encoded from there on, and their beginning once.
+        """
+        token = next((t for t in self.tokenizer.added_tokens_decoder.values() if t.content == name), None)
+        if self._backend is None or token is None or token.normalized:
+            return False
+        if token.lstrip or token.rstrip or token.single_word:
+            return False
+        for before, after in (("a b\n", " c\n"), ("a ", "b"), ("\n\n", "\n\n x"), (f" {name}", name)):
+            whole, first, second = self._encode([before + name + after, before, name + after], False)
+            if whole != first + second:
+                return False
+        return True
+
     def encode_with_ends(self, text: str, spelled: Spelled | None) -> tuple[Ids, list[int]]:
         """Return the token ids of one text without any around it, and where each ends in `private(text, spelled)`.
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import chain, islice
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Literal
 
 import numpy as np
 
+from bdpo_pl.data.encoding import encoded
 from bdpo_pl.data.report import DataReport
 from bdpo_pl.data.rows import BOTH_UNSAFE, PreferenceRow, RowError, order_by_safety
 from bdpo_pl.data.schemas import SCHEMAS
@@ -23,8 +24,6 @@ from bdpo_pl.errors import InputError
 
 DataFormat = Literal["auto", "preference", "safe_rlhf", "hh_rlhf", "sharegpt", "orca", "azure", "kto"]
 BadRows = Literal["auto", "error", "drop"]
-
-_ENCODE_AT_ONCE = 512
 
 
 @dataclass
@@ -163,63 +162,63 @@ def _tokenize(
     report: DataReport,
     strict: bool,
 ) -> PairTable:
-    pairs: list[PreferencePair] = []
-    kept: list[PreferenceRow] = []
-    merged = truncated = 0
-    as_text: bool | None = None
+    places: list[str] = []
+    categories: list[str] = []
+    safe: list[tuple[bool | None, bool | None]] = []
+    counts = {"merged": 0, "truncated": 0}
+    as_text: list[bool] = []
     bos = tokenizer.tokenizer.bos_token_id
     tokenizer.read_as = ReadAs()
-    for row, pair in _encoded(rows, tokenizer):
-        if isinstance(pair, RowError):
-            _refuse(pair, row.record, report, strict)
-            continue
-        if as_text is None:
-            as_text = tokenizer.reads_as_text(row)
-        elif as_text is not tokenizer.reads_as_text(row):
-            raise InputError(
-                f"{row.record.place}: some rows are dialogues that are read as the text they are, and others are "
-                "rendered with the chat template; set data.dialogues to turns, or load them apart"
-            )
-        cut = truncation.apply(pair, bos)
-        if cut is None:
-            reason = (
-                f"longer than {truncation.max_length} tokens"
-                if truncation.mode == "drop"
-                else "chosen = rejected once truncated, or nothing left to train on"
-            )
-            report.drop(reason, row.record.place)
-            continue
-        merged += pair.merged
-        truncated += cut is not pair
-        pairs.append(cut)
-        kept.append(row)
-    table = PairTable.from_pairs(
-        pairs,
-        tokenizer.null_prompt_ids(bool(as_text)),
-        [row.record.place for row in kept],
-        [row.category for row in kept],
-        _safety(kept),
+
+    def kept() -> Iterator[PreferencePair]:
+        for row, pair in encoded(rows, tokenizer):
+            if isinstance(pair, RowError):
+                _refuse(pair, row.record, report, strict)
+                continue
+            if not as_text:
+                as_text.append(tokenizer.reads_as_text(row))
+            elif as_text[0] is not tokenizer.reads_as_text(row):
+                raise InputError(
+                    f"{row.record.place}: some rows are dialogues that are read as the text they are, and others are "
+                    "rendered with the chat template; set data.dialogues to turns, or load them apart"
+                )
+            cut = truncation.apply(pair, bos)
+            if cut is None:
+                report.drop(_too_long(truncation), row.record.place)
+                continue
+            counts["merged"] += pair.merged
+            counts["truncated"] += cut is not pair
+            places.append(row.record.place)
+            categories.append(row.category)
+            safe.append((row.chosen_safe, row.rejected_safe))
+            yield cut
+
+    # Pair by pair into flat arrays: as lists of numbers they would take ten times the memory.
+    table = PairTable.from_pairs(kept(), [])
+    table = replace(
+        table,
+        null_prompt_ids=tokenizer.null_prompt_ids(bool(as_text and as_text[0])),
+        places=places,
+        categories=categories,
+        safe=_safety(safe),
     )
-    report.note(f"truncated to {truncation.max_length} tokens ({truncation.mode})", truncated)
-    report.note("token merged across the prompt/response boundary: cut before it", merged)
+    report.note(f"truncated to {truncation.max_length} tokens ({truncation.mode})", counts["truncated"])
+    report.note("token merged across the prompt/response boundary: cut before it", counts["merged"])
     report.read_as(tokenizer)
     return _deduplicate(table, options.duplicates, report)
 
 
-def _safety(rows: Sequence[PreferenceRow]) -> np.ndarray | None:
+def _too_long(truncation: Truncation) -> str:
+    if truncation.mode == "drop":
+        return f"longer than {truncation.max_length} tokens"
+    return "chosen = rejected once truncated, or nothing left to train on"
+
+
+def _safety(flags: Sequence[tuple[bool | None, bool | None]]) -> np.ndarray | None:
     """(2, M) bool, or None where it is not said of all."""
-    flags = [(row.chosen_safe, row.rejected_safe) for row in rows]
     if not flags or any(None in both for both in flags):
         return None
     return np.array(flags, dtype=bool).T.copy()
-
-
-def _encoded(
-    rows: Iterable[PreferenceRow], tokenizer: PairTokenizer
-) -> Iterator[tuple[PreferenceRow, PreferencePair | RowError]]:
-    rows = iter(rows)
-    while chunk := list(islice(rows, _ENCODE_AT_ONCE)):
-        yield from zip(chunk, tokenizer.encode(chunk), strict=True)
 
 
 def _deduplicate(table: PairTable, policy: Literal["drop", "keep"], report: DataReport) -> PairTable:

@@ -35,6 +35,10 @@ class RowError(ValueError):
     def __init__(self, record: Record, reason: str, detail: str) -> None:
         super().__init__(f"{record.place}: {detail}")
         self.reason = reason
+        self._arguments = (record, reason, detail)
+
+    def __reduce__(self) -> tuple[type[RowError], tuple[Record, str, str]]:
+        return RowError, self._arguments
 
 
 def parse_messages(record: Record, name: str, value: Sequence[Any]) -> list[Message]:

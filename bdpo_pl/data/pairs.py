@@ -49,6 +49,15 @@ class ReadAs:
     counts: dict[str, int] = field(default_factory=dict)
     added: set[str] = field(default_factory=set)
 
+    def add(self, other: ReadAs) -> None:
+        """Add what was counted elsewhere."""
+        self.templated += other.templated
+        self.dialogues += other.dialogues
+        self.plain += other.plain
+        self.added |= other.added
+        for what, number in other.counts.items():
+            self.counts[what] = self.counts.get(what, 0) + number
+
     def count(self, what: str, happened: bool = True) -> None:
         """Count one row if something happened to it."""
         if happened:

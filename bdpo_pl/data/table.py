@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -43,35 +44,37 @@ class PairTable:
     @classmethod
     def from_pairs(
         cls,
-        pairs: Sequence[PreferencePair],
+        pairs: Iterable[PreferencePair],
         null_prompt_ids: Ids,
         places: Sequence[str] | None = None,
         categories: Sequence[str] | None = None,
         safe: np.ndarray | None = None,
     ) -> PairTable:
-        """Pack `pairs`; `places` and `categories` default to the index and to no label."""
-        lengths = np.array(
-            [(len(p.prompt_ids), len(p.chosen_ids), len(p.rejected_ids)) for p in pairs], dtype=np.int32
-        ).reshape(-1, 3)
-        starts = np.zeros(len(pairs) + 1, dtype=np.int64)
-        np.cumsum(lengths.sum(axis=1), out=starts[1:])
-        tokens = np.fromiter(
-            (i for p in pairs for ids in (p.prompt_ids, p.chosen_ids, p.rejected_ids) for i in ids),
-            dtype=np.int32,
-            count=int(starts[-1]),
-        )
-        prompt_lengths, chosen_lengths, rejected_lengths = lengths.T.copy()
+        """Pack `pairs`, one after the other; `places` and `categories` default to the index and to no label."""
+        tokens, lengths, trained = array("i"), array("i"), bytearray()
+        is_masked = False
+        for p in pairs:
+            sides = ((p.prompt_ids, None), (p.chosen_ids, p.chosen_trained), (p.rejected_ids, p.rejected_trained))
+            for ids, flags in sides:
+                tokens.extend(ids)
+                lengths.append(len(ids))
+                is_masked |= flags is not None
+                trained.extend(flags if flags is not None else b"\1" * len(ids))
+        size = np.frombuffer(lengths, dtype=np.int32).reshape(-1, 3) if lengths else np.zeros((0, 3), dtype=np.int32)
+        starts = np.zeros(len(size) + 1, dtype=np.int64)
+        np.cumsum(size.sum(axis=1), out=starts[1:])
+        prompt_lengths, chosen_lengths, rejected_lengths = size.T.copy()
         return cls(
-            tokens,
+            np.frombuffer(tokens, dtype=np.int32).copy() if tokens else np.zeros(0, dtype=np.int32),
             starts,
             prompt_lengths,
             chosen_lengths,
             rejected_lengths,
             null_prompt_ids=list(null_prompt_ids),
-            places=list(places) if places is not None else [f"pair {i}" for i in range(len(pairs))],
-            categories=list(categories) if categories is not None else [""] * len(pairs),
+            places=list(places) if places is not None else [f"pair {i}" for i in range(len(size))],
+            categories=list(categories) if categories is not None else [""] * len(size),
             safe=safe,
-            trained=_trained(pairs, int(starts[-1])),
+            trained=np.frombuffer(trained, dtype=bool).copy() if is_masked else None,
         )
 
     def __len__(self) -> int:
@@ -108,7 +111,7 @@ class PairTable:
     def select(self, indices: np.ndarray) -> PairTable:
         """The table of the pairs at `indices`, in that order."""
         return PairTable.from_pairs(
-            [self[int(i)] for i in indices],
+            (self[int(i)] for i in indices),
             self.null_prompt_ids,
             [self.places[int(i)] for i in indices],
             [self.categories[int(i)] for i in indices],
@@ -152,7 +155,7 @@ class PairTable:
     def content_digest(self) -> str:
         """SHA-256 over all that a model would read: token ids, boundaries and null prompt."""
         digest = hashlib.sha256()
-        for array in (
+        for part in (
             self.tokens,
             self.prompt_lengths,
             self.chosen_lengths,
@@ -160,25 +163,9 @@ class PairTable:
             np.array(self.null_prompt_ids, dtype=np.int32),
             *(() if self.trained is None else (self.trained,)),
         ):
-            digest.update(len(array).to_bytes(8, "little"))
-            digest.update(np.ascontiguousarray(array).tobytes())
+            digest.update(len(part).to_bytes(8, "little"))
+            digest.update(np.ascontiguousarray(part).tobytes())
         return digest.hexdigest()
-
-
-def _trained(pairs: Sequence[PreferencePair], total: int) -> np.ndarray | None:
-    if all(p.chosen_trained is None and p.rejected_trained is None for p in pairs):
-        return None
-    flags = (
-        flag
-        for p in pairs
-        for ids, trained in (
-            (p.prompt_ids, None),
-            (p.chosen_ids, p.chosen_trained),
-            (p.rejected_ids, p.rejected_trained),
-        )
-        for flag in (trained if trained is not None else (True,) * len(ids))
-    )
-    return np.fromiter(flags, dtype=bool, count=total)
 
 
 def _digest(*parts: np.ndarray | np.integer) -> bytes:

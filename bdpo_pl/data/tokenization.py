@@ -27,6 +27,7 @@ SpelledControlTokens = Literal["auto", "text", "parse"]
 
 # Nothing that a response holds is so long; a single text of this size would keep a tokenizer busy for minutes.
 MAX_CHARACTERS = 1_000_000
+_ASSISTANT_MARK = "\n\nAssistant:"
 
 
 @dataclass
@@ -126,16 +127,48 @@ class PairTokenizer:
                 results[i] = error
         for templated in (True, False):
             group = [i for i, found in texts.items() if found.templated is templated]
-            flat = [t for i in group for t in (texts[i].prompt, *(r.text for r in texts[i].responses))]
-            spelled = [texts[i].spelled for i in group for _ in range(3)]
-            ids = self.encoder.control.encode(flat, spelled) if templated else self._plain(flat, spelled)
-            for at, i in enumerate(group):
+            ids = self._tokenize([texts[i] for i in group], templated)
+            for i, found in zip(group, ids, strict=True):
                 try:
-                    results[i] = self._cut(rows[i], texts[i], *ids[3 * at : 3 * at + 3])
+                    results[i] = self._cut(rows[i], texts[i], *found)
                 except RowError as error:
                     results[i] = error
         assert all(result is not None for result in results)
         return [result for result in results if result is not None]
+
+    def _tokenize(self, group: list[_Texts], templated: bool) -> list[tuple[Ids, Ids, Ids]]:
+        """Ids of the prompt and of each response behind it."""
+        # Before a control token no text joins another; what a text spells is encoded with the texts whole.
+        starts = [self._last_turn(t.prompt) if templated and not t.spelled else 0 for t in group]
+        flat: list[str] = []
+        for texts, start in zip(group, starts, strict=True):
+            flat += [texts.prompt[:start], texts.prompt[start:], *(r.text[start:] for r in texts.responses)]
+        spelled = [texts.spelled for texts in group for _ in range(4)]
+        if not templated:
+            flat, spelled = [t for k, t in enumerate(flat) if k % 4], [s for k, s in enumerate(spelled) if k % 4]
+            ids = self._plain(flat, spelled)
+            return [(ids[k], ids[k + 1], ids[k + 2]) for k in range(0, len(ids), 3)]
+        ids = self.encoder.control.encode(flat, spelled)
+        return [
+            (ids[k] + ids[k + 1], ids[k] + ids[k + 2], ids[k] + ids[k + 3])
+            if starts[k // 4]
+            else (ids[k + 1], ids[k + 2], ids[k + 3])
+            for k in range(0, len(ids), 4)
+        ]
+
+    def _last_turn(self, prompt: str) -> int:
+        """Where the last of the control tokens that open the assistant's turn begins, or 0."""
+        if self._opening is None:
+            return 0
+        return max(0, prompt.rfind(self._opening))
+
+    @cached_property
+    def _opening(self) -> str | None:
+        facts = self.encoder.template.facts(Conversation([]))
+        control = self.encoder.control
+        names = [name for name in control.special if facts is not None and name in facts.after_user]
+        name = max(names, key=lambda name: facts.after_user.rfind(name) if facts is not None else 0, default=None)
+        return name if name is not None and control.splits_at(name) else None
 
     @cached_property
     def _cutter(self) -> Cutter:
@@ -347,9 +380,6 @@ class PairTokenizer:
         read.count("responses of several turns", max(len(r.spans) for r in texts.responses) > 1)
         read.count("ended by EOS, the template ends no turn with a token", texts.templated and not first.is_ended)
         read.count("with tools", bool(row.tools))
-
-
-_ASSISTANT_MARK = "\n\nAssistant:"
 
 
 def _check_size(row: PreferenceRow) -> None:
