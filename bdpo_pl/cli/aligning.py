@@ -24,7 +24,7 @@ from bdpo_pl.training.checkpoints import find_checkpoint, what_is_saved, write_a
 from bdpo_pl.training.disk import SaysDisk
 from bdpo_pl.training.export import export_adapters, export_model
 from bdpo_pl.training.identity import RunIdentity
-from bdpo_pl.training.memory_plan import planned
+from bdpo_pl.training.memory_report import WarnsOfMemory, dry_run
 from bdpo_pl.training.metrics_file import MetricsRows, continue_metrics, step_first
 from bdpo_pl.training.model_card import describe
 from bdpo_pl.training.module import PreferenceModule
@@ -39,7 +39,7 @@ def run(args: list[str], description: str | None) -> None:
     cli = parse_options(FitCLI, args, description)
     trainer = cli.trainer
     if cli.config.dry_run:
-        get_console().print(planned(trainer, cli.model, cli.datamodule).table())
+        dry_run(trainer, cli.model, cli.datamodule, reads_data=cli.gives_data)
         return
     checkpoint = find_checkpoint(cli.config.ckpt_path, Path(trainer.default_root_dir))
     write_atomically(trainer)
@@ -58,7 +58,7 @@ def run(args: list[str], description: str | None) -> None:
 def _align(cli: FitCLI, checkpoint: str | None, start: float) -> None:
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
     resumed = RunIdentity(checkpoint, cli.config_init.resume.allow)
-    trainer.callbacks += [resumed, MetricsRows(), SaysDisk(cli.config.export)]  # type: ignore[attr-defined]
+    trainer.callbacks += [resumed, MetricsRows(), WarnsOfMemory(), SaysDisk(cli.config.export)]  # type: ignore[attr-defined]
     continue_metrics(trainer, checkpoint)
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     if module.global_step not in module.evaluations and "held_out" in data.tables:

@@ -37,6 +37,9 @@ _EMBEDDED_CONFIG = Path(embedded.__file__).with_name("fit.yaml")
 class FitCLI(LightningCLI):
     """The command line of `fit`: the Trainer's, the module's and the data module's options, and a few of our own."""
 
+    gives_data = True
+    """Whether there are pairs, or a plan of memory is asked for without."""
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the checkpoint, the safety probe and where to resume from."""
         parser.add_argument(
@@ -93,12 +96,14 @@ class FitCLI(LightningCLI):
             # Log-probabilities are summed in float64, which Apple's GPUs do not have.
             self.config.trainer.accelerator = "cpu"
         if self.config.data.train is None:
-            if self.config.model.policy != EMBEDDED:
+            if self.config.model.policy != EMBEDDED and not self.config.dry_run:
                 raise InputError(
                     f"model.policy is {self.config.model.policy}, but there is nothing to train it on: set data.train "
                     "to a file of pairs, or to embedded for the small set of bdpo_pl"
                 )
+            # A plan of memory alone needs none.
             self.config.data.train = EMBEDDED
+            self.gives_data = self.config.model.policy == EMBEDDED
         logger = self.config.trainer.logger
         if isinstance(logger, Namespace) and logger.get("init_args.save_dir") == _RUNS:
             # One option for all that is written.

@@ -20,7 +20,8 @@ _LOGGERS = {
 }
 """Logger → the package to install, and modules of which one must be there."""
 
-_JOB_FILES = ("--config", "-c", "--data")
+# A file may name the data; a plan of memory, and help, want none.
+_WANTS_NO_DATA = {"--config", "-c", "--data", "--data.train", "--dry_run", "--model.loss.help", "--help_all"}
 _TRAINS = ("fit", "diagnose")
 
 
@@ -128,7 +129,9 @@ def _check_loss_option(name: str, args: Sequence[str], losses: dict[str, Any]) -
 
 def _check_data(args: Sequence[str]) -> None:
     names = {arg.partition("=")[0] for arg in args}
-    if "--model.policy" in names and names.isdisjoint({*_JOB_FILES, "--data.train", "--model.loss.help", "--help_all"}):
+    if "--model.policy" in names and names.isdisjoint(
+        {*_JOB_FILES, "--data.train", "--dry_run", "--model.loss.help", "--help_all"}
+    ):
         raise InputError(
             "--model.policy names a model, but nothing to train it on: add --data.train FILE (JSONL or Parquet with "
             "prompt, chosen, rejected), or --data.train embedded for the small set of bdpo_pl"

@@ -17,6 +17,7 @@ from typing import Any
 from unittest import mock
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from bdpo_kernels.linear_head import chunk_tokens
 from bdpo_pl.data.packing import Document, RowLayout, SequenceBatch, lay_out
+from bdpo_pl.data.table import PairTable
 from bdpo_pl.forward.last_layer import scored_positions_only
 from bdpo_pl.forward.masks import model_inputs
 from bdpo_pl.forward.responses import head_input
@@ -106,6 +108,19 @@ def worst_batch(pairs: int, window: int, shared: bool) -> SequenceBatch:
     return lay_out(documents, RowLayout.SHARED if shared else RowLayout.SPLIT, 0)
 
 
+def longest_batch(table: PairTable, pairs: int, shared: bool) -> SequenceBatch:
+    """The `pairs` longest pairs of `table`, which a shuffled epoch may put together."""
+    longest = np.argsort(-(table.prompt_lengths + table.chosen_lengths + table.rejected_lengths))[:pairs]
+    documents = [
+        Document(
+            [0] * int(table.prompt_lengths[i]),
+            [(b, [0] * int(table.chosen_lengths[i])), (len(longest) + b, [0] * int(table.rejected_lengths[i]))],
+        )
+        for b, i in enumerate(longest)
+    ]
+    return lay_out(documents, RowLayout.SHARED if shared else RowLayout.SPLIT, 0)
+
+
 def plan_memory(
     source: ModelSource,
     config: Any,
@@ -164,13 +179,26 @@ def plan_memory(
     )
 
 
-def planned(trainer: L.Trainer, module: Any, data: Any) -> MemoryPlan:
+def planned(
+    trainer: L.Trainer,
+    module: Any,
+    data: Any,
+    *,
+    pairs: int | None = None,
+    longest: PairTable | None = None,
+    gradient_checkpointing: bool | None = None,
+    lora: LoraOptions | None = None,
+) -> MemoryPlan:
     """The plan of a run that is set up and not begun: of its largest micro-batch, with the longest pairs it allows.
 
     Args:
         trainer: its strategy, precision and devices.
         module: a `PreferenceModule`.
         data: a `PreferenceDataModule`.
+        pairs: in a micro-batch, in place of what `data` says.
+        longest: pairs of which the longest count, in place of pairs that fill the window.
+        gradient_checkpointing: in place of what `module` says.
+        lora: adapters, in place of what `module` says.
 
     Raises:
         InputError: there is no such model.
@@ -187,18 +215,23 @@ def planned(trainer: L.Trainer, module: Any, data: Any) -> MemoryPlan:
         check_tensor_parallel(config, tensor, module.source.name)
     window = data.max_length or min(data.truncation.max_length, num_positions(config) or data.truncation.max_length)
     shared = module.prefix_sharing != "never"
-    pairs = data.batch_size
+    if pairs is None:
+        pairs = data.batch_size
     if data.max_tokens_per_batch is not None:
+        if longest is not None:
+            window = int((longest.prompt_lengths + np.maximum(longest.chosen_lengths, longest.rejected_lengths)).max())
         pairs = max(1, data.max_tokens_per_batch // int(window * (1.5 if shared else 2)))
     return plan_memory(
         module.source,
         config,
-        worst_batch(pairs, window, shared),
+        worst_batch(pairs, window, shared) if longest is None else longest_batch(longest, pairs, shared),
         resolve_dtype(module.dtype_name, str(trainer.precision)),
         module.optimizer,
         devices,
-        lora=module.lora,
-        gradient_checkpointing=module.gradient_checkpointing,
+        lora=lora or module.lora,
+        gradient_checkpointing=module.gradient_checkpointing
+        if gradient_checkpointing is None
+        else gradient_checkpointing,
         half_products={"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(trainer.precision)),
     )
 
