@@ -129,9 +129,7 @@ def _check_loss_option(name: str, args: Sequence[str], losses: dict[str, Any]) -
 
 def _check_data(args: Sequence[str]) -> None:
     names = {arg.partition("=")[0] for arg in args}
-    if "--model.policy" in names and names.isdisjoint(
-        {*_JOB_FILES, "--data.train", "--dry_run", "--model.loss.help", "--help_all"}
-    ):
+    if "--model.policy" in names and names.isdisjoint(_WANTS_NO_DATA):
         raise InputError(
             "--model.policy names a model, but nothing to train it on: add --data.train FILE (JSONL or Parquet with "
             "prompt, chosen, rejected), or --data.train embedded for the small set of bdpo_pl"

@@ -1,0 +1,160 @@
+"""The plan of a run's memory for people: what it assumes, whether it fits, and what would bring it down."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.accelerators import CUDAAccelerator
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from rich.table import Table
+
+from bdpo_pl.console import get_console
+from bdpo_pl.data.table import PairTable
+from bdpo_pl.models.adapters import LoraOptions
+from bdpo_pl.reporting.format import size
+from bdpo_pl.training.memory_plan import planned
+
+_USABLE = 0.9
+"""Share of a device's memory that a plan may fill: the allocator and the process want some."""
+_CGROUP = Path("/sys/fs/cgroup/memory.max")
+
+
+def dry_run(trainer: L.Trainer, module: Any, data: Any, reads_data: bool) -> None:
+    """Print what each device's memory will hold, what that assumes, and what would change it.
+
+    Args:
+        trainer: its strategy, precision and devices.
+        module: a `PreferenceModule`.
+        data: a `PreferenceDataModule`.
+        reads_data: there are pairs, whose lengths count.
+    """
+    longest = None
+    if reads_data:
+        longest = data.read(module.source, order_by_safety=module.loss.needs_safety).tables["train"]
+    plan = planned(trainer, module, data, longest=longest)
+    memory = device_memory(trainer)
+    console = get_console()
+    console.print(plan.table())
+    for line in assumptions(trainer, module, data, longest):
+        console.print(line, highlight=False)
+    console.print(verdict(plan.peak, memory), highlight=False)
+    console.print(options_table(trainer, module, data, longest, plan.peak, memory))
+
+
+def assumptions(trainer: L.Trainer, module: Any, data: Any, longest: PairTable | None) -> Iterator[str]:
+    """What the plan is of, a sentence each."""
+    batch = f"{data.batch_size} pairs" if data.max_tokens_per_batch is None else f"{data.max_tokens_per_batch:,} tokens"
+    if longest is None:
+        yield (
+            f"Assumed: a micro-batch of {batch} that all fill the window of {data.truncation.max_length:,} tokens, "
+            "half prompt and half response; with --data.train the data's own lengths count."
+        )
+    else:
+        totals = longest.prompt_lengths + longest.chosen_lengths + longest.rejected_lengths
+        yield (
+            f"Assumed: a micro-batch of {batch} from the longest of {len(longest):,} training pairs; prompt and both "
+            f"responses of the longest have {int(totals.max()):,} tokens."
+        )
+    trained = "all weights" if module.lora is None else f"LoRA of rank {module.lora.r}"
+    checkpointing = "with" if module.gradient_checkpointing else "without"
+    yield f"{trained}, precision {trainer.precision}, {checkpointing} gradient checkpointing."
+
+
+def verdict(peak: int, memory: int | None) -> str:
+    """Whether it fits."""
+    if memory is None:
+        return f"The peak is {size(peak)}; this machine does not say what it has."
+    fits = "fits" if peak <= _USABLE * memory else "does not fit"
+    return f"The peak of {size(peak)} {fits} into a device of {size(memory)} ({peak / memory:.0%})."
+
+
+def options_table(
+    trainer: L.Trainer, module: Any, data: Any, longest: PairTable | None, peak: int, memory: int | None
+) -> Table:
+    """Which option brings the peak to what."""
+    table = Table(title="What would change it", title_justify="left")
+    for column in ("option", "peak", "fits"):
+        table.add_column(column, justify="right" if column == "peak" else "left")
+    for option, other in alternatives(trainer, module, data, longest, memory):
+        fits = "" if memory is None else ("yes" if other <= _USABLE * memory else "no")
+        table.add_row(option, f"{size(other)} ({(other - peak) / peak:+.0%})", fits)
+    return table
+
+
+def alternatives(
+    trainer: L.Trainer, module: Any, data: Any, longest: PairTable | None, memory: int | None
+) -> Iterator[tuple[str, int]]:
+    """(option, peak in bytes) of what brings the peak down, and of the largest batch that fits, larger or smaller."""
+
+    def peak(**options: Any) -> int:
+        return planned(trainer, module, data, longest=longest, **options).peak
+
+    if data.max_tokens_per_batch is None:
+        pairs = data.batch_size
+        if memory is not None:
+            best = largest_batch(lambda n: peak(pairs=n), memory)
+            if best is not None and best != pairs:
+                keep = f" --trainer.accumulate_grad_batches {pairs // best}" if best < pairs else ""
+                yield f"--data.batch_size {best}{keep}: the largest that fits", peak(pairs=best)
+        if pairs > 1:
+            yield f"--data.batch_size {pairs // 2} --trainer.accumulate_grad_batches 2", peak(pairs=pairs // 2)
+    if not module.gradient_checkpointing:
+        yield "--model.gradient_checkpointing true", peak(gradient_checkpointing=True)
+    if module.lora is None:
+        yield "--model.lora.r 16", peak(lora=LoraOptions())
+        if not module.gradient_checkpointing:
+            both = peak(lora=LoraOptions(), gradient_checkpointing=True)
+            yield "--model.lora.r 16 --model.gradient_checkpointing true", both
+
+
+def largest_batch(peak: Any, memory: int, most: int = 64) -> int | None:
+    """The largest power of two of pairs whose `peak` fits into `memory`; None if not even one pair does."""
+    found = None
+    pairs = 1
+    while pairs <= most and peak(pairs) <= _USABLE * memory:
+        found = pairs
+        pairs *= 2
+    return found
+
+
+def device_memory(trainer: L.Trainer) -> int | None:
+    """Bytes of one device: of a GPU, or what this process may have of the machine's, shared by its processes."""
+    if isinstance(trainer.accelerator, CUDAAccelerator):
+        return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+    try:
+        limit = _CGROUP.read_text().strip()
+    except OSError:
+        limit = "max"
+    return min(memory, int(limit) if limit.isdigit() else memory) // max(1, trainer.num_devices)
+
+
+class WarnsOfMemory(L.Callback):
+    """Warns before anything is scored where the run will not fit into its device."""
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        """Compare plan and device."""
+        if stage != "fit":
+            return
+        splits = pl_module.read_pairs()
+        if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
+            return
+        data, memory = trainer.datamodule, device_memory(trainer)  # type: ignore[attr-defined]
+        try:
+            plan = planned(trainer, pl_module, data, longest=splits.tables["train"])
+        except (NotImplementedError, RuntimeError, TypeError, AttributeError):
+            # A model that does not run without memory is planned by none.
+            return
+        if memory is not None and plan.peak > _USABLE * memory:
+            rank_zero_warn(
+                f"this run will want {size(plan.peak)} on a device of {size(memory)}: lower data.batch_size, or see "
+                "--dry_run true for what each option brings"
+            )
