@@ -17,7 +17,7 @@ from bdpo_pl import embedded
 from bdpo_pl.cli.combinations import check_combinations, check_monitor
 from bdpo_pl.cli.parser import OptionParser
 from bdpo_pl.embedded import EMBEDDED
-from bdpo_pl.errors import InputError
+from bdpo_pl.errors import InputError, first_line
 from bdpo_pl.training.callbacks import LastCheckpoint, RandomState, SaveOnNonFinite, StopAtGap
 from bdpo_pl.training.checkpoints import StopSignals
 from bdpo_pl.training.datamodule import PreferenceDataModule
@@ -114,7 +114,13 @@ class FitCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """The Trainer, which stops at a gap if that is wanted."""
-        trainer = super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (TypeError, ValueError, ModuleNotFoundError) as error:
+            if isinstance(error, InputError):
+                raise
+            # The Trainer checks what only it knows: devices, strategies, plugins and their packages.
+            raise InputError(f"the trainer options do not make a Trainer: {first_line(error)}") from error
         config, probe = self.config, self.config_init.safety
         for option, wanted in (
             ("safety.every_n_steps measures at validations, and", probe.every_n_steps is not None),
