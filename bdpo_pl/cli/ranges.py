@@ -79,13 +79,14 @@ RANGES: dict[str, Range] = {
     "trainer.log_every_n_steps": SOME, "trainer.accumulate_grad_batches": COUNT,
     "trainer.gradient_clip_val": NOT_NEGATIVE, "trainer.reload_dataloaders_every_n_epochs": SOME,
     # The module.
-    "model.reestimate_every": COUNT, "model.warmup_ratio": BELOW_ONE,
+    "model.reestimate_every": COUNT, "model.warmup_ratio": BELOW_ONE, "model.router_aux_loss": NOT_NEGATIVE,
     "model.scoring.batch_tokens": COUNT, "model.scoring.chunk_pairs": COUNT,
     "model.lora.r": COUNT, "model.lora.alpha": COUNT, "model.lora.dropout": BELOW_ONE,
     # Of any optimiser or loss that has an option of this name.
     "model.optimizer.lr": NOT_NEGATIVE, "model.optimizer.weight_decay": NOT_NEGATIVE,
     "model.optimizer.eps": NOT_NEGATIVE, "model.optimizer.betas": BELOW_ONE, "model.optimizer.momentum": NOT_NEGATIVE,
     "model.loss.beta": POSITIVE, "model.loss.tau": POSITIVE,
+    "model.loss.max_weight_ratio": Range(1, open_low=True),
     # The data.
     "data.held_out_fraction": BELOW_ONE, "data.max_length": Range(2, _MOST), "data.max_prompt_length": COUNT,
     "data.batch_size": COUNT, "data.eval_batch_size": COUNT, "data.max_tokens_per_batch": COUNT,

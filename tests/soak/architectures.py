@@ -19,8 +19,9 @@ _V = 97
 _SIZES = {
     "vocab_size": _V, "hidden_size": 32, "n_embd": 32, "d_model": 32, "n_layer": 2, "num_hidden_layers": 2,
     "n_layers": 2, "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-    "intermediate_size": 48, "ffn_dim": 48, "n_positions": 256, "max_position_embeddings": 256, "num_local_experts": 4, "num_experts": 4,
-    "num_experts_per_tok": 2, "moe_intermediate_size": 24, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "intermediate_size": 48, "ffn_dim": 48, "n_positions": 256, "max_position_embeddings": 256, "num_local_experts": 4,
+    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 _CHOICES = {
     "num_key_value_heads": [1, 2, 4], "num_hidden_layers": [1, 2, 3], "tie_word_embeddings": [True, False],

@@ -15,7 +15,8 @@ BATCH, SECONDS = 10, 10
 _VALUES = (
     "-1", "0", "1", "2", "7", "0.5", "-0.5", "1e-6", "1e30", ".nan", ".inf", "1" + "0" * 25, "true", "false",
     "null", "", "some", "a b", "ü", "[]", "{}", "[1]", "[a, b]", "{a: 1}", "{class_path: nowhere.Class}", "embedded",
-    "auto", "none", "torch.optim.SGD", "SimPOLoss", "/nowhere", "../x", "cpu", "bf16-mixed", "ddp", "fsdp2", "@x", "---", "[", "{", "*",
+    "auto", "none", "torch.optim.SGD", "SimPOLoss", "/nowhere", "../x",
+    "cpu", "bf16-mixed", "ddp", "fsdp2", "@x", "---", "[", "{", "*",
 )  # fmt: skip
 # Help and the printing of a configuration end the process as they should.
 _LEAVE_OUT = ("help", "print_config", "config")

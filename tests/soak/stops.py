@@ -58,7 +58,8 @@ def _options(case):
     return [
         *options, "--model.optimizer=torch.optim.AdamW", "--model.optimizer.init_args.lr=2e-3",
         "--trainer.max_epochs=2", "--trainer.val_check_interval=3", "--trainer.log_every_n_steps=2",
-        f"--safety.harmful={inputs / 'harmful.jsonl'}", "--safety.max_new_tokens=2", f"--trainer.accumulate_grad_batches={case['accumulate']}",
+        f"--safety.harmful={inputs / 'harmful.jsonl'}", "--safety.max_new_tokens=2",
+        f"--trainer.accumulate_grad_batches={case['accumulate']}",
         "--trainer.logger.init_args.version=run",
     ]  # fmt: skip
 
