@@ -1,4 +1,4 @@
-"""The judge that needs no model: a list of phrases that refusals open with."""
+"""The judge that needs no model: lists of phrases that refusals open with, by kind."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import json
 from collections.abc import Mapping, Sequence
 
 from bdpo_pl.evaluation.judges.judge import Exchange, Judge, Verdict
-from bdpo_pl.refusals import OPENING, REFUSAL_PHRASES, is_refusal
+from bdpo_pl.refusals import KINDS, OPENING, is_refusal
 
 LIMITS = (
-    f"reads the first {OPENING} characters of an answer: a refusal in words of its own, in another language or after a "
-    "long preamble counts as compliance, and such a phrase quoted at the head as a refusal; tells refusal, not harm"
+    f"reads the first {OPENING} characters of an answer: a refusal in words of its own or after a long preamble counts "
+    "as compliance; of languages other than English it knows a few usual phrases; tells refusal, not harm"
 )
 
 
 class PhraseJudge(Judge):
-    """Takes an answer for a refusal if it opens with one of `bdpo_pl.refusals.REFUSAL_PHRASES`."""
+    """Takes an answer for a refusal if it opens with one of `bdpo_pl.refusals.KINDS` and does not then comply."""
 
     name = "phrases"
 
@@ -25,10 +25,10 @@ class PhraseJudge(Judge):
         return [Verdict(refused=is_refusal(e.response)) for e in exchanges]
 
     def facts(self) -> Mapping[str, str]:
-        """The list's size and hash, and what it cannot do."""
-        content = json.dumps([OPENING, *REFUSAL_PHRASES]).encode()
+        """The lists' size and hash, and what they cannot do."""
+        content = json.dumps([OPENING, dict(KINDS)]).encode()
         return {
-            "phrases": str(len(REFUSAL_PHRASES)),
+            "phrases": f"{sum(map(len, KINDS.values()))} of {len(KINDS)} kinds",
             "sha256": hashlib.sha256(content).hexdigest(),
             "blank answers": "are no refusals; they are counted apart",
             "limits": LIMITS,
