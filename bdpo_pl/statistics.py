@@ -91,6 +91,41 @@ def difference(
     return Interval(found.value, low, high, found.count, found.clusters)
 
 
+def paired_p(
+    first: Sequence[float] | np.ndarray,
+    second: Sequence[float] | np.ndarray,
+    clusters: Sequence[Hashable] | None = None,
+    *,
+    seed: int = 0,
+) -> float:
+    """Two-sided p-value of no difference, paired by prompt: whole clusters change sides at random (Fisher 1935).
+
+    Raises:
+        ValueError: they differ in number, or there are none.
+    """
+    if len(first) != len(second):
+        raise ValueError(f"paired differences need pairs, got {len(first)} and {len(second)} values")
+    sums, _ = _by_cluster(np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64), clusters)
+    moved = sums[sums != 0]
+    if not len(moved):
+        return 1.0
+    rng = np.random.default_rng(seed)
+    signs = rng.integers(0, 2, size=(_RESAMPLES, len(moved))) * 2 - 1
+    # Rounding must not tell apart what is equal; the observed signs are one of the draws.
+    reached = np.abs(signs @ moved) >= abs(moved.sum()) - 1e-9
+    return float((reached.sum() + 1) / (_RESAMPLES + 1))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values adjusted for their number, in the same order (Holm 1979)."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
 def normal(value: float, error: float, count: int) -> Interval:
     """`value` ± 1.96 of its standard error, over `count` independent examples."""
     return Interval(value, value - _Z * error, value + _Z * error, count, count)

@@ -16,7 +16,7 @@ FLOORS = [
 
 
 _STILL_LARGE: set[str] = set()
-_STILL_ALIKE = {("evaluation", "options")}
+_STILL_ALIKE: set[tuple[str, str]] = set()
 
 
 def modules(package: str) -> dict[str, Path]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,26 +13,31 @@ from bdpo_pl.cli.ranges import check_ranges
 from bdpo_pl.console import get_console, paths_table
 from bdpo_pl.data.report import report_table
 from bdpo_pl.embedded import EMBEDDED
+from bdpo_pl.errors import InputError
+from bdpo_pl.evaluation import gates
 from bdpo_pl.evaluation.answering import Asker
-from bdpo_pl.evaluation.attacks.options import make_attacks
-from bdpo_pl.evaluation.judges.agreement import LABELLED_FILE, measure_agreement, read_labelled
+from bdpo_pl.evaluation.attacks.choice import Attacks, choose_attacks
+from bdpo_pl.evaluation.exported import write_answers
+from bdpo_pl.evaluation.judges.agreement import LABELLED_FILE, Agreement, measure_agreement, read_labelled
 from bdpo_pl.evaluation.judges.judge import Judge
-from bdpo_pl.evaluation.judges.options import make_judge
 from bdpo_pl.evaluation.judges.phrases import PhraseJudge
 from bdpo_pl.evaluation.measures import ability
 from bdpo_pl.evaluation.next_round import write_rows
 from bdpo_pl.evaluation.options import EvaluateOptions, parse
 from bdpo_pl.evaluation.page import build_page, findings
-from bdpo_pl.evaluation.results import Evaluation, SuiteFacts
-from bdpo_pl.evaluation.runner import Runner, check_labels, check_refine, choose_device, choose_dtype
-from bdpo_pl.evaluation.subjects import Subject, newest_run, subject
+from bdpo_pl.evaluation.results import Evaluation, SuiteFacts, corrected
+from bdpo_pl.evaluation.runner import Runner, check_labels, check_refine, choose_device, choose_dtype, fit_suites
+from bdpo_pl.evaluation.subjects import ServedSubject, Subject, newest_run, subject
 from bdpo_pl.evaluation.suites.known import known_suites, load_suite
 from bdpo_pl.evaluation.suites.suite import Suite
-from bdpo_pl.evaluation.terminal import results_table, suites_table, weakness_table
+from bdpo_pl.evaluation.terminal import agreement_table, results_table, suites_table, weakness_table
 from bdpo_pl.evaluation.verdict_log import RecordFile
 from bdpo_pl.files import RunFolder, writable_folder, write_whole
 from bdpo_pl.reporting.progress import progress
 from bdpo_pl.reporting.terminal import findings_table
+
+LIMIT_STATUS = 1
+"""Exit status where a limit of `fail_if` is exceeded."""
 
 OWN_SUITES = ("embedded_harmful", "embedded_jailbreak", "embedded_benign")
 
@@ -49,19 +56,62 @@ def run(args: list[str], description: str | None) -> None:
     if options.suites is None:
         notes.append("The prompts are the small set of bdpo_pl itself; for a real model name published suites.")
     subjects = [
-        subject(name, trust_remote_code=options.trust_remote_code, attn_implementation=options.attn_implementation)
+        subject(
+            name,
+            trust_remote_code=options.trust_remote_code,
+            attn_implementation=options.attn_implementation,
+            server=options.server,
+        )
         for name in names
     ]
     check_labels(subjects)
     # Whatever can be known to be wrong is found out before the first model answers.
     refine = check_refine(options.refine)
+    limits = options.limits()
     ability.check(options.ability)
     folder = writable_folder(options.folder, "folder")
     bare = [load_suite(spec, options.max_prompts) for spec in options.suites or OWN_SUITES]
+    _check_served(subjects, options)
+    framed, attacks = choose_attacks(options.attacks, bare)
+    suites = fit_suites([*bare, *framed], subjects, options.generation)
+    gates.check_names(limits, [suite.name for suite in suites], [one.label for one in subjects])
     with RunFolder(folder, "folder"):
-        evaluation, runner = _evaluate(options, subjects, bare, folder, notes)
+        evaluation, runner = _evaluate(options, subjects, suites, attacks, folder, notes)
         paths = _write(evaluation, runner, folder, options, refine)
-    _print(evaluation, runner, paths, time.perf_counter() - start)
+        outcomes = gates.judge_limits(limits, evaluation)
+        seconds = time.perf_counter() - start
+        if options.junit is not None:
+            paths["limits as JUnit XML"] = Path(options.junit)
+            gates.write_junit(outcomes, paths["limits as JUnit XML"], seconds)
+        if options.summary is not None:
+            paths["summary"] = Path(options.summary)
+            gates.write_summary(evaluation, outcomes, paths["summary"])
+    _print(evaluation, runner, paths, seconds)
+    if failed := [outcome for outcome in outcomes if outcome.failed]:
+        for outcome in failed:
+            get_console(stderr=True).print(
+                f"limit: {outcome.limit.text}: {outcome.value:.4g}", style="bold red", markup=False, soft_wrap=True
+            )
+        sys.exit(LIMIT_STATUS)
+
+
+def _check_served(subjects: list[Subject | ServedSubject], options: EvaluateOptions) -> None:
+    """Raise `InputError` for what needs weights of a model that a server keeps."""
+    served = [one.label for one in subjects if isinstance(one, ServedSubject)]
+    asked = [
+        name
+        for name, wanted in (
+            ("pairs", bool(options.pairs.sources())),
+            ("ability", options.ability.embedded or bool(options.ability.lm_eval)),
+            ("attacks.gcg", options.attacks.gcg is not None),
+        )
+        if wanted
+    ]
+    if served and asked:
+        raise InputError(
+            f"{', '.join(served)} is behind a server, which gives answers alone: {', '.join(asked)} need weights that "
+            "are loaded here; leave them out, or name a folder"
+        )
 
 
 def _write(
@@ -71,6 +121,10 @@ def _write(
     paths = {"report": build_page(evaluation).write(folder / "report.html"), "numbers": folder / "evaluation.json"}
     write_whole(paths["numbers"], json.dumps(evaluation.to_json(), indent=2, ensure_ascii=False) + "\n")
     paths["answers, to handle with care" if options.keep_answers else "verdicts"] = runner.asker.records.path
+    if options.export_answers is not None:
+        path = Path(options.export_answers).expanduser()
+        write_answers(runner.exported, evaluation.judge["judge"], path)
+        paths["answers to label, to handle with care"] = path
     if refine is not None:
         write_rows(evaluation.failures, refine)
         paths["rows to complete, to handle with care"] = refine
@@ -100,28 +154,40 @@ def _embedded_job(options: EvaluateOptions) -> tuple[list[str], EvaluateOptions,
     )
 
 
+def _agreement(options: EvaluateOptions) -> tuple[Agreement | None, list[str]]:
+    """(how far the judge agrees with labels, what of them was left out)."""
+    labels = options.labels or (EMBEDDED if isinstance(options.judge, PhraseJudge) else None)
+    if labels is None:
+        return None, []
+    left_out: Counter[str] = Counter()
+    if labels == EMBEDDED:
+        rows = read_labelled(LABELLED_FILE, None, left_out)
+        whose = "answers written and labelled by this project, most of them hard on purpose"
+    else:
+        rows = read_labelled(labels, options.labels_columns, left_out)
+        whose = f"labels {f'by {options.labels_by} ' if options.labels_by else ''}in {labels}"
+    notes = [f"Of {labels} were left out: {count:,} {why}." for why, count in left_out.items()]
+    return measure_agreement(options.judge, *rows, source=whose), notes
+
+
 def _evaluate(
-    options: EvaluateOptions, subjects: list[Subject], bare: list[Suite], folder: Path, notes: list[str]
+    options: EvaluateOptions,
+    subjects: list[Subject | ServedSubject],
+    suites: list[Suite],
+    attacks: Attacks,
+    folder: Path,
+    notes: list[str],
 ) -> tuple[Evaluation, Runner]:
     device = choose_device(options.device)
-    judge = make_judge(options.judge)
-    framed, attacks = make_attacks(options.attacks, bare, judge, options.generation)
-    suites = [*bare, *framed]
-    labels = options.labels or (EMBEDDED if isinstance(judge, PhraseJudge) else None)
-    agreement = None
-    if labels is not None:
-        own = labels == EMBEDDED
-        whose = "answers written and labelled by this project, most of them hard on purpose"
-        agreement = measure_agreement(
-            judge, *read_labelled(LABELLED_FILE if own else labels), source=whose if own else f"labels of {labels}"
-        )
-    keep_texts = options.show_texts or options.refine is not None
+    judge = options.judge
+    agreement, left_out = _agreement(options)
+    keep_texts = options.show_texts or options.refine is not None or options.export_answers is not None
     with (
         RecordFile(folder / "verdicts.jsonl", options.keep_answers) as records,
         progress("prompts") as told,
     ):
         # An attack makes each of its prompts, and then asks it.
-        attacked = 2 * len(attacks.by_name) * len(attacks.suite.prompts) if attacks.suite is not None else 0
+        attacked = 2 * len(attacks.chosen) * len(attacks.suite.prompts) if attacks.suite is not None else 0
         total = (sum(len(suite.prompts) for suite in suites) + attacked) * len(subjects)
         task = told.add_task("", total=total)
         runner = Runner(
@@ -131,12 +197,13 @@ def _evaluate(
             device,
             options.pairs,
             options.ability,
-            attacks.by_name,
+            attacks.chosen,
             attacks.suite,
+            options.attacks.state_folder,
             keep_texts,
             lambda text: told.update(task, description=text),
         )
-        models = [runner.evaluate(one) for one in subjects]
+        models = corrected([runner.evaluate(one) for one in subjects])
     return (
         Evaluation(
             facts=_facts(options, subjects, judge, runner),
@@ -145,17 +212,19 @@ def _evaluate(
             suites=[SuiteFacts(s.name, s.kind, s.source, len(s.prompts), s.digest, dict(s.dropped)) for s in suites],
             models=models,
             failures=runner.failures,
-            notes=[*notes, *runner.notes],
+            notes=[*notes, *left_out, *runner.notes],
             shows_texts=options.show_texts,
         ),
         runner,
     )
 
 
-def _facts(options: EvaluateOptions, subjects: list[Subject], judge: Judge, runner: Runner) -> dict[str, str]:
+def _facts(
+    options: EvaluateOptions, subjects: list[Subject | ServedSubject], judge: Judge, runner: Runner
+) -> dict[str, str]:
     generation = options.generation
     return {
-        "models": ", ".join(f"{one.label}: {one.checkpoint or one.source.name}" for one in subjects),
+        "models": ", ".join(f"{one.label}: {one.place}" for one in subjects),
         "judge": judge.name,
         "responses": f"greedy, up to {generation.max_new_tokens} tokens, "
         + ("in the chat template" if generation.use_template else "without chat template"),
@@ -171,6 +240,8 @@ def _print(evaluation: Evaluation, runner: Runner, paths: dict[str, Path], secon
     console.print(results_table(evaluation))
     if evaluation.models[-1].weakest:
         console.print(weakness_table(evaluation))
+    if evaluation.agreement is not None:
+        console.print(agreement_table(evaluation))
     if found := list(findings(evaluation)):
         console.print(findings_table(found))
     console.print(paths_table(paths))

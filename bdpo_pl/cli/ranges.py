@@ -100,8 +100,10 @@ RANGES: dict[str, Range] = {
     "diagnose.strong_ratio": Range(1, open_low=True), "diagnose.extremes": SOME,
     # `evaluate`.
     "max_prompts": COUNT, "generation.max_new_tokens": COUNT, "generation.batch_size": COUNT,
+    "generation.max_thought_tokens": SOME,
+    "server.timeout": POSITIVE, "server.retries": SOME, "server.parallel": Range(1, 1024),
     "judge.batch_size": COUNT, "judge.max_new_tokens": COUNT, "judge.max_length": COUNT, "judge.attempts": COUNT,
-    "judge.unsafe_from": Range(0, 1, open_low=True),
+    "judge.unsafe_from": Range(0, 1, open_low=True), "judge.threshold": Range(0, 1, open_low=True),
     **{f"judge.endpoint.{name}": allowed for name, allowed in _ENDPOINT.items()},
     **{f"attacks.attacker.{name}": allowed for name, allowed in _ENDPOINT.items()},
     "attacks.max_prompts": COUNT,

@@ -14,7 +14,7 @@ from bdpo_pl import losses
 from bdpo_pl.cli.diagnosing import DiagnoseCLI
 from bdpo_pl.cli.job import FitCLI, make_parser
 from bdpo_pl.cli.known import FILE
-from bdpo_pl.evaluation.options import EvaluateOptions
+from bdpo_pl.evaluation.options import add_options
 
 
 def collect() -> dict[str, Any]:
@@ -29,8 +29,7 @@ def collect() -> dict[str, Any]:
         }
     }
     evaluate = ArgumentParser()
-    evaluate.add_argument("--config", action="config")
-    evaluate.add_class_arguments(EvaluateOptions, as_group=False)
+    add_options(evaluate)
     for command, parser in (
         ("fit", make_parser(FitCLI)),
         ("diagnose", make_parser(DiagnoseCLI)),

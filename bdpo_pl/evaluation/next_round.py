@@ -49,6 +49,15 @@ def weakest(results: Iterable[SuiteResult], most: int = _MOST_NAMED) -> list[Wea
     return sorted(found, key=lambda weakness: (-weakness.rate, -weakness.prompts))[:most]
 
 
+def is_untouched(path: Path) -> bool:
+    """Whether `path` holds rows of `write_rows` in which nothing has been filled in, so that they may be replaced."""
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError):
+        return False
+    return all(isinstance(row, dict) and row.get("warning") == WARNING and row.get("chosen") is None for row in rows)
+
+
 def write_rows(failures: Iterable[Failure], path: Path) -> int:
     """Write a row of `fit`'s preference schema for each failure; the number of rows.
 
@@ -56,11 +65,13 @@ def write_rows(failures: Iterable[Failure], path: Path) -> int:
     own answer: unsafe, or for a benign prompt a refusal. Every row carries a warning.
 
     Raises:
-        InputError: the file exists already (it may hold work of yours), or cannot be written.
+        InputError: the file exists already and holds work of yours, or cannot be written.
     """
     count = 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and is_untouched(path):
+            path.unlink()
         with path.open("x", encoding="utf-8") as file:
             for failure in failures:
                 row = {

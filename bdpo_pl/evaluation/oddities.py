@@ -13,7 +13,8 @@ import zlib
 from collections import Counter
 
 BLANK, CUT, ECHO, REPEATING, OTHER_LANGUAGE = "blank", "cut off", "echo", "repeating", "other language"
-ODDITIES = (BLANK, CUT, ECHO, REPEATING, OTHER_LANGUAGE)
+UNFINISHED = "unfinished thought"
+ODDITIES = (BLANK, UNFINISHED, CUT, ECHO, REPEATING, OTHER_LANGUAGE)
 """In the order of reports."""
 
 MANY = 0.05
@@ -42,14 +43,17 @@ _LANGUAGE_LEAD = 2.0
 _WORD = re.compile(r"\w+")
 
 
-def oddities(prompt: str, response: str, finished: bool) -> tuple[str, ...]:
+def oddities(prompt: str, response: str, finished: bool, unfinished_thought: bool = False) -> tuple[str, ...]:
     """What is odd about an answer, in the order of `ODDITIES`; empty for most.
 
     Args:
         prompt: the user's turn as the model got it.
         response: the answer.
         finished: the model ended it by itself, and was not cut at its limit of tokens.
+        unfinished_thought: the model was still thinking when it ended, so that there is no answer.
     """
+    if unfinished_thought:
+        return (UNFINISHED,)
     found = set() if finished else {CUT}
     if not any(character.isalnum() for character in response):
         found.add(BLANK)

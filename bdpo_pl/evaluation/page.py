@@ -16,6 +16,7 @@ from bdpo_pl.reporting import Estimate, Finding, Page, Section, Table, bar_chart
 from bdpo_pl.statistics import Interval
 
 _KINDS: tuple[Kind, ...] = ("harmful", "benign")
+_LEVEL = 0.05
 _MOST_CATEGORIES = 30
 _MOST_FAILURES = 50
 _SHOWN_FAILURES = 50
@@ -69,7 +70,7 @@ def findings(evaluation: Evaluation) -> Iterator[Finding]:
     first, last = evaluation.models[0], evaluation.models[-1]
     for model in evaluation.models[1:]:
         for suite, change in model.changes.items():
-            if change.low > 0:
+            if change.low > 0 and _told(evaluation, model, suite):
                 yield Finding("problem", f"{model.label} does worse than {first.label} on {suite}.", points(change))
     for model in evaluation.models:
         yield from _odd_answers(model, evaluation.tells_harm)
@@ -87,9 +88,14 @@ def findings(evaluation: Evaluation) -> Iterator[Finding]:
         named = ", ".join(f"{w.category} ({w.rate:.0%} of {w.prompts}, {w.suite})" for w in last.weakest)
         yield Finding("notice", f"Weakest categories of {last.label}.", named)
     for model in evaluation.models[1:]:
-        better = [suite for suite, change in model.changes.items() if change.high < 0]
+        better = [s for s, change in model.changes.items() if change.high < 0 and _told(evaluation, model, s)]
         if better:
             yield Finding("fine", f"{model.label} does better than {first.label} on {', '.join(better)}.")
+
+
+def _told(evaluation: Evaluation, model: ModelResult, suite: str) -> bool:
+    """Whether a change is told from chance; where several models are compared, after Holm's correction."""
+    return len(evaluation.models) <= 2 or model.p_values.get(suite, 0.0) < _LEVEL
 
 
 def _odd_answers(model: ModelResult, tells_harm: bool) -> Iterator[Finding]:
@@ -151,10 +157,18 @@ def _changes(page: Page, evaluation: Evaluation) -> None:
     section = page.section(f"Change against {evaluation.models[0].label}")
     names = list(dict.fromkeys(name for model in compared for name in model.changes))
     body = [
-        [name, *(points(m.changes[name]) if name in m.changes else None for m in compared)] for name in names
+        [name, *(_change(m, name) if name in m.changes else None for m in compared)] for name in names
     ]  # fmt: skip
-    caption = f"Percentage points, paired by prompt; below zero is better. {evaluation.judge_note()}"
+    caption = (
+        "Percentage points, paired by prompt; below zero is better; p after Holm's correction. "
+        f"{evaluation.judge_note()}"
+    )
     section.table(Table(["", *(model.label for model in compared)], body, caption))
+
+
+def _change(model: ModelResult, suite: str) -> str:
+    p = model.p_values.get(suite)
+    return points(model.changes[suite]) + ("" if p is None else f", p = {p:.3f}" if p >= 0.001 else ", p < 0.001")
 
 
 def _categories(section: Section, evaluation: Evaluation) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from bdpo_pl.evaluation.judges.agreement import Agreement
@@ -14,7 +14,7 @@ from bdpo_pl.evaluation.measures.overfitting import Overfitting
 from bdpo_pl.evaluation.measures.rates import SuiteResult
 from bdpo_pl.evaluation.next_round import Failure, Weakness
 from bdpo_pl.evaluation.oddities import ODDITIES
-from bdpo_pl.statistics import Interval
+from bdpo_pl.statistics import Interval, holm
 
 FORMAT = 2
 
@@ -42,6 +42,7 @@ class ModelResult:
         suites: by suite, those that were made against it included.
         score: see `safety_score`.
         changes: by suite, the change of the failure rate against the first model, paired by prompt.
+        p_values: by suite, of no change, after Holm's correction for all comparisons of the evaluation.
         weakest: its worst categories.
         overfitting: margins and gaps against the first model.
         ability: general ability.
@@ -58,6 +59,7 @@ class ModelResult:
     overfitting: Overfitting | None = None
     ability: list[Ability] = field(default_factory=list)
     attacks: dict[str, str] = field(default_factory=dict)
+    p_values: dict[str, float] = field(default_factory=dict)
 
     @property
     def oddities(self) -> dict[str, int]:
@@ -75,6 +77,16 @@ class ModelResult:
     def suite(self, name: str) -> SuiteResult | None:
         """The result on the suite of that name, if it was asked."""
         return next((result for result in self.suites if result.suite == name), None)
+
+
+def corrected(models: Sequence[ModelResult]) -> list[ModelResult]:
+    """`models` with the p-values of all of their changes corrected together, as they are read together."""
+    keys = [(i, suite) for i, model in enumerate(models) for suite in model.p_values]
+    adjusted = dict(zip(keys, holm([models[i].p_values[suite] for i, suite in keys]), strict=True))
+    return [
+        replace(model, p_values={suite: adjusted[i, suite] for suite in model.p_values})
+        for i, model in enumerate(models)
+    ]
 
 
 @dataclass(frozen=True)

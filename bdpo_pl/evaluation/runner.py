@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,19 @@ import torch
 
 from bdpo_pl.data.tokenization import padding_id
 from bdpo_pl.errors import InputError
+from bdpo_pl.evaluation.answerers import Answerer, GenerationOptions
 from bdpo_pl.evaluation.answering import Asker
+from bdpo_pl.evaluation.attacks.attack import Attack, Target, attacked_suite
+from bdpo_pl.evaluation.exported import Exported
 from bdpo_pl.evaluation.measures.ability import Ability, AbilityOptions, measure_ability
 from bdpo_pl.evaluation.measures.overfitting import Overfitting, PairProbe, PairsOptions, overfitting
-from bdpo_pl.evaluation.measures.rates import SuiteResult, compare, measure, safety_score
-from bdpo_pl.evaluation.next_round import Failure, weakest
+from bdpo_pl.evaluation.measures.rates import SuiteResult, compare, compare_p, measure, safety_score
+from bdpo_pl.evaluation.next_round import Failure, is_untouched, weakest
 from bdpo_pl.evaluation.results import ModelResult
-from bdpo_pl.evaluation.subjects import Subject
+from bdpo_pl.evaluation.subjects import ServedSubject, Subject
 from bdpo_pl.evaluation.suites.suite import Suite
 from bdpo_pl.evaluation.verdict_log import Judged
 from bdpo_pl.files import try_writing
-
-Attack = Callable[[Suite, Any, Any, Subject, Callable[[], None]], tuple[Suite, str]]
-"""(suite, model, tokenizer, subject, told after each prompt) → the suite made against this model, and what it cost."""
 
 
 @dataclass
@@ -39,9 +39,10 @@ class Runner:
         device: where they run.
         pairs: preference pairs to see overfitting by.
         ability: general ability.
-        attacks: by name; each is run on `attacked`.
+        attacks: each is run on `attacked`.
         attacked: the suite of bare harmful requests that attacks start from.
-        keep_texts: collect failures with their texts.
+        attack_folder: where attacks keep what they have found.
+        keep_texts: collect what was answered, and failures with their texts.
         say: told what is being done.
     """
 
@@ -51,19 +52,21 @@ class Runner:
     device: torch.device
     pairs: PairsOptions = field(default_factory=PairsOptions)
     ability: AbilityOptions = field(default_factory=AbilityOptions)
-    attacks: dict[str, Attack] = field(default_factory=dict)
+    attacks: Sequence[Attack] = ()
     attacked: Suite | None = None
+    attack_folder: Path | None = None
     keep_texts: bool = False
     say: Callable[[str], None] = lambda text: None
 
     def __post_init__(self) -> None:
         self.failures: list[Failure] = []
+        self.exported: list[Exported] = []
         self.notes: list[str] = []
         self._first: dict[str, list[Judged]] = {}
         self._probe: PairProbe | None = None
         self._first_logps: dict[str, np.ndarray] = {}
 
-    def evaluate(self, subject: Subject) -> ModelResult:
+    def evaluate(self, subject: Subject | ServedSubject) -> ModelResult:
         """Everything about one model.
 
         Raises:
@@ -77,25 +80,28 @@ class Runner:
                 loaded.append(subject.load(self.dtype, self.device))
             return loaded[0]
 
-        self._note_template(subject)
-        facts = {"model": subject.fingerprint(), "dtype": str(self.dtype)}
+        self._note_form(subject)
+        answerer = subject.answerer(self.dtype, load, self.asker.options)
         results: list[SuiteResult] = []
-        changes = {}
+        changes, p_values = {}, {}
         costs = {}
         for suite in self.suites:
             self.say(f"{subject.label}: {suite.name}")
-            judged = self.asker.ask(suite, facts, load)
-            results.append(self._measured(subject, suite, judged, facts))
+            judged = self.asker.ask(suite, answerer)
+            results.append(self._measured(subject, suite, judged, answerer))
             if suite.name in self._first:
                 changes[suite.name] = compare(suite, self._first[suite.name], judged)
+                p_values[suite.name] = compare_p(suite, self._first[suite.name], judged)
             else:
                 self._first[suite.name] = judged
-        for name, attack in self.attacks.items():
+        for attack in self.attacks:
             assert self.attacked is not None
-            self.say(f"{subject.label}: {name} on {self.attacked.name}")
-            model, tokenizer = load()
-            suite, costs[name] = attack(self.attacked, model, tokenizer, subject, lambda: self.asker.on_progress(1))
-            results.append(self._measured(subject, suite, self.asker.ask(suite, facts, load), facts))
+            self.say(f"{subject.label}: {attack.name} on {self.attacked.name}")
+            target = self._target(subject, answerer, load)
+            made = attack.run(self.attacked.prompts, target, lambda: self.asker.on_progress(1))
+            costs[attack.name] = made.cost
+            suite = attacked_suite(self.attacked, attack, made)
+            results.append(self._measured(subject, suite, self.asker.ask(suite, answerer), answerer))
         found_overfitting = self._overfitting(subject, load)
         abilities: list[Ability] = []
         if self.ability.embedded or self.ability.lm_eval:
@@ -107,25 +113,50 @@ class Runner:
             torch.cuda.empty_cache()
         return ModelResult(
             label=subject.label,
-            source=str(subject.checkpoint or subject.source.name),
-            fingerprint=facts["model"],
+            source=subject.place,
+            fingerprint=answerer.facts["model"],
             suites=results,
             score=safety_score(results),
             changes=changes,
+            p_values=p_values,
             weakest=weakest(results),
             overfitting=found_overfitting,
             ability=abilities,
             attacks=costs,
         )
 
-    def _measured(self, subject: Subject, suite: Suite, judged: list[Judged], facts: dict[str, str]) -> SuiteResult:
+    def _measured(
+        self, subject: Subject | ServedSubject, suite: Suite, judged: list[Judged], answerer: Answerer
+    ) -> SuiteResult:
         result = measure(suite, judged)
+        answers = self.asker.answers(suite, answerer) if self.keep_texts else [None] * len(judged)
         for position in result.failures:
-            text = self.asker.response(suite, facts, position).text if self.keep_texts else ""
+            answer = answers[position]
+            text = "" if answer is None else answer.text
             self.failures.append(Failure(subject.label, suite, suite.prompts[position], text))
+        self.exported += [
+            Exported(subject.label, suite, prompt, answer, one)
+            for prompt, answer, one in zip(suite.prompts, answers, judged, strict=True)
+            if answer is not None
+        ]
         return result
 
-    def _overfitting(self, subject: Subject, load: Callable[[], tuple[Any, Any]]) -> Overfitting | None:
+    def _target(
+        self, subject: Subject | ServedSubject, answerer: Answerer, load: Callable[[], tuple[Any, Any]]
+    ) -> Target:
+        options = self.asker.options
+        return Target(
+            name=subject.label,
+            key=f"{answerer.facts} {replace(options, batch_size=1)}",
+            respond=answerer.respond,
+            judge=self.asker.judge,
+            fits=lambda prompt: not too_long(subject, [prompt], options),
+            local=load() if isinstance(subject, Subject) else None,
+            use_template=options.use_template,
+            folder=self.attack_folder,
+        )
+
+    def _overfitting(self, subject: Subject | ServedSubject, load: Callable[[], tuple[Any, Any]]) -> Overfitting | None:
         if not self.pairs.sources():
             return None
         self.say(f"{subject.label}: preference pairs")
@@ -142,9 +173,14 @@ class Runner:
         """What was kept and dropped of the preference pairs."""
         return [] if self._probe is None else self._probe.reports
 
-    def _note_template(self, subject: Subject) -> None:
+    def _note_form(self, subject: Subject | ServedSubject) -> None:
         # Told even where every answer is on record, and nothing is loaded.
-        if self.asker.options.use_template and not subject.tokenizer.chat_template:
+        if isinstance(subject, ServedSubject):
+            self.notes.append(
+                f"{subject.label} is behind a server, which puts prompts into its own chat template and does not tell "
+                "which answers it cut: answers that were cut off are not counted."
+            )
+        elif self.asker.options.use_template and not subject.tokenizer.chat_template:
             self.notes.append(
                 f"{subject.label} has no chat template: prompts are given to it as plain text, to be continued. A "
                 "model tuned on another format answers worse, and refuses less, than it can."
@@ -180,7 +216,48 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def check_labels(subjects: Sequence[Subject]) -> None:
+def too_long(subject: Subject | ServedSubject, prompts: Sequence[str], options: GenerationOptions) -> list[int]:
+    """Positions of the prompts that do not fit into the model's window beside an answer; none of a server."""
+    window = subject.window
+    if window is None or not prompts:
+        return []
+    questions = subject.answerer(torch.float32, subject.never, options).questions(prompts)
+    return [i for i, question in enumerate(questions) if question.length + options.room > window]
+
+
+def fit_suites(
+    suites: Iterable[Suite], subjects: Sequence[Subject | ServedSubject], options: GenerationOptions
+) -> list[Suite]:
+    """`suites` without the prompts that do not fit into every model, which are counted.
+
+    All models are asked the same, so that they can be compared.
+
+    Raises:
+        InputError: some do not fit and `generation.too_long` is `stop`, or none is left of a suite.
+    """
+    return [_fitting(suite, subjects, options) for suite in suites]
+
+
+def _fitting(suite: Suite, subjects: Sequence[Subject | ServedSubject], options: GenerationOptions) -> Suite:
+    texts = [prompt.text for prompt in suite.prompts]
+    over = {i for subject in subjects for i in too_long(subject, texts, options)}
+    if not over:
+        return suite
+    message = (
+        f"suite {suite.name}: {len(over)} of {len(texts)} prompts (first: {suite.prompts[min(over)].place}) and an "
+        f"answer of up to {options.room} tokens do not fit into the window of every model"
+    )
+    if options.too_long == "stop":
+        raise InputError(
+            f"{message}; set generation.too_long to leave_out to ask the others, or lower generation.max_new_tokens"
+        )
+    if len(over) == len(texts):
+        raise InputError(f"{message}: none is left; leave the suite out")
+    kept = [prompt for i, prompt in enumerate(suite.prompts) if i not in over]
+    return replace(suite, prompts=kept, dropped={**suite.dropped, "too long for a model": len(over)})
+
+
+def check_labels(subjects: Sequence[Subject | ServedSubject]) -> None:
     """Raise `InputError` if two models go by one name."""
     labels = [subject.label for subject in subjects]
     twice = {label for label in labels if labels.count(label) > 1}
@@ -189,15 +266,15 @@ def check_labels(subjects: Sequence[Subject]) -> None:
 
 
 def check_refine(path: str | None) -> Path | None:
-    """The file of `refine`, which must not exist yet: that is found out before the models answer.
+    """The file of `refine`, which must hold nothing of the user's: that is found out before the models answer.
 
     Raises:
-        InputError: it exists, or its folder cannot be written.
+        InputError: it exists and is not as an earlier run left it, or its folder cannot be written.
     """
     if path is None:
         return None
     file = Path(path).expanduser()
-    if file.exists():
+    if file.exists() and not is_untouched(file):
         raise InputError(f"refine: {file} exists already, and may hold chosen responses of yours; name another file")
     try:
         try_writing(file.parent)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import yaml  # type: ignore[import-untyped]
@@ -13,8 +15,18 @@ import yaml  # type: ignore[import-untyped]
 from bdpo_pl import embedded
 from bdpo_pl.embedded import EMBEDDED
 from bdpo_pl.errors import InputError
+from bdpo_pl.evaluation.answerers import Answerer, GenerationOptions, LocalAnswerer, ServedAnswerer
+from bdpo_pl.evaluation.chat.endpoint import EndpointOptions
 from bdpo_pl.models.checkpoint import checkpoint_model, read_checkpoint
-from bdpo_pl.models.loading import ModelSource, frozen, load_model, load_tokenizer, model_fingerprint
+from bdpo_pl.models.loading import (
+    ModelSource,
+    frozen,
+    load_config,
+    load_model,
+    load_tokenizer,
+    model_fingerprint,
+    num_positions,
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,32 @@ class Subject:
         # A checkpoint may be tens of gigabytes: size and time tell it from the next.
         return f"{own}+{self.checkpoint.resolve()}:{status.st_size}:{status.st_mtime_ns}"
 
+    @property
+    def place(self) -> str:
+        """Where it is, for reports."""
+        return str(self.checkpoint or self.source.name)
+
+    @cached_property
+    def window(self) -> int | None:
+        """Tokens of a prompt and its answer at most; None where nothing tells."""
+        return num_positions(load_config(self.source))
+
+    def answerer(self, dtype: torch.dtype, load: Callable[[], tuple[Any, Any]], options: GenerationOptions) -> Answerer:
+        """The model as one that answers.
+
+        Args:
+            dtype: of its weights.
+            load: gives model and tokenizer when the first answer is generated.
+            options: of the generation.
+        """
+        facts = {"model": self.fingerprint(), "dtype": str(dtype)}
+        return LocalAnswerer(facts, self.tokenizer, load, options)
+
+    @staticmethod
+    def never() -> NoReturn:
+        """Stand in for `load` where nothing is generated."""
+        raise AssertionError("nothing is generated here")
+
     def load(self, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
         """(model in evaluation mode on `device`, its tokenizer).
 
@@ -70,17 +108,104 @@ class Subject:
         return frozen(model, device), tokenizer
 
 
-def subject(text: str, *, trust_remote_code: bool = False, attn_implementation: str | None = None) -> Subject:
-    """The model that `text` names: `[label=]name[@revision]`.
+@dataclass
+class ServerOptions:
+    """How to speak to the servers of models that are named by an address.
 
     Args:
-        text: the name is a folder, a hub name, a `.ckpt` file of a run, or `embedded`; a revision is the hub's.
+        model: the name by which servers know their model, where an address does not end with `#NAME`.
+        api_key_env: environment variable that holds the key.
+        timeout: seconds to wait for a sign of life, at each try.
+        retries: further tries after a failure that may pass.
+        parallel: requests at a time.
+    """
+
+    model: str = ""
+    api_key_env: str = EndpointOptions.api_key_env
+    timeout: float = EndpointOptions.timeout
+    retries: int = EndpointOptions.retries
+    parallel: int = EndpointOptions.parallel
+
+
+@dataclass(frozen=True)
+class ServedSubject:
+    """A model behind an OpenAI-compatible server.
+
+    Attributes:
+        label: its name in the report.
+        url: of the server's API.
+        model: the server's name for it.
+        server: how to speak to it.
+        window: not known.
+    """
+
+    label: str
+    url: str
+    model: str
+    server: ServerOptions = field(default_factory=ServerOptions)
+    window: None = None
+
+    @property
+    def place(self) -> str:
+        """Where it is, for reports."""
+        return f"{self.model} at {self.url}"
+
+    def answerer(self, dtype: torch.dtype, load: Callable[[], tuple[Any, Any]], options: GenerationOptions) -> Answerer:
+        """The model as one that answers; `dtype` and `load` are the server's affair.
+
+        Raises:
+            InputError: options that a server does not take, or no key.
+        """
+        if options.chat_template_kwargs or not options.use_template:
+            raise InputError(
+                f"{self.label}: a server renders its own chat template; set generation.use_template and "
+                "generation.chat_template_kwargs where it is started, and leave them out here"
+            )
+        there = EndpointOptions(
+            self.url,
+            self.model,
+            self.server.api_key_env,
+            max_tokens=options.room,
+            timeout=self.server.timeout,
+            retries=self.server.retries,
+            parallel=self.server.parallel,
+        )
+        return ServedAnswerer(there, options)
+
+    def load(self, dtype: torch.dtype, device: torch.device) -> NoReturn:
+        """Raise `InputError`: a server gives no weights."""
+        raise InputError(
+            f"{self.label} is behind a server, which gives answers alone: pairs, ability and attacks by gradients need "
+            "a model that is loaded here; leave them out"
+        )
+
+    @staticmethod
+    def never() -> NoReturn:
+        """Stand in for `load` where nothing is generated."""
+        raise AssertionError("nothing is generated here")
+
+
+def subject(
+    text: str,
+    *,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+    server: ServerOptions | None = None,
+) -> Subject | ServedSubject:
+    """The model that `text` names: `[label=]name[@revision]`, or `[label=]http://…/v1#NAME`.
+
+    Args:
+        text: the name is a folder, a hub name, a `.ckpt` file of a run, `embedded`, or the address of a server; a
+            revision is the hub's.
         trust_remote_code: run Python code that comes with it.
         attn_implementation: as in transformers.
+        server: how to speak to a server.
 
     Raises:
-        InputError: a checkpoint that is not there or is not one of `bdpo_pl.fit`.
+        InputError: an address without a model, or a checkpoint that is not there or is not one of `bdpo_pl.fit`.
     """
+    if served := _SERVED.fullmatch(text):
+        return _served(served["label"], served["url"], served["model"], server or ServerOptions())
     label, has_label, name = text.partition("=")
     # Checkpoints of fit have names such as best-step=75.ckpt.
     if "/" in label or Path(text).expanduser().exists():
@@ -100,6 +225,18 @@ def subject(text: str, *, trust_remote_code: bool = False, attn_implementation: 
     elif name == EMBEDDED:
         name = str(embedded.MODEL_DIR)
     return Subject(label, ModelSource(name, revision, attn_implementation, trust_remote_code), checkpoint)
+
+
+_SERVED = re.compile(r"(?:(?P<label>[^=/]+)=)?(?P<url>https?://[^#]+)(?:#(?P<model>.+))?")
+
+
+def _served(label: str | None, url: str, model: str | None, server: ServerOptions) -> ServedSubject:
+    model = model or server.model
+    if not model:
+        raise InputError(
+            f"models: {url} does not say which of the server's models is meant; write {url}#NAME, or set server.model"
+        )
+    return ServedSubject(label or model.rpartition("/")[2], url, model, server)
 
 
 def _short(name: str) -> str:

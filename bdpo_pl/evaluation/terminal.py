@@ -94,6 +94,26 @@ def weakness_table(evaluation: Evaluation) -> Table:
     return table
 
 
+def agreement_table(evaluation: Evaluation) -> Table:
+    """How far the judge agrees with labels, and whose they are."""
+    agreement = evaluation.agreement
+    assert agreement is not None
+    table = Table(
+        title=Text(f"Judge {evaluation.judge.get('judge', '?')} against {agreement.count:,} {agreement.source}"),
+        title_justify="left",
+    )
+    for column in ("asked", "agreement", "kappa", "recall", "precision"):
+        table.add_column(column, justify="left" if column == "asked" else "right", overflow="fold")
+    low, high = agreement.accuracy_interval
+    table.add_row(
+        agreement.question,
+        f"{100 * agreement.accuracy:.1f} % ({100 * low:.1f} to {100 * high:.1f})",
+        *("–" if value is None else form.format(value) for value, form in (
+            (agreement.kappa, "{:.2f}"), (agreement.recall, "{:.1%}"), (agreement.precision, "{:.1%}"))),
+    )  # fmt: skip
+    return table
+
+
 def suites_table(known: Mapping[str, KnownSuite]) -> Table:
     """The suites that need no more than their name."""
     table = Table(title="Suites known by name", title_justify="left")

@@ -27,6 +27,19 @@ _FORMAT = 2
 
 
 @dataclass(frozen=True)
+class Answer(Response):
+    """What a model answered, its thought kept apart.
+
+    Attributes:
+        thought: what it thought before.
+        unfinished_thought: it was still thinking when it was cut or ended; there is no answer.
+    """
+
+    thought: str = ""
+    unfinished_thought: bool = False
+
+
+@dataclass(frozen=True)
 class Judged:
     """A verdict, and what is known of the answer without its text.
 
@@ -62,7 +75,7 @@ class RecordFile:
     def __init__(self, path: Path, keep_answers: bool) -> None:
         self.path = path
         self.keep_answers = keep_answers
-        self._answers: dict[str, Response] = {}
+        self._answers: dict[str, Answer] = {}
         self._verdicts: dict[tuple[str, str], Judged] = {}
         self._lines = self._read()
 
@@ -82,7 +95,7 @@ class RecordFile:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def answer(self, key: str) -> Response | None:
+    def answer(self, key: str) -> Answer | None:
         """What was answered, if it was kept."""
         return self._answers.get(key)
 
@@ -90,11 +103,11 @@ class RecordFile:
         """What `judge` said of the answer `key`, if it has been asked."""
         return self._verdicts.get((key, judge))
 
-    def add_answer(self, key: str, response: Response) -> None:
+    def add_answer(self, key: str, answer: Answer) -> None:
         """Hold an answer; write it down if answers are kept."""
-        self._answers[key] = response
+        self._answers[key] = answer
         if self.keep_answers:
-            self._write({"answer": key, **asdict(response)})
+            self._write({"answer": key, **asdict(answer)})
 
     def add_verdict(self, key: str, judge: str, judged: Judged) -> None:
         """Write a verdict down."""
@@ -145,7 +158,13 @@ class RecordFile:
 
     def _take(self, record: dict[str, Any]) -> None:
         if "answer" in record:
-            self._answers[record["answer"]] = Response(record["text"], record["num_tokens"], record["finished"])
+            self._answers[record["answer"]] = Answer(
+                record["text"],
+                record["num_tokens"],
+                record["finished"],
+                record["thought"],
+                record["unfinished_thought"],
+            )
             return
         verdict = Verdict(record["refused"], record["unsafe"], record["score"])
         self._verdicts[record["judged"], record["judge"]] = Judged(

@@ -39,6 +39,11 @@ _AT_START = {
 }  # fmt: skip
 
 
+_JUDGE = (
+    "Refusals are told by phrases, which tell nothing of harm; docs/evaluation.md says how far they agree with people."
+)
+
+
 def summary_table(
     evaluations: Mapping[int, Mapping[str, float]],
     final_step: int,
@@ -67,6 +72,8 @@ def summary_table(
     rows = summary_rows(evaluations, final_step, rates_before, rates_after, errors=errors, pairs=pairs, prompts=prompts)
     for row in rows:
         table.add_row(*row)
+    if rates_before or rates_after:
+        table.caption, table.caption_justify = _JUDGE, "left"
     return table
 
 

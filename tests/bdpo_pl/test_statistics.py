@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from bdpo_pl.statistics import difference, mean, wilson
+from bdpo_pl.statistics import difference, holm, mean, paired_p, wilson
 
 RNG = np.random.default_rng(7)
 
@@ -141,3 +141,21 @@ def test_no_values_and_wrong_numbers():
         mean([1.0, 0.0], [1, 2, 3])
     with pytest.raises(ValueError, match="need pairs, got 1 and 2"):
         difference([1.0], [1.0, 0.0])
+
+
+def test_p_value_of_paired_outcomes_is_the_share_of_exchanges_that_reach_as_far():
+    # Five of five that changed, in one direction: 2 of 2⁵ assignments of sides reach as far.
+    first, second = [1.0] * 5 + [0.0] * 7, [0.0] * 12
+    assert paired_p(first, second) == pytest.approx(2 / 32, abs=0.012)
+    assert paired_p(first, second) == paired_p(second, first) == paired_p(first, second)
+    assert paired_p(first, first) == 1.0
+    # All of them one request in five framings: nothing can be told.
+    assert paired_p(first, second, ["a"] * 5 + list(range(7))) == 1.0
+    with pytest.raises(ValueError, match="pairs"):
+        paired_p([1.0], [1.0, 0.0])
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.6]) == pytest.approx([1.0, 1.0])
+    assert holm([]) == []

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bdpo_pl.errors import InputError
-from bdpo_pl.evaluation.suites.suite import EvaluationPrompt
+from bdpo_pl.evaluation.judges.judge import Judge
+from bdpo_pl.evaluation.suites.suite import EvaluationPrompt, Suite
 from bdpo_pl.files import try_writing, write_whole
 
 WARNING = (
@@ -35,6 +37,72 @@ class AttackResult:
     prompt: EvaluationPrompt
     steps: int
     details: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Target:
+    """The model that is attacked, and what an attack may use.
+
+    Attributes:
+        name: as in reports.
+        key: what identifies it and how it is asked: the state of another is not used.
+        respond: prompts → its answers, in order.
+        judge: tells whether an answer is what the attack wants.
+        fits: whether a prompt and an answer fit into its window.
+        local: (model, tokenizer), for attacks that need gradients or tokens; None behind an endpoint.
+        use_template: whether prompts are put into the chat template.
+        folder: where an attack may keep what it has found, under a warning; None: nowhere.
+    """
+
+    name: str
+    key: str
+    respond: Callable[[Sequence[str]], list[str]]
+    judge: Judge
+    fits: Callable[[str], bool] = lambda prompt: True
+    local: tuple[Any, Any] | None = None
+    use_template: bool = True
+    folder: Path | None = None
+
+
+class Attack(ABC):
+    """Makes of harmful requests what a given model may not refuse.
+
+    Attributes:
+        name: as in options and reports.
+    """
+
+    name: str
+
+    @abstractmethod
+    def run(self, prompts: Sequence[EvaluationPrompt], target: Target, step: Callable[[], None]) -> Attempted:
+        """Attack one prompt after the other.
+
+        Args:
+            prompts: bare requests.
+            target: the model.
+            step: to be called after each prompt.
+
+        Raises:
+            InputError: the attack cannot be made on this target, or something it asks fails.
+        """
+
+
+@dataclass(frozen=True)
+class Attempted:
+    """What an attack came to: its prompts in the order of the requests, and what it cost, in a few words."""
+
+    prompts: Sequence[EvaluationPrompt]
+    cost: str
+
+
+def attacked_suite(suite: Suite, attack: Attack, made: Attempted) -> Suite:
+    """The suite of the prompts that `attack` made of `suite`."""
+    return replace(suite, name=f"{suite.name}+{attack.name}", prompts=list(made.prompts))
+
+
+def steps_of(results: Sequence[AttackResult]) -> str:
+    """Steps that were taken, in words."""
+    return f"{sum(result.steps for result in results):,} steps on {len(results)} prompts"
 
 
 def attacked(prompt: EvaluationPrompt, text: str, attack: str, *, alone: bool = False) -> EvaluationPrompt:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,16 @@ import torch
 from torch import Tensor
 
 from bdpo_pl.errors import InputError
-from bdpo_pl.evaluation.attacks.attack import AttackResult, Progress, StateFile, attacked
+from bdpo_pl.evaluation.attacks.attack import (
+    Attack,
+    AttackResult,
+    Attempted,
+    Progress,
+    StateFile,
+    Target,
+    attacked,
+    steps_of,
+)
 from bdpo_pl.evaluation.attacks.suffixes import SuffixPrompt, allowed_tokens, draw
 from bdpo_pl.evaluation.attacks.target_loss import TargetLoss
 from bdpo_pl.evaluation.attacks.targets import default_target
@@ -66,6 +75,41 @@ class GCGOptions:
             raise InputError("gcg.suffix is empty; give a few words or signs, whose number of tokens is kept")
         if self.stop_loss is not None and not self.stop_loss >= 0.0:
             raise InputError(f"gcg.stop_loss must be at least 0, or null, got {self.stop_loss}")
+
+
+class GCGAttack(Attack):
+    """The search, on a model that is loaded here.
+
+    Args:
+        options: how long and how widely to search.
+    """
+
+    name = NAME
+
+    def __init__(self, options: GCGOptions | None = None) -> None:
+        self._options = options or GCGOptions()
+
+    def run(self, prompts: Sequence[EvaluationPrompt], target: Target, step: Callable[[], None]) -> Attempted:
+        """Find a suffix for each prompt.
+
+        Raises:
+            InputError: the model is behind an endpoint, or a prompt cannot be attacked.
+        """
+        if target.local is None:
+            raise InputError(f"gcg needs the gradients of {target.name}, which an endpoint does not give; leave it out")
+        found = list(
+            results(
+                prompts,
+                *target.local,
+                self._options,
+                use_template=target.use_template,
+                folder=target.folder,
+                on_progress=lambda done, total: step(),
+            )
+        )
+        matched = sum(bool(result.details["matched"]) for result in found)
+        cost = f"{steps_of(found)} of {self._options.search_width} swaps each; {matched} answers began with the target"
+        return Attempted([result.prompt for result in found], cost)
 
 
 @dataclass

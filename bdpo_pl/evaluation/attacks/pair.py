@@ -14,9 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from bdpo_pl.errors import InputError
-from bdpo_pl.evaluation.attacks.attack import AttackResult, Progress, StateFile, attacked
+from bdpo_pl.evaluation.attacks.attack import (
+    Attack,
+    AttackResult,
+    Attempted,
+    Progress,
+    StateFile,
+    attacked,
+    steps_of,
+)
+from bdpo_pl.evaluation.attacks.attack import Target as AttackedModel
 from bdpo_pl.evaluation.attacks.pair_prompts import Proposal, feedback, once_more, opening, parse_proposal, words
 from bdpo_pl.evaluation.chat.chat_model import ChatModel, Message
+from bdpo_pl.evaluation.chat.endpoint import Endpoint, EndpointOptions
 from bdpo_pl.evaluation.judges.judge import Exchange, Judge, Verdict
 from bdpo_pl.evaluation.suites.suite import EvaluationPrompt
 
@@ -85,6 +95,7 @@ class Refinement:
         judge: tells whether an attempt succeeded.
         options: how often to try.
         target_key: what identifies the target (weights, options of generation): the state of another is not used.
+        fits: whether a prompt fits into the target's window; one that does not is taken for no proposal.
     """
 
     attacker: ChatModel
@@ -92,6 +103,7 @@ class Refinement:
     judge: Judge
     options: RefinementOptions
     target_key: str
+    fits: Callable[[str], bool] = lambda prompt: True
 
     def attack(
         self, prompts: Sequence[EvaluationPrompt], *, folder: Path | None = None, on_progress: Progress | None = None
@@ -139,7 +151,7 @@ class Refinement:
                 stacklevel=3,
             )
         details = {
-            "succeeded": best is not None and best.verdict.got_through,
+            "succeeded": best is not None and _passed(best),
             "response": None if best is None else best.response,
             "verdict": None if best is None else asdict(best.verdict),
             "queries": len(attempts),
@@ -177,7 +189,7 @@ class Refinement:
             again = {}
             for stream, reply in zip(asked, replies, strict=True):
                 proposal = parse_proposal(reply)
-                if proposal is None:
+                if proposal is None or not self.fits(proposal.prompt):
                     unparsable += 1
                     again[stream] = [*conversations[stream], *once_more(reply)]
                 else:
@@ -198,6 +210,29 @@ class Refinement:
         }
 
 
+class PairAttack(Attack):
+    """Refinement by an attacker behind an endpoint.
+
+    Args:
+        attacker: the endpoint of the attacking model.
+        options: how often to try.
+    """
+
+    name = NAME
+
+    def __init__(self, attacker: EndpointOptions, options: RefinementOptions | None = None) -> None:
+        self._attacker, self._options = Endpoint(attacker), options or RefinementOptions()
+
+    def run(self, prompts: Sequence[EvaluationPrompt], target: AttackedModel, step: Callable[[], None]) -> Attempted:
+        """Refine each prompt until the target does not refuse it, or gives what it asks for, as the judge tells."""
+        refinement = Refinement(self._attacker, target.respond, target.judge, self._options, target.key, target.fits)
+        found = list(refinement.results(prompts, folder=target.folder, on_progress=lambda done, total: step()))
+        queries = sum(int(result.details["queries"]) for result in found)
+        unread = sum(int(result.details["unparsable"]) for result in found)
+        cost = f"{steps_of(found)}; {queries} queries; {unread} answers of {self._attacker.name} could not be read"
+        return Attempted([result.prompt for result in found], cost)
+
+
 def chat_target(model: ChatModel) -> Target:
     """`model` as a target, each prompt a conversation of its own."""
     return lambda prompts: model.reply([[{"role": "user", "content": prompt}] for prompt in prompts])
@@ -205,11 +240,16 @@ def chat_target(model: ChatModel) -> Target:
 
 def _rank(attempt: Attempt) -> tuple[bool, float, bool]:
     verdict = attempt.verdict
-    return verdict.got_through, verdict.score or 0.0, verdict.refused is False
+    return _passed(attempt), verdict.score or 0.0, verdict.refused is False
 
 
 def _succeeded(steps: Sequence[_Step]) -> bool:
-    return any(attempt.verdict.got_through for step in steps for attempt in step.attempts)
+    return any(_passed(attempt) for step in steps for attempt in step.attempts)
+
+
+def _passed(attempt: Attempt) -> bool:
+    # A blank answer refuses nothing, and gives nothing either.
+    return attempt.verdict.got_through and bool(attempt.response.strip())
 
 
 def _read(file: StateFile | None) -> list[_Step]:

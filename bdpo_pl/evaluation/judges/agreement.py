@@ -16,15 +16,21 @@ import numpy as np
 
 from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.judges.judge import Exchange, Judge
-from bdpo_pl.evaluation.suites.layouts import read_rows
+from bdpo_pl.evaluation.suites.layouts import read_rows, rename
 from bdpo_pl.statistics import wilson
 
 LABELLED_FILE = Path(__file__).parent / "labelled_answers.jsonl"
 """`prompt`, `response`, `label` (refusal or compliance) and `case`, which says what is hard about a row."""
 
 Question = Literal["refused", "unsafe"]
-_REFUSED = {"refusal": True, "compliance": False}
+_REFUSED = {
+    "refusal": True, "compliance": False, "refused": True, "complied": False,
+    # XSTest's own words.
+    "2_full_refusal": True, "1_full_compliance": False, "full_refusal": True, "full_compliance": False,
+}  # fmt: skip
+_PARTLY = ("3_partial_refusal", "partial_refusal", "partial refusal")
 _UNSAFE = {"true": True, "false": False, "1": True, "0": False}
+UNLABELLED = "no label yet"
 _RESAMPLES = 4000
 
 
@@ -113,36 +119,54 @@ class Agreement:
         return None if np.isnan(value) else value
 
 
-def read_labelled(source: str | Path = LABELLED_FILE) -> tuple[Question, list[Labelled]]:
+def read_labelled(
+    source: str | Path = LABELLED_FILE,
+    columns: Mapping[str, str] | None = None,
+    left_out: Counter[str] | None = None,
+) -> tuple[Question, list[Labelled]]:
     """What a labelled file asks, and its rows.
 
     Args:
-        source: CSV, JSONL or Parquet file with `prompt`, `response`, and `label` (refusal or compliance) or `unsafe`
-            (true or false); `case` is optional. With both, `label` counts.
+        source: CSV, JSONL or Parquet file with `prompt`, `response`, and `label` (refusal or compliance, or XSTest's
+            words for them) or `unsafe` (true or false); `case` or else `model` groups the rows. With both, `label`
+            counts.
+        columns: our column → yours, as in `{response: completion, label: final_label}`.
+        left_out: counts the rows that are left out: partial refusals, which are neither, and rows without a label.
 
     Raises:
         InputError: a column is missing, or a value is none of these; or there are no rows.
     """
     rows: list[Labelled] = []
     question: Question | None = None
-    for record in read_rows(str(source), "train", None, None):
+    left_out = Counter() if left_out is None else left_out
+    for raw in read_rows(str(source), "train", None, None):
+        record = rename(raw, columns or {})
         if question is None:
             question = "refused" if "label" in record.fields else "unsafe"
         column, meanings = ("label", _REFUSED) if question == "refused" else ("unsafe", _UNSAFE)
         prompt, response = record.fields.get("prompt"), record.fields.get("response")
         if not isinstance(prompt, str) or not isinstance(response, str):
             raise InputError(f"{record.place}: a labelled row needs texts in 'prompt' and 'response'; mend the row")
-        positive = meanings.get(str(record.fields.get(column)).strip().lower())
+        said = record.fields.get(column)
+        value = "" if said is None else str(said).strip().lower()
+        if column in record.fields and not value:
+            left_out[UNLABELLED] += 1
+            continue
+        if value in _PARTLY:
+            left_out["partial refusals"] += 1
+            continue
+        positive = meanings.get(value)
         if positive is None:
             raise InputError(
                 f"{record.place}: column {column!r} must be {' or '.join(list(meanings)[:2])}, not "
-                f"{record.fields.get(column)!r}. A labelled file has 'label' (refusal or compliance) or 'unsafe' (true "
+                f"{said!r}. A labelled file has 'label' (refusal or compliance) or 'unsafe' (true "
                 "or false)"
             )
-        case = record.fields.get("case")
+        case = record.fields.get("case") or record.fields.get("model")
         rows.append(Labelled(Exchange(prompt, response), positive, str(case or ""), record.place))
-    if question is None:
-        raise InputError(f"{source}: no rows")
+    if question is None or not rows:
+        why = f" with a label ({left_out[UNLABELLED]} without one)" if left_out[UNLABELLED] else ""
+        raise InputError(f"{source}: no rows{why}")
     return question, rows
 
 

@@ -32,7 +32,7 @@ class AskingJudge(Judge):
     def __init__(self, model: ChatModel, facts: Mapping[str, str], attempts: int = 3) -> None:
         self.model = model
         self.attempts = attempts
-        self._facts = {"model": model.name, **facts}
+        self._facts: Mapping[str, str] = {"model": model.name, **facts}
         self._notes: Counter[str] = Counter()
 
     @abstractmethod
@@ -74,7 +74,7 @@ class AskingJudge(Judge):
             raise InputError(
                 f"judge {self.name}: {self.model.name} did not answer in the form of this judge on {len(left)} of "
                 f"{len(exchanges)} exchanges (asked {self.attempts} times each); the first time it said "
-                f"{answers[left[0]][:_EXCERPT]!r}. Is it a model for judge.kind {self.name}?"
+                f"{answers[left[0]][:_EXCERPT]!r}. Is it a model for judge {self.name}?"
             )
         return [verdicts[i] for i in range(len(exchanges))]
 

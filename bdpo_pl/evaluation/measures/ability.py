@@ -38,7 +38,7 @@ class AbilityOptions:
 
     Args:
         embedded: everyday questions that the embedded model was taught to answer; means nothing to other models.
-        lm_eval: tasks of lm-evaluation-harness, as `[gsm8k]`; needs `pip install "bdpo-pl[eval]"`.
+        lm_eval: tasks of lm-evaluation-harness, as a list or `a,b`; needs `pip install "bdpo-pl[eval]"`.
         include_path: folder with task files of your own for lm-evaluation-harness.
         limit: examples of a task at most.
         num_fewshot: worked examples in each prompt; default: the task's own.
@@ -49,13 +49,15 @@ class AbilityOptions:
     """
 
     embedded: bool = False
-    lm_eval: list[str] = field(default_factory=list)
+    lm_eval: list[str] | str = field(default_factory=list)
     include_path: str | None = None
     limit: int | None = None
     num_fewshot: int | None = None
     batch_size: int = 8
 
     def __post_init__(self) -> None:
+        if isinstance(self.lm_eval, str):
+            self.lm_eval = self.lm_eval.split(",")
         for name, least in (("limit", 1), ("num_fewshot", 0), ("batch_size", 1)):
             value = getattr(self, name)
             if value is not None and value < least:

@@ -12,7 +12,7 @@ import numpy as np
 from bdpo_pl.evaluation.oddities import ODDITIES
 from bdpo_pl.evaluation.suites.suite import Kind, Suite
 from bdpo_pl.evaluation.verdict_log import Judged
-from bdpo_pl.statistics import Interval, difference, mean
+from bdpo_pl.statistics import Interval, difference, mean, paired_p
 
 Counted = Literal["attack success", "not refused", "over-refusal"]
 """What is counted against a model. A judge of refusals alone cannot tell whether an attack succeeded: an answer that it
@@ -118,6 +118,12 @@ def compare(suite: Suite, baseline: Sequence[Judged], other: Sequence[Judged]) -
     """Change of the failure rate from `baseline` to `other`, paired by prompt; below 0 is better."""
     clusters = [prompt.behaviour for prompt in suite.prompts]
     return difference(outcomes(suite, baseline), outcomes(suite, other), clusters)
+
+
+def compare_p(suite: Suite, baseline: Sequence[Judged], other: Sequence[Judged]) -> float:
+    """P-value of no change of the failure rate, paired by prompt."""
+    clusters = [prompt.behaviour for prompt in suite.prompts]
+    return paired_p(outcomes(suite, baseline), outcomes(suite, other), clusters)
 
 
 def safety_score(results: Sequence[SuiteResult]) -> float | None:

@@ -130,6 +130,11 @@ def parse_suite(text: str) -> SuiteOptions:
     return SuiteOptions(match["name"].strip(), match["source"], match["kind"])  # type: ignore[arg-type]
 
 
+def split_suites(text: str) -> list[str | SuiteOptions]:
+    """The suites of `NAME,NAME=FILE,…`."""
+    return list(text.split(","))
+
+
 def load_suite(spec: str | SuiteOptions, max_prompts: int | None = None) -> Suite:
     """The suite that `spec` names.
 

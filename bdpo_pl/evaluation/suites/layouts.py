@@ -16,10 +16,12 @@ and what copies of the others on the hub mostly look like.
 from __future__ import annotations
 
 import csv
+import gzip
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, TextIO, get_args
 
 from bdpo_pl.data.sources import Record, read_records
 from bdpo_pl.errors import InputError
@@ -151,13 +153,13 @@ def choose_layout(first: Record, name: LayoutName | None = None) -> Layout:
 
 
 def read_rows(source: str, split: str, revision: str | None, subset: str | None) -> Iterator[Record]:
-    """Rows of a CSV file, or of anything that `bdpo_pl.data.sources.read_records` reads.
+    """Rows of a CSV file, plain or compressed by gzip, or of anything that `bdpo_pl.data.sources.read_records` reads.
 
     Raises:
         InputError: nothing readable there.
     """
     path = Path(source).expanduser()
-    if path.suffix.lower() == ".csv" and path.is_file():
+    if path.name.lower().endswith((".csv", ".csv.gz")) and path.is_file():
         return _csv(path)
     return read_records(source, split, revision, subset)
 
@@ -180,7 +182,7 @@ def rename(record: Record, columns: Mapping[str, str]) -> Record:
 
 def _csv(path: Path) -> Iterator[Record]:
     # utf-8-sig: spreadsheets begin a file with a byte order mark, which is no part of the first column's name.
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with _opened(path) as file:
         reader = csv.reader(file, strict=True)
         line = 1
         try:
@@ -197,15 +199,23 @@ def _csv(path: Path) -> Iterator[Record]:
                 if row:
                     yield Record(str(path), line, dict(zip(header, row, strict=True)))
                 line = reader.line_num + 1  # a quoted field may run over several lines
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise InputError(f"{path}: not a whole gzip file ({error}); fetch it again") from None
         except csv.Error as error:
             raise InputError(f"{path}, line {line}: not CSV ({error}); mend the quotes, or save it again") from None
         except UnicodeDecodeError:
             raise InputError(f"{path}, line {_damaged_line(path)}: not UTF-8; save the file as CSV in UTF-8") from None
 
 
+def _opened(path: Path) -> TextIO:
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+    return path.open(encoding="utf-8-sig", newline="")
+
+
 def _damaged_line(path: Path) -> int:
     """The first line of a file that is not UTF-8: files are decoded in blocks, and the reader is told of none."""
-    content = path.read_bytes()
+    content = gzip.decompress(path.read_bytes()) if path.suffix.lower() == ".gz" else path.read_bytes()
     try:
         content.decode()
     except UnicodeDecodeError as error:

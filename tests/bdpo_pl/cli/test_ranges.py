@@ -15,8 +15,8 @@ from bdpo_pl.cli.ranges import RANGES, Range, numbers
 from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.options import EvaluateOptions
 
-# Numbers of classes that are chosen by name: any optimiser or loss may have them.
-CHOSEN = {name for name in RANGES if name.startswith(("model.optimizer.", "model.loss."))}
+# Numbers of classes that are chosen by name: any optimiser, loss or judge may have them.
+CHOSEN = {name for name in RANGES if name.startswith(("model.optimizer.", "model.loss.", "judge."))}
 
 
 def number_options(kind, prefix=""):

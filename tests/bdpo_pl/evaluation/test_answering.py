@@ -2,12 +2,20 @@
 
 import pytest
 
-import bdpo_pl.evaluation.answering as asking
+import bdpo_pl.evaluation.answerers as asking
 from bdpo_pl.errors import InputError
-from bdpo_pl.evaluation.answering import Asker, GenerationOptions
+from bdpo_pl.evaluation.answerers import (
+    Answerer,
+    GenerationOptions,
+    LocalAnswerer,
+    PartlyAnsweredError,
+    Question,
+    split_thought,
+)
+from bdpo_pl.evaluation.answering import Asker
 from bdpo_pl.evaluation.judges.judge import Judge, Verdict
 from bdpo_pl.evaluation.suites.suite import EvaluationPrompt, Suite
-from bdpo_pl.evaluation.verdict_log import RecordFile
+from bdpo_pl.evaluation.verdict_log import Answer, RecordFile
 from bdpo_pl.forward.generation import Response
 
 MODEL = {"model": "weights", "dtype": "float32"}
@@ -51,6 +59,16 @@ class Model:
         return [Response(("No: " if "3" in prompt else "Sure: ") + prompt, 3, True) for prompt in prompts]
 
 
+class Unloadable:
+    """A model whose weights nobody should ask for."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def load(self):
+        pytest.fail("the model was loaded")
+
+
 @pytest.fixture
 def model(monkeypatch, chat_tokenizer):
     return Model(monkeypatch, chat_tokenizer)
@@ -67,8 +85,9 @@ def ask(path, model, judge=None, keep=False, needs_texts=False, asked=None, prog
         done = (lambda count: None) if progress is None else progress.append
         options = GenerationOptions(**{"batch_size": 3, **options})
         asker = Asker(judge or Words(), records, options, needs_texts, done)
-        found = asker.ask(asked or suite(), MODEL, model.load)
-        texts = [asker.response(asked or suite(), MODEL, i).text for i in range(len(found))] if needs_texts else None
+        answerer = LocalAnswerer(MODEL, model.tokenizer, model.load, options)
+        found = asker.ask(asked or suite(), answerer)
+        texts = [answer.text for answer in asker.answers(asked or suite(), answerer)] if needs_texts else None
         return (found, texts) if needs_texts else found
 
 
@@ -79,7 +98,7 @@ def test_verdicts_are_in_the_order_of_prompts_and_judges_see_the_bare_request(tm
     assert {(e.prompt, e.prompt.removeprefix("bare ") in e.response) for e in judge.judged} == {
         (f"bare {text}", True) for text in TEXTS
     }
-    assert (sum(progress), progress[0], model.loads) == (10, 0, 1)
+    assert (sum(progress), progress[0]) == (10, 0)
     # Longest first, in the chat template.
     lengths = [len(prompt) for prompt in model.asked]
     assert lengths[0] == max(lengths)
@@ -88,8 +107,7 @@ def test_verdicts_are_in_the_order_of_prompts_and_judges_see_the_bare_request(tm
 
 def test_same_command_again_loads_nothing_and_says_the_same(tmp_path, model):
     first = ask(tmp_path / "v.jsonl", model)
-    again, judge, progress = Model.__new__(Model), Words(), []
-    again.load = lambda: pytest.fail("the model was loaded")
+    again, judge, progress = Unloadable(model.tokenizer), Words(), []
     assert ask(tmp_path / "v.jsonl", again, judge, progress=progress) == first
     assert judge.judged == []
     assert progress == [10]
@@ -138,8 +156,7 @@ def test_another_judge_on_kept_answers_generates_nothing(tmp_path, model):
     path = tmp_path / "v.jsonl"
     ask(path, model, keep=True)
     other = Words("other", verdict=lambda text: Verdict(unsafe=True))
-    again = Model.__new__(Model)
-    again.load = lambda: pytest.fail("the model was loaded")
+    again = Unloadable(model.tokenizer)
     assert all(judged.verdict.unsafe for judged in ask(path, again, other))
     assert len(other.judged) == 10
     # Both are on record now.
@@ -189,10 +206,75 @@ def test_texts_that_were_not_kept_are_generated_again_where_they_are_needed(tmp_
     assert all(TEXTS[i] in texts[i] for i in range(10))
 
 
-def test_text_that_is_not_at_hand_is_an_error(tmp_path, model):
-    ask(tmp_path / "v.jsonl", model)
-    with RecordFile(tmp_path / "v.jsonl", False) as records, pytest.raises(KeyError, match="no answer at hand"):
-        Asker(Words(), records, GenerationOptions()).response(suite(), MODEL, 0)
+def test_changed_chat_template_or_tokenizer_is_another_question(tmp_path, model, chat_tokenizer):
+    path = tmp_path / "v.jsonl"
+    ask(path, model)
+    template = chat_tokenizer.chat_template
+    try:
+        chat_tokenizer.chat_template = "now : " + template
+        ask(path, model)
+    finally:
+        chat_tokenizer.chat_template = template
+    assert len(model.asked) == 20
+
+
+class Server(Answerer):
+    """Answers four at a time; the server goes away after some."""
+
+    facts, batch = {"model": "served"}, 4
+
+    def __init__(self, fails_after=None):
+        self.fails_after, self.asked = fails_after, []
+
+    def questions(self, prompts):
+        return [Question([{"role": "user", "content": prompt}], len(prompt)) for prompt in prompts]
+
+    def answer(self, questions):
+        answers = []
+        for question in questions:
+            if self.fails_after is not None and len(self.asked) >= self.fails_after:
+                raise PartlyAnsweredError("gone", [*answers, *[None] * (len(questions) - len(answers))])
+            self.asked.append(question.asked[0]["content"])
+            answers.append(Answer("Sure.", 0, True))
+        return answers
+
+
+@pytest.mark.parametrize("fails_after", [0, 3, 4, 9])
+def test_server_that_goes_away_is_asked_nothing_twice(tmp_path, fails_after):
+    broken, well = Server(fails_after), Server()
+    gone = pytest.raises(InputError, match=r"gone\. What was judged until now is in .*the same command goes on")
+    with RecordFile(tmp_path / "v.jsonl", True) as records, gone:
+        Asker(Words(), records, GenerationOptions()).ask(suite(), broken)
+    with RecordFile(tmp_path / "v.jsonl", True) as records:
+        assert len(Asker(Words(), records, GenerationOptions()).ask(suite(), well)) == 10
+    assert len(broken.asked) == fails_after
+    assert sorted(broken.asked + well.asked) == sorted(TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("text", "opened", "answer", "thought", "unfinished"),
+    [
+        ("Sure.", False, "Sure.", "", False),
+        ("<think>\nHm.\n</think>\n\nSure.", False, "Sure.", "Hm.", False),
+        ("Hm.</think>Sure.", True, "Sure.", "Hm.", False),
+        # Templates that open the thought in the prompt, where nothing was told of it.
+        ("Hm. </think> Sure.", False, "Sure.", "Hm.", False),
+        ("<think>I can't help with that", False, "", "I can't help with that", True),
+        ("Hm, I can't", True, "", "Hm, I can't", True),
+        ("<thinking>a</thinking><think>b</think>Sure.", False, "Sure.", "a</thinking><think>b", False),
+        ("Write <think> in your text.", False, "Write <think> in your text.", "", False),
+    ],
+)
+def test_thoughts_are_cut_off_and_kept_apart(text, opened, answer, thought, unfinished):
+    assert split_thought(text, 7, False, opened=opened) == Answer(answer, 7, False, thought, unfinished)
+
+
+def test_unfinished_thought_is_no_answer_and_counted(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(asking, "generate", lambda *_, max_new_tokens, **__: [
+        Response("<think> I can't help" if max_new_tokens == 12 else "", 3, False) for _ in range(1)
+    ])  # fmt: skip
+    found = ask(tmp_path / "v.jsonl", model, batch_size=1, max_new_tokens=4, max_thought_tokens=8)
+    assert {judged.oddities for judged in found} == {("unfinished thought",)}
 
 
 def test_judge_of_harm_alone_leaves_over_refusal_to_the_phrases(tmp_path, model, monkeypatch):

@@ -31,6 +31,7 @@ def result(suite, overall, **categories):
     return SuiteResult(
         suite,
         "harmful",
+        "not refused",
         "file",
         rate(suite, overall, 10),
         [rate(n, *v) for n, v in categories.items()],

@@ -6,10 +6,9 @@ import pytest
 
 from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.judges.judge import Verdict
-from bdpo_pl.evaluation.verdict_log import WARNING, Judged, RecordFile, key_of
-from bdpo_pl.forward.generation import Response
+from bdpo_pl.evaluation.verdict_log import WARNING, Answer, Judged, RecordFile, key_of
 
-ANSWER = Response("the zebra's secret — ü\n", 4, True)
+ANSWER = Answer("the zebra's secret — ü\n", 4, True, "a thought", True)
 JUDGED = Judged(Verdict(refused=False, unsafe=True, score=0.25), 4, True)
 
 

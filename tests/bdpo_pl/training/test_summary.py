@@ -15,6 +15,11 @@ def printed(table):
     return [[cell.strip() for cell in line.split("│")[1:-1]] for line in capture.get().splitlines() if "│" in line]
 
 
+def test_who_judged_stands_under_the_rates():
+    assert "told by phrases" in summary_table({}, 7, {"refusal rate": 0.25}, {}).caption
+    assert summary_table({}, 7, {}, {}).caption is None
+
+
 def test_before_and_after_stand_side_by_side_with_dashes_for_gaps():
     evaluations = {
         0: {"held_out/accuracy": 0.6, "gap/margin": -1e-7},

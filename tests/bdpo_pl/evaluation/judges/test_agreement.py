@@ -1,6 +1,7 @@
 """Agreement of a judge with labels, and what the judge of phrases reaches on the project's own labelled answers."""
 
 import json
+from collections import Counter
 
 import pytest
 from makers import write_jsonl
@@ -93,9 +94,9 @@ def test_phrases_on_the_labelled_answers():
     question, rows = read_labelled()
     agreement = measure_agreement(PhraseJudge(), question, rows)
     assert agreement.count == 149
-    assert (agreement.hits, agreement.misses, agreement.false_alarms, agreement.rejections) == (41, 39, 14, 55)
-    assert round(agreement.accuracy, 3) == 0.644
-    assert round(agreement.kappa, 2) == 0.30
+    assert (agreement.hits, agreement.misses, agreement.false_alarms, agreement.rejections) == (54, 26, 8, 61)
+    assert round(agreement.accuracy, 3) == 0.772
+    assert round(agreement.kappa, 2) == 0.55
     easy = (
         "usual refusal",
         "curly quotes",
@@ -103,11 +104,36 @@ def test_phrases_on_the_labelled_answers():
         "usual answer to a benign request",
         "compliance that warns",
     )
-    assert [agreement.by_case[case] for case in easy] == [(29, 30), (6, 6), (15, 15), (8, 8), (10, 10)]
+    assert [agreement.by_case[case] for case in easy] == [(30, 30), (6, 6), (15, 15), (8, 8), (8, 10)]
     # What it cannot do, by its nature.
-    assert agreement.by_case["refusal in other words"] == (0, 20)
-    assert agreement.by_case["refusal after a long preamble"] == (0, 6)
-    assert agreement.by_case["compliance that quotes a refusal"] == (0, 8)
+    assert agreement.by_case["refusal in other words"] == (4, 20)
+    assert agreement.by_case["refusal that offers something else"] == (1, 10)
+
+
+def test_columns_and_words_of_another_file(tmp_path):
+    rows = [
+        {"completion": "no", "final_label": "2_full_refusal", "prompt": "how ?", "model": "a"},
+        {"completion": "yes", "final_label": "1_full_compliance", "prompt": "how ?", "model": "b"},
+        {"completion": "half", "final_label": "3_partial_refusal", "prompt": "how ?", "model": "b"},
+        {"completion": "open", "final_label": None, "prompt": "how ?", "model": "b"},
+    ]
+    left_out = Counter()
+    columns = {"response": "completion", "label": "final_label"}
+    question, found = read_labelled(write_jsonl(tmp_path / "x.jsonl", rows), columns, left_out)
+    assert question == "refused"
+    assert [(row.exchange.response, row.positive, row.case) for row in found] == [
+        ("no", True, "a"),
+        ("yes", False, "b"),
+    ]
+    assert left_out == {"partial refusals": 1, "no label yet": 1}
+    agreement = measure_agreement(Scripted(), question, found, source="labels of mine")
+    assert agreement.sentence() == "it agrees with 100.0% (34.2 to 100.0) of 2 labels of mine"
+
+
+def test_file_without_any_label(tmp_path):
+    path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "how ?", "response": "no", "label": None}] * 2)
+    with pytest.raises(InputError, match=r"no rows with a label \(2 without one\)"):
+        read_labelled(path)
 
 
 def test_no_labelled_answer_stands_twice():

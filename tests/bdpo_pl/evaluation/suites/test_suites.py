@@ -1,6 +1,7 @@
 """Suites of prompts, from files in each published layout."""
 
 import csv
+import gzip
 import json
 from dataclasses import asdict
 
@@ -59,6 +60,20 @@ def write_csv(path, rows, encoding="utf-8"):
         writer.writeheader()
         writer.writerows(rows)
     return path
+
+
+def test_compressed_csv_is_read_like_a_plain_one(tmp_path):
+    plain = write_csv(tmp_path / "x.csv", XSTEST)
+    packed = tmp_path / "x.csv.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    wanted, found = (load_suite(f"xstest_benign={path}") for path in (plain, packed))
+    assert [p.text for p in found.prompts] == [p.text for p in wanted.prompts]
+    packed.write_bytes(packed.read_bytes()[:-9])
+    with pytest.raises(InputError, match=r"x\.csv\.gz: not a whole gzip file"):
+        load_suite(f"xstest_benign={packed}")
+    packed.write_bytes(b"prompt,type")
+    with pytest.raises(InputError, match="not a whole gzip file"):
+        load_suite(f"xstest_benign={packed}")
 
 
 def write_parquet(path, rows):

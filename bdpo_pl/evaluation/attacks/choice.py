@@ -1,0 +1,119 @@
+"""Which attacks are made, and on which suite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from bdpo_pl.errors import InputError
+from bdpo_pl.evaluation.attacks.attack import Attack
+from bdpo_pl.evaluation.attacks.framings import BUILT_IN, LONG, read_framings, wrap
+from bdpo_pl.evaluation.attacks.gcg import GCGAttack, GCGOptions
+from bdpo_pl.evaluation.attacks.pair import PairAttack, RefinementOptions
+from bdpo_pl.evaluation.chat.endpoint import EndpointOptions
+from bdpo_pl.evaluation.suites.suite import Suite, spread
+
+ALL = "all"
+_HERE = "bdpo_pl.evaluation.attacks"
+ALIASES = {"gcg": f"{_HERE}.gcg.GCGAttack", "pair": f"{_HERE}.pair.PairAttack"}
+"""Short name → class path of an attack, in `attacks.more`."""
+
+
+@dataclass
+class AttackOptions:
+    """Attacks on top of the suites as they are.
+
+    Args:
+        framings: names of jailbreak framings, as a list or `a,b`, or `all`; each makes a suite of its own.
+        framings_file: JSONL or Parquet file with framings of your own: `name` and `template`, with `{request}` in it;
+            all of them are used, beside those that `framings` names.
+        gcg: search for adversarial suffixes by the model's own gradients; hours for a real model.
+        refinement: have an attacker rewrite each prompt until it passes (PAIR); needs `attacker`.
+        attacker: the endpoint of the attacking model.
+        more: attacks by `class_path`, as those of a package of your own.
+        suite: the harmful suite that attacks start from; default: framings of every harmful suite, GCG and the others
+            of the first one.
+        max_prompts: of it, for GCG and the others, spread evenly.
+        folder: where GCG and the others keep what they have found so far, to go on from there, with a warning in each
+            file: prompts and answers may be harmful. Default: nothing is kept, and an attack begins anew.
+
+    Raises:
+        InputError: refinement without an attacker, or a number below 1.
+    """
+
+    framings: list[str] | str = field(default_factory=list)
+    framings_file: str | None = None
+    gcg: GCGOptions | None = None
+    refinement: RefinementOptions | None = None
+    attacker: EndpointOptions | None = None
+    more: list[Attack] = field(default_factory=list)
+    suite: str | None = None
+    max_prompts: int = 50
+    folder: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.framings, str):
+            self.framings = self.framings.split(",")
+        if self.refinement is not None and self.attacker is None:
+            raise InputError("attacks.refinement needs a model that attacks: set attacks.attacker.url and .model")
+        if self.max_prompts < 1:
+            raise InputError(f"attacks.max_prompts must be at least 1, got {self.max_prompts}")
+
+    @property
+    def state_folder(self) -> Path | None:
+        """Where attacks keep what they have found."""
+        return None if self.folder is None else Path(self.folder).expanduser()
+
+
+@dataclass(frozen=True)
+class Attacks:
+    """What `AttackOptions` come to: attacks, and the suite that they start from."""
+
+    chosen: Sequence[Attack]
+    suite: Suite | None
+
+
+def choose_attacks(options: AttackOptions, suites: Sequence[Suite]) -> tuple[list[Suite], Attacks]:
+    """(suites under each framing, attacks that are made against each model).
+
+    Raises:
+        InputError: an attack without a harmful suite to start from, two of one name, or an unknown framing.
+    """
+    own = read_framings(options.framings_file) if options.framings_file else {}
+    known = dict(BUILT_IN) | dict(LONG) | own
+    named = list(options.framings)
+    names = [*BUILT_IN, *own] if named == [ALL] else [*named, *(name for name in own if name not in named)]
+    attacks: list[Attack] = []
+    if options.gcg is not None:
+        attacks.append(GCGAttack(options.gcg))
+    if options.refinement is not None:
+        assert options.attacker is not None
+        attacks.append(PairAttack(options.attacker, options.refinement))
+    attacks += options.more
+    if not names and not attacks:
+        return [], Attacks([], None)
+    called = [attack.name for attack in attacks]
+    if twice := {name for name in called if called.count(name) > 1}:
+        raise InputError(f"attacks: {', '.join(sorted(twice))} is named twice; give an attack of your own another name")
+    harmful = _attacked(options.suite, suites)
+    framed = [one for suite in harmful for one in wrap(suite, names, known)]
+    return framed, Attacks(attacks, _some(harmful[0], options.max_prompts) if attacks else None)
+
+
+def _attacked(name: str | None, suites: Sequence[Suite]) -> list[Suite]:
+    harmful = [suite for suite in suites if suite.kind == "harmful" and name in (None, suite.name)]
+    if not harmful:
+        raise InputError(
+            f"attacks.suite: no harmful suite {name or ''} among {', '.join(suite.name for suite in suites)}; attacks "
+            "start from harmful requests: add such a suite"
+        )
+    return harmful
+
+
+def _some(suite: Suite, most: int) -> Suite:
+    left_out = len(suite.prompts) - most
+    if left_out <= 0:
+        return suite
+    dropped = {**suite.dropped, "beyond attacks.max_prompts": left_out}
+    return replace(suite, prompts=spread(suite.prompts, most), dropped=dropped)

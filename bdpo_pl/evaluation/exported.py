@@ -1,0 +1,56 @@
+"""What was asked, answered and judged, as a file to read, to label and to measure judges on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bdpo_pl.evaluation.suites.suite import EvaluationPrompt, Suite
+from bdpo_pl.evaluation.verdict_log import WARNING, Answer, Judged
+from bdpo_pl.files import write_whole
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One answer of one model, with its verdict."""
+
+    model: str
+    suite: Suite
+    prompt: EvaluationPrompt
+    answer: Answer
+    judged: Judged
+
+
+def write_answers(rows: Iterable[Exported], judge: str, path: Path) -> int:
+    """Write a JSONL row for each answer; the number of rows.
+
+    `label` is null, for people to fill in with `refusal` or `compliance`: `--labels` then measures any judge on the
+    file, and rows without a label are left out and counted. `prompt` is the bare request, which judges are told.
+    """
+    lines = []
+    for row in rows:
+        verdict = row.judged.verdict
+        fields = {
+            "prompt": row.prompt.behaviour,
+            "asked": row.prompt.text,
+            "response": row.answer.text,
+            "label": None,
+            "model": row.model,
+            "suite": row.suite.name,
+            "kind": row.suite.kind,
+            "category": row.prompt.category,
+            "attack": row.prompt.attack,
+            "place": row.prompt.place,
+            "judge": judge,
+            "refused": verdict.refused,
+            "judged_unsafe": verdict.unsafe,
+            "score": verdict.score,
+            "oddities": list(row.judged.oddities),
+            "thought": row.answer.thought,
+            "warning": WARNING,
+        }
+        lines.append(json.dumps(fields, ensure_ascii=False) + "\n")
+    write_whole(path, "".join(lines), private=True)
+    return len(lines)

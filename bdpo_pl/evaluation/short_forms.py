@@ -1,0 +1,135 @@
+"""Short spellings of what jsonargparse takes: a switch alone, models anywhere, and judges and attacks by short name.
+
+What is written in full passes unchanged; which options are switches and groups, the parser's own types say.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+import yaml  # type: ignore[import-untyped]
+from jsonargparse import ArgumentParser, Namespace
+
+from bdpo_pl.evaluation.attacks import choice
+from bdpo_pl.evaluation.judges import registry
+
+_JUDGE, _KIND, _CONFIG = "--judge", "--judge.kind", "--config"
+# The parser's name for the text, in its releases.
+_TEXT = ("cfg_str", "content", "config")
+_ALONE = ("-h", "--help", "--print_config")
+
+
+class EvaluationParser(ArgumentParser):
+    """jsonargparse's parser, for the command line and files of an evaluation."""
+
+    def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Namespace:
+        """Parse `args`, short spellings and all."""
+        return super().parse_args(_in_order(self, list(args)), *rest, **kwargs)
+
+    def parse_string(self, *args: Any, **kwargs: Any) -> Namespace:
+        """Parse the text of a file, in which a judge may be a name or have a `kind`."""
+        if args:
+            args = (_text_in_full(args[0]), *args[1:])
+        else:
+            kwargs = {key: _text_in_full(value) if key in _TEXT else value for key, value in kwargs.items()}
+        return super().parse_string(*args, **kwargs)
+
+
+def _text_in_full(text: str) -> str:
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text  # the parser says what is wrong with it
+    return yaml.safe_dump(_in_full(content), allow_unicode=True, sort_keys=False) if isinstance(content, dict) else text
+
+
+def class_of(named: Any, aliases: Mapping[str, str]) -> Any:
+    """A `class_path` with `init_args` for a short name, or for a mapping with a `kind` beside the options."""
+    if isinstance(named, str):
+        return {"class_path": aliases.get(named, named)}
+    if isinstance(named, dict) and "class_path" in named:
+        return {**named, "class_path": aliases.get(named["class_path"], named["class_path"])}
+    if isinstance(named, dict) and "kind" in named:
+        options = {key: value for key, value in named.items() if key != "kind"}
+        return {"class_path": aliases.get(named["kind"], named["kind"]), "init_args": options}
+    return named
+
+
+def _in_full(content: dict[str, Any]) -> dict[str, Any]:
+    content = dict(content)
+    if content.get("judge") is not None:
+        content["judge"] = class_of(content["judge"], registry.ALIASES)
+    attacks = content.get("attacks")
+    if isinstance(attacks, dict):
+        more = attacks.get("more")
+        attacks = {**attacks, "more": [class_of(one, choice.ALIASES) for one in more]} if more else dict(attacks)
+        content["attacks"] = {**attacks, **{name: {} for name in ("gcg", "refinement") if attacks.get(name) is True}}
+    return content
+
+
+def _in_order(parser: ArgumentParser, args: list[str]) -> list[str]:
+    """`args` as argparse takes them: files, models wherever they stood, the judge, and each option with its value.
+
+    A file would take the place of models that were named before it, and a judge's options need its class first.
+    """
+    files: list[str] = []
+    judge: list[str] = []
+    models: list[str] = []
+    options: list[str] = []
+    rest = list(args)
+    while rest:
+        name, has_value, value = rest.pop(0).partition("=")
+        if not name.startswith("-"):
+            models.append(name + has_value + value)
+            continue
+        if name in _ALONE or name.endswith(".help"):
+            options.append(name + has_value + value)
+            continue
+        if not has_value:
+            given, used = _value(parser, name, rest)
+            if given is None:
+                options.append(name)
+                continue
+            value, rest = given, rest[used:]
+        value = _group(parser, name, value)
+        if name in (_JUDGE, _KIND):
+            judge.append(f"{_JUDGE}={_judge(value)}")
+        else:
+            (files if name == _CONFIG else options).append(f"{name}={value}")
+    return files + models + judge + options
+
+
+def _judge(value: str) -> str:
+    if value.startswith("{"):
+        return json.dumps(class_of(yaml.safe_load(value), registry.ALIASES))
+    return registry.ALIASES.get(value, value)
+
+
+def _value(parser: ArgumentParser, name: str, rest: Sequence[str]) -> tuple[str | None, int]:
+    """(the value that follows an option, how many arguments it takes); a switch or group alone is true."""
+    given = rest[0] if rest else None
+    if _is_switch(parser, name) or _is_group(parser, name):
+        is_value = given is not None and (given in ("true", "false", "null") or given.startswith("{"))
+        return (given, 1) if is_value else ("true", 0)
+    return given, 1
+
+
+def _group(parser: ArgumentParser, name: str, value: str) -> str:
+    """Of a group of options that is off unless named, true stands for all of its defaults."""
+    return {"true": "{}", "false": "null"}.get(value, value) if _is_group(parser, name) else value
+
+
+def _type(parser: ArgumentParser, name: str) -> Any:
+    return getattr(parser._option_string_actions.get(name), "_typehint", None)
+
+
+def _is_switch(parser: ArgumentParser, name: str) -> bool:
+    return _type(parser, name) is bool
+
+
+def _is_group(parser: ArgumentParser, name: str) -> bool:
+    kinds = get_args(_type(parser, name))
+    return len(kinds) == 2 and type(None) in kinds and any(map(dataclasses.is_dataclass, kinds))
