@@ -20,6 +20,7 @@ from bdpo_pl.evaluation.attacks.choice import Attacks, choose_attacks
 from bdpo_pl.evaluation.exported import write_answers
 from bdpo_pl.evaluation.judges.agreement import LABELLED_FILE, Agreement, measure_agreement, read_labelled
 from bdpo_pl.evaluation.judges.judge import Judge
+from bdpo_pl.evaluation.judges.learned.refusal_model import LearnedJudge
 from bdpo_pl.evaluation.judges.phrases import PhraseJudge
 from bdpo_pl.evaluation.measures import ability
 from bdpo_pl.evaluation.next_round import write_rows
@@ -156,7 +157,7 @@ def _embedded_job(options: EvaluateOptions) -> tuple[list[str], EvaluateOptions,
 
 def _agreement(options: EvaluateOptions) -> tuple[Agreement | None, list[str]]:
     """(how far the judge agrees with labels, what of them was left out)."""
-    labels = options.labels or (EMBEDDED if isinstance(options.judge, PhraseJudge) else None)
+    labels = options.labels or (EMBEDDED if isinstance(options.judge, PhraseJudge | LearnedJudge) else None)
     if labels is None:
         return None, []
     left_out: Counter[str] = Counter()

@@ -37,7 +37,7 @@ class EvaluateOptions:
         judge: who tells what a response is: a short name (`phrases`, `learned`, `classifier`, `llama_guard`,
             `wildguard`, `harmbench`, `shieldgemma`, `chat`) or the `class_path` of a judge of your own.
         labels: file with `prompt`, `response` and `label` (refusal or compliance) or `unsafe`, to measure how far the
-            judge agrees with it; `embedded` for the small one of bdpo_pl, which the phrases are always measured on.
+            judge agrees with it; `embedded` for the small one of bdpo_pl, the default of offline judges.
         labels_columns: our column → the labelled file's, as in `{response: completion, label: final_label}`.
         labels_by: whose labels they are, for reports.
         attacks: jailbreak framings, GCG, refinement and others, on top of the suites as they are.

@@ -567,7 +567,7 @@ def test_judge_that_was_never_there(base, answers, monkeypatch, capsys):
     server.server_close()
     said = fails([*base, *judged_by(server)], capsys)
     assert f"{server.url}/chat/completions: no connection" in said
-    assert "is it up, and are endpoint.url and endpoint.timeout right?" in said
+    assert "is it up, and are endpoint.url, endpoint.timeout and endpoint.deadline right?" in said
 
 
 def test_killed_evaluation_goes_on_where_it_was(base, serve, monkeypatch):
