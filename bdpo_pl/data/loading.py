@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from bdpo_pl.data.consistency import contradictions
 from bdpo_pl.data.encoding import encoded
 from bdpo_pl.data.report import DataReport
 from bdpo_pl.data.rows import BOTH_UNSAFE, PreferenceRow, RowError, order_by_safety
@@ -104,6 +105,8 @@ def load_pairs(
         raise InputError(_nothing_left(report, truncation))
     report.kept = len(table)
     report.lengths(table)
+    swapped, conflicting = contradictions(table)
+    report.note("pairs that another pair contradicts", len(swapped) + len(conflicting))
     return table, report
 
 
@@ -165,7 +168,7 @@ def _tokenize(
     places: list[str] = []
     categories: list[str] = []
     safe: list[tuple[bool | None, bool | None]] = []
-    counts = {"merged": 0, "truncated": 0}
+    counts = {"merged": 0, "truncated": 0, "without an end": 0}
     as_text: list[bool] = []
     bos = tokenizer.tokenizer.bos_token_id
     tokenizer.read_as = ReadAs()
@@ -188,6 +191,9 @@ def _tokenize(
                 continue
             counts["merged"] += pair.merged
             counts["truncated"] += cut is not pair
+            counts["without an end"] += len(cut.chosen_ids) + len(cut.rejected_ids) < len(pair.chosen_ids) + len(
+                pair.rejected_ids
+            )
             places.append(row.record.place)
             categories.append(row.category)
             safe.append((row.chosen_safe, row.rejected_safe))
@@ -203,6 +209,7 @@ def _tokenize(
         safe=_safety(safe),
     )
     report.note(f"truncated to {truncation.max_length} tokens ({truncation.mode})", counts["truncated"])
+    report.note("of these, a response was cut and has no end", counts["without an end"])
     report.note("token merged across the prompt/response boundary: cut before it", counts["merged"])
     report.read_as(tokenizer)
     return _deduplicate(table, options.duplicates, report)

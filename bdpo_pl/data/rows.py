@@ -19,6 +19,9 @@ Content = str | list[Message]
 BOTH_UNSAFE = "both responses unsafe"
 """Reason of a `RowError` that is a choice of what to train on, and no fault of the row."""
 
+# Nothing that a response holds is so long; a single text of this size would keep a tokenizer busy for minutes.
+MAX_CHARACTERS = 1_000_000
+
 
 @dataclass(frozen=True)
 class Turns:
@@ -96,6 +99,21 @@ def check_row(row: PreferenceRow) -> PreferenceRow:
             row.record, "chosen = rejected", "'chosen' and 'rejected' are the same; a pair must prefer one to the other"
         )
     return row
+
+
+def check_size(row: PreferenceRow) -> None:
+    """Raise `RowError` if a text of `row` is so long that tokenising it would take minutes."""
+    for name in ("prompt", "chosen", "rejected"):
+        content = getattr(row, name)
+        texts = [content] if isinstance(content, str) else [message["content"] for message in content]
+        longest = max(map(len, texts), default=0)
+        if longest > MAX_CHARACTERS:
+            raise RowError(
+                row.record,
+                "text of more than a million characters",
+                f"field '{name}' holds a text of {longest:,} characters; that is no prompt or answer: shorten it, or "
+                "leave the row out",
+            )
 
 
 def order_by_safety(row: PreferenceRow) -> PreferenceRow:

@@ -18,15 +18,13 @@ from bdpo_pl.data.boundary import Cutter, Response, Thoughts
 from bdpo_pl.data.chat_template import Conversation, chat_encoder
 from bdpo_pl.data.control_tokens import Ids, Spelled
 from bdpo_pl.data.pairs import PreferencePair, ReadAs, padding_id
-from bdpo_pl.data.rows import Content, Message, PreferenceRow, RowError, common_prefix_length
+from bdpo_pl.data.rows import Content, Message, PreferenceRow, RowError, check_size, common_prefix_length
 from bdpo_pl.errors import InputError
 
 __all__ = ["Ids", "PairTokenizer", "PreferencePair", "ReadAs", "SpelledControlTokens", "padding_id"]
 
 SpelledControlTokens = Literal["auto", "text", "parse"]
 
-# Nothing that a response holds is so long; a single text of this size would keep a tokenizer busy for minutes.
-MAX_CHARACTERS = 1_000_000
 _ASSISTANT_MARK = "\n\nAssistant:"
 
 
@@ -121,7 +119,7 @@ class PairTokenizer:
         texts: dict[int, _Texts] = {}
         for i, row in enumerate(rows):
             try:
-                _check_size(row)
+                check_size(row)
                 texts[i] = self._plain_texts(row) if self.reads_as_text(row) else self._templated_texts(row)
             except RowError as error:
                 results[i] = error
@@ -380,20 +378,10 @@ class PairTokenizer:
         read.count("responses of several turns", max(len(r.spans) for r in texts.responses) > 1)
         read.count("ended by EOS, the template ends no turn with a token", texts.templated and not first.is_ended)
         read.count("with tools", bool(row.tools))
-
-
-def _check_size(row: PreferenceRow) -> None:
-    for name in ("prompt", "chosen", "rejected"):
-        content = getattr(row, name)
-        texts = [content] if isinstance(content, str) else [message["content"] for message in content]
-        longest = max(map(len, texts), default=0)
-        if longest > MAX_CHARACTERS:
-            raise RowError(
-                row.record,
-                "text of more than a million characters",
-                f"field '{name}' holds a text of {longest:,} characters; that is no prompt or answer: shorten it, or "
-                "leave the row out",
-            )
+        source = row if row.turns is None or not texts.templated else row.turns
+        turns = source.prompt if isinstance(source.prompt, list) else []
+        read.count("with a system message", any(m["role"] in ("system", "developer") for m in turns))
+        read.count("prompts of several turns", any(m["role"] == "assistant" for m in turns))
 
 
 def _messages(content: Content, role: str) -> list[Message]:

@@ -16,7 +16,9 @@ from bdpo_pl.console import get_console
 from bdpo_pl.data.batches import PairDataset
 from bdpo_pl.data.boundary import Thoughts
 from bdpo_pl.data.consistency import count_shared_prompts
+from bdpo_pl.data.example import example_table
 from bdpo_pl.data.loading import LoadOptions, load_pairs
+from bdpo_pl.data.mixture import DataSource, join, repeat
 from bdpo_pl.data.packing import RowLayout
 from bdpo_pl.data.report import DataReport, report_table
 from bdpo_pl.data.samplers import PairBatchSampler, StepSampler, TokenBatchSampler, check_budget
@@ -39,12 +41,14 @@ class PreferenceDataModule(L.LightningDataModule):
     It asks nobody: the module, which knows the model and the loss, has it `read` the pairs before anything else.
 
     Args:
-        train: JSONL or Parquet file, a folder of them, a hub dataset, or `embedded` for the set shipped with bdpo_pl.
+        train: a file (JSON Lines, JSON, CSV or Parquet, gzipped or not), a folder of them, a hub dataset, or `embedded`
+            for the set shipped with bdpo_pl; or several: `[{source: a.jsonl, weight: 2}, {source: b.jsonl}]`.
         held_out: the same, of pairs kept from training; default: a part of `train` (see `held_out_fraction`).
         held_out_fraction: share of `train` to hold out if `held_out` is not given, split by prompt; 0 holds out none.
         split: split of a hub dataset to train on.
         held_out_split: split of a hub dataset to hold out; needs `held_out`.
         revision: git revision of a hub dataset.
+        subset: configuration of a hub dataset that has several.
         load: schema, column names, bad rows, duplicates and the draw from PKU-SafeRLHF.
         max_length: window in tokens, prompt + response; default 1,024, or all the positions of a model that has fewer.
         truncation: what happens to longer pairs: `drop`, or the prompt's `keep_start` or `keep_end` is kept.
@@ -57,6 +61,8 @@ class PreferenceDataModule(L.LightningDataModule):
         dialogues: HH-RLHF's dialogues become chat messages if there is a chat template (`turns`), or stay `text`.
         control_tokens: control tokens that a text spells are `text`, or control tokens (`parse`, for texts that are
             rendered already); `auto`: text with a chat template, and without one the row is refused.
+        show_example: print one training pair, prompt and both responses, with the boundary and what is trained on
+            visible. Its texts may be harmful or private.
         null_prompt: the user's words in the null prompt that comprehension is measured against.
         batch_size: pairs in a micro-batch on each device.
         eval_batch_size: pairs in a validation batch on each device; default `batch_size`.
@@ -70,12 +76,13 @@ class PreferenceDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        train: str = EMBEDDED,
+        train: str | list[DataSource] = EMBEDDED,
         held_out: str | None = None,
         held_out_fraction: float = 0.05,
         split: str = "train",
         held_out_split: str = "test",
         revision: str | None = None,
+        subset: str | None = None,
         load: LoadOptions | None = None,
         max_length: int | None = None,
         truncation: TruncationMode = "drop",
@@ -86,6 +93,7 @@ class PreferenceDataModule(L.LightningDataModule):
         thoughts: Thoughts = "train",
         dialogues: Literal["turns", "text"] = "turns",
         control_tokens: SpelledControlTokens = "auto",
+        show_example: bool = False,
         null_prompt: str = "",
         batch_size: int = 8,
         eval_batch_size: int | None = None,
@@ -107,12 +115,19 @@ class PreferenceDataModule(L.LightningDataModule):
         if train == EMBEDDED:
             train = str(embedded.TRAIN_FILE)
             held_out = held_out or str(embedded.HELD_OUT_FILE)
-        self.train_source = train
+        self.train_sources = [DataSource(train)] if isinstance(train, str) else train
+        if not self.train_sources:
+            raise InputError("data.train: the list of sources is empty")
+        self.train_source = ", ".join(
+            s.source if s.weight == 1.0 else f"{s.source} (weight {s.weight:g})" for s in self.train_sources
+        )
         self.held_out_source = held_out
         self.held_out_fraction = held_out_fraction
         self.split = split
         self.held_out_split = held_out_split
         self.revision = revision
+        self.subset = subset
+        self.show_example = show_example
         self.load_options = load or LoadOptions()
         self.max_length = max_length
         self.truncation = Truncation(max_length or _DEFAULT_WINDOW, truncation, max_prompt_length)
@@ -184,29 +199,33 @@ class PreferenceDataModule(L.LightningDataModule):
             self.control_tokens,
         )
 
-        def load(name: str, source: str, split: str) -> tuple[PairTable, DataReport]:
+        def load(name: str, given: DataSource, split: str) -> tuple[PairTable, DataReport]:
             return load_pairs(
                 name,
-                source,
+                given.source,
                 pairs,
                 self.truncation,
                 self.load_options,
-                split,
-                self.revision,
+                given.split or split,
+                given.revision or self.revision,
                 self.seed,
                 order_by_safety,
+                given.subset or self.subset,
             )
 
-        train, report = load("train", self.train_source, self.split)
-        self.reports = [report]
+        train, weights = self._join([load("train", given, self.split) for given in self.train_sources])
+        report = self.reports[-1]
         held_out = None
         if self.held_out_source is not None:
-            held_out, held_out_report = load("held_out", self.held_out_source, self.held_out_split)
+            held_out, held_out_report = load("held_out", DataSource(self.held_out_source), self.held_out_split)
             held_out_report.note("prompts that stand in train too (a leak)", count_shared_prompts(train, held_out))
             self.reports.append(held_out_report)
         elif self.held_out_fraction > 0:
             train, held_out = split_by_prompt(train, self.held_out_fraction, self.seed)
             report.note("held out for validation, by prompt", len(held_out))
+        train = repeat(train, np.array([weights[place] for place in train.places]), self.seed)
+        if any(given.weight != 1.0 for given in self.train_sources):
+            report.note("pairs in an epoch, by the weights of the sources", len(train))
         tables, probe = {"train": train}, None
         if held_out is not None:
             tables["held_out"] = held_out
@@ -217,7 +236,19 @@ class PreferenceDataModule(L.LightningDataModule):
         self.splits = PreferenceSplits(tables, tokenizer, self.truncation, self.chat_template, probe)
         if self.trainer is None or self.trainer.is_global_zero:
             get_console().print(report_table(self.reports))
+            if self.show_example:
+                get_console().print(example_table(train, tokenizer))
         return self.splits
+
+    def _join(self, loaded: list[tuple[PairTable, DataReport]]) -> tuple[PairTable, dict[str, float]]:
+        """Pairs of all sources of training pairs, and the weight of each by its place."""
+        self.reports = [report for _, report in loaded]
+        (train, _), *others = loaded
+        weights = [given.weight for given in self.train_sources]
+        if not others:
+            return train, dict.fromkeys(train.places, weights[0])
+        joined, each = join([table for table, _ in loaded], weights, self.reports, self.load_options.duplicates)
+        return joined, dict(zip(joined.places, each.tolist(), strict=True))
 
     def _read_splits(self) -> PreferenceSplits:
         if self.splits is None:

@@ -1,0 +1,100 @@
+"""Training pairs of several sources, each taken as often as its weight says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bdpo_pl.data.report import DataReport
+from bdpo_pl.data.table import PairTable
+from bdpo_pl.errors import InputError
+
+
+@dataclass
+class DataSource:
+    """One of several sources of training pairs.
+
+    Args:
+        source: file, folder or hub dataset, as `data.train`.
+        weight: how often each of its pairs is in an epoch: 2 takes each twice, 0.5 half of them, drawn by `data.seed`.
+        split: split of a hub dataset; default `data.split`.
+        revision: git revision of a hub dataset; default `data.revision`.
+        subset: configuration of a hub dataset that has several; default `data.subset`.
+
+    Raises:
+        InputError: a weight that is no positive number.
+    """
+
+    source: str
+    weight: float = 1.0
+    split: str | None = None
+    revision: str | None = None
+    subset: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.weight < math.inf:
+            raise InputError(f"data.train: the weight of {self.source} must be above 0, got {self.weight}")
+
+
+def join(
+    tables: Sequence[PairTable], weights: Sequence[float], reports: Sequence[DataReport], duplicates: str
+) -> tuple[PairTable, np.ndarray]:
+    """Return the pairs of all `tables` as one, and the weight of each.
+
+    Args:
+        tables: pairs of each source.
+        weights: of each source.
+        reports: of each source; a pair that an earlier source has too is counted in its own source's.
+        duplicates: such pairs are left out (`drop`) or kept (`keep`).
+
+    Raises:
+        InputError: the sources are read in different ways, so that their null prompts differ.
+    """
+    null_prompt = tables[0].null_prompt_ids
+    for table, report in zip(tables, reports, strict=True):
+        if table.null_prompt_ids != null_prompt:
+            raise InputError(
+                f"{report.source}: its rows are read as plain text and those of {reports[0].source} with the chat "
+                "template, or the other way round; bring them into one form, or set data.dialogues"
+            )
+    seen: set[bytes] = set()
+    kept: list[PairTable] = []
+    for table, report in zip(tables, reports, strict=True):
+        digests = table.pair_digests()
+        new = np.array([digest not in seen for digest in digests], dtype=bool)
+        seen.update(digests)
+        if duplicates == "drop":
+            for i in np.flatnonzero(~new):
+                report.drop("duplicate of a pair in an earlier source", table.places[int(i)])
+            table = table.select(np.flatnonzero(new))
+            report.kept = len(table)
+        kept.append(table)
+    safe = [table.safe for table in kept]
+    joined = PairTable.from_pairs(
+        (table[i] for table in kept for i in range(len(table))),
+        null_prompt,
+        [place for table in kept for place in table.places],
+        [category for table in kept for category in table.categories],
+        None if any(flags is None for flags in safe) else np.concatenate([f for f in safe if f is not None], axis=1),
+    )
+    return joined, np.repeat(np.array(weights, dtype=np.float64), [len(table) for table in kept])
+
+
+def repeat(table: PairTable, weights: np.ndarray, seed: int) -> PairTable:
+    """Return `table` with each pair as often as its weight says, the fractions drawn by `seed`; order is kept."""
+    if np.all(weights == 1.0):
+        return table
+    whole = np.floor(weights)
+    times = whole.astype(np.int64)
+    generator = np.random.default_rng(seed)
+    for weight in np.unique(weights):
+        # As many of each source's pairs as its fraction comes to, not a coin for each.
+        places = np.flatnonzero(weights == weight)
+        extra = round((weight - math.floor(weight)) * len(places))
+        times[generator.permutation(places)[:extra]] += 1
+    if not times.any():
+        raise InputError("data.train: the weights leave no pair to train on; raise them")
+    return table.select(np.repeat(np.arange(len(table)), times))

@@ -1,0 +1,107 @@
+"""Several sources with weights, one example shown, and a report that says how the rows were read."""
+
+import io
+
+import numpy as np
+import pytest
+from chat_templates import QWEN3, tokenizer_for
+from makers import build_tokenizer, preference_rows, write_jsonl
+from rich.console import Console
+
+from bdpo_pl.data.example import example_table, readable
+from bdpo_pl.data.loading import load_pairs
+from bdpo_pl.data.mixture import DataSource, join, repeat
+from bdpo_pl.data.tokenization import PairTokenizer
+from bdpo_pl.data.truncation import Truncation
+from bdpo_pl.errors import InputError
+from bdpo_pl.models.loading import ModelSource
+from bdpo_pl.training.datamodule import PreferenceDataModule
+
+
+def load(path, tokenizer=None, **options):
+    return load_pairs("train", str(path), PairTokenizer(tokenizer or build_tokenizer(), **options), Truncation(256))
+
+
+def test_each_pair_is_there_as_often_as_its_sources_weight_says(tmp_path):
+    rows = preference_rows(30)
+    loaded = [load(write_jsonl(tmp_path / f"{n}.jsonl", part)) for n, part in (("a", rows[:10]), ("b", rows[8:30]))]
+    tables, reports = zip(*loaded, strict=True)
+    joined, weights = join(tables, [2.5, 0.5], reports, "drop")
+    assert len(joined) == 30
+    assert len(reports[1].dropped["duplicate of a pair in an earlier source"]) == 2
+    assert reports[1].kept == 20
+    table = repeat(joined, weights, seed=0)
+    assert len(table) == 10 * 2 + 5 + 10
+    times = [table.places.count(place) for place in joined.places]
+    assert sorted(times[:10]) == [2] * 5 + [3] * 5
+    assert sorted(times[10:]) == [0] * 10 + [1] * 10
+    assert repeat(joined, weights, seed=0).content_digest() == table.content_digest()
+    assert repeat(joined, np.ones(30), seed=0) is joined
+    for weight in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(InputError, match=r"data\.train: the weight of a must be above 0"):
+            DataSource("a", weight)
+
+
+def test_sources_that_are_read_in_different_ways_are_not_mixed(tmp_path):
+    rows = preference_rows(8)
+    tokenizer = build_tokenizer()
+    loaded = [
+        load(write_jsonl(tmp_path / "a.jsonl", rows[:4]), tokenizer),
+        load(write_jsonl(tmp_path / "b.jsonl", rows[4:]), tokenizer, chat_template="none"),
+    ]
+    tables, reports = zip(*loaded, strict=True)
+    with pytest.raises(InputError, match=r"b\.jsonl: its rows are read as plain text"):
+        join(tables, [1.0, 1.0], reports, "drop")
+
+
+def test_data_module_mixes_holds_out_and_shows(tmp_path, model_dir, capsys):
+    rows = preference_rows(40)
+    sources = [write_jsonl(tmp_path / "a.jsonl", rows[:20]), write_jsonl(tmp_path / "b.jsonl", rows[20:])]
+    data = PreferenceDataModule(
+        [DataSource(str(sources[0]), 2.0), DataSource(str(sources[1]))], held_out_fraction=0.25, show_example=True
+    )
+    splits = data.read(ModelSource(str(model_dir)))
+    train, held_out = splits.tables["train"], splits.tables["held_out"]
+    assert not set(train.places) & set(held_out.places)
+    for place in train.places:
+        assert train.places.count(place) == (2 if "a.jsonl" in place else 1)
+    assert len(held_out) == 10
+    assert "a.jsonl (weight 2)" in data.train_source
+    shown = " ".join(capsys.readouterr().out.split())
+    assert data.reports[-1].notes["pairs in an epoch, by the weights of the sources"] == str(len(train))
+    assert "▌" in shown
+    assert "<|im_start|>assistant" in shown
+
+
+def test_example_shows_boundary_and_what_is_not_trained_on_and_commands_no_terminal(tmp_path):
+    tokenizer = tokenizer_for(QWEN3)
+    row = {"prompt": "how \x1b[31m?", "chosen": "so .", "rejected": "no ."}
+    table, report = load(write_jsonl(tmp_path / "a.jsonl", [row]), tokenizer)
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(example_table(table, tokenizer))
+    text = console.export_text()
+    assert "\x1b" not in text
+    assert "how \\x1b[31m?" in text
+    assert "▌⟦<think>" in text
+    assert "⟧so .<|im_end|>" in text.replace(" \n", "\n")
+    assert report.notes["put before answers by the template, read but not trained on"] == repr(
+        "<think>\n\n</think>\n\n"
+    )
+    assert readable("a\u202eb\n") == "a\\u202eb\n"
+
+
+def test_report_says_how_rows_were_read(tmp_path):
+    user, system = {"role": "user", "content": "how ?"}, {"role": "system", "content": "be kind ."}
+    yes, no = ({"role": "assistant", "content": text} for text in ("so .", "no ."))
+    rows = [
+        {"prompt": [system, user], "chosen": [yes], "rejected": [no]},
+        {"prompt": [system, user], "chosen": [no], "rejected": [yes]},
+        {"prompt": [user, yes, user], "chosen": [{**yes, "content": "<think>\na\n</think>so ."}], "rejected": [no]},
+    ]
+    _, report = load(write_jsonl(tmp_path / "a.jsonl", rows), thoughts="mask")
+    assert report.notes["with a system message"] == "2"
+    assert report.notes["prompts of several turns"] == "1"
+    assert report.notes["responses with thoughts: read, not trained on (data.thoughts=mask)"] == "1"
+    assert report.notes["pairs that another pair contradicts"] == "2"
+    assert report.notes["rendered with the chat template"] == "3"
+    assert report.notes["responses that begin with the same 4 tokens"] == "50%"
