@@ -40,8 +40,8 @@ def test_short_documents_share_a_row_below_the_longest():
     assert batch.documents.tolist() == [[0] * 12, [0] * 6 + [1] * 6]
 
 
-@pytest.mark.parametrize(("tokens", "length"), [(2, 128), (128, 128), (129, 256), (1025, 1280), (5000, 5120)])
-def test_one_row_takes_one_of_few_lengths(tokens, length):
+@pytest.mark.parametrize(("tokens", "length"), [(2, 128), (128, 128), (129, 256), (1025, 1152), (5000, 5120)])
+def test_one_row_is_whole_blocks_long(tokens, length):
     documents = [Document([1], [(0, [2] * (tokens - 1))])]
     assert lay_out(documents, RowLayout.ONE_ROW, 0).input_ids.shape == (1, length)
 
