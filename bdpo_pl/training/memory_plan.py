@@ -24,7 +24,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from rich.table import Table
 from torch import Tensor, nn
 
-from bdpo_kernels.linear_head import chunk_tokens
+from bdpo_kernels.chunks import head_bytes
 from bdpo_pl.data.packing import Document, RowLayout, SequenceBatch, lay_out
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.forward.last_layer import scored_positions_only
@@ -175,7 +175,7 @@ def plan_memory(
         round(counts.trained / shards * state_width(optimizer, torch.float32 if lora is not None else dtype)),
         round(gradients),
         activations,
-        _logits_chunk(config, batch, half_products or dtype, devices, head_trained=lora is None),
+        _logits_chunk(config, batch, half_products or dtype, devices, dtype if lora is None else None),
     )
 
 
@@ -324,13 +324,14 @@ def _kept(model: Any, batch: SequenceBatch, whole: bool) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def _logits_chunk(config: Any, batch: SequenceBatch, dtype: torch.dtype, devices: Devices, head_trained: bool) -> int:
+def _logits_chunk(
+    config: Any, batch: SequenceBatch, dtype: torch.dtype, devices: Devices, weight_dtype: torch.dtype | None
+) -> int:
+    """Bytes of the LM head's operation; `weight_dtype` is None where the head is frozen."""
     text = config.get_text_config()
     v, D, N = -(-text.vocab_size // devices.tensor), text.hidden_size, len(batch.labels)
-    device = torch.device(devices.kind)
-    chunk = min(N, chunk_tokens(None, v, dtype, device)) * v * dtype.itemsize
-    # The packed hidden states and their gradient, and the weight's in float32.
-    return chunk + 2 * N * D * dtype.itemsize + (v * D * 4 if head_trained else 0)
+    # The packed hidden states and their gradient come with it.
+    return 2 * N * D * dtype.itemsize + head_bytes(N, v, D, dtype, torch.device(devices.kind), weight_dtype)
 
 
 def state_width(optimizer: Callable[[Any], torch.optim.Optimizer], dtype: torch.dtype) -> float:

@@ -21,19 +21,28 @@ NONE_IGNORED = -(1 << 62)
 class PackedRows(Protocol):
     """What the LM head needs of its rows of logits: (n, V) with labels (n,), none of them ignored."""
 
-    def forward_in_place(self, logits: Tensor, labels: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor]:
-        """(n,) log-probabilities, and a state for `backward_in_place`. The logits may have been overwritten."""
+    def logprobs(self, logits: Tensor, labels: Tensor, transform: LogitTransform) -> Tensor:
+        """(n,) log-probabilities of the labels. The logits stay as they are."""
         ...
 
-    def backward_in_place(
-        self, logits: Tensor, labels: Tensor, token_grads: Tensor, state: Tensor, transform: LogitTransform
-    ) -> None:
-        """Write the gradient of Σ token_grads · log p(label) over what `forward_in_place` left."""
+    def logprobs_and_gradient(
+        self, logits: Tensor, labels: Tensor, transform: LogitTransform, gradient: Tensor
+    ) -> Tensor:
+        """The same, with the gradient of −log p(label) over `transform.scale` written to (n, V) `gradient`.
+
+        `gradient` may lie over the logits, each row at the start of its own, and be half as wide.
+        """
         ...
 
 
 class Rows(PackedRows, Protocol):
-    """All operations of a backend. Rows are (B, T, V) with labels (B, T); packed input has B = 1."""
+    """All operations of a backend. Rows are (B, T, V) with labels (B, T); packed input has B = 1.
+
+    Attributes:
+        LOG_OF_BASE: natural logarithm of the base of the exponentials in a shard's statistics.
+    """
+
+    LOG_OF_BASE: float
 
     def forward(
         self, logits: Tensor, labels: Tensor, ignore_index: int, transform: LogitTransform = ...
@@ -49,19 +58,32 @@ class Rows(PackedRows, Protocol):
         stats: Tensor,
         ignore_index: int,
         transform: LogitTransform = ...,
-        out: Tensor | None = ...,
     ) -> Tensor:
-        """Gradient of Σ token_grads · log p(label) with respect to the raw logits; into `out`, if given."""
+        """Gradient of Σ token_grads · log p(label) with respect to the raw logits, in a new tensor."""
         ...
 
-    def shard_statistics(self, logits: Tensor, labels: Tensor, transform: LogitTransform) -> tuple[Tensor, ...]:
-        """Of each of (n, v) rows, in natural units: the largest u, log Σ exp(u − largest), and u at the label."""
+    def shard_statistics(self, logits: Tensor, labels: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor]:
+        """Of each of (n, v) rows: its largest exponent, and the logarithm of the sum less that."""
         ...
 
-    def shard_backward(
-        self, logits: Tensor, labels: Tensor, token_grads: Tensor, state: Tensor, transform: LogitTransform
+    def shard_label(self, logits: Tensor, labels: Tensor, transform: LogitTransform, shift: Tensor) -> Tensor:
+        """(n,) exponents of the labels, less `shift` (n,)."""
+        ...
+
+    def shard_gradient(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        transform: LogitTransform,
+        shift: Tensor,
+        log_sum: Tensor,
+        gradient: Tensor,
     ) -> None:
-        """`backward_in_place` of a part of the columns; a label of −1 equals none of them."""
+        """The gradient for a part of the columns, given the statistics of all; label −1 equals no column."""
+        ...
+
+    def scale_(self, tensor: Tensor, factor: Tensor) -> None:
+        """Multiply a contiguous `tensor` by the 0-dimensional `factor`, and leave it alone if that is 1."""
         ...
 
     def sum_by_sequence(self, logps: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:

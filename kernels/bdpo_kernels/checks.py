@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -85,12 +88,21 @@ def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Te
         check_shape("bias", bias, (weight.shape[0],), "one for each row of weight")
     check_integer("labels", labels, hidden.device)
     check_shape("labels", labels, (hidden.shape[0],), "one for each row of hidden")
-    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
+    if _autocasts(hidden.device) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(hidden.device.type)
     for name, tensor in tensors.items():
         if tensor.dtype != hidden.dtype:
             raise TypeError(f"{name} is {tensor.dtype} and hidden {hidden.dtype}; cast one, or use autocast")
     return hidden.dtype
+
+
+def _autocasts(device: torch.device) -> bool:
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Keep products in the dtypes that they are given. A meta device has no autocast to switch off."""
+    return torch.autocast(device.type, enabled=False) if _autocasts(device) else nullcontext()
 
 
 def check_label_values(labels: Tensor, V: int, ignore_index: int) -> None:
@@ -112,4 +124,23 @@ def check_sequence_values(sequence_ids: Tensor, num_sequences: int) -> None:
         raise ValueError(
             f"sequence_ids[{where}] is {int(sequence_ids[where])}, outside [0, {num_sequences}); raise num_sequences "
             "or correct the index"
+        )
+
+
+def check_lengths(lengths: Sequence[int], S: int, labels: Tensor) -> None:
+    """Raises ValueError unless `lengths` are S numbers of tokens, together no more than there are labels."""
+    if len(lengths) != S or any(not isinstance(length, int) or length < 0 for length in lengths):
+        raise ValueError(f"lengths must be {S} ints ≥ 0, one for each sequence; got {list(lengths)[:8]}")
+    if sum(lengths) > len(labels):
+        raise ValueError(f"lengths add up to {sum(lengths)} tokens, but there are only {len(labels)}")
+
+
+def check_length_values(lengths: Sequence[int], labels: Tensor, sequence_ids: Tensor, ignore_index: int) -> None:
+    """Raises ValueError unless each sequence has as many counting labels as `lengths` says. Waits for the device."""
+    counted = torch.bincount(sequence_ids.long()[labels != ignore_index], minlength=len(lengths)).tolist()
+    if counted != list(lengths):
+        wrong = next(i for i, pair in enumerate(zip(counted, lengths, strict=True)) if pair[0] != pair[1])
+        raise ValueError(
+            f"lengths[{wrong}] is {lengths[wrong]}, but {counted[wrong]} tokens of sequence {wrong} have a label other "
+            f"than ignore_index ({ignore_index}); count those, or omit lengths"
         )

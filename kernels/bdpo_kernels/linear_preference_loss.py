@@ -1,23 +1,32 @@
 """A preference loss from hidden states, its gradients computed on the way forward.
 
-A pair's loss depends on that pair alone, so the gradient of its logits is known as soon as its log-probabilities are:
-each chunk of whole pairs is projected once, turned into its gradient where it lies, and multiplied back. That is
-6·N·V·D floating-point operations for the three products a training step cannot do without, and one chunk of logits.
+A pair's loss depends on that pair alone, so its gradient is known as soon as its log-probabilities are: each chunk of
+whole pairs is projected once, turned into its gradient where it lies, and multiplied back. That is 6·N·V·D
+floating-point operations for the three products a training step cannot do without, and one chunk of logits.
 
 Shapes: N packed tokens; D hidden size; V vocabulary; B pairs; b pairs of one chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bdpo_kernels.backends import Backend, load, resolve_backend
-from bdpo_kernels.checks import check_label_values, check_linear, check_sequence_values, check_sequences
-from bdpo_kernels.linear_head import HeadOptions, LinearHead, chunk_tokens, gathered
+from bdpo_kernels.checks import (
+    check_label_values,
+    check_length_values,
+    check_lengths,
+    check_linear,
+    check_sequence_values,
+    check_sequences,
+    without_autocast,
+)
+from bdpo_kernels.chunks import ChunkSizes, chunk_sizes, pairs_evenly, pitch, split_evenly
+from bdpo_kernels.linear_head import HeadOptions, LinearHead, gathered
 from bdpo_kernels.rows.sharded import VocabShard
 from bdpo_kernels.transform import LogitTransform
 
@@ -42,12 +51,15 @@ def linear_preference_loss(
     backend: Backend | None = None,
     check_labels: bool = True,
     shard: VocabShard | None = None,
+    lengths: Sequence[int] | None = None,
+    exact: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sum of the losses of B pairs of sequences; sequence p is the chosen one of pair p, sequence B + p the rejected.
 
     The loss may be multiplied by any factor, and its backward runs once. The factor comes after the gradients, so it
     cannot save float16 ones from vanishing, as a gradient scaler means to. A pair with more tokens than a chunk is
-    projected twice. Memory beyond inputs and gradients: one chunk of logits.
+    projected twice. Memory beyond inputs and gradients: one chunk of logits, and a float32 copy of the weight's
+    gradient where that is in half precision and there is more than one chunk.
 
     Args:
         hidden: (N, D), what enters the LM head.
@@ -61,6 +73,9 @@ def linear_preference_loss(
         bias, softcap, logit_scale, ignore_index, chunk_bytes, backend, check_labels: as in `linear_sequence_logprob`.
         shard: which rows of the vocabulary this rank holds, where `weight` (v, D) and `bias` (v,) are its part of them;
             see `rows.sharded`. All ranks call with the same tokens, and get the same loss.
+        lengths: tokens that count of each of the 2B sequences, as Python numbers: with them a GPU is never waited for.
+            Checked where `check_labels` is on, or the tensors are on a CPU.
+        exact: as in `linear_sequence_logprob`.
 
     Returns:
         Scalar loss, (B,) log-probabilities of the chosen and (B,) of the rejected, without gradient; float32, float64
@@ -82,10 +97,20 @@ def linear_preference_loss(
     if check_labels:
         check_label_values(labels, V, ignore_index)
         check_sequence_values(sequence_ids, 2 * num_pairs)
-    size = chunk_tokens(chunk_bytes, widest, dtype, hidden.device)
-    options = HeadOptions(transform, ignore_index, size, dtype, resolve_backend(backend, hidden.device), shard)
+    if lengths is not None:
+        check_lengths(lengths, 2 * num_pairs, labels)
+        if check_labels or labels.device.type == "cpu":
+            check_length_values(lengths, labels, sequence_ids, ignore_index)
+    chosen = resolve_backend(backend, hidden.device)
+    options = HeadOptions(transform, ignore_index, dtype, exact, chosen, shard)
     needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias))
-    return _LinearPreferenceLoss.apply(hidden, weight, bias, labels, sequence_ids, loss_fn, num_pairs, options, needs)
+    width = pitch(widest, padded=chosen == "triton")
+    sizes = chunk_sizes(
+        chunk_bytes, width, hidden.shape[1], dtype, options.logits_dtype, hidden.device, weight.dtype
+    )  # fmt: skip
+    return _LinearPreferenceLoss.apply(
+        hidden, weight, bias, labels, sequence_ids, loss_fn, num_pairs, lengths, options, sizes, needs
+    )
 
 
 class _Chunk(NamedTuple):
@@ -94,6 +119,8 @@ class _Chunk(NamedTuple):
     first: int
     last: int
     tokens: Tensor
+    parts: tuple[Tensor, ...]
+    """The same tokens; more than one part where the only pair is too long for a chunk."""
 
 
 class _LinearPreferenceLoss(torch.autograd.Function):
@@ -107,13 +134,16 @@ class _LinearPreferenceLoss(torch.autograd.Function):
         sequence_ids: Tensor,
         loss_fn: LossFunction,
         num_pairs: int,
+        lengths: Sequence[int] | None,
         options: HeadOptions,
+        sizes: ChunkSizes,
         needs: tuple[bool, bool, bool],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.autocast(hidden.device.type, enabled=False):
-            chunks = list(_chunks(labels, sequence_ids, num_pairs, options))
-            longest = max(len(chunk.tokens) for chunk in chunks)
-            head = LinearHead(hidden, weight, bias, labels, options, longest, needs)
+        with without_autocast(hidden.device):
+            chunks = _chunks(labels, sequence_ids, num_pairs, lengths, options.ignore_index, sizes, needs[1])
+            largest = max(len(part) for chunk in chunks for part in chunk.parts)
+            parts = sum(len(chunk.parts) for chunk in chunks)
+            head = LinearHead(hidden, weight, bias, labels, options, largest, needs, parts)
             total = torch.zeros((), dtype=options.wide, device=hidden.device)
             logps = torch.zeros(2, num_pairs, dtype=options.wide, device=hidden.device)
             for chunk in chunks:
@@ -121,7 +151,7 @@ class _LinearPreferenceLoss(torch.autograd.Function):
                     head, chunk, sequence_ids, loss_fn, num_pairs, any(needs)
                 )
                 total += loss
-        ctx.gradients = head.gradients(weight, bias)
+        ctx.gradients, ctx.backend = head.gradients(weight, bias), options.backend
         ctx.needs = needs
         chosen, rejected = logps.unbind()
         ctx.mark_non_differentiable(chosen, rejected)
@@ -138,24 +168,39 @@ class _LinearPreferenceLoss(torch.autograd.Function):
             )
         gradients, ctx.gradients = ctx.gradients, None
         # In place: the gradient of a weight is too large to hold twice.
-        scaled = (g.mul_(grad) if needed else None for g, needed in zip(gradients, ctx.needs, strict=True))
-        return (*scaled, *[None] * 6)
+        for gradient, needed in zip(gradients, ctx.needs, strict=True):
+            if needed:
+                load(ctx.backend).scale_(gradient, grad)
+        wanted = (gradient if needed else None for gradient, needed in zip(gradients, ctx.needs, strict=True))
+        return (*wanted, *[None] * 8)
 
 
-def _chunks(labels: Tensor, sequence_ids: Tensor, num_pairs: int, options: HeadOptions) -> Iterator[_Chunk]:
-    """Tokens that count, by pair; pairs together as long as their tokens fit."""
-    kept = (labels != options.ignore_index).nonzero().squeeze(-1)
-    pairs = sequence_ids.index_select(0, kept) % num_pairs
-    kept = kept.index_select(0, torch.argsort(pairs, stable=True))
-    # The one time that a GPU is waited for.
-    counts = torch.bincount(pairs, minlength=num_pairs).tolist()
-    first = start = end = 0
-    for pair, count in enumerate(counts):
-        if pair > first and end + count - start > options.max_tokens:
-            yield _Chunk(first, pair, kept[start:end])
-            first, start = pair, end
-        end += count
-    yield _Chunk(first, num_pairs, kept[start:end])
+def _chunks(
+    labels: Tensor,
+    sequence_ids: Tensor,
+    num_pairs: int,
+    lengths: Sequence[int] | None,
+    ignore_index: int,
+    sizes: ChunkSizes,
+    weight_grad: bool,
+) -> list[_Chunk]:
+    """Tokens that count, by pair; as few chunks as can be, about alike in size."""
+    # Ignored tokens come last, as if of one more pair.
+    pairs = torch.where(labels == ignore_index, num_pairs, sequence_ids.long() % num_pairs)
+    order = torch.argsort(pairs, stable=True)
+    if lengths is None:
+        # The one time that a GPU is waited for.
+        counts = pairs.new_zeros(num_pairs + 1).index_add_(0, pairs, torch.ones_like(pairs)).tolist()[:num_pairs]
+    else:
+        counts = [lengths[pair] + lengths[num_pairs + pair] for pair in range(num_pairs)]
+    most = sizes.of(sum(counts), weight_grad)
+    chunks, start = [], 0
+    for first, last in pairs_evenly(counts, most):
+        end = start + sum(counts[first:last])
+        tokens = order[start:end]
+        chunks.append(_Chunk(first, last, tokens, split_evenly(tokens, most) or (tokens,)))
+        start = end
+    return chunks
 
 
 def _walk(
@@ -167,24 +212,24 @@ def _walk(
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     """Loss (scalar) and log-probabilities (2, b) of one chunk; adds to the gradients of `head`."""
-    max_tokens = head.options.max_tokens
     b = chunk.last - chunk.first
     global_ids = sequence_ids.index_select(0, chunk.tokens).long()
     rejected = global_ids >= num_pairs
     ids = global_ids - chunk.first - torch.where(rejected, num_pairs - b, 0)
-    parts = chunk.tokens.split(max_tokens) if len(chunk.tokens) else ()
-    token_logps = [head.logps(part).flatten() for part in parts]
-    flat = torch.cat(token_logps) if token_logps else head.hidden.new_empty(0, dtype=head.options.wide)
+    whole = len(chunk.parts) == 1
+    token_logps = [head.logps(part, for_backward=needs_grad and whole) for part in chunk.parts]
+    flat = token_logps[0] if whole else torch.cat(token_logps)
     sums = load(head.options.backend).sum_by_sequence(flat, ids, 2 * b).view(2, b)
     pair_index = torch.arange(chunk.first, chunk.last, device=ids.device)
     loss, grads = _loss_and_gradient(loss_fn, sums, pair_index, needs_grad)
     if needs_grad:
-        token_grads = grads.flatten().index_select(0, ids)
-        for i, part in enumerate(parts):
-            # One part: its logits are still there. More: a pair too long for a chunk, projected again.
-            if len(parts) > 1:
-                head.logps(part)
-            head.backward(token_grads[i * max_tokens : i * max_tokens + len(part)])
+        token_grads = grads.flatten().index_select(0, ids).split([len(part) for part in chunk.parts])
+        for part, of_part in zip(chunk.parts, token_grads, strict=True):
+            if not whole:
+                # A pair too long for a chunk: its logits are gone, and computed again.
+                head.logps(part, for_backward=True)
+            if len(part):
+                head.backward(of_part)
     return loss, sums
 
 

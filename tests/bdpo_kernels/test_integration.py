@@ -79,8 +79,8 @@ def test_opcheck(packed, backend):
     torch.library.opcheck(
         ops.linear_sequence_logprob.default,
         (
-            hidden.requires_grad_(), weight.requires_grad_(), None, labels, ids, 3, None, 1.0, IGNORED, 3,
-            torch.float32, backend, True,
+            hidden.requires_grad_(), weight.requires_grad_(), None, labels, ids, 3, None, 1.0, IGNORED, torch.float32,
+            True, backend, [3, 3, 3], [3, 1, 2], True,
         ),
     )  # fmt: skip
 

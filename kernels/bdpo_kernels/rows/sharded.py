@@ -52,31 +52,37 @@ class ShardedRows:
         self._rows = load(backend)
         self.shard = shard
 
-    def forward_in_place(self, logits: Tensor, labels: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor]:
-        """(n,) log-probabilities of the labels, the same on every rank, and what `backward_in_place` reads."""
-        local = self._local(labels, logits.shape[1])
-        here = local != _NOT_HERE
-        largest, log_sum, at_label = self._rows.shard_statistics(logits, local.clamp_min(0), transform)
-        total = largest.clone()
-        dist.all_reduce(total, dist.ReduceOp.MAX, self.shard.group)
-        # A rank without a column, or with none above −inf, adds nothing.
-        share = torch.where(largest == -torch.inf, 0.0, torch.exp(largest - total + log_sum))
-        joined = torch.stack([share, torch.where(here, at_label, 0.0)])
-        dist.all_reduce(joined, dist.ReduceOp.SUM, self.shard.group)
-        log_sum = joined[0].log()
-        return joined[1] - total - log_sum, torch.stack([total, log_sum])
+    def logprobs(self, logits: Tensor, labels: Tensor, transform: LogitTransform) -> Tensor:
+        """(n,) log-probabilities of the labels, the same on every rank."""
+        return self._joined(logits, labels, transform)[0]
 
-    def backward_in_place(
-        self, logits: Tensor, labels: Tensor, token_grads: Tensor, state: Tensor, transform: LogitTransform
-    ) -> None:
-        """Write the gradient of this rank's logits over them."""
-        local = self._local(labels, logits.shape[1])
-        self._rows.shard_backward(logits, local, token_grads, state, transform)
+    def logprobs_and_gradient(
+        self, logits: Tensor, labels: Tensor, transform: LogitTransform, gradient: Tensor
+    ) -> Tensor:
+        """The same, with the gradient for this rank's columns."""
+        logps, local, top, log_sum = self._joined(logits, labels, transform)
+        self._rows.shard_gradient(logits, local, transform, top, log_sum, gradient)
+        return logps
+
+    def _joined(
+        self, logits: Tensor, labels: Tensor, transform: LogitTransform
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(n,) each: log-probabilities, this rank's labels, largest exponents, and logarithms of the sums less them."""
+        local = labels.long() - self.shard.start
+        local = torch.where((local >= 0) & (local < logits.shape[1]), local, _NOT_HERE)
+        some = local.clamp_min(0)
+        to_e = self._rows.LOG_OF_BASE
+        largest, log_sum = self._rows.shard_statistics(logits, some, transform)
+        top = largest.clone()
+        dist.all_reduce(top, dist.ReduceOp.MAX, self.shard.group)
+        # A rank without a column, or with none above −inf, adds nothing.
+        share = torch.where(largest == -torch.inf, 0.0, torch.exp((largest - top + log_sum) * to_e))
+        at_label = self._rows.shard_label(logits, some, transform, top)
+        joined = torch.stack([share, torch.where(local == _NOT_HERE, 0.0, at_label)])
+        dist.all_reduce(joined, dist.ReduceOp.SUM, self.shard.group)
+        log_sum = joined[0].log() / to_e
+        return (joined[1] - log_sum) * to_e, local, top, log_sum
 
     def reduce(self, grad_hidden: Tensor) -> None:
         """Add up, in place, what every rank's columns say of the hidden states' gradient."""
         dist.all_reduce(grad_hidden, dist.ReduceOp.SUM, self.shard.group)
-
-    def _local(self, labels: Tensor, v: int) -> Tensor:
-        local = labels.long() - self.shard.start
-        return torch.where((local >= 0) & (local < v), local, _NOT_HERE)

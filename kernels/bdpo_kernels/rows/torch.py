@@ -39,13 +39,11 @@ def backward(
     stats: Tensor,
     ignore_index: int,
     transform: LogitTransform = IDENTITY,
-    out: Tensor | None = None,
 ) -> Tensor:
     """Gradient with respect to the raw logits; see `rows.triton.backward`. `stats` is not read."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     grads = token_grads.to(dtype).view(labels.shape)
-    ignored = labels == ignore_index
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if out is None else out
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     for rows in _kept_blocks(logits, labels, ignore_index):
         u = _transformed(logits[rows], dtype, transform)
         slope = torch.softmax(u, dim=-1).neg_()
@@ -54,72 +52,89 @@ def backward(
         if not transform.is_identity:
             slope.mul_(transform.slope(u))
         out[rows] = slope.to(out.dtype)
-    out[ignored] = 0
+    out[labels == ignore_index] = 0
     return out
 
 
-def forward_in_place(logits: Tensor, labels: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the labels of (n, V) logits, none ignored; see `rows.triton.forward_in_place`.
+def logprobs(logits: Tensor, labels: Tensor, transform: LogitTransform) -> Tensor:
+    """(n,) log-probabilities of the labels of (n, V) logits, none of them ignored."""
+    return forward(logits.unsqueeze(0), labels.unsqueeze(0), NONE_IGNORED, transform)[0]
 
-    The logits become probabilities where that is all the backward needs: one exponential a logit for both passes.
+
+def logprobs_and_gradient(logits: Tensor, labels: Tensor, transform: LogitTransform, gradient: Tensor) -> Tensor:
+    """The same, with the gradient of −log p(label) over `transform.scale` written to (n, V) `gradient`.
+
+    `gradient` may lie over the logits; see `rows.triton.logprobs_and_gradient`. One exponential a logit for both.
     """
-    if not _keeps_probabilities(logits, transform):
-        return forward(logits.unsqueeze(0), labels.unsqueeze(0), NONE_IGNORED, transform)
-    if transform.scale != 1.0:
-        logits.mul_(transform.scale)
-    index = labels.long().unsqueeze(-1)
-    at_label = logits.gather(-1, index)
-    largest = logits.amax(dim=-1, keepdim=True)
-    # Row by row, each read before it is written.
-    torch.softmax(logits, dim=-1, out=logits)
-    # The largest probability is 1 / Σ exp(u − max): its logarithm completes the logsumexp without another pass.
-    return (at_label - largest + logits.amax(dim=-1, keepdim=True).log()).squeeze(-1), logits.new_empty(0)
-
-
-def backward_in_place(
-    logits: Tensor, labels: Tensor, token_grads: Tensor, state: Tensor, transform: LogitTransform
-) -> None:
-    """Write the gradient over what `forward_in_place` left; see `rows.triton.backward_in_place`."""
-    if not _keeps_probabilities(logits, transform):
-        padded = logits.unsqueeze(0)
-        backward(padded, labels.unsqueeze(0), token_grads, state, NONE_IGNORED, transform, out=padded)
-        return
-    grads = (token_grads * transform.scale).to(logits.dtype).unsqueeze(-1)
-    logits.mul_(-grads).scatter_add_(-1, labels.long().unsqueeze(-1), grads)
-
-
-def _keeps_probabilities(logits: Tensor, transform: LogitTransform) -> bool:
-    # A soft-cap's slope needs the logits themselves, and half precision is too coarse for probabilities.
-    return transform.softcap is None and logits.dtype in (torch.float32, torch.float64)
-
-
-def shard_statistics(logits: Tensor, labels: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each (v,) row: the largest u, log Σ exp(u − largest), and u at its label."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    largest, log_sum, at_label = (torch.empty(len(labels), dtype=dtype, device=logits.device) for _ in range(3))
+    index = labels.long().unsqueeze(-1)
+    if transform.softcap is None and logits.dtype == gradient.dtype == dtype:
+        # The logits themselves become probabilities, and those the gradient.
+        if transform.scale != 1.0:
+            logits.mul_(transform.scale)
+        at_label, largest = logits.gather(-1, index), logits.amax(dim=-1, keepdim=True)
+        torch.softmax(logits, dim=-1, out=gradient)
+        # The largest probability is 1 / Σ exp(u − max): its logarithm completes the logsumexp without another pass.
+        logps = at_label - largest + gradient.amax(dim=-1, keepdim=True).log()
+        gradient.scatter_add_(-1, index, torch.full_like(logps, -1.0))
+        return logps.squeeze(-1)
+    logps = torch.empty(len(labels), dtype=dtype, device=logits.device)
+    for rows in _blocks(logits):
+        u = _transformed(logits[rows], dtype, transform)
+        probabilities = torch.softmax(u, dim=-1)
+        largest = u.amax(dim=-1, keepdim=True)
+        at_label = u.gather(-1, index[rows]) - largest + probabilities.amax(dim=-1, keepdim=True).log()
+        logps[rows] = at_label.squeeze(-1)
+        _write_gradient(gradient[rows], probabilities, index[rows], u, transform)
+    return logps
+
+
+LOG_OF_BASE = 1.0
+"""Of the exponentials in statistics: they are those of u."""
+
+
+def shard_statistics(logits: Tensor, labels: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor]:
+    """Of each of (n, v) rows: the largest u, and log Σ exp(u − largest)."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    largest, log_sum = (torch.empty(len(labels), dtype=dtype, device=logits.device) for _ in range(2))
     for rows in _blocks(logits):
         u = _transformed(logits[rows], dtype, transform)
         top = u.amax(dim=-1, keepdim=True)
         largest[rows] = top.squeeze(-1)
         log_sum[rows] = torch.exp(u - top).sum(dim=-1).log()
-        at_label[rows] = u.gather(-1, labels[rows].unsqueeze(-1)).squeeze(-1)
-    return largest, log_sum, at_label
+    return largest, log_sum
 
 
-def shard_backward(
-    logits: Tensor, labels: Tensor, token_grads: Tensor, state: Tensor, transform: LogitTransform
+def shard_label(logits: Tensor, labels: Tensor, transform: LogitTransform, shift: Tensor) -> Tensor:
+    """(n,) u at the label, less `shift` (n,)."""
+    x = logits.gather(-1, labels.long().unsqueeze(-1)).squeeze(-1)
+    return _transformed(x, shift.dtype, transform) - shift
+
+
+def shard_gradient(
+    logits: Tensor, labels: Tensor, transform: LogitTransform, shift: Tensor, log_sum: Tensor, gradient: Tensor
 ) -> None:
-    """g · ∂u/∂x · (1[label] − exp(u − logsumexp)), over the logits; a label of −1 equals no column."""
-    dtype = torch.promote_types(logits.dtype, torch.float32)
+    """`logprobs_and_gradient` of a part of the columns, with the whole row's statistics; label −1 equals no column."""
     for rows in _blocks(logits):
-        u = _transformed(logits[rows], dtype, transform)
-        slope = torch.exp(u - state[0, rows, None] - state[1, rows, None]).neg_()
-        here = (labels[rows] >= 0).to(slope.dtype).unsqueeze(-1)
-        slope.scatter_add_(-1, labels[rows].clamp_min(0).unsqueeze(-1), here)
-        slope.mul_(token_grads[rows].to(slope.dtype).unsqueeze(-1))
-        if not transform.is_identity:
-            slope.mul_(transform.slope(u))
-        logits[rows] = slope.to(logits.dtype)
+        u = _transformed(logits[rows], shift.dtype, transform)
+        probabilities = torch.exp(u - shift[rows, None] - log_sum[rows, None])
+        _write_gradient(gradient[rows], probabilities, labels[rows].long().unsqueeze(-1), u, transform)
+
+
+def _write_gradient(
+    gradient: Tensor, probabilities: Tensor, index: Tensor, u: Tensor, transform: LogitTransform
+) -> None:
+    """(1 − tanh²) · (p − 1[label]), from (n, V) p and u, (n, 1) labels of which those below zero equal no column."""
+    probabilities.scatter_add_(-1, index.clamp_min(0), -(index >= 0).to(probabilities.dtype))
+    if transform.softcap is not None:
+        probabilities.mul_(transform.slope(u) / transform.scale)
+    gradient.copy_(probabilities)
+
+
+def scale_(tensor: Tensor, factor: Tensor) -> None:
+    """Multiply `tensor` by the 0-dimensional `factor`; on a CPU not at all if it is 1, which takes no waiting there."""
+    if factor.is_cuda or factor != 1.0:
+        tensor.mul_(factor)
 
 
 def sum_by_sequence(logps: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:

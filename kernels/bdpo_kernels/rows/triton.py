@@ -1,11 +1,13 @@
 """Row operations in Triton: the launches of `triton_kernels`. The PyTorch twin is `rows.torch`.
 
-Shapes: B, T rows of logits as two axes (packed input has B = 1); V vocabulary; S sequences.
+Shapes: B, T rows of logits as two axes (packed input has B = 1); n rows of one chunk; V vocabulary; S sequences.
 """
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import triton
@@ -16,22 +18,23 @@ from bdpo_kernels.backends import NONE_IGNORED
 from bdpo_kernels.rows import triton_kernels as kernels
 from bdpo_kernels.transform import IDENTITY, LogitTransform
 
-INTERPRETED = not isinstance(kernels.token_logprob_forward, triton.JITFunction)
+_COMPILED = isinstance(kernels.token_logprob_forward, triton.JITFunction)
+INTERPRETED = not _COMPILED
 
-# One program reads its row in blocks of this many bytes: enough loads in flight to fill the memory bus.
+LOG_OF_BASE = math.log(2.0)
+"""Of the exponentials in statistics: they are those of y = log2(e) · u."""
+
+# Bytes that a thread loads at once, and that a program reads before it needs the first of them.
+_LANE_BYTES = 16
 _BLOCK_BYTES = 16_384
+# Of the kernel that reads its rows twice: one program fills a multiprocessor, so that few rows wait in the cache.
+_LARGE_BLOCK_BYTES = 65_536
+# Bytes in flight of one thread, which fix the number of warps.
+_THREAD_BYTES = 64
 _SUM_BLOCK = 1_024
+_SCALE_BLOCK = 4_096
 
-if INTERPRETED:
-    _forward = kernels.token_logprob_forward
-else:
-    # Only the depth of the load pipeline is tuned. The block and the number of warps fix the order of the sum, and with
-    # it the last bit, so they follow from V and the dtype alone. The backward is not tuned: tuning would run an
-    # in-place kernel several times over live logits.
-    _forward = triton.autotune(
-        configs=[triton.Config({}, num_warps=8, num_stages=stages) for stages in (1, 2, 3, 4)],
-        key=["V", "HAS_SOFTCAP"],
-    )(kernels.token_logprob_forward)
+_TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 def forward(
@@ -46,7 +49,7 @@ def forward(
         transform: what turns the raw logits into those of the distribution.
 
     Returns:
-        (B·T,) log-probabilities, 0 at ignored rows; (2, B·T) the two parts of each row's logsumexp, for `backward`.
+        (B·T,) log-probabilities, 0 at ignored rows; (2, B·T) the two parts of each row's log2 Σ 2^y, for `backward`.
         float32, or float64 for float64 logits.
     """
     B, T, V = logits.shape
@@ -56,7 +59,7 @@ def forward(
     if B * T == 0:
         return logps, stats
     with _on_device(logits):
-        _forward[(B * T,)](
+        kernels.token_logprob_forward[(B * T,)](
             logits,
             labels,
             logps,
@@ -67,11 +70,8 @@ def forward(
             *logits.stride(),
             *labels.stride(),
             ignore_index,
-            transform.scale,
-            transform.softcap or 1.0,
-            HAS_SOFTCAP=transform.softcap is not None,
-            ACC=_TRITON_DTYPE[dtype],
-            BLOCK=_block(logits),
+            **_constants(transform, dtype),
+            **_blocks(logits, _BLOCK_BYTES),
         )
     return logps, stats
 
@@ -83,7 +83,6 @@ def backward(
     stats: Tensor,
     ignore_index: int,
     transform: LogitTransform = IDENTITY,
-    out: Tensor | None = None,
 ) -> Tensor:
     """Gradient of Σ token_grads · log p(label) with respect to the raw logits, in their dtype.
 
@@ -94,13 +93,12 @@ def backward(
         stats: the second result of `forward`.
         ignore_index: as in `forward`.
         transform: as in `forward`.
-        out: (B, T, V) to write to; `logits` itself for a backward in place. Default: a new contiguous tensor.
     """
     B, T, V = logits.shape
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if out is None else out
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if out.numel() == 0:
         return out
-    block = _block(logits)
+    block = min(triton.next_power_of_2(V), _BLOCK_BYTES // logits.element_size())
     with _on_device(logits):
         kernels.token_logprob_backward[(B * T, triton.cdiv(V, block))](
             logits,
@@ -115,42 +113,66 @@ def backward(
             *labels.stride(),
             *out.stride(),
             ignore_index,
-            transform.scale,
-            transform.softcap or 1.0,
-            HAS_SOFTCAP=transform.softcap is not None,
-            ACC=_TRITON_DTYPE[stats.dtype],
+            SCALE=transform.scale,
             BLOCK=block,
             num_warps=8 if block >= 4096 else 4,
+            enable_fp_fusion=True,
+            **_constants(transform, stats.dtype),
         )
     return out
 
 
-def forward_in_place(logits: Tensor, labels: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the labels of (n, V) logits, none of them ignored.
+def logprobs(logits: Tensor, labels: Tensor, transform: LogitTransform) -> Tensor:
+    """(n,) log-probabilities of the labels of (n, V) logits, none of them ignored."""
+    return forward(logits.unsqueeze(0), labels.unsqueeze(0), NONE_IGNORED, transform)[0]
 
-    Returns:
-        (n,) log-probabilities, and a state for `backward_in_place`. The logits may have been overwritten.
+
+def logprobs_and_gradient(logits: Tensor, labels: Tensor, transform: LogitTransform, gradient: Tensor) -> Tensor:
+    """The same, with the gradient of −log p(label) over `transform.scale` written to (n, V) `gradient`.
+
+    Args:
+        logits: (n, V), with strides (any, 1).
+        labels: (n,).
+        transform: what turns the raw logits into those of the distribution.
+        gradient: (n, V), with strides (any, 1); it may lie over the logits, each row at the start of its own, and be
+            half as wide.
     """
-    return forward(logits.unsqueeze(0), labels.unsqueeze(0), NONE_IGNORED, transform)
+    logps = torch.empty(len(labels), dtype=_accumulator(logits), device=logits.device)
+    # The statistics are neither read nor written: any pointer does.
+    _softmax_gradient(logits, labels, logps, logps, logps, transform, gradient, known=False)
+    return logps
 
 
-def backward_in_place(
-    logits: Tensor, labels: Tensor, token_grads: Tensor, state: Tensor, transform: LogitTransform
+def shard_statistics(logits: Tensor, labels: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor]:
+    """Of each of (n, v) rows, in base 2: the largest y, and log2 Σ 2^(y − largest)."""
+    _, stats = forward(logits.unsqueeze(0), labels.unsqueeze(0), NONE_IGNORED, transform)
+    return stats[0], stats[1]
+
+
+def shard_label(logits: Tensor, labels: Tensor, transform: LogitTransform, shift: Tensor) -> Tensor:
+    """(n,) y at the label, less `shift` (n,); with the constant that the kernels multiply by, rounded as theirs is."""
+    constants = _constants(transform, shift.dtype)
+    factor = torch.tensor(constants["FACTOR"], dtype=shift.dtype).item()
+    t = logits.gather(-1, labels.long().unsqueeze(-1)).squeeze(-1).double()
+    if transform.softcap is not None:
+        t = torch.tanh(t / transform.softcap)
+    return (t * factor - shift.double()).to(shift.dtype)
+
+
+def shard_gradient(
+    logits: Tensor, labels: Tensor, transform: LogitTransform, shift: Tensor, log_sum: Tensor, gradient: Tensor
 ) -> None:
-    """Write the gradient of Σ token_grads · log p(label) over the (n, V) that `forward_in_place` left."""
-    padded = logits.unsqueeze(0)
-    backward(padded, labels.unsqueeze(0), token_grads, state, NONE_IGNORED, transform, out=padded)
+    """`logprobs_and_gradient` of a part of the columns, with the whole row's statistics; label −1 equals no column."""
+    _softmax_gradient(logits, labels, shift, shift, log_sum, transform, gradient, known=True)
 
 
-def shard_statistics(logits: Tensor, labels: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each (v,) row: the largest u, log Σ exp(u − largest), and u at its label."""
-    logps, stats = forward(logits.unsqueeze(0), labels.unsqueeze(0), NONE_IGNORED, transform)
-    largest, log_sum = stats.unbind()
-    return largest, log_sum, logps + largest + log_sum
-
-
-# The kernel compares columns with the label: one below zero equals none.
-shard_backward = backward_in_place
+def scale_(tensor: Tensor, factor: Tensor) -> None:
+    """Multiply a contiguous `tensor` by the 0-dimensional `factor`, which nobody waits for; not at all if it is 1."""
+    if tensor.numel():
+        with _on_device(tensor):
+            kernels.scale_unless_one[(triton.cdiv(tensor.numel(), _SCALE_BLOCK),)](
+                tensor, factor, tensor.numel(), BLOCK=_SCALE_BLOCK, num_warps=8
+            )
 
 
 def sum_by_sequence(logps: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
@@ -164,15 +186,69 @@ def sum_by_sequence(logps: Tensor, sequence_ids: Tensor, num_sequences: int) -> 
     return sums
 
 
-_TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
+def _softmax_gradient(
+    logits: Tensor,
+    labels: Tensor,
+    logps: Tensor,
+    top: Tensor,
+    log_sum: Tensor,
+    transform: LogitTransform,
+    gradient: Tensor,
+    known: bool,
+) -> None:
+    if not len(labels):
+        return
+    with _on_device(logits):
+        kernels.softmax_gradient[(len(labels),)](
+            logits,
+            labels.contiguous(),
+            logps,
+            top,
+            log_sum,
+            gradient,
+            logits.shape[1],
+            logits.stride(0),
+            gradient.stride(0),
+            KNOWN=known,
+            NARROWS=gradient.element_size() < logits.element_size(),
+            **_constants(transform, _accumulator(logits)),
+            # float64 takes more registers than a thread of so large a program has.
+            **_blocks(logits, _LARGE_BLOCK_BYTES if logits.element_size() < 8 else _LARGE_BLOCK_BYTES // 2),
+        )
+
+
+def _constants(transform: LogitTransform, dtype: torch.dtype) -> dict[str, Any]:
+    """Of every kernel that turns raw logits into exponents of 2."""
+    log2_e = math.log2(math.e)
+    softcap = transform.softcap
+    return {
+        "FACTOR": log2_e * transform.scale * (1.0 if softcap is None else softcap),
+        "INNER": 0.0 if softcap is None else 2.0 * log2_e / softcap,
+        "ACC": _TRITON_DTYPE[dtype],
+    }
+
+
+def _blocks(logits: Tensor, most: int) -> dict[str, Any]:
+    """Block and warps of a program that reads a row: they fix the order of the sum, so they follow from V alone."""
+    width = logits.element_size()
+    elements = min(triton.next_power_of_2(logits.shape[-1]), most // width)
+    lane = min(elements, _LANE_BYTES // width)
+    threads = min(1024, max(128, elements * width // _THREAD_BYTES))
+    # Said, not left to Triton's default, which changes between releases.
+    return {
+        "ROWS": elements // lane,
+        "LANE": lane,
+        "num_warps": threads // _warp_size(),
+        "enable_fp_fusion": True,
+    }
+
+
+def _warp_size() -> int:
+    return int(triton.runtime.driver.active.get_current_target().warp_size) if _COMPILED else 32
 
 
 def _accumulator(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
-def _block(logits: Tensor) -> int:
-    return min(triton.next_power_of_2(logits.shape[-1]), _BLOCK_BYTES // logits.element_size())
 
 
 def _on_device(tensor: Tensor) -> AbstractContextManager[object]:

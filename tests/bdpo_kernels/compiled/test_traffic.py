@@ -14,15 +14,21 @@ N, V, D = 12, 700, 8
 
 @pytest.fixture
 def moved(monkeypatch):
-    """Return the number of bfloat16 elements that kernels have loaded and stored since the test began."""
+    """Return the number of elements of rows that kernels have loaded and stored since the test began.
+
+    Rows are in bfloat16, but for the LM head's logits, in float32. Single numbers do not count, nor do the sums of
+    log-probabilities, whose N elements are float32 too.
+    """
     from triton.runtime.interpreter import InterpreterBuilder
 
     counted = {"loads": 0, "stores": 0}
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
     def elements(pointers, mask):
-        is_half = pointers.get_element_ty() == triton.language.bfloat16
-        return int(mask.data.sum()) if is_half and pointers.data.size > 1 else 0
+        kind = pointers.get_element_ty()
+        is_half = kind == triton.language.bfloat16 and pointers.data.size > 1
+        is_row = is_half or (kind == triton.language.float32 and pointers.data.ndim == 2)
+        return int(mask.data.sum()) if is_row else 0
 
     def counting_load(self, ptrs, mask, *rest):
         counted["loads"] += elements(ptrs, mask)

@@ -1,0 +1,166 @@
+"""How many tokens go through the LM head at a time, and which.
+
+Shapes: N packed tokens; D hidden size; V vocabulary (a rank's part of it, where it is split); B pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Bytes of logits in one chunk. CPU: enough rows for the matrix products to run at full speed, no more. GPU: enough
+# tokens to fill it (1 GiB is 1,765 tokens of a vocabulary of 152k in float32), small beside a model.
+_CHUNK_BYTES = {"cpu": 1 << 26}
+_GPU_CHUNK_BYTES = 1 << 30
+# Fewer rows, in the dtype of the products, starve them, and split most pairs, which are then projected twice.
+_MIN_CHUNK_TOKENS = 512
+# Rows of logits start at multiples of this many elements where that lets a GPU read 16 bytes at a time.
+_PITCH = 16
+
+
+@dataclass(frozen=True)
+class ChunkSizes:
+    """Tokens that fit.
+
+    Attributes:
+        plain: into a chunk where no gradient of the weight is computed.
+        several: into each of several chunks where it is.
+        one: into a single chunk where it is.
+    """
+
+    plain: int
+    several: int
+    one: int
+
+    def of(self, tokens: int, weight_grad: bool) -> int:
+        """Tokens in a chunk at most, if there are `tokens` in all."""
+        if not weight_grad:
+            return self.plain
+        return max(1, tokens) if tokens <= self.one else self.several
+
+
+def chunk_sizes(
+    chunk_bytes: int | None,
+    V: int,
+    D: int,
+    dtype: torch.dtype,
+    logits_dtype: torch.dtype,
+    device: torch.device,
+    grad_dtype: torch.dtype,
+) -> ChunkSizes:
+    """Chunks whose logits fill `chunk_bytes`, at least one token.
+
+    By default they fill 64 MiB on a CPU, 1 GiB on a GPU, or the bytes of 512 tokens in `dtype`, and what is free while
+    there are logits. A gradient in half precision is first added up in float32 and then cast, when the logits are gone:
+    the bytes of the cast. With a single chunk it is not added up at all: the bytes of the sum.
+
+    Args:
+        chunk_bytes: bytes of logits in memory at a time, or None.
+        V: row length of the logits.
+        D: hidden size.
+        dtype: of the products.
+        logits_dtype: of the logits.
+        device: where they lie.
+        grad_dtype: of the weight's gradient, if it is wanted.
+
+    Raises:
+        ValueError: `chunk_bytes` is not positive.
+    """
+    if chunk_bytes is not None and chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes must be ≥ 1, or None for the default; got {chunk_bytes}")
+    width = V * logits_dtype.itemsize
+    if chunk_bytes is not None:
+        size = max(1, chunk_bytes // width)
+        return ChunkSizes(size, size, size)
+    default = max(_CHUNK_BYTES.get(device.type, _GPU_CHUNK_BYTES), _MIN_CHUNK_TOKENS * V * dtype.itemsize)
+    plain = max(1, default // width)
+    wide = torch.promote_types(dtype, torch.float32)
+    if grad_dtype == wide:
+        return ChunkSizes(plain, plain, plain)
+    several = max(1, (default + V * D * grad_dtype.itemsize) // width)
+    one = max(several, (default + V * D * wide.itemsize) // width)
+    return ChunkSizes(plain, several, one)
+
+
+def pitch(V: int, padded: bool) -> int:
+    """Elements from one row of logits to the next."""
+    return -(-V // _PITCH) * _PITCH if padded else V
+
+
+def head_bytes(
+    N: int,
+    V: int,
+    D: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    grad_dtype: torch.dtype | None,
+    logits_dtype: torch.dtype | None = None,
+) -> int:
+    """Bytes of the logits and of the weight's gradient at the peak of `linear_preference_loss` with N tokens.
+
+    Args:
+        N: tokens that count.
+        V: rows of the weight.
+        D: hidden size.
+        dtype: of the products.
+        device: where they are computed.
+        grad_dtype: dtype of the weight; None if it is frozen.
+        logits_dtype: dtype of the logits; default: float32 at least.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    kept = logits_dtype or wide
+    sizes = chunk_sizes(None, V, D, dtype, kept, device, grad_dtype or wide)
+    logits = min(N, sizes.of(N, grad_dtype is not None)) * V * kept.itemsize
+    if grad_dtype is None:
+        return logits
+    if sizes.one >= N:
+        return logits + V * D * grad_dtype.itemsize
+    # The float32 sum is turned into the weight's dtype when the logits are gone.
+    cast = V * D * grad_dtype.itemsize if grad_dtype != wide else 0
+    return V * D * wide.itemsize + max(logits, cast)
+
+
+def split_evenly(tokens: Tensor, most: int) -> tuple[Tensor, ...]:
+    """`tokens` in as few parts of at most `most` as hold them, all of about one size; none for no token.
+
+    Even, because a small last chunk is slow: its products do not fill a GPU, and pass over all of the weight.
+    """
+    if not len(tokens):
+        return ()
+    parts = -(-len(tokens) // most)
+    return tokens.split(-(-len(tokens) // parts))
+
+
+def pairs_evenly(counts: Sequence[int], most: int) -> list[tuple[int, int]]:
+    """Ranges [first, last) of consecutive pairs, in as few chunks of at most `most` tokens as can be, none overfull.
+
+    Among these the largest chunk is as small as can be. A pair with more tokens than `most` has a chunk to itself.
+
+    Args:
+        counts: (B,) tokens of each pair.
+        most: tokens in a chunk.
+    """
+    best = _packed(counts, most)
+    low, high = max(1, min(most, max(counts, default=1))), most
+    while low < high:
+        middle = (low + high) // 2
+        chunks = _packed(counts, middle)
+        if len(chunks) <= len(best):
+            best, high = chunks, middle
+        else:
+            low = middle + 1
+    return best
+
+
+def _packed(counts: Sequence[int], most: int) -> list[tuple[int, int]]:
+    ranges, first, held = [], 0, 0
+    for pair, count in enumerate(counts):
+        if pair > first and held + count > most:
+            ranges.append((first, pair))
+            first, held = pair, 0
+        held += count
+    ranges.append((first, len(counts)))
+    return ranges

@@ -1,0 +1,109 @@
+"""Counts of what an operation does: launches of Triton kernels, operators on large tensors, memory at its peak."""
+
+import weakref
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Described(NamedTuple):
+    """A tensor argument. The tensor itself is not held: PyTorch copies gradients that someone else holds."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    address: int | None
+
+
+def _described(value):
+    if not isinstance(value, torch.Tensor):
+        return value
+    return Described(value.dtype, tuple(value.shape), None if value.is_meta else value.data_ptr())
+
+
+class _Recorded:
+    """A Triton kernel that notes its launches; `run` says whether they are also carried out."""
+
+    def __init__(self, name, kernel, launches, run):
+        self.name, self.kernel, self.launches, self.run = name, kernel, launches, run
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            self.launches.append((self.name, [_described(value) for value in args], kwargs))
+            if self.run:
+                self.kernel[grid](*args, **kwargs)
+
+        return launch
+
+
+@contextmanager
+def recorded_launches(run=True):
+    """While open, a list of (name, args, kwargs) grows by each launch; without `run` nothing is computed."""
+    from bdpo_kernels.rows import triton_kernels
+
+    launches = []
+    names = [name for name, value in vars(triton_kernels).items() if hasattr(value, "fn") and not name.startswith("_")]
+    with ExitStack() as stack:
+        for name in names:
+            kernel = _Recorded(name, getattr(triton_kernels, name), launches, run)
+            stack.enter_context(mock.patch.object(triton_kernels, name, kernel))
+        yield launches
+
+
+class Operators(TorchDispatchMode):
+    """Notes (name, numbers of elements of the outputs) of each operator, and the most bytes alive at a time.
+
+    Attributes:
+        calls: in their order.
+        peak: bytes of the tensors that operators have made, when they were most.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+        self.alive = self.peak = 0
+        self._known = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if hasattr(leaf, "untyped_storage")}
+        outputs = [leaf for leaf in tree_leaves(result) if hasattr(leaf, "untyped_storage")]
+        self.calls.append((func.overloadpacket.__name__, [output.numel() for output in outputs]))
+        for output in outputs:
+            storage = output.untyped_storage()
+            if id(storage) not in given and storage not in self._known:
+                self._known.add(storage)
+                size = storage.nbytes()
+                self.alive += size
+                self.peak = max(self.peak, self.alive)
+                weakref.finalize(storage, self._freed, size)
+        return result
+
+    def _freed(self, size):
+        self.alive -= size
+
+    def names(self):
+        """The operators' names."""
+        return [name for name, _ in self.calls]
+
+
+@contextmanager
+def products_of_a_gpu():
+    """While open, products allocate what they do on a GPU, which takes one step for each: their results."""
+    from bdpo_kernels import linear_head
+
+    def in_place(*args):
+        """Nothing; not a mock, which would hold its arguments."""
+
+    def hidden_product(gradient, weight):
+        return gradient.new_empty(len(gradient), weight.shape[1])
+
+    with (
+        mock.patch.object(linear_head, "write_logits", in_place),
+        mock.patch.object(linear_head, "hidden_product", hidden_product),
+        mock.patch.object(linear_head, "add_weight_product", in_place),
+    ):
+        yield
