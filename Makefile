@@ -2,7 +2,7 @@
 # make test   install, then run every test this machine can run
 # make docs   build the documentation pages and the API reference, and check their links
 # make lint   ruff (rules and format), mypy, and pip-audit where its service can be reached
-# make bench  kernel benchmarks against the peers of the `bench` extra
+# make bench  two minutes of kernel benchmarks on a CPU, against the peers of the `bench` extra
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
