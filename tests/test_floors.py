@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     "errors", "console", "files", "statistics", "comprehension", "losses", "data", "reporting", "refusals", "models",
     "parallel", "forward", "embedded", "scoring", "diagnosis", "evaluation", "training", "cli", "fit", "diagnose",
-    "evaluate", "__main__", "module",
+    "evaluate", "align", "__main__", "module",
 ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -92,6 +93,7 @@ def _align(cli: FitCLI, checkpoint: str | None, start: float) -> None:
             logger.save()
     step_first(paths["metrics"])
     said = remarks(module.evaluations, pairs, bool(probe.suites))
+    (folder / "summary.json").write_text(json.dumps({"rows": rows, "said": said}, ensure_ascii=False), encoding="utf-8")
     taken = time.perf_counter() - start
     curves = read_curves(paths["metrics"])
     device = str(trainer.strategy.root_device)

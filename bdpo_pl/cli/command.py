@@ -106,6 +106,7 @@ def _quieten() -> None:
         r".*LightningCLI's args parameter.*",  # main(args) is for callers in Python
         r".*Total length of `list` across ranks is zero.*",  # nothing held out, as asked for
         r".*isinstance\(treespec, LeafSpec\).*",  # between Lightning and torch
+        r".*predict returned None.*",  # diagnosis scores in the set-up, and predicts nothing
         r".*The dirpath has changed from.*",  # a resumed run keeps its own best checkpoint
         r".*could not find the monitored key in the returned metrics.*",  # a run that ends before its first validation
         r".*was configured so validation will run.*",  # as it was asked for

@@ -1,4 +1,4 @@
-"""One command for all: `bdpo fit`, `bdpo diagnose`, `bdpo evaluate`."""
+"""One command for all: `bdpo diagnose`, `bdpo fit`, `bdpo evaluate`, and what puts them together."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ COMMANDS = {
     "diagnose": "see a preference set through a model's eyes, before training",
     "fit": "align a model on preference pairs",
     "evaluate": "measure the safety of models, side by side",
+    "align": "all three in a row, into one folder",
 }
 
 

@@ -134,12 +134,13 @@ def page(command: str) -> str:
     for heading, options in SHORT_HELP[command].items():
         lines += ["", f"{heading}:"]
         for option in options:
-            lines += _entry(option)
+            lines += entry(option)
     lines += ["", "--help_all lists every option, --print_config their values; --model.loss.help LOSS those of a loss."]
     return "\n".join(lines)
 
 
-def _entry(option: Option) -> list[str]:
+def entry(option: Option) -> list[str]:
+    """The lines of one option."""
     names = f"  --{option.name}"
     if option.short:
         names += f", --{option.short}"

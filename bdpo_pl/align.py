@@ -1,0 +1,213 @@
+"""All of it in one command: `python -m bdpo_pl.align MODEL --data PAIRS [any option of fit]`.
+
+It diagnoses the pairs, aligns the model, and evaluates it before and after, into one folder with one page. The same
+command goes on where it was stopped: what is finished is not done again, and training resumes from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bdpo_pl.cli import short_help
+from bdpo_pl.cli.quick import answer_early, refuse
+
+_STATE = "align.json"
+_EVALUATES = "--evaluate."
+_SHORT = {"--suites": "--suites", "--max_prompts": "--max_prompts"}
+
+
+@dataclass
+class Plan:
+    """What the command line asks for.
+
+    Attributes:
+        model: folder or hub name.
+        data: preference pairs.
+        folder: where everything goes.
+        training: options of `fit`, which `diagnose` takes too.
+        evaluation: options of `evaluate`.
+    """
+
+    model: str
+    data: str
+    folder: Path
+    training: list[str] = field(default_factory=list)
+    evaluation: list[str] = field(default_factory=list)
+
+    def fit(self) -> list[str]:
+        """The options of `fit`."""
+        job = [f"--model.policy={self.model}", f"--data.train={self.data}"]
+        return [*job, f"--trainer.default_root_dir={self.folder}", *self.training]
+
+    def diagnose(self) -> list[str]:
+        """The options of `diagnose`."""
+        return [*self.fit(), f"--diagnose.folder={self.folder / 'diagnosis'}"]
+
+    def evaluate(self, aligned: Path) -> list[str]:
+        """The options of `evaluate`, of the model before and after."""
+        return [f"before={self.model}", f"after={aligned}", f"--folder={self.folder / 'evaluation'}", *self.evaluation]
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run diagnosis, training and evaluation; the exit status is that of the first that fails."""
+    given = list(sys.argv[1:] if args is None else args)
+    if "--help" in given or "-h" in given:
+        print(help_page())
+        sys.exit(0)
+    plan = parse(given)
+    answer_early("evaluate", plan.evaluation)
+    training = answer_early("fit", plan.fit())
+    state = _take_up(plan)
+    from bdpo_pl import diagnose, evaluate, fit
+
+    _stage("diagnosis", state, plan, lambda: diagnose.main(plan.diagnose()))
+    _stage("training", state, plan, lambda: fit.main([*training, *_resumed(plan)]))
+    aligned = _newest(plan.folder, "model")
+    if aligned is None:
+        refuse(f"training has exported no model into {plan.folder}; leave --export out")
+    _stage("evaluation", state, plan, lambda: evaluate.main(plan.evaluate(aligned)))
+    print(f"\nEverything in one page: {write_page(plan)}")
+
+
+def parse(given: Sequence[str]) -> Plan:
+    """The command line; what is no option of `align` is one of `fit`, or with `--evaluate.` before it of `evaluate`."""
+    values: dict[str, str] = {"--folder": "runs/align"}
+    models: list[str] = []
+    training: list[str] = []
+    evaluation: list[str] = []
+    rest = list(given)
+    while rest:
+        name, has_value, value = rest.pop(0).partition("=")
+        if not name.startswith("--"):
+            models.append(name + has_value + value)
+            continue
+        if not has_value:
+            # A switch alone is on.
+            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+        if name in ("--data", "--folder"):
+            values[name] = value
+        elif name in _SHORT or name.startswith(_EVALUATES):
+            evaluation.append(f"--{name.removeprefix(_EVALUATES).removeprefix('--')}={value}")
+        else:
+            training.append(f"{name}={value}")
+    if len(models) != 1 or "--data" not in values:
+        refuse("bdpo align takes one model and --data: bdpo align MODEL --data PAIRS")
+    for taken, why in (("--trainer.default_root_dir", "--folder"), ("--output_dir", "--folder"),
+                       ("--ckpt_path", "the same command, which resumes by itself")):  # fmt: skip
+        if any(option.partition("=")[0] == taken for option in training):
+            refuse(f"{taken} is not for bdpo align; give {why}")
+    return Plan(models[0], values["--data"], Path(values["--folder"]), training, evaluation)
+
+
+def help_page() -> str:
+    """The help."""
+    own = (
+        short_help.Option("data", "", "", "pairs: JSONL, Parquet, folder or hub dataset with prompt, chosen, rejected"),
+        short_help.Option("folder", "", "runs/align", "where everything goes; what is in it already is not done again"),
+        short_help.Option("suites", "", "the small ones of bdpo_pl", "what to ask before and after: NAME=FILE,…"),
+        short_help.Option("max_prompts", "", "all", "prompts of each suite at most"),
+        short_help.Option("evaluate.OPTION", "", "", "any other option of bdpo evaluate"),
+    )
+    lines = [
+        "usage: bdpo align MODEL --data PAIRS [--option VALUE ...]",
+        "",
+        "Diagnose the pairs, align the model, and evaluate it before and after, into one folder.",
+        "The same command goes on where it stopped.",
+        "",
+    ]
+    for option in own:
+        lines += short_help.entry(option)
+    return "\n".join([*lines, "", "All other options are those of bdpo fit: bdpo fit --help"])
+
+
+def _take_up(plan: Plan) -> dict[str, object]:
+    """What is done already in the folder.
+
+    A folder of another job is refused: its stages would be taken for this one's.
+    """
+    path = plan.folder / _STATE
+    job = {"model": plan.model, "data": plan.data, "training": plan.training}
+    if path.is_file():
+        state: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))
+        if state["job"] != job:
+            changed = ", ".join(name for name, value in job.items() if state["job"][name] != value)  # type: ignore[index]
+            refuse(f"{plan.folder} holds another job (it differs in {changed}); name another --folder")
+        if state.get("evaluated_with") != plan.evaluation and "evaluation" in state["done"]:  # type: ignore[operator]
+            state["done"].remove("evaluation")  # type: ignore[attr-defined]
+    else:
+        state = {"job": job, "done": []}
+    state["evaluated_with"] = plan.evaluation
+    return state
+
+
+def _stage(name: str, state: dict[str, object], plan: Plan, run: Callable[[], None]) -> None:
+    """Run a stage unless it is done, and write down that it is."""
+    done: list[str] = state["done"]  # type: ignore[assignment]
+    if name in done:
+        print(f"\n== {name}: done already", flush=True)
+        return
+    print(f"\n== {name}", flush=True)
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    _write(plan.folder / _STATE, state)
+    run()
+    done.append(name)
+    _write(plan.folder / _STATE, state)
+
+
+def _write(path: Path, state: dict[str, object]) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(state, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _resumed(plan: Plan) -> list[str]:
+    """The option to go on from the last checkpoint, if there is one."""
+    return ["--ckpt_path=last"] if _newest(plan.folder, "checkpoints/last.ckpt") is not None else []
+
+
+def _newest(folder: Path, name: str) -> Path | None:
+    """The newest file or folder of that name in a run."""
+    found = sorted(folder.glob(f"version_*/{name}"), key=lambda path: path.stat().st_mtime)
+    return found[-1] if found else None
+
+
+def write_page(plan: Plan) -> Path:
+    """Write the page that has the main numbers, and leads to the three reports."""
+    from markupsafe import Markup
+
+    from bdpo_pl.reporting import Page, Table
+    from bdpo_pl.reporting.format import percent
+
+    run = _newest(plan.folder, "report.html")
+    page = Page("Alignment", f"{Path(plan.model).name} on {Path(plan.data).name}")
+    link = Markup('<a href="{}">{}</a>')
+    reports = [("diagnosis/report.html", "What the model makes of the pairs, before training")]
+    if run is not None:
+        reports.append((str(run.relative_to(plan.folder)), "The training run: curves, settings, environment"))
+    reports.append(("evaluation/report.html", "Safety before and after"))
+    page.section("Reports").items([link.format(path, text) for path, text in reports])
+    summary = _newest(plan.folder, "summary.json")
+    if summary is not None:
+        told = json.loads(summary.read_text(encoding="utf-8"))
+        section = page.section("What changed in training")
+        section.table(Table(["", "n", "before", "after"], told["rows"], "With 95 % intervals"))
+        section.items([sentence for _, sentence in told["said"]])
+    evaluation = json.loads((plan.folder / "evaluation" / "evaluation.json").read_text(encoding="utf-8"))
+    suites = list(dict.fromkeys(s["suite"] for model in evaluation["models"] for s in model["suites"]))
+    rows = []
+    for suite in suites:
+        found = [next((s for s in model["suites"] if s["suite"] == suite), None) for model in evaluation["models"]]
+        counts = [s["overall"]["failed"]["count"] for s in found if s]
+        cells = [percent(s["overall"]["failed"]["value"]) if s else None for s in found]
+        rows.append([suite, counts[0] if counts else None, *cells])
+    section = page.section("Safety", "Share of prompts that went wrong; the report says what that means by this judge.")
+    section.table(Table(["suite", "n", *(m["label"] for m in evaluation["models"])], rows, "Lower is better"))
+    return page.write(plan.folder / "report.html")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Diagnosis, training and evaluation in one command."""
+
+import json
+
+import pytest
+
+from bdpo_pl import align, fit
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BDPO_PL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+
+
+def test_options_find_their_command():
+    given = ["m", "--data", "p.jsonl", "--beta=0.2", "--suites", "a=b.csv", "--evaluate.judge.kind", "guard", "--bf16"]
+    plan = align.parse(given)
+    assert (plan.model, plan.data) == ("m", "p.jsonl")
+    assert plan.training == ["--beta=0.2", "--bf16=true"]
+    assert plan.evaluation == ["--suites=a=b.csv", "--judge.kind=guard"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["m"], "takes one model and --data"),
+        (["m", "--data=d", "--ckpt_path=last"], "resumes by itself"),
+        (["m", "--data=d", "--bta=0.1"], "did you mean --beta"),
+        (["m", "--data=d", "--evaluate.max_promts=1"], "did you mean --max_prompts"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_begins(given, said, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        align.main(given)
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_whole_way_and_on_from_where_it_was_cut_off(model_dir, preference_file, monkeypatch, capsys):
+    (given := [str(model_dir), "--data", str(preference_file), "--folder=out"]).extend(
+        ["--data.held_out_fraction=0.2", "--trainer.accelerator=cpu", "--max_steps=3", "--lr=1e-3"]
+    )
+    given += ["--max_prompts=2", "--evaluate.generation.max_new_tokens=2"]
+
+    def cut_off(args):
+        raise SystemExit(143)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fit, "main", cut_off)
+        with pytest.raises(SystemExit):
+            align.main(given)
+    assert json.loads(open("out/align.json").read())["done"] == ["diagnosis"]  # noqa: SIM115
+    capsys.readouterr()
+    align.main(given)
+    printed = capsys.readouterr().out
+    assert "== diagnosis: done already" in printed
+    assert "step 3 of 3" in printed
+    page = open("out/report.html").read()  # noqa: SIM115
+    for part in ("diagnosis/report.html", "version_0/report.html", "evaluation/report.html", "by definition",
+                 "embedded_harmful", ">before<", ">after<"):  # fmt: skip
+        assert part in page
+    align.main(given)
+    assert capsys.readouterr().out.count("done already") == 3
+    with pytest.raises(SystemExit):
+        align.main([*given, "--beta=0.5"])
+    assert "holds another job (it differs in training)" in capsys.readouterr().err
