@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from bdpo_pl.data.chat_template import Conversation, chat_encoder
+from bdpo_pl.data.control_tokens import Spelled
 from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.chat.chat_model import Message
 from bdpo_pl.evaluation.judges.judge import Exchange, Verdict
@@ -80,22 +82,16 @@ def encode_llama_guard(tokenizer: Any, conversation: list[Message]) -> list[int]
     """
     if not tokenizer.chat_template:
         raise InputError("judge.model: its tokenizer has no chat template, which is what asks a Llama Guard; give one")
+    encoder = chat_encoder(tokenizer)
+    # What an answer spells stays text: otherwise it could close its turn and speak to the guard in its own name.
+    protected, spelled = encoder.protect(Conversation(conversation))
     reason = "it leaves out a turn"
-    for in_parts in (False, True):  # some releases take a turn as text, some as a list of parts
-        messages = [
-            {
-                "role": message["role"],
-                "content": [{"type": "text", "text": message["content"]}] if in_parts else message["content"],
-            }
-            for message in conversation
-        ]
-        try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template raises what it likes
-            reason = f"{type(error).__name__}: {error}"
-            continue
-        if all(message["content"].strip() in text for message in conversation):
-            return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    try:
+        text = encoder.template.render(protected, generation=True)
+        if all(message["content"].strip() in text for message in protected.messages):
+            return encoder.control.encode([text], [spelled])[0]
+    except Exception as error:  # a template raises what it likes
+        reason = f"{type(error).__name__}: {error}"
     raise InputError(
         f"judge.model: its chat template does not render the request and the answer ({reason}); is it a Llama Guard?"
     )
@@ -103,5 +99,6 @@ def encode_llama_guard(tokenizer: Any, conversation: list[Message]) -> list[int]
 
 def encode_wildguard(tokenizer: Any, conversation: list[Message]) -> list[int]:
     """Token ids of the one turn in `conversation`, in the marks that WildGuard was trained with."""
-    text = _WILDGUARD_TURN.format(content=conversation[-1]["content"])
-    return list(tokenizer(text, verbose=False)["input_ids"])
+    control, spelled = chat_encoder(tokenizer).control, Spelled()
+    text = _WILDGUARD_TURN.format(content=control.protect(conversation[-1]["content"], spelled))
+    return control.encode([text], [spelled], add_special_tokens=True)[0]
