@@ -105,13 +105,14 @@ def _check_served(subjects: list[Subject | ServedSubject], options: EvaluateOpti
             ("pairs", bool(options.pairs.sources())),
             ("ability", options.ability.embedded or bool(options.ability.lm_eval)),
             ("attacks.gcg", options.attacks.gcg is not None),
+            ("attacks.prefill", options.attacks.prefill),
         )
         if wanted
     ]
     if served and asked:
         raise InputError(
-            f"{', '.join(served)} is behind a server, which gives answers alone: {', '.join(asked)} need weights that "
-            "are loaded here; leave them out, or name a folder"
+            f"{', '.join(served)} is behind a server, which gives answers alone: {', '.join(asked)} need a model that "
+            "is loaded here; leave them out, or name a folder"
         )
 
 

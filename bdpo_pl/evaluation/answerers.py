@@ -11,6 +11,7 @@ from typing import Any, Literal
 from bdpo_pl.data.chat_template import chat_encoder, opens_thought
 from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.chat.endpoint import Endpoint, EndpointError, EndpointOptions
+from bdpo_pl.evaluation.suites.suite import EvaluationPrompt
 from bdpo_pl.evaluation.verdict_log import Answer
 from bdpo_pl.forward.generation import encode_prompts, generate
 
@@ -62,10 +63,12 @@ class Question:
     Attributes:
         asked: token ids, or the messages that a server is sent: what the answer depends on.
         length: by which questions are put together, longest first.
+        prefill: what the answer begins with, which the model did not say itself.
     """
 
     asked: Any
     length: int
+    prefill: str = ""
 
 
 class Answerer(ABC):
@@ -80,7 +83,7 @@ class Answerer(ABC):
     batch: int
 
     @abstractmethod
-    def questions(self, prompts: Sequence[str]) -> list[Question]:
+    def questions(self, prompts: Sequence[EvaluationPrompt]) -> list[Question]:
         """What the model is asked, in order."""
 
     @abstractmethod
@@ -94,7 +97,8 @@ class Answerer(ABC):
 
     def respond(self, prompts: Sequence[str]) -> list[str]:
         """The answers to `prompts`, without thoughts."""
-        return [answer.text for answer in self.answer(self.questions(prompts))] if prompts else []
+        asked = [EvaluationPrompt(prompt, prompt) for prompt in prompts]
+        return [answer.text for answer in self.answer(self.questions(asked))] if asked else []
 
 
 class PartlyAnsweredError(InputError):
@@ -129,12 +133,19 @@ class LocalAnswerer(Answerer):
         self.facts, self._tokenizer, self._load, self._options = facts, tokenizer, load, options
         self.batch = options.batch_size
 
-    def questions(self, prompts: Sequence[str]) -> list[Question]:
-        """Token ids of each prompt, in the chat template if there is one."""
+    def questions(self, prompts: Sequence[EvaluationPrompt]) -> list[Question]:
+        """Token ids of each prompt, in the chat template if there is one, and of what its answer begins with."""
         if self._tokenizer.chat_template:
             chat_encoder(self._tokenizer, self._options.chat_template_kwargs)
-        ids = encode_prompts(self._tokenizer, prompts, use_template=self._options.use_template)
-        return [Question(list(row), len(row)) for row in ids]
+        texts = [prompt.text for prompt in prompts]
+        ids = encode_prompts(self._tokenizer, texts, use_template=self._options.use_template)
+        begun = [
+            [*row, *(chat_encoder(self._tokenizer).texts([prompt.prefill], add_special_tokens=False)[0])]
+            if prompt.prefill
+            else list(row)
+            for row, prompt in zip(ids, prompts, strict=True)
+        ]
+        return [Question(row, len(row), prompt.prefill) for row, prompt in zip(begun, prompts, strict=True)]
 
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
         """Greedy answers.
@@ -153,8 +164,13 @@ class LocalAnswerer(Answerer):
                 f"generating {len(ids)} responses at a time ran out of memory; lower generation.batch_size"
             ) from error
         return [
-            split_thought(response.text, response.num_tokens, response.finished, opened=self._opens(row))
-            for response, row in zip(responses, ids, strict=True)
+            split_thought(
+                f"{question.prefill} {response.text}".strip() if question.prefill else response.text,
+                response.num_tokens,
+                response.finished,
+                opened=self._opens(question.asked),
+            )
+            for response, question in zip(responses, questions, strict=True)
         ]
 
     def _opens(self, ids: list[int]) -> bool:
@@ -175,9 +191,18 @@ class ServedAnswerer(Answerer):
         # Some for every worker, so that few wait for the slowest, and little is lost if the server goes away.
         self.batch = 4 * options.parallel
 
-    def questions(self, prompts: Sequence[str]) -> list[Question]:
-        """Each prompt as the one turn of a conversation."""
-        return [Question([{"role": "user", "content": prompt}], len(prompt)) for prompt in prompts]
+    def questions(self, prompts: Sequence[EvaluationPrompt]) -> list[Question]:
+        """Each prompt as the one turn of a conversation.
+
+        Raises:
+            InputError: an answer is to begin with given words, which servers do not all take.
+        """
+        if any(prompt.prefill for prompt in prompts):
+            raise InputError(
+                f"{self.facts['model']}: attacks.prefill begins answers, which servers do not all take; leave it out, "
+                "or name a folder"
+            )
+        return [Question([{"role": "user", "content": prompt.text}], len(prompt.text)) for prompt in prompts]
 
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
         """What the server answers, several at a time.

@@ -71,7 +71,7 @@ class Asker:
         They are made of what exactly it is asked, token by token: another tokenizer or chat template is another
         question.
         """
-        questions = answerer.questions([prompt.text for prompt in suite.prompts])
+        questions = answerer.questions(suite.prompts)
         settings: dict[str, object] = {**answerer.facts, "kind": suite.kind}
         settings |= {
             "max_new_tokens": self.options.max_new_tokens,

@@ -23,7 +23,7 @@ from bdpo_pl.evaluation.measures.rates import SuiteResult, compare, compare_p, m
 from bdpo_pl.evaluation.next_round import Failure, is_untouched, weakest
 from bdpo_pl.evaluation.results import ModelResult
 from bdpo_pl.evaluation.subjects import ServedSubject, Subject
-from bdpo_pl.evaluation.suites.suite import Suite
+from bdpo_pl.evaluation.suites.suite import EvaluationPrompt, Suite
 from bdpo_pl.evaluation.verdict_log import Judged
 from bdpo_pl.files import try_writing
 
@@ -150,7 +150,7 @@ class Runner:
             key=f"{answerer.facts} {replace(options, batch_size=1)}",
             respond=answerer.respond,
             judge=self.asker.judge,
-            fits=lambda prompt: not too_long(subject, [prompt], options),
+            fits=lambda prompt: not too_long(subject, [EvaluationPrompt(prompt, prompt)], options),
             local=load() if isinstance(subject, Subject) else None,
             use_template=options.use_template,
             folder=self.attack_folder,
@@ -216,7 +216,9 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def too_long(subject: Subject | ServedSubject, prompts: Sequence[str], options: GenerationOptions) -> list[int]:
+def too_long(
+    subject: Subject | ServedSubject, prompts: Sequence[EvaluationPrompt], options: GenerationOptions
+) -> list[int]:
     """Positions of the prompts that do not fit into the model's window beside an answer; none of a server."""
     window = subject.window
     if window is None or not prompts:
@@ -239,7 +241,7 @@ def fit_suites(
 
 
 def _fitting(suite: Suite, subjects: Sequence[Subject | ServedSubject], options: GenerationOptions) -> Suite:
-    texts = [prompt.text for prompt in suite.prompts]
+    texts = suite.prompts
     over = {i for subject in subjects for i in too_long(subject, texts, options)}
     if not over:
         return suite

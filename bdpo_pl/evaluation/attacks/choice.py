@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.attacks.attack import Attack
-from bdpo_pl.evaluation.attacks.framings import BUILT_IN, LONG, read_framings, wrap
+from bdpo_pl.evaluation.attacks.framings import BUILT_IN, LONG, begin_answers, read_framings, wrap
 from bdpo_pl.evaluation.attacks.gcg import GCGAttack, GCGOptions
 from bdpo_pl.evaluation.attacks.pair import PairAttack, RefinementOptions
 from bdpo_pl.evaluation.chat.endpoint import EndpointOptions
@@ -28,6 +28,8 @@ class AttackOptions:
         framings: names of jailbreak framings, as a list or `a,b`, or `all`; each makes a suite of its own.
         framings_file: JSONL or Parquet file with framings of your own: `name` and `template`, with `{request}` in it;
             all of them are used, beside those that `framings` names.
+        prefill: make answers begin with words that go along with the request, as if the model had said them; makes a
+            suite of its own. Not behind a server.
         gcg: search for adversarial suffixes by the model's own gradients; hours for a real model.
         refinement: have an attacker rewrite each prompt until it passes (PAIR); needs `attacker`.
         attacker: the endpoint of the attacking model.
@@ -44,6 +46,7 @@ class AttackOptions:
 
     framings: list[str] | str = field(default_factory=list)
     framings_file: str | None = None
+    prefill: bool = False
     gcg: GCGOptions | None = None
     refinement: RefinementOptions | None = None
     attacker: EndpointOptions | None = None
@@ -91,13 +94,15 @@ def choose_attacks(options: AttackOptions, suites: Sequence[Suite]) -> tuple[lis
         assert options.attacker is not None
         attacks.append(PairAttack(options.attacker, options.refinement))
     attacks += options.more
-    if not names and not attacks:
+    if not names and not attacks and not options.prefill:
         return [], Attacks([], None)
     called = [attack.name for attack in attacks]
     if twice := {name for name in called if called.count(name) > 1}:
         raise InputError(f"attacks: {', '.join(sorted(twice))} is named twice; give an attack of your own another name")
     harmful = _attacked(options.suite, suites)
     framed = [one for suite in harmful for one in wrap(suite, names, known)]
+    if options.prefill:
+        framed += map(begin_answers, harmful)
     return framed, Attacks(attacks, _some(harmful[0], options.max_prompts) if attacks else None)
 
 

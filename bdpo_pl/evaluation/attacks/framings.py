@@ -14,9 +14,11 @@ from dataclasses import dataclass, replace
 from bdpo_pl.data.sources import read_records
 from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.attacks.attack import attacked
+from bdpo_pl.evaluation.attacks.targets import default_target
 from bdpo_pl.evaluation.suites.suite import Suite
 
 SLOT = "{request}"
+PREFILL = "prefill"
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,18 @@ def read_framings(path: str) -> dict[str, Framing]:
     if not framings:
         raise InputError(f'{path}: no framings; give lines such as {{"name": "mine", "template": "Please: {SLOT}"}}')
     return framings
+
+
+def begin_answers(suite: Suite) -> Suite:
+    """`suite` with answers that are made to begin by going along (prefilling, arXiv:2404.02151).
+
+    Each begins with its prompt's target, or with the one that its request suggests.
+    """
+    prompts = [
+        replace(attacked(prompt, prompt.text, PREFILL), prefill=prompt.target or default_target(prompt.behaviour))
+        for prompt in suite.prompts
+    ]
+    return replace(suite, name=f"{suite.name}+{PREFILL}", prompts=prompts)
 
 
 def wrap(suite: Suite, names: Sequence[str], known: Mapping[str, Framing] = BUILT_IN) -> list[Suite]:

@@ -14,9 +14,10 @@ from typing import Literal
 
 import numpy as np
 
+from bdpo_pl.data.sources import read_records
 from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.judges.judge import Exchange, Judge
-from bdpo_pl.evaluation.suites.layouts import read_rows, rename
+from bdpo_pl.evaluation.suites.layouts import rename
 from bdpo_pl.statistics import wilson
 
 LABELLED_FILE = Path(__file__).parent / "labelled_answers.jsonl"
@@ -139,7 +140,7 @@ def read_labelled(
     rows: list[Labelled] = []
     question: Question | None = None
     left_out = Counter() if left_out is None else left_out
-    for raw in read_rows(str(source), "train", None, None):
+    for raw in read_records(str(source)):
         record = rename(raw, columns or {})
         if question is None:
             question = "refused" if "label" in record.fields else "unsafe"

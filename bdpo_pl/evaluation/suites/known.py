@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import get_args
 
 from bdpo_pl import embedded
+from bdpo_pl.data.sources import read_records
 from bdpo_pl.errors import InputError
-from bdpo_pl.evaluation.suites.layouts import LayoutName, UnusableRowError, choose_layout, read_rows, rename
+from bdpo_pl.evaluation.suites.layouts import LayoutName, UnusableRowError, choose_layout, rename
 from bdpo_pl.evaluation.suites.suite import EvaluationPrompt, Kind, Suite, spread
 
 _SPEC = re.compile(r"(?P<name>[^=:]+)(?::(?P<kind>[^=:]+))?(?:=(?P<source>.+))?", re.DOTALL)
@@ -28,7 +29,8 @@ class SuiteOptions:
 
     Args:
         name: of a known suite, or of one of your own: letters, digits, `_`, `.` and `-`.
-        file: CSV, JSONL or Parquet file, or hub dataset; None: where the known suite of that name is.
+        file: CSV, JSONL, JSON, Parquet or text file, gzipped or not, or hub dataset; None: where the known suite of
+            that name is.
         kind: `harmful` or `benign`; needed where neither the name nor the columns tell.
         layout: of the file; None: told by its columns.
         subset: configuration of a hub dataset that has several.
@@ -178,7 +180,7 @@ def _read(
     own = known if known is not None and source == known.source else None
     split = options.split or (own.split if own else "train")
     subset = options.subset or (own.subset if own else None)
-    records = read_rows(source, split, options.revision, subset)
+    records = read_records(source, split, options.revision, subset)
     try:
         first = next(records, None)
     except InputError as error:

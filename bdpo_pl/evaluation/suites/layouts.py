@@ -15,15 +15,11 @@ and what copies of the others on the hub mostly look like.
 
 from __future__ import annotations
 
-import csv
-import gzip
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, TextIO, get_args
+from typing import Literal, get_args
 
-from bdpo_pl.data.sources import Record, read_records
+from bdpo_pl.data.sources import Record
 from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.suites.suite import EvaluationPrompt, Kind
 
@@ -152,18 +148,6 @@ def choose_layout(first: Record, name: LayoutName | None = None) -> Layout:
     )
 
 
-def read_rows(source: str, split: str, revision: str | None, subset: str | None) -> Iterator[Record]:
-    """Rows of a CSV file, plain or compressed by gzip, or of anything that `bdpo_pl.data.sources.read_records` reads.
-
-    Raises:
-        InputError: nothing readable there.
-    """
-    path = Path(source).expanduser()
-    if path.name.lower().endswith((".csv", ".csv.gz")) and path.is_file():
-        return _csv(path)
-    return read_records(source, split, revision, subset)
-
-
 def rename(record: Record, columns: Mapping[str, str]) -> Record:
     """`record` with its columns renamed, `columns` being our name → theirs.
 
@@ -178,46 +162,3 @@ def rename(record: Record, columns: Mapping[str, str]) -> Record:
     kept = {name: value for name, value in record.fields.items() if name not in columns.values()}
     renamed = {ours: record.fields[theirs] for ours, theirs in columns.items()}
     return Record(record.source, record.number, kept | renamed)
-
-
-def _csv(path: Path) -> Iterator[Record]:
-    # utf-8-sig: spreadsheets begin a file with a byte order mark, which is no part of the first column's name.
-    with _opened(path) as file:
-        reader = csv.reader(file, strict=True)
-        line = 1
-        try:
-            header = [name.strip() for name in next(reader, [])]
-            if len(set(header)) < len(header):
-                raise InputError(f"{path}: two columns of the same name among {', '.join(header)}; rename one")
-            line = reader.line_num + 1
-            for row in reader:
-                if row and len(row) != len(header):
-                    raise InputError(
-                        f"{path}, line {line}: {len(row)} fields under {len(header)} columns; put a field that holds "
-                        "a comma or a line break in double quotes"
-                    )
-                if row:
-                    yield Record(str(path), line, dict(zip(header, row, strict=True)))
-                line = reader.line_num + 1  # a quoted field may run over several lines
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise InputError(f"{path}: not a whole gzip file ({error}); fetch it again") from None
-        except csv.Error as error:
-            raise InputError(f"{path}, line {line}: not CSV ({error}); mend the quotes, or save it again") from None
-        except UnicodeDecodeError:
-            raise InputError(f"{path}, line {_damaged_line(path)}: not UTF-8; save the file as CSV in UTF-8") from None
-
-
-def _opened(path: Path) -> TextIO:
-    if path.suffix.lower() == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-    return path.open(encoding="utf-8-sig", newline="")
-
-
-def _damaged_line(path: Path) -> int:
-    """The first line of a file that is not UTF-8: files are decoded in blocks, and the reader is told of none."""
-    content = gzip.decompress(path.read_bytes()) if path.suffix.lower() == ".gz" else path.read_bytes()
-    try:
-        content.decode()
-    except UnicodeDecodeError as error:
-        return content.count(b"\n", 0, error.start) + 1
-    return 1

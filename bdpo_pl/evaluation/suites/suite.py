@@ -22,6 +22,7 @@ class EvaluationPrompt:
         place: where it stands, for messages: file and line.
         target: the beginning of an answer that goes along with it, for attacks that need one; None: the file has none.
         attack: the name of the framing or attack that made `text` of `behaviour`; empty for a bare request.
+        prefill: what the answer is made to begin with, as if the model had said it; empty for most.
     """
 
     text: str
@@ -30,6 +31,7 @@ class EvaluationPrompt:
     place: str = ""
     target: str | None = None
     attack: str = ""
+    prefill: str = ""
 
 
 def spread(prompts: Sequence[EvaluationPrompt], most: int) -> Sequence[EvaluationPrompt]:
@@ -58,4 +60,5 @@ class Suite:
     @property
     def digest(self) -> str:
         """SHA-256 over the texts in order: equal digests, equal questions."""
-        return hashlib.sha256(json.dumps([prompt.text for prompt in self.prompts]).encode()).hexdigest()
+        asked = [[prompt.text, prompt.prefill] if prompt.prefill else prompt.text for prompt in self.prompts]
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()

@@ -227,7 +227,7 @@ class Server(Answerer):
         self.fails_after, self.asked = fails_after, []
 
     def questions(self, prompts):
-        return [Question([{"role": "user", "content": prompt}], len(prompt)) for prompt in prompts]
+        return [Question([{"role": "user", "content": prompt.text}], len(prompt.text)) for prompt in prompts]
 
     def answer(self, questions):
         answers = []

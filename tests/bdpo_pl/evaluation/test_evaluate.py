@@ -334,7 +334,7 @@ def test_model_without_a_chat_template_is_asked_plainly_and_says_so(base, tmp_pa
         (["--fail_if=good.over_refusal"], "is no limit; write SUITE.MEASURE > NUMBER"),
         (["--fail_if=goood.over_refusal > 0.1"], "there is no suite 'goood'; choose harm, good"),
         (["http://127.0.0.1:1/v1"], "does not say which of the server's models is meant"),
-        (["http://127.0.0.1:1/v1#m", "--attacks.gcg"], "attacks.gcg need weights"),
+        (["http://127.0.0.1:1/v1#m", "--attacks.gcg"], "attacks.gcg need a model"),
         (["--labels=nowhere.jsonl"], "nowhere.jsonl"),
         (["--attacks.framings=nosuch"], "nosuch"),
         (["--attacks.refinement"], "attacks.refinement needs a model that attacks"),
@@ -772,6 +772,23 @@ def test_framings_file_is_used_and_every_harmful_suite_is_framed(base, answers):
     assert list(rates(results()["models"][0])) == ["harm", "more", "good", "harm+mine", "more+mine"]
     main([base[0], suites, base[2], "--attacks.framings_file=framings.jsonl", "--attacks.framings=fiction"])
     assert list(rates(results()["models"][0]))[3:] == ["harm+fiction", "harm+mine", "more+fiction", "more+mine"]
+
+
+def test_answers_that_are_made_to_begin_by_going_along(base, answers, serve, capsys):
+    main([*base, "--attacks.prefill", "--export_answers=answers.jsonl"])
+    assert list(rates(results()["models"][0])) == ["harm", "good", "harm+prefill"]
+    begun = [prompt for prompt in answers.asked if "Sure, here is" in prompt]
+    assert len(begun) == 6
+    # After the head of the assistant's turn.
+    assert all("assistant" in prompt.partition("Sure, here is")[0] for prompt in begun)
+    rows = [json.loads(line) for line in Path("answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    made = [row for row in rows if row["attack"] == "prefill"]
+    assert len(made) == 6
+    assert all(row["response"].startswith("Sure, here is") for row in made)
+    server = serve(lambda n, body: "sure")
+    assert "attacks.prefill need a model that is loaded here" in fails(
+        [f"{server.url}#m", *base[1:], "--attacks.prefill"], capsys
+    )
 
 
 def test_prompts_that_do_not_fit_stop_at_the_start_or_are_left_out_and_counted(base, answers, capsys):
