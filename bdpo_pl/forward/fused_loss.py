@@ -30,6 +30,7 @@ from bdpo_pl.forward.last_layer import scored_positions_only
 from bdpo_pl.forward.masks import model_inputs
 from bdpo_pl.forward.reading import read
 from bdpo_pl.forward.responses import head_input, response_logps
+from bdpo_pl.models.architectures import logit_transform
 from bdpo_pl.parallel.tensor_parallel import VocabParallelHead, head_weight
 
 LMHead = Literal["auto", "fused", "logits"]
@@ -50,7 +51,7 @@ def fused_preference_loss(model: Any, batch: SequenceBatch, loss_of_pairs: LossO
         Scalar loss with gradients to the model's parameters; (2, B) log-probabilities without.
     """
     head = model.get_output_embeddings()
-    softcap, scale = _transform(model.config)
+    softcap, scale = logit_transform(model.config)
     num_pairs = batch.num_sequences // 2
     results: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -146,11 +147,3 @@ def choose_head(model: Any, probe: SequenceBatch, option: LMHead, name: str) -> 
         raise InputError(f"model.lm_head is fused, but {name} cannot be: {objection}; set it to auto")
     rank_zero_info(f"LM head and loss are not fused: {objection}")
     return False
-
-
-def _transform(config: Any) -> tuple[float | None, float]:
-    """Soft-cap and scale of the logits: Gemma's, Cohere's and Granite's names for them."""
-    text = config.get_text_config()
-    scale = getattr(text, "logit_scale", None) or 1.0
-    scale /= getattr(text, "logits_scaling", None) or 1.0
-    return getattr(text, "final_logit_softcapping", None), scale

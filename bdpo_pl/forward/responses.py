@@ -6,16 +6,28 @@ Shapes: S sequences; R rows of T positions; N scored tokens; D hidden size; V vo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from bdpo_kernels import linear_sequence_logprob, sequence_logprob
 from bdpo_pl.data.packing import SequenceBatch
+from bdpo_pl.forward.equivalence import compute_dtype, rounding_of_logps
 from bdpo_pl.forward.last_layer import scored_positions_only
 from bdpo_pl.forward.masks import model_inputs
-from bdpo_pl.parallel.tensor_parallel import VocabParallelHead
+from bdpo_pl.models.architectures import logit_transform
+from bdpo_pl.parallel.tensor_parallel import VocabParallelHead, head_weight
+
+# Tokens whose log-probabilities are compared with those of the model's own logits, when it is first read so. Another
+# soft-cap or scale is off by far more than rounding, in whatever order the products were summed.
+_COMPARED, _LENIENCE = 64, 4.0
+_plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""Whether a model's logits are those of its LM head, soft-cap and scale alone, for models that have been compared."""
 
 
 def response_logps(
@@ -26,6 +38,9 @@ def response_logps(
     whole: bool = False,
 ) -> Tensor:
     """log π(response | context) of each sequence, summed over its scored tokens.
+
+    Without gradients (scoring, validation, a live reference) logits are computed a chunk at a time, which is compared
+    once for each model with its own logits. Where they differ, and with gradients, the logits are the model's own.
 
     Args:
         model: a transformers causal language model (or a wrapper with its `get_output_embeddings`).
@@ -42,12 +57,17 @@ def response_logps(
             on_hidden(hidden)
         return hidden.flatten(0, 1).index_select(0, batch.score_index).unsqueeze(0)
 
-    narrow = nullcontext() if whole or on_hidden is not None else scored_positions_only(model, batch)
+    def narrow() -> AbstractContextManager[None]:
+        return nullcontext() if whole or on_hidden is not None else scored_positions_only(model, batch)
+
     head = model.get_output_embeddings()  # type: ignore[operator]
-    if isinstance(head, VocabParallelHead):
-        with narrow:
-            return _vocab_parallel_logps(model, head, batch, select)
-    with narrow, head_input(model, select) as head_calls:
+    split = isinstance(head, VocabParallelHead)
+    if split or (not whole and not torch.is_grad_enabled() and type(head) is nn.Linear and _plain.get(model, True)):
+        with narrow():
+            logps = _from_head(model, head, batch, select, checked=split or model in _plain)
+        if logps is not None:
+            return logps
+    with narrow(), head_input(model, select) as head_calls:
         logits = model(**model_inputs(model, batch)).logits
     calls = len(head_calls)
     N, V = batch.labels.shape[0], logits.shape[-1]
@@ -64,25 +84,64 @@ def response_logps(
     return sequence_logprob(logits, batch.labels, batch.sequence_ids, batch.num_sequences, check_labels=False)
 
 
-def _vocab_parallel_logps(
-    model: nn.Module, head: VocabParallelHead, batch: SequenceBatch, select: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """The same of a head that is split over ranks, none of which sees all logits."""
+def _from_head(
+    model: Any, head: Any, batch: SequenceBatch, select: Callable[[Tensor], Tensor], checked: bool
+) -> Tensor | None:
+    """The same without logits of all tokens in memory, a chunk at a time; None if that gives something else.
+
+    Args:
+        model: the model.
+        head: its LM head, whole or split over ranks, none of which sees all logits.
+        batch: as in `response_logps`.
+        select: gives the (1, N, D) hidden states of the scored positions.
+        checked: skip the comparison of the first tokens with the model's own logits, and its note in `_plain`.
+    """
+    softcap, scale = logit_transform(model.config)
+    n = min(_COMPARED, len(batch.labels))
     results: list[Tensor] = []
 
-    def compute(hidden: Tensor) -> Tensor:
-        results.append(
-            linear_sequence_logprob(
-                select(hidden).squeeze(0), head.local_weight(), batch.labels, batch.sequence_ids, batch.num_sequences,
-                shard=head.shard, check_labels=False,
-            )
+    def logps(packed: Tensor, labels: Tensor, sequences: Tensor, number: int) -> Tensor:
+        weight, shard = head_weight(head)
+        return linear_sequence_logprob(
+            packed, weight, labels, sequences, number, bias=head.bias, softcap=softcap, logit_scale=scale,
+            shard=shard, check_labels=False,
         )  # fmt: skip
-        return hidden[:, :0]
+
+    def compute(hidden: Tensor) -> Tensor:
+        packed = select(hidden).squeeze(0)
+        results.append(logps(packed, batch.labels, batch.sequence_ids, batch.num_sequences))
+        if checked:
+            return hidden[:, :0]
+        each = torch.arange(n, device=packed.device)
+        results.append(logps(packed[:n], batch.labels[:n], each, n))
+        return packed[:n].unsqueeze(0)
 
     with head_input(model, compute):
-        model(**model_inputs(model, batch))
-    (logps,) = results
-    return logps
+        logits = model(**model_inputs(model, batch)).logits
+    if not checked:
+        agrees = len(results) == 2 and _agrees(results[1], logits, batch.labels[:n], compute_dtype(model))
+        _plain[model] = _everywhere(model, agrees)
+        if not _plain[model]:
+            return None
+    return results[0]
+
+
+def _agrees(values: Tensor, logits: Tensor, labels: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `values` are the log-probabilities of `labels` by `logits`, up to rounding."""
+    if logits.shape[:-1] != (1, len(labels)):
+        return False
+    own = logits[0].float().log_softmax(dim=-1).gather(1, labels.unsqueeze(1)).squeeze(1)
+    bound = _LENIENCE * rounding_of_logps(own, torch.ones_like(own), dtype)
+    return bool(((values - own).abs() <= bound).all())
+
+
+def _everywhere(model: Any, agrees: bool) -> bool:
+    """Whether all ranks that share `model` agree: they must take one way, since they compute it together."""
+    if not isinstance(model, FSDPModule):
+        return agrees
+    share = torch.tensor(float(agrees), device=next(model.parameters()).device)
+    dist.all_reduce(share, op=dist.ReduceOp.MIN)
+    return bool(share)
 
 
 @contextmanager

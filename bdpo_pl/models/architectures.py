@@ -1,4 +1,4 @@
-"""What is known of an architecture: which class it is, where its language model is, and where its layers are."""
+"""What is known of an architecture: its class, where its language model and its layers are, its soft-cap and scale."""
 
 from __future__ import annotations
 
@@ -46,3 +46,11 @@ def decoder_layers(model: Any) -> nn.ModuleList | None:
     lists = [module for module in modules if isinstance(module, nn.ModuleList) and len(module) == number]
     # One alone: two of the same length could be anything.
     return lists[0] if len(lists) == 1 else None
+
+
+def logit_transform(config: Any) -> tuple[float | None, float]:
+    """Soft-cap and scale of the logits after the LM head: Gemma's, Cohere's and Granite's names for them."""
+    text = config.get_text_config()
+    scale = getattr(text, "logit_scale", None) or 1.0
+    scale /= getattr(text, "logits_scaling", None) or 1.0
+    return getattr(text, "final_logit_softcapping", None), scale

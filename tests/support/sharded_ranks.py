@@ -21,7 +21,14 @@ RUNS = {
     "ddp-lora": {"lora": LORA},
     "fsdp2-lora": {"lora": LORA},
 }
-OTHER_MODELS = {"tp-llama": "llama", "tp-mistral": "mistral", "tp-tied": "tied", "fsdp2-tied": "tied"}
+OTHER_MODELS = {
+    "ddp-vision": "vision",
+    "fsdp2-vision": "vision",
+    "tp-llama": "llama",
+    "tp-mistral": "mistral",
+    "tp-tied": "tied",
+    "fsdp2-tied": "tied",
+}
 
 
 def every_strategy(rank, folder):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from makers import build_model, rows_alone
+from makers import build_model, large, rows_alone
 from torch import nn
 
 from bdpo_pl.forward.responses import response_logps
@@ -89,3 +89,48 @@ class CallsHeadTwice(WithoutNamedHead):
 def test_model_that_uses_its_head_twice_is_refused():
     with pytest.raises(RuntimeError, match="just once"):
         response_logps(CallsHeadTwice(), rows_alone(SEQUENCES))
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "gemma2", "gpt2", "cohere", "granite"])
+def test_without_gradients_no_logits_of_the_batch_are_held(architecture):
+    extra = {"granite": {"logits_scaling": 8.0}, "cohere": {"logit_scale": 0.3}}.get(architecture, {})
+    model = large(build_model(architecture, **extra), 0.1).eval()
+    rows = []
+    handle = model.get_output_embeddings().register_forward_hook(lambda _m, _i, out: rows.append(out.shape[1]))
+    longer = [(context, response * 30) for context, response in SEQUENCES]
+    with torch.no_grad():
+        values = [response_logps(model, rows_alone(longer)) for _ in range(2)]
+    handle.remove()
+    # Some tokens are compared with the model's own logits, once.
+    assert rows == [64, 0]
+    for ours in values:
+        torch.testing.assert_close(ours.double(), naive(model, longer), rtol=1e-5, atol=2e-4)
+    hidden = []
+    with torch.no_grad():
+        torch.testing.assert_close(response_logps(model, rows_alone(longer), hidden.append), values[0])
+    assert hidden[0].shape[0] == 3
+
+
+def test_a_model_that_changes_its_logits_keeps_them():
+    model = large(build_model(), 0.1).eval()
+    forward = type(model).forward
+
+    class Shifted(type(model)):
+        def forward(self, **inputs):
+            output = forward(self, **inputs)
+            output.logits = output.logits * 1.5
+            return output
+
+    model.__class__ = Shifted
+    with torch.no_grad():
+        values = [response_logps(model, rows_alone(SEQUENCES)) for _ in range(2)]
+    for ours in values:
+        torch.testing.assert_close(ours.double(), naive(model, SEQUENCES), rtol=1e-5, atol=2e-4)
+
+
+def test_an_adapted_head_keeps_its_logits():
+    model = build_model().eval()
+    model.set_output_embeddings(nn.Sequential(model.get_output_embeddings()))
+    with torch.no_grad():
+        ours = response_logps(model, rows_alone(SEQUENCES))
+    torch.testing.assert_close(ours.double(), naive(model, SEQUENCES), rtol=1e-5, atol=1e-4)

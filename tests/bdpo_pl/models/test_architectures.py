@@ -15,7 +15,7 @@ from bdpo_pl.data.batches import pair_documents
 from bdpo_pl.data.packing import RowLayout, lay_out
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.data.tokenization import PreferencePair
-from bdpo_pl.forward import prefix_sharing
+from bdpo_pl.forward import prefix_sharing, responses
 from bdpo_pl.forward.fused_loss import fused_preference_loss, why_not_fused
 from bdpo_pl.forward.prefix_sharing import choose_layout
 from bdpo_pl.forward.responses import response_logps
@@ -60,6 +60,10 @@ def test_log_probabilities_are_those_of_plain_transformers_and_the_first_loss_is
     for each in layouts:
         ours = response_logps(model, lay_out(documents, each, 0)).view(2, -1)
         torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=2e-5)
+        with torch.no_grad():
+            ours = response_logps(model, lay_out(documents, each, 0)).view(2, -1)
+        torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=2e-5)
+    assert responses._plain[model]
     batch = lay_out(documents, layout, 0)
     assert why_not_fused(model, batch) is None
     with torch.no_grad():

@@ -3,6 +3,7 @@
 import pytest
 import sharded_ranks
 import torch
+from architectures import tiny
 from makers import build_model, build_tokenizer, preference_rows, write_jsonl
 from sharded_jobs import spawn, train
 
@@ -22,6 +23,7 @@ def runs(tmp_path_factory):
         "tied": build_model("qwen2", tie_word_embeddings=True),
         "gpt2": build_model("gpt2"),
         "odd": build_model("llama", num_key_value_heads=1),
+        "vision": tiny("Gemma 3 (vision)"),
     }
     for name, model in models.items():
         model.save_pretrained(folder / name)
