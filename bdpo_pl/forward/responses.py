@@ -137,9 +137,10 @@ def _agrees(values: Tensor, logits: Tensor, labels: Tensor, dtype: torch.dtype) 
 
 def _everywhere(model: Any, agrees: bool) -> bool:
     """Whether all ranks that share `model` agree: they must take one way, since they compute it together."""
+    device = next(model.parameters()).device
     if not isinstance(model, FSDPModule):
         return agrees
-    share = torch.tensor(float(agrees), device=next(model.parameters()).device)
+    share = torch.tensor(float(agrees), device=device)
     dist.all_reduce(share, op=dist.ReduceOp.MIN)
     return bool(share)
 

@@ -131,8 +131,30 @@ def load_model(source: ModelSource, dtype: torch.dtype, quantization: Any = None
             f"{source.name}: the checkpoint lacks {len(missing)} weights of {type(model).__name__} "
             f"(first: {', '.join(missing[:3])}); is it a causal language model's, and whole?"
         )
+    if gguf_file(source.name) is not None:
+        # Its weights are plain ones by now, and it is trained and saved as a model with such.
+        model.hf_quantizer = None
+        for attribute in ("is_quantized", "quantization_method"):
+            vars(model).pop(attribute, None)
+        vars(model.config).pop("quantization_config", None)
     model.config.use_cache = False
     return silence_modules(model)
+
+
+def processor_files(source: ModelSource) -> list[Path]:
+    """Find the files of `source` that say how images, video and sound become its input."""
+    from transformers.utils import cached_file
+
+    names = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+    folder = Path(source.name).expanduser()
+    if gguf_file(source.name) is not None:
+        return []
+    if folder.is_dir():
+        return [folder / name for name in names if (folder / name).is_file()]
+    # Fetched with the rest of the model, so nothing new is asked for where it had none.
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    found = [cached_file(source.name, name, revision=source.revision, **quiet) for name in names]
+    return [Path(file) for file in found if file is not None]
 
 
 def frozen(model: Any, device: torch.device) -> Any:
@@ -218,6 +240,8 @@ def model_fingerprint(source: ModelSource) -> str:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, ImportError) and "gguf" in str(error).lower():
+        return 'a GGUF file is read by the package gguf; pip install "bdpo-pl[gguf]"'
     if "trust_remote_code" in str(error):
         return (
             "it runs Python code that comes with it. Read that code first; to run it, with your permissions, set "

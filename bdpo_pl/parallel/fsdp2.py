@@ -133,6 +133,8 @@ def build_sharded(
     with torch.device("meta"):
         model = model_class(source, config, dtype)
     model.config.use_cache = False
+    files = WeightFiles.of(source)
+    files.take_names_of(model)
     freeze_unreached(model)
     if gradient_checkpointing:
         enable_activation_checkpointing(model)
@@ -150,7 +152,7 @@ def build_sharded(
             for module in model.modules():
                 if isinstance(module, FSDPModule):
                     module.set_force_sum_reduction_for_comms(True)
-    with WeightFiles.of(source) as files:
+    with files:
         _load(model, files, device)
     _compute_buffers(model, device)
     return model

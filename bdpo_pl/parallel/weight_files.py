@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -10,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bdpo_pl.errors import InputError
-from bdpo_pl.models.folder import check_folder, check_name, weight_map
+from bdpo_pl.models.folder import check_folder, check_name, gguf_file, weight_map
 from bdpo_pl.models.loading import ModelSource
 
 _SINGLE = "model.safetensors"
@@ -32,6 +33,9 @@ class WeightFiles:
         self.name = name
         self._open: dict[Path, Any] = {}
         self._files: dict[str, Path] = {}
+        self._stored: dict[str, str] = {}
+        self._joined: dict[str, tuple[Any, list[tuple[str, str]]]] = {}
+        self._last: tuple[str, Tensor] | None = None
         if (index := folder / _INDEX).is_file():
             for tensor, file in weight_map(index).items():
                 check_name(file, index)
@@ -52,6 +56,11 @@ class WeightFiles:
             InputError: as the class, or the hub cannot be reached.
         """
         check_folder(source.name)
+        if gguf_file(source.name) is not None:
+            raise InputError(
+                f"{source.name} is a GGUF file, of which no part can be read alone; train it with ddp or on one "
+                "device, or load it with transformers, save_pretrained, and name that folder"
+            )
         folder = Path(source.name).expanduser()
         if not folder.is_dir():
             from huggingface_hub import snapshot_download
@@ -65,24 +74,72 @@ class WeightFiles:
             folder = Path(fetched)
         return cls(folder, source.name)
 
+    def take_names_of(self, model: Any) -> None:
+        """Know each tensor by the name that `model` has for it, where transformers renames or joins them on loading.
+
+        Vision-language models are stored under older names, and mixtures of experts with each expert by itself.
+
+        Args:
+            model: may be on the meta device.
+        """
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import (
+            WeightConverter,
+            WeightRenaming,
+            dot_natural_key,
+            rename_source_key,
+        )
+
+        transforms = get_model_conversion_mapping(model)
+        renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+        converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        state = model.state_dict()
+        for stored in sorted(self._files, key=dot_natural_key):
+            if stored in state:
+                continue
+            name, pattern = rename_source_key(stored, renamings, converters, model.base_model_prefix, state)
+            if pattern is None:
+                self._stored.setdefault(name, stored)
+            else:
+                self._joined.setdefault(name, (by_pattern[pattern], []))[1].append((stored, pattern))
+
     def read(self, names: list[str], shape: tuple[int, ...], part: tuple[slice, ...]) -> Tensor:
-        """The `part` of the tensor that the files have under one of `names`.
+        """Read the `part` of the tensor that the files have under one of `names`.
 
         Raises:
             InputError: they have none, it has another shape, or its file is damaged.
         """
-        found = next((name for name in names if name in self._files), None)
-        if found is None:
+        if (joined := next((name for name in names if name in self._joined), None)) is not None:
+            tensor = self._join(joined)
+            self._check_shape(joined, tuple(tensor.shape), shape, self._joined[joined][1][0][0])
+            return tensor[part] if shape else tensor
+        candidates = [found for name in names for found in (name, self._stored.get(name)) if found in self._files]
+        if not candidates:
             raise InputError(
                 f"{self.name}: its files lack the weight {names[0]}; is the model whole, and saved by transformers?"
             )
+        found = candidates[0]
         stored = self._file(self._files[found]).get_slice(found)
-        if tuple(stored.get_shape()) != shape:
-            raise InputError(
-                f"{self.name}: the weight {found} has shape {tuple(stored.get_shape())} in {self._files[found].name}, "
-                f"and {shape} by the configuration"
-            )
+        self._check_shape(found, tuple(stored.get_shape()), shape, found)
         return stored[part] if shape else stored[...]
+
+    def _check_shape(self, name: str, found: tuple[int, ...], expected: tuple[int, ...], stored: str) -> None:
+        if found != expected:
+            raise InputError(
+                f"{self.name}: the weight {name} has shape {found} in {self._files[stored].name}, "
+                f"and {expected} by the configuration"
+            )
+
+    def _join(self, name: str) -> Tensor:
+        """Put together a tensor that is stored in several; the last one is kept, whose parts are read one by one."""
+        if self._last is None or self._last[0] != name:
+            original, parts = self._joined[name]
+            converter = copy.deepcopy(original)
+            for stored, pattern in parts:
+                converter.add_tensor(name, stored, pattern, self._file(self._files[stored]).get_tensor(stored))
+            self._last = name, converter.convert(name)[name]
+        return self._last[1]
 
     def __enter__(self) -> WeightFiles:
         return self
@@ -91,6 +148,7 @@ class WeightFiles:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._open.clear()
+        self._last = None
 
     def _file(self, path: Path) -> Any:
         if path not in self._open:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from torch import Tensor
 from bdpo_pl.files import write_whole_folder
 from bdpo_pl.models.adapters import export_adapter
 from bdpo_pl.models.checkpoint import checkpoint_model, plain_model
-from bdpo_pl.models.loading import load_model
+from bdpo_pl.models.loading import ModelSource, load_model, processor_files
 from bdpo_pl.training.module import PreferenceModule
 
 
-def export_policy(policy: Any, tokenizer: Any, folder: Path, card: str | None = None) -> Path:
+def export_policy(
+    policy: Any, tokenizer: Any, folder: Path, card: str | None = None, source: ModelSource | None = None
+) -> Path:
     """Write weights (safetensors), config, generation config, tokenizer and chat template to `folder`.
 
     `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` load it. The folder appears only when it
@@ -26,6 +29,7 @@ def export_policy(policy: Any, tokenizer: Any, folder: Path, card: str | None = 
         tokenizer: its tokenizer.
         folder: must not exist yet.
         card: text of its README.
+        source: whose processors of images, video and sound are exported with it, where it has any.
     """
 
     def write(partial: Path) -> None:
@@ -36,6 +40,9 @@ def export_policy(policy: Any, tokenizer: Any, folder: Path, card: str | None = 
         _forget_machine(partial / "tokenizer_config.json")
         if card is not None:
             (partial / "README.md").write_text(card, encoding="utf-8")
+        if source is not None:
+            for file in processor_files(source):
+                shutil.copy(file, partial / file.name)
 
     return write_whole_folder(folder, write)
 
@@ -63,7 +70,7 @@ def export_model(
         policy = checkpoint_model(best, module.source, module.dtype_used)
     elif state is not None:
         policy = plain_model(module.source, module.dtype_used, state, module.lora)
-    return export_policy(policy, tokenizer, _free(folder), card)
+    return export_policy(policy, tokenizer, _free(folder), card, module.source)
 
 
 def export_adapters(module: PreferenceModule, folder: Path, state: dict[str, Tensor], card: str | None = None) -> Path:

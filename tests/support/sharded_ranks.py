@@ -24,6 +24,7 @@ RUNS = {
 OTHER_MODELS = {
     "ddp-vision": "vision",
     "fsdp2-vision": "vision",
+    "fsdp2-experts": "experts",
     "tp-llama": "llama",
     "tp-mistral": "mistral",
     "tp-tied": "tied",

@@ -24,6 +24,7 @@ def runs(tmp_path_factory):
         "gpt2": build_model("gpt2"),
         "odd": build_model("llama", num_key_value_heads=1),
         "vision": tiny("Gemma 3 (vision)"),
+        "experts": tiny("Mixtral"),
     }
     for name, model in models.items():
         model.save_pretrained(folder / name)

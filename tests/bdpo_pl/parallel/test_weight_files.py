@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from makers import build_model
+from architectures import tiny
+from makers import build_model, large
 from safetensors.torch import load_file, save_file
 
 from bdpo_pl.errors import InputError
@@ -48,3 +49,21 @@ def test_an_index_cannot_name_files_outside_its_folder(tmp_path, outside):
     with pytest.raises(InputError, match="not the name of a file in the folder"):
         WeightFiles(folder, "m")
     assert load_file(tmp_path / "secret.safetensors")
+
+
+@pytest.mark.parametrize(
+    "name", ["Gemma 3 (vision)", "Mistral 3 (vision)", "Qwen3-VL", "Mixtral", "Qwen3-MoE", "gpt-oss"]
+)
+def test_weights_that_transformers_renames_or_joins_are_found(tmp_path, name):
+    model = large(tiny(name))
+    model.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        empty = tiny(name)
+    tied = set(model.all_tied_weights_keys)
+    with WeightFiles.of(ModelSource(str(tmp_path))) as files:
+        files.take_names_of(empty)
+        for key, value in model.state_dict().items():
+            if key not in tied:
+                part = (slice(0, 1), *(slice(0, size) for size in value.shape[1:]))
+                read = files.read([key], tuple(value.shape), part if value.shape else ())
+                assert torch.equal(read, value[part] if value.shape else value), key
