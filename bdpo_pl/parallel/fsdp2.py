@@ -192,6 +192,9 @@ def _reader(files: WeightFiles, names: list[str], shape: torch.Size) -> Callable
 
 def _compute_buffers(model: Any, device: torch.device) -> None:
     """Fill the buffers that no file stores (of rotary embeddings) by the model's own initialisation."""
+    # That of an embedding with a scale would draw new weights too.
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor._is_hf_initialized = True
     for module in model.modules():
         names = [n for n in module._non_persistent_buffers_set if module._buffers.get(n) is not None]
         for name in names:

@@ -21,16 +21,14 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from bdpo_kernels import VocabShard
 from bdpo_pl.errors import InputError
 
-ARCHITECTURES = ("llama", "mistral", "qwen2")
-_LAYER_PLAN: dict[str, Any] = {
-    "self_attn.q_proj": ColwiseParallel,
-    "self_attn.k_proj": ColwiseParallel,
-    "self_attn.v_proj": ColwiseParallel,
-    "self_attn.o_proj": RowwiseParallel,
-    "mlp.gate_proj": ColwiseParallel,
-    "mlp.up_proj": ColwiseParallel,
-    "mlp.down_proj": RowwiseParallel,
-}
+ARCHITECTURES = ("cohere", "granite", "llama", "ministral3", "mistral", "qwen2", "qwen3", "smollm3")
+"""Model types whose parts are tested to equal the whole, log-probabilities and gradients."""
+
+# transformers' own names for how a weight is split, of those that these architectures use. A norm of single heads is
+# whole on every rank, but sees that rank's heads alone, so its gradient is summed.
+_STYLES: dict[str, Any] = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
+_NORM_OF_HEADS = "replicated_with_grad_allreduce"
+_LAYERS = "layers.*."
 
 
 def check_tensor_parallel(config: Any, size: int, name: str) -> None:
@@ -49,8 +47,15 @@ def check_tensor_parallel(config: Any, size: int, name: str) -> None:
 
 def parallelize(model: Any, mesh: DeviceMesh) -> None:
     """Split `model` over the one-dimensional `mesh`, in place; its weights may be on the meta device."""
+    plan = {
+        name.removeprefix(_LAYERS): style
+        for name, style in model.config.base_model_tp_plan.items()
+        if name.startswith(_LAYERS)
+    }
     for layer in model.model.layers:
-        parallelize_module(layer, mesh, {name: style() for name, style in _LAYER_PLAN.items()})
+        parallelize_module(layer, mesh, {n: _STYLES[style]() for n, style in plan.items() if style != _NORM_OF_HEADS})
+        for name in (n for n, style in plan.items() if style == _NORM_OF_HEADS):
+            distribute_module(layer.get_submodule(name), mesh, input_fn=_of_this_rank, output_fn=_local)  # type: ignore[arg-type]
     tied = model.lm_head.weight is model.model.embed_tokens.weight
     embedding = VocabParallelEmbedding(model.model.embed_tokens, mesh)
     model.model.embed_tokens = embedding
@@ -160,6 +165,12 @@ def _local_tensor(weight: Tensor) -> Tensor:
 def _replicated(module: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> tuple[Any, ...]:
     hidden, *rest = inputs
     return (DTensor.from_local(hidden, mesh, [Replicate()], run_check=False), *rest)
+
+
+def _of_this_rank(module: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> tuple[Any, ...]:
+    """Inputs of which each rank has another part: whichever dimension is named, a norm of the last sees none of it."""
+    hidden, *rest = inputs
+    return (DTensor.from_local(hidden, mesh, [Shard(0)], run_check=False), *rest)
 
 
 def _local(module: nn.Module, output: DTensor, mesh: DeviceMesh) -> Tensor:

@@ -71,7 +71,7 @@ def interrupted_and_resumed(rank, folder):
 def what_does_not_fit_is_refused(rank, folder):
     for name, options, fault in (
         ("tp", {"lora": LORA}, "not with tensor parallelism"),
-        ("tp", {"model": "gpt2"}, "gpt2 model, and only llama"),
+        ("tp", {"model": "gpt2"}, "gpt2 model, and only cohere"),
         ("tp", {"model": "odd"}, "does not divide the 1 of num_key_value_heads"),
         ("fsdp2", {"lora": LORA, "reference_mode": "live"}, "set it to precomputed"),
     ):
