@@ -84,7 +84,7 @@ def encode_llama_guard(tokenizer: Any, conversation: list[Message]) -> list[int]
         raise InputError("judge.model: its tokenizer has no chat template, which is what asks a Llama Guard; give one")
     encoder = chat_encoder(tokenizer)
     # What an answer spells stays text: otherwise it could close its turn and speak to the guard in its own name.
-    protected, spelled = encoder.protect(Conversation(conversation))
+    protected, spelled = encoder.protect(Conversation([dict(message) for message in conversation]))
     reason = "it leaves out a turn"
     try:
         text = encoder.template.render(protected, generation=True)
