@@ -9,9 +9,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 FLOORS = [
-    "errors", "console", "files", "statistics", "comprehension", "losses", "data", "reporting", "refusals", "models",
-    "parallel", "forward", "embedded", "scoring", "diagnosis", "evaluation", "training", "cli", "fit", "diagnose",
-    "evaluate", "align", "__main__", "module",
+    "errors", "console", "files", "reviewing", "statistics", "comprehension", "losses", "data", "reporting",
+    "refusals", "models", "parallel", "forward", "embedded", "scoring", "diagnosis", "evaluation", "training",
+    "cli", "fit", "diagnose", "evaluate", "align", "review", "__main__", "module",
 ]  # fmt: skip
 
 

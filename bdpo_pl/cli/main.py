@@ -13,6 +13,7 @@ COMMANDS = {
     "fit": "align a model on preference pairs",
     "evaluate": "measure the safety of models, side by side",
     "align": "all three in a row, into one folder",
+    "review": "label answers, or write chosen ones, in a page of this machine",
 }
 
 

@@ -101,8 +101,11 @@ class Browser:
         os.close(self._out)
         os.close(self._in)
 
-    def visit(self, path, *, width=1000, height=900, dark=False, paper=False, screenshot=None):
-        """Open the file at `path`, wait until it has loaded, and look at it; optionally keep a picture of all of it."""
+    def visit(self, path, *, width=1000, height=900, dark=False, paper=False, screenshot=None, script=None):
+        """Open the file at `path`, or a link, wait until it has loaded, and look at it.
+
+        Optionally run a `script` of the visitor before, until what it promises has come, and keep a picture of all.
+        """
         target = self._call("Target.createTarget", url="about:blank")["targetId"]
         session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         try:
@@ -113,8 +116,12 @@ class Browser:
             scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
             self._call("Emulation.setEmulatedMedia", session, media="print" if paper else "screen", features=[scheme])
             self._events.clear()
-            self._call("Page.navigate", session, url=Path(path).resolve().as_uri())
+            url = path if str(path).startswith("http") else Path(path).resolve().as_uri()
+            self._call("Page.navigate", session, url=url)
             self._await("Page.loadEventFired")
+            if script is not None:
+                done = self._call("Runtime.evaluate", session, expression=script, awaitPromise=True)
+                assert "exceptionDetails" not in done, done["exceptionDetails"]
             looked = self._call("Runtime.evaluate", session, expression=LOOK)["result"]["value"]
             visit = Visit(**json.loads(looked))
             if screenshot is not None:

@@ -1,0 +1,58 @@
+"""A page to label answers or write chosen ones: `python -m bdpo_pl.review FILE`.
+
+FILE is JSONL of one of two kinds. Rows with `prompt` and `response` get a `label`, refusal or compliance, as
+`bdpo_pl.evaluate --labels` reads them. Rows with `prompt` and `rejected`, as `--refine` writes them, get a `chosen`.
+Every answer is saved at once, into the same file. The page is served to this machine alone, and to who has the link.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import webbrowser
+from pathlib import Path
+
+from bdpo_pl.cli.quick import refuse
+from bdpo_pl.errors import InputError
+
+_HELP = "usage: bdpo review FILE [--port N] [--open false]\n\n" + (__doc__ or "").split("\n\n", 1)[1]
+
+
+def main(args: list[str] | None = None) -> None:
+    """Serve the page until Ctrl-C."""
+    given = list(sys.argv[1:] if args is None else args)
+    if not given or "--help" in given or "-h" in given:
+        print(_HELP)
+        sys.exit(0)
+    files, options = [], {"--port": "0", "--open": "true"}
+    while given:
+        name, has_value, value = given.pop(0).partition("=")
+        if not name.startswith("--"):
+            files.append(name + has_value + value)
+        elif name not in options:
+            refuse(f"there is no option {name}; there are --port and --open")
+        else:
+            options[name] = value if has_value else (given.pop(0) if given else "")
+    if len(files) != 1 or not options["--port"].isdigit():
+        refuse("bdpo review takes one file, and --port a number")
+    from bdpo_pl.reviewing.rows import ReviewFile
+    from bdpo_pl.reviewing.server import make_server
+
+    try:
+        file = ReviewFile(Path(files[0]))
+        server, link = make_server(file, int(options["--port"]))
+    except InputError as error:
+        refuse(str(error))
+    print(f"{file.left} of {len(file.rows)} rows are left. Open {link}\nCtrl-C ends it; every answer is saved at once.")
+    if options["--open"] == "true":
+        threading.Thread(target=webbrowser.open, args=(link,), daemon=True).start()
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        print(f"\n{file.left} of {len(file.rows)} rows are left in {file.path}")
+    finally:
+        server.server_close()
+
+
+if __name__ == "__main__":
+    main()

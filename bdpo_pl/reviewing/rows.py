@@ -1,0 +1,89 @@
+"""Rows that wait for a person's word, saved after each."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any, Literal
+
+from bdpo_pl.errors import InputError
+from bdpo_pl.files import write_whole
+
+Kind = Literal["label", "chosen"]
+LABELS = ("refusal", "compliance")
+
+
+class ReviewFile:
+    """A JSONL file whose rows get a `label` or a `chosen`.
+
+    Args:
+        path: of the file.
+
+    Attributes:
+        kind: what the rows get.
+        rows: as in the file, with all their fields.
+
+    Raises:
+        InputError: the file cannot be read, or its rows are of neither kind.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self.rows = _read(path)
+        if all(isinstance(row.get("response"), str) for row in self.rows):
+            self.kind: Kind = "label"
+        elif all(isinstance(row.get("rejected"), str) for row in self.rows):
+            self.kind = "chosen"
+        else:
+            raise InputError(
+                f"{path}: every row needs prompt and response, to be labelled, or prompt and rejected, to get a chosen"
+            )
+
+    @property
+    def left(self) -> int:
+        """Rows that have no answer yet."""
+        return sum(not row.get(self.kind) for row in self.rows)
+
+    def answer(self, index: int, value: str | None) -> None:
+        """Set the answer of a row, None to take it back, and save the file, whole or not at all.
+
+        Raises:
+            InputError: there is no such row, or that is no answer.
+        """
+        if not 0 <= index < len(self.rows):
+            raise InputError(f"there is no row {index}")
+        if value is not None and (not value.strip() or (self.kind == "label" and value not in LABELS)):
+            raise InputError(f"that is no {self.kind}")
+        if self.kind == "chosen" and value == self.rows[index]["rejected"]:
+            raise InputError("the chosen response is the rejected one")
+        with self._lock:
+            before = self.rows[index].get(self.kind)
+            self.rows[index][self.kind] = value
+            try:
+                write_whole(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows))
+            except OSError as error:
+                self.rows[index][self.kind] = before
+                raise InputError(f"{self.path} cannot be written: {error.strerror}") from error
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise InputError(f"{path}, line {number}: not JSON ({error.msg})") from error
+                if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+                    raise InputError(f"{path}, line {number}: a row needs a text in prompt")
+                rows.append(row)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    if not rows:
+        raise InputError(f"{path}: no rows")
+    return rows

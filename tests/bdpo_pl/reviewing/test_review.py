@@ -1,0 +1,148 @@
+"""The page to label answers and to write chosen ones."""
+
+import json
+import threading
+from http.client import HTTPConnection
+from urllib.parse import urlsplit
+
+import pytest
+from browser import Browser
+from makers import write_jsonl
+
+from bdpo_pl import review
+from bdpo_pl.errors import InputError
+from bdpo_pl.reviewing.rows import ReviewFile
+from bdpo_pl.reviewing.server import make_server
+
+ANSWERS = [{"prompt": f"query {i} ?", "response": f"<b>answer {i}</b>", "own": i} for i in range(3)]
+FAILURES = [{"prompt": f"query {i} ?", "chosen": None, "rejected": f"bad {i}", "suite": "s"} for i in range(2)]
+
+# Waits until the page says something that holds a text; a visitor's eyes.
+EYES = """
+const until = (id, text) => new Promise((done, lost) => {
+  const look = n => document.getElementById(id).textContent.includes(text) ? done()
+    : n ? setTimeout(look, 20, n - 1) : lost(new Error(id + ': ' + document.getElementById(id).textContent));
+  look(500);
+});
+const press = (key, more = {}, on = document) =>
+  on.dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true, ...more}));
+"""
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def serve(tmp_path):
+    servers = []
+
+    def start(rows):
+        path = write_jsonl(tmp_path / "rows.jsonl", rows)
+        server, link = make_server(ReviewFile(path))
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return path, link
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def ask(link, method, path, token=None, body=None, **headers):
+    place = urlsplit(link)
+    connection = HTTPConnection(place.hostname, place.port, timeout=10)
+    headers = {"X-Token": place.query.removeprefix("token=") if token is None else token, **headers}
+    connection.request(method, path, None if body is None else json.dumps(body), headers)
+    answer = connection.getresponse()
+    return answer.status, answer.read().decode()
+
+
+def test_answers_are_saved_at_once_and_other_fields_stay(serve):
+    path, link = serve(ANSWERS)
+    assert ask(link, "POST", "/answer", body={"index": 1, "value": "refusal"}) == (200, '{"left": 2}')
+    assert lines(path) == [ANSWERS[0], {**ANSWERS[1], "label": "refusal"}, ANSWERS[2]]
+    assert ask(link, "POST", "/answer", body={"index": 1, "value": None})[0] == 200
+    assert lines(path)[1]["label"] is None
+
+
+@pytest.mark.parametrize(
+    "body", [{"index": 9, "value": "refusal"}, {"index": 0, "value": "perhaps"}, {"index": True, "value": "refusal"},
+             {"index": 0, "value": 3}, {"value": "refusal"}, [1], "refusal"]
+)  # fmt: skip
+def test_what_is_no_answer_changes_nothing(serve, body):
+    path, link = serve(ANSWERS)
+    before = path.read_bytes()
+    assert ask(link, "POST", "/answer", body=body)[0] == 400
+    assert path.read_bytes() == before
+
+
+def test_only_who_has_the_link_is_served(serve):
+    path, link = serve(ANSWERS)
+    assert link.startswith("http://127.0.0.1:")
+    for method, where in (("GET", "/"), ("GET", "/rows"), ("POST", "/answer")):
+        for wrong in ({"token": ""}, {"token": "guess"}, {"Host": "evil.example:80"}):
+            status, text = ask(link, method, where, body={"index": 0, "value": "refusal"}, **wrong)
+            assert status == 403
+            assert "query 0" not in text
+    assert ask(link, "GET", "/../../etc/passwd")[0] == 404
+    assert lines(path) == ANSWERS
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("", "no rows"), ("{", "line 1: not JSON"), ('{"prompt": 3}', "line 1: a row needs a text in prompt"),
+     ('{"prompt": "a"}', "every row needs prompt and response")],
+)  # fmt: skip
+def test_other_files_are_refused(tmp_path, text, said, capsys):
+    (tmp_path / "rows.jsonl").write_text(text)
+    with pytest.raises(SystemExit) as stopped:
+        review.main([str(tmp_path / "rows.jsonl")])
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        review.main([str(tmp_path / "nowhere.jsonl")])
+
+
+def test_rejected_is_no_chosen(tmp_path):
+    file = ReviewFile(write_jsonl(tmp_path / "rows.jsonl", FAILURES))
+    with pytest.raises(InputError, match="is the rejected one"):
+        file.answer(0, "bad 0")
+
+
+def test_a_visitor_labels_by_keyboard(serve, tmp_path):
+    path, link = serve(ANSWERS)
+    script = f"""(async () => {{ {EYES}
+      await until('prompt', 'query 0');
+      press('r'); await until('prompt', 'query 1');
+      press('c'); await until('prompt', 'query 2');
+      press('ArrowLeft'); press('u'); await until('said', 'taken back');
+      press('r'); await until('place', '1 left');
+    }})()"""
+    with Browser(tmp_path / "profile") as browser:
+        visit = browser.visit(link, script=script)
+        assert [row.get("label") for row in lines(path)] == ["refusal", "refusal", None]
+        assert visit.title == "Review of rows.jsonl"
+        # Text of the data is text.
+        assert "<b>answer 2</b>" in visit.text
+        phone = browser.visit(link, width=420, dark=True)
+    for seen in (visit, phone):
+        assert (seen.complaints, seen.overflow, seen.nameless) == ([], 0, 0)
+        assert all(request.startswith(link.partition("?")[0]) for request in seen.requests)
+
+
+def test_a_visitor_writes_chosen_answers(serve, tmp_path):
+    path, link = serve(FAILURES)
+    script = f"""(async () => {{ {EYES}
+      await until('prompt', 'query 0');
+      const write = document.getElementById('write');
+      press('e'); write.value = 'good\\n0';
+      press('Enter', {{ctrlKey: true}}, write); await until('prompt', 'query 1');
+      write.value = 'bad 1'; document.getElementById('save').click(); await until('said', 'not saved');
+      write.value = 'good 1'; press('Enter', {{ctrlKey: true}}, write); await until('said', 'Every row has an answer');
+    }})()"""
+    with Browser(tmp_path / "profile") as browser:
+        browser.visit(link, script=script)
+    assert [row["chosen"] for row in lines(path)] == ["good\n0", "good 1"]
+    assert [row["suite"] for row in lines(path)] == ["s", "s"]
