@@ -12,6 +12,7 @@ from torch import nn
 
 from bdpo_pl.data.chat_template import Conversation, Message, chat_encoder
 from bdpo_pl.errors import InputError
+from bdpo_pl.forward.equivalence import evaluating
 from bdpo_pl.forward.masks import set_attention
 from bdpo_pl.models.loading import num_positions
 
@@ -147,18 +148,15 @@ def _end_of_turn(tokenizer: Any) -> int | None:
 @contextmanager
 def _generating(model: Any) -> Iterator[None]:
     """`model` in evaluation mode, its layers as written and not compiled, its attention one that has a cache."""
-    was_training = model.training
     attention = model.config._attn_implementation
-    model.eval()
     try:
         # Block masks and compiled layers are made for the shapes of training; here the shapes change with every token.
         if attention == "flex_attention":
             set_attention(model, "sdpa")
-        with torch.compiler.set_stance("force_eager"):
+        with evaluating(model), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         set_attention(model, attention)
-        model.train(was_training)
 
 
 def _check_fits(model: Any, prompts: Sequence[list[int]], max_new_tokens: int) -> None:

@@ -127,23 +127,41 @@ def _objection(
     pad_id: int,
     context: Callable[[], AbstractContextManager[Any]],
     reference: str | None = None,
+    backward: bool = True,
 ) -> str | None:
-    """Why `layout` will not do for `model`, or None; `reference`: the attention to compare with, if another."""
+    """Say why `layout` will not do for `model`, or None.
+
+    A frozen model that has no room for a backward pass over the longest pair is read backwards over the shortest alone.
+
+    Args:
+        model: on the device it will run on.
+        documents: pairs to try it on, the shortest last.
+        layout: to be tried.
+        pad_id: fills the padding.
+        context: entered around each forward pass.
+        reference: the attention to compare with, if another.
+        backward: compare gradients too.
+    """
     if known := why_not_shared(model):
         return known
     try:
         with evaluating(model), context():
             dtype = compute_dtype(model)
-            shared = _reading(model, documents, layout, pad_id)
+            shared = _reading(model, documents, layout, pad_id, backward=backward)
             with torch.no_grad():
                 before, after = (
                     response_logps(model, _batch(model, some, layout, pad_id), whole=True)
                     for some in (documents, _with_another_response(documents, model))
                 )
             with _attention(model, reference):
-                alone = _reading(model, documents, RowLayout.SPLIT, pad_id, whole=True)
+                alone = _reading(model, documents, RowLayout.SPLIT, pad_id, whole=True, backward=backward)
     except torch.OutOfMemoryError:
-        raise
+        if not backward or len(documents) == 1 or any(p.requires_grad for p in model.parameters()):
+            raise
+        shortest = [Document(documents[-1].context, list(enumerate(ids for _, ids in documents[-1].responses)))]
+        return _objection(model, documents, layout, pad_id, context, reference, backward=False) or _objection(
+            model, shortest, layout, pad_id, context, reference
+        )
     except Exception as error:
         reason = str(error).strip().splitlines()[:1]
         return f"{type(model).__name__} fails on such rows ({type(error).__name__}: {''.join(reason)})"
@@ -159,16 +177,25 @@ def _objection(
             f"log-probabilities differ from those of responses alone by {difference.max():.2g} nats, more than "
             f"rounding explains ({bounds[int(difference.argmax())]:.2g})"
         )
-    share = gradient_error(shared.parts, alone.parts)
+    share = gradient_error(shared.parts, alone.parts) if backward else 0.0
     if not share <= rounding_of_gradients(dtype):
         return f"gradients differ from those of responses alone by {share:.2g} of their size"
     return None
 
 
 def _reading(
-    model: Any, documents: Sequence[Document], layout: RowLayout, pad_id: int, *, whole: bool = False
+    model: Any,
+    documents: Sequence[Document],
+    layout: RowLayout,
+    pad_id: int,
+    *,
+    whole: bool = False,
+    backward: bool = True,
 ) -> Reading:
     batch = _batch(model, documents, layout, pad_id)
+    if not backward:
+        with torch.no_grad():
+            return Reading(response_logps(model, batch, whole=whole), [])
 
     def run() -> tuple[Tensor, Tensor]:
         logps = response_logps(model, batch, whole=whole)

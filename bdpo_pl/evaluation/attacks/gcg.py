@@ -32,6 +32,7 @@ from bdpo_pl.evaluation.attacks.suffixes import SuffixPrompt, allowed_tokens, dr
 from bdpo_pl.evaluation.attacks.target_loss import TargetLoss
 from bdpo_pl.evaluation.attacks.targets import default_target
 from bdpo_pl.evaluation.suites.suite import EvaluationPrompt
+from bdpo_pl.forward.equivalence import evaluating
 
 NAME = "gcg"
 
@@ -176,16 +177,12 @@ def results(
     weights = None if folder is None else _weights_digest(model)
     # All of them first: a prompt that cannot be attacked is found out before hours of work.
     searches = [_Search.of(prompt, model, tokenizer, options, use_template) for prompt in prompts]
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for done, search in enumerate(searches, start=1):
             file = None if folder is None else StateFile(folder, NAME, _facts(search, options, weights))
             yield _run(search, options, allowed, file)
             if on_progress is not None:
                 on_progress(done, len(searches))
-    finally:
-        model.train(was_training)
 
 
 @dataclass(frozen=True)

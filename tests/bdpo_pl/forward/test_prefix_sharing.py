@@ -17,6 +17,7 @@ from bdpo_pl.forward import masks as attention
 from bdpo_pl.forward import prefix_sharing as row_layout
 from bdpo_pl.forward.masks import model_inputs, set_attention
 from bdpo_pl.forward.prefix_sharing import choose_layout
+from bdpo_pl.forward.reading import read
 from bdpo_pl.forward.responses import response_logps
 from bdpo_pl.scoring.scoring_pass import score_pairs
 
@@ -230,6 +231,23 @@ def test_the_trial_leaves_no_gradient_behind():
     assert all(parameter.grad is None for parameter in model.parameters())
     # And a frozen model is tried as well.
     assert choose_layout(model.requires_grad_(False), table(), "always") is RowLayout.SHARED
+
+
+def test_a_frozen_model_without_room_for_a_backward_pass_is_tried_on_the_shortest_pair(monkeypatch):
+    tried = []
+
+    def no_room(model, batch, documents, run):
+        tried.append(len(documents))
+        if len(documents) > 1:
+            raise torch.OutOfMemoryError
+        return read(model, batch, documents, run)
+
+    monkeypatch.setattr(row_layout, "read", no_room)
+    model = model_named("qwen2")
+    with pytest.raises(torch.OutOfMemoryError):
+        choose_layout(model, table())
+    assert choose_layout(model.requires_grad_(False), table(), "always") is RowLayout.SHARED
+    assert tried == [2, 2, 1, 1]
 
 
 def test_padding_gets_no_gradient():
