@@ -168,7 +168,16 @@ class ControlTokens:
             # verbose=False: lengths are checked against the window later; the tokenizer's own warning would confuse.
             return list(self.tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
         self._backend.encode_special_tokens = False
-        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+        try:
+            encodings = self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+        except (TypeError, UnicodeEncodeError):
+            broken = next((text for text in texts if not _is_unicode(text)), None)
+            if broken is None:
+                raise
+            shown = broken.encode("ascii", "backslashreplace").decode()
+            raise InputError(
+                f"a text holds half of a surrogate pair, which cannot be tokenised: {shown:.60}; mend or remove it"
+            ) from None
         return [encoding.ids for encoding in encodings]
 
     @cached_property
@@ -197,6 +206,14 @@ class ControlTokens:
             f"the tokenizer {self.tokenizer.name_or_path!r} ({type(self.tokenizer).__name__}) cannot {what}; give one "
             "with a tokenizer.json (data.tokenizer), or leave such rows out"
         )
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _private(token: int) -> str:

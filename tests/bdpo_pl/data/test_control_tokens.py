@@ -105,6 +105,11 @@ def test_turn_markers_that_are_not_special_are_control_tokens():
     assert (answered.count(user), answered.count(call), answered.count(think)) == (0, 1, 1)
 
 
+def test_half_of_a_surrogate_pair_is_named(tokenizer):
+    with pytest.raises(InputError, match=r"half of a surrogate pair"):
+        encode_prompts(tokenizer, ["hi", "\ud800 hi"])
+
+
 def test_slow_tokenizer_refuses_what_it_cannot_keep_as_text():
     class Slow:
         name_or_path, is_fast = "slow", False
