@@ -58,6 +58,12 @@ def _text(record: Record, column: str) -> str:
     value = record.fields.get(column)
     if value is not None and not isinstance(value, str):
         raise InputError(f"{record.place}: column {column!r} must be a text, not {type(value).__name__}; mend the row")
+    try:
+        (value or "").encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{record.place}: column {column!r} holds half of a surrogate pair, which is no text; mend the row"
+        ) from None
     return (value or "").strip()
 
 

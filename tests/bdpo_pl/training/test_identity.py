@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
     write_jsonl(folder / "swapped.jsonl", swapped)
     write_jsonl(folder / "reversed.jsonl", ROWS[::-1])
     build_tokenizer(vocab_size=300).save_pretrained(folder / "tokenizer")
-    (folder / "other.jinja").write_text(CHATML.replace("assistant", "model"))
+    (folder / "other.jinja").write_text(CHATML.replace("\n", " : "))
     large(build_model()).save_pretrained(folder / "reference")
     build_tokenizer().save_pretrained(folder / "reference")
     return folder

@@ -171,6 +171,13 @@ def test_an_even_share_of_a_file(tmp_path):
         load_suite(f"mine:benign={path}", max_prompts=0)
 
 
+def test_half_a_surrogate_pair_is_named(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"prompt": "fine"}\n{"prompt": "\\ud800 hi"}\n')
+    with pytest.raises(InputError, match=r"line 2: column 'prompt' holds half of a surrogate pair"):
+        load_suite(f"mine:harmful={path}")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
