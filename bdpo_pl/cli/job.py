@@ -163,7 +163,17 @@ def parse_options(cli_class: type[FitCLI], args: list[str] | None, description: 
     given = sys.argv[1:] if args is None else args
     # The embedded run has settings of its own, which must not leak into the runs of others.
     is_embedded = _NAMES_A_JOB.isdisjoint(argument.split("=")[0] for argument in given)
-    return cli_class(args=args, **_settings(description, is_embedded))
+    try:
+        return cli_class(args=args, **_settings(description, is_embedded))
+    except ValueError as error:
+        if isinstance(error, InputError) or isinstance(error.__cause__, InputError):
+            raise
+        # Where a group of options may be left out, the parser says what it tried, and the reason in the middle.
+        reasons = [line.strip(" -") for line in str(error).splitlines() if line.startswith("  - ")]
+        given = [line for line in str(error).splitlines() if line.startswith("Given value: ")]
+        raise InputError(
+            "; ".join([f"these options do not fit: {(reasons or [first_line(error)])[0]}", *given])
+        ) from error
 
 
 def make_parser(cli_class: type[FitCLI], embedded_run: bool = False) -> OptionParser:
