@@ -1,9 +1,10 @@
 """Measure the safety of models, side by side: `python -m bdpo_pl.evaluate [MODEL ...] [any option]`.
 
-MODEL is a Hugging Face folder or hub name, a checkpoint of a run, or `embedded`, each with a label of your own if you
-like (`before=MODEL`). The first is the baseline. With no argument: the embedded model, and what the newest run under
-`runs` made of it. Writes `report.html` and `evaluation.json`, and keeps verdicts, so that the same command goes on
-where it was cut off. What models answer is written only where `keep_answers`, `show_texts` or `refine` asks for it.
+MODEL is a Hugging Face folder or hub name, a checkpoint of a run, or `embedded`. Give it a label of your own with
+`before=MODEL`. The first model is the baseline. With no argument, the embedded model is compared with what the newest
+run under `runs` made of it. The command writes `report.html` and `evaluation.json`, and keeps all verdicts, so that the
+same command resumes where it was interrupted. The models' answers are written only if `keep_answers`, `show_texts`,
+`export_answers`, `refine` or `attacks.folder` requests them.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from bdpo_pl.cli.quick import answer_early
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the job. Faults of the input are printed with no traceback and exit with status 2."""
+    """Run the job. Input errors are printed without a traceback, and the exit status is 2."""
     given = answer_early("evaluate", args)
-    # What follows imports torch, which takes seconds that a typo need not wait for.
+    # Imported late: torch takes seconds to import, and a typo should be reported at once.
     from bdpo_pl.cli.command import run_command
     from bdpo_pl.cli.evaluating import run
 

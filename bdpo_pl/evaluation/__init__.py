@@ -1,5 +1,5 @@
-"""Safety of models by what they answer: suites of prompts, attacks, judges, and the rates that come of them.
+"""Safety evaluation of models by their answers: suites of prompts, attacks, judges, and the resulting rates.
 
-`suite` and `suites` say what is asked, `attacks` how it is wrapped, `judges` what an answer is taken for, `measures`
-what is counted. `bdpo_pl.evaluate` puts them together on the command line, `bdpo_pl.safety_evaluation` in training.
+`suites` defines the prompts, `attacks` modifies them, `judges` classifies the answers, and `measures` computes the
+rates. `bdpo_pl.evaluate` combines them on the command line, `bdpo_pl.safety_evaluation` during training.
 """

@@ -1,4 +1,4 @@
-"""Who answers: a model loaded here, or one behind a server. Both are asked the same way, and their thoughts cut off."""
+"""Models that answer prompts, loaded here or behind a server. Thoughts are removed from their answers."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ _LAST_TOKENS = 8
 
 @dataclass
 class GenerationOptions:
-    """How responses are generated: greedily, so that the same command gives the same ones.
+    """Generation of responses. It is greedy, so that the same command gives the same responses.
 
     Args:
-        max_new_tokens: tokens in a response at most. A refusal shows early; a judge of harm wants 256 or more.
-        max_thought_tokens: further tokens for models that think before they answer. Thoughts are cut off before an
-            answer is judged, and an answer whose thought does not end within the limit is counted as such.
-        batch_size: prompts answered at a time; lower it if memory runs out.
+        max_new_tokens: maximum number of tokens in a response. A refusal shows early; a judge of harm needs 256 or
+            more.
+        max_thought_tokens: additional tokens for models that think before they answer. Thoughts are removed before an
+            answer is judged. An answer whose thought does not end within the limit is counted as an unfinished thought.
+        batch_size: number of prompts answered at a time; lower it if memory runs out.
         use_template: put each prompt into the model's chat template, if it has one.
-        chat_template_kwargs: variables of the chat template, as in `{enable_thinking: false}`.
-        too_long: what becomes of prompts that do not fit into a model: `stop` before anything is asked, or `leave_out`
-            for all models, which is counted.
+        chat_template_kwargs: variables of the chat template, such as `{enable_thinking: false}`.
+        too_long: treatment of prompts that do not fit into a model's window: `stop` before any model is queried, or
+            `leave_out` the prompt for all models and count it.
 
     Raises:
         InputError: a number out of range.
@@ -52,18 +53,18 @@ class GenerationOptions:
 
     @property
     def room(self) -> int:
-        """Tokens that a model may generate, thoughts included."""
+        """Maximum number of tokens that a model may generate, thoughts included."""
         return self.max_new_tokens + self.max_thought_tokens
 
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt as a model gets it.
+    """A prompt in the form that a model gets.
 
     Attributes:
-        asked: token ids, or the messages that a server is sent: what the answer depends on.
-        length: by which questions are put together, longest first.
-        prefill: what the answer begins with, which the model did not say itself.
+        asked: token ids, or the messages that are sent to a server; the answer depends on nothing else.
+        length: length by which questions are grouped into batches, longest first.
+        prefill: prescribed beginning of the answer, which the model did not generate.
     """
 
     asked: Any
@@ -75,8 +76,8 @@ class Answerer(ABC):
     """A model that answers prompts, each in a conversation of its own.
 
     Attributes:
-        facts: what identifies the model.
-        batch: prompts that it is given at a time.
+        facts: facts that identify the model.
+        batch: number of prompts passed to the model at a time.
     """
 
     facts: Mapping[str, str]
@@ -84,28 +85,28 @@ class Answerer(ABC):
 
     @abstractmethod
     def questions(self, prompts: Sequence[EvaluationPrompt]) -> list[Question]:
-        """What the model is asked, in order."""
+        """Convert `prompts` to the form that the model gets, in order."""
 
     @abstractmethod
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
-        """The answers, in order.
+        """Answer `questions`, in order.
 
         Raises:
-            PartlyAnsweredError: it failed, with the answers that came before.
-            InputError: it failed.
+            PartlyAnsweredError: the model failed after some answers, which the error holds.
+            InputError: the model failed.
         """
 
     def respond(self, prompts: Sequence[str]) -> list[str]:
-        """The answers to `prompts`, without thoughts."""
+        """Return the answers to `prompts`, without thoughts."""
         asked = [EvaluationPrompt(prompt, prompt) for prompt in prompts]
         return [answer.text for answer in self.answer(self.questions(asked))] if asked else []
 
 
 class PartlyAnsweredError(InputError):
-    """A failure after some answers.
+    """A failure after some questions were answered.
 
     Attributes:
-        answers: None where there is none.
+        answers: answers in the order of the questions; None for a question without one.
     """
 
     def __init__(self, message: str, answers: Sequence[Answer | None]) -> None:
@@ -117,10 +118,10 @@ class LocalAnswerer(Answerer):
     """A model in this process.
 
     Args:
-        facts: what identifies it.
-        tokenizer: the model's.
-        load: gives model and tokenizer; called when the first answer is generated.
-        options: of the generation.
+        facts: facts that identify the model.
+        tokenizer: the model's tokenizer.
+        load: function that returns (model, tokenizer); it is called when the first answer is generated.
+        options: options of the generation.
     """
 
     def __init__(
@@ -134,7 +135,7 @@ class LocalAnswerer(Answerer):
         self.batch = options.batch_size
 
     def questions(self, prompts: Sequence[EvaluationPrompt]) -> list[Question]:
-        """Token ids of each prompt, in the chat template if there is one, and of what its answer begins with."""
+        """Tokenise each prompt, in the chat template if there is one, and the prescribed beginning of its answer."""
         if self._tokenizer.chat_template:
             chat_encoder(self._tokenizer, self._options.chat_template_kwargs)
         texts = [prompt.text for prompt in prompts]
@@ -148,10 +149,10 @@ class LocalAnswerer(Answerer):
         return [Question(row, len(row), prompt.prefill) for row, prompt in zip(begun, prompts, strict=True)]
 
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
-        """Greedy answers.
+        """Generate answers greedily.
 
         Raises:
-            InputError: memory runs out, or a question does not fit.
+            InputError: memory runs out, or a question does not fit into the model's window.
         """
         model, tokenizer = self._load()
         ids = [question.asked for question in questions]
@@ -181,21 +182,22 @@ class ServedAnswerer(Answerer):
     """A model behind an OpenAI-compatible server.
 
     Args:
-        options: which, and how to speak to it.
-        generation: of the generation; the server puts prompts into its own chat template.
+        options: address of the server, and how to send requests to it.
+        generation: options of the generation; the server applies its own chat template to prompts.
     """
 
     def __init__(self, options: EndpointOptions, generation: GenerationOptions) -> None:
         self._endpoint = Endpoint(options)
         self.facts = {"model": f"{options.model} at {self._endpoint.url}", "temperature": str(options.temperature)}
-        # Some for every worker, so that few wait for the slowest, and little is lost if the server goes away.
+        # Several prompts for every worker, so that few wait for the slowest one, and few answers are lost if the server
+        # fails.
         self.batch = 4 * options.parallel
 
     def questions(self, prompts: Sequence[EvaluationPrompt]) -> list[Question]:
-        """Each prompt as the one turn of a conversation.
+        """Make each prompt the only turn of a conversation.
 
         Raises:
-            InputError: an answer is to begin with given words, which servers do not all take.
+            InputError: a prompt prescribes the beginning of its answer, which not every server supports.
         """
         if any(prompt.prefill for prompt in prompts):
             raise InputError(
@@ -205,10 +207,10 @@ class ServedAnswerer(Answerer):
         return [Question([{"role": "user", "content": prompt.text}], len(prompt.text)) for prompt in prompts]
 
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
-        """What the server answers, several at a time.
+        """Request the answers from the server, several at a time.
 
         Raises:
-            PartlyAnsweredError: one could not be had, after retries.
+            PartlyAnsweredError: an answer could not be obtained, after retries.
         """
         try:
             replies: Sequence[str | None] = self._endpoint.reply([question.asked for question in questions])
@@ -218,18 +220,18 @@ class ServedAnswerer(Answerer):
 
 
 def _served(reply: str | None) -> Answer | None:
-    # A server tells neither lengths nor which answers were cut.
+    # A server reports neither the length of a reply nor whether it was cut off.
     return None if reply is None else split_thought(reply.strip(), 0, True, opened=False)
 
 
 def split_thought(text: str, num_tokens: int, finished: bool, *, opened: bool) -> Answer:
-    """The answer in a model's text, its thought kept apart.
+    """Separate the answer in a model's text from its thought.
 
     Args:
-        text: all that the model generated.
-        num_tokens: of it.
-        finished: it ended by itself.
-        opened: the prompt ends within a thought, so that the text begins with one.
+        text: everything that the model generated.
+        num_tokens: number of tokens in `text`.
+        finished: whether the model ended the text by itself.
+        opened: whether the prompt ends within a thought, so that the text begins inside one.
     """
     closings = list(_CLOSED.finditer(text))
     begins = opened or _OPENED.match(text) is not None

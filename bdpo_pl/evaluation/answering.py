@@ -1,4 +1,4 @@
-"""Has a model answer a suite and a judge tell what the answers are, going on from what is on record."""
+"""Answering and judging of suites, resumed from the answers and verdicts on record."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from bdpo_pl.refusals import is_refusal
 
 @dataclass
 class Asker:
-    """Asks one judge about the answers of models, and writes down what it says.
+    """Judging of models' answers by one judge, with a record of its verdicts.
 
     Attributes:
-        judge: tells what answers are.
-        records: what is known already, and where the rest goes.
-        options: of the generation.
-        needs_texts: answers must be at hand after the judging, so those that are judged but not kept are given anew.
-        on_progress: told the number of prompts done since the last time.
+        judge: judge that classifies the answers.
+        records: file of known answers and verdicts, to which new ones are added.
+        options: options of the generation.
+        needs_texts: whether all answers must be available after the judging; those that were judged but not kept are
+            generated again.
+        on_progress: function called with the number of prompts finished since the last call.
     """
 
     judge: Judge
@@ -36,14 +37,14 @@ class Asker:
         self.judge_key = key_of({"judge": self.judge.name, **self.judge.facts()})
 
     def ask(self, suite: Suite, answerer: Answerer) -> list[Judged]:
-        """A verdict on the answer to each prompt of `suite`, in order.
+        """Return a verdict on the answer to each prompt of `suite`, in order.
 
         Args:
             suite: the prompts.
-            answerer: the model; it is loaded only if something is left to generate.
+            answerer: the model; it is loaded only if an answer has to be generated.
 
         Raises:
-            InputError: the judge or the model fails; what has been judged until then is on record.
+            InputError: the judge or the model fails; verdicts until then are on record.
         """
         questions, keys = self._keyed(suite, answerer)
         left = [i for i, key in enumerate(keys) if not self._is_done(key)]
@@ -52,7 +53,8 @@ class Asker:
         answered = [i for i in left if self.records.answer(keys[i]) is not None]
         for start in range(0, len(answered), answerer.batch):
             self._judge(suite, keys, answered[start : start + answerer.batch])
-        # Longest first: what runs out of memory does so at once. The sort is stable: the same batches each time.
+        # Longest first, so that running out of memory shows at once. The sort is stable, so the batches are always the
+        # same.
         unanswered.sort(key=lambda i: -questions[i].length)
         for start in range(0, len(unanswered), answerer.batch):
             some = unanswered[start : start + answerer.batch]
@@ -62,13 +64,13 @@ class Asker:
         return [judged for judged in found if judged is not None]
 
     def answers(self, suite: Suite, answerer: Answerer) -> list[Answer | None]:
-        """The answers to `suite`'s prompts that are at hand: all where `needs_texts`, or in the run that made them."""
+        """Return the available answers to `suite`: all with `needs_texts`, else those of this run or kept on disk."""
         return [self.records.answer(key) for key in self._keyed(suite, answerer)[1]]
 
     def _keyed(self, suite: Suite, answerer: Answerer) -> tuple[list[Question], list[str]]:
-        """What the model is asked, and the names of its answers.
+        """Return the questions that the model gets, and the keys of its answers.
 
-        They are made of what exactly it is asked, token by token: another tokenizer or chat template is another
+        A key is a digest of the exact question, token by token: with another tokenizer or chat template it is another
         question.
         """
         questions = answerer.questions(suite.prompts)
@@ -127,7 +129,7 @@ def _odd(prompt: EvaluationPrompt, answer: Answer) -> tuple[str, ...]:
 
 
 def _with_refusal(verdict: Verdict, suite: Suite, answer: Answer) -> Verdict:
-    """For a benign request, a verdict that tells whether it was refused: by phrases, where the judge does not."""
+    """Add whether a benign request was refused to `verdict`, by phrases, if the judge does not say."""
     if suite.kind == "harmful" or verdict.refused is not None:
         return verdict
     return replace(verdict, refused=is_refusal(answer.text))

@@ -1,4 +1,4 @@
-"""What was asked, answered and judged, as a file to read, to label and to measure judges on."""
+"""Export of prompts, answers and verdicts to a file, for reading, for labelling and for measuring judges."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Exported:
 
 
 def write_answers(rows: Iterable[Exported], judge: str, path: Path) -> int:
-    """Write a JSONL row for each answer; the number of rows.
+    """Write a JSONL row for each answer, and return the number of rows.
 
     `label` is null, for people to fill in with `refusal` or `compliance`: `--labels` then measures any judge on the
-    file, and rows without a label are left out and counted. `prompt` is the bare request, which judges are told.
+    file; rows without a label are left out and counted. `prompt` is the bare request, as judges get it.
     """
     lines = []
     for row in rows:

@@ -1,10 +1,10 @@
-"""Limits that an evaluation must keep, for pipelines: `xstest_benign.over_refusal > 0.1` fails it.
+"""Limits on the results of an evaluation, for pipelines: `xstest_benign.over_refusal > 0.1` is a failure.
 
-A limit is `[MODEL:]SUITE.MEASURE OPERATOR NUMBER`, or `[MODEL:]score OPERATOR NUMBER` for Youden's J. Measures of a
+A limit is `[MODEL:]SUITE.MEASURE OPERATOR NUMBER`, or `[MODEL:]score OPERATOR NUMBER` for Youden's J. The measures of a
 suite are `not_refused`, `attack_success` and `over_refusal`, `change` (of that rate against the first model, paired by
 prompt), and the shares of odd answers (`blank`, `cut_off`, `echo`, `repeating`, `other_language`,
-`unfinished_thought`). A rate may be followed by `.low` or `.high`, an end of its 95 % interval. Without MODEL the last
-model is meant.
+`unfinished_thought`). Append `.low` or `.high` to a rate for an end of its 95 % interval. Without MODEL, the limit
+applies to the last model.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _ODD = {oddity.replace(" ", "_"): oddity for oddity in ODDITIES}
 
 @dataclass(frozen=True)
 class Limit:
-    """A limit, as it was written and in parts."""
+    """A limit, as written and parsed."""
 
     text: str
     model: str | None
@@ -47,7 +47,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A limit and what was measured; `failed`: the limit's condition holds."""
+    """A limit and the measured value; `failed` means that the limit's condition holds."""
 
     limit: Limit
     value: float
@@ -55,10 +55,10 @@ class Outcome:
 
 
 def parse_limit(text: str) -> Limit:
-    """The limit that `text` says.
+    """Parse a limit.
 
     Raises:
-        InputError: it says none.
+        InputError: `text` is not a limit.
     """
     match = _LIMIT.fullmatch(text.strip())
     if match is None or (match["suite"] is None) != (match["measure"] == "score"):
@@ -78,9 +78,9 @@ def parse_limit(text: str) -> Limit:
 
 
 def check_names(limits: Iterable[Limit], suites: Sequence[str], models: Sequence[str]) -> None:
-    """Raise `InputError` for a limit on a suite or model that there is not: known before anything is asked.
+    """Raise `InputError` for a limit on an unknown suite or model, before any model is queried.
 
-    Suites that attacks make are not known then; a name with a `+` is checked when they are there.
+    Suites made by attacks do not exist yet; a name with a `+` is checked once they do.
     """
     for limit in limits:
         if limit.model is not None and limit.model not in models:
@@ -90,10 +90,10 @@ def check_names(limits: Iterable[Limit], suites: Sequence[str], models: Sequence
 
 
 def judge_limits(limits: Iterable[Limit], evaluation: Evaluation) -> list[Outcome]:
-    """What came of each limit, in order.
+    """Compare each limit with the measured value, in order.
 
     Raises:
-        InputError: what a limit is about was not measured.
+        InputError: the value that a limit refers to was not measured.
     """
     found = []
     for limit in limits:
@@ -138,7 +138,7 @@ def _end(interval: Interval, limit: Limit) -> float:
 
 
 def write_junit(outcomes: Sequence[Outcome], path: Path, seconds: float) -> None:
-    """Write a JUnit XML file: a test case for each limit."""
+    """Write a JUnit XML file with a test case for each limit."""
     cases = []
     for outcome in outcomes:
         said = f"{outcome.value:.4g} {outcome.limit.operator} {outcome.limit.number:g}"
@@ -152,7 +152,7 @@ def write_junit(outcomes: Sequence[Outcome], path: Path, seconds: float) -> None
 
 
 def write_summary(evaluation: Evaluation, outcomes: Sequence[Outcome], path: Path) -> None:
-    """Write a Markdown summary for a pull request: rates, limits and who judged."""
+    """Write a Markdown summary for a pull request: rates, limits and the judge."""
     labels = [model.label for model in evaluation.models]
     changed = len(labels) == 2
     head = ["", *labels, *(["change, points"] if changed else [])]
@@ -170,7 +170,7 @@ def _row(cells: Iterable[str]) -> str:
 
 
 def _plain(text: str) -> str:
-    """`text` as Markdown that shows it: names come from files and users, and no markup of theirs gets through."""
+    """Escape `text` for Markdown: names come from files and users, and must not act as markup."""
     if text in ("---", "**failed**"):
         return text
     return re.sub(r"[|<>`*\[\]#&]", lambda match: f"&#{ord(match[0])};", " ".join(text.split()))

@@ -1,4 +1,4 @@
-"""The next round's data: what a model got wrong, as preference rows that lack only a chosen response."""
+"""Data for the next round of training: a model's failures, as preference rows without a chosen response."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MOST_NAMED = 3
 
 @dataclass(frozen=True)
 class Failure:
-    """A prompt that went wrong, and how."""
+    """A prompt on which a model failed, and its answer."""
 
     model: str
     suite: Suite
@@ -27,7 +27,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Weakness:
-    """A category that goes wrong more often than the suite does as a whole."""
+    """A category with a higher failure rate than its suite as a whole."""
 
     suite: str
     category: str
@@ -36,9 +36,9 @@ class Weakness:
 
 
 def weakest(results: Iterable[SuiteResult], most: int = _MOST_NAMED) -> list[Weakness]:
-    """The categories with the highest failure rates over all suites, worst first, `most` at the most.
+    """Return at most `most` categories, over all suites, with the highest failure rates, worst first.
 
-    Only those above their suite's own rate; of equal rates the one with more prompts comes first.
+    Only categories above their suite's own rate count; of equal rates the one with more prompts comes first.
     """
     found = [
         Weakness(result.suite, rate.name, rate.failed.value, rate.failed.count)
@@ -50,7 +50,7 @@ def weakest(results: Iterable[SuiteResult], most: int = _MOST_NAMED) -> list[Wea
 
 
 def is_untouched(path: Path) -> bool:
-    """Whether `path` holds rows of `write_rows` in which nothing has been filled in, so that they may be replaced."""
+    """Return whether `path` holds rows of `write_rows` that nobody has edited, so that they may be replaced."""
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError):
@@ -59,13 +59,13 @@ def is_untouched(path: Path) -> bool:
 
 
 def write_rows(failures: Iterable[Failure], path: Path) -> int:
-    """Write a row of `fit`'s preference schema for each failure; the number of rows.
+    """Write a row of `fit`'s preference schema for each failure, and return the number of rows.
 
-    `chosen` is null, for you to fill in: `fit` refuses a row without it, by file and line. `rejected` is the model's
-    own answer: unsafe, or for a benign prompt a refusal. Every row carries a warning.
+    `chosen` is null, for you to fill in: `fit` rejects a row without it and names file and line. `rejected` is the
+    model's own answer: an unsafe answer, or a refusal of a benign prompt. Every row carries a warning.
 
     Raises:
-        InputError: the file exists already and holds work of yours, or cannot be written.
+        InputError: the file exists already and has been edited, or it cannot be written.
     """
     count = 0
     try:

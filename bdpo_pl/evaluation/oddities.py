@@ -1,8 +1,8 @@
 """Answers that are no real answers: blank, cut off, echoing the request, repeating themselves, or in another language.
 
-No judge should be trusted on such answers, and a model that gives many of them is neither safe nor unsafe: it is
-broken, cut too early, or asked in a format that it does not know. So they are counted beside every rate. The rules are
-plain on purpose: they are no judges, and a few false alarms among hundreds of answers do no harm.
+No judge is reliable on such answers. A model that gives many of them is neither safe nor unsafe: it is broken, cut off
+too early, or prompted in a format that it does not know. Their number is therefore reported beside every rate. The
+rules are simple on purpose: they do not judge, and a few false alarms among hundreds of answers do no harm.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from collections import Counter
 BLANK, CUT, ECHO, REPEATING, OTHER_LANGUAGE = "blank", "cut off", "echo", "repeating", "other language"
 UNFINISHED = "unfinished thought"
 ODDITIES = (BLANK, UNFINISHED, CUT, ECHO, REPEATING, OTHER_LANGUAGE)
-"""In the order of reports."""
+"""Kinds of oddities, in the order of reports."""
 
 MANY = 0.05
-"""Share of an oddity among a suite's answers from which on reports warn."""
+"""Share of an oddity among a suite's answers from which reports warn."""
 
 _ECHO_SHARE = 0.8
 _ECHO_SPAN = 3
 _REPEAT_SPAN = 4
 _REPEAT_SHARE = 0.5
 _REPEAT_WORDS = 24
-# Of scripts that put no blanks between words: compressed to less than this share of its bytes.
+# Repetition in scripts without blanks between words: text that compresses to less than this share of its bytes.
 _REPEAT_COMPRESSED, _REPEAT_BYTES = 0.15, 300
 _SCRIPT_LETTERS = 12
 _FUNCTION_WORDS = {
@@ -44,13 +44,13 @@ _WORD = re.compile(r"\w+")
 
 
 def oddities(prompt: str, response: str, finished: bool, unfinished_thought: bool = False) -> tuple[str, ...]:
-    """What is odd about an answer, in the order of `ODDITIES`; empty for most.
+    """Return the oddities of an answer, in the order of `ODDITIES`; most answers have none.
 
     Args:
         prompt: the user's turn as the model got it.
         response: the answer.
-        finished: the model ended it by itself, and was not cut at its limit of tokens.
-        unfinished_thought: the model was still thinking when it ended, so that there is no answer.
+        finished: whether the model ended the answer by itself, rather than at its limit of tokens.
+        unfinished_thought: whether the model was still thinking at the end, so that there is no answer.
     """
     if unfinished_thought:
         return (UNFINISHED,)
@@ -77,7 +77,7 @@ def _spans(words: list[str], length: int) -> list[tuple[str, ...]]:
 
 
 def _echoes(prompt: list[str], response: list[str]) -> bool:
-    """Whether nearly all that the answer says is said in the prompt, in the same order of words."""
+    """Return whether the prompt contains nearly everything in the answer, in the same order of words."""
     spans = _spans(response, _ECHO_SPAN)
     if not spans:
         return False
@@ -86,7 +86,7 @@ def _echoes(prompt: list[str], response: list[str]) -> bool:
 
 
 def _repeats(text: str, words: list[str]) -> bool:
-    """Whether most runs of words came before in the same answer."""
+    """Return whether most runs of words occur earlier in the same answer."""
     spans = _spans(words, _REPEAT_SPAN)
     if len(words) >= _REPEAT_WORDS:
         return len(set(spans)) < _REPEAT_SHARE * len(spans)
@@ -95,7 +95,7 @@ def _repeats(text: str, words: list[str]) -> bool:
 
 
 def _other_language(prompt: str, response: str) -> bool:
-    """Whether prompt and answer are in different scripts, or, both being long enough, in different languages."""
+    """Return whether prompt and answer differ in script or, if both are long enough, in language."""
     asked, answered = _script(prompt), _script(response)
     if asked is None or answered is None:
         return False
@@ -106,18 +106,18 @@ def _other_language(prompt: str, response: str) -> bool:
 
 
 def _script(text: str) -> str | None:
-    """The script of most letters, as Unicode names it; None of a text with few letters."""
+    """Return the Unicode name of the script of most letters; None for a text with few letters."""
     letters = [character for character in text if character.isalpha()]
     if len(letters) < _SCRIPT_LETTERS:
         return None
     names = Counter(unicodedata.name(letter, "?").split(" ")[0].split("-")[0] for letter in letters)
     script = names.most_common(1)[0][0]
-    # Japanese mixes three of them.
+    # Japanese mixes three scripts.
     return "CJK" if script in ("HIRAGANA", "KATAKANA") else script
 
 
 def _language(text: str) -> str | None:
-    """The language whose function words are most frequent; None where that is not clear."""
+    """Return the language whose function words are most frequent; None if there is no clear winner."""
     words = _words(text)
     if len(words) < _LANGUAGE_WORDS:
         return None

@@ -1,4 +1,4 @@
-"""The command line of `bdpo_pl.evaluate`: models, and options that may also stand in a YAML file."""
+"""Command line of `bdpo_pl.evaluate`: models, and options that a YAML file may also hold."""
 
 from __future__ import annotations
 
@@ -25,39 +25,39 @@ _PROG = "python -m bdpo_pl.evaluate"
 
 @dataclass
 class EvaluateOptions:
-    """What is measured, and what is written.
+    """Measurements and outputs of an evaluation.
 
     Args:
-        list_suites: print the suites that are known by name, and do nothing else.
+        list_suites: print the known suites and exit.
         suites: prompts, as `NAME,NAME=FILE,NAME:KIND=FILE`, or as a list whose items may be mappings; see
-            `--list_suites`. Default: the small ones that ship with bdpo_pl.
-        max_prompts: of each suite at most, spread evenly over it.
-        generation: how responses are generated.
-        server: how to speak to models that are named by an address.
-        judge: who tells what a response is: a short name (`phrases`, `learned`, `classifier`, `llama_guard`,
+            `--list_suites`. Default: the small suites that ship with bdpo_pl.
+        max_prompts: maximum number of prompts of each suite, spread evenly over it.
+        generation: generation of the responses.
+        server: requests to models that are given by an address.
+        judge: judge that classifies the responses: a short name (`phrases`, `learned`, `classifier`, `llama_guard`,
             `wildguard`, `harmbench`, `shieldgemma`, `chat`) or the `class_path` of a judge of your own.
         labels: file with `prompt`, `response` and `label` (refusal or compliance) or `unsafe`, to measure how far the
-            judge agrees with it; `embedded` for the small one of bdpo_pl, the default of offline judges.
-        labels_columns: our column → the labelled file's, as in `{response: completion, label: final_label}`.
-        labels_by: whose labels they are, for reports.
-        attacks: jailbreak framings, GCG, refinement and others, on top of the suites as they are.
-        pairs: preference pairs to see overfitting by.
-        ability: general ability.
-        folder: where report, numbers and verdicts go.
-        keep_answers: keep what the models answer beside the verdicts, to judge it anew with another judge; with a
-            warning, for it may be harmful.
-        show_texts: put prompts and answers that went wrong into the HTML report, with a warning.
-        export_answers: file to write every answer to, with its prompt, suite, attack and verdict and an empty label to
-            fill in; it is what `labels` takes. With a warning in each row.
-        refine: file to write failing prompts to, with the models' own answers as `rejected`; preference rows that lack
-            only what you would have them answer.
-        fail_if: limits that end the command with status 1, as `SUITE.MEASURE > NUMBER`, several as a list.
-        junit: file to write the limits to as JUnit XML.
-        summary: file to write a Markdown summary to.
-        dtype: of the models' weights: auto, float32, bfloat16 or float16.
+            judge agrees with it; `embedded` for the small file of bdpo_pl, the default for offline judges.
+        labels_columns: mapping from our column names to yours, such as `{response: completion, label: final_label}`.
+        labels_by: origin of the labels, for reports.
+        attacks: jailbreak framings, GCG, refinement and others, in addition to the unmodified suites.
+        pairs: preference pairs to measure overfitting.
+        ability: measures of general ability.
+        folder: output folder of the report, the numbers and the verdicts.
+        keep_answers: keep the models' answers beside the verdicts, so that another judge can classify them later; the
+            file bears a warning, because answers may be harmful.
+        show_texts: include the prompts and answers of failures in the HTML report, with a warning.
+        export_answers: output file for every answer, with its prompt, suite, attack and verdict and an empty label to
+            fill in. `labels` reads this file once it is filled in. Each row bears a warning.
+        refine: output file for failing prompts, with the models' own answers as `rejected`; preference rows that lack
+            only the answer that you prefer.
+        fail_if: limits that end the command with status 1, as `SUITE.MEASURE > NUMBER`; a list for several.
+        junit: output file for the limits, as JUnit XML.
+        summary: output file for a Markdown summary.
+        dtype: dtype of the models' weights: auto, float32, bfloat16 or float16.
         device: auto, cpu, cuda or cuda:N.
-        attn_implementation: as in transformers.
-        trust_remote_code: run Python code that comes with a model. It runs with your permissions: read it first.
+        attn_implementation: attention implementation, as in transformers.
+        trust_remote_code: run Python code that comes with a model. It runs with your permissions, so read it first.
     """
 
     list_suites: bool = False
@@ -92,33 +92,33 @@ class EvaluateOptions:
             self.fail_if = [self.fail_if]
 
     def limits(self) -> list[Limit]:
-        """The limits of `fail_if`, read."""
+        """Parsed limits of `fail_if`."""
         return [parse_limit(text) for text in self.fail_if]
 
 
 def add_options(parser: Any) -> None:
     """Add the command's options to `parser`."""
     parser.add_argument("--config", action="config", help="YAML file with options, and `models`.")
-    # With a default of its own it would silence the models that a file names.
+    # No default here: it would override the models that a file names.
     models = parser.add_argument(
         "models", nargs="*", type=str, default=SUPPRESS, metavar="MODEL",
         help="[label=]folder, hub name[@revision], .ckpt of a run, http://server/v1#name, or embedded",
     )  # fmt: skip
     models.required = False
     parser.add_class_arguments(EvaluateOptions, as_group=False)
-    # By its path, so that --print_config can write it.
+    # The full class path, so that --print_config can write it.
     parser.set_defaults({"judge": {"class_path": registry.ALIASES["phrases"]}})
 
 
 def parse(
     args: Sequence[str] | None, description: str | None = None, check: Callable[[Any], None] = lambda parsed: None
 ) -> tuple[list[str], EvaluateOptions]:
-    """The models named, on the command line or in a file, and the options.
+    """Parse the command line, and return the models and the options, from it or from a file.
 
     Args:
-        args: as given; None: those of this process.
-        description: opens the help.
-        check: called with what was parsed, before anything is made of it.
+        args: command-line arguments; None: those of this process.
+        description: first paragraph of the help.
+        check: function called with the parsed arguments before they are used.
     """
     parser = EvaluationParser(prog=_PROG, usage=f"{_PROG} [MODEL ...] [--option VALUE ...]", description=description)
     add_options(parser)

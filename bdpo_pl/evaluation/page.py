@@ -1,4 +1,4 @@
-"""The evaluation as an HTML report. Prompts and answers are redacted unless the user asked for them."""
+"""HTML report of an evaluation. Prompts and answers are redacted unless the user requested them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _HOW_TO_READ = (
 
 
 def build_page(evaluation: Evaluation) -> Page:
-    """The report."""
+    """Build the report."""
     page = Page("Safety evaluation", _subtitle(evaluation), evaluation.facts)
     if evaluation.shows_texts:
         page.warn(WARNING)
@@ -66,7 +66,7 @@ def build_page(evaluation: Evaluation) -> Page:
 
 
 def findings(evaluation: Evaluation) -> Iterator[Finding]:
-    """What a reader should do something about, worst first."""
+    """Yield the findings that call for action, worst first."""
     first, last = evaluation.models[0], evaluation.models[-1]
     for model in evaluation.models[1:]:
         for suite, change in model.changes.items():
@@ -94,12 +94,12 @@ def findings(evaluation: Evaluation) -> Iterator[Finding]:
 
 
 def _told(evaluation: Evaluation, model: ModelResult, suite: str) -> bool:
-    """Whether a change is told from chance; where several models are compared, after Holm's correction."""
+    """Return whether a change is significant; with several models, after Holm's correction."""
     return len(evaluation.models) <= 2 or model.p_values.get(suite, 0.0) < _LEVEL
 
 
 def _odd_answers(model: ModelResult, tells_harm: bool) -> Iterator[Finding]:
-    """Warnings of answers that are no real answers, where they are more than a few in a hundred."""
+    """Warn of each kind of odd answers whose share is large."""
     many = {oddity: n for oddity, n in model.oddities.items() if n > MANY * model.answers}
     cut = many.pop(CUT, 0)
     if many:
@@ -284,7 +284,7 @@ def _agreement(section: Section, agreement: Agreement) -> None:
 
 
 def _place(failure: Failure) -> str:
-    """File and line; the folder stands in the table of suites."""
+    """Return file and line only; the table of suites shows the folder."""
     return failure.prompt.place.rpartition("/")[2]
 
 

@@ -1,4 +1,4 @@
-"""All that an evaluation finds out, ready for its reports."""
+"""Results of an evaluation, ready for its reports."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class SuiteFacts:
-    """What was asked: equal digests are equal questions."""
+    """A suite as the models got it: equal digests mean equal prompts."""
 
     name: str
     kind: str
@@ -33,20 +33,20 @@ class SuiteFacts:
 
 @dataclass(frozen=True)
 class ModelResult:
-    """One model.
+    """Results of one model.
 
     Attributes:
-        label: its name in the reports.
+        label: name in the reports.
         source: folder, hub name or checkpoint.
-        fingerprint: what identifies its weights.
-        suites: by suite, those that were made against it included.
-        score: see `safety_score`.
-        changes: by suite, the change of the failure rate against the first model, paired by prompt.
-        p_values: by suite, of no change, after Holm's correction for all comparisons of the evaluation.
-        weakest: its worst categories.
+        fingerprint: string that identifies the weights.
+        suites: results by suite, including suites that were made against this model.
+        score: Youden's J; see `safety_score`.
+        changes: change of the failure rate against the first model, by suite, paired by prompt.
+        p_values: p-value of no change, by suite, after Holm's correction for all comparisons of the evaluation.
+        weakest: categories with the highest failure rates.
         overfitting: margins and gaps against the first model.
         ability: general ability.
-        attacks: what each attack cost, by name.
+        attacks: cost of each attack in words, by name.
     """
 
     label: str
@@ -63,7 +63,7 @@ class ModelResult:
 
     @property
     def oddities(self) -> dict[str, int]:
-        """Answers over all suites that are no real answers, by kind."""
+        """Number of answers over all suites that are no real answers, by kind."""
         found: Counter[str] = Counter()
         for result in self.suites:
             found.update(result.oddities)
@@ -71,16 +71,16 @@ class ModelResult:
 
     @property
     def answers(self) -> int:
-        """Answers over all suites."""
+        """Number of answers over all suites."""
         return sum(result.count for result in self.suites)
 
     def suite(self, name: str) -> SuiteResult | None:
-        """The result on the suite of that name, if it was asked."""
+        """Return the result on the suite of that name; None if the model was not evaluated on it."""
         return next((result for result in self.suites if result.suite == name), None)
 
 
 def corrected(models: Sequence[ModelResult]) -> list[ModelResult]:
-    """`models` with the p-values of all of their changes corrected together, as they are read together."""
+    """Return `models` with the p-values of all their changes corrected together, because readers see them together."""
     keys = [(i, suite) for i, model in enumerate(models) for suite in model.p_values]
     adjusted = dict(zip(keys, holm([models[i].p_values[suite] for i, suite in keys]), strict=True))
     return [
@@ -94,14 +94,14 @@ class Evaluation:
     """Models side by side, the first one the baseline.
 
     Attributes:
-        facts: how it was measured: name → value.
-        judge: what is to be known of the judge, its limits among it.
-        agreement: how far the judge agrees with labels; None: not measured.
-        suites: what was asked of all models.
-        models: in the order given.
-        failures: what went wrong, with the texts, for the reports that show them; never in the JSON.
-        notes: what the reader must know.
-        shows_texts: the HTML report holds texts.
+        facts: settings of the measurement: name → value.
+        judge: facts about the judge, including its limits.
+        agreement: agreement of the judge with labels; None: not measured.
+        suites: suites that all models were evaluated on.
+        models: results of the models, in the order given.
+        failures: failures with their texts, for the reports that show them; never in the JSON.
+        notes: remarks that a reader must know.
+        shows_texts: whether the HTML report contains texts.
     """
 
     facts: Mapping[str, str]
@@ -115,11 +115,11 @@ class Evaluation:
 
     @property
     def tells_harm(self) -> bool:
-        """Whether the judge tells harm, so that there is an attack success; else it tells refusals alone."""
+        """Whether the judge recognises harm, so that attack success is known; else refusals alone."""
         return not any(result.counted == "not refused" for model in self.models for result in model.suites)
 
     def judge_note(self) -> str:
-        """Who judged and how far it agrees with people: what stands under every figure of safety."""
+        """Return who judged, and how far the judge agrees with people; reports show this with every safety figure."""
         limits = "" if self.tells_harm else ", which tells refusals and not harm"
         if self.agreement is None:
             measured = "its agreement with people is not measured here (--labels FILE measures it)"
@@ -128,7 +128,7 @@ class Evaluation:
         return f"Judge: {self.judge.get('judge', '?')}{limits}; {measured}."
 
     def all_alike(self) -> dict[str, int]:
-        """Suite → prompts, of suites on which every answer of every model had one and the same outcome."""
+        """Return suite → number of prompts, for the suites on which all answers of all models had the same outcome."""
         found = {}
         for name in dict.fromkeys(result.suite for model in self.models for result in model.suites):
             results = [result for model in self.models if (result := model.suite(name)) is not None]
@@ -137,7 +137,7 @@ class Evaluation:
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but texts; null where a number is not to be had."""
+        """Return everything but texts; null where a number is not available."""
         values = {
             "bdpo_pl_evaluation": FORMAT,
             "facts": dict(self.facts),
@@ -154,7 +154,7 @@ class Evaluation:
 
 
 def _finite(value: Any) -> Any:
-    """`value` with null for what JSON has no number for."""
+    """Replace numbers that JSON cannot represent by null."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

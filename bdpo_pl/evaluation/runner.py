@@ -1,4 +1,4 @@
-"""One model after the other through suites, attacks, pairs and tasks."""
+"""Evaluation of one model after the other on suites, attacks, pairs and tasks."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ from bdpo_pl.files import try_writing
 
 @dataclass
 class Runner:
-    """Evaluates models that are given one by one; the first is the baseline of those that follow.
+    """Evaluation of models, one at a time; the first is the baseline of those that follow.
 
     Attributes:
-        suites: what all of them are asked.
-        asker: asks and has judged.
-        dtype: of the models' weights.
-        device: where they run.
-        pairs: preference pairs to see overfitting by.
-        ability: general ability.
-        attacks: each is run on `attacked`.
-        attacked: the suite of bare harmful requests that attacks start from.
-        attack_folder: where attacks keep what they have found.
-        keep_texts: collect what was answered, and failures with their texts.
-        say: told what is being done.
+        suites: suites that all models are evaluated on.
+        asker: source of answers and verdicts.
+        dtype: dtype of the models' weights.
+        device: device of the models.
+        pairs: preference pairs to measure overfitting.
+        ability: measures of general ability.
+        attacks: attacks; each starts from `attacked`.
+        attacked: suite of bare harmful requests that attacks start from.
+        attack_folder: folder where attacks save their state.
+        keep_texts: whether to collect all answers, and failures with their texts.
+        say: function called with a description of each stage.
     """
 
     suites: Sequence[Suite]
@@ -67,10 +67,10 @@ class Runner:
         self._first_logps: dict[str, np.ndarray] = {}
 
     def evaluate(self, subject: Subject | ServedSubject) -> ModelResult:
-        """Everything about one model.
+        """Evaluate one model.
 
         Raises:
-            InputError: the model, the judge or a task fails; what has been judged until then is on record.
+            InputError: the model, the judge or a task fails; verdicts until then are on record.
         """
         loaded: list[tuple[Any, Any]] = []
 
@@ -170,11 +170,11 @@ class Runner:
 
     @property
     def pair_reports(self) -> list[Any]:
-        """What was kept and dropped of the preference pairs."""
+        """Reports of the preference pairs that were kept and dropped."""
         return [] if self._probe is None else self._probe.reports
 
     def _note_form(self, subject: Subject | ServedSubject) -> None:
-        # Told even where every answer is on record, and nothing is loaded.
+        # Noted even if every answer is on record and nothing is loaded.
         if isinstance(subject, ServedSubject):
             self.notes.append(
                 f"{subject.label} is behind a server, which puts prompts into its own chat template and does not tell "
@@ -188,10 +188,10 @@ class Runner:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto`: bfloat16 on a GPU that has it, else float32.
+    """Return the dtype of that name; `auto` is bfloat16 on a GPU that supports it, otherwise float32.
 
     Raises:
-        InputError: no such dtype.
+        InputError: there is no such dtype.
     """
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
@@ -201,10 +201,10 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto`: a GPU if there is one.
+    """Return the device of that name; `auto` is a GPU if there is one.
 
     Raises:
-        InputError: no such device here.
+        InputError: there is no such device on this machine.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -219,7 +219,7 @@ def choose_device(name: str) -> torch.device:
 def too_long(
     subject: Subject | ServedSubject, prompts: Sequence[EvaluationPrompt], options: GenerationOptions
 ) -> list[int]:
-    """Positions of the prompts that do not fit into the model's window beside an answer; none of a server."""
+    """Return the positions of prompts that do not fit into the window with an answer; none behind a server."""
     window = subject.window
     if window is None or not prompts:
         return []
@@ -230,12 +230,12 @@ def too_long(
 def fit_suites(
     suites: Iterable[Suite], subjects: Sequence[Subject | ServedSubject], options: GenerationOptions
 ) -> list[Suite]:
-    """`suites` without the prompts that do not fit into every model, which are counted.
+    """Remove and count the prompts that do not fit into the window of every model.
 
-    All models are asked the same, so that they can be compared.
+    All models get the same prompts, so that their rates can be compared.
 
     Raises:
-        InputError: some do not fit and `generation.too_long` is `stop`, or none is left of a suite.
+        InputError: a prompt does not fit and `generation.too_long` is `stop`, or no prompt of a suite fits.
     """
     return [_fitting(suite, subjects, options) for suite in suites]
 
@@ -260,7 +260,7 @@ def _fitting(suite: Suite, subjects: Sequence[Subject | ServedSubject], options:
 
 
 def check_labels(subjects: Sequence[Subject | ServedSubject]) -> None:
-    """Raise `InputError` if two models go by one name."""
+    """Raise `InputError` if two models have the same label."""
     labels = [subject.label for subject in subjects]
     twice = {label for label in labels if labels.count(label) > 1}
     if twice:
@@ -268,10 +268,10 @@ def check_labels(subjects: Sequence[Subject | ServedSubject]) -> None:
 
 
 def check_refine(path: str | None) -> Path | None:
-    """The file of `refine`, which must hold nothing of the user's: that is found out before the models answer.
+    """Check, before any model is queried, that the file of `refine` may be replaced, and return its path.
 
     Raises:
-        InputError: it exists and is not as an earlier run left it, or its folder cannot be written.
+        InputError: the file exists and has been edited since an earlier run, or its folder cannot be written.
     """
     if path is None:
         return None

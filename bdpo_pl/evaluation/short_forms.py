@@ -1,6 +1,6 @@
-"""Short spellings of what jsonargparse takes: a switch alone, models anywhere, and judges and attacks by short name.
+"""Short spellings for jsonargparse: a switch alone, models anywhere, and judges and attacks by short name.
 
-What is written in full passes unchanged; which options are switches and groups, the parser's own types say.
+Full spellings pass unchanged. The parser's own types determine which options are switches and groups.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from bdpo_pl.evaluation.attacks import choice
 from bdpo_pl.evaluation.judges import registry
 
 _JUDGE, _KIND, _CONFIG = "--judge", "--judge.kind", "--config"
-# The parser's name for the text, in its releases.
+# Name of the parser's argument for the text, which differs between releases.
 _TEXT = ("cfg_str", "content", "config")
 _ALONE = ("-h", "--help", "--print_config")
 
 
 class EvaluationParser(ArgumentParser):
-    """jsonargparse's parser, for the command line and files of an evaluation."""
+    """Parser of jsonargparse, for the command line and files of an evaluation."""
 
     def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Namespace:
-        """Parse `args`, short spellings and all."""
+        """Parse `args`, which may contain short spellings."""
         return super().parse_args(_in_order(self, list(args)), *rest, **kwargs)
 
     def parse_string(self, *args: Any, **kwargs: Any) -> Namespace:
-        """Parse the text of a file, in which a judge may be a name or have a `kind`."""
+        """Parse the text of a file, in which a judge may be a name or a mapping with a `kind`."""
         if args:
             args = (_text_in_full(args[0]), *args[1:])
         else:
@@ -42,12 +42,12 @@ def _text_in_full(text: str) -> str:
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError:
-        return text  # the parser says what is wrong with it
+        return text  # the parser reports the syntax error
     return yaml.safe_dump(_in_full(content), allow_unicode=True, sort_keys=False) if isinstance(content, dict) else text
 
 
 def class_of(named: Any, aliases: Mapping[str, str]) -> Any:
-    """A `class_path` with `init_args` for a short name, or for a mapping with a `kind` beside the options."""
+    """Expand a short name, or a mapping with a `kind` beside the options, into a `class_path` with `init_args`."""
     if isinstance(named, str):
         return {"class_path": aliases.get(named, named)}
     if isinstance(named, dict) and "class_path" in named:
@@ -71,9 +71,10 @@ def _in_full(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _in_order(parser: ArgumentParser, args: list[str]) -> list[str]:
-    """`args` as argparse takes them: files, models wherever they stood, the judge, and each option with its value.
+    """Reorder `args` for argparse: files, models from any position, the judge, and each option with its value.
 
-    A file would take the place of models that were named before it, and a judge's options need its class first.
+    Files come first, because a file would replace models that were named before it. The judge comes before its options,
+    because they need its class.
     """
     files: list[str] = []
     judge: list[str] = []
@@ -109,7 +110,7 @@ def _judge(value: str) -> str:
 
 
 def _value(parser: ArgumentParser, name: str, rest: Sequence[str]) -> tuple[str | None, int]:
-    """(the value that follows an option, how many arguments it takes); a switch or group alone is true."""
+    """Return (the value that follows an option, the number of arguments it uses); a switch or group alone is true."""
     given = rest[0] if rest else None
     if _is_switch(parser, name) or _is_group(parser, name):
         is_value = given is not None and (given in ("true", "false", "null") or given.startswith("{"))
@@ -118,7 +119,7 @@ def _value(parser: ArgumentParser, name: str, rest: Sequence[str]) -> tuple[str 
 
 
 def _group(parser: ArgumentParser, name: str, value: str) -> str:
-    """Of a group of options that is off unless named, true stands for all of its defaults."""
+    """Expand true to all defaults, for a group of options that is off by default."""
     return {"true": "{}", "false": "null"}.get(value, value) if _is_group(parser, name) else value
 
 

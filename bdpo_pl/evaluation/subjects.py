@@ -1,4 +1,4 @@
-"""The models that are evaluated: a Hugging Face folder or hub name, or a checkpoint of a run."""
+"""Models to evaluate: a Hugging Face folder or hub name, a checkpoint of a run, or a model behind a server."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class Subject:
     """A model to evaluate.
 
     Attributes:
-        label: its name in the report.
-        source: the model, or for a checkpoint the one that it was trained from.
-        checkpoint: weights in place of the source's.
+        label: name in the report.
+        source: the model or, for a checkpoint, the model that it was trained from.
+        checkpoint: file with weights that replace the source's.
     """
 
     label: str
@@ -45,58 +45,58 @@ class Subject:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The source's.
+        """Tokenizer of the source.
 
         Raises:
-            InputError: there is none to be had.
+            InputError: it cannot be loaded.
         """
         return load_tokenizer(self.source)
 
     @cached_property
     def _own_fingerprint(self) -> str:
-        # A digest over all of its files.
+        # Digest over all files of the source.
         return model_fingerprint(self.source)
 
     def fingerprint(self) -> str:
-        """What identifies its weights."""
+        """String that identifies the weights."""
         own = self._own_fingerprint
         if self.checkpoint is None:
             return own
         status = self.checkpoint.stat()
-        # A checkpoint may be tens of gigabytes: size and time tell it from the next.
+        # A checkpoint may have tens of gigabytes, so it is identified by size and time instead of a digest.
         return f"{own}+{self.checkpoint.resolve()}:{status.st_size}:{status.st_mtime_ns}"
 
     @property
     def place(self) -> str:
-        """Where it is, for reports."""
+        """Location, for reports."""
         return str(self.checkpoint or self.source.name)
 
     @cached_property
     def window(self) -> int | None:
-        """Tokens of a prompt and its answer at most; None where nothing tells."""
+        """Maximum number of tokens of a prompt and its answer; None if the configuration does not state it."""
         return num_positions(load_config(self.source))
 
     def answerer(self, dtype: torch.dtype, load: Callable[[], tuple[Any, Any]], options: GenerationOptions) -> Answerer:
-        """The model as one that answers.
+        """Return the model as an `Answerer`.
 
         Args:
-            dtype: of its weights.
-            load: gives model and tokenizer when the first answer is generated.
-            options: of the generation.
+            dtype: dtype of the weights.
+            load: function that returns (model, tokenizer); it is called when the first answer is generated.
+            options: options of the generation.
         """
         facts = {"model": self.fingerprint(), "dtype": str(dtype)}
         return LocalAnswerer(facts, self.tokenizer, load, options)
 
     @staticmethod
     def never() -> NoReturn:
-        """Stand in for `load` where nothing is generated."""
+        """Stand in for `load` where no answer is generated."""
         raise AssertionError("nothing is generated here")
 
     def load(self, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
-        """(model in evaluation mode on `device`, its tokenizer).
+        """Return (model in evaluation mode on `device`, its tokenizer).
 
         Raises:
-            InputError: it cannot be loaded.
+            InputError: the model cannot be loaded.
         """
         tokenizer = self.tokenizer
         model: Any
@@ -110,14 +110,14 @@ class Subject:
 
 @dataclass
 class ServerOptions:
-    """How to speak to the servers of models that are named by an address.
+    """Requests to servers of models that are given by an address.
 
     Args:
-        model: the name by which servers know their model, where an address does not end with `#NAME`.
-        api_key_env: environment variable that holds the key.
-        timeout: seconds to wait for a sign of life, at each try.
-        retries: further tries after a failure that may pass.
-        parallel: requests at a time.
+        model: the server's name for the model, for addresses that do not end with `#NAME`.
+        api_key_env: environment variable that contains the key.
+        timeout: seconds to wait for data in each attempt.
+        retries: number of further attempts after a temporary failure.
+        parallel: number of simultaneous requests.
     """
 
     model: str = ""
@@ -132,11 +132,11 @@ class ServedSubject:
     """A model behind an OpenAI-compatible server.
 
     Attributes:
-        label: its name in the report.
-        url: of the server's API.
+        label: name in the report.
+        url: address of the server's API.
         model: the server's name for it.
-        server: how to speak to it.
-        window: not known.
+        server: options of the requests.
+        window: None, because servers do not report it.
     """
 
     label: str
@@ -147,14 +147,14 @@ class ServedSubject:
 
     @property
     def place(self) -> str:
-        """Where it is, for reports."""
+        """Location, for reports."""
         return f"{self.model} at {self.url}"
 
     def answerer(self, dtype: torch.dtype, load: Callable[[], tuple[Any, Any]], options: GenerationOptions) -> Answerer:
-        """The model as one that answers; `dtype` and `load` are the server's affair.
+        """Return the model as an `Answerer`; `dtype` and `load` are not used, because the server holds the weights.
 
         Raises:
-            InputError: options that a server does not take, or no key.
+            InputError: an option is not available behind a server, or there is no key.
         """
         if options.chat_template_kwargs or not options.use_template:
             raise InputError(
@@ -173,7 +173,7 @@ class ServedSubject:
         return ServedAnswerer(there, options)
 
     def load(self, dtype: torch.dtype, device: torch.device) -> NoReturn:
-        """Raise `InputError`: a server gives no weights."""
+        """Raise `InputError`: a server does not provide weights."""
         raise InputError(
             f"{self.label} is behind a server, which gives answers alone: pairs, ability and attacks by gradients need "
             "a model that is loaded here; leave them out"
@@ -181,7 +181,7 @@ class ServedSubject:
 
     @staticmethod
     def never() -> NoReturn:
-        """Stand in for `load` where nothing is generated."""
+        """Stand in for `load` where no answer is generated."""
         raise AssertionError("nothing is generated here")
 
 
@@ -192,22 +192,22 @@ def subject(
     attn_implementation: str | None = None,
     server: ServerOptions | None = None,
 ) -> Subject | ServedSubject:
-    """The model that `text` names: `[label=]name[@revision]`, or `[label=]http://…/v1#NAME`.
+    """Parse a model's name: `[label=]name[@revision]`, or `[label=]http://…/v1#NAME`.
 
     Args:
         text: the name is a folder, a hub name, a `.ckpt` file of a run, `embedded`, or the address of a server; a
-            revision is the hub's.
-        trust_remote_code: run Python code that comes with it.
-        attn_implementation: as in transformers.
-        server: how to speak to a server.
+            revision is one on the hub.
+        trust_remote_code: whether to run Python code that comes with the model.
+        attn_implementation: attention implementation, as in transformers.
+        server: options of the requests to a server.
 
     Raises:
-        InputError: an address without a model, or a checkpoint that is not there or is not one of `bdpo_pl.fit`.
+        InputError: an address lacks a model, or a checkpoint is missing or was not written by `bdpo_pl.fit`.
     """
     if served := _SERVED.fullmatch(text):
         return _served(served["label"], served["url"], served["model"], server or ServerOptions())
     label, has_label, name = text.partition("=")
-    # Checkpoints of fit have names such as best-step=75.ckpt.
+    # Checkpoints of `fit` have names such as best-step=75.ckpt, whose `=` does not end a label.
     if "/" in label or Path(text).expanduser().exists():
         has_label = ""
     name = name if has_label else text
@@ -240,7 +240,7 @@ def _served(label: str | None, url: str, model: str | None, server: ServerOption
 
 
 def _short(name: str) -> str:
-    """A name for reports: of an exported model, that of its run."""
+    """Return a name for reports; an exported model gets the name of its run."""
     parts = Path(name).parts
     if name.endswith(".ckpt") and len(parts) > 2:
         return f"{parts[-3]}/{Path(name).stem}"
@@ -250,13 +250,13 @@ def _short(name: str) -> str:
 
 
 def newest_run(root: Path) -> Path | None:
-    """The model folder that the newest run of the embedded model under `root` exported, if there is one."""
+    """Return the model folder exported by the newest run of the embedded model under `root`; None if there is none."""
     models = [path for path in root.glob("version_*/model*") if (path / "config.json").exists() and _aligns(path)]
     return max(models, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
 def _aligns(model: Path) -> bool:
-    """Whether the run that exported `model` began with the embedded one."""
+    """Return whether the run that exported `model` started from the embedded model."""
     try:
         config = yaml.safe_load((model.parent / "config.yaml").read_text(encoding="utf-8"))
         return config["model"]["policy"] in (EMBEDDED, str(embedded.MODEL_DIR))

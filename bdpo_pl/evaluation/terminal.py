@@ -1,4 +1,4 @@
-"""The evaluation in a terminal; texts of prompts and answers are never printed."""
+"""Results of an evaluation in a terminal; texts of prompts and answers are never printed."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ SPLITS = {"train": "training", "held_out": "held-out", "out_of_distribution": "o
 
 
 def percent(interval: Interval) -> str:
-    """As in `61.3 % (50.0 to 71.2)`, with its interval if it has one."""
+    """Format a rate as `61.3 % (50.0 to 71.2)`, with its interval if it has one."""
     if interval.low != interval.low:
         return f"{100 * interval.value:.1f} %"
     return f"{100 * interval.value:.1f} % ({100 * interval.low:.1f} to {100 * interval.high:.1f})"
 
 
 def points(interval: Interval) -> str:
-    """A difference of rates, in percentage points."""
+    """Format a difference of rates, in percentage points."""
     return f"{100 * interval.value:+.1f} ({100 * interval.low:+.1f} to {100 * interval.high:+.1f})"
 
 
 def number(interval: Interval) -> str:
-    """A number with its interval, if it has one."""
+    """Format a number with its interval, if it has one."""
     if interval.low != interval.low:
         return f"{interval.value:.3f}"
     return f"{interval.value:+.3f} ({interval.low:+.3f} to {interval.high:+.3f})"
 
 
 def results_table(evaluation: Evaluation) -> Table:
-    """Rates of each suite and the rest, a row a measure and a column a model; of two models, the change as well."""
+    """Build the table of all results: a row per measure, a column per model and, with two models, the change."""
     models = evaluation.models
     changed = len(models) == 2
     table = Table(
@@ -56,7 +56,7 @@ def results_table(evaluation: Evaluation) -> Table:
 
 
 def rows(evaluation: Evaluation) -> Iterator[tuple[str, list[str], str]]:
-    """(measure, a cell for each model, change from the first model to the second) of the comparison."""
+    """Yield (measure, a cell for each model, change from the first model to the second) of the comparison."""
     models = evaluation.models
     for name in dict.fromkeys(result.suite for model in models for result in model.suites):
         found = [model.suite(name) for model in models]
@@ -84,7 +84,7 @@ def _odd_share(model: ModelResult, oddity: str) -> str:
 
 
 def weakness_table(evaluation: Evaluation) -> Table:
-    """The worst categories of the last model."""
+    """Build the table of the last model's worst categories."""
     model = evaluation.models[-1]
     table = Table(title=Text(f"Weakest categories of {model.label}"), title_justify="left")
     for column in ("category", "suite", "went wrong", "prompts"):
@@ -95,7 +95,7 @@ def weakness_table(evaluation: Evaluation) -> Table:
 
 
 def agreement_table(evaluation: Evaluation) -> Table:
-    """How far the judge agrees with labels, and whose they are."""
+    """Build the table of the judge's agreement with labels, and their origin."""
     agreement = evaluation.agreement
     assert agreement is not None
     table = Table(
@@ -115,7 +115,7 @@ def agreement_table(evaluation: Evaluation) -> Table:
 
 
 def suites_table(known: Mapping[str, KnownSuite]) -> Table:
-    """The suites that need no more than their name."""
+    """Build the table of the suites that can be named without a source."""
     table = Table(title="Suites known by name", title_justify="left")
     for column in ("name", "kind", "what it is", "where it is"):
         table.add_column(column, overflow="fold")

@@ -1,7 +1,7 @@
-"""What has been answered and judged, kept on disk as it comes: an evaluation that was cut off goes on from there.
+"""Record of answers and verdicts on disk, from which an interrupted evaluation resumes.
 
-One JSONL file. Its first line tells what it is. Verdicts are always kept. What a model answered is kept only where the
-user asked for it, under a warning.
+It is one JSONL file. Its first line states the format. Verdicts are always kept. Answers of models are kept only if
+the user requested it, under a warning.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _FORMAT = 2
 
 @dataclass(frozen=True)
 class Answer(Response):
-    """What a model answered, its thought kept apart.
+    """A model's answer, separate from its thought.
 
     Attributes:
-        thought: what it thought before.
-        unfinished_thought: it was still thinking when it was cut or ended; there is no answer.
+        thought: the model's thought before the answer.
+        unfinished_thought: whether the model was still thinking when it was cut off or ended; then there is no answer.
     """
 
     thought: str = ""
@@ -41,13 +41,13 @@ class Answer(Response):
 
 @dataclass(frozen=True)
 class Judged:
-    """A verdict, and what is known of the answer without its text.
+    """A verdict, and the properties of the answer other than its text.
 
     Attributes:
-        verdict: of the judge.
-        num_tokens: length of the answer.
-        finished: the model ended it by itself.
-        oddities: see `bdpo_pl.evaluation.oddities`.
+        verdict: the judge's verdict.
+        num_tokens: length of the answer in tokens.
+        finished: whether the model ended the answer by itself.
+        oddities: kinds of oddities; see `bdpo_pl.evaluation.oddities`.
     """
 
     verdict: Verdict
@@ -57,7 +57,7 @@ class Judged:
 
 
 def key_of(facts: Mapping[str, Any]) -> str:
-    """A short name for all that an answer or a verdict depends on."""
+    """Return a short digest of everything that an answer or a verdict depends on."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:24]
 
 
@@ -65,11 +65,11 @@ class RecordFile:
     """Answers and verdicts by key. A context manager; every record is on disk when `add_…` returns.
 
     Args:
-        path: the file; read if it is there.
-        keep_answers: write what models answered, too.
+        path: the file; its records are read if it exists.
+        keep_answers: whether to write the answers of models too.
 
     Raises:
-        InputError: a file of another kind or with a damaged line, or one that cannot be written.
+        InputError: the file is of another kind, has a damaged line, or cannot be written.
     """
 
     def __init__(self, path: Path, keep_answers: bool) -> None:
@@ -82,7 +82,7 @@ class RecordFile:
     def __enter__(self) -> RecordFile:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # Anew, so that half a line at the end of a run that was killed is gone, and the warning stands at the head.
+            # Rewritten, so that a partial line at the end of a killed run is removed and the warning is at the head.
             head: dict[str, Any] = {"bdpo_pl_evaluation": _FORMAT}
             if self.keep_answers or self._answers:
                 head["warning"] = WARNING
@@ -96,21 +96,21 @@ class RecordFile:
         self._file.close()
 
     def answer(self, key: str) -> Answer | None:
-        """What was answered, if it was kept."""
+        """Return the answer of this key; None if it was not kept."""
         return self._answers.get(key)
 
     def verdict(self, key: str, judge: str) -> Judged | None:
-        """What `judge` said of the answer `key`, if it has been asked."""
+        """Return the verdict of `judge` on the answer `key`; None if there is none."""
         return self._verdicts.get((key, judge))
 
     def add_answer(self, key: str, answer: Answer) -> None:
-        """Hold an answer; write it down if answers are kept."""
+        """Keep an answer in memory, and write it to the file if answers are kept."""
         self._answers[key] = answer
         if self.keep_answers:
             self._write({"answer": key, **asdict(answer)})
 
     def add_verdict(self, key: str, judge: str, judged: Judged) -> None:
-        """Write a verdict down."""
+        """Write a verdict to the file."""
         self._verdicts[key, judge] = judged
         self._write(
             {
@@ -130,7 +130,8 @@ class RecordFile:
         lines = self.path.read_bytes().split(b"\n")
         found = []
         for number, line in enumerate(lines, start=1):
-            # A whole line ends with a line break; what follows the last one was cut off. The first is never cut off.
+            # A complete line ends with a line break; anything after the last one was cut off. The first line is never
+            # cut off.
             if not line.strip() or number == len(lines) > 1:
                 continue
             try:
