@@ -16,7 +16,8 @@ from bdpo_pl.data.truncation import Truncation
 from bdpo_pl.embedded.make.data import Row
 from bdpo_pl.forward.prefix_sharing import RowLayout
 from bdpo_pl.models.loading import ModelSource, load_model, load_tokenizer
-from bdpo_pl.scoring.scoring_pass import score_pairs, table_comprehension
+from bdpo_pl.scoring.scores import table_comprehension
+from bdpo_pl.scoring.scoring_pass import score_pairs
 from benchmarks.study.run.settings import Pairs
 
 # One response of a strongly re-weighted pair has at least so many times the other's weight.
