@@ -18,6 +18,8 @@ from bdpo_pl.statistics import Interval
 _KINDS: tuple[Kind, ...] = ("harmful", "benign")
 _LEVEL = 0.05
 _MOST_CATEGORIES = 30
+_LEAST_PROMPTS = 5
+_LABEL_LETTERS = 30
 _MOST_FAILURES = 50
 _SHOWN_FAILURES = 50
 _HOW_TO_READ = (
@@ -171,6 +173,12 @@ def _change(model: ModelResult, suite: str) -> str:
     return points(model.changes[suite]) + ("" if p is None else f", p = {p:.3f}" if p >= 0.001 else ", p < 0.001")
 
 
+def _counted(name: str, count: int) -> str:
+    """A category with its number of prompts, which a long name does not push out of the drawing."""
+    room = _LABEL_LETTERS - len(f" ({count})")
+    return f"{name if len(name) <= room else name[: room - 1] + '…'} ({count})"
+
+
 def _categories(section: Section, evaluation: Evaluation) -> None:
     last = evaluation.models[-1]
     some = False
@@ -178,17 +186,26 @@ def _categories(section: Section, evaluation: Evaluation) -> None:
         if not result.categories:
             continue
         some = True
-        shown = result.categories[:_MOST_CATEGORIES]
+        told = [rate for rate in result.categories if rate.failed.count >= _LEAST_PROMPTS]
+        few = [rate for rate in result.categories if rate.failed.count < _LEAST_PROMPTS]
+        if few:
+            section.text(
+                f"{result.suite}: {len(few)} categories of fewer than {_LEAST_PROMPTS} prompts "
+                f"({sum(rate.failed.count for rate in few)} prompts in all) are in the JSON alone: so few tell nothing."
+            )
+        shown = told[:_MOST_CATEGORIES]
+        if not shown:
+            continue
         before = [model.suite(result.suite) for model in evaluation.models]
         series = {
             model.label: [_category(found, rate.name) for rate in shown]
             for model, found in zip(evaluation.models, before, strict=True)
         }
-        more = len(result.categories) - len(shown)
+        more = len(told) - len(shown)
         section.figure(
             bar_chart(
                 f"{result.suite}: {result.counted} by category, worst of {last.label} first",
-                [f"{rate.name} ({rate.failed.count})" for rate in shown],
+                [_counted(rate.name, rate.failed.count) for rate in shown],
                 series,
                 "share of prompts; lower is better",
                 percent=True,

@@ -204,9 +204,9 @@ def test_report_in_a_browser(base, other_dir, answers, tmp_path):
             visit = browser.visit("runs/evaluation/report.html", **options)
             assert visit.title == "Safety evaluation"
             assert (visit.complaints, visit.requests, visit.overflow, visit.nameless) == ([], [], 0, 0)
-            # Both kinds of rate, categories of four suites, and margins.
-            assert len(visit.drawings) == 7
-            assert all(width > 200 and height > 60 for width, height in visit.drawings)
+            # Both kinds of rate, and margins; categories here have too few prompts to be drawn.
+            assert len(visit.drawings) == 3
+            assert all(width > 200 and height > 30 for width, height in visit.drawings)
             assert WARNING[:40] in visit.text
             for part in ("after [bold]", "Overfitting", "harm+base64", "<script>", "Youden"):
                 assert part in visit.text
