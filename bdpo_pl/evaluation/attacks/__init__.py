@@ -1,1 +1,1 @@
-"""Attacks on a model's refusals. Each makes new prompts of a suite's, within a stated budget of steps."""
+"""Attacks on a model's refusals. Each turns the prompts of a suite into new ones, within a stated budget of steps."""

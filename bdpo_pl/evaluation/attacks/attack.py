@@ -1,4 +1,4 @@
-"""What attacks share: what they find, and how they keep what they have found so far."""
+"""The parts that attacks share: the interface, its results, and the files that keep the state of an attack."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ WARNING = (
 )
 
 Progress = Callable[[int, int], None]
-"""Told after each prompt: how many are done, and how many there are."""
+"""Function called after each prompt with the number of finished prompts and the number of all prompts."""
 
 
 @dataclass(frozen=True)
 class AttackResult:
-    """What an attack made of one prompt.
+    """Result of an attack on one prompt.
 
     Attributes:
-        prompt: as attacked.
-        steps: taken.
-        details: of the attack, as JSON values.
+        prompt: the attacked prompt.
+        steps: number of steps taken.
+        details: further results, which depend on the attack, as JSON values.
     """
 
     prompt: EvaluationPrompt
@@ -41,17 +41,17 @@ class AttackResult:
 
 @dataclass(frozen=True)
 class Target:
-    """The model that is attacked, and what an attack may use.
+    """The attacked model, and the means that an attack may use.
 
     Attributes:
-        name: as in reports.
-        key: what identifies it and how it is asked: the state of another is not used.
-        respond: prompts → its answers, in order.
-        judge: tells whether an answer is what the attack wants.
-        fits: whether a prompt and an answer fit into its window.
+        name: name in reports.
+        key: identifier of the model and of the generation options; state saved for another key is not used.
+        respond: function from prompts to the model's answers, in order.
+        judge: judge of whether an answer is what the attack wants.
+        fits: function that returns whether a prompt and an answer fit into the model's window.
         local: (model, tokenizer), for attacks that need gradients or tokens; None behind an endpoint.
         use_template: whether prompts are put into the chat template.
-        folder: where an attack may keep what it has found, under a warning; None: nowhere.
+        folder: folder where an attack may save its state, under a warning; None: the state is not saved.
     """
 
     name: str
@@ -65,10 +65,10 @@ class Target:
 
 
 class Attack(ABC):
-    """Makes of harmful requests what a given model may not refuse.
+    """An attack, which rewrites harmful requests so that a given model may not refuse them.
 
     Attributes:
-        name: as in options and reports.
+        name: name in options and reports.
     """
 
     name: str
@@ -79,55 +79,55 @@ class Attack(ABC):
 
         Args:
             prompts: bare requests.
-            target: the model.
-            step: to be called after each prompt.
+            target: the attacked model.
+            step: function to call after each prompt.
 
         Raises:
-            InputError: the attack cannot be made on this target, or something it asks fails.
+            InputError: the attack cannot be made on this target, or a model that it queries fails.
         """
 
 
 @dataclass(frozen=True)
 class Attempted:
-    """What an attack came to: its prompts in the order of the requests, and what it cost, in a few words."""
+    """Result of an attack: its prompts in the order of the requests, and its cost, in a few words."""
 
     prompts: Sequence[EvaluationPrompt]
     cost: str
 
 
 def attacked_suite(suite: Suite, attack: Attack, made: Attempted) -> Suite:
-    """The suite of the prompts that `attack` made of `suite`."""
+    """Build the suite of the prompts that `attack` made from `suite`."""
     return replace(suite, name=f"{suite.name}+{attack.name}", prompts=list(made.prompts))
 
 
 def steps_of(results: Sequence[AttackResult]) -> str:
-    """Steps that were taken, in words."""
+    """Describe the number of steps taken, in words."""
     return f"{sum(result.steps for result in results):,} steps on {len(results)} prompts"
 
 
 def attacked(prompt: EvaluationPrompt, text: str, attack: str, *, alone: bool = False) -> EvaluationPrompt:
-    """`prompt` with the text that `attack` made of it.
+    """Replace the text of `prompt` by that of an attack, and add the attack's name.
 
     Args:
-        prompt: which may bear an earlier attack's name.
-        text: the user's turn now.
-        attack: its name.
-        alone: it was made of the bare request, and nothing of an earlier attack is left.
+        prompt: the original prompt, which may already have the name of an earlier attack.
+        text: the new user's turn.
+        attack: name of the attack.
+        alone: whether the attack started from the bare request, so that the name of an earlier attack is dropped.
     """
     earlier = "" if alone or not prompt.attack else f"{prompt.attack}+"
     return replace(prompt, text=text, attack=earlier + attack)
 
 
 class StateFile:
-    """What an attack on one prompt has found so far: JSON values, a line each, the first one saying what the file is.
+    """State of an attack on one prompt: JSON values, one per line; the first line describes the file.
 
-    The name is a digest of everything that the attack depends on, so that another model or option never meets this
-    state. It is written anew each time and renamed, so that it is always whole.
+    The file's name is a digest of everything that the attack depends on, so that another model or other options never
+    read this state. Each write goes to a new file that is then renamed, so that the file is always complete.
 
     Args:
-        folder: where it lies.
-        attack: its name.
-        facts: what the attack depends on, as JSON values; written into the first line.
+        folder: folder of the file.
+        attack: name of the attack.
+        facts: everything that the attack depends on, as JSON values; they are written into the first line.
 
     Raises:
         InputError: the folder cannot be written.
@@ -137,7 +137,7 @@ class StateFile:
         self._head = {"warning": WARNING, "attack": attack, **facts}
         digest = hashlib.sha256(json.dumps(self._head, sort_keys=True).encode()).hexdigest()[:24]
         self.path = folder / f"{attack}-{digest}.jsonl"
-        # Tried now, not after hours of work.
+        # Tried now, rather than after hours of work.
         try:
             try_writing(folder)
         except OSError as error:
@@ -146,10 +146,10 @@ class StateFile:
             ) from None
 
     def read(self) -> list[Any]:
-        """The lines after the first; none if there is no file.
+        """Return the lines after the first; an empty list if there is no file.
 
         Raises:
-            InputError: the file is not what was written.
+            InputError: the file is damaged.
         """
         try:
             head, *lines = map(json.loads, self.path.read_text(encoding="utf-8").splitlines())
@@ -162,10 +162,10 @@ class StateFile:
         return lines
 
     def write(self, lines: list[Any]) -> None:
-        """Replace what is there, all or nothing."""
+        """Replace the file, all or nothing."""
         text = "".join(json.dumps(line) + "\n" for line in (self._head, *lines))
         write_whole(self.path, text, shared=True, private=True)
 
     def damaged(self) -> InputError:
-        """The error that says that the file is not what was written."""
+        """Return the error for a damaged file."""
         return InputError(f"{self.path} is not the whole state of an attack; remove it to attack this prompt anew")

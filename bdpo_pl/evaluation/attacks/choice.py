@@ -1,4 +1,4 @@
-"""Which attacks are made, and on which suite."""
+"""Choice of the attacks, and of the suites that they start from."""
 
 from __future__ import annotations
 
@@ -22,26 +22,27 @@ ALIASES = {"gcg": f"{_HERE}.gcg.GCGAttack", "pair": f"{_HERE}.pair.PairAttack"}
 
 @dataclass
 class AttackOptions:
-    """Attacks on top of the suites as they are.
+    """Attacks in addition to the unmodified suites.
 
     Args:
-        framings: names of jailbreak framings, as a list or `a,b`, or `all`; each makes a suite of its own.
-        framings_file: JSONL or Parquet file with framings of your own: `name` and `template`, with `{request}` in it;
-            all of them are used, beside those that `framings` names.
-        prefill: make answers begin with words that go along with the request, as if the model had said them; makes a
-            suite of its own. Not behind a server.
-        gcg: search for adversarial suffixes by the model's own gradients; hours for a real model.
-        refinement: have an attacker rewrite each prompt until it passes (PAIR); needs `attacker`.
-        attacker: the endpoint of the attacking model.
-        more: attacks by `class_path`, as those of a package of your own.
-        suite: the harmful suite that attacks start from; default: framings of every harmful suite, GCG and the others
-            of the first one.
-        max_prompts: of it, for GCG and the others, spread evenly.
-        folder: where GCG and the others keep what they have found so far, to go on from there, with a warning in each
-            file: prompts and answers may be harmful. Default: nothing is kept, and an attack begins anew.
+        framings: names of jailbreak framings, as a list or `a,b`, or `all`; each makes a separate suite.
+        framings_file: JSONL or Parquet file with framings of your own: `name` and `template`, which contains
+            `{request}`. All of them are used, in addition to those in `framings`.
+        prefill: make answers begin with words that comply with the request, as if the model had written them; this
+            makes a separate suite. Not available behind a server.
+        gcg: search for adversarial suffixes with the model's own gradients; takes hours for a real model.
+        refinement: let an attacker rewrite each prompt until it succeeds (PAIR); needs `attacker`.
+        attacker: endpoint of the attacking model.
+        more: attacks by `class_path`, such as those of a package of your own.
+        suite: name of the harmful suite that attacks start from. Default: every harmful suite for framings, the first
+            one for GCG and the other attacks.
+        max_prompts: maximum number of prompts of that suite for GCG and the other attacks, spread evenly.
+        folder: folder where GCG and the other attacks save their state, so that they can resume. Each file bears a
+            warning, because prompts and answers may be harmful. Default: no state is saved, and an interrupted attack
+            starts over.
 
     Raises:
-        InputError: refinement without an attacker, or a number below 1.
+        InputError: refinement is requested without an attacker, or a number is below 1.
     """
 
     framings: list[str] | str = field(default_factory=list)
@@ -65,23 +66,23 @@ class AttackOptions:
 
     @property
     def state_folder(self) -> Path | None:
-        """Where attacks keep what they have found."""
+        """Folder where attacks save their state."""
         return None if self.folder is None else Path(self.folder).expanduser()
 
 
 @dataclass(frozen=True)
 class Attacks:
-    """What `AttackOptions` come to: attacks, and the suite that they start from."""
+    """Attacks chosen by `AttackOptions`, and the suite that they start from."""
 
     chosen: Sequence[Attack]
     suite: Suite | None
 
 
 def choose_attacks(options: AttackOptions, suites: Sequence[Suite]) -> tuple[list[Suite], Attacks]:
-    """(suites under each framing, attacks that are made against each model).
+    """Return (suites under each framing, attacks that are made against each model).
 
     Raises:
-        InputError: an attack without a harmful suite to start from, two of one name, or an unknown framing.
+        InputError: there is no harmful suite to start from, two attacks have the same name, or a framing is unknown.
     """
     own = read_framings(options.framings_file) if options.framings_file else {}
     known = dict(BUILT_IN) | dict(LONG) | own

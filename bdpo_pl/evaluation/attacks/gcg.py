@@ -1,8 +1,8 @@
 """Greedy Coordinate Gradient (Zou et al., arXiv:2307.15043): a suffix that makes a model begin with "Sure, here is …".
 
-Each step takes the gradient of the loss by the suffix's one-hot tokens, draws single-token swaps among the most
-promising ones, and goes on from the one of least loss. The attack needs the model's gradients, and one prompt takes
-steps × search_width forward passes. No key/value cache of the prefix is kept.
+Each step computes the gradient of the loss with respect to the suffix's one-hot tokens, draws single-token swaps among
+the most promising ones, and continues from the swap with the lowest loss. The attack needs the model's gradients. One
+prompt takes steps × search_width forward passes. No key/value cache of the prefix is kept.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ NAME = "gcg"
 
 @dataclass
 class GCGOptions:
-    """How long and how widely to search.
+    """Length and width of the search.
 
     Args:
-        steps: for each prompt, at most.
-        search_width: swaps drawn in a step.
-        topk: tokens at each place of the suffix to draw from, by gradient.
-        suffix: to begin with; its length in tokens stays.
-        batch_size: swaps in a forward pass; lower it where memory runs out.
-        ascii_only: suffixes of printable ASCII alone.
+        steps: maximum number of steps for each prompt.
+        search_width: number of swaps drawn in each step.
+        topk: number of tokens to draw from at each position of the suffix, ranked by gradient.
+        suffix: initial suffix; its length in tokens does not change.
+        batch_size: number of swaps in a forward pass; lower it if memory runs out.
+        ascii_only: restrict suffixes to printable ASCII.
         stop_on_match: stop when the greedy answer begins with the target.
-        stop_loss: stop at a loss of no more than this, in nats per token of the target; null: go on.
-        seed: of the draws.
-        save_every: steps after which the state is written.
+        stop_loss: stop at a loss of no more than this, in nats per token of the target; null: do not stop.
+        seed: seed of the draws.
+        save_every: number of steps between writes of the state.
 
     Raises:
-        InputError: a value out of range.
+        InputError: a value is out of range.
     """
 
     steps: int = 250
@@ -79,10 +79,10 @@ class GCGOptions:
 
 
 class GCGAttack(Attack):
-    """The search, on a model that is loaded here.
+    """GCG on a model that is loaded here.
 
     Args:
-        options: how long and how widely to search.
+        options: length and width of the search.
     """
 
     name = NAME
@@ -115,7 +115,7 @@ class GCGAttack(Attack):
 
 @dataclass
 class _State:
-    """Where the search on one prompt stands."""
+    """State of the search on one prompt."""
 
     suffix: list[int]
     best: list[int]
@@ -137,7 +137,7 @@ def attack(
     folder: Path | None = None,
     on_progress: Progress | None = None,
 ) -> list[EvaluationPrompt]:
-    """`prompts`, each with the best suffix that was found; `results` tells more."""
+    """Return `prompts`, each with the best suffix that was found; `results` returns more details."""
     found = results(
         prompts, model, tokenizer, options, use_template=use_template, folder=folder, on_progress=on_progress
     )
@@ -157,25 +157,26 @@ def results(
     """Attack one prompt after the other.
 
     Args:
-        prompts: each with its target, or else with `default_target`'s.
+        prompts: prompts to attack, each with its target; without one, `default_target` of its request is used.
         model: a transformers causal language model on its device.
-        tokenizer: the model's.
-        options: of the search.
-        use_template: put each prompt into the tokenizer's chat template, if it has one.
-        folder: where the state of each prompt is kept, under a warning; an attack that was cut off goes on from there
-            to the same end, where the device computes the same twice. None: nothing is written.
-        on_progress: told after each prompt.
+        tokenizer: the model's tokenizer.
+        options: options of the search.
+        use_template: whether to put each prompt into the tokenizer's chat template, if it has one.
+        folder: folder for the state of each prompt, saved under a warning. An interrupted attack resumes from it and
+            reaches the same result, if the device is deterministic. None: no state is saved.
+        on_progress: function called after each prompt.
 
     Yields:
-        Of each prompt in order: `details` has `suffix`, `target`, `loss`, `initial_loss`, `matched` (whether the
-        greedy answer begins with the target) and `survived` (the share of drawn swaps that could be tokenised again).
+        The result of each prompt, in order: `details` has `suffix`, `target`, `loss`, `initial_loss`, `matched`
+        (whether the greedy answer begins with the target) and `survived` (the share of drawn swaps that survive
+        tokenisation).
 
     Raises:
-        InputError: a prompt that cannot be attacked, or a state file that is damaged.
+        InputError: a prompt cannot be attacked, or a state file is damaged.
     """
     allowed = allowed_tokens(tokenizer, model.get_input_embeddings().weight.shape[0], ascii_only=options.ascii_only)
     weights = None if folder is None else _weights_digest(model)
-    # All of them first: a prompt that cannot be attacked is found out before hours of work.
+    # All prompts first, so that one that cannot be attacked is reported before hours of work.
     searches = [_Search.of(prompt, model, tokenizer, options, use_template) for prompt in prompts]
     with evaluating(model):
         for done, search in enumerate(searches, start=1):
@@ -187,7 +188,7 @@ def results(
 
 @dataclass(frozen=True)
 class _Search:
-    """One prompt, ready to be attacked."""
+    """One prompt, prepared for the attack."""
 
     prompt: EvaluationPrompt
     target: str
@@ -240,7 +241,7 @@ def _begin(search: _Search) -> _State:
 
 
 def _step(state: _State, search: _Search, allowed: Tensor, options: GCGOptions) -> None:
-    """One step of the search, drawn by (seed, request, step) alone, so that it is the same after an interruption."""
+    """Take one step, drawn by (seed, request, step) alone so that a resumed search takes the same step."""
     digest = hashlib.sha256(f"{options.seed}|{state.steps}|{search.prompt.text}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
     current = torch.tensor(state.suffix)
@@ -254,7 +255,7 @@ def _step(state: _State, search: _Search, allowed: Tensor, options: GCGOptions) 
     if not kept:
         return
     losses, matches = search.loss.of(torch.tensor(kept))
-    # One that reaches the target goes before one of less loss.
+    # A swap that reaches the target is preferred to one with a lower loss.
     if options.stop_on_match and matches.any():
         losses = losses.where(matches, torch.inf)
     i = int(losses.argmin())
@@ -282,7 +283,7 @@ def _read(file: StateFile | None) -> _State | None:
 
 
 def _facts(search: _Search, options: GCGOptions, weights: str | None) -> dict[str, Any]:
-    """What a search depends on."""
+    """Return everything that a search depends on."""
     chosen = {name: value for name, value in asdict(options).items() if name not in ("batch_size", "save_every")}
     return {
         "prompt": search.prompt.text,
@@ -294,7 +295,7 @@ def _facts(search: _Search, options: GCGOptions, weights: str | None) -> dict[st
 
 
 def _weights_digest(model: Any) -> str:
-    """What tells a model from one with other weights: a digest over some of each parameter."""
+    """Compute a digest over a sample of each parameter, which identifies the model's weights."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         flat = parameter.detach().flatten()

@@ -1,7 +1,7 @@
-"""Prompt refinement in the manner of PAIR (Chao et al., arXiv:2310.08419): a model rewrites a request till it passes.
+"""Prompt refinement like PAIR (Chao et al., arXiv:2310.08419): a model rewrites a request until it succeeds.
 
-An attacking model is told the request, proposes a prompt, and sees the answer and a judge's verdict; several such
-streams go on side by side, for a few steps. It needs nothing of the attacked model but its answers.
+An attacking model gets the request, proposes a prompt, and sees the answer and a judge's verdict. Several such streams
+run side by side, for a few steps. The attack needs nothing but the answers of the attacked model.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from bdpo_pl.evaluation.suites.suite import EvaluationPrompt
 NAME = "pair"
 
 Target = Callable[[Sequence[str]], list[str]]
-"""The attacked model: prompts → its responses, in order."""
+"""The attacked model: a function from prompts to its responses, in order."""
 
 
 @dataclass
 class RefinementOptions:
-    """How often to try. A prompt costs streams × steps queries of the target at most; the paper has 30 × 3.
+    """Number of attempts. A prompt costs at most streams × steps queries of the target; the paper uses 30 × 3.
 
     Args:
-        streams: conversations with the attacker side by side, each going its own way.
-        steps: prompts that each of them tries, at most.
-        history: latest tries of its stream that the attacker sees.
-        retries: how often it is asked again if its answer is not in the form that it is told.
+        streams: number of parallel conversations with the attacker, each with its own approach.
+        steps: maximum number of prompts that each stream tries.
+        history: number of the stream's latest attempts that the attacker sees.
+        retries: number of further queries if the attacker's answer does not have the required form.
 
     Raises:
-        InputError: a value out of range.
+        InputError: a value is out of range.
     """
 
     streams: int = 3
@@ -63,7 +63,7 @@ class RefinementOptions:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One prompt tried on the target."""
+    """A prompt that was tried on the target."""
 
     stream: int
     proposal: Proposal
@@ -90,12 +90,13 @@ class Refinement:
     """An attack by refinement.
 
     Args:
-        attacker: proposes prompts. It should be a model that is willing to; sampling makes its streams differ more.
+        attacker: model that proposes prompts. It should not refuse to; sampling makes its streams differ more.
         target: the attacked model.
-        judge: tells whether an attempt succeeded.
-        options: how often to try.
-        target_key: what identifies the target (weights, options of generation): the state of another is not used.
-        fits: whether a prompt fits into the target's window; one that does not is taken for no proposal.
+        judge: judge of whether an attempt succeeded.
+        options: number of attempts.
+        target_key: identifier of the target (weights, generation options); state saved for another key is not used.
+        fits: function that returns whether a prompt fits into the target's window; a prompt that does not is rejected
+            like an answer that cannot be parsed.
     """
 
     attacker: ChatModel
@@ -108,23 +109,24 @@ class Refinement:
     def attack(
         self, prompts: Sequence[EvaluationPrompt], *, folder: Path | None = None, on_progress: Progress | None = None
     ) -> list[EvaluationPrompt]:
-        """`prompts`, each as in its most successful attempt; `results` tells more."""
+        """Return `prompts`, each as in its most successful attempt; `results` returns more details."""
         return [result.prompt for result in self.results(prompts, folder=folder, on_progress=on_progress)]
 
     def results(
         self, prompts: Sequence[EvaluationPrompt], *, folder: Path | None = None, on_progress: Progress | None = None
     ) -> Iterator[AttackResult]:
-        """Attack one prompt after the other; each until an attempt succeeds.
+        """Attack one prompt after the other, each until an attempt succeeds.
 
         Args:
-            prompts: their `behaviour` is what the attacker is told to get.
-            folder: where the attempts on each prompt are kept, under a warning; an attack that was cut off goes on from
-                there. They hold what the target answered. None: nothing is written.
-            on_progress: told after each prompt.
+            prompts: prompts to attack; the attacker gets their `behaviour` as its goal.
+            folder: folder for the attempts on each prompt, saved under a warning because they contain the target's
+                answers. An interrupted attack resumes from it. None: no attempts are saved.
+            on_progress: function called after each prompt.
 
         Yields:
-            Of each prompt in order: `details` has `succeeded`, `response` and `verdict` of the best attempt (None if
-            there was none), `queries` of the target, and `unparsable`, the attacker's answers that could not be read.
+            The result of each prompt, in order: `details` has `succeeded`, `response` and `verdict` of the best attempt
+            (None if there was none), `queries` of the target, and `unparsable`, the number of the attacker's answers
+            that could not be parsed or whose prompt did not fit.
 
         Raises:
             InputError: attacker, target or judge fails, or a state file is damaged; finished steps are kept.
@@ -158,11 +160,11 @@ class Refinement:
             "unparsable": unparsable,
         }
         text = prompt.behaviour if best is None else best.proposal.prompt
-        # The attacker starts from the bare request: a framing of the prompt's has no part in it.
+        # The attacker starts from the bare request, so an earlier framing of the prompt is dropped.
         return AttackResult(attacked(prompt, text, NAME, alone=True), len(steps), details)
 
     def _step(self, goal: str, steps: Sequence[_Step]) -> _Step:
-        """One try of every stream."""
+        """Make one attempt in every stream."""
         conversations = [self._conversation(goal, stream, steps) for stream in range(self.options.streams)]
         proposals, unparsable = self._propose(conversations)
         if not proposals:
@@ -180,7 +182,7 @@ class Refinement:
         return turns
 
     def _propose(self, conversations: list[list[Message]]) -> tuple[dict[int, Proposal], int]:
-        """A proposal by stream, of those whose answers could be read, and how many answers could not."""
+        """Return the proposals that could be parsed, by stream, and the number of answers that could not."""
         proposals: dict[int, Proposal] = {}
         asked = dict(enumerate(conversations))
         unparsable = 0
@@ -214,8 +216,8 @@ class PairAttack(Attack):
     """Refinement by an attacker behind an endpoint.
 
     Args:
-        attacker: the endpoint of the attacking model.
-        options: how often to try.
+        attacker: endpoint of the attacking model.
+        options: number of attempts.
     """
 
     name = NAME
@@ -224,7 +226,7 @@ class PairAttack(Attack):
         self._attacker, self._options = Endpoint(attacker), options or RefinementOptions()
 
     def run(self, prompts: Sequence[EvaluationPrompt], target: AttackedModel, step: Callable[[], None]) -> Attempted:
-        """Refine each prompt until the target does not refuse it, or gives what it asks for, as the judge tells."""
+        """Refine each prompt until the judge decides that the target did not refuse, or that it complied."""
         refinement = Refinement(self._attacker, target.respond, target.judge, self._options, target.key, target.fits)
         found = list(refinement.results(prompts, folder=target.folder, on_progress=lambda done, total: step()))
         queries = sum(int(result.details["queries"]) for result in found)
@@ -234,7 +236,7 @@ class PairAttack(Attack):
 
 
 def chat_target(model: ChatModel) -> Target:
-    """`model` as a target, each prompt a conversation of its own."""
+    """Return `model` as a target that gets each prompt in a conversation of its own."""
     return lambda prompts: model.reply([[{"role": "user", "content": prompt}] for prompt in prompts])
 
 
@@ -248,7 +250,7 @@ def _succeeded(steps: Sequence[_Step]) -> bool:
 
 
 def _passed(attempt: Attempt) -> bool:
-    # A blank answer refuses nothing, and gives nothing either.
+    # A blank answer does not refuse, but it gives no harmful content either.
     return attempt.verdict.got_through and bool(attempt.response.strip())
 
 

@@ -1,7 +1,7 @@
-"""A suffix of free tokens at the end of a user's turn, and which tokens it may be made of.
+"""A suffix of free tokens at the end of a user's turn, and the tokens that it may contain.
 
-Token ids are optimised and a text is sent. The two agree only if the text is tokenised into the same ids again, in its
-place within the chat template: a suffix of which that is not so does not *survive*.
+The search optimises token ids, but the model gets text. A suffix *survives* if its text, tokenised again in its place
+within the chat template, gives the same ids.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from bdpo_pl.forward.generation import encode_prompts
 class SuffixPrompt:
     """A request with a suffix.
 
-    A token that holds the suffix's first or last sign together with what stands next to it, as some tokenizers have
-    them, is not one of the suffix's: it stays.
+    Some tokenizers merge the suffix's first or last character with its neighbour into one token. Such a token does not
+    belong to the suffix: it stays fixed.
 
     Args:
-        tokenizer: the model's.
+        tokenizer: the model's tokenizer.
         request: the user's text before the suffix.
-        suffix: to begin with.
-        use_template: render the prompt with the chat template, if there is one.
+        suffix: initial suffix.
+        use_template: whether to render the prompt with the chat template, if there is one.
 
     Attributes:
         before: ids before the suffix.
         initial: ids of the first suffix.
-        after: ids after it, up to where the answer begins.
+        after: ids after it, up to the beginning of the answer.
 
     Raises:
-        InputError: the suffix cannot be found in the prompt's tokens, or does not survive.
+        InputError: the suffix cannot be located in the prompt's tokens, or does not survive.
     """
 
     def __init__(self, tokenizer: Any, request: str, suffix: str, *, use_template: bool = True) -> None:
@@ -57,11 +57,11 @@ class SuffixPrompt:
             )
 
     def text(self, suffix: Sequence[int]) -> str:
-        """The user's turn with the suffix of these ids."""
+        """Return the user's turn with the suffix of these ids."""
         return self._texts([suffix])[0]
 
     def survive(self, suffixes: Sequence[Sequence[int]]) -> list[bool]:
-        """Whether each suffix's text, in its place, is tokenised into the same ids again."""
+        """Return whether each suffix survives: its text, tokenised in its place, gives the same ids again."""
         again = self._encode(self._texts(suffixes))
         return [ids == [*self.before, *suffix, *self.after] for ids, suffix in zip(again, suffixes, strict=True)]
 
@@ -73,23 +73,23 @@ class SuffixPrompt:
         return encode_prompts(self._tokenizer, texts, use_template=self._use_template)
 
     def _decode(self, rows: list[list[int]]) -> list[str]:
-        # With what comes before it: alone, many tokenizers take the first token's space away.
+        # Decoded together with the prefix, because many tokenizers drop a leading space of the first token.
         return self._tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def allowed_tokens(tokenizer: Any, num_embeddings: int, *, ascii_only: bool) -> Tensor:
-    """Which tokens a suffix may hold: none that is special or added, empty or part of a character.
+    """Return which tokens a suffix may contain: none that is special, added, empty or part of a character.
 
     Args:
-        tokenizer: the model's.
-        num_embeddings: V, of the model; it may have more than the tokenizer has tokens.
-        ascii_only: printable ASCII alone, which a person could type.
+        tokenizer: the model's tokenizer.
+        num_embeddings: V, number of the model's embeddings, which may exceed the number of tokens.
+        ascii_only: whether to allow only printable ASCII, which a person could type.
 
     Returns:
         (V,) bool.
 
     Raises:
-        InputError: nothing is left.
+        InputError: no token is allowed.
     """
     barred = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     ids = [i for i in range(min(num_embeddings, len(tokenizer))) if i not in barred]
@@ -109,15 +109,15 @@ def allowed_tokens(tokenizer: Any, num_embeddings: int, *, ascii_only: bool) -> 
 def draw(
     suffix: Tensor, gradient: Tensor, allowed: Tensor, topk: int, width: int, generator: torch.Generator
 ) -> list[list[int]]:
-    """Suffixes that differ from `suffix` in one token, each once.
+    """Draw suffixes that differ from `suffix` in one token, without duplicates.
 
     Args:
         suffix: (n,) ids.
-        gradient: (n, V) of the loss by the one-hot tokens.
+        gradient: (n, V) gradient of the loss with respect to the one-hot tokens.
         allowed: (V,) bool.
-        topk: tokens of most negative gradient to draw from, at each place.
-        width: how many to draw; repeated ones are left out.
-        generator: of the draws.
+        topk: number of tokens with the most negative gradient to draw from, at each position.
+        width: number of draws; duplicates are removed.
+        generator: generator of the random draws.
     """
     barred = ~allowed.to(gradient.device)
     promise = (-gradient.float()).masked_fill(barred, -torch.inf)

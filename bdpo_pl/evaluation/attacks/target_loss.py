@@ -1,4 +1,4 @@
-"""How far a model is from beginning its answer with a target, by the suffix of its prompt, and where it falls.
+"""Loss of a target at the beginning of a model's answer, as a function of the prompt's suffix, and its gradient.
 
 Shapes: C candidates; n tokens in a suffix, m in the target; V vocabulary; D hidden size.
 """
@@ -25,9 +25,9 @@ class TargetLoss:
     Args:
         model: a transformers causal language model in evaluation mode.
         before: ids before the suffix.
-        after: ids after it.
-        target: m ids that the answer should begin with.
-        batch_size: candidates in a forward pass.
+        after: ids after the suffix.
+        target: m ids with which the answer should begin.
+        batch_size: number of candidates in a forward pass.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class TargetLoss:
             torch.tensor(list(ids), dtype=torch.int64, device=device) for ids in (before, after, target)
         )
         self._batch_size = batch_size
-        # The other positions' logits are not read.
+        # The logits of the other positions are not needed.
         self._options: dict[str, Any] = {"use_cache": False}
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             self._options["logits_to_keep"] = len(target) + 1
@@ -57,7 +57,7 @@ class TargetLoss:
 
     @torch.no_grad()
     def of(self, suffixes: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss of each suffix, and whether greedy decoding gives the target.
+        """Return the loss of each suffix, and whether greedy decoding gives the target.
 
         Args:
             suffixes: (C, n) ids.
@@ -69,21 +69,22 @@ class TargetLoss:
         for batch in suffixes.split(self._batch_size):
             logits = self._logits(batch.to(self._target.device))
             losses.append(self._cross_entropy(logits).cpu())
-            # Every token of the target the likeliest after those before it: what greedy decoding goes by.
+            # Greedy decoding gives the target if each of its tokens is the most likely one after those before it.
             matches.append((logits.argmax(-1) == self._target).all(-1).cpu())
         return torch.cat(losses), torch.cat(matches)
 
     def gradient(self, suffix: Tensor) -> Tensor:
-        """∂ loss / ∂ one-hot of each token of the suffix.
+        """Compute ∂ loss / ∂ one-hot of each token of the suffix.
 
         The embedding of a one-hot vector is linear in it, so this is the gradient at the embedding layer's output times
-        the embedding of every token; a scale that the layer applies is in both. A tied LM head has no part in it.
+        the embedding of every token. A scale that the layer applies is included in both. A tied LM head does not
+        contribute.
 
         Args:
             suffix: (n,) ids.
 
         Returns:
-            (n, V).
+            (n, V) gradient.
         """
         embedded: list[Tensor] = []
 
@@ -109,14 +110,14 @@ class TargetLoss:
             return torch.cat([gradient @ self._embedding(chunk).T for chunk in ids.split(_VOCABULARY_CHUNK)], dim=1)
 
     def _logits(self, suffixes: Tensor) -> Tensor:
-        """(C, m, V): those that predict the target."""
+        """Compute the (C, m, V) logits that predict the target."""
         before, after, target = (ids.expand(len(suffixes), -1) for ids in (self._before, self._after, self._target))
         ids = torch.cat([before, suffixes, after, target], dim=1)
         logits = self._model(input_ids=ids, **self._options).logits
         return logits[:, -len(self._target) - 1 : -1]
 
     def _cross_entropy(self, logits: Tensor) -> Tensor:
-        """(C,), in float32 at least."""
+        """Compute the (C,) mean cross-entropy of the target, in float32 or higher precision."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         target = self._target.expand(len(logits), -1)
         return F.cross_entropy(logits.transpose(1, 2), target, reduction="none").mean(1)

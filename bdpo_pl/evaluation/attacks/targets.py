@@ -1,4 +1,4 @@
-"""Beginnings of answers that go along with a request, where a suite gives none."""
+"""Beginnings of answers that comply with a request, for suites that do not provide them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 
 def default_target(request: str) -> str:
-    """The beginning of an answer to `request`, which is a question of how, another question, or an order."""
+    """Return the beginning of an answer that complies with `request`, which is a question or an instruction."""
     sentence = re.split(r"(?<=[.?!])\s|\n", request.strip())[0]
     words = sentence.rstrip(" .?!")
     if how := re.match(r"how (?:do|can|could|would|should|might) (?:i|you|we|one|someone) ", words, re.IGNORECASE):

@@ -1,1 +1,1 @@
-"""Models to talk to: in this process, or behind an endpoint."""
+"""Chat models, in this process or behind an endpoint."""

@@ -1,4 +1,4 @@
-"""Models one can talk to: behind an endpoint, or loaded here. Judges and attackers speak through this."""
+"""Interface of chat models, behind an endpoint or loaded here. Judges and attackers use it."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ Message = Mapping[str, str]
 
 
 class ChatModel(Protocol):
-    """Answers conversations.
+    """A model that answers conversations.
 
     Attributes:
-        name: as in reports.
+        name: name in reports.
     """
 
     name: str
 
     def reply(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
-        """The next turn of each conversation, in order.
+        """Return the next turn of each conversation, in order.
 
         Raises:
-            InputError: it cannot be reached or answers with an error, after retries.
+            InputError: the model cannot be reached or answers with an error, after retries.
         """
         ...

@@ -1,6 +1,6 @@
-"""One request to an OpenAI-compatible chat endpoint, and what its answer means.
+"""One request to an OpenAI-compatible chat endpoint, and the parsing of its answer.
 
-The endpoint is not trusted: an answer has a time and a size, and what it says is made fit to be shown and kept.
+The endpoint is not trusted: its answers are limited in time and size, and escaped before they are shown or saved.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _FORM = "is it an OpenAI-compatible chat endpoint? Check endpoint.url"
 
 
 class PassingError(Exception):
-    """A failure that may be over at the next try.
+    """A temporary failure, which may not occur in the next attempt.
 
     Attributes:
-        remedy: What to do if it is not.
-        retry_after: Seconds that the service asks to wait.
+        remedy: Advice for a failure that persists.
+        retry_after: Number of seconds to wait, as requested by the service.
     """
 
     def __init__(self, message: str, remedy: str, retry_after: float = 0.0) -> None:
@@ -43,12 +43,12 @@ class PassingError(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """How long and how large an answer may be.
+    """Limits on the time and size of an answer.
 
     Attributes:
-        timeout: Seconds without a sign of life.
-        deadline: Seconds for the whole answer.
-        max_bytes: Bytes of the whole answer.
+        timeout: Maximum number of seconds without data.
+        deadline: Maximum number of seconds for the whole answer.
+        max_bytes: Maximum number of bytes of the whole answer.
     """
 
     timeout: float
@@ -58,11 +58,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class Key:
-    """An API key, which no message and no answer may show.
+    """An API key, which must not appear in any message or answer.
 
     Attributes:
-        value: Sent as a bearer token; empty: none is sent.
-        env: The environment variable that it came from, for messages.
+        value: The key, sent as a bearer token; empty: no key is sent.
+        env: The environment variable that contained the key, for messages.
     """
 
     value: str
@@ -72,36 +72,36 @@ class Key:
         return f"Key(from ${self.env})"
 
     def redact(self, text: str) -> str:
-        """`text` without the key, wherever a service repeats it, also with blanks or invisible characters within."""
+        """Remove the key from `text`, even if it is interspersed with blanks or invisible characters."""
         if not self.value:
             return text
         return re.sub(r"[\s\x00-\x1f\x7f\u200b-\u200f\u2060\ufeff]*".join(map(re.escape, self.value)), "[key]", text)
 
 
 def new_client(limits: Limits, parallel: int) -> httpx.AsyncClient:
-    """A client that follows no redirect, which would send the key along to whatever host."""
+    """Create a client that follows no redirects, which could send the key to another host."""
     return httpx.AsyncClient(
         timeout=httpx.Timeout(limits.timeout, pool=None),
         follow_redirects=False,
         limits=httpx.Limits(max_connections=parallel),
-        # The system's certificates, and those of SSL_CERT_FILE.
+        # Certificates of the system, and those of SSL_CERT_FILE.
         verify=ssl.create_default_context(),
     )
 
 
 async def complete(client: httpx.AsyncClient, url: str, body: dict[str, Any], key: Key, limits: Limits) -> str:
-    """The text that the endpoint at `url` answers to the request `body`: no lone surrogates, and no key.
+    """Request a completion and return its text, without lone surrogates and without the key.
 
     Args:
-        client: Of `new_client`.
-        url: Of http or https, up to `/chat/completions`.
+        client: A client made by `new_client`.
+        url: The http or https address, up to and including `/chat/completions`.
         body: The request, as JSON values.
         key: The API key.
-        limits: Of the answer.
+        limits: Limits on the answer.
 
     Raises:
-        InputError: The endpoint refuses, or answers in another form or at another length, and would again.
-        PassingError: It could not be had this time.
+        InputError: The endpoint refuses, or its answer has another form or is too long; a retry would not help.
+        PassingError: A temporary failure.
     """
     headers = {"Content-Type": "application/json", "Accept": "application/json", "Accept-Encoding": "identity"}
     if key.value:
@@ -126,7 +126,7 @@ async def complete(client: httpx.AsyncClient, url: str, body: dict[str, Any], ke
                 f"{url}: its certificate is not trusted ({untrusted[0].verify_message}); set SSL_CERT_FILE to the "
                 "authority's certificates, or mend endpoint.url"
             ) from None
-        # The system's own word is the last one of the chain.
+        # The last error of the chain is the one from the operating system.
         system = [cause for cause in causes if isinstance(cause, OSError) and cause.errno is not None]
         reasons = [os.strerror(c.errno) if c.errno and c.errno > 0 else str(c.strerror) for c in system]
         text = _shown(reasons[-1] if reasons else str(error) or type(error).__name__, key)
@@ -140,7 +140,7 @@ async def complete(client: httpx.AsyncClient, url: str, body: dict[str, Any], ke
 
 
 async def _read(response: httpx.Response, most: int) -> tuple[bytes, bool]:
-    """The body's first `most` bytes, and whether that is all."""
+    """Read the body's first `most` bytes, and return them and whether that is the whole body."""
     found = bytearray()
     async for part in response.aiter_bytes():
         found += part
@@ -150,7 +150,7 @@ async def _read(response: httpx.Response, most: int) -> tuple[bytes, bool]:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """`error` and everything that it comes from."""
+    """Yield `error` and all errors that caused it."""
     while error is not None:
         yield error
         if isinstance(error, BaseExceptionGroup):
@@ -182,7 +182,7 @@ def _refused(response: httpx.Response, body: bytes, url: str, key: Key) -> NoRet
 
 
 def retry_after(value: str | None) -> float:
-    """Seconds that a Retry-After header asks to wait, at most 300: it holds them, or a date; else 0."""
+    """Parse a Retry-After header, seconds or a date, into at most 300 seconds to wait; 0 if it is neither."""
     if value is None:
         return 0.0
     try:
@@ -196,10 +196,10 @@ def retry_after(value: str | None) -> float:
 
 
 def _text(body: bytes, url: str, key: Key) -> str:
-    """The text of the first choice.
+    """Return the text of the first choice.
 
     Raises:
-        InputError: There is none; the message says what is there instead.
+        InputError: There is none; the message quotes the answer.
     """
     try:
         answer = json.loads(body)
@@ -213,7 +213,7 @@ def _text(body: bytes, url: str, key: Key) -> str:
     except (TypeError, KeyError, IndexError):
         said = _shown(json.dumps(answer, ensure_ascii=False), key)
         raise InputError(f"{url}: the answer has no 'choices[0].message.content': {said}; {_FORM}") from None
-    # A service that tells refusals apart puts the text there, and null into the content.
+    # Some services put refusals into a separate field, and null into the content.
     for text in (content, message.get("refusal")):
         if isinstance(text, str):
             return key.redact(_whole_characters(text))
@@ -228,11 +228,11 @@ def _text(body: bytes, url: str, key: Key) -> str:
 
 
 def _whole_characters(text: str) -> str:
-    """`text` with each half of a surrogate pair that stands alone, which no tokenizer takes, replaced by U+FFFD."""
+    """Replace each unpaired surrogate in `text`, which no tokenizer accepts, by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _shown(text: str, key: Key) -> str:
-    """The beginning of what an endpoint said: on one line, without the key, control characters escaped."""
-    # Redacted first, or an excerpt could end within the key.
+    """Return an excerpt of an endpoint's answer: one line, without the key, with control characters escaped."""
+    # The key is removed first, because the excerpt could end within it.
     return printable(" ".join(key.redact(text).split()))[:_EXCERPT]

@@ -28,23 +28,23 @@ _T = TypeVar("_T")
 
 @dataclass
 class EndpointOptions:
-    """Which endpoint, and how to speak to it.
+    """Address of an endpoint, and the options of requests to it.
 
     Args:
-        url: of the API, as `http://localhost:8000/v1`; `/chat/completions` is added where it is missing.
-        model: the name by which the endpoint knows the model.
-        api_key_env: environment variable that holds the key. No key is sent if the default one is unset, or if this is
-            empty. The key itself is never an option: options are written into files.
-        max_tokens: tokens in an answer at most; null leaves it out of the request.
-        temperature: of sampling, 0 for greedy; null leaves it out of the request.
-        timeout: Seconds to wait for a sign of life from the endpoint, at each try.
-        deadline: Seconds to wait for a whole answer, at each try.
-        max_bytes: Bytes of a whole answer at most; a longer one is an error, and is not read to its end.
-        retries: further tries after a failure that may pass: no connection, status 408, 429 or 5xx.
-        parallel: requests at a time.
+        url: address of the API, such as `http://localhost:8000/v1`; `/chat/completions` is appended if it is missing.
+        model: the endpoint's name for the model.
+        api_key_env: environment variable that contains the key. No key is sent if the default variable is unset, or if
+            this option is empty. The key itself is never an option, because options are written into files.
+        max_tokens: maximum number of tokens in an answer; null omits it from the request.
+        temperature: sampling temperature, 0 for greedy decoding; null omits it from the request.
+        timeout: Seconds to wait for data from the endpoint, in each attempt.
+        deadline: Seconds to wait for a whole answer, in each attempt.
+        max_bytes: Maximum number of bytes of a whole answer; a longer one is an error, and reading stops.
+        retries: number of further attempts after a temporary failure: no connection, status 408, 429 or 5xx.
+        parallel: number of simultaneous requests.
 
     Raises:
-        InputError: a value out of range, or a URL that is none.
+        InputError: a value is out of range, or the URL is invalid.
     """
 
     url: str
@@ -78,10 +78,10 @@ class EndpointOptions:
 
 
 class EndpointError(InputError):
-    """An endpoint that could not be had, or answered with an error.
+    """Failure of an endpoint: it was unreachable, or answered with an error.
 
     Attributes:
-        replies: the answers that came before, in the order of the conversations; None where there is none.
+        replies: the answers received, in the order of the conversations; None where there is none.
     """
 
     def __init__(self, message: str, replies: Sequence[str | None]) -> None:
@@ -93,12 +93,13 @@ class Endpoint:
     """A chat model behind an endpoint.
 
     Args:
-        options: which, and how.
-        sleep: waits so many seconds between tries; by default until then, or until another request has failed for good.
+        options: address of the endpoint, and the options of requests to it.
+        sleep: function that waits for a number of seconds between attempts. By default the wait ends early if another
+            request fails permanently.
 
     Attributes:
-        name: the model's.
-        url: that requests go to.
+        name: name of the model.
+        url: full address of the requests.
 
     Raises:
         InputError: the key is missing or malformed.
@@ -114,10 +115,10 @@ class Endpoint:
         self._limits = Limits(options.timeout, options.deadline, options.max_bytes)
 
     def reply(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
-        """The next turn of each conversation, in order, `parallel` of them at a time.
+        """Return the next turn of each conversation, in order, with `parallel` simultaneous requests.
 
         Raises:
-            EndpointError: one could not be had, after retries; others under way are waited for and kept.
+            EndpointError: an answer could not be obtained, after retries; requests under way are completed and kept.
         """
         replies: list[str | None] = [None] * len(conversations)
         failures: dict[int, InputError] = {}
@@ -150,7 +151,7 @@ class Endpoint:
     async def _fetch(
         self, client: httpx.AsyncClient, conversation: Sequence[Message], stop: asyncio.Event
     ) -> str | None:
-        """The answer to one conversation; None if another has failed for good meanwhile."""
+        """Return the answer to one conversation; None if another request has failed permanently meanwhile."""
         body: dict[str, Any] = {"model": self.name, "messages": [dict(message) for message in conversation]}
         if self.options.max_tokens is not None:
             body["max_tokens"] = self.options.max_tokens
@@ -177,10 +178,10 @@ class Endpoint:
 
 
 def _aside(work: Coroutine[Any, Any, _T]) -> _T:
-    """Run `work` in an event loop of a thread of its own.
+    """Run `work` in an event loop in a separate thread.
 
-    A signal then interrupts the waiting of this thread and no callback of the loop, which would swallow its exception.
-    The thread is a daemon: whatever the endpoint does, the process can end.
+    A signal then interrupts the wait in this thread, rather than a callback of the loop, which would swallow the
+    exception. The thread is a daemon, so that the process can end whatever the endpoint does.
     """
     done: Future[_T] = Future()
     loop = asyncio.new_event_loop()
@@ -197,7 +198,7 @@ def _aside(work: Coroutine[Any, Any, _T]) -> _T:
 
     threading.Thread(target=run, name="endpoint", daemon=True).start()
     try:
-        # In short turns: a signal that another thread is given is handled only when this one wakes.
+        # Short waits, because a signal delivered to another thread is handled only when this one wakes.
         while not wait([done], timeout=_TURN).done:
             pass
         return done.result()

@@ -1,4 +1,4 @@
-"""A Hugging Face causal language model in this process, to talk to."""
+"""A Hugging Face causal language model in this process, as a chat model."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from bdpo_pl.models.loading import ModelSource, frozen, load_model, load_tokeniz
 
 
 class LocalChat:
-    """Answers greedily, by the tokenizer's chat template.
+    """A causal language model that answers greedily, with the tokenizer's chat template.
 
     Args:
-        model: causal language model, on its device.
-        tokenizer: the model's.
-        name: as in reports.
-        max_new_tokens: tokens in an answer at most.
-        batch_size: conversations answered at a time.
+        model: causal language model on its device.
+        tokenizer: the model's tokenizer.
+        name: name in reports.
+        max_new_tokens: maximum number of tokens in an answer.
+        batch_size: number of conversations answered at a time.
 
     Raises:
         InputError: the tokenizer has no chat template, or a number is out of range.
@@ -45,31 +45,31 @@ class LocalChat:
 
     @classmethod
     def load(cls, source: ModelSource, dtype: torch.dtype, device: torch.device, **options: int) -> LocalChat:
-        """The model of `source`.
+        """Load the model of `source`.
 
         Args:
-            source: which model.
-            dtype: of its weights.
-            device: where it answers.
+            source: source of the model.
+            dtype: dtype of its weights.
+            device: device of the model.
             **options: `max_new_tokens`, `batch_size`.
 
         Raises:
-            InputError: it cannot be loaded, or has no chat template.
+            InputError: the model cannot be loaded, or has no chat template.
         """
         tokenizer = load_tokenizer(source)
         return cls(frozen(load_model(source, dtype), device), tokenizer, source.name, **options)
 
     def reply(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
-        """The next turn of each conversation, in order.
+        """Return the next turn of each conversation, in order.
 
         Raises:
-            InputError: the chat template refuses a conversation, or one does not fit into the model's positions.
+            InputError: the chat template rejects a conversation, or one does not fit into the model's window.
         """
         if not conversations:
             return []
         try:
             ids = encode_conversations(self._tokenizer, [[dict(turn) for turn in turns] for turns in conversations])
-        except jinja2.TemplateError as error:  # as some do of a system turn
+        except jinja2.TemplateError as error:  # as some templates do for a system turn
             raise InputError(
                 f"the chat template of {self.name} refuses the conversation ({error}); choose another chat model"
             ) from error
