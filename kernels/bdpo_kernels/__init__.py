@@ -1,11 +1,11 @@
 """Fused log-probability kernels for preference losses: Triton on GPU, chunked PyTorch everywhere else.
 
-- `sequence_logprob`: from logits.
-- `linear_sequence_logprob`: from the hidden states before the LM head.
-- `linear_preference_loss`: the same, through a loss on pairs, with its gradients computed on the way forward.
+- `sequence_logprob`: from logits to log-probabilities.
+- `linear_sequence_logprob`: from the hidden states before the LM head to log-probabilities.
+- `linear_preference_loss`: from the hidden states to a loss on pairs; its gradients are computed in the forward pass.
 
-The last two take a `VocabShard` where the LM head is split over ranks. `backends` picks `rows.triton` or `rows.torch`
-for all of them, twins under one contract.
+The last two take a `VocabShard` if the LM head is split over ranks. `backends` selects `rows.triton` or `rows.torch`
+for all of them; both implement the same contract.
 """
 
 from bdpo_kernels.linear_preference_loss import linear_preference_loss

@@ -1,4 +1,4 @@
-"""Which implementation runs, Triton or PyTorch, and the contract that both keep."""
+"""The choice of the implementation, Triton or PyTorch, and the contract that both implement."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from bdpo_kernels.transform import LogitTransform
 Backend = Literal["triton", "torch"]
 
 NONE_IGNORED = -(1 << 62)
-"""An `ignore_index` that equals no label: for rows that all count."""
+"""An `ignore_index` that equals no label, for calls in which all rows count."""
 
 
 class PackedRows(Protocol):
-    """What the LM head needs of its rows of logits: (n, V) with labels (n,), none of them ignored."""
+    """The operations that the LM head needs on (n, V) rows of logits with (n,) labels, none of which is ignored."""
 
     def logprobs(self, logits: Tensor, labels: Tensor, transform: LogitTransform) -> Tensor:
-        """(n,) log-probabilities of the labels. The logits stay as they are."""
+        """Return the (n,) log-probabilities of the labels. The logits are not changed."""
         ...
 
     def logprobs_and_gradient(
         self, logits: Tensor, labels: Tensor, transform: LogitTransform, gradient: Tensor
     ) -> Tensor:
-        """The same, with the gradient of −log p(label) over `transform.scale` written to (n, V) `gradient`.
+        """Return the (n,) log-probabilities, and write a gradient into (n, V) `gradient`.
 
-        `gradient` may lie over the logits, each row at the start of its own, and be half as wide.
+        The gradient is that of −log p(label) over `transform.scale`. `gradient` may share the memory of the logits,
+        each row at the start of its own logits, and may be half as wide.
         """
         ...
 
@@ -47,7 +48,10 @@ class Rows(PackedRows, Protocol):
     def forward(
         self, logits: Tensor, labels: Tensor, ignore_index: int, transform: LogitTransform = ...
     ) -> tuple[Tensor, Tensor]:
-        """(B·T,) log-probabilities, 0 at ignored rows, and what `backward` needs besides the logits."""
+        """Return (B·T,) log-probabilities, 0 at ignored rows, and the statistics for `backward`.
+
+        `backward` needs nothing else besides the logits.
+        """
         ...
 
     def backward(
@@ -59,15 +63,15 @@ class Rows(PackedRows, Protocol):
         ignore_index: int,
         transform: LogitTransform = ...,
     ) -> Tensor:
-        """Gradient of Σ token_grads · log p(label) with respect to the raw logits, in a new tensor."""
+        """Return the gradient of Σ token_grads · log p(label) with respect to the raw logits, in a new tensor."""
         ...
 
     def shard_statistics(self, logits: Tensor, labels: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor]:
-        """Of each of (n, v) rows: its largest exponent, and the logarithm of the sum less that."""
+        """Return, for each of (n, v) rows, the largest exponent, and the logarithm of the sum minus that exponent."""
         ...
 
     def shard_label(self, logits: Tensor, labels: Tensor, transform: LogitTransform, shift: Tensor) -> Tensor:
-        """(n,) exponents of the labels, less `shift` (n,)."""
+        """Return the (n,) exponents of the labels, minus `shift` (n,)."""
         ...
 
     def shard_gradient(
@@ -79,23 +83,26 @@ class Rows(PackedRows, Protocol):
         log_sum: Tensor,
         gradient: Tensor,
     ) -> None:
-        """The gradient for a part of the columns, given the statistics of all; label −1 equals no column."""
+        """Write the gradient for some of the columns, given the statistics of the whole rows.
+
+        Label −1 matches no column.
+        """
         ...
 
     def scale_(self, tensor: Tensor, factor: Tensor) -> None:
-        """Multiply a contiguous `tensor` by the 0-dimensional `factor`, and leave it alone if that is 1."""
+        """Multiply a contiguous `tensor` by the 0-dimensional `factor`; do nothing if the factor is 1."""
         ...
 
     def sum_by_sequence(self, logps: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
-        """(S,) sums of the (N,) `logps` by each token's index of its sequence; in float64, in a fixed order."""
+        """Return (S,) sums of the (N,) `logps`, grouped by `sequence_ids`; in float64, in a fixed order."""
         ...
 
 
 def resolve_backend(backend: Backend | None, device: torch.device) -> Backend:
-    """The backend to run on `device`: the caller's choice, else Triton on CUDA and PyTorch everywhere else.
+    """Return the backend for `device`: the caller's choice, else Triton on CUDA and PyTorch on other devices.
 
     Raises:
-        ValueError: an unknown name, or Triton asked for on a device where it cannot run.
+        ValueError: the name is unknown, or Triton cannot run on the device.
     """
     if backend is None:
         return "triton" if device.type == "cuda" and has_triton() else "torch"
@@ -114,14 +121,14 @@ def resolve_backend(backend: Backend | None, device: torch.device) -> Backend:
 
 @cache
 def has_triton() -> bool:
-    """Whether triton is installed (it exists on Linux only)."""
+    """Return whether triton is installed (it exists on Linux only)."""
     return importlib.util.find_spec("triton") is not None
 
 
 def load(backend: str) -> Rows:
-    """The row operations of `backend`.
+    """Return the row operations of `backend`.
 
-    Imported on first use: Triton decides at import whether its interpreter runs the kernels.
+    The module is imported on first use: Triton decides at import whether its interpreter runs the kernels.
     """
     return cast(Rows, importlib.import_module(f"bdpo_kernels.rows.{backend}"))
 

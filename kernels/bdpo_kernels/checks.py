@@ -1,4 +1,4 @@
-"""Checks of the arguments, before any kernel runs: a Python error that names the argument and what to do."""
+"""Checks of the arguments before any kernel runs. Errors name the argument and the remedy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _INTEGERS = (torch.int64, torch.int32)
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
-    """Raises TypeError unless `tensor` is a tensor of a supported floating dtype."""
+    """Raise TypeError unless `tensor` is a tensor of a supported floating dtype."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in _FLOATS:
@@ -21,7 +21,7 @@ def check_floating(name: str, tensor: Tensor) -> None:
 
 
 def check_integer(name: str, tensor: Tensor, device: torch.device | None = None) -> None:
-    """Raises TypeError unless `tensor` is an int64 or int32 tensor, ValueError unless it is on `device`."""
+    """Raise TypeError unless `tensor` is an int64 or int32 tensor, ValueError unless it is on `device`."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in _INTEGERS:
@@ -33,7 +33,7 @@ def check_integer(name: str, tensor: Tensor, device: torch.device | None = None)
 
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], why: str) -> None:
-    """Raises ValueError unless `tensor` has `shape`, which `why` explains."""
+    """Raise ValueError unless `tensor` has `shape`; `why` is the explanation in the message."""
     if tensor.shape != shape:
         raise ValueError(f"{name} must have shape {tuple(shape)} ({why}), got {tuple(tensor.shape)}")
 
@@ -41,10 +41,10 @@ def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], why: str) -> 
 def check_sequences(
     rows: tuple[int, ...], sequence_ids: Tensor | None, num_sequences: int | None, device: torch.device | None
 ) -> int:
-    """The number of sequences S of packed (N,) or padded (B, T) rows.
+    """Return the number of sequences S of packed (N,) or padded (B, T) rows.
 
     Raises:
-        TypeError, ValueError: the index of sequences is missing, superfluous or has the wrong shape, dtype or device.
+        TypeError, ValueError: `sequence_ids` is missing, superfluous or has the wrong shape, dtype or device.
     """
     if len(rows) == 2:
         if sequence_ids is not None:
@@ -68,7 +68,7 @@ def check_sequences(
 
 
 def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> torch.dtype:
-    """The dtype of hidden @ weightᵀ + bias: autocast's where it is on, else the tensors' own.
+    """Return the dtype of hidden @ weightᵀ + bias: autocast's if it is enabled, else the tensors' own.
 
     Raises:
         TypeError, ValueError: a tensor has the wrong dtype, shape or device.
@@ -101,12 +101,12 @@ def _autocasts(device: torch.device) -> bool:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Keep products in the dtypes that they are given. A meta device has no autocast to switch off."""
+    """Disable autocast, so that products keep their operands' dtypes. A meta device has no autocast to disable."""
     return torch.autocast(device.type, enabled=False) if _autocasts(device) else nullcontext()
 
 
 def check_label_values(labels: Tensor, V: int, ignore_index: int) -> None:
-    """Raises ValueError unless every label is `ignore_index` or in [0, V). Waits for the device."""
+    """Raise ValueError unless every label is `ignore_index` or in [0, V). This synchronises with the device."""
     wrong = ((labels < 0) | (labels >= V)) & (labels != ignore_index)
     if bool(wrong.any()):
         where = tuple(int(i) for i in wrong.nonzero()[0])
@@ -117,7 +117,7 @@ def check_label_values(labels: Tensor, V: int, ignore_index: int) -> None:
 
 
 def check_sequence_values(sequence_ids: Tensor, num_sequences: int) -> None:
-    """Raises ValueError unless every index is in [0, S). Waits for the device."""
+    """Raise ValueError unless every index is in [0, S). This synchronises with the device."""
     wrong = (sequence_ids < 0) | (sequence_ids >= num_sequences)
     if bool(wrong.any()):
         where = int(wrong.nonzero()[0])
@@ -128,7 +128,7 @@ def check_sequence_values(sequence_ids: Tensor, num_sequences: int) -> None:
 
 
 def check_lengths(lengths: Sequence[int], S: int, labels: Tensor) -> None:
-    """Raises ValueError unless `lengths` are S numbers of tokens, together no more than there are labels."""
+    """Raise ValueError unless `lengths` has S numbers of tokens whose sum does not exceed the number of labels."""
     if len(lengths) != S or any(not isinstance(length, int) or length < 0 for length in lengths):
         raise ValueError(f"lengths must be {S} ints ≥ 0, one for each sequence; got {list(lengths)[:8]}")
     if sum(lengths) > len(labels):
@@ -136,7 +136,10 @@ def check_lengths(lengths: Sequence[int], S: int, labels: Tensor) -> None:
 
 
 def check_length_values(lengths: Sequence[int], labels: Tensor, sequence_ids: Tensor, ignore_index: int) -> None:
-    """Raises ValueError unless each sequence has as many counting labels as `lengths` says. Waits for the device."""
+    """Raise ValueError unless each sequence has exactly `lengths` labels that count.
+
+    This synchronises with the device.
+    """
     counted = torch.bincount(sequence_ids.long()[labels != ignore_index], minlength=len(lengths)).tolist()
     if counted != list(lengths):
         wrong = next(i for i, pair in enumerate(zip(counted, lengths, strict=True)) if pair[0] != pair[1])

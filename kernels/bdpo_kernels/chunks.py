@@ -1,6 +1,6 @@
-"""How many tokens go through the LM head at a time, and which.
+"""The division of tokens into chunks for the LM head: the size of a chunk, and its tokens.
 
-Shapes: N packed tokens; D hidden size; V vocabulary (a rank's part of it, where it is split); B pairs.
+Shapes: N packed tokens; D hidden size; V vocabulary (a rank's part, if it is split over ranks); B pairs.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 # Bytes of logits in one chunk. CPU: enough rows for the matrix products to run at full speed, no more. GPU: enough
-# tokens to fill it (1 GiB is 1,765 tokens of a vocabulary of 152k in float32), small beside a model.
+# tokens to occupy it (1 GiB is 1,765 tokens of a vocabulary of 152k in float32), little compared with a model.
 _CHUNK_BYTES = {"cpu": 1 << 26}
 _GPU_CHUNK_BYTES = 1 << 30
-# Fewer rows, in the dtype of the products, starve them, and split most pairs, which are then projected twice.
+# Fewer rows, in the dtype of the products, make them inefficient, and split most pairs, which are then projected twice.
 _MIN_CHUNK_TOKENS = 512
 # Rows of logits start at multiples of this many elements where that lets a GPU read 16 bytes at a time.
 _PITCH = 16
@@ -23,12 +23,12 @@ _PITCH = 16
 
 @dataclass(frozen=True)
 class ChunkSizes:
-    """Tokens that fit.
+    """Numbers of tokens in a chunk.
 
     Attributes:
-        plain: into a chunk where no gradient of the weight is computed.
-        several: into each of several chunks where it is.
-        one: into a single chunk where it is.
+        plain: number of tokens in a chunk if no gradient of the weight is computed.
+        several: number of tokens in each of several chunks if it is.
+        one: number of tokens in a single chunk if it is.
     """
 
     plain: int
@@ -36,7 +36,7 @@ class ChunkSizes:
     one: int
 
     def of(self, tokens: int, weight_grad: bool) -> int:
-        """Tokens in a chunk at most, if there are `tokens` in all."""
+        """Return the maximum number of tokens in a chunk, given the total number `tokens`."""
         if not weight_grad:
             return self.plain
         return max(1, tokens) if tokens <= self.one else self.several
@@ -51,20 +51,21 @@ def chunk_sizes(
     device: torch.device,
     grad_dtype: torch.dtype,
 ) -> ChunkSizes:
-    """Chunks whose logits fill `chunk_bytes`, at least one token.
+    """Return the sizes of chunks whose logits fill `chunk_bytes`; a chunk has at least one token.
 
-    By default they fill 64 MiB on a CPU, 1 GiB on a GPU, or the bytes of 512 tokens in `dtype`, and what is free while
-    there are logits. A gradient in half precision is first added up in float32 and then cast, when the logits are gone:
-    the bytes of the cast. With a single chunk it is not added up at all: the bytes of the sum.
+    By default, the logits fill 64 MiB on a CPU, 1 GiB on a GPU, or the bytes of 512 tokens in `dtype` if that is more,
+    plus the memory that is not yet used while logits exist. A gradient in half precision is first summed in float32 and
+    then cast, after the logits are released: the bytes of the cast are free until then. With a single chunk there is no
+    float32 sum: its bytes are free.
 
     Args:
-        chunk_bytes: bytes of logits in memory at a time, or None.
+        chunk_bytes: bytes of logits in memory at a time, or None for the default.
         V: row length of the logits.
         D: hidden size.
-        dtype: of the products.
-        logits_dtype: of the logits.
-        device: where they lie.
-        grad_dtype: of the weight's gradient, if it is wanted.
+        dtype: dtype of the products.
+        logits_dtype: dtype of the logits.
+        device: device of the logits.
+        grad_dtype: dtype of the weight's gradient.
 
     Raises:
         ValueError: `chunk_bytes` is not positive.
@@ -86,7 +87,7 @@ def chunk_sizes(
 
 
 def pitch(V: int, padded: bool) -> int:
-    """Elements from one row of logits to the next."""
+    """Return the number of elements from the start of one row of logits to the start of the next."""
     return -(-V // _PITCH) * _PITCH if padded else V
 
 
@@ -99,16 +100,16 @@ def head_bytes(
     grad_dtype: torch.dtype | None,
     logits_dtype: torch.dtype | None = None,
 ) -> int:
-    """Bytes of the logits and of the weight's gradient at the peak of `linear_preference_loss` with N tokens.
+    """Return the bytes of logits and the weight's gradient at the peak of `linear_preference_loss` with N tokens.
 
     Args:
-        N: tokens that count.
-        V: rows of the weight.
+        N: number of tokens that count.
+        V: number of rows of the weight.
         D: hidden size.
-        dtype: of the products.
-        device: where they are computed.
+        dtype: dtype of the products.
+        device: device of the products.
         grad_dtype: dtype of the weight; None if it is frozen.
-        logits_dtype: dtype of the logits; default: float32 at least.
+        logits_dtype: dtype of the logits. Default: float32 or wider.
     """
     wide = torch.promote_types(dtype, torch.float32)
     kept = logits_dtype or wide
@@ -118,15 +119,15 @@ def head_bytes(
         return logits
     if sizes.one >= N:
         return logits + V * D * grad_dtype.itemsize
-    # The float32 sum is turned into the weight's dtype when the logits are gone.
+    # The float32 sum is cast to the weight's dtype after the logits are released.
     cast = V * D * grad_dtype.itemsize if grad_dtype != wide else 0
     return V * D * wide.itemsize + max(logits, cast)
 
 
 def split_evenly(tokens: Tensor, most: int) -> tuple[Tensor, ...]:
-    """`tokens` in as few parts of at most `most` as hold them, all of about one size; none for no token.
+    """Split `tokens` into the fewest parts of at most `most`, of about equal size; no tokens give no parts.
 
-    Even, because a small last chunk is slow: its products do not fill a GPU, and pass over all of the weight.
+    The sizes are even because a small last chunk is slow: its products do not occupy a GPU, yet read the whole weight.
     """
     if not len(tokens):
         return ()
@@ -135,13 +136,14 @@ def split_evenly(tokens: Tensor, most: int) -> tuple[Tensor, ...]:
 
 
 def pairs_evenly(counts: Sequence[int], most: int) -> list[tuple[int, int]]:
-    """Ranges [first, last) of consecutive pairs, in as few chunks of at most `most` tokens as can be, none overfull.
+    """Split consecutive pairs into the fewest chunks of at most `most` tokens, as ranges [first, last).
 
-    Among these the largest chunk is as small as can be. A pair with more tokens than `most` has a chunk to itself.
+    The largest chunk is as small as that number of chunks permits. A pair with more than `most` tokens is a chunk
+    alone.
 
     Args:
-        counts: (B,) tokens of each pair.
-        most: tokens in a chunk.
+        counts: (B,) numbers of tokens of the pairs.
+        most: maximum number of tokens in a chunk.
     """
     best = _packed(counts, most)
     low, high = max(1, min(most, max(counts, default=1))), most

@@ -1,8 +1,9 @@
-"""The LM head, a chunk of tokens at a time: logits in one buffer, their gradient over them, products accumulated.
+"""The LM head, a chunk of tokens at a time: one buffer of logits, overwritten by their gradient; accumulated products.
 
 The gradient of a loss L with respect to a token's logits is g · scale · (1[label] − p) with g = ∂L/∂log p(label), one
-number a token. The rows write p − 1[label] alone; −g · scale multiplies the token's hidden state before the product
-with it, and the other product's row after it. So rows need no gradient of the loss, and nothing of size V is scaled.
+number per token. The row operations write p − 1[label] alone. −g · scale then multiplies the token's hidden state
+before the product for the weight, and the token's row after the product for the hidden states. The row operations
+therefore need no gradient of the loss, and no scaling of V elements per token is needed.
 
 Shapes: N tokens; n tokens of one chunk; D hidden size; V vocabulary.
 """
@@ -24,15 +25,15 @@ from bdpo_kernels.transform import LogitTransform
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """How the LM head is walked over.
+    """Options of a pass of the tokens through the LM head.
 
     Attributes:
-        transform: what turns the raw logits into those of the distribution.
-        ignore_index: the label of tokens that are left out.
-        dtype: of the products: the tensors' own, or autocast's.
-        exact: whether logits of half-precision products are kept in float32.
-        backend: of the row operations.
-        shard: of the vocabulary, where weight and bias are a rank's part of it.
+        transform: function that turns the raw logits into those of the distribution.
+        ignore_index: label of tokens that are left out.
+        dtype: dtype of the products: the tensors' own, or autocast's.
+        exact: whether to keep the logits of half-precision products in float32.
+        backend: backend of the row operations.
+        shard: this rank's part of the vocabulary, if weight and bias are split over ranks.
     """
 
     transform: LogitTransform
@@ -44,7 +45,7 @@ class HeadOptions:
 
     @property
     def wide(self) -> torch.dtype:
-        """The dtype of log-probabilities and sums: float32, float64 for float64 products."""
+        """The dtype of log-probabilities and sums: float32, or float64 for float64 products."""
         return torch.promote_types(self.dtype, torch.float32)
 
     @property
@@ -53,7 +54,7 @@ class HeadOptions:
         return self.wide if self.exact else self.dtype
 
     def gradient_dtype(self, device: torch.device) -> torch.dtype:
-        """The dtype of the logits' gradient: the products', or the logits' where half precision gains nothing."""
+        """Return the dtype of the logits' gradient: the products', or the logits' if half precision gains nothing."""
         return self.logits_dtype if device.type == "cpu" and self.backend == "torch" else self.dtype
 
 
@@ -64,23 +65,23 @@ class _Chunk(NamedTuple):
 
 
 class LinearHead:
-    """One walk over the tokens: log-probabilities of a chunk, then `backward` of the same chunk if it is wanted.
+    """One pass over the tokens: log-probabilities of a chunk, then optionally `backward` of the same chunk.
 
     Args:
-        hidden: (N, D).
-        weight: (V, D).
-        bias: (V,), or None.
-        labels: (N,), no ignored ones among the tokens that are walked.
-        options: the walk's.
-        largest: tokens in the largest chunk.
-        needs: whether gradients of hidden, weight and bias are wanted.
-        chunks: how many times `backward` will be called; with one, the weight's gradient needs no float32 sum.
+        hidden: (N, D) hidden states.
+        weight: (V, D) weight of the LM head.
+        bias: (V,) bias of the LM head, or None.
+        labels: (N,) labels; no token that is passed to `logps` may have an ignored one.
+        options: options of the pass.
+        largest: number of tokens in the largest chunk.
+        needs: whether to compute the gradients of hidden, weight and bias, one flag each.
+        chunks: number of calls of `backward`; with a single one, the weight's gradient needs no float32 sum.
 
     Attributes:
-        grad_hidden: (N, D), zero at tokens not walked; None unless wanted.
-        grad_weight: (V, D), in float32 (float64 for float64) if there are several chunks, else in the weight's dtype;
-            None unless wanted.
-        grad_bias: (V,) float32 (float64 for float64); None unless wanted.
+        grad_hidden: (N, D) gradient, zero at tokens that were not processed; None if not needed.
+        grad_weight: (V, D) gradient, in float32 (float64 for float64) if there are several chunks, else in the weight's
+            dtype; None if not needed.
+        grad_bias: (V,) gradient in float32 (float64 for float64); None if not needed.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class LinearHead:
         stride = pitch(V, padded=options.backend == "triton")
         self._buffer: Tensor | None = torch.empty(largest, stride, dtype=options.logits_dtype, device=device)
         self.grad_hidden = torch.zeros_like(hidden) if needs[0] else None
-        # Written by the first chunk, not cleared before it: of a large vocabulary that is a pass less over it.
+        # Clearing it first would cost one more pass over the large matrix, so the first chunk overwrites it instead.
         sums = options.wide if chunks > 1 else torch.promote_types(weight.dtype, options.dtype)
         self.grad_weight = torch.empty(weight.shape, dtype=sums, device=weight.device) if needs[1] else None
         self._weight_is_written = False
@@ -114,11 +115,11 @@ class LinearHead:
         self._chunk: _Chunk | None = None
 
     def logps(self, tokens: Tensor, for_backward: bool = False) -> Tensor:
-        """(n,) log-probabilities of the labels of `tokens` (n,), indices of at most the largest chunk's number.
+        """Return the (n,) log-probabilities of the labels of `tokens`.
 
         Args:
-            tokens: which.
-            for_backward: also leave the gradient where the logits were, for `backward`.
+            tokens: (n,) indices of the tokens, at most as many as the largest chunk has.
+            for_backward: whether to write the gradient over the logits as well, for `backward`.
         """
         assert self._buffer is not None
         n, V = len(tokens), self._weight.shape[0]
@@ -128,14 +129,14 @@ class LinearHead:
         write_logits(logits, hidden, self._weight, self._bias)
         if not for_backward:
             return self._rows.logprobs(logits, labels, self.options.transform)
-        # A narrower gradient takes the first half of each row of its logits.
+        # If the gradient is narrower than the logits, it takes the first half of each row.
         gradient = self._buffer.view(self.options.gradient_dtype(hidden.device))[:n, :V]
         logps = self._rows.logprobs_and_gradient(logits, labels, self.options.transform, gradient)
         self._chunk = _Chunk(tokens, hidden, gradient)
         return logps
 
     def backward(self, token_grads: Tensor) -> None:
-        """Add to the gradients, given those of the last chunk's log-probabilities, (n,)."""
+        """Add to the gradients, given the (n,) gradients of the last chunk's log-probabilities."""
         assert self._chunk is not None
         tokens, hidden, gradient = self._chunk
         self._chunk = None
@@ -145,7 +146,7 @@ class LinearHead:
             product = hidden_product(gradient, self._weight).mul_(column)
             self.grad_hidden.index_copy_(0, tokens, product.to(self.grad_hidden.dtype))
         if self.grad_weight is not None:
-            # A copy of ours, so in place.
+            # `hidden` is our own copy, so it may be scaled in place.
             scaled = hidden.mul_(column) if hidden.dtype == gradient.dtype else hidden * column
             add_weight_product(self.grad_weight, gradient, scaled, self._weight_is_written)
             self._weight_is_written = True
@@ -153,8 +154,11 @@ class LinearHead:
             self.grad_bias += weighted_sum(gradient, factors)
 
     def gradients(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Those of hidden, weight and bias in their dtypes; an empty tensor, no two the same, for one not wanted."""
-        # Before the weight's gradient is turned into its dtype, which takes memory too.
+        """Return the gradients of hidden, weight and bias, each in the dtype of its tensor.
+
+        A gradient that is not needed is an empty tensor, a new one for each.
+        """
+        # Converting the weight's gradient to its dtype takes memory, so the buffer is released first.
         self._buffer = self._chunk = None
         if self.grad_weight is not None and not self._weight_is_written:
             self.grad_weight.zero_()
@@ -169,5 +173,5 @@ class LinearHead:
 
 
 def gathered(weight: Tensor) -> Tensor:
-    """`weight`, whole: FSDP2 shards parameters as DTensors."""
+    """Return the full `weight`: FSDP2 shards parameters as DTensors."""
     return weight.full_tensor() if hasattr(weight, "full_tensor") else weight

@@ -1,8 +1,8 @@
-"""A preference loss from hidden states, its gradients computed on the way forward.
+"""A preference loss from hidden states, whose gradients are computed in the forward pass.
 
-A pair's loss depends on that pair alone, so its gradient is known as soon as its log-probabilities are: each chunk of
-whole pairs is projected once, turned into its gradient where it lies, and multiplied back. That is 6·N·V·D
-floating-point operations for the three products a training step cannot do without, and one chunk of logits.
+A pair's loss depends on that pair alone, so its gradient is known as soon as its log-probabilities are. Each chunk of
+whole pairs is projected once, its logits are overwritten by their gradient, and this is multiplied back. That takes
+6·N·V·D floating-point operations, for the three products that a training step cannot avoid, and one chunk of logits.
 
 Shapes: N packed tokens; D hidden size; V vocabulary; B pairs; b pairs of one chunk.
 """
@@ -54,37 +54,38 @@ def linear_preference_loss(
     lengths: Sequence[int] | None = None,
     exact: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of the losses of B pairs of sequences; sequence p is the chosen one of pair p, sequence B + p the rejected.
+    """Sum the losses of B pairs; sequence p is the chosen response of pair p, sequence B + p the rejected one.
 
-    The loss may be multiplied by any factor, and its backward runs once. The factor comes after the gradients, so it
-    cannot save float16 ones from vanishing, as a gradient scaler means to. A pair with more tokens than a chunk is
-    projected twice. Memory beyond inputs and gradients: one chunk of logits, and a float32 copy of the weight's
-    gradient where that is in half precision and there is more than one chunk.
+    The loss may be multiplied by any factor, and its backward runs once. The factor is applied after the gradients are
+    computed, so it cannot keep float16 gradients from vanishing, which is the purpose of a gradient scaler. A pair with
+    more tokens than a chunk is projected twice. Memory besides inputs and gradients: one chunk of logits, and a float32
+    copy of the weight's gradient if that is in half precision and there is more than one chunk.
 
     Args:
-        hidden: (N, D), what enters the LM head.
-        weight: (V, D), in the dtype of `hidden` (any dtypes under autocast); a DTensor is gathered. Without
-            `requires_grad` (a frozen head) its product is left out: 4·N·V·D.
-        labels: (N,) int64 or int32. Rows labelled `ignore_index` never reach the product; their gradient is exactly 0.
+        hidden: (N, D) hidden states that enter the LM head.
+        weight: (V, D) weight, in the dtype of `hidden` (any dtypes under autocast); a DTensor is gathered. Without
+            `requires_grad` (a frozen head) its product is omitted: 4·N·V·D.
+        labels: (N,) int64 or int32 labels. Rows labelled `ignore_index` are not computed; their gradient is exactly 0.
         sequence_ids: (N,) integers in [0, 2B), the index of each token's sequence, in any order.
-        loss_fn: gives the loss of each of b pairs; called under autograd with float32 log-probabilities that require a
-            gradient, for a few pairs at a time, so it must not mix pairs.
-        num_pairs: B.
+        loss_fn: function that returns the loss of each of b pairs. It is called under autograd with float32
+            log-probabilities that require a gradient, for a few pairs at a time, so it must not mix pairs.
+        num_pairs: number of pairs B.
         bias, softcap, logit_scale, ignore_index, chunk_bytes, backend, check_labels: as in `linear_sequence_logprob`.
-        shard: which rows of the vocabulary this rank holds, where `weight` (v, D) and `bias` (v,) are its part of them;
-            see `rows.sharded`. All ranks call with the same tokens, and get the same loss.
-        lengths: tokens that count of each of the 2B sequences, as Python numbers: with them a GPU is never waited for.
-            Checked where `check_labels` is on, or the tensors are on a CPU.
+        shard: rows of the vocabulary that this rank holds, if `weight` (v, D) and `bias` (v,) are its part of them; see
+            `rows.sharded`. All ranks call with the same tokens, and get the same loss.
+        lengths: number of counting tokens of each of the 2B sequences, as Python ints. With them, and without
+            `check_labels`, there is no synchronisation with a GPU. They are checked if `check_labels` is on, or the
+            tensors are on a CPU.
         exact: as in `linear_sequence_logprob`.
 
     Returns:
-        Scalar loss, (B,) log-probabilities of the chosen and (B,) of the rejected, without gradient; float32, float64
-        for float64 products.
+        Scalar loss, (B,) log-probabilities of the chosen and (B,) of the rejected responses, without gradient; float32,
+        or float64 for float64 products.
 
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, shape or device, a label or index is out of range, or
-            `loss_fn` does not give one loss a pair.
-        RuntimeError: at a second backward, or a backward of the backward.
+            `loss_fn` does not return one loss per pair.
+        RuntimeError: backward is called twice, or a second derivative is requested.
     """
     if shard is None:
         weight = gathered(weight)
@@ -114,13 +115,13 @@ def linear_preference_loss(
 
 
 class _Chunk(NamedTuple):
-    """Consecutive pairs [first, last) and their tokens, those of a pair in the order they came in."""
+    """Consecutive pairs [first, last) and their tokens, those of a pair in their original order."""
 
     first: int
     last: int
     tokens: Tensor
     parts: tuple[Tensor, ...]
-    """The same tokens; more than one part where the only pair is too long for a chunk."""
+    """The same tokens, in more than one part if the only pair is too long for a chunk."""
 
 
 class _LinearPreferenceLoss(torch.autograd.Function):
@@ -167,7 +168,7 @@ class _LinearPreferenceLoss(torch.autograd.Function):
                 "compute the loss again"
             )
         gradients, ctx.gradients = ctx.gradients, None
-        # In place: the gradient of a weight is too large to hold twice.
+        # The gradient of a weight is too large to hold twice, so it is scaled in place.
         for gradient, needed in zip(gradients, ctx.needs, strict=True):
             if needed:
                 load(ctx.backend).scale_(gradient, grad)
@@ -184,12 +185,12 @@ def _chunks(
     sizes: ChunkSizes,
     weight_grad: bool,
 ) -> list[_Chunk]:
-    """Tokens that count, by pair; as few chunks as can be, about alike in size."""
-    # Ignored tokens come last, as if of one more pair.
+    """Return the tokens that count, grouped by pair, in the fewest chunks of about equal size."""
+    # Ignored tokens come last, as if they belonged to one more pair.
     pairs = torch.where(labels == ignore_index, num_pairs, sequence_ids.long() % num_pairs)
     order = torch.argsort(pairs, stable=True)
     if lengths is None:
-        # The one time that a GPU is waited for.
+        # This is the only synchronisation with the GPU.
         counts = pairs.new_zeros(num_pairs + 1).index_add_(0, pairs, torch.ones_like(pairs)).tolist()[:num_pairs]
     else:
         counts = [lengths[pair] + lengths[num_pairs + pair] for pair in range(num_pairs)]
@@ -211,7 +212,7 @@ def _walk(
     num_pairs: int,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Loss (scalar) and log-probabilities (2, b) of one chunk; adds to the gradients of `head`."""
+    """Return loss (scalar) and log-probabilities (2, b) of one chunk, and add to the gradients of `head`."""
     b = chunk.last - chunk.first
     global_ids = sequence_ids.index_select(0, chunk.tokens).long()
     rejected = global_ids >= num_pairs
@@ -226,7 +227,7 @@ def _walk(
         token_grads = grads.flatten().index_select(0, ids).split([len(part) for part in chunk.parts])
         for part, of_part in zip(chunk.parts, token_grads, strict=True):
             if not whole:
-                # A pair too long for a chunk: its logits are gone, and computed again.
+                # The logits of a pair that is too long for a chunk were overwritten, so they are computed again.
                 head.logps(part, for_backward=True)
             if len(part):
                 head.backward(of_part)

@@ -1,4 +1,4 @@
-"""Per-sequence log-probabilities from hidden states: the LM head included, and never more than a chunk of logits.
+"""Log-probabilities of sequences from hidden states, including the LM head, with at most one chunk of logits in memory.
 
 Shapes: N packed tokens; D hidden size; V vocabulary; S sequences.
 """
@@ -47,40 +47,42 @@ def linear_sequence_logprob(
     lengths: Sequence[int] | None = None,
     exact: bool = True,
 ) -> Tensor:
-    """Sum of log softmax(u)[label] over each sequence.
+    """Sum log softmax(u)[label] over each sequence.
 
     u = logit_scale · softcap · tanh(x / softcap), x = hidden @ weightᵀ + bias; without a soft-cap, u = logit_scale · x.
-    Logits are computed a chunk of tokens at a time, again in the backward: 8·N·V·D floating-point operations in all.
-    Where the loss is known pair by pair, `linear_preference_loss` does it in 6. Under autocast the products run in its
-    dtype. Gradients have the dtype of what they belong to; that of the weight is accumulated in float32.
+    Logits are computed one chunk of tokens at a time, and again in the backward pass: 8·N·V·D floating-point operations
+    in total. If the loss is known pair by pair, `linear_preference_loss` needs only 6·N·V·D. Under autocast the
+    products use its dtype. Each gradient has the dtype of its tensor; that of the weight is accumulated in float32.
 
     Args:
-        hidden: (N, D), what enters the LM head.
-        weight: (V, D), in the dtype of `hidden` (any dtypes under autocast); a DTensor is gathered.
-        labels: (N,) int64 or int32. Rows labelled `ignore_index` never reach the product; their gradient is exactly 0.
+        hidden: (N, D) hidden states that enter the LM head.
+        weight: (V, D) weight, in the dtype of `hidden` (any dtypes under autocast); a DTensor is gathered.
+        labels: (N,) int64 or int32 labels. Rows labelled `ignore_index` are not computed; their gradient is exactly 0.
         sequence_ids: (N,) integers, the index of each token's sequence, in any order.
-        num_sequences: S. Default: the largest index + 1, which waits for the GPU.
-        bias: (V,) of the LM head.
+        num_sequences: number of sequences S. Default: the largest index + 1, which synchronises with the GPU.
+        bias: (V,) bias of the LM head.
         softcap: bound of the logits (Gemma 2: 30).
         logit_scale: factor of the logits: Cohere's `logit_scale`, 1 / Granite's `logits_scaling`, 1 / temperature.
-        ignore_index: the label that counts for nothing.
-        chunk_bytes: bytes of logits in memory at a time; default by device (64 MiB on a CPU, 1 GiB on a GPU),
-            and at least 512 tokens.
+        ignore_index: label of the tokens that are left out.
+        chunk_bytes: bytes of logits in memory at a time. The default depends on the device (64 MiB on a CPU, 1 GiB on a
+            GPU), and is enough for at least 512 tokens.
         backend: "triton", "torch", or None: Triton for CUDA tensors, PyTorch for others.
-        check_labels: check that labels and indices are in range. On a GPU that waits for it.
-        shard: which rows of the vocabulary this rank holds, where `weight` (v, D) and `bias` (v,) are its part of them;
-            see `rows.sharded`. All ranks call with the same tokens and get the same result; the gradient of `hidden` is
-            whole on every rank, that of `weight` is this rank's own. torch.compile breaks its graph here.
-        lengths: tokens that count of each of the S sequences, as Python numbers. If all N do, a GPU is not waited for.
-        exact: keep the logits of half-precision products in float32, twice the bytes, so that chunks have half the
-            tokens: rounded to bfloat16 they put the log-probability of 250 tokens off by 0.02 to 0.44 nats.
+        check_labels: whether to check that labels and indices are in range, which synchronises with a GPU.
+        shard: rows of the vocabulary that this rank holds, if `weight` (v, D) and `bias` (v,) are its part of them; see
+            `rows.sharded`. All ranks call with the same tokens and get the same result; the gradient of `hidden` is
+            complete on every rank, that of `weight` is this rank's own. torch.compile breaks its graph here.
+        lengths: number of counting tokens of each of the S sequences, as Python ints. They avoid a synchronisation with
+            the GPU.
+        exact: whether to keep the logits of half-precision products in float32. They take twice the bytes, so chunks
+            have half the tokens. Rounded to bfloat16, the log-probability of 250 tokens would be wrong by 0.02 to 0.44
+            nats.
 
     Returns:
-        (S,) float32, float64 for float64 products; 0 for a sequence with no counting label.
+        (S,) float32, or float64 for float64 products; 0 for a sequence without a counting label.
 
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, shape or device, or a label or index is out of range.
-        RuntimeError: at a backward of the backward.
+        RuntimeError: a second derivative is requested.
     """
     if shard is None:
         weight = gathered(weight)
@@ -119,9 +121,9 @@ def _check_values(
 
 
 def _kept(labels: Tensor, ignore_index: int, lengths: Sequence[int] | None) -> Tensor:
-    """Indices of the tokens that count, in their order."""
+    """Return the indices of the tokens that count, in order."""
     if lengths is not None:
-        # Ignored ones last: a sort waits for nothing.
+        # Sorting the ignored tokens to the end needs no synchronisation.
         return torch.argsort(labels == ignore_index, stable=True)[: sum(lengths)]
     return (labels != ignore_index).nonzero().squeeze(-1)
 
@@ -137,7 +139,7 @@ def _forward(
     sizes: ChunkSizes,
     lengths: Sequence[int] | None,
 ) -> Tensor:
-    """(S,) log-probabilities: one walk over the tokens."""
+    """Return (S,) log-probabilities, in one pass over the tokens."""
     logps = torch.zeros(len(labels), dtype=options.wide, device=hidden.device)
     chunks = split_evenly(_kept(labels, options.ignore_index, lengths), sizes.plain)
     head = LinearHead(hidden, weight, bias, labels, options, max(map(len, chunks), default=0))
@@ -157,7 +159,7 @@ def _gradients(
     lengths: Sequence[int] | None,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Those of hidden, weight and bias: the same walk again, each chunk there and back."""
+    """Return the gradients of hidden, weight and bias, in another pass: forward and backward for each chunk."""
     kept = _kept(labels, options.ignore_index, lengths)
     chunks = split_evenly(kept, sizes.of(len(kept), needs[1]))
     largest = max(map(len, chunks), default=0)
@@ -169,7 +171,7 @@ def _gradients(
 
 
 class _Sharded(torch.autograd.Function):
-    """The operation over ranks: a process group is no argument of a custom operator."""
+    """The operation over ranks. It is no custom operator, because those do not take a process group as an argument."""
 
     @staticmethod
     def forward(
@@ -217,7 +219,7 @@ def _op(
     lengths: Sequence[int] | None,
     check_labels: bool,
 ) -> Tensor:
-    # Values are checked in here, not by the caller: torch.compile would break its graph there.
+    # Values are checked here, not by the caller, where the check would break the graph of torch.compile.
     _check_values(labels, weight.shape[0], ignore_index, sequence_ids, num_sequences, lengths, check_labels)
     options = HeadOptions(LogitTransform(softcap, logit_scale), ignore_index, dtype, exact, backend)
     return _forward(hidden, weight, bias, labels, sequence_ids, num_sequences, options, ChunkSizes(*sizes), lengths)
@@ -257,7 +259,7 @@ def _backward_op(
     lengths: Sequence[int] | None,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias; an empty tensor for one that is not wanted."""
+    """Return the gradients of hidden, weight and bias; an empty tensor for one that is not needed."""
     options = HeadOptions(LogitTransform(softcap, logit_scale), ignore_index, dtype, exact, backend)
     wanted = (needs[0], needs[1], needs[2])
     return _gradients(hidden, weight, bias, labels, token_grads, options, ChunkSizes(*sizes), lengths, wanted)

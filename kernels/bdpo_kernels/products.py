@@ -1,9 +1,9 @@
 """The three matrix products of an LM head, in the precision that each needs.
 
-Products of half-precision numbers are exact in float32, so what they add up to is kept in float32 where it matters: for
-the logits, whose rounding to bfloat16 would move a response's log-probability by tenths of nats, and for gradients that
-several chunks add to. GPUs do that in one step (`out_dtype`). CPUs, most of which have no fast half-precision product,
-multiply float32 copies of a slab of the vocabulary at a time.
+Products of half-precision numbers are exact in float32, so their sums are kept in float32 where precision matters: for
+the logits, whose rounding to bfloat16 would change a response's log-probability by tenths of a nat, and for gradients
+that several chunks contribute to. GPUs do this in one step (`out_dtype`). Most CPUs have no fast half-precision
+product, so there float32 copies of one slab of the vocabulary at a time are multiplied.
 
 Shapes: n tokens; D hidden size; V vocabulary.
 """
@@ -16,12 +16,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
-# Bytes of the slabs in which a product is computed where it takes more than one step.
+# Bytes of the slabs in which a product is computed if it takes more than one step.
 _SLAB_BYTES = 1 << 26
 
 
 def write_logits(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """out (n, V) = hidden (n, D) @ weight (V, D)ᵀ + bias (V,), rounded once, to the dtype of `out`."""
+    """Compute out (n, V) = hidden (n, D) @ weight (V, D)ᵀ + bias (V,), rounded once, to the dtype of `out`."""
     if out.dtype == hidden.dtype and not _by_slabs(hidden):
         if bias is None:
             torch.mm(hidden, weight.t(), out=out)
@@ -42,7 +42,7 @@ def write_logits(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | Non
 
 
 def hidden_product(gradient: Tensor, weight: Tensor) -> Tensor:
-    """(n, D) gradient (n, V) @ weight (V, D), added up in float32 at least."""
+    """Return the (n, D) product gradient (n, V) @ weight (V, D), summed in float32 or wider."""
     if not _by_slabs(weight):
         return torch.mm(gradient, weight)
     total = gradient.new_zeros(len(gradient), weight.shape[1], dtype=torch.float32)
@@ -52,9 +52,10 @@ def hidden_product(gradient: Tensor, weight: Tensor) -> Tensor:
 
 
 def add_weight_product(total: Tensor, gradient: Tensor, hidden: Tensor, add: bool) -> None:
-    """total (V, D) (+)= gradient (n, V)ᵀ @ hidden (n, D), added up in float32 at least.
+    """Compute total (V, D) (+)= gradient (n, V)ᵀ @ hidden (n, D), summed in float32 or wider.
 
-    Without `add`, what `total` held is not read. With it, `total` is float32 or float64: each addition rounds.
+    Without `add`, the previous values of `total` are not read. With it, `total` is float32 or float64: each addition
+    rounds.
     """
     left, beta = gradient.t(), float(add)
     if total.dtype == left.dtype == hidden.dtype and not _by_slabs(total):
@@ -73,7 +74,7 @@ def add_weight_product(total: Tensor, gradient: Tensor, hidden: Tensor, add: boo
 
 
 def weighted_sum(gradient: Tensor, weights: Tensor) -> Tensor:
-    """(V,) Σ over n of weights (n,) · gradient (n, V), in the dtype of `weights`."""
+    """Return the (V,) sum over n of weights (n,) · gradient (n, V), in the dtype of `weights`."""
     if gradient.dtype == weights.dtype:
         return torch.mv(gradient.t(), weights)
     n, V = gradient.shape
@@ -84,7 +85,10 @@ def weighted_sum(gradient: Tensor, weights: Tensor) -> Tensor:
 
 @cache
 def has_wide_products(device: torch.device) -> bool:
-    """Whether this PyTorch multiplies bfloat16 into float32 in one step, padded rows included; it varies by build."""
+    """Return whether this PyTorch multiplies bfloat16 into float32 in one step, padded rows included.
+
+    The answer varies by build, so the products are tried.
+    """
     half = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
     total = torch.ones(16, 32, dtype=torch.float32, device=device)
     try:
@@ -96,12 +100,12 @@ def has_wide_products(device: torch.device) -> bool:
 
 
 def _by_slabs(tensor: Tensor) -> bool:
-    """Whether products with `tensor` take float32 copies: half precision on anything but a GPU."""
+    """Return whether products with `tensor` need float32 copies: half precision on any device but a GPU."""
     return not tensor.is_cuda and tensor.dtype in (torch.bfloat16, torch.float16)
 
 
 def _slabs(matrix: Tensor) -> Iterator[slice]:
-    """Ranges of the rows of a (V, D) matrix whose float32 copies fill a slab."""
+    """Return the ranges of rows of a (V, D) matrix whose float32 copies fill a slab."""
     V, D = matrix.shape
     size = max(1, _SLAB_BYTES // max(1, D * 4))
     return (slice(start, start + size) for start in range(0, V, size))

@@ -1,4 +1,4 @@
-"""Per-sequence log-probabilities from logits: sums of log p(label), with a one-pass backward.
+"""Log-probabilities of sequences from logits: sums of log p(label), with a one-pass backward.
 
 Shapes: N packed tokens; B, T padded sequences and positions; V vocabulary; S sequences.
 """
@@ -31,29 +31,30 @@ def sequence_logprob(
     backend: Backend | None = None,
     check_labels: bool = True,
 ) -> Tensor:
-    """Sum of log softmax(logits)[label] over each sequence.
+    """Sum log softmax(logits)[label] over each sequence.
 
     Labels are already aligned: label i is the target of row i of the logits. The forward reads the logits once and
-    keeps at most two numbers a row; the backward reads them once and writes their gradient once. No (N, V) temporary,
-    float32 accumulation, and the same bits on every run.
+    keeps at most two numbers per row; the backward reads them once and writes their gradient once. There is no (N, V)
+    temporary, sums are in float32, and results are bitwise identical on every run.
 
     Args:
-        logits: packed (N, V) or padded (B, T, V); any strides, so `logits[:, :-1]` is read where it lies.
-        labels: (N,) or (B, T), int64 or int32. Rows labelled `ignore_index` cost nothing and get a gradient of
+        logits: packed (N, V) or padded (B, T, V) logits, with any strides, so `logits[:, :-1]` is read without a copy.
+        labels: (N,) or (B, T) labels, int64 or int32. Rows labelled `ignore_index` are not read and get a gradient of
             exactly 0.
-        sequence_ids: packed input only: (N,) integers, the index of each token's sequence, in any order.
-        num_sequences: S, for packed input. Default: the largest index + 1, which waits for the GPU.
-        ignore_index: the label that counts for nothing.
+        sequence_ids: (N,) integers, the index of each token's sequence, in any order; for packed input only.
+        num_sequences: number of sequences S, for packed input. Default: the largest index + 1; this synchronises with
+            the GPU.
+        ignore_index: label of the tokens that are left out.
         backend: "triton", "torch", or None: Triton for CUDA tensors, PyTorch for others.
-        check_labels: check that labels and indices are in range. On a GPU that waits for it: switch it off only where
-            they were checked before. A label out of range then gives NaN in Triton.
+        check_labels: whether to check that labels and indices are in range, which synchronises with a GPU. Disable it
+            only if they were checked before: unchecked, a label out of range gives NaN in Triton.
 
     Returns:
-        (S,) float32, float64 for float64 logits; 0 for a sequence with no counting label.
+        (S,) float32, or float64 for float64 logits; 0 for a sequence without a counting label.
 
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, shape or device, or a label or index is out of range.
-        RuntimeError: at a backward of the backward.
+        RuntimeError: a second derivative is requested.
     """
     check_floating("logits", logits)
     if logits.dim() not in (2, 3):
@@ -78,8 +79,8 @@ def _op(
     backend: str,
     check_labels: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Sums (S,), and what the backward needs besides the logits."""
-    # Values are checked in here, not by the caller: torch.compile would break its graph there.
+    """Return the sums (S,), and what the backward needs besides the logits."""
+    # Values are checked here, not by the caller, where the check would break the graph of torch.compile.
     if check_labels:
         check_label_values(labels, logits.shape[-1], ignore_index)
         if sequence_ids is not None:
@@ -121,7 +122,7 @@ def _(logits: Tensor, labels: Tensor, token_grads: Tensor, stats: Tensor, ignore
 
 
 def _as_padded(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Packed rows as one padded sequence; a view."""
+    """Return packed rows as one padded sequence, as a view."""
     return (logits, labels) if logits.dim() == 3 else (logits.unsqueeze(0), labels.unsqueeze(0))
 
 

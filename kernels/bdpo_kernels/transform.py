@@ -1,4 +1,4 @@
-"""What a model does to its raw logits before the softmax."""
+"""The function that a model applies to its raw logits before the softmax."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """u = scale · softcap · tanh(x / softcap), or u = scale · x without a soft-cap.
+    """The function u = scale · softcap · tanh(x / softcap), or u = scale · x without a soft-cap.
 
     Attributes:
         softcap: bound of the logits (Gemma 2: 30), or None.
-        scale: factor after the cap: Cohere's `logit_scale`, the inverse of Granite's `logits_scaling`, the inverse of a
-            sampling temperature, or a product of them.
+        scale: factor after the soft-cap: Cohere's `logit_scale`, the inverse of Granite's `logits_scaling`, the inverse
+            of a sampling temperature, or a product of these.
     """
 
     softcap: float | None = None
@@ -34,13 +34,13 @@ class LogitTransform:
         return self.softcap is None and self.scale == 1.0
 
     def apply_(self, x: Tensor) -> Tensor:
-        """Turns raw logits into u, in place."""
+        """Turn raw logits into u, in place."""
         if self.softcap is not None:
             x.div_(self.softcap).tanh_().mul_(self.softcap)
         return x if self.scale == 1.0 else x.mul_(self.scale)
 
     def slope(self, u: Tensor) -> Tensor:
-        """du/dx at `u`, a new tensor (or a 0-dimensional one where it is constant)."""
+        """Return du/dx at `u`, a new tensor (0-dimensional if the slope is constant)."""
         if self.softcap is None:
             return torch.tensor(self.scale, dtype=u.dtype)
         tanh = u / (self.scale * self.softcap)

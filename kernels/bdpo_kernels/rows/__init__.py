@@ -1,4 +1,4 @@
-"""Operations on rows of logits, one implementation a file: `torch`, `triton` and, over ranks, `sharded`.
+"""Operations on rows of logits, one implementation per file: `torch`, `triton` and, over ranks, `sharded`.
 
-All keep the contract of `bdpo_kernels.backends.Rows`.
+All implement the contract of `bdpo_kernels.backends.Rows`.
 """

@@ -1,9 +1,10 @@
-"""Rows of logits whose columns are split over ranks: each holds a part of the vocabulary and sees no other's logits.
+"""Rows of logits whose columns are split over ranks: each rank holds the logits of its part of the vocabulary only.
 
-A token's log-probability needs of every rank its largest logit, its sum of exponentials and, from the one that has it,
-the label's logit: three numbers a token, joined by two small all-reduces. Neither logits nor weight are ever gathered.
+A token's log-probability needs the largest logit and the sum of exponentials of every rank, and the label's logit from
+the rank that has it: three numbers per token, combined by two small all-reduces. Neither logits nor weight are
+gathered.
 
-Shapes: n tokens of one chunk; V vocabulary; v columns of it on this rank.
+Shapes: n tokens of one chunk; V vocabulary; v columns of the vocabulary on this rank.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ _NOT_HERE = -1
 
 @dataclass(frozen=True)
 class VocabShard:
-    """Which rows of the LM head's weight, columns of the logits, this rank holds.
+    """The rows of the LM head's weight, which are columns of the logits, that this rank holds.
 
     Attributes:
-        start: index of its first row.
-        vocab_size: V, rows on all ranks together.
-        group: the ranks that share the vocabulary; None: all.
+        start: index of the first row.
+        vocab_size: number of rows V on all ranks together.
+        group: process group of the ranks that share the vocabulary; None: all ranks.
     """
 
     start: int
@@ -36,7 +37,7 @@ class VocabShard:
 
     @property
     def largest(self) -> int:
-        """Rows of the rank that has most: chunks must be of one size on every rank."""
+        """The largest number of rows on a rank. Chunks must have the same size on every rank, so they depend on it."""
         return -(-self.vocab_size // dist.get_world_size(self.group))
 
 
@@ -44,8 +45,8 @@ class ShardedRows:
     """Row operations on (n, v) logits, v of V columns; the contract of `bdpo_kernels.backends.PackedRows`.
 
     Args:
-        backend: of the part that a rank does alone.
-        shard: this rank's columns.
+        backend: backend of the operations that a rank does alone.
+        shard: columns of this rank.
     """
 
     def __init__(self, backend: str, shard: VocabShard) -> None:
@@ -53,13 +54,13 @@ class ShardedRows:
         self.shard = shard
 
     def logprobs(self, logits: Tensor, labels: Tensor, transform: LogitTransform) -> Tensor:
-        """(n,) log-probabilities of the labels, the same on every rank."""
+        """Return the (n,) log-probabilities of the labels, the same on every rank."""
         return self._joined(logits, labels, transform)[0]
 
     def logprobs_and_gradient(
         self, logits: Tensor, labels: Tensor, transform: LogitTransform, gradient: Tensor
     ) -> Tensor:
-        """The same, with the gradient for this rank's columns."""
+        """Return the (n,) log-probabilities, and write the gradient for this rank's columns."""
         logps, local, top, log_sum = self._joined(logits, labels, transform)
         self._rows.shard_gradient(logits, local, transform, top, log_sum, gradient)
         return logps
@@ -67,7 +68,11 @@ class ShardedRows:
     def _joined(
         self, logits: Tensor, labels: Tensor, transform: LogitTransform
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(n,) each: log-probabilities, this rank's labels, largest exponents, and logarithms of the sums less them."""
+        """Return the statistics of the rows over all ranks, each (n,).
+
+        They are log-probabilities, this rank's labels, largest exponents, and logarithms of the sums minus the largest
+        exponents.
+        """
         local = labels.long() - self.shard.start
         local = torch.where((local >= 0) & (local < logits.shape[1]), local, _NOT_HERE)
         some = local.clamp_min(0)
@@ -75,7 +80,7 @@ class ShardedRows:
         largest, log_sum = self._rows.shard_statistics(logits, some, transform)
         top = largest.clone()
         dist.all_reduce(top, dist.ReduceOp.MAX, self.shard.group)
-        # A rank without a column, or with none above −inf, adds nothing.
+        # A rank without columns, or whose columns are all −inf, contributes nothing.
         share = torch.where(largest == -torch.inf, 0.0, torch.exp((largest - top + log_sum) * to_e))
         at_label = self._rows.shard_label(logits, some, transform, top)
         joined = torch.stack([share, torch.where(local == _NOT_HERE, 0.0, at_label)])
@@ -84,5 +89,5 @@ class ShardedRows:
         return (joined[1] - log_sum) * to_e, local, top, log_sum
 
     def reduce(self, grad_hidden: Tensor) -> None:
-        """Add up, in place, what every rank's columns say of the hidden states' gradient."""
+        """Sum over ranks, in place, the contributions of their columns to the hidden states' gradient."""
         dist.all_reduce(grad_hidden, dist.ReduceOp.SUM, self.shard.group)

@@ -1,7 +1,7 @@
-"""Row operations in plain PyTorch, a block of rows at a time. The Triton twin is `rows.triton`.
+"""Row operations in plain PyTorch, a block of rows at a time. The counterpart in Triton is `rows.triton`.
 
-No temporary is larger than a block, whose float32 copy stays in the cache of a CPU core. Rows with an ignored label are
-never read. Shapes: B, T rows of logits as two axes (packed input has B = 1); V vocabulary; S sequences.
+No temporary is larger than a block, whose float32 copy fits into the cache of a CPU core. Rows with an ignored label
+are never read. Shapes: B, T rows of logits as two axes (packed input has B = 1); V vocabulary; S sequences.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from bdpo_kernels.backends import NONE_IGNORED
 from bdpo_kernels.transform import IDENTITY, LogitTransform
 
-# Elements in a block. CPU: two cores' caches; GPU: enough to fill it, small beside the logits.
+# Elements in a block. CPU: the caches of two cores; GPU: enough to occupy it, little compared with the logits.
 _BLOCK_ELEMENTS = {"cpu": 1 << 19}
 _GPU_BLOCK_ELEMENTS = 1 << 26
 _SUM_ELEMENTS = 1 << 24
@@ -23,7 +23,10 @@ _SUM_ELEMENTS = 1 << 24
 def forward(
     logits: Tensor, labels: Tensor, ignore_index: int, transform: LogitTransform = IDENTITY
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each row's label; see `rows.triton.forward`. The second result is empty: none is needed."""
+    """Return the log-probability of each row's label, and an empty tensor of statistics.
+
+    `backward` needs no statistics here. See `rows.triton.forward`.
+    """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     logps = torch.zeros(labels.shape, dtype=dtype, device=logits.device)
     for rows in _kept_blocks(logits, labels, ignore_index):
@@ -40,7 +43,7 @@ def backward(
     ignore_index: int,
     transform: LogitTransform = IDENTITY,
 ) -> Tensor:
-    """Gradient with respect to the raw logits; see `rows.triton.backward`. `stats` is not read."""
+    """Return the gradient with respect to the raw logits; see `rows.triton.backward`. `stats` is not read."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     grads = token_grads.to(dtype).view(labels.shape)
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
@@ -57,19 +60,20 @@ def backward(
 
 
 def logprobs(logits: Tensor, labels: Tensor, transform: LogitTransform) -> Tensor:
-    """(n,) log-probabilities of the labels of (n, V) logits, none of them ignored."""
+    """Return the (n,) log-probabilities of the labels of (n, V) logits, none of which is ignored."""
     return forward(logits.unsqueeze(0), labels.unsqueeze(0), NONE_IGNORED, transform)[0]
 
 
 def logprobs_and_gradient(logits: Tensor, labels: Tensor, transform: LogitTransform, gradient: Tensor) -> Tensor:
-    """The same, with the gradient of −log p(label) over `transform.scale` written to (n, V) `gradient`.
+    """Return the (n,) log-probabilities, and write a gradient into (n, V) `gradient`.
 
-    `gradient` may lie over the logits; see `rows.triton.logprobs_and_gradient`. One exponential a logit for both.
+    The gradient is that of −log p(label) over `transform.scale`. `gradient` may share the memory of the logits; see
+    `rows.triton.logprobs_and_gradient`. One exponential per logit serves both results.
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     index = labels.long().unsqueeze(-1)
     if transform.softcap is None and logits.dtype == gradient.dtype == dtype:
-        # The logits themselves become probabilities, and those the gradient.
+        # The logits are overwritten by the probabilities, and these by the gradient.
         if transform.scale != 1.0:
             logits.mul_(transform.scale)
         at_label, largest = logits.gather(-1, index), logits.amax(dim=-1, keepdim=True)
@@ -90,11 +94,11 @@ def logprobs_and_gradient(logits: Tensor, labels: Tensor, transform: LogitTransf
 
 
 LOG_OF_BASE = 1.0
-"""Of the exponentials in statistics: they are those of u."""
+"""Natural logarithm of the base of the exponentials in the statistics, which are those of u."""
 
 
 def shard_statistics(logits: Tensor, labels: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor]:
-    """Of each of (n, v) rows: the largest u, and log Σ exp(u − largest)."""
+    """Return, for each of (n, v) rows, the largest u, and log Σ exp(u − largest)."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     largest, log_sum = (torch.empty(len(labels), dtype=dtype, device=logits.device) for _ in range(2))
     for rows in _blocks(logits):
@@ -106,7 +110,7 @@ def shard_statistics(logits: Tensor, labels: Tensor, transform: LogitTransform) 
 
 
 def shard_label(logits: Tensor, labels: Tensor, transform: LogitTransform, shift: Tensor) -> Tensor:
-    """(n,) u at the label, less `shift` (n,)."""
+    """Return the (n,) values of u at the labels, minus `shift` (n,)."""
     x = logits.gather(-1, labels.long().unsqueeze(-1)).squeeze(-1)
     return _transformed(x, shift.dtype, transform) - shift
 
@@ -114,7 +118,10 @@ def shard_label(logits: Tensor, labels: Tensor, transform: LogitTransform, shift
 def shard_gradient(
     logits: Tensor, labels: Tensor, transform: LogitTransform, shift: Tensor, log_sum: Tensor, gradient: Tensor
 ) -> None:
-    """`logprobs_and_gradient` of a part of the columns, with the whole row's statistics; label −1 equals no column."""
+    """Write the gradient of `logprobs_and_gradient` for some of the columns, given the statistics of the whole rows.
+
+    Label −1 matches no column.
+    """
     for rows in _blocks(logits):
         u = _transformed(logits[rows], shift.dtype, transform)
         probabilities = torch.exp(u - shift[rows, None] - log_sum[rows, None])
@@ -124,7 +131,10 @@ def shard_gradient(
 def _write_gradient(
     gradient: Tensor, probabilities: Tensor, index: Tensor, u: Tensor, transform: LogitTransform
 ) -> None:
-    """(1 − tanh²) · (p − 1[label]), from (n, V) p and u, (n, 1) labels of which those below zero equal no column."""
+    """Write (1 − tanh²) · (p − 1[label]) from (n, V) p and u and (n, 1) labels.
+
+    A label below zero matches no column.
+    """
     probabilities.scatter_add_(-1, index.clamp_min(0), -(index >= 0).to(probabilities.dtype))
     if transform.softcap is not None:
         probabilities.mul_(transform.slope(u) / transform.scale)
@@ -132,17 +142,20 @@ def _write_gradient(
 
 
 def scale_(tensor: Tensor, factor: Tensor) -> None:
-    """Multiply `tensor` by the 0-dimensional `factor`; on a CPU not at all if it is 1, which takes no waiting there."""
+    """Multiply `tensor` by the 0-dimensional `factor`.
+
+    On a CPU, reading the factor needs no synchronisation, so nothing is done if it is 1.
+    """
     if factor.is_cuda or factor != 1.0:
         tensor.mul_(factor)
 
 
 def sum_by_sequence(logps: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
-    """(S,) sums of the (N,) `logps`, by each token's index of its sequence; added up in float64, in a fixed order."""
+    """Return (S,) sums of the (N,) `logps`, grouped by `sequence_ids`; summed in float64, in a fixed order."""
     wide = logps.double()
     if not logps.is_cuda:
         return wide.new_zeros(num_sequences).index_add_(0, sequence_ids, wide).to(logps.dtype)
-    # On a GPU index_add_ adds by atomics, in any order. A masked sum does not.
+    # On a GPU, index_add_ adds by atomics, in arbitrary order. A masked sum has a fixed order.
     sums = wide.new_empty(num_sequences)
     step = max(1, _SUM_ELEMENTS // max(1, logps.numel()))
     for start in range(0, num_sequences, step):
@@ -167,7 +180,10 @@ def _blocks(logits: Tensor) -> Iterator[slice]:
 
 
 def _kept_blocks(logits: Tensor, labels: Tensor, ignore_index: int) -> Iterator[tuple[Tensor | int | slice, ...]]:
-    """Indices of blocks of the rows that count: slices where none in the block is ignored, which copies nothing."""
+    """Yield indices of blocks of the rows that count.
+
+    They are slices if no row of the block is ignored, which avoids a copy.
+    """
     B, T, _ = logits.shape
     size = _block_rows(logits)
     kept = (labels != ignore_index).nonzero()

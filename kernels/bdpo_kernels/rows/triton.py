@@ -1,4 +1,4 @@
-"""Row operations in Triton: the launches of `triton_kernels`. The PyTorch twin is `rows.torch`.
+"""Row operations in Triton: the launches of `triton_kernels`. The counterpart in PyTorch is `rows.torch`.
 
 Shapes: B, T rows of logits as two axes (packed input has B = 1); n rows of one chunk; V vocabulary; S sequences.
 """
@@ -22,14 +22,14 @@ _COMPILED = isinstance(kernels.token_logprob_forward, triton.JITFunction)
 INTERPRETED = not _COMPILED
 
 LOG_OF_BASE = math.log(2.0)
-"""Of the exponentials in statistics: they are those of y = log2(e) · u."""
+"""Natural logarithm of the base of the exponentials in the statistics, which are those of y = log2(e) · u."""
 
-# Bytes that a thread loads at once, and that a program reads before it needs the first of them.
+# Bytes that a thread loads at once, and bytes that a program reads before it needs the first of them.
 _LANE_BYTES = 16
 _BLOCK_BYTES = 16_384
-# Of the kernel that reads its rows twice: one program fills a multiprocessor, so that few rows wait in the cache.
+# For the kernel that reads its rows twice: one program fills a multiprocessor, so that few rows occupy the cache.
 _LARGE_BLOCK_BYTES = 65_536
-# Bytes in flight of one thread, which fix the number of warps.
+# Bytes in flight per thread, which determine the number of warps.
 _THREAD_BYTES = 64
 _SUM_BLOCK = 1_024
 _SCALE_BLOCK = 4_096
@@ -40,13 +40,13 @@ _TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 def forward(
     logits: Tensor, labels: Tensor, ignore_index: int, transform: LogitTransform = IDENTITY
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each row's label.
+    """Return the log-probability of each row's label, and statistics for `backward`.
 
     Args:
-        logits: (B, T, V), any strides, any floating dtype.
-        labels: (B, T) integers.
-        ignore_index: the label of rows that count nothing.
-        transform: what turns the raw logits into those of the distribution.
+        logits: (B, T, V) logits, any strides, any floating dtype.
+        labels: (B, T) integer labels.
+        ignore_index: label of rows that are left out.
+        transform: function that turns the raw logits into those of the distribution.
 
     Returns:
         (B·T,) log-probabilities, 0 at ignored rows; (2, B·T) the two parts of each row's log2 Σ 2^y, for `backward`.
@@ -84,15 +84,15 @@ def backward(
     ignore_index: int,
     transform: LogitTransform = IDENTITY,
 ) -> Tensor:
-    """Gradient of Σ token_grads · log p(label) with respect to the raw logits, in their dtype.
+    """Return the gradient of Σ token_grads · log p(label) with respect to the raw logits, in their dtype.
 
     Args:
-        logits: (B, T, V), as in `forward`.
-        labels: (B, T), as in `forward`.
+        logits: (B, T, V) logits, as in `forward`.
+        labels: (B, T) labels, as in `forward`.
         token_grads: (B·T,) gradient of each row's log-probability.
-        stats: the second result of `forward`.
-        ignore_index: as in `forward`.
-        transform: as in `forward`.
+        stats: second result of `forward`.
+        ignore_index: label of rows that are left out.
+        transform: function that turns the raw logits into those of the distribution.
     """
     B, T, V = logits.shape
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
@@ -123,34 +123,39 @@ def backward(
 
 
 def logprobs(logits: Tensor, labels: Tensor, transform: LogitTransform) -> Tensor:
-    """(n,) log-probabilities of the labels of (n, V) logits, none of them ignored."""
+    """Return the (n,) log-probabilities of the labels of (n, V) logits, none of which is ignored."""
     return forward(logits.unsqueeze(0), labels.unsqueeze(0), NONE_IGNORED, transform)[0]
 
 
 def logprobs_and_gradient(logits: Tensor, labels: Tensor, transform: LogitTransform, gradient: Tensor) -> Tensor:
-    """The same, with the gradient of −log p(label) over `transform.scale` written to (n, V) `gradient`.
+    """Return the (n,) log-probabilities, and write a gradient into `gradient`.
+
+    The gradient is that of −log p(label) over `transform.scale`.
 
     Args:
-        logits: (n, V), with strides (any, 1).
-        labels: (n,).
-        transform: what turns the raw logits into those of the distribution.
-        gradient: (n, V), with strides (any, 1); it may lie over the logits, each row at the start of its own, and be
-            half as wide.
+        logits: (n, V) logits, with strides (any, 1).
+        labels: (n,) labels.
+        transform: function that turns the raw logits into those of the distribution.
+        gradient: (n, V) result, with strides (any, 1). It may share the memory of the logits, each row at the start of
+            its own logits, and may be half as wide.
     """
     logps = torch.empty(len(labels), dtype=_accumulator(logits), device=logits.device)
-    # The statistics are neither read nor written: any pointer does.
+    # The statistics are neither read nor written, so any pointer is valid.
     _softmax_gradient(logits, labels, logps, logps, logps, transform, gradient, known=False)
     return logps
 
 
 def shard_statistics(logits: Tensor, labels: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor]:
-    """Of each of (n, v) rows, in base 2: the largest y, and log2 Σ 2^(y − largest)."""
+    """Return, for each of (n, v) rows, in base 2, the largest y, and log2 Σ 2^(y − largest)."""
     _, stats = forward(logits.unsqueeze(0), labels.unsqueeze(0), NONE_IGNORED, transform)
     return stats[0], stats[1]
 
 
 def shard_label(logits: Tensor, labels: Tensor, transform: LogitTransform, shift: Tensor) -> Tensor:
-    """(n,) y at the label, less `shift` (n,); with the constant that the kernels multiply by, rounded as theirs is."""
+    """Return the (n,) values of y at the labels, minus `shift` (n,).
+
+    The constant factor is rounded in the same way as in the kernels.
+    """
     constants = _constants(transform, shift.dtype)
     factor = torch.tensor(constants["FACTOR"], dtype=shift.dtype).item()
     t = logits.gather(-1, labels.long().unsqueeze(-1)).squeeze(-1).double()
@@ -162,12 +167,18 @@ def shard_label(logits: Tensor, labels: Tensor, transform: LogitTransform, shift
 def shard_gradient(
     logits: Tensor, labels: Tensor, transform: LogitTransform, shift: Tensor, log_sum: Tensor, gradient: Tensor
 ) -> None:
-    """`logprobs_and_gradient` of a part of the columns, with the whole row's statistics; label −1 equals no column."""
+    """Write the gradient of `logprobs_and_gradient` for some of the columns, given the statistics of the whole rows.
+
+    Label −1 matches no column.
+    """
     _softmax_gradient(logits, labels, shift, shift, log_sum, transform, gradient, known=True)
 
 
 def scale_(tensor: Tensor, factor: Tensor) -> None:
-    """Multiply a contiguous `tensor` by the 0-dimensional `factor`, which nobody waits for; not at all if it is 1."""
+    """Multiply a contiguous `tensor` by the 0-dimensional `factor`; do nothing if it is 1.
+
+    The factor is read on the device, without synchronisation.
+    """
     if tensor.numel():
         with _on_device(tensor):
             kernels.scale_unless_one[(triton.cdiv(tensor.numel(), _SCALE_BLOCK),)](
@@ -176,7 +187,7 @@ def scale_(tensor: Tensor, factor: Tensor) -> None:
 
 
 def sum_by_sequence(logps: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
-    """(S,) sums of the (N,) `logps`, by each token's index of its sequence, in the dtype of `logps`."""
+    """Return (S,) sums of the (N,) `logps`, grouped by `sequence_ids`, in the dtype of `logps`."""
     sums = torch.empty(num_sequences, dtype=logps.dtype, device=logps.device)
     if num_sequences:
         with _on_device(logps):
@@ -212,13 +223,13 @@ def _softmax_gradient(
             KNOWN=known,
             NARROWS=gradient.element_size() < logits.element_size(),
             **_constants(transform, _accumulator(logits)),
-            # float64 takes more registers than a thread of so large a program has.
+            # float64 needs more registers than the threads of such a large program have.
             **_blocks(logits, _LARGE_BLOCK_BYTES if logits.element_size() < 8 else _LARGE_BLOCK_BYTES // 2),
         )
 
 
 def _constants(transform: LogitTransform, dtype: torch.dtype) -> dict[str, Any]:
-    """Of every kernel that turns raw logits into exponents of 2."""
+    """Return the constants of every kernel that turns raw logits into exponents of 2."""
     log2_e = math.log2(math.e)
     softcap = transform.softcap
     return {
@@ -229,12 +240,15 @@ def _constants(transform: LogitTransform, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _blocks(logits: Tensor, most: int) -> dict[str, Any]:
-    """Block and warps of a program that reads a row: they fix the order of the sum, so they follow from V alone."""
+    """Return the block size and the number of warps of a program that reads a row.
+
+    They determine the order of the sum, so they depend on V alone.
+    """
     width = logits.element_size()
     elements = min(triton.next_power_of_2(logits.shape[-1]), most // width)
     lane = min(elements, _LANE_BYTES // width)
     threads = min(1024, max(128, elements * width // _THREAD_BYTES))
-    # Said, not left to Triton's default, which changes between releases.
+    # Set explicitly, because Triton's default changes between releases.
     return {
         "ROWS": elements // lane,
         "LANE": lane,
@@ -252,5 +266,5 @@ def _accumulator(logits: Tensor) -> torch.dtype:
 
 
 def _on_device(tensor: Tensor) -> AbstractContextManager[object]:
-    # Triton launches on the current device, which need not be the tensor's.
+    # Triton launches on the current device, which may differ from the tensor's.
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

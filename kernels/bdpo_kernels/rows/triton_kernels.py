@@ -1,16 +1,16 @@
-"""The Triton kernels: one row of logits to its label's log-probability, back, and both at once.
+"""The Triton kernels: from a row of logits to its label's log-probability, the backward pass, and both at once.
 
-With x a raw logit, log-probabilities are those of u = scale · softcap · tanh(x / softcap). Exponentials have base 2, as
-the hardware's have: y = log2(e) · u = FACTOR · t, where t = tanh(x / softcap), or x without a soft-cap.
+With x a raw logit, log-probabilities are those of u = scale · softcap · tanh(x / softcap). Exponentials have base 2,
+which is what the hardware computes: y = log2(e) · u = FACTOR · t, where t = tanh(x / softcap), or x without a soft-cap.
 FACTOR, and INNER = 2 · log2(e) / softcap (0 without one), are constants of the model, so they are compiled in; as
-arguments they would be float32 beside float64 logits.
+arguments they would be float32 even with float64 logits.
 
 A row is read in blocks of ROWS × LANE elements. LANE is what one thread loads at once (16 bytes): each thread keeps the
-maximum and the sum of its own lanes, and the threads meet once, at the end of the row. Whole blocks need no mask; what
-remains of the row has one. Nothing is added by atomics, so results are the same bits on every run.
+maximum and the sum of its own lanes, and the threads combine theirs once, at the end of the row. Whole blocks need no
+mask; the remainder of the row has one. Nothing is added by atomics, so results are bitwise identical on every run.
 
-Offsets are 64 bits: N·V passes 2³¹ at 16k tokens and a vocabulary of 152k. What changes from chunk to chunk and says
-nothing of the alignment of rows is not specialised on: each such value would compile a binary more.
+Offsets are 64 bits: N·V exceeds 2³¹ at 16k tokens and a vocabulary of 152k. Arguments that change from chunk to chunk
+and do not affect the alignment of rows are not specialised on: each such value would compile another binary.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _capped(x, INNER: tl.constexpr, ACC: tl.constexpr):
-    """Raw logits x to t: tanh(x / softcap), or x itself."""
+    """Turn raw logits x into t: tanh(x / softcap), or x itself."""
     if INNER != 0.0:
-        # tanh from exp2: libdevice's own is out of the interpreter's reach. Saturates to ±1 and keeps NaN.
+        # tanh is computed from exp2, because the interpreter has no libdevice. It saturates to ±1 and keeps NaN.
         x = 1.0 - 2.0 / (tl.exp2(x * tl.full((), INNER, ACC)) + 1.0)
     return x
 
 
 @triton.jit
 def _slope(t, INNER: tl.constexpr):
-    """softcap · dt/dx = 1 − tanh², or 1."""
+    """Return softcap · dt/dx = 1 − tanh², or 1."""
     slope = 1.0
     if INNER != 0.0:
         slope = 1.0 - t * t
@@ -42,7 +42,10 @@ def _slope(t, INNER: tl.constexpr):
 
 @triton.jit
 def _only(mask, t, FACTOR: tl.constexpr):
-    """`t`, and at masked elements what makes y = −inf. After the soft-cap, which turns −inf into a finite number."""
+    """Return `t`, with masked elements set to the value that makes y = −inf.
+
+    The mask is applied after the soft-cap, which turns −inf into a finite number.
+    """
     if FACTOR > 0:
         t = tl.where(mask, t, -float("inf"))
     else:
@@ -54,9 +57,9 @@ def _only(mask, t, FACTOR: tl.constexpr):
 def _join(largest, total, t, factor):
     """Add a block to each lane's maximum of y and sum of 2^(y − maximum)."""
     new = tl.maximum(largest, tl.max(t * factor, axis=1))
-    # As long as all is −inf, −inf − (−inf) must not make a NaN.
+    # While all values are −inf, −inf − (−inf) must not give NaN.
     shift = tl.where(new == -float("inf"), 0.0, new)
-    # Product and shift in one rounding: at |u| ~ 1e4 the product's own would cost the digits that matter.
+    # Product and shift are rounded once: at |u| ~ 1e4, rounding the product alone would lose the digits that matter.
     terms = tl.exp2(tl.fma(t, factor, -shift[:, None]))
     return new, total * tl.exp2(largest - shift) + tl.sum(terms, axis=1)
 
@@ -72,7 +75,10 @@ def _row_statistics(
     ROWS: tl.constexpr,
     LANE: tl.constexpr,
 ):
-    """Largest y of a row, and log2 Σ 2^(y − largest). Kept apart: their sum would round the log away at |y| ~ 1e4."""
+    """Return the largest y of a row, and log2 Σ 2^(y − largest).
+
+    They are kept separate: at |y| ~ 1e4, rounding their sum would lose the logarithm.
+    """
     factor = tl.full((), FACTOR, ACC)
     largest = tl.full((ROWS,), -float("inf"), ACC)
     total = tl.zeros((ROWS,), ACC)
@@ -114,20 +120,23 @@ def token_logprob_forward(
     ROWS: tl.constexpr,
     LANE: tl.constexpr,
 ):
-    """One program per row (b, t), any strides: log p(label) and the two parts of the row's log2 Σ 2^y, in one read."""
+    """Compute log p(label) and the two parts of the row's log2 Σ 2^y, in one read.
+
+    One program per row (b, t), any strides.
+    """
     row = tl.program_id(0).to(tl.int64)
     b = row // T
     t = row % T
     label = tl.load(labels_ptr + b * labels_stride_b + t * labels_stride_t).to(tl.int64)
     if label == ignore_index:
-        # Nothing is read, so an infinite or NaN logit cannot leak into the zero.
+        # Nothing is read, so an infinite or NaN logit cannot affect the zero.
         tl.store(logps_ptr + row, 0.0)
         tl.store(top_ptr + row, 0.0)
         tl.store(log_sum_ptr + row, 0.0)
     else:
         row_ptr = logits_ptr + b * logits_stride_b + t * logits_stride_t
         top, log_sum = _row_statistics(row_ptr, V, logits_stride_v, FACTOR, INNER, ACC, ROWS, LANE)
-        # A label out of range, unchecked by the caller's wish, reads nothing and gives NaN.
+        # If the caller disabled the check, a label out of range reads nothing and gives NaN.
         in_range = (label >= 0) & (label < V)
         x = tl.load(row_ptr + label * logits_stride_v, mask=in_range, other=float("nan")).to(ACC)
         y = tl.fma(_capped(x, INNER, ACC), tl.full((), FACTOR, ACC), -top)
@@ -164,7 +173,10 @@ def token_logprob_backward(
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program per row and block, any strides: ∂/∂x = g · scale · (1 − tanh²) · (1[label] − 2^y / Σ 2^y)."""
+    """Compute ∂/∂x = g · scale · (1 − tanh²) · (1[label] − 2^y / Σ 2^y).
+
+    One program per row and block, any strides.
+    """
     row = tl.program_id(0).to(tl.int64)
     b = row // T
     t = row % T
@@ -175,7 +187,7 @@ def token_logprob_backward(
     if label == ignore_index:
         tl.store(out_ptrs, tl.zeros((BLOCK,), ACC), mask=columns < V)
     else:
-        # 32 bits are compared with every column; a label out of range equals none of them.
+        # 32-bit labels are compared with every column; a label out of range matches none.
         narrow_label = tl.where((label >= 0) & (label < V), label, -1).to(tl.int32)
         logits_ptrs = logits_ptr + b * logits_stride_b + t * logits_stride_t + wide_columns * logits_stride_v
         x = tl.load(logits_ptrs, mask=columns < V, other=-float("inf")).to(ACC)
@@ -206,15 +218,15 @@ def softmax_gradient(
     ROWS: tl.constexpr,
     LANE: tl.constexpr,
 ):
-    """One program per row: log p(label), then −∂/∂x of it over scale, (1 − tanh²) · (2^y / Σ 2^y − 1[label]).
+    """Compute log p(label), then its gradient −∂/∂x over scale, (1 − tanh²) · (2^y / Σ 2^y − 1[label]).
 
-    The row is read twice, the second time from the second-level cache if the rows in flight fit there. No gradient of a
-    loss is needed: it is one number a row, which multiplies rows of the hidden states before one product and rows of
-    the other product's result.
+    One program per row. The row is read twice, the second time from the second-level cache if the rows in flight fit
+    there. No gradient of a loss is needed: it is one number per row, which multiplies rows of the hidden states before
+    one product and rows of the other product's result.
 
-    `out_ptr` may be `logits_ptr`, each row of the gradient at the start of its own logits. With KNOWN the statistics
-    are read and no log-probability is written; a label below zero equals no column. With NARROWS the gradient is
-    narrower than the logits, and over them: a block is read by all threads before any writes it.
+    `out_ptr` may be `logits_ptr`, each row of the gradient at the start of its own logits. With KNOWN, the statistics
+    are read and no log-probability is written; a label below zero matches no column. With NARROWS, the gradient is
+    narrower than the logits and shares their memory: all threads read a block before any writes to it.
     """
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * logits_stride
@@ -231,7 +243,7 @@ def softmax_gradient(
         top, log_sum = _row_statistics(row_ptr, V, 1, FACTOR, INNER, ACC, ROWS, LANE)
         tl.store(logps_ptr + row, (tl.fma(t_label, factor, -top) - log_sum) * tl.full((), LN2, ACC))
     at = tl.arange(0, ROWS)[:, None] * LANE + tl.arange(0, LANE)[None, :]
-    # All threads have read the row and its label before any writes.
+    # All threads must have read the row and its label before any writes.
     tl.debug_barrier()
     whole = V // (ROWS * LANE) * (ROWS * LANE)
     for start in range(0, whole, ROWS * LANE):
@@ -249,7 +261,7 @@ def softmax_gradient(
         if NARROWS:
             tl.debug_barrier()
         tl.store(row_out + columns, gradient.to(out_ptr.dtype.element_ty), mask=columns < V)
-    # The label's element comes after the rest: no comparison for every logit.
+    # The label's element is written last, which avoids a comparison for every logit.
     tl.debug_barrier()
     probability = tl.exp2(tl.fma(t_label, factor, -top) - log_sum)
     at_label = (probability - 1.0) * _slope(t_label, INNER)
@@ -258,7 +270,7 @@ def softmax_gradient(
 
 @triton.jit(do_not_specialize_on_alignment=["factor_ptr"])
 def scale_unless_one(tensor_ptr, factor_ptr, n, BLOCK: tl.constexpr):
-    """Multiply n elements by a factor on the device; a factor of 1 costs a launch, and nobody waits to see it."""
+    """Multiply n elements by a factor on the device; a factor of 1 costs a launch only, without synchronisation."""
     factor = tl.load(factor_ptr)
     if factor != 1.0:
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -273,10 +285,10 @@ def sequence_sum(
     N,
     BLOCK: tl.constexpr,
 ):
-    """One program per sequence: reads all N tokens in order and adds up its own.
+    """Sum each sequence's tokens: one program per sequence reads all N tokens in order and adds its own.
 
-    N·S reads of a few bytes from the cache cost less than a sort would, and any order of the tokens gives the same bits
-    on every run. float64, so that long responses lose nothing to rounding on the way.
+    N·S reads of a few bytes from the cache cost less than a sort, and for any order of the tokens the result is bitwise
+    identical on every run. Sums are in float64, so that long responses lose nothing to rounding.
     """
     sequence = tl.program_id(0)
     total = tl.zeros((BLOCK,), tl.float64)
