@@ -157,6 +157,22 @@ def processor_files(source: ModelSource) -> list[Path]:
     return [Path(file) for file in found if file is not None]
 
 
+def hold_products_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Hold the weights of linear layers in `dtype`, in which autocast multiplies them: half the memory, equal values.
+
+    A weight that an embedding shares stays as it is, since autocast leaves embeddings alone; so does everything else.
+    """
+    shared: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            shared[id(parameter)] = shared.get(id(parameter), 0) + 1
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            for parameter in module.parameters(recurse=False):
+                if shared[id(parameter)] == 1:
+                    parameter.data = parameter.data.to(dtype)
+
+
 def frozen(model: Any, device: torch.device) -> Any:
     """`model` on `device`, in evaluation mode and with no gradients of its weights."""
     return model.requires_grad_(False).eval().to(device)

@@ -23,7 +23,10 @@ from bdpo_pl.forward.masks import set_attention
 from bdpo_pl.forward.prefix_sharing import PrefixSharing, choose_layout
 from bdpo_pl.losses import PreferenceLoss
 from bdpo_pl.models.adapters import adapters_off
-from bdpo_pl.models.loading import ModelSource, frozen, load_model, model_fingerprint
+from bdpo_pl.models.loading import ModelSource, frozen, hold_products_in, load_model, model_fingerprint
+from bdpo_pl.models.precision import autocast_dtype, half_products
+from bdpo_pl.parallel.fsdp2 import build_sharded
+from bdpo_pl.parallel.state import DATA
 from bdpo_pl.scoring.cache import ScoreCache, default_cache_dir
 from bdpo_pl.scoring.machine import Machine
 from bdpo_pl.scoring.scores import SplitScores, score_splits, split_scores, table_scores
@@ -211,10 +214,19 @@ class Reference:
                 yield model, self._adapted.row_layout
 
     def _load(self, machine: Machine) -> nn.Module:
-        if self._adapted is None:
-            model = load_model(self.source, self.dtype)
-        else:
-            model = self._adapted.base_model(self.dtype, machine.device)
+        """The model where it is to score: whole, or split over the devices as the policy will be."""
+        half = half_products(machine.precision)
+        if machine.mesh is not None:
+            # FSDP2 casts every weight for its products, so a reference can be held as it is multiplied.
+            dtype = half if half is not None and machine.mesh[DATA].size() > 1 else self.dtype
+            model = build_sharded(self.source, dtype, machine.mesh, machine.device, half_products=half)
+            return model.requires_grad_(False).eval()
+        if self._adapted is not None:
+            return frozen(self._adapted.base_model(self.dtype, machine.device), machine.device)
+        model = load_model(self.source, self.dtype)
+        products = autocast_dtype(machine.precision)
+        if products is not None and self.mode == "precomputed":
+            hold_products_in(model, products)
         return frozen(model, machine.device)
 
     def _choose_layout(self, model: Any, machine: Machine, splits: PreferenceSplits) -> RowLayout:

@@ -71,6 +71,7 @@ def score_pairs(
     hsic: bool = False,
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     on_batch: Callable[[float], None] = lambda share: None,
+    forwards: int = 0,
 ) -> ScoreTable:
     """Score the pairs at `indices` of `table` with `model`, in evaluation mode.
 
@@ -85,27 +86,18 @@ def score_pairs(
         hsic: compute `normalised_hsic` as well.
         context: entered around each forward pass, for autocast.
         on_batch: told after each forward pass which share of all tokens it was.
+        forwards: forward passes to run at the least, where ranks must run as many as each other.
 
     Raises:
         InputError: a log-probability is not finite; the pair is named.
     """
     device = next(model.parameters()).device
-    places: list[_Place] = []
-    documents: list[Document] = []
-    for position, index in enumerate(indices):
-        pair = table[int(index)]
-        prompts = {"reference": pair.prompt_ids} | ({"null": table.null_prompt_ids} if comprehension else {})
-        for column, prompt in prompts.items():
-            documents.append(pair_document(pair, len(places), len(places) + 1, prompt))
-            places += [_Place(column, side, position) for side in range(2)]
-    if layout is RowLayout.SPLIT:
-        documents = [part for document in documents for part in document.split()]
-    # Like lengths together: less padding. The sort is stable, so the same pairs always meet in the same batch.
-    documents.sort(key=lambda document: document.num_tokens, reverse=True)
-
+    places, groups = _plan(table, indices, layout, batch_tokens or _default_batch_tokens(device), comprehension)
+    # All ranks run as often, where every pass needs every rank; what is read once more is left out of the scores.
+    idle = max(0, forwards - len(groups))
     names = ["reference", *(["null"] if comprehension else []), *(["hsic"] if hsic else [])]
     columns = {name: np.full((2, len(indices)), np.nan, dtype=np.float32) for name in names}
-    all_tokens = sum(document.num_tokens for document in documents)
+    sizes = [sum(document.num_tokens for document in group) for group in groups]
 
     def store(numbers: list[int], logps: Tensor, kernels: list[Tensor]) -> None:
         kernel = iter(torch.stack(kernels).tolist() if kernels else [])
@@ -118,7 +110,7 @@ def score_pairs(
     # Read one batch late: a GPU computes the next while Python lays out the one after.
     pending: tuple[list[int], Tensor, list[Tensor]] | None = None
     with evaluating(model):
-        for group in _groups(documents, batch_tokens or _default_batch_tokens(device), layout):
+        for turn, group in enumerate(groups + [groups[-1]] * idle):
             numbers = [number for document in group for number, _ in document.responses]
             batch = lay_out(_renumbered(group), layout, pad_id)
             spans = batch.spans.tolist()
@@ -133,7 +125,8 @@ def score_pairs(
             if pending is not None:
                 store(*pending)
             pending = numbers, logps, kernels
-            on_batch(sum(document.num_tokens for document in group) / all_tokens)
+            if turn < len(groups):
+                on_batch(sizes[turn] / sum(sizes))
         if pending is not None:
             store(*pending)
     for values in columns.values():
@@ -160,7 +153,8 @@ def score_table(
 ) -> ScoreTable:
     """Scores of the whole `table`: from the cache as far as it goes, by `model` for the rest.
 
-    Ranks take turns with the chunks and meet at the cache, so the scores do not depend on how many there are.
+    Ranks take turns with the chunks and meet at the cache, so the scores do not depend on how many there are. Where no
+    rank holds the whole model, they run their forward passes together, each with a chunk of its own.
 
     Args:
         name: the table's, for the progress bar.
@@ -178,16 +172,17 @@ def score_table(
     """
     machine = machine or Machine()
     chunks = [cache.load(chunk) for chunk in range(cache.num_chunks)]
-    missing = [i for i, scores in enumerate(chunks) if scores is None]
+    missing = _missing(chunks, machine)
     # All ranks have looked before any writes: they agree on what is missing.
     machine.barrier()
     if missing:
         with progress("pairs", enabled=machine.rank == 0) as told:
             done = sum(len(scores) for scores in chunks if scores is not None)
             task = told.add_task(f"Scoring {name}", total=len(table), completed=done)
-            for chunk in missing[machine.rank :: machine.world_size]:
+
+            def score(chunk: int, forwards: int) -> ScoreTable:
                 indices = cache.indices(chunk)
-                scores = score_pairs(
+                return score_pairs(
                     model(),
                     table,
                     indices,
@@ -197,9 +192,25 @@ def score_table(
                     comprehension=options.comprehension,
                     hsic=hsic,
                     context=machine.context,
-                    on_batch=partial(_advance, told, task, len(indices) * machine.world_size),
+                    on_batch=partial(_advance, told, task, len(indices) * machine.data_size),
+                    forwards=forwards,
                 )
-                cache.save(chunk, scores)
+
+            for first in range(0, len(missing), machine.data_size):
+                turn = missing[first : first + machine.data_size]
+                if machine.together:
+                    size = options.batch_tokens or _default_batch_tokens(machine.device)
+                    forwards = max(
+                        len(_plan(table, cache.indices(chunk), layout(), size, options.comprehension)[1])
+                        for chunk in turn
+                    )
+                    found = _scored_together(score, turn, forwards, machine)
+                elif machine.data_rank < len(turn):
+                    found = score(turn[machine.data_rank], 0)
+                else:
+                    continue
+                if machine.data_rank < len(turn) and machine.writes:
+                    cache.save(turn[machine.data_rank], found)
         machine.barrier()
         chunks = [scores or cache.load(chunk) for chunk, scores in enumerate(chunks)]
     complete = [scores for scores in chunks if scores is not None]
@@ -209,6 +220,51 @@ def score_table(
             "set scoring.cache_dir to a folder that all nodes share"
         )
     return ScoreTable.concatenate(complete)
+
+
+def _missing(chunks: list[ScoreTable | None], machine: Machine) -> list[int]:
+    """Numbers of the chunks to score: of all that some rank lacks, where the ranks score together."""
+    lacking = torch.tensor([float(scores is None) for scores in chunks], device=machine.device)
+    if machine.together:
+        lacking = machine.sum_over_ranks(lacking)
+    return lacking.nonzero().flatten().tolist()
+
+
+def _scored_together(
+    score: Callable[[int, int], ScoreTable], turn: list[int], forwards: int, machine: Machine
+) -> ScoreTable:
+    """Score one chunk on each group of ranks, as many forward passes on each; a fault on one is a fault on all."""
+    fault: InputError | None = None
+    try:
+        # A group with no chunk left helps the others with one of theirs.
+        found = score(turn[min(machine.data_rank, len(turn) - 1)], forwards)
+    except InputError as error:
+        fault = error
+    faults = machine.sum_over_ranks(torch.tensor([float(fault is not None)], device=machine.device))
+    if fault is not None:
+        raise fault
+    if faults.item():
+        raise InputError("another process found a pair that cannot be scored; its message names it")
+    return found
+
+
+def _plan(
+    table: PairTable, indices: Sequence[int] | np.ndarray, layout: RowLayout, batch_tokens: int, comprehension: bool
+) -> tuple[list[_Place], list[list[Document]]]:
+    """Where the number of each sequence goes, and the documents of each forward pass."""
+    places: list[_Place] = []
+    documents: list[Document] = []
+    for position, index in enumerate(indices):
+        pair = table[int(index)]
+        prompts = {"reference": pair.prompt_ids} | ({"null": table.null_prompt_ids} if comprehension else {})
+        for column, prompt in prompts.items():
+            documents.append(pair_document(pair, len(places), len(places) + 1, prompt))
+            places += [_Place(column, side, position) for side in range(2)]
+    if layout is RowLayout.SPLIT:
+        documents = [part for document in documents for part in document.split()]
+    # Like lengths together: less padding. The sort is stable, so the same pairs always meet in the same batch.
+    documents.sort(key=lambda document: document.num_tokens, reverse=True)
+    return places, list(_groups(documents, batch_tokens, layout))
 
 
 def _groups(documents: list[Document], batch_tokens: int, layout: RowLayout) -> Iterator[list[Document]]:

@@ -10,11 +10,11 @@ Shapes: R rows; T positions; N scored tokens; D hidden size; V vocabulary. All r
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+import dataclasses
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import lightning as L
 import numpy as np
@@ -32,7 +32,9 @@ from bdpo_pl.forward.masks import model_inputs
 from bdpo_pl.forward.responses import head_input
 from bdpo_pl.models.adapters import LoraOptions, add_adapters
 from bdpo_pl.models.loading import ModelSource, load_config, model_class, num_positions, resolve_dtype
+from bdpo_pl.models.precision import autocast_dtype
 from bdpo_pl.parallel.tensor_parallel import check_tensor_parallel
+from bdpo_pl.training.meta_attention import attention_as_on_devices
 
 # bitsandbytes' nf4 with double quantisation: 4 bits a weight, and 0.127 for its scales (arXiv:2305.14314).
 _NF4_BYTES = (4 + 0.127) / 8
@@ -66,6 +68,8 @@ class MemoryPlan:
         gradients: of trained parameters, after the backward pass; with DDP's buckets.
         activations: kept for the backward pass.
         logits_chunk: one chunk of logits and the LM head's own gradients, which are computed on the way forward.
+        reference: weights of the reference, and of what FSDP2 gathers of them, while pairs are scored.
+        live: whether the reference stays in memory; else it is freed before the policy is loaded.
     """
 
     weights: int
@@ -74,11 +78,14 @@ class MemoryPlan:
     gradients: int
     activations: int
     logits_chunk: int
+    reference: int = 0
+    live: bool = False
 
     @property
     def peak(self) -> int:
         """The larger of two moments: the loss is computed and nothing yet freed; all gradients are there."""
-        return self.weights + self.optimizer + self.gathered + max(self.activations + self.logits_chunk, self.gradients)
+        held = self.weights + self.optimizer + self.gathered + (self.reference if self.live else 0)
+        return held + max(self.activations + self.logits_chunk, self.gradients)
 
     def table(self) -> Table:
         """For people."""
@@ -95,6 +102,9 @@ class MemoryPlan:
             ("peak", "peak"),
         ):
             table.add_row(label, f"{getattr(self, name) / 2**30:,.3f}", end_section=name == "logits_chunk")
+        if self.reference:
+            kept = "in the peak" if self.live else "freed before the policy is loaded"
+            table.add_row(f"reference's weights, {kept}", f"{self.reference / 2**30:,.3f}")
         table.caption = "peak: gradients come as activations go: the larger counts; without the allocator's own share"
         return table
 
@@ -221,7 +231,7 @@ def planned(
         if longest is not None:
             window = int((longest.prompt_lengths + np.maximum(longest.chosen_lengths, longest.rejected_lengths)).max())
         pairs = max(1, data.max_tokens_per_batch // int(window * (1.5 if shared else 2)))
-    return plan_memory(
+    plan = plan_memory(
         module.source,
         config,
         worst_batch(pairs, window, shared) if longest is None else longest_batch(longest, pairs, shared),
@@ -232,8 +242,41 @@ def planned(
         gradient_checkpointing=module.gradient_checkpointing
         if gradient_checkpointing is None
         else gradient_checkpointing,
-        half_products={"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(trainer.precision)),
+        half_products=autocast_dtype(str(trainer.precision)),
     )
+    own = module.lora is not None and module.reference_source == module.source
+    if module.reference_mode == "none" or (module.reference_mode == "live" and own):
+        return plan
+    name = module.dtype_name if module.reference_dtype == "auto" else module.reference_dtype
+    dtype = resolve_dtype(name, str(trainer.precision))
+    products = autocast_dtype(str(trainer.precision)) if module.reference_mode == "precomputed" else None
+    reference = plan_reference(module.reference_source, load_config(module.reference_source), dtype, devices, products)
+    return dataclasses.replace(plan, reference=reference, live=module.reference_mode == "live")
+
+
+def plan_reference(
+    source: ModelSource, config: Any, dtype: torch.dtype, devices: Devices, products: torch.dtype | None = None
+) -> int:
+    """Give the bytes of the reference's weights on one device, as `scoring.reference` holds them.
+
+    Args:
+        source: the reference.
+        config: its transformers configuration.
+        dtype: of the weights.
+        devices: how it is spread; where they share the policy's weights they share the reference's.
+        products: dtype that autocast multiplies in, which linear layers are then held in; None: all in `dtype`.
+    """
+    counts = _count(source, config, dtype, None, devices)
+    narrow = (products or dtype).itemsize
+    if devices.sharded and devices.data > 1:
+        return round(counts.all * narrow / devices.data + (counts.outside + 2 * counts.block) * narrow)
+    if devices.sharded:
+        return counts.all * dtype.itemsize
+    text = config.get_text_config()
+    # Embeddings are not multiplied; norms are too small to count.
+    return (
+        counts.all - text.vocab_size * text.hidden_size
+    ) * narrow + text.vocab_size * text.hidden_size * dtype.itemsize
 
 
 def _kind(trainer: L.Trainer) -> str:
@@ -315,7 +358,7 @@ def _kept(model: Any, batch: SequenceBatch, whole: bool) -> int:
     narrow = nullcontext() if whole else scored_positions_only(model, batch)
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with (
-        _attention_as_on_devices(keeps_mask=batch.shared),
+        attention_as_on_devices(keeps_mask=batch.shared),
         narrow,
         head_input(model, lambda hidden: hidden[:, :0]),
         hooks,
@@ -369,31 +412,3 @@ def _split_config(config: Any, size: int) -> None:
     text.head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         setattr(text, key, getattr(text, key) // size)
-
-
-@contextmanager
-def _attention_as_on_devices(keeps_mask: bool) -> Iterator[None]:
-    """On the meta device PyTorch falls back on attention that keeps its T × T weights; where one trains it does not."""
-
-    def attention(
-        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
-    ) -> Tensor:
-        return _Attention.apply(query, key, value, attn_mask if keeps_mask else None)
-
-    with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attention):
-        yield
-
-
-class _Attention(torch.autograd.Function):
-    """Keeps what the fused kernels keep: their inputs, the output, a number a row, and the mask as one of `query`."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        output = torch.empty_like(query)
-        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, output, sums, None if mask is None else mask.to(query.dtype))
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError("a plan has no backward pass")

@@ -13,6 +13,7 @@ from torch import nn
 
 from bdpo_pl.models.adapters import LoraOptions, add_adapters
 from bdpo_pl.models.loading import ModelSource, enable_activation_checkpointing
+from bdpo_pl.models.precision import half_products
 from bdpo_pl.models.reach import freeze_unreached
 
 
@@ -50,7 +51,7 @@ def build_policy(
             strategy.root_device,
             lora=lora,
             gradient_checkpointing=gradient_checkpointing,
-            half_products={"bf16-mixed": torch.bfloat16}.get(str(trainer.precision)),
+            half_products=half_products(str(trainer.precision)),
         )
     else:
         model = load()

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from bdpo_pl.comprehension import normalised_hsic
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.data.tokenization import PreferencePair
 from bdpo_pl.errors import InputError
+from bdpo_pl.models.loading import hold_products_in
 from bdpo_pl.scoring.cache import ScoreCache
 from bdpo_pl.scoring.machine import Machine
 from bdpo_pl.scoring.scoring_pass import ScoringOptions, score_pairs, score_table
@@ -180,7 +182,7 @@ def test_two_ranks_give_the_cache_of_one(model, table, tmp_path):
     alone, cache = run(table, Counter(model), tmp_path / "one")
     # Rank 1 comes first and finds that rank 0's chunks never arrive.
     with pytest.raises(InputError, match="folder that all nodes share"):
-        run(table, Counter(model), tmp_path / "two", machine=Machine(rank=1, world_size=2))
+        run(table, Counter(model), tmp_path / "two", machine=Machine(rank=1, world_size=2, data_rank=1, data_size=2))
     shared, other = run(table, Counter(model), tmp_path / "two", machine=Machine())
     np.testing.assert_array_equal(alone.reference, shared.reference)
     for number in range(cache.num_chunks):
@@ -191,3 +193,33 @@ def test_cache_folder_that_cannot_be_written_is_found_out_first(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"cannot be written.*scoring\.cache_dir"):
         ScoreCache(tmp_path / "file", {}, 3, 4)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_products_held_in_half_give_the_scores_that_autocast_gives(table, tied):
+    """To the last bit, in half the memory: autocast rounds the same weights at every product."""
+    model = build_model(tie_word_embeddings=tied)
+    autocast = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
+    before = score_pairs(model, table, range(6), context=autocast)
+    embedding = model.get_input_embeddings().weight
+    hold_products_in(model, torch.bfloat16)
+    assert embedding.dtype == torch.float32
+    assert (model.lm_head.weight.dtype == torch.bfloat16) != tied
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    after = score_pairs(model, table, range(6), context=autocast)
+    np.testing.assert_array_equal(before.reference, after.reference)
+    np.testing.assert_array_equal(before.null, after.null)
+
+
+def test_passes_beyond_those_needed_change_nothing(model, table):
+    """As a rank runs that has less to score than another, where both are needed for each pass."""
+    passes = []
+    handle = model.register_forward_pre_hook(lambda *_: passes.append(1))
+    expected = score_pairs(model, table, [0, 3], batch_tokens=64)
+    needed = len(passes)
+    shares = []
+    more = score_pairs(model, table, [0, 3], batch_tokens=64, forwards=needed + 3, on_batch=shares.append)
+    handle.remove()
+    assert len(passes) == 2 * needed + 3
+    assert sum(shares) == pytest.approx(1.0)
+    np.testing.assert_array_equal(expected.reference, more.reference)

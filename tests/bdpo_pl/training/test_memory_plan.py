@@ -5,12 +5,13 @@ import torch
 from makers import build_model
 from torch.distributed._tools.mem_tracker import MemTracker
 from training import adamw
+from transformers import AutoConfig
 
 from bdpo_pl.forward.fused_loss import fused_preference_loss
 from bdpo_pl.losses import DPOLoss, PairScores
 from bdpo_pl.models.adapters import LoraOptions, add_adapters
-from bdpo_pl.models.loading import ModelSource, enable_activation_checkpointing
-from bdpo_pl.training.memory_plan import Devices, MemoryPlan, plan_memory, worst_batch
+from bdpo_pl.models.loading import ModelSource, enable_activation_checkpointing, hold_products_in
+from bdpo_pl.training.memory_plan import Devices, MemoryPlan, plan_memory, plan_reference, worst_batch
 from bdpo_pl.training.optim import parameter_groups
 
 TOLERANCE = 0.15
@@ -123,6 +124,31 @@ def test_nothing_is_allocated(monkeypatch):
     assert plan.optimizer == pytest.approx(8 * 70.55e9 / 64, rel=0.01)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("products", [None, torch.bfloat16])
+def test_reference_is_planned_as_it_is_held(tied, products):
+    model = build_model(tie_word_embeddings=tied)
+    if products is not None:
+        hold_products_in(model, products)
+    held = sum(p.numel() * p.element_size() for p in model.parameters())
+    plan = plan_reference(ModelSource("tiny"), model.config, torch.float32, Devices(kind="cpu"), products)
+    assert plan == pytest.approx(held, rel=0.03)
+    shared = plan_reference(ModelSource("tiny"), model.config, torch.float32, Devices(2, 1, True, "cpu"), products)
+    whole = sum(p.numel() for p in model.parameters()) * (products or torch.float32).itemsize
+    assert shared > whole / 2
+
+
+def test_an_8b_reference_of_eight_devices_is_an_eighth_in_half_precision():
+    """Where each rank held a whole one in float32: 32 GB."""
+    config = AutoConfig.for_model(
+        "llama", vocab_size=128_256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192, tie_word_embeddings=False,
+    )  # fmt: skip
+    plan = plan_reference(ModelSource("llama-8b"), config, torch.float32, Devices(8, 1, True), torch.bfloat16)
+    gathered = 2 * (2 * 128_256 * 4096 + 2 * 218.1e6)
+    assert plan == pytest.approx(2 * 8.03e9 / 8 + gathered, rel=0.02)
+
+
 def test_table_shows_the_peak(capsys):
     from rich.console import Console
 
@@ -137,8 +163,17 @@ def test_dry_run_prints_the_plan_and_does_nothing(model_dir, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     monkeypatch.setattr("bdpo_pl.training.module.load_model", lambda *_: pytest.fail("weights were read"))
-    main([f"--model.policy={model_dir}", "--trainer.accelerator=cpu", "--dry_run=true", *options])
+    main(
+        [
+            f"--model.policy={model_dir}",
+            "--data.train=embedded",
+            "--trainer.accelerator=cpu",
+            "--dry_run=true",
+            *options,
+        ]
+    )
     printed = capsys.readouterr().out
     assert "Memory on each device" in printed
+    assert "reference's weights, freed before the policy is loaded" in printed
     assert "peak" in printed
     assert not list(tmp_path.iterdir())
