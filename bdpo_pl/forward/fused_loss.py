@@ -126,7 +126,7 @@ def _trial_loss(chosen: Tensor, rejected: Tensor, index: Tensor) -> Tensor:
     return (1.0 + index) * (0.5 * chosen - 0.4 * rejected)
 
 
-def choose_head(model: Any, probe: SequenceBatch, option: LMHead, name: str) -> bool:
+def choose_head(model: Any, probe: SequenceBatch, option: LMHead, name: str, *, apart: bool = True) -> bool:
     """Decide whether to fuse LM head and loss, and say so where it cannot be.
 
     Args:
@@ -134,13 +134,14 @@ def choose_head(model: Any, probe: SequenceBatch, option: LMHead, name: str) -> 
         probe: sequences to compare both ways on.
         option: `auto`, or `fused` or `logits` alone.
         name: of the model, for messages.
+        apart: whether the loss can be computed a few pairs at a time.
 
     Raises:
         InputError: `fused`, and the model cannot.
     """
     if option == "logits":
         return False
-    objection = why_not_fused(model, probe)
+    objection = why_not_fused(model, probe) if apart else "the loss of a pair depends on the others of its batch"
     if objection is None:
         return True
     if option == "fused":

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from bdpo_pl.comprehension import ESTIMATORS, POSITIVE_ESTIMATORS, Estimator
 from bdpo_pl.errors import InputError
-from bdpo_pl.losses.base import PairScores, PairWeights, PreferenceLoss, require_positive
+from bdpo_pl.losses.base import PairScores, PairWeights, PreferenceLoss, require_not_negative, require_positive
 
 Weighting = Literal["softmax", "ratio"]
 
@@ -135,12 +135,11 @@ class BalancedDPOLoss(PreferenceLoss):
         label_smoothing: ε in [0, 0.5): the assumed share of flipped labels (conservative DPO),
             L = −(1−ε)·log σ(z) − ε·log σ(−z).
         max_weight_ratio: cap on the larger weight of a pair over the smaller, above 1; default none.
+        sft_weight: weight of the chosen response's mean NLL, added to the loss (RPO, arXiv:2404.19733).
 
     Raises:
         InputError: an argument is out of its range, or `ratio` meets an estimator that can be negative.
     """
-
-    initial_value = math.log(2.0)
 
     def __init__(
         self,
@@ -152,6 +151,7 @@ class BalancedDPOLoss(PreferenceLoss):
         scale: float | Literal["norm"] | None = None,
         label_smoothing: float = 0.0,
         max_weight_ratio: float | None = None,
+        sft_weight: float = 0.0,
     ) -> None:
         if scale is None:
             scale = 2.0 if balance else 1.0
@@ -183,6 +183,11 @@ class BalancedDPOLoss(PreferenceLoss):
         self.scale = scale
         self.label_smoothing = label_smoothing
         self.max_weight_ratio = max_weight_ratio
+        self.two_log_ratios = not balance
+        require_not_negative("sft_weight", sft_weight)
+        self.sft_weight = sft_weight
+        # The chosen response's NLL is another for each pair.
+        self.initial_value = math.log(2.0) if sft_weight == 0.0 else None
         self.needs_comprehension = balance
         self.needs_all_pairs = balance and weighting == "softmax" and tau == "auto"
         self._spread: float | None = None
@@ -192,9 +197,10 @@ class BalancedDPOLoss(PreferenceLoss):
         chosen, rejected = scores.log_ratios(policy_chosen, policy_rejected)
         weights = self.weights(scores)
         z = self.beta * weights.scale * (weights.chosen * chosen - weights.rejected * rejected)
-        if self.label_smoothing == 0.0:
-            return -F.logsigmoid(z)
-        return -(1.0 - self.label_smoothing) * F.logsigmoid(z) - self.label_smoothing * F.logsigmoid(-z)
+        losses = -F.logsigmoid(z)
+        if self.label_smoothing > 0.0:
+            losses = (1.0 - self.label_smoothing) * losses - self.label_smoothing * F.logsigmoid(-z)
+        return self.with_sft(losses, policy_chosen, scores)
 
     def weights(self, scores: PairScores) -> PairWeights:
         """Compute the balance weights and the scaling factor of each pair."""
@@ -259,7 +265,8 @@ class DPOLoss(BalancedDPOLoss):
     Args:
         beta: β > 0.
         label_smoothing: ε in [0, 0.5), conservative DPO.
+        sft_weight: weight of the chosen response's mean NLL, added to the loss (RPO, arXiv:2404.19733).
     """
 
-    def __init__(self, beta: float = 0.1, label_smoothing: float = 0.0) -> None:
-        super().__init__(beta=beta, balance=False, scale=1.0, label_smoothing=label_smoothing)
+    def __init__(self, beta: float = 0.1, label_smoothing: float = 0.0, sft_weight: float = 0.0) -> None:
+        super().__init__(beta, balance=False, scale=1.0, label_smoothing=label_smoothing, sft_weight=sft_weight)

@@ -30,6 +30,7 @@ class PairScores:
         comprehension_rejected: c(x, y_l), likewise.
         chosen_safe: whether y_w is safe, bool, or None where the data does not say.
         rejected_safe: whether y_l is safe, likewise.
+        counted: bool, false for a pair that only fills a batch and has no weight in the loss; None: all count.
     """
 
     chosen_length: Tensor
@@ -40,6 +41,7 @@ class PairScores:
     comprehension_rejected: Tensor | None = None
     chosen_safe: Tensor | None = None
     rejected_safe: Tensor | None = None
+    counted: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.chosen_length)
@@ -92,6 +94,10 @@ class PreferenceLoss(ABC):
         needs_comprehension: the loss reads comprehension.
         needs_safety: the loss reads whether each response is safe, of pairs put in order by it.
         needs_all_pairs: the loss is to `prepare` from the scores of all training pairs.
+        two_log_ratios: the loss reads the policy in the two log-ratios alone, which balance weights can scale.
+        mixes_pairs: the loss of a pair depends on the others of its micro-batch, so that it cannot be computed a few
+            pairs at a time, fused with the LM head.
+        sft_weight: weight of the chosen response's mean NLL, added to the loss.
         initial_value: the loss of any pair when policy and reference are one model; None if it depends on the pair.
     """
 
@@ -101,6 +107,9 @@ class PreferenceLoss(ABC):
     needs_comprehension: bool = False
     needs_safety: bool = False
     needs_all_pairs: bool = False
+    two_log_ratios: bool = False
+    mixes_pairs: bool = False
+    sft_weight: float = 0.0
     initial_value: float | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -124,6 +133,18 @@ class PreferenceLoss(ABC):
         Returns:
             (B,) float32.
         """
+
+    def with_sft(self, losses: Tensor, policy_chosen: Tensor, scores: PairScores) -> Tensor:
+        """Add `sft_weight` times the chosen response's NLL a token, as RPO does (arXiv:2404.19733).
+
+        Args:
+            losses: (B,) losses of the preference alone.
+            policy_chosen: (B,) log π_θ(y_w | x).
+            scores: what is known of the pairs.
+        """
+        if self.sft_weight == 0.0:
+            return losses
+        return losses - self.sft_weight * policy_chosen.float() / scores.chosen_length
 
     def rewards(
         self, policy_chosen: Tensor, policy_rejected: Tensor, scores: PairScores

@@ -22,6 +22,8 @@ class IPOLoss(PreferenceLoss):
         InputError: β is out of its range.
     """
 
+    two_log_ratios = True
+
     def __init__(self, beta: float = 0.1) -> None:
         require_positive("beta", beta)
         self.beta = beta

@@ -29,6 +29,7 @@ class SafeDPOLoss(PreferenceLoss):
     """
 
     needs_safety = True
+    two_log_ratios = True
 
     def __init__(self, beta: float = 0.1, delta: float = 10.0) -> None:
         require_positive("beta", beta)

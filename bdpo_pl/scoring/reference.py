@@ -13,6 +13,7 @@ import torch
 import transformers
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 import bdpo_kernels
 from bdpo_pl.data.packing import RowLayout
@@ -26,7 +27,7 @@ from bdpo_pl.models.adapters import adapters_off
 from bdpo_pl.models.loading import ModelSource, frozen, hold_products_in, load_model, model_fingerprint
 from bdpo_pl.models.precision import autocast_dtype, half_products
 from bdpo_pl.parallel.fsdp2 import build_sharded
-from bdpo_pl.parallel.state import DATA
+from bdpo_pl.parallel.state import DATA, TENSOR
 from bdpo_pl.scoring.cache import ScoreCache, default_cache_dir
 from bdpo_pl.scoring.machine import Machine
 from bdpo_pl.scoring.scores import SplitScores, score_splits, split_scores, table_scores
@@ -127,7 +128,7 @@ class Reference:
 
     def check_machine(self, machine: Machine) -> None:
         """Raise `InputError` if the policy is split and each rank would have to score with it alone."""
-        if self.mode == "live" and self._adapted is not None and machine.mesh is not None:
+        if self.mode == "live" and self._adapted is not None and machine.together:
             raise InputError(
                 "model.reference_mode is live, and the reference is the policy without its adapters, which this "
                 "strategy splits; set it to precomputed"
@@ -214,12 +215,13 @@ class Reference:
                 yield model, self._adapted.row_layout
 
     def _load(self, machine: Machine) -> nn.Module:
-        """The model where it is to score: whole, or split over the devices as the policy will be."""
-        half = half_products(machine.precision)
-        if machine.mesh is not None:
+        """The model where it is to score: whole, or split over all devices where the policy is split."""
+        if machine.together:
+            # By FSDP2 alone, under tensor parallelism too: each rank computes whole layers, so scores are those of one.
+            half = half_products(machine.precision) if machine.world_size > 1 else None
+            mesh = init_device_mesh(machine.device.type, (machine.world_size, 1), mesh_dim_names=(DATA, TENSOR))
             # FSDP2 casts every weight for its products, so a reference can be held as it is multiplied.
-            dtype = half if half is not None and machine.mesh[DATA].size() > 1 else self.dtype
-            model = build_sharded(self.source, dtype, machine.mesh, machine.device, half_products=half)
+            model = build_sharded(self.source, half or self.dtype, mesh, machine.device, half_products=half)
             return model.requires_grad_(False).eval()
         if self._adapted is not None:
             return frozen(self._adapted.base_model(self.dtype, machine.device), machine.device)

@@ -192,12 +192,12 @@ def score_table(
                     comprehension=options.comprehension,
                     hsic=hsic,
                     context=machine.context,
-                    on_batch=partial(_advance, told, task, len(indices) * machine.data_size),
+                    on_batch=partial(_advance, told, task, len(indices) * machine.world_size),
                     forwards=forwards,
                 )
 
-            for first in range(0, len(missing), machine.data_size):
-                turn = missing[first : first + machine.data_size]
+            for first in range(0, len(missing), machine.world_size):
+                turn = missing[first : first + machine.world_size]
                 if machine.together:
                     size = options.batch_tokens or _default_batch_tokens(machine.device)
                     forwards = max(
@@ -205,12 +205,12 @@ def score_table(
                         for chunk in turn
                     )
                     found = _scored_together(score, turn, forwards, machine)
-                elif machine.data_rank < len(turn):
-                    found = score(turn[machine.data_rank], 0)
+                elif machine.rank < len(turn):
+                    found = score(turn[machine.rank], 0)
                 else:
                     continue
-                if machine.data_rank < len(turn) and machine.writes:
-                    cache.save(turn[machine.data_rank], found)
+                if machine.rank < len(turn):
+                    cache.save(turn[machine.rank], found)
         machine.barrier()
         chunks = [scores or cache.load(chunk) for chunk, scores in enumerate(chunks)]
     complete = [scores for scores in chunks if scores is not None]
@@ -233,11 +233,11 @@ def _missing(chunks: list[ScoreTable | None], machine: Machine) -> list[int]:
 def _scored_together(
     score: Callable[[int, int], ScoreTable], turn: list[int], forwards: int, machine: Machine
 ) -> ScoreTable:
-    """Score one chunk on each group of ranks, as many forward passes on each; a fault on one is a fault on all."""
+    """Score one chunk on each rank, as many forward passes on each; a fault on one is a fault on all."""
     fault: InputError | None = None
     try:
-        # A group with no chunk left helps the others with one of theirs.
-        found = score(turn[min(machine.data_rank, len(turn) - 1)], forwards)
+        # A rank with no chunk left helps the others with one of theirs.
+        found = score(turn[min(machine.rank, len(turn) - 1)], forwards)
     except InputError as error:
         fault = error
     faults = machine.sum_over_ranks(torch.tensor([float(fault is not None)], device=machine.device))

@@ -263,15 +263,14 @@ def plan_reference(
         source: the reference.
         config: its transformers configuration.
         dtype: of the weights.
-        devices: how it is spread; where they share the policy's weights they share the reference's.
+        devices: how the policy is spread; where it is split, the reference is, over all of them by FSDP2.
         products: dtype that autocast multiplies in, which linear layers are then held in; None: all in `dtype`.
     """
-    counts = _count(source, config, dtype, None, devices)
+    counts = _count(source, config, dtype, None, Devices(kind=devices.kind))
     narrow = (products or dtype).itemsize
-    if devices.sharded and devices.data > 1:
-        return round(counts.all * narrow / devices.data + (counts.outside + 2 * counts.block) * narrow)
-    if devices.sharded:
-        return counts.all * dtype.itemsize
+    ranks = devices.data * devices.tensor
+    if devices.sharded and ranks > 1:
+        return round(counts.all * narrow / ranks + (counts.outside + 2 * counts.block) * narrow)
     text = config.get_text_config()
     # Embeddings are not multiplied; norms are too small to count.
     return (

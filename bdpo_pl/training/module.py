@@ -262,7 +262,9 @@ class PreferenceModule(WatchedModule):
         """Weighted sum of the pairs' losses, which over an optimiser step is their mean."""
         if self._fused is None:
             probe = lay_out(probe_documents(self.splits.tables["train"]), self.row_layout, self.splits.pad_id)
-            self._fused = choose_head(self.policy, probe.to(self.device), self.lm_head, self.source.name)
+            self._fused = choose_head(
+                self.policy, probe.to(self.device), self.lm_head, self.source.name, apart=not self.loss.mixes_pairs
+            )
         scores = self._scores(batch, "train")
         watch: AbstractContextManager[list[Any]] = routed(self.policy) if self.router_aux_loss else nullcontext([])
         with watch as decisions:

@@ -5,6 +5,7 @@ Shapes: B pairs.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,12 +31,13 @@ def pair_scores(batch: PreferenceBatch, scores: SplitScores, latest: Tensor | No
     """
     comprehension = scores.comprehension if latest is None else latest
     nothing = (None, None)
-    return PairScores(
+    known = PairScores(
         *batch.lengths,
         *(scores.reference if scores.reference is not None else nothing),
         *(comprehension if comprehension is not None else nothing),
         *(batch.safe if batch.safe is not None else nothing),
     )
+    return replace(known, counted=batch.pair_weight > 0)
 
 
 def plain_losses(policy: Any, loss: PreferenceLoss, batch: PreferenceBatch, scores: PairScores) -> Losses:

@@ -97,7 +97,7 @@ def test_settings_of_the_default_optimiser_are_not_handed_to_another():
         ("fit", ["--data.bach_size=4"], "--data.batch_size"),
         ("fit", ["--model.loss.bta=1"], "did you mean --model.loss.beta?"),
         ("fit", ["--model.loss=DPOLoss", "--model.loss.tau=1"], "DPOLoss has no option tau"),
-        ("fit", ["--model.loss", "BDPO"], "There are BalancedDPOLoss, CPOLoss"),
+        ("fit", ["--model.loss", "BDPO"], "There are APODownLoss, APOZeroLoss"),
         ("fit", ["--report_to", "wanbd"], "csv, tensorboard, wandb"),
         ("fit", ["--model.policy", "x"], "add --data.train FILE"),
         ("fit", ["--model.policy=x", "--trainer.max_steps=1"], "add --data.train FILE"),

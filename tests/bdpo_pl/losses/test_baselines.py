@@ -427,8 +427,10 @@ def test_each_runs_by_its_name_with_defaults_of_its_own(base, tmp_path, capsys, 
          {"beta": 3.0, "gamma_beta_ratio": 0.5}),
         ([{"class_path": "DPOLoss", "init_args": {"beta": 0.3}}], ["--model.loss", "SimPOLoss"],
          {"beta": 2.5, "gamma_beta_ratio": 0.1}),
-        ([{"class_path": "DPOLoss", "init_args": {"beta": 0.3}}], [], {"beta": 0.3, "label_smoothing": 0.0}),
-        ([{"class_path": "DPOLoss"}], ["--model.loss.beta=0.3"], {"beta": 0.3, "label_smoothing": 0.0}),
+        ([{"class_path": "DPOLoss", "init_args": {"beta": 0.3}}], [],
+         {"beta": 0.3, "label_smoothing": 0.0, "sft_weight": 0.0}),
+        ([{"class_path": "DPOLoss"}], ["--model.loss.beta=0.3"],
+         {"beta": 0.3, "label_smoothing": 0.0, "sft_weight": 0.0}),
     ],
 )  # fmt: skip
 def test_options_of_one_loss_do_not_reach_another(base, tmp_path, capsys, files, options, expected):

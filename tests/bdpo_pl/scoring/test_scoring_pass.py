@@ -182,7 +182,7 @@ def test_two_ranks_give_the_cache_of_one(model, table, tmp_path):
     alone, cache = run(table, Counter(model), tmp_path / "one")
     # Rank 1 comes first and finds that rank 0's chunks never arrive.
     with pytest.raises(InputError, match="folder that all nodes share"):
-        run(table, Counter(model), tmp_path / "two", machine=Machine(rank=1, world_size=2, data_rank=1, data_size=2))
+        run(table, Counter(model), tmp_path / "two", machine=Machine(rank=1, world_size=2))
     shared, other = run(table, Counter(model), tmp_path / "two", machine=Machine())
     np.testing.assert_array_equal(alone.reference, shared.reference)
     for number in range(cache.num_chunks):

@@ -1,0 +1,169 @@
+"""Losses made of others: a weighted sum, balance weights on any loss of two log-ratios, and WPO's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor
+
+from bdpo_pl.comprehension import Estimator
+from bdpo_pl.errors import InputError
+from bdpo_pl.losses.balanced_dpo import BalancedDPOLoss, Weighting
+from bdpo_pl.losses.base import PairScores, PairWeights, PreferenceLoss, require_not_negative
+
+
+class SFTLoss(PreferenceLoss):
+    """The chosen response's NLL a token, L = −log π_θ(y_w|x)/|y_w|: as a part of a `WeightedSum`, or alone."""
+
+    needs_reference = False
+    beta = 1.0
+
+    def __call__(self, policy_chosen: Tensor, policy_rejected: Tensor, scores: PairScores) -> Tensor:
+        """Compute the loss of each pair, (B,) float32."""
+        return -policy_chosen.float() / scores.chosen_length
+
+
+class _Outer(PreferenceLoss):
+    """A loss that takes what it needs from the losses it is made of."""
+
+    def _take_from(self, losses: Sequence[PreferenceLoss]) -> None:
+        self._parts = tuple(losses)
+        self.beta = losses[0].beta
+        for name in ("needs_reference", "needs_comprehension", "needs_safety", "needs_all_pairs", "mixes_pairs"):
+            setattr(self, name, any(getattr(loss, name) for loss in losses))
+        reading = {loss.estimator for loss in losses if loss.needs_comprehension}
+        if len(reading) > 1:
+            raise InputError(f"loss: the losses read different estimators, {', '.join(sorted(reading))}; give them one")
+        self.estimator = next(iter(reading), losses[0].estimator)
+
+    def prepare(self, scores: PairScores) -> None:
+        """Prepare each loss."""
+        for loss in self._parts:
+            loss.prepare(scores)
+
+    def state_dict(self) -> dict[str, float]:
+        """Give what each loss has found, by its number where there are several."""
+        found = [loss.state_dict() for loss in self._parts]
+        if len(found) == 1:
+            return found[0]
+        return {f"{i}.{name}": value for i, state in enumerate(found) for name, value in state.items()}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Hand each loss its own."""
+        for i, loss in enumerate(self._parts):
+            prefix = f"{i}." if len(self._parts) > 1 else ""
+            loss.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+
+    def weights(self, scores: PairScores) -> PairWeights | None:
+        """Give the balance weights of the first loss that has any."""
+        found = (loss.weights(scores) for loss in self._parts)
+        return next((weights for weights in found if weights is not None), None)
+
+    def rewards(
+        self, policy_chosen: Tensor, policy_rejected: Tensor, scores: PairScores
+    ) -> tuple[Tensor, Tensor] | None:
+        """Give the rewards of the first loss, for the logs."""
+        return self._parts[0].rewards(policy_chosen, policy_rejected, scores)
+
+
+class WeightedSum(_Outer):
+    """L = Σ a_i·L_i, as MPO mixes losses (arXiv:2411.10442).
+
+    Args:
+        losses: each by its `class_path`.
+        weights: a_i ≥ 0, one for each; default 1 each.
+
+    Raises:
+        InputError: no losses, or not as many weights.
+    """
+
+    def __init__(self, losses: list[PreferenceLoss], weights: list[float] | None = None) -> None:
+        factors = [1.0] * len(losses) if weights is None else weights
+        if not losses or len(losses) != len(factors):
+            raise InputError(f"loss: {len(losses)} losses and {len(factors)} weights; give one weight for each")
+        for factor in factors:
+            require_not_negative("weights", factor)
+        self._take_from(losses)
+        self._factors = factors
+        values = [loss.initial_value for loss in losses]
+        if None not in values:
+            self.initial_value = sum(a * v for a, v in zip(factors, values, strict=True) if v is not None)
+
+    def __call__(self, policy_chosen: Tensor, policy_rejected: Tensor, scores: PairScores) -> Tensor:
+        """Compute the loss of each pair, (B,) float32."""
+        total = policy_chosen.new_zeros(()).float()
+        for factor, loss in zip(self._factors, self._parts, strict=True):
+            total = total + factor * loss(policy_chosen, policy_rejected, scores)
+        return total
+
+
+class BalancedLoss(_Outer):
+    """Balance weights and scaling factor on any loss of two log-ratios: it is given s·w_w·D_w and s·w_l·D_l.
+
+    With `DPOLoss` it is Balanced DPO.
+
+    Args:
+        loss: one that reads the policy in its two log-ratios alone (DPO, IPO, hinge, robust, Dr.DPO, APO, SafeDPO, …).
+        tau: as in `BalancedDPOLoss`.
+        weighting: likewise.
+        estimator: likewise.
+        scale: likewise.
+        max_weight_ratio: likewise.
+
+    Raises:
+        InputError: an argument is out of its range, or the loss reads more of the policy.
+    """
+
+    def __init__(
+        self,
+        loss: PreferenceLoss,
+        tau: float | Literal["auto"] = "auto",
+        weighting: Weighting = "softmax",
+        estimator: Estimator = "pmi",
+        scale: float | Literal["norm"] = 2.0,
+        max_weight_ratio: float | None = None,
+    ) -> None:
+        if not loss.two_log_ratios or loss.needs_comprehension or loss.sft_weight:
+            raise InputError(
+                f"loss: {type(loss).__name__} as configured reads the policy in more than its two log-ratios, so "
+                "balance weights do not apply to it; put an SFT term beside it with WeightedSum"
+            )
+        balance = BalancedDPOLoss(loss.beta, True, tau, weighting, estimator, scale, max_weight_ratio=max_weight_ratio)
+        self._take_from((balance, loss))
+        self._parts = (balance,)
+        self._balance, self._loss = balance, loss
+        self.beta, self.estimator = loss.beta, estimator
+        self.initial_value = loss.initial_value
+
+    def __call__(self, policy_chosen: Tensor, policy_rejected: Tensor, scores: PairScores) -> Tensor:
+        """Compute the loss of each pair, (B,) float32."""
+        weights = self._balance.weights(scores)
+        chosen, rejected = scores.log_ratios(policy_chosen, policy_rejected)
+        assert scores.reference_chosen is not None
+        assert scores.reference_rejected is not None
+        return self._loss(
+            scores.reference_chosen.float() + weights.scale * weights.chosen * chosen,
+            scores.reference_rejected.float() + weights.scale * weights.rejected * rejected,
+            scores,
+        )
+
+
+class WPOLoss(_Outer):
+    """WPO, arXiv:2406.11827, equation 2 without its alignment: w·L, w = min(1, exp(ℓ̄_w + ℓ̄_l)).
+
+    A pair counts by how likely the policy is to write it; w is a constant in the gradient. The paper's alignments
+    divide by what the policy writes at each position, for which the kernels would have to keep more than a response's
+    sum; TRL's `use_weighting` does so.
+
+    Args:
+        loss: the loss that is weighted.
+    """
+
+    def __init__(self, loss: PreferenceLoss) -> None:
+        self._take_from((loss,))
+
+    def __call__(self, policy_chosen: Tensor, policy_rejected: Tensor, scores: PairScores) -> Tensor:
+        """Compute the loss of each pair, (B,) float32."""
+        chosen, rejected = scores.mean_logps(policy_chosen.detach(), policy_rejected.detach())
+        return (chosen + rejected).exp().clamp_max(1.0) * self._parts[0](policy_chosen, policy_rejected, scores)
