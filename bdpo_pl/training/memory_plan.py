@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from bdpo_kernels.chunks import head_bytes
-from bdpo_pl.data.packing import Document, RowLayout, SequenceBatch, lay_out
+from bdpo_pl.data.packing import SequenceBatch
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.forward.last_layer import scored_positions_only
 from bdpo_pl.forward.masks import model_inputs
@@ -35,6 +35,7 @@ from bdpo_pl.models.loading import ModelSource, load_config, model_class, num_po
 from bdpo_pl.models.precision import autocast_dtype
 from bdpo_pl.parallel.tensor_parallel import check_tensor_parallel
 from bdpo_pl.training.meta_attention import attention_as_on_devices
+from bdpo_pl.training.planned_batches import longest_batch, worst_batch
 
 # bitsandbytes' nf4 with double quantisation: 4 bits a weight, and 0.127 for its scales (arXiv:2305.14314).
 _NF4_BYTES = (4 + 0.127) / 8
@@ -107,28 +108,6 @@ class MemoryPlan:
             table.add_row(f"reference's weights, {kept}", f"{self.reference / 2**30:,.3f}")
         table.caption = "peak: gradients come as activations go: the larger counts; without the allocator's own share"
         return table
-
-
-def worst_batch(pairs: int, window: int, shared: bool) -> SequenceBatch:
-    """`pairs` pairs that fill the window of `window` tokens, half prompt and half response."""
-    half = max(1, window // 2)
-    documents = [
-        Document([0] * max(1, window - half), [(b, [0] * half), (pairs + b, [0] * half)]) for b in range(pairs)
-    ]
-    return lay_out(documents, RowLayout.SHARED if shared else RowLayout.SPLIT, 0)
-
-
-def longest_batch(table: PairTable, pairs: int, shared: bool) -> SequenceBatch:
-    """The `pairs` longest pairs of `table`, which a shuffled epoch may put together."""
-    longest = np.argsort(-(table.prompt_lengths + table.chosen_lengths + table.rejected_lengths))[:pairs]
-    documents = [
-        Document(
-            [0] * int(table.prompt_lengths[i]),
-            [(b, [0] * int(table.chosen_lengths[i])), (len(longest) + b, [0] * int(table.rejected_lengths[i]))],
-        )
-        for b, i in enumerate(longest)
-    ]
-    return lay_out(documents, RowLayout.SHARED if shared else RowLayout.SPLIT, 0)
 
 
 def plan_memory(

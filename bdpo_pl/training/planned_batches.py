@@ -1,0 +1,30 @@
+"""The micro-batches that a memory plan is made for: filled windows, or the longest pairs there are."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bdpo_pl.data.packing import Document, RowLayout, SequenceBatch, lay_out
+from bdpo_pl.data.table import PairTable
+
+
+def worst_batch(pairs: int, window: int, shared: bool) -> SequenceBatch:
+    """`pairs` pairs that fill the window of `window` tokens, half prompt and half response."""
+    half = max(1, window // 2)
+    documents = [
+        Document([0] * max(1, window - half), [(b, [0] * half), (pairs + b, [0] * half)]) for b in range(pairs)
+    ]
+    return lay_out(documents, RowLayout.SHARED if shared else RowLayout.SPLIT, 0)
+
+
+def longest_batch(table: PairTable, pairs: int, shared: bool) -> SequenceBatch:
+    """The `pairs` longest pairs of `table`, which a shuffled epoch may put together."""
+    longest = np.argsort(-(table.prompt_lengths + table.chosen_lengths + table.rejected_lengths))[:pairs]
+    documents = [
+        Document(
+            [0] * int(table.prompt_lengths[i]),
+            [(b, [0] * int(table.chosen_lengths[i])), (len(longest) + b, [0] * int(table.rejected_lengths[i]))],
+        )
+        for b, i in enumerate(longest)
+    ]
+    return lay_out(documents, RowLayout.SHARED if shared else RowLayout.SPLIT, 0)
