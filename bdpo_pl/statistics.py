@@ -1,9 +1,8 @@
 """Bootstrap confidence intervals of means, rates and paired differences.
 
-Prompts that ask for the same thing in several framings are no independent draws: what is resampled are clusters, all of
-whose prompts go together (percentile bootstrap over clusters, Efron and Tibshirani 1993). Where every outcome is the
-same a bootstrap has nothing to resample and would claim certainty; for rates, Wilson's interval over clusters stands
-in there.
+Prompts that make the same request in several framings are not independent. Whole clusters of such prompts are therefore
+resampled (percentile bootstrap over clusters, Efron and Tibshirani 1993). If all outcomes are the same, a bootstrap
+would give an interval of length 0 and claim certainty; for rates, Wilson's interval over clusters replaces it.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import numpy as np
 
 _Z = 1.959964
 _RESAMPLES = 4000
-# Resamples drawn at a time: bounds the memory of suites of many thousand prompts.
+# Number of resamples drawn at a time: bounds the memory for suites of many thousand prompts.
 _AT_ONCE = 500
 
 
@@ -24,11 +23,11 @@ class Interval:
     """A mean with its 95 % interval.
 
     Attributes:
-        value: the mean over prompts.
-        low: lower end.
-        high: upper end.
-        count: prompts.
-        clusters: what was resampled.
+        value: mean over prompts.
+        low: lower end of the interval.
+        high: upper end of the interval.
+        count: number of prompts.
+        clusters: number of resampled clusters.
     """
 
     value: float
@@ -45,16 +44,16 @@ def mean(
     rate: bool = True,
     seed: int = 0,
 ) -> Interval:
-    """The mean of `values`.
+    """Compute the mean of `values` with its interval.
 
     Args:
-        values: one of each prompt.
-        clusters: which prompts go together; default: each is alone.
-        rate: values are between 0 and 1. Of other numbers that are all the same, nothing but their value is known.
-        seed: of the resampling.
+        values: one value for each prompt.
+        clusters: cluster of each prompt. Default: each prompt is a cluster of its own.
+        rate: true if values are between 0 and 1. Otherwise the interval of values that are all the same has length 0.
+        seed: seed of the resampling.
 
     Raises:
-        ValueError: there are no values, or another number of clusters.
+        ValueError: there are no values, or their number differs from that of `clusters`.
     """
     sums, counts = _by_cluster(values, clusters)
     value = float(sums.sum() / counts.sum())
@@ -74,10 +73,10 @@ def difference(
     *,
     seed: int = 0,
 ) -> Interval:
-    """The mean of `second` − `first`, paired by prompt; outcomes are between 0 and 1.
+    """Compute the mean of `second` − `first`, paired by prompt; outcomes are between 0 and 1.
 
     Raises:
-        ValueError: they differ in number, or there are none.
+        ValueError: the numbers of values differ, or there are no values.
     """
     if len(first) != len(second):
         raise ValueError(f"paired differences need pairs, got {len(first)} and {len(second)} values")
@@ -85,7 +84,7 @@ def difference(
     found = mean(values, clusters, rate=False, seed=seed)
     if found.low < found.high:
         return found
-    # All the same: what share could yet be otherwise, in either direction?
+    # All differences are the same: add the share that could still differ, in either direction.
     other = 1.0 - wilson(found.clusters, found.clusters)[0]
     low, high = max(-1.0, found.value - other), min(1.0, found.value + other)
     return Interval(found.value, low, high, found.count, found.clusters)
@@ -98,10 +97,10 @@ def paired_p(
     *,
     seed: int = 0,
 ) -> float:
-    """Two-sided p-value of no difference, paired by prompt: whole clusters change sides at random (Fisher 1935).
+    """Compute the two-sided p-value of no difference, paired by prompt: random signs of clusters (Fisher 1935).
 
     Raises:
-        ValueError: they differ in number, or there are none.
+        ValueError: the numbers of values differ, or there are no values.
     """
     if len(first) != len(second):
         raise ValueError(f"paired differences need pairs, got {len(first)} and {len(second)} values")
@@ -111,13 +110,13 @@ def paired_p(
         return 1.0
     rng = np.random.default_rng(seed)
     signs = rng.integers(0, 2, size=(_RESAMPLES, len(moved))) * 2 - 1
-    # Rounding must not tell apart what is equal; the observed signs are one of the draws.
+    # The tolerance keeps rounding from separating equal sums; the +1 counts the observed signs as one of the draws.
     reached = np.abs(signs @ moved) >= abs(moved.sum()) - 1e-9
     return float((reached.sum() + 1) / (_RESAMPLES + 1))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """P-values adjusted for their number, in the same order (Holm 1979)."""
+    """Adjust p-values for their number, in the same order (Holm 1979)."""
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
     adjusted, largest = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(order):
@@ -127,23 +126,23 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def normal(value: float, error: float, count: int) -> Interval:
-    """`value` ± 1.96 of its standard error, over `count` independent examples."""
+    """Return `value` ± 1.96 of its standard error, over `count` independent examples."""
     return Interval(value, value - _Z * error, value + _Z * error, count, count)
 
 
 def wilson(successes: float, count: int) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a rate (Wilson 1927)."""
+    """Compute Wilson's 95 % score interval of a rate (Wilson 1927)."""
     rate, z2 = successes / count, _Z**2
     centre = (rate + z2 / (2 * count)) / (1 + z2 / count)
     half = _Z / (1 + z2 / count) * np.sqrt(rate * (1 - rate) / count + z2 / (4 * count**2))
-    # Rounding would leave 0/n and n/n out of their own intervals.
+    # Without this, rounding would exclude 0/n and n/n from their own intervals.
     return max(0.0, min(rate, float(centre - half))), min(1.0, max(rate, float(centre + half)))
 
 
 def _by_cluster(
     values: Sequence[float] | np.ndarray, clusters: Sequence[Hashable] | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(sum of values, number of values) of each cluster, in order of appearance."""
+    """Return (sum of values, number of values) of each cluster, in order of appearance."""
     numbers = np.asarray(values, dtype=np.float64)
     if not len(numbers):
         raise ValueError("the mean of no values is undefined")
@@ -157,12 +156,12 @@ def _by_cluster(
 
 
 def _all_alike(sums: np.ndarray, counts: np.ndarray) -> bool:
-    """Whether every cluster has the same mean, so that resampling shows nothing."""
+    """Return whether every cluster has the same mean, so that resampling would show no variation."""
     return len(sums) == 1 or bool(np.allclose(sums * counts.sum(), counts * sums.sum(), rtol=1e-9, atol=0.0))
 
 
 def _resampled(sums: np.ndarray, counts: np.ndarray, seed: int) -> np.ndarray:
-    """Means of `_RESAMPLES` draws of as many clusters as there are, with replacement."""
+    """Compute the means of `_RESAMPLES` resamples of all clusters, drawn with replacement."""
     rng = np.random.default_rng(seed)
     share = np.full(len(sums), 1.0 / len(sums))
     means = []

@@ -230,8 +230,8 @@ def split_thought(text: str, num_tokens: int, finished: bool, *, opened: bool) -
     Args:
         text: everything that the model generated.
         num_tokens: number of tokens in `text`.
-        finished: whether the model ended the text by itself.
-        opened: whether the prompt ends within a thought, so that the text begins inside one.
+        finished: true if the model ended the text by itself.
+        opened: true if the prompt ends within a thought, so that the text begins inside one.
     """
     closings = list(_CLOSED.finditer(text))
     begins = opened or _OPENED.match(text) is not None

@@ -22,7 +22,7 @@ class Asker:
         judge: judge that classifies the answers.
         records: file of known answers and verdicts, to which new ones are added.
         options: options of the generation.
-        needs_texts: whether all answers must be available after the judging; those that were judged but not kept are
+        needs_texts: true if all answers must be available after the judging; those that were judged but not kept are
             generated again.
         on_progress: function called with the number of prompts finished since the last call.
     """

@@ -49,8 +49,8 @@ def oddities(prompt: str, response: str, finished: bool, unfinished_thought: boo
     Args:
         prompt: the user's turn as the model got it.
         response: the answer.
-        finished: whether the model ended the answer by itself, rather than at its limit of tokens.
-        unfinished_thought: whether the model was still thinking at the end, so that there is no answer.
+        finished: true if the model ended the answer by itself, rather than at its limit of tokens.
+        unfinished_thought: true if the model was still thinking at the end, so that there is no answer.
     """
     if unfinished_thought:
         return (UNFINISHED,)

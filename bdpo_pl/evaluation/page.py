@@ -174,7 +174,7 @@ def _change(model: ModelResult, suite: str) -> str:
 
 
 def _counted(name: str, count: int) -> str:
-    """A category with its number of prompts, which a long name does not push out of the drawing."""
+    """Format a category with its number of prompts, which a long name must not push out of the drawing."""
     room = _LABEL_LETTERS - len(f" ({count})")
     return f"{name if len(name) <= room else name[: room - 1] + '…'} ({count})"
 

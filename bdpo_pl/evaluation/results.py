@@ -101,7 +101,7 @@ class Evaluation:
         models: results of the models, in the order given.
         failures: failures with their texts, for the reports that show them; never in the JSON.
         notes: remarks that a reader must know.
-        shows_texts: whether the HTML report contains texts.
+        shows_texts: true if the HTML report contains texts.
     """
 
     facts: Mapping[str, str]

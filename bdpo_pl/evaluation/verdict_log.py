@@ -32,7 +32,7 @@ class Answer(Response):
 
     Attributes:
         thought: the model's thought before the answer.
-        unfinished_thought: whether the model was still thinking when it was cut off or ended; then there is no answer.
+        unfinished_thought: true if the model was still thinking when it was cut off or ended; then there is no answer.
     """
 
     thought: str = ""
@@ -46,7 +46,7 @@ class Judged:
     Attributes:
         verdict: the judge's verdict.
         num_tokens: length of the answer in tokens.
-        finished: whether the model ended the answer by itself.
+        finished: true if the model ended the answer by itself.
         oddities: kinds of oddities; see `bdpo_pl.evaluation.oddities`.
     """
 

@@ -50,7 +50,7 @@ class Target:
         judge: judge of whether an answer is what the attack wants.
         fits: function that returns whether a prompt and an answer fit into the model's window.
         local: (model, tokenizer), for attacks that need gradients or tokens; None behind an endpoint.
-        use_template: whether prompts are put into the chat template.
+        use_template: true if prompts are put into the chat template.
         folder: folder where an attack may save its state, under a warning; None: the state is not saved.
     """
 
@@ -112,7 +112,7 @@ def attacked(prompt: EvaluationPrompt, text: str, attack: str, *, alone: bool = 
         prompt: the original prompt, which may already have the name of an earlier attack.
         text: the new user's turn.
         attack: name of the attack.
-        alone: whether the attack started from the bare request, so that the name of an earlier attack is dropped.
+        alone: true if the attack started from the bare request, so that the name of an earlier attack is dropped.
     """
     earlier = "" if alone or not prompt.attack else f"{prompt.attack}+"
     return replace(prompt, text=text, attack=earlier + attack)

@@ -1,1 +1,1 @@
-"""Judges: what an answer is taken for. All speak through `judge.Judge`."""
+"""Judges, which classify answers. All of them implement `judge.Judge`."""

@@ -1,7 +1,8 @@
-"""How far a judge agrees with labels that people gave: a judge's rates are worth no more than that.
+"""Agreement of a judge with labels given by people; the judge's rates are only as reliable as this agreement.
 
-`LABELLED_FILE` ships with this: answers written by hand for this project, harmless to read, labelled by their author
-alone, half of them meant to be hard. What a judge reaches on it is no estimate of its accuracy on a model's answers.
+`LABELLED_FILE` ships with this module: answers written by hand for this project, harmless to read, labelled by their
+author alone, half of them difficult on purpose. The agreement on it does not estimate the accuracy on a model's
+answers.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from bdpo_pl.evaluation.suites.layouts import rename
 from bdpo_pl.statistics import wilson
 
 LABELLED_FILE = Path(__file__).parent / "labelled_answers.jsonl"
-"""`prompt`, `response`, `label` (refusal or compliance) and `case`, which says what is hard about a row."""
+"""File with `prompt`, `response`, `label` (refusal or compliance) and `case`, the difficulty of a row."""
 
 Question = Literal["refused", "unsafe"]
 _REFUSED = {
     "refusal": True, "compliance": False, "refused": True, "complied": False,
-    # XSTest's own words.
+    # XSTest's labels.
     "2_full_refusal": True, "1_full_compliance": False, "full_refusal": True, "full_compliance": False,
 }  # fmt: skip
 _PARTLY = ("3_partial_refusal", "partial_refusal", "partial refusal")
@@ -37,12 +38,12 @@ _RESAMPLES = 4000
 
 @dataclass(frozen=True)
 class Labelled:
-    """An exchange and what a person says of it.
+    """An exchange and a person's label.
 
     Attributes:
         exchange: request and answer; the answer may be blank.
-        positive: it is a refusal, or it is unsafe, whichever is asked.
-        case: what kind of row it is; empty if the file does not say.
+        positive: true if the label is refusal or, if the question is harm, unsafe.
+        case: kind of the row; empty if the file does not state it.
         place: file and line.
     """
 
@@ -54,18 +55,18 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Agreement:
-    """A judge against labels; the positive class is refusal, or unsafe.
+    """Agreement of a judge with labels; the positive class is refusal, or unsafe.
 
     Attributes:
-        question: what was asked.
-        hits: positive by label and judge.
-        misses: positive by label alone.
-        false_alarms: positive by judge alone.
-        rejections: positive by neither.
-        wrong: places of the rows on which they differ.
-        by_case: case → (rows on which they agree, rows).
-        kappa_interval: 95 %, by bootstrap over rows; None if kappa is undefined.
-        source: whose labels they are.
+        question: field of the verdict that is compared with the labels.
+        hits: number of rows that are positive by label and judge.
+        misses: number of rows that are positive by label alone.
+        false_alarms: number of rows that are positive by judge alone.
+        rejections: number of rows that are positive by neither.
+        wrong: places of the rows on which label and judge differ.
+        by_case: case → (number of rows with agreement, number of rows).
+        kappa_interval: 95 % interval of kappa, by bootstrap over rows; None if kappa is undefined.
+        source: origin of the labels.
     """
 
     question: Question
@@ -79,7 +80,7 @@ class Agreement:
     source: str = "labelled answers"
 
     def sentence(self) -> str:
-        """How far the judge agrees, in a few words."""
+        """Describe the agreement in a few words."""
         low, high = self.accuracy_interval
         return (
             f"it agrees with {self.accuracy:.1%} ({100 * low:.1f} to {100 * high:.1f}) of {self.count:,} {self.source}"
@@ -87,7 +88,7 @@ class Agreement:
 
     @property
     def count(self) -> int:
-        """Rows."""
+        """Number of rows."""
         return self.hits + self.misses + self.false_alarms + self.rejections
 
     @property
@@ -97,24 +98,24 @@ class Agreement:
 
     @property
     def accuracy_interval(self) -> tuple[float, float]:
-        """95 %, Wilson's."""
+        """95 % interval of the accuracy, Wilson's."""
         return wilson(self.hits + self.rejections, self.count)
 
     @property
     def precision(self) -> float | None:
-        """Share of the judge's positives that are so by label; None if it named none."""
+        """Share of the judge's positives that are positive by label; None if the judge has no positives."""
         named = self.hits + self.false_alarms
         return self.hits / named if named else None
 
     @property
     def recall(self) -> float | None:
-        """Share of the positives by label that the judge named; None if there are none."""
+        """Share of the positives by label that the judge recognises; None if there are none."""
         positives = self.hits + self.misses
         return self.hits / positives if positives else None
 
     @property
     def kappa(self) -> float | None:
-        """Agreement beyond chance (Cohen 1960); None if both gave one and the same label to every row."""
+        """Agreement beyond chance (Cohen 1960); None if label and judge give the same single class to every row."""
         counts = np.array([[self.hits, self.misses, self.false_alarms, self.rejections]])
         value = float(_kappas(counts)[0])
         return None if np.isnan(value) else value
@@ -125,17 +126,18 @@ def read_labelled(
     columns: Mapping[str, str] | None = None,
     left_out: Counter[str] | None = None,
 ) -> tuple[Question, list[Labelled]]:
-    """What a labelled file asks, and its rows.
+    """Read a labelled file, and return the question that its labels answer, and its rows.
 
     Args:
         source: CSV, JSONL or Parquet file with `prompt`, `response`, and `label` (refusal or compliance, or XSTest's
-            words for them) or `unsafe` (true or false); `case` or else `model` groups the rows. With both, `label`
-            counts.
-        columns: our column → yours, as in `{response: completion, label: final_label}`.
-        left_out: counts the rows that are left out: partial refusals, which are neither, and rows without a label.
+            words for them) or `unsafe` (true or false); `case` or otherwise `model` groups the rows. If both are
+            present, `label` is used.
+        columns: mapping from our column names to yours, such as `{response: completion, label: final_label}`.
+        left_out: counter of the rows that are left out: partial refusals, which belong to neither class, and rows
+            without a label.
 
     Raises:
-        InputError: a column is missing, or a value is none of these; or there are no rows.
+        InputError: a column is missing, a value is none of these, or there are no rows.
     """
     rows: list[Labelled] = []
     question: Question | None = None
@@ -174,14 +176,14 @@ def read_labelled(
 def measure_agreement(
     judge: Judge, question: Question, rows: Sequence[Labelled], seed: int = 0, source: str = "labelled answers"
 ) -> Agreement:
-    """What `judge` says of `rows`, against their labels.
+    """Compare the verdicts of `judge` on `rows` with their labels.
 
     Args:
-        judge: any that answers the question.
+        judge: a judge that answers the question.
         question: which of a verdict's two fields is compared.
-        rows: at least one.
-        seed: of the bootstrap.
-        source: whose labels they are, as a noun phrase for reports.
+        rows: labelled rows, at least one.
+        seed: seed of the bootstrap.
+        source: origin of the labels, as a noun phrase for reports.
 
     Raises:
         InputError: the judge does not answer the question, or fails.
@@ -211,7 +213,7 @@ def measure_agreement(
 
 
 def _kappas(counts: np.ndarray) -> np.ndarray:
-    """Cohen's kappa of each row of (hits, misses, false alarms, rejections); NaN where chance alone would agree."""
+    """Compute Cohen's kappa of each row of (hits, misses, false alarms, rejections); NaN if chance agreement is 1."""
     shares = counts / counts.sum(1, keepdims=True)
     hits, misses, alarms, rejections = shares.T
     by_label, by_judge = hits + misses, hits + alarms
@@ -221,7 +223,7 @@ def _kappas(counts: np.ndarray) -> np.ndarray:
 
 
 def _kappa_interval(counts: np.ndarray, seed: int) -> tuple[float, float] | None:
-    """Percentile bootstrap: rows drawn with replacement leave counts that are multinomial."""
+    """Compute the percentile bootstrap: the counts of rows drawn with replacement are multinomial."""
     total = counts.sum()
     values = _kappas(np.random.default_rng(seed).multinomial(total, counts / total, size=_RESAMPLES))
     values = values[~np.isnan(values)]

@@ -1,4 +1,4 @@
-"""What every judge takes and gives."""
+"""Interface of all judges."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Exchange:
 
     Attributes:
         prompt: the request without its attack.
-        response: what the model answered.
+        response: the model's answer.
     """
 
     prompt: str
@@ -22,12 +22,12 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a judge says of one exchange; None is what it does not tell.
+    """A judge's verdict on one exchange; None for a property that the judge does not recognise.
 
     Attributes:
-        refused: the answer refuses the request.
-        unsafe: the answer gives what a harmful request asks for.
-        score: between 0 and 1, how harmful, from judges that grade.
+        refused: true if the answer refuses the request.
+        unsafe: true if the answer provides what a harmful request wants.
+        score: harmfulness between 0 and 1, from judges that grade.
     """
 
     refused: bool | None = None
@@ -36,10 +36,10 @@ class Verdict:
 
     @property
     def got_through(self) -> bool:
-        """For a harmful request: whether the answer is unsafe or, by a judge of refusals alone, not refused.
+        """Whether a harmful request succeeded: the answer is unsafe or, if only refusals are judged, not refused.
 
         Raises:
-            ValueError: the judge said nothing.
+            ValueError: the verdict is empty.
         """
         if self.unsafe is not None:
             return self.unsafe
@@ -49,29 +49,29 @@ class Verdict:
 
 
 class Judge(ABC):
-    """Tells what answers are.
+    """A judge, which classifies answers.
 
     Attributes:
-        name: short, as in reports and options.
+        name: short name for reports and options.
     """
 
     name: str
 
     @abstractmethod
     def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
-        """A verdict on each exchange, in order.
+        """Return a verdict on each exchange, in order.
 
         Raises:
-            InputError: the judge cannot be reached or does not answer in its form, after retries.
+            InputError: the judge cannot be reached or its answer does not have the required form, after retries.
         """
 
     @abstractmethod
     def facts(self) -> Mapping[str, str]:
-        """What a report must say of the judge: its model or list of phrases (with its hash), and its limits.
+        """Return the facts for reports: the model or list of phrases (with its hash), and the judge's limits.
 
-        The same before and after judging: verdicts on record are known by it.
+        They are the same before and after judging, because they identify verdicts on record.
         """
 
     def notes(self) -> Mapping[str, int]:
-        """What happened while judging and a report should count, as answers cut to the judge's length."""
+        """Return counts of events during judging for reports, such as answers truncated to the judge's length."""
         return {}

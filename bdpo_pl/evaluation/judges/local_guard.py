@@ -1,4 +1,4 @@
-"""A guard model in this process. Its conversations are put to it in a form of its own, not as to a chat model."""
+"""A guard model in this process. Conversations are encoded in its own form, not as for a chat model."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from bdpo_pl.forward.generation import generate
 from bdpo_pl.models.loading import ModelSource, frozen, load_config, load_model, load_tokenizer
 
 Encode = Callable[[Any, list[Message]], list[int]]
-"""(tokenizer, conversation) → token ids, up to where the answer begins."""
+"""Function from (tokenizer, conversation) to token ids, up to the beginning of the answer."""
 
 
 class LocalGuard:
-    """Answers conversations greedily. Its weights are loaded when it is first asked.
+    """A guard model that answers greedily. Its weights are loaded on the first call.
 
     Args:
-        source: the model.
-        encode: puts a conversation into the form the model was trained with.
-        dtype: of its weights.
-        device: that it runs on.
-        batch_size: conversations at a time.
-        max_new_tokens: tokens in an answer at most.
+        source: source of the model.
+        encode: function that puts a conversation into the form that the model was trained with.
+        dtype: dtype of its weights.
+        device: device of the model.
+        batch_size: number of conversations answered at a time.
+        max_new_tokens: maximum number of tokens in an answer.
 
     Raises:
         InputError: there is no such model, or it has no tokenizer.
@@ -50,10 +50,10 @@ class LocalGuard:
         self._model: Any = None
 
     def reply(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
-        """The next turn of each conversation, in order.
+        """Return the next turn of each conversation, in order.
 
         Raises:
-            InputError: the weights do not load, or a conversation is too long for the model.
+            InputError: the weights cannot be loaded, or a conversation is too long for the model.
         """
         ids = [self._encode(self._tokenizer, list(conversation)) for conversation in conversations]
         if self._model is None:

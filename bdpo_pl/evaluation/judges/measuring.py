@@ -1,8 +1,8 @@
 """Measure the offline judges on labelled answers: `python -m bdpo_pl.evaluation.judges.measuring FILE ...`.
 
-Prints a Markdown table a file: agreement, Cohen's κ, recall and precision with 95 % intervals, over all and by
-answering model or case where the file tells one. Labels of harm are compared with "not refused", which is what a judge
-of refusals can offer, and are no measure of it as a judge of refusals.
+Prints a Markdown table for each file: agreement, Cohen's κ, recall and precision with 95 % intervals, over all rows and
+by case or answering model if the file states one. Labels of harm are compared with "not refused", the best prediction
+that a judge of refusals can make; this does not measure it as a judge of refusals.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ JUDGES: tuple[Callable[[], Judge], ...] = (PhraseJudge, LearnedJudge)
 
 
 class NotRefused(Judge):
-    """A judge of refusals that is asked for harm: it calls unsafe whatever is not refused."""
+    """A judge of refusals used as a judge of harm: every answer that is not refused counts as unsafe."""
 
     def __init__(self, judge: Judge) -> None:
         self._judge = judge
         self.name = judge.name
 
     def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
-        """The other judge's verdicts, with a guess at harm."""
+        """Return the other judge's verdicts, with a guess at harm."""
         return [Verdict(verdict.refused, not verdict.refused) for verdict in self._judge.judge(exchanges)]
 
     def facts(self) -> dict[str, str]:
-        """The other judge's."""
+        """Return the other judge's facts."""
         return dict(self._judge.facts())
 
 
@@ -58,7 +58,7 @@ def _lines(question: Question, rows: Sequence[Labelled]) -> Iterator[list[str]]:
 
 
 def cells(found: Agreement) -> list[str]:
-    """Agreement, κ, recall and precision, each with its interval."""
+    """Format agreement, κ, recall and precision, each with its interval."""
     kappa = "–" if found.kappa is None else f"{found.kappa:.2f}"
     if found.kappa is not None and found.kappa_interval is not None:
         kappa += " ({:.2f} to {:.2f})".format(*found.kappa_interval)

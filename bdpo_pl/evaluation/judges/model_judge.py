@@ -1,4 +1,4 @@
-"""Judges that are language models: each exchange is put to one, and its answer is read in the form it must have."""
+"""Judges that are language models: each gets an exchange, and its answer is parsed in a fixed form."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from bdpo_pl.evaluation.chat.chat_model import ChatModel, Message
 from bdpo_pl.evaluation.judges.judge import Exchange, Judge, Verdict
 
 BLANK = Verdict(refused=False, unsafe=False, score=0.0)
-"""On an answer with no text: it gives nothing of what was asked for, and refuses nothing; no model need be asked."""
+"""Verdict on an answer without text: it neither complies nor refuses, so no model is needed to judge it."""
 _EXCERPT = 80
 
 
 class AskingJudge(Judge):
-    """Asks a chat model.
+    """A judge that asks a chat model.
 
     Args:
-        model: that is asked.
-        facts: of the model, for reports: weights, endpoint.
-        attempts: how often it is asked about one exchange, until its answer has the form.
+        model: the chat model.
+        facts: facts about the model, for reports: weights, endpoint.
+        attempts: maximum number of queries about one exchange, until an answer has the required form.
 
     Attributes:
-        reminder: said to the model when its answer had not the form; empty: it is asked the same again.
+        reminder: message sent when an answer could not be parsed; empty: the question is repeated unchanged.
     """
 
     reminder = ""
@@ -37,17 +37,17 @@ class AskingJudge(Judge):
 
     @abstractmethod
     def conversation(self, exchange: Exchange) -> list[Message]:
-        """What the model is asked."""
+        """Return the question to the model."""
 
     @abstractmethod
     def parse(self, answer: str) -> Verdict | None:
-        """The verdict in the model's answer; None if it has not the form."""
+        """Parse the verdict in the model's answer; None if it does not have the required form."""
 
     def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
-        """A verdict on each exchange, in order; those with a blank answer are not put to the model.
+        """Return a verdict on each exchange, in order; the model is not queried about blank answers.
 
         Raises:
-            InputError: the model cannot be reached, or does not answer in its form after all attempts.
+            InputError: the model cannot be reached, or its answer does not have the required form after all attempts.
         """
         verdicts: dict[int, Verdict] = {i: BLANK for i, e in enumerate(exchanges) if not e.response.strip()}
         self._notes["blank answers"] += len(verdicts)
@@ -79,9 +79,9 @@ class AskingJudge(Judge):
         return [verdicts[i] for i in range(len(exchanges))]
 
     def facts(self) -> Mapping[str, str]:
-        """The model, and what it is asked."""
+        """Return the model, and the question that it gets."""
         return self._facts
 
     def notes(self) -> Mapping[str, int]:
-        """Blank answers, and exchanges it had to be asked about again."""
+        """Return the number of blank answers, and of repeated queries."""
         return +self._notes

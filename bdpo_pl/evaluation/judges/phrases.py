@@ -1,4 +1,4 @@
-"""The judge that needs no model: lists of phrases that refusals open with, by kind."""
+"""A judge without a model: lists of phrases that begin refusals, by kind."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ LIMITS = (
 
 
 class PhraseJudge(Judge):
-    """Takes an answer for a refusal if it opens with one of `bdpo_pl.refusals.KINDS` and does not then comply."""
+    """A judge that recognises an answer that opens with one of `bdpo_pl.refusals.KINDS` and does not then comply."""
 
     name = "phrases"
 
     def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
-        """Whether each answer refuses; of harm it says nothing."""
+        """Judge whether each answer refuses; harm is not judged."""
         return [Verdict(refused=is_refusal(e.response)) for e in exchanges]
 
     def facts(self) -> Mapping[str, str]:
-        """The lists' size and hash, and what they cannot do."""
+        """Return the lists' size and hash, and their limits."""
         content = json.dumps([OPENING, dict(KINDS)]).encode()
         return {
             "phrases": f"{sum(map(len, KINDS.values()))} of {len(KINDS)} kinds",

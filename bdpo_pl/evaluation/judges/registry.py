@@ -1,8 +1,8 @@
-"""Judges by name: what `--judge NAME` and `judge: NAME` stand for, and how each is built from options.
+"""Judges by name: the meaning of `--judge NAME` and `judge: NAME`, and the construction of each from options.
 
-A judge is anything with a `class_path` that is, or gives, a `bdpo_pl.evaluation.judges.judge.Judge`. One line in
-`ALIASES` makes a short name of it; a judge in a package of your own needs none. Nothing is loaded before a judge is
-first asked.
+A judge is anything with a `class_path` that is, or returns, a `bdpo_pl.evaluation.judges.judge.Judge`. A line in
+`ALIASES` gives it a short name; a judge in a package of your own needs none. No weights are loaded before the first
+query.
 """
 
 from __future__ import annotations
@@ -47,22 +47,24 @@ def classifier(
     reads: Reads = "response",
     max_length: int | None = None,
 ) -> ClassifierJudge:
-    """Build a judge of a sequence classifier.
+    """Build a judge that is a sequence classifier.
 
     Args:
         model: folder or hub name of the classifier.
         revision: git revision of the model on the hub; pin it to make a run repeatable.
-        dtype: of the weights; `auto`: bfloat16 on a GPU, else float32.
-        device: as in PyTorch; default the first GPU, else the CPU.
-        batch_size: exchanges judged at a time.
-        trust_remote_code: run Python code that comes with the model. Off by default: it runs with your permissions.
+        dtype: dtype of the weights; `auto`: bfloat16 on a GPU, otherwise float32.
+        device: device, as in PyTorch. Default: the first GPU, otherwise the CPU.
+        batch_size: number of exchanges judged at a time.
+        trust_remote_code: run Python code that comes with the model. Off by default, because it runs with your
+            permissions.
         refused_labels: labels that mean a refusal, as a list or `a,b`.
-        unsafe_labels: labels that mean an unsafe answer, likewise.
-        reads: what it reads: the `response` alone, or the `exchange`, prompt and response as a pair.
-        max_length: tokens that it reads; default what it has room for. Longer texts are cut and counted.
+        unsafe_labels: labels that mean an unsafe answer, as a list or `a,b`.
+        reads: input of the classifier: the `response` alone, or the `exchange`, prompt and response as a pair.
+        max_length: maximum number of input tokens. Default: the limit of the model. Longer texts are truncated and
+            counted.
 
     Raises:
-        InputError: no such model, or not those labels.
+        InputError: there is no such model, or it lacks these labels.
     """
     _check(batch_size=batch_size, max_length=max_length)
     source = _source(model, revision, trust_remote_code, "classifier", "a sequence classifier")
@@ -80,35 +82,35 @@ def classifier(
 
 
 def llama_guard(**options: Any) -> LlamaGuardJudge:
-    """Build a judge of a Llama Guard (2 to 4) or the like."""
+    """Build a judge that is a Llama Guard (2 to 4) or a similar model."""
     return _asking(LlamaGuardJudge, encode_llama_guard, "meta-llama/Llama-Guard-3-8B", **options)
 
 
 def wildguard(**options: Any) -> WildGuardJudge:
-    """Build a judge of WildGuard."""
+    """Build a judge that is WildGuard."""
     return _asking(WildGuardJudge, encode_wildguard, "allenai/wildguard", **options)
 
 
 def harmbench(**options: Any) -> published.HarmBenchJudge:
-    """Build a judge of HarmBench's Llama-2-13B classifier."""
+    """Build a judge that is HarmBench's Llama-2-13B classifier."""
     return _asking(
         published.HarmBenchJudge, published.encode_whole, "cais/HarmBench-Llama-2-13b-cls", **options
     )  # fmt: skip
 
 
 def shieldgemma(**options: Any) -> published.ShieldGemmaJudge:
-    """Build a judge of ShieldGemma."""
+    """Build a judge that is ShieldGemma."""
     return _asking(published.ShieldGemmaJudge, published.encode_whole, "google/shieldgemma-2b", **options)
 
 
 def chat(unsafe_from: float = 0.5, **options: Any) -> ChatJudge:
-    """Build a judge of any chat model, which grades by a rubric.
+    """Build a judge that is any chat model, which grades by a rubric.
 
     Args:
-        unsafe_from: score from which an answer is unsafe.
+        unsafe_from: minimum score of an unsafe answer.
 
     Raises:
-        InputError: a number out of range.
+        InputError: a number is out of range.
     """
     if not 0.0 < unsafe_from <= 1.0:
         raise InputError(f"judge.unsafe_from must be above 0 and at most 1, got {unsafe_from}")
@@ -118,7 +120,7 @@ def chat(unsafe_from: float = 0.5, **options: Any) -> ChatJudge:
 
 
 class _Later:
-    """A chat model that is loaded when it is first asked."""
+    """A chat model that is loaded on the first call."""
 
     def __init__(self, name: str, load: Callable[[], ChatModel]) -> None:
         self.name = name
@@ -126,7 +128,7 @@ class _Later:
         self._model: ChatModel | None = None
 
     def reply(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
-        """The model's."""
+        """Return the replies of the model."""
         if self._model is None:
             self._model = self._load()
         return self._model.reply(conversations)
@@ -149,21 +151,23 @@ def _asking(
     """Build a judge that is a language model.
 
     Args:
-        kind: the judge.
-        encode: puts a conversation into the form of a model that is loaded here; None: its chat template does.
-        example: a model of that kind, for messages.
+        kind: class of the judge.
+        encode: function that puts a conversation into the form of a model that is loaded here; None: its chat template
+            is used.
+        example: example of a suitable model, for messages.
         model: folder or hub name of a model to load here.
         revision: git revision of the model on the hub; pin it to make a run repeatable.
-        endpoint: where the model is spoken to instead of loading one.
-        dtype: of a loaded model's weights; `auto`: bfloat16 on a GPU, else float32.
-        device: of a loaded model, as in PyTorch; default the first GPU, else the CPU.
-        batch_size: exchanges a loaded model judges at a time.
-        max_new_tokens: tokens in a loaded model's answer at most; default 32 for guards, 512 for `chat`.
-        trust_remote_code: run Python code that comes with the model. Off by default: it runs with your permissions.
-        attempts: how often the model is asked about one exchange, until its answer has the form.
+        endpoint: endpoint of the model, instead of loading one.
+        dtype: dtype of a loaded model's weights; `auto`: bfloat16 on a GPU, otherwise float32.
+        device: device of a loaded model, as in PyTorch. Default: the first GPU, otherwise the CPU.
+        batch_size: number of exchanges that a loaded model judges at a time.
+        max_new_tokens: maximum number of tokens in a loaded model's answer. Default: 32 for guards, 512 for `chat`.
+        trust_remote_code: run Python code that comes with the model. Off by default, because it runs with your
+            permissions.
+        attempts: maximum number of queries about one exchange, until an answer has the required form.
 
     Raises:
-        InputError: options that do not go together, or a model that is not to be had.
+        InputError: options contradict each other, or the model is not available.
     """
     _check(batch_size=batch_size, max_new_tokens=max_new_tokens, attempts=attempts)
     name = kind.name
@@ -180,7 +184,7 @@ def _asking(
         guard = LocalGuard(
             source, encode, dtype=chosen, device=place, batch_size=batch_size, max_new_tokens=tokens
         )  # fmt: skip
-        # Greedy, and asked the same again it says the same again.
+        # One attempt: decoding is greedy, so repeating the question would give the same answer.
         return kind(guard, facts, 1)
     tokens = max_new_tokens or 512
     later = _Later(
@@ -207,7 +211,7 @@ def _source(
     source = ModelSource(model, revision, trust_remote_code=trust_remote_code)
     try:
         load_config(source)
-    except InputError as error:  # it speaks of the model that is judged
+    except InputError as error:  # the message refers to the evaluated model
         raise InputError(f"judge.model: {error}".replace("set model.trust", "set judge.trust")) from error
     return source
 

@@ -1,1 +1,1 @@
-"""From verdicts and margins to numbers with intervals."""
+"""Statistics of verdicts and margins, with intervals."""

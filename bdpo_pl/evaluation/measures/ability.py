@@ -1,8 +1,8 @@
-"""General ability, which alignment must not cost: a small built-in check, and lm-evaluation-harness.
+"""General ability, which alignment must not reduce: a small built-in check, and lm-evaluation-harness.
 
-The built-in check suits the embedded model, which was taught to answer everyday questions in a handful of forms. For a
-real model name tasks of lm-evaluation-harness (extra `eval`), GSM8K for one. SimpleQA, StrongREJECT and XSTest with
-their own LLM judges are in inspect-evals, which takes the folder that `fit` exports (see docs/evaluation.md).
+The built-in check suits the embedded model, which was taught to answer everyday questions in a few forms. For a real
+model choose tasks of lm-evaluation-harness (extra `eval`), such as GSM8K. SimpleQA, StrongREJECT and XSTest with their
+own LLM judges are in inspect-evals, which reads the folder that `fit` exports (see docs/evaluation.md).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bdpo_pl.forward.generation import generate_responses
 from bdpo_pl.scoring.scoring_pass import score_pairs
 from bdpo_pl.statistics import Interval, mean, normal
 
-# What is asked of a helpful answer: one of the forms that the model was taught, whole.
+# A helpful answer is one of the forms that the model was taught, in full.
 _HELPFUL = re.compile("|".join(re.sub(r"\\\{\w+\\\}", ".+", re.escape(form)) for form in HELPFUL))
 _WINDOW = 512
 _LM_EVAL = "lm_eval "
@@ -34,18 +34,18 @@ _RESAMPLES = 1000
 
 @dataclass
 class AbilityOptions:
-    """What general ability is measured by.
+    """Measures of general ability.
 
     Args:
-        embedded: everyday questions that the embedded model was taught to answer; means nothing to other models.
+        embedded: test everyday questions that the embedded model was taught to answer; meaningless for other models.
         lm_eval: tasks of lm-evaluation-harness, as a list or `a,b`; needs `pip install "bdpo-pl[eval]"`.
         include_path: folder with task files of your own for lm-evaluation-harness.
-        limit: examples of a task at most.
-        num_fewshot: worked examples in each prompt; default: the task's own.
-        batch_size: examples at a time.
+        limit: maximum number of examples of each task.
+        num_fewshot: number of worked examples in each prompt. Default: the task's own.
+        batch_size: number of examples processed at a time.
 
     Raises:
-        InputError: a number out of range.
+        InputError: a number is out of range.
     """
 
     embedded: bool = False
@@ -66,13 +66,13 @@ class AbilityOptions:
 
 @dataclass(frozen=True)
 class Ability:
-    """One measure of a model.
+    """One measure of a model's general ability.
 
     Attributes:
-        name: of the task and metric.
-        value: with its interval; of lm-evaluation-harness ± 1.96 of its standard errors.
-        percent: a share, and not a number of its own.
-        higher_is_better: None where that is not known.
+        name: name of the task and metric.
+        value: value with its interval; for lm-evaluation-harness ± 1.96 of its standard errors.
+        percent: true if the value is a share, to be shown in per cent.
+        higher_is_better: true if a higher value is better; None if it is not known.
     """
 
     name: str
@@ -82,7 +82,7 @@ class Ability:
 
 
 def measure_ability(options: AbilityOptions, model: Any, tokenizer: Any) -> list[Ability]:
-    """Everything that `options` asks for.
+    """Compute all measures that `options` enables.
 
     Raises:
         InputError: lm-evaluation-harness is not installed, or has no such task.
@@ -92,7 +92,7 @@ def measure_ability(options: AbilityOptions, model: Any, tokenizer: Any) -> list
 
 
 def check(options: AbilityOptions) -> None:
-    """Raise `InputError` for what can be known to be wrong before any model is loaded."""
+    """Raise `InputError` for errors that can be found before any model is loaded."""
     if options.lm_eval:
         _tasks(options)
 
@@ -122,7 +122,7 @@ def _lm_eval(options: AbilityOptions, model: Any, tokenizer: Any) -> list[Abilit
         task_manager=manager,
         num_fewshot=options.num_fewshot,
         limit=options.limit,
-        # Means have errors in closed form, but 0 would leave those out too.
+        # Not 0: errors of means have a closed form, but 0 would omit those too.
         bootstrap_iters=_RESAMPLES,
         log_samples=False,
     )
@@ -146,7 +146,7 @@ _MANAGERS: dict[str | None, Any] = {}
 
 
 def _tasks(options: AbilityOptions) -> tuple[Any, Any]:
-    """(lm_eval, its index of tasks), with every task that is asked for."""
+    """Return (lm_eval, its index of tasks), after checking that it has every requested task."""
     try:
         import lm_eval
         from lm_eval.tasks import TaskManager
@@ -157,7 +157,7 @@ def _tasks(options: AbilityOptions) -> tuple[Any, Any]:
     path = options.include_path
     if path is not None and not Path(path).expanduser().is_dir():
         raise InputError(f"ability.include_path: no folder {path} (looked from {Path.cwd()})")
-    # It reads thousands of files, which takes seconds.
+    # Cached, because the index reads thousands of files, which takes seconds.
     manager = _MANAGERS.get(path) or TaskManager(include_path=path and str(Path(path).expanduser()))
     _MANAGERS[path] = manager
     unknown = [task for task in options.lm_eval if not manager.match_tasks([task])]

@@ -1,8 +1,8 @@
-"""Margin and accuracy on training pairs against held-out and out-of-distribution ones: what was learnt by heart.
+"""Margin and accuracy on training pairs against held-out and out-of-distribution pairs, to detect memorisation.
 
-Of each pair, Δ = log π(y|x) − log π₀(y|x) of a model π against the first model of the evaluation, π₀, which is as a
-rule the one before alignment. The margin is Δ of the chosen response minus Δ of the rejected one, in nats, with no β;
-a pair counts as right if it is above 0. A gap is training − other pairs.
+For each pair, Δ = log π(y|x) − log π₀(y|x), where π is a model and π₀ the first model of the evaluation, usually the
+one before alignment. The margin is Δ of the chosen response minus Δ of the rejected one, in nats, without β; a pair is
+correct if its margin is above 0. A gap is training − other pairs.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ _FILES = {
 
 @dataclass
 class PairsOptions:
-    """Preference pairs to see overfitting by.
+    """Preference pairs to measure overfitting.
 
     Args:
-        train: what the models were trained on, as `data.train` of `fit`; `embedded` for the set of bdpo_pl.
-        held_out: pairs of the same kind that they were not trained on.
-        out_of_distribution: pairs of another kind, as of other categories or framings.
-        max_pairs: taken of each at most, at random; 0 takes all.
+        train: pairs that the models were trained on, as in `data.train` of `fit`; `embedded` for the set of bdpo_pl.
+        held_out: pairs of the same kind that the models were not trained on.
+        out_of_distribution: pairs of another kind, such as other categories or framings.
+        max_pairs: maximum number of pairs of each set, drawn at random; 0 uses all.
         max_length: window in tokens; longer pairs are left out and counted.
-        load: schema, column names and bad rows, as `data.load` of `fit`.
-        seed: of the draw.
+        load: schema, column names and handling of bad rows, as in `data.load` of `fit`.
+        seed: seed of the draw.
 
     Raises:
-        InputError: a number out of range.
+        InputError: a number is out of range.
     """
 
     train: str | None = None
@@ -67,14 +67,14 @@ class PairsOptions:
             )
 
     def sources(self) -> dict[str, str]:
-        """Split → file or dataset, those that are given."""
+        """Split → file or dataset, for the splits that are given."""
         named = {split: getattr(self, split) for split in _FILES}
         return {split: str(_FILES[split]) if s == EMBEDDED else s for split, s in named.items() if s is not None}
 
 
 @dataclass(frozen=True)
 class SplitMargins:
-    """A model on the pairs of a split, against the first model; drifts are Δ, in nats."""
+    """Margins of a model on the pairs of a split, against the first model; drifts are Δ, in nats."""
 
     margin: Interval
     accuracy: Interval
@@ -84,7 +84,7 @@ class SplitMargins:
 
 @dataclass(frozen=True)
 class Overfitting:
-    """A model's margins by split, and its gaps, training − split, with 95 % intervals of independent samples."""
+    """Margins of a model by split, and its gaps, training − split, with 95 % intervals of independent samples."""
 
     splits: dict[str, SplitMargins]
     margin_gaps: dict[str, Interval]
@@ -92,12 +92,12 @@ class Overfitting:
 
 
 class PairProbe:
-    """The pairs, tokenised once, by the first model's tokenizer.
+    """Preference pairs, tokenised once with the first model's tokenizer.
 
     Args:
-        options: which pairs.
-        tokenizer: the first model's.
-        config: the first model's, for its window.
+        options: choice of the pairs.
+        tokenizer: tokenizer of the first model.
+        config: configuration of the first model, for its window.
     """
 
     def __init__(self, options: PairsOptions, tokenizer: Any, config: Any) -> None:
@@ -119,7 +119,7 @@ class PairProbe:
             self.reports.append(report)
 
     def check_reads_alike(self, tokenizer: Any, label: str) -> None:
-        """Raise `InputError` if `label` reads these pairs as other tokens, so that log-ratios would mean nothing."""
+        """Raise `InputError` if `label` tokenises these pairs differently, which would make log-ratios meaningless."""
         if tokenizer.get_vocab() != self.vocabulary or tokenizer.chat_template != self.template:
             raise InputError(
                 f"pairs: {label} has another tokenizer or chat template than the first model, so their "
@@ -127,7 +127,7 @@ class PairProbe:
             )
 
     def logps(self, model: Any, name: str, pad_id: int) -> dict[str, np.ndarray]:
-        """(2, M) log-probabilities of the chosen and the rejected responses of each split's M pairs."""
+        """Compute the (2, M) log-probabilities of the chosen and the rejected responses of each split's M pairs."""
         first = next(iter(self.tables.values()))
         layout = choose_layout(model, first, "auto", name=name, pad_id=pad_id)
         return {
@@ -139,14 +139,14 @@ class PairProbe:
 
 
 def overfitting(first: Mapping[str, np.ndarray], logps: Mapping[str, np.ndarray]) -> Overfitting:
-    """Margins and gaps of a model from its log-probabilities and the first model's, by split."""
+    """Compute margins and gaps of a model from its log-probabilities and the first model's, by split."""
     margins = {split: (logps[split] - first[split])[0] - (logps[split] - first[split])[1] for split in logps}
-    # As in training: rounding is no preference.
+    # As in training, a difference within rounding errors is not a preference.
     right = {split: np.where(np.abs(m) <= TIE, 0.5, m > 0).astype(np.float64) for split, m in margins.items()}
     splits = {
         split: SplitMargins(
             mean(margins[split], rate=False),
-            # Against itself a model ties on every pair, whatever pairs were drawn.
+            # A model compared with itself ties on every pair, so the value has no sampling error.
             mean(right[split], rate=bool((right[split] != 0.5).any())),
             float((logps[split] - first[split])[0].mean()),
             float((logps[split] - first[split])[1].mean()),
@@ -163,7 +163,7 @@ def _gaps(values: Mapping[str, np.ndarray]) -> dict[str, Interval]:
 
 
 def _gap(train: np.ndarray, other: np.ndarray) -> Interval:
-    """Difference of two independent means, normal interval."""
+    """Compute the difference of two independent means, with a normal interval."""
     value = float(train.mean() - other.mean())
     variance = sum(float(v.var(ddof=1)) / len(v) for v in (train, other) if len(v) > 1)
     return normal(value, variance**0.5, len(train) + len(other))

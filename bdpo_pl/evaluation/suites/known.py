@@ -1,7 +1,7 @@
-"""Suites by name, file or hub dataset.
+"""Suites by name, from a file or from a hub dataset.
 
-On the command line a suite is `NAME`, one that is known; `NAME=SOURCE`, the same from a file or hub dataset of yours;
-or `NAME:KIND=SOURCE`, a suite of your own, KIND being harmful or benign. Configurations can give all of `SuiteOptions`.
+On the command line a suite is `NAME`, a known suite; `NAME=SOURCE`, the same suite from a file or hub dataset of yours;
+or `NAME:KIND=SOURCE`, a suite of your own, with KIND harmful or benign. Configurations can set all of `SuiteOptions`.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 @dataclass
 class SuiteOptions:
-    """Prompts to count together.
+    """A suite: prompts that are counted together.
 
     Args:
-        name: of a known suite, or of one of your own: letters, digits, `_`, `.` and `-`.
-        file: CSV, JSONL, JSON, Parquet or text file, gzipped or not, or hub dataset; None: where the known suite of
-            that name is.
-        kind: `harmful` or `benign`; needed where neither the name nor the columns tell.
-        layout: of the file; None: told by its columns.
+        name: name of a known suite, or of one of your own: letters, digits, `_`, `.` and `-`.
+        file: CSV, JSONL, JSON, Parquet or text file, gzipped or not, or hub dataset; None: the source of the known
+            suite of that name.
+        kind: `harmful` or `benign`; required if neither the name nor the columns determine it.
+        layout: layout of the file; None: determined by its columns.
         subset: configuration of a hub dataset that has several.
-        split: of a hub dataset; default `train`, or the known suite's.
+        split: split of a hub dataset. Default: `train`, or the known suite's.
         revision: git revision of a hub dataset; pin it to make a run repeatable.
-        columns: our column → yours, as in `{prompt: question}`.
+        columns: mapping from our column names to yours, such as `{prompt: question}`.
     """
 
     name: str
@@ -51,16 +51,16 @@ class SuiteOptions:
 
 @dataclass(frozen=True)
 class KnownSuite:
-    """A suite that needs no more than its name.
+    """A suite that can be named without a source.
 
     Attributes:
-        kind: of its prompts.
+        kind: kind of the prompts.
         source: file or hub dataset.
-        about: what it is, for lists of suites.
-        layout: None: told by its columns.
-        subset: of the hub dataset.
-        split: of the hub dataset.
-        gated: the hub asks for a login, and for consent to terms.
+        about: description for lists of suites.
+        layout: layout of the file; None: determined by its columns.
+        subset: configuration of the hub dataset.
+        split: split of the hub dataset.
+        gated: true if the hub requires a login, and consent to terms.
     """
 
     kind: Kind
@@ -116,15 +116,15 @@ _PUBLISHED = {
 
 
 def known_suites() -> Mapping[str, KnownSuite]:
-    """Every suite that can be named without a source."""
+    """Return every suite that can be named without a source."""
     return _EMBEDDED | _PUBLISHED
 
 
 def parse_suite(text: str) -> SuiteOptions:
-    """The options that `NAME`, `NAME=SOURCE` or `NAME:KIND=SOURCE` stands for.
+    """Parse `NAME`, `NAME=SOURCE` or `NAME:KIND=SOURCE` into options.
 
     Raises:
-        InputError: it is none of these.
+        InputError: the text has none of these forms.
     """
     match = _SPEC.fullmatch(text.strip())
     if match is None:
@@ -133,22 +133,22 @@ def parse_suite(text: str) -> SuiteOptions:
 
 
 def split_suites(text: str) -> list[str | SuiteOptions]:
-    """The suites of `NAME,NAME=FILE,…`."""
+    """Split `NAME,NAME=FILE,…` into suites."""
     return list(text.split(","))
 
 
 def load_suite(spec: str | SuiteOptions, max_prompts: int | None = None) -> Suite:
-    """The suite that `spec` names.
+    """Load the suite that `spec` names.
 
-    A text that comes again is left out. What is left out is counted in `Suite.dropped`.
+    Duplicate texts are left out. Prompts that are left out are counted in `Suite.dropped`.
 
     Args:
         spec: options, or their short form (see the module).
-        max_prompts: at most so many, evenly spread over the file: files are mostly sorted by category.
+        max_prompts: maximum number of prompts, evenly spread over the file, because most files are sorted by category.
 
     Raises:
-        InputError: no such suite, file or dataset; columns of no known layout; a kind that nothing tells; an empty
-            prompt; or no prompts.
+        InputError: there is no such suite, file or dataset; the columns match no layout; the kind cannot be determined;
+            a prompt is empty; or there are no prompts.
     """
     options = parse_suite(spec) if isinstance(spec, str) else spec
     if not _NAME.fullmatch(options.name):
@@ -176,7 +176,7 @@ def _read(
     options: SuiteOptions, known: KnownSuite | None
 ) -> tuple[Sequence[EvaluationPrompt], Kind, Counter[str], str]:
     source = options.file or (known.source if known else "")
-    # A known suite's split and subset are those of its own place, not of one that the user names.
+    # The split and subset of a known suite belong to its own source, not to one that the user names.
     own = known if known is not None and source == known.source else None
     split = options.split or (own.split if own else "train")
     subset = options.subset or (own.subset if own else None)

@@ -1,4 +1,4 @@
-"""Files of prompts in the layouts that safety benchmarks are published in, told apart by their columns.
+"""Files of prompts in the layouts of published safety benchmarks, recognised by their columns.
 
 | layout | columns it is known by | other columns it reads | prompts |
 |---|---|---|---|
@@ -29,18 +29,19 @@ _CONTEXT_BREAK = "\n\n---\n\n"  # HarmBench's own, between a context and what is
 
 
 class UnusableRowError(Exception):
-    """A row that is left out and counted; the message says why."""
+    """A row that is left out and counted; the message states the reason."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a published file is laid out.
+    """Layout of a published file.
 
     Attributes:
-        name: as in options and messages.
-        columns: those it is known by.
-        kind: of all its prompts; None: the file does not tell, or holds both.
-        parse: the prompt of a row, for a suite of the given kind. Raises `UnusableRowError` for a row that is none.
+        name: name in options and messages.
+        columns: columns by which the layout is recognised.
+        kind: kind of all prompts; None: the file does not state it, or contains both.
+        parse: function that returns the prompt of a row, for a suite of the given kind. It raises `UnusableRowError`
+            for a row that does not belong to the suite.
     """
 
     name: LayoutName
@@ -50,10 +51,10 @@ class Layout:
 
 
 def _text(record: Record, column: str) -> str:
-    """The text in `column`, stripped; empty if there is none.
+    """Return the text in `column`, stripped; empty if there is none.
 
     Raises:
-        InputError: it is something else.
+        InputError: the value is not a text.
     """
     value = record.fields.get(column)
     if value is not None and not isinstance(value, str):
@@ -99,7 +100,7 @@ def _advbench(record: Record, kind: Kind) -> EvaluationPrompt:
 
 
 def _xstest(record: Record, kind: Kind) -> EvaluationPrompt:
-    # Releases without a label tell an unsafe prompt by its type alone.
+    # In releases without a label only the type shows that a prompt is unsafe.
     label = _text(record, "label") or ("unsafe" if _text(record, "type").startswith("contrast_") else "safe")
     if label not in ("safe", "unsafe"):
         raise InputError(f"{record.place}: column 'label' must be safe or unsafe, not {label!r}; mend the row")
@@ -120,7 +121,7 @@ def _own(record: Record, kind: Kind) -> EvaluationPrompt:
     )
 
 
-# In the order they are tried: columns of a later one may stand in a file of an earlier one too.
+# In the order of checking: a file of an earlier layout may also contain the columns of a later one.
 LAYOUTS = (
     Layout("strongreject", ("forbidden_prompt",), "harmful", _strongreject),
     Layout("harmbench", ("Behavior", "BehaviorID", "FunctionalCategory"), "harmful", _harmbench),
@@ -132,14 +133,14 @@ LAYOUTS = (
 
 
 def choose_layout(first: Record, name: LayoutName | None = None) -> Layout:
-    """The layout of a file whose first row is `first`.
+    """Return the layout of a file whose first row is `first`.
 
     Args:
-        first: its columns are the file's.
-        name: the layout it must have; None: the first one whose columns it has.
+        first: first row of the file, which has the file's columns.
+        name: required layout; None: the first one whose columns the file has.
 
     Raises:
-        InputError: its columns are those of no layout, or not those of the named one.
+        InputError: the columns match no layout, or not the named one.
     """
     if name is not None and name not in get_args(LayoutName):
         raise InputError(f"there is no layout {name!r} of prompts; choose {', '.join(get_args(LayoutName))}")
@@ -155,10 +156,10 @@ def choose_layout(first: Record, name: LayoutName | None = None) -> Layout:
 
 
 def rename(record: Record, columns: Mapping[str, str]) -> Record:
-    """`record` with its columns renamed, `columns` being our name → theirs.
+    """Rename the columns of `record`; `columns` maps our names to theirs.
 
     Raises:
-        InputError: it lacks one of them.
+        InputError: a column is missing.
     """
     if missing := [theirs for theirs in columns.values() if theirs not in record.fields]:
         raise InputError(

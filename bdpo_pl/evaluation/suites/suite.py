@@ -1,4 +1,4 @@
-"""What a model is asked, and what a good answer to it would be."""
+"""Suites of prompts, and the desired behaviour on them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class EvaluationPrompt:
 
     Attributes:
         text: the user's turn, as the model gets it.
-        behaviour: the request without its attack; the same as `text` where there is none. Judges are told this one.
-        category: of risk, or of benign request; empty if the file has none.
-        place: where it stands, for messages: file and line.
-        target: the beginning of an answer that goes along with it, for attacks that need one; None: the file has none.
-        attack: the name of the framing or attack that made `text` of `behaviour`; empty for a bare request.
-        prefill: what the answer is made to begin with, as if the model had said it; empty for most.
+        behaviour: the request without its attack; the same as `text` if there is none. Judges get this text.
+        category: category of risk, or of benign request; empty if the file has none.
+        place: file and line, for messages.
+        target: beginning of an answer that complies, for attacks that need one; None: the file has none.
+        attack: name of the framing or attack that made `text` from `behaviour`; empty for a bare request.
+        prefill: prescribed beginning of the answer, as if the model had written it; empty for most prompts.
     """
 
     text: str
@@ -35,7 +35,7 @@ class EvaluationPrompt:
 
 
 def spread(prompts: Sequence[EvaluationPrompt], most: int) -> Sequence[EvaluationPrompt]:
-    """`most` of `prompts`, evenly spread, or all of them if there are fewer: files are mostly sorted by category."""
+    """Return `most` of `prompts`, evenly spread because most files are sorted by category; all if there are fewer."""
     return [prompts[i * len(prompts) // most] for i in range(most)] if len(prompts) > most else prompts
 
 
@@ -44,11 +44,11 @@ class Suite:
     """Prompts that are counted together.
 
     Attributes:
-        name: as in reports.
-        kind: `harmful`: to be refused; `benign`: to be answered, and a refusal is an over-refusal.
-        prompts: at least one, no text twice.
-        source: file or hub dataset they came from.
-        dropped: why rows of the source are not among the prompts → how many.
+        name: name in reports.
+        kind: `harmful`: the model should refuse; `benign`: the model should answer, and a refusal is an over-refusal.
+        prompts: prompts, at least one, without duplicate texts.
+        source: file or hub dataset of the prompts.
+        dropped: reason for leaving out rows of the source → number of rows.
     """
 
     name: str
@@ -59,6 +59,6 @@ class Suite:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the texts in order: equal digests, equal questions."""
+        """SHA-256 over the texts in order: equal digests mean equal prompts."""
         asked = [[prompt.text, prompt.prefill] if prompt.prefill else prompt.text for prompt in self.prompts]
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()

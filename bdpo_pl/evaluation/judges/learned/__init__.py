@@ -1,1 +1,1 @@
-"""A small learned judge of refusals: logistic regression on hashed n-grams, its data, training and measurement."""
+"""A small learned judge of refusals: logistic regression on hashed n-grams, with its data, training and evaluation."""

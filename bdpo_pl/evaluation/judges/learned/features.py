@@ -1,4 +1,4 @@
-"""What the learned judge sees of an answer: hashed n-grams of its words, kinds of phrases, and its shape."""
+"""Features of the learned judge: hashed n-grams of an answer's words, kinds of refusal phrases, and its shape."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from bdpo_pl.refusals import KINDS, WEAK, is_refusal, refusal_kinds
 
 BUCKETS = 1 << 14
-"""Hashed n-grams fall into so many; two in one bucket share a weight."""
+"""Number of buckets for hashed n-grams; two n-grams in one bucket share a weight."""
 
 _OPENING_WORDS = 12
 _READ_WORDS = 60
@@ -19,14 +19,14 @@ _WORD = re.compile(r"[a-z]+(?:'[a-z]+)?|\d+|[^\w\s]|\w+")
 _STEP = re.compile(r"(?m)^\s*(?:[-*•]|\d+[.)]|step \d)")
 _SHAPE = ("refuses by the phrases", "length", "steps", "lines", "code", "words of the request")
 WIDTH = BUCKETS + len(KINDS) + len(_SHAPE) + 1
-"""Numbers that describe an answer, the last one always 1."""
+"""Number of features of an answer; the last one is always 1."""
 
 
 def features(prompt: str, response: str) -> tuple[np.ndarray, np.ndarray]:
-    """(indices, values) of the numbers that are not 0.
+    """Return (indices, values) of the features that are not 0.
 
-    An n-gram counts once, however often it comes, and again if it is in the opening; all n-grams together have length
-    1, so that long answers weigh as much as short ones.
+    An n-gram counts once, however often it occurs, and again if it occurs in the opening. The vector of all n-grams has
+    length 1, so that long answers weigh as much as short ones.
     """
     words = _words(response)[:_READ_WORDS]
     grams = {f"o{gram}" for gram in _grams(["^", *words[:_OPENING_WORDS]])} | {f"r{gram}" for gram in _grams(words)}
@@ -38,7 +38,7 @@ def features(prompt: str, response: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def matrix(pairs: Sequence[tuple[str, str]]) -> np.ndarray:
-    """(n, WIDTH) features of (prompt, response) pairs."""
+    """Return the (n, WIDTH) features of (prompt, response) pairs."""
     rows = np.zeros((len(pairs), WIDTH))
     for row, pair in zip(rows, pairs, strict=True):
         index, values = features(*pair)
@@ -57,7 +57,7 @@ def _dense(prompt: str, response: str, words: list[str]) -> np.ndarray:
         float("```" in response),
         len(asked & set(words)) / len(asked) if asked else 0.0,
     ]
-    # The phrases are few and each is worth more than an n-gram, of which there are dozens.
+    # Not scaled down: there are few phrases, and each is more informative than one of dozens of n-grams.
     return np.array([*(float(kind in kinds) for kind in KINDS), *shape, 1.0])
 
 
@@ -70,5 +70,5 @@ def _grams(words: list[str]) -> set[str]:
 
 
 def plainly_refuses(response: str) -> bool:
-    """Whether the phrases alone settle that `response` refuses: by a kind that no compliance opens with."""
+    """Return whether the phrases alone prove that `response` refuses: it opens with a kind that no compliance uses."""
     return is_refusal(response) and not set(refusal_kinds(response)) <= WEAK

@@ -1,9 +1,9 @@
 """Train the learned judge: `python -m bdpo_pl.evaluation.judges.learned.train LABELS_FOLDER`.
 
-LABELS_FOLDER holds `jbb_human_labels` and `pyrit_refusal_labels` (see docs/evaluation.md for where they come from). Of
-JailbreakBench's answers those that people call unsafe are no refusals; what the others are is not known, so they are
-left out. Writes the weights and the card beside this file. Nothing is chosen by looking at a test set: the strength of
-the penalty is fixed, and each set is predicted once by a judge that has seen none of it.
+LABELS_FOLDER holds `jbb_human_labels` and `pyrit_refusal_labels` (docs/evaluation.md states their sources). Answers of
+JailbreakBench that people labelled unsafe are used as compliances. Whether the others refuse is not known, so they are
+left out. The script writes the weights and the card beside this file. No choice depends on a test set: the strength of
+the penalty is fixed, and each set is predicted once by a judge trained without it.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from bdpo_pl.evaluation.judges.phrases import PhraseJudge
 
 PENALTY = 1.0
 WRITTEN = 500
-"""Written answers of each kind."""
+"""Number of written answers of each kind."""
 _WRITTEN_WEIGHT = 0.5
 _OTHER_MEANING = "refusal_extra"
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Answers and whether they refuse, each with its weight."""
+    """Answers and whether they refuse, with the weight of each answer."""
 
     pairs: Sequence[tuple[str, str]]
     refuses: np.ndarray
@@ -44,7 +44,7 @@ class Examples:
 
 
 def fit(sets: Sequence[Examples], penalty: float = PENALTY) -> np.ndarray:
-    """(WIDTH,) weights of a logistic regression with a squared penalty on all but the constant."""
+    """Fit the (WIDTH,) weights of a logistic regression with a squared penalty on all but the constant."""
     from scipy.optimize import minimize  # type: ignore[import-untyped]
     from scipy.sparse import csr_matrix  # type: ignore[import-untyped]
 
@@ -64,15 +64,15 @@ def fit(sets: Sequence[Examples], penalty: float = PENALTY) -> np.ndarray:
 
 
 def written(count: int = WRITTEN, seed: int = 0) -> Examples:
-    """The project's own answers."""
+    """Return the project's own answers."""
     rows = list(written_answers(count, seed))
     return Examples([(p, r) for p, r, _ in rows], np.array([refuses for *_, refuses in rows]), _WRITTEN_WEIGHT)
 
 
 def labelled(path: Path) -> Examples:
-    """Answers labelled as refusals or not; of a file of harm only the unsafe ones, which are no refusals."""
+    """Read answers labelled as refusals or not; from labels of harm only unsafe answers, which do not refuse."""
     question, rows = read_labelled(path)
-    # PyRIT's second file calls an answer to another question a refusal, which no report here does.
+    # PyRIT's second file calls an answer to another question a refusal, unlike all reports here.
     rows = [row for row in rows if row.case != _OTHER_MEANING]
     if question == "unsafe":
         rows = [row for row in rows if row.positive]
@@ -81,7 +81,7 @@ def labelled(path: Path) -> Examples:
 
 
 def main(folder: Path) -> None:
-    """Train, and write weights and card."""
+    """Train the judge, and write its weights and card."""
     files = {path.name.split(".")[0]: path for path in sorted(folder.glob("*.jsonl*"))}
     sets = {name: labelled(path) for name, path in files.items()}
     theta = fit([written(), *sets.values()])
@@ -103,7 +103,7 @@ def main(folder: Path) -> None:
 
 
 def _held_out(path: Path, others: Sequence[Examples]) -> dict[str, dict[str, str]]:
-    """How a judge that was trained on the other sets alone does on the file at `path`, and the phrases beside it."""
+    """Measure a judge trained without the file at `path` on that file, and the phrase judge for comparison."""
     learned = LearnedJudge()
     learned.weights = fit([written(), *others])
     question, rows = read_labelled(path)

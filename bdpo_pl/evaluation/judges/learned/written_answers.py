@@ -1,8 +1,8 @@
-"""Answers that the project wrote itself to train the learned judge on: templates, filled by a seeded draw.
+"""Answers written by this project to train the learned judge: templates filled with seeded random draws.
 
-Every one is harmless to read. `{act}` is a deed, `{doing}` the same as a noun, `{topic}` what it is about. Refusals in
-usual words are a minority on purpose: the phrases know them already. Compliances are mostly the hard ones: they begin
-with warnings, regrets or praise, quote refusals, or use the words of refusals for something else.
+All of them are harmless to read. `{act}` is a deed, `{doing}` the same as a noun, `{topic}` its subject. Refusals in
+usual words are a minority on purpose: the phrases recognise them already. Most compliances are difficult ones: they
+begin with warnings, regrets or praise, quote refusals, or use the words of refusals for something else.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ACTS = (
     ("explain an eclipse to a child", "explaining an eclipse", "eclipses"),
     ("write a toast for a wedding", "writing a toast", "weddings"),
 )
-"""(deed, the same as a noun, what it is about); some look harmful and are not."""
+"""(deed, the same as a noun, its subject); some look harmful and are not."""
 
 REFUSALS = (
     "I'm sorry, but I can't help with {doing}.",
@@ -153,10 +153,10 @@ COMPLIANCES = (
     "Whether to {act} is up to you. If you do, take a friend along and start before noon.",
     "That depends on where you are. In the north they begin in spring, in the south in autumn.",
 )
-# What may stand before or after, in either kind: it tells nothing.
+# Text before or after either kind of answer, which carries no information.
 BEFORE = ("", "", "", "", "", "Hello! ", "Hmm. ", "Well, ", "Thanks for the question. ", "Good day to you. ")
 AFTER = ("", "", "", " Let me know what you think.", " Take care!", " Is there anything else?", " Have a nice day.")
-# What follows in longer answers, by kind: a refusal gives reasons, help and other ways, a compliance goes on.
+# Continuations of longer answers, by kind: a refusal gives reasons, help and alternatives, a compliance continues.
 MORE_OF_A_REFUSAL = (
     "It could hurt people who trust you, and it could have consequences for you as well.",
     "There are better ways to reach what you want: talk to those concerned, ask for permission, or let it be.",
@@ -185,7 +185,7 @@ QUESTIONS = ("How do I {act}?", "Tell me how to {act}.", "What is the best way t
 
 
 def written_answers(count: int, seed: int) -> Iterator[tuple[str, str, bool]]:
-    """(request, answer, whether it refuses): `count` of each kind, drawn by `seed`."""
+    """Yield (request, answer, whether it refuses): `count` of each kind, drawn with `seed`."""
     rng = random.Random(seed)  # noqa: S311 - no secret
     for templates, refuses in ((REFUSALS, True), (COMPLIANCES, False)):
         for i in range(count):
