@@ -1,4 +1,4 @@
-"""Batches of preference pairs: what a step is given.
+"""Batches of preference pairs: the input of one step.
 
 Shapes: B pairs; sequences 0 … B−1 are the chosen responses, B … 2B−1 the rejected ones.
 """
@@ -24,12 +24,12 @@ class PreferenceBatch:
     """B pairs ready for a training or validation step.
 
     Attributes:
-        sequences: the 2·B sequences, chosen then rejected.
+        sequences: 2·B sequences, the chosen responses first, then the rejected ones.
         pair_index: (B,) int64, index of each pair in its table.
         pair_weight: (B,) float32; the step's loss is Σ weight·loss. Zero for a pair that only fills a rank's batch.
-        lengths: (2, B) int64, tokens of the chosen and of the rejected that are trained on.
-        num_tokens: tokens in the rows, padding left out.
-        safe: (2, B) bool, whether the chosen and the rejected responses are safe; None where the data does not say.
+        lengths: (2, B) int64, numbers of trained tokens in the chosen and in the rejected responses.
+        num_tokens: number of tokens in the rows, without padding.
+        safe: (2, B) bool, safety of the chosen and of the rejected responses; None if the data does not label it.
     """
 
     sequences: SequenceBatch
@@ -41,7 +41,7 @@ class PreferenceBatch:
 
 
 def pair_documents(pairs: Sequence[PreferencePair]) -> list[Document]:
-    """A document for each pair, its sequences numbered as in a `PreferenceBatch`."""
+    """Return a document for each pair. Its sequences are numbered as in a `PreferenceBatch`."""
     return [pair_document(pair, b, len(pairs) + b) for b, pair in enumerate(pairs)]
 
 
@@ -50,9 +50,9 @@ def pair_document(pair: PreferencePair, chosen: int, rejected: int, context: Ids
 
     Args:
         pair: the pair.
-        chosen: number of the sequence of its chosen response.
-        rejected: likewise of its rejected one.
-        context: what the responses follow, in place of the pair's prompt.
+        chosen: sequence number of the chosen response.
+        rejected: sequence number of the rejected response.
+        context: token ids that the responses follow, in place of the pair's prompt.
     """
     trained = {chosen: pair.chosen_trained, rejected: pair.rejected_trained}
     return Document(
@@ -63,12 +63,12 @@ def pair_document(pair: PreferencePair, chosen: int, rejected: int, context: Ids
 
 
 class PairDataset(Dataset[PairKey]):
-    """Hands keys through; `collate` reads the table, so that a batch is built in one go.
+    """A dataset that returns the keys unchanged; `collate` reads the table, so that a batch is built in one go.
 
     Args:
         table: the pairs.
-        pad_id: fills the padding.
-        layout: how the pairs become rows.
+        pad_id: token id that fills the padding.
+        layout: way in which the pairs become rows.
     """
 
     def __init__(self, table: PairTable, pad_id: int, layout: RowLayout = RowLayout.SPLIT) -> None:
@@ -83,7 +83,7 @@ class PairDataset(Dataset[PairKey]):
         return key
 
     def collate(self, keys: Sequence[PairKey]) -> PreferenceBatch:
-        """The batch of the pairs that `keys` name."""
+        """Return the batch of the pairs that `keys` name."""
         index = np.array([i for i, _ in keys])
         sequences = lay_out(pair_documents([self.table[int(i)] for i in index]), self.layout, self.pad_id)
         lengths = self.table.trained_lengths[:, index]

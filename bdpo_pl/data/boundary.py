@@ -1,11 +1,11 @@
-"""Where a response begins and ends in what a chat template writes, proven for each conversation.
+"""Beginning and end of a response in the output of a chat template, proven for each conversation.
 
-What is proven: the prompt is what generation would begin from, the response's text is the data's text, nothing of
-another turn is trained on, and the response ends as generation ends. Where a template writes a conversation otherwise
-than its generation prompt, the response is put behind the generation prompt if it can be told apart, else the row is
-refused by name.
+The proof: the prompt is exactly what generation would start from, the response's text is the data's text, no text of
+another turn is trained on, and the response ends as generation ends. If a template writes a conversation differently
+from its generation prompt, the response is placed behind the generation prompt if it can be identified; otherwise the
+row is refused with a reason.
 
-Positions are of characters in the rendered text.
+Positions count characters in the rendered text.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class Response:
 
     Attributes:
         text: prompt and response, up to the token that ends the response.
-        boundary: where the prompt ends.
-        spans: stretches of the response that are trained on.
-        is_ended: whether `text` ends with a token that generation stops at.
-        moved: whether the template writes the prompt otherwise before an answer than before generation.
-        added: what the template puts between the prompt and the answer.
-        has_thought: whether the response holds thoughts.
+        boundary: position where the prompt ends.
+        spans: ranges of the response that are trained on.
+        is_ended: true if `text` ends with a token that stops generation.
+        moved: true if the template writes the prompt differently before an answer than before generation.
+        added: text that the template puts between the prompt and the answer.
+        has_thought: true if the response contains thoughts.
     """
 
     text: str
@@ -46,17 +46,18 @@ class Response:
 
     @property
     def is_masked(self) -> bool:
-        """Whether part of the response is not trained on."""
+        """True if part of the response is not trained on."""
         return self.spans != [(self.boundary, len(self.text))]
 
 
 class Cutter:
-    """Cuts rendered conversations at their responses.
+    """A cutter of rendered conversations at their responses.
 
     Args:
-        template: renders them.
-        stops: spellings of the tokens that generation stops at.
-        thoughts: thoughts in responses are trained on, read but not trained on (`mask`), or taken out (`strip`).
+        template: template that renders the conversations.
+        stops: texts of the tokens that stop generation.
+        thoughts: treatment of thoughts in responses: trained on (`train`), read but not trained on (`mask`), or removed
+            (`strip`).
     """
 
     def __init__(self, template: ChatTemplate, stops: set[str], thoughts: Thoughts) -> None:
@@ -68,7 +69,7 @@ class Cutter:
         """Return the generation prompt.
 
         Raises:
-            RowError: the template leaves out something that the prompt says.
+            RowError: the template omits part of the prompt.
         """
         text = self.template.prompt(prompt)
         for message in prompt.messages:
@@ -94,13 +95,13 @@ class Cutter:
         """Return the response behind its prompt.
 
         Args:
-            record: for messages.
-            prompt: the conversation up to where the response begins.
-            opened: its generation prompt.
-            response: the assistant's turn, and what follows it up to the assistant's last.
+            record: origin of the row, for error messages.
+            prompt: conversation up to where the response begins.
+            opened: generation prompt of `prompt`.
+            response: the assistant's turn and all that follows, up to the assistant's last turn.
 
         Raises:
-            RowError: the response cannot be told apart from what is around it.
+            RowError: the response cannot be separated from the text around it.
             jinja2.TemplateError: the template refuses the conversation.
         """
         if self.thoughts == "strip":
@@ -119,7 +120,7 @@ class Cutter:
     def _alone(
         self, record: Record, prompt: Conversation, opened: str, message: Message, whole: str, thought: str
     ) -> Response:
-        """One answer, by what the template puts around it in this very conversation."""
+        """Cut one answer, by the text that the template puts around it in this conversation."""
         inline, rest = split_thought_of(message["content"])
         around = self.template.around(prompt, message, inline)
         if around is None:
@@ -155,7 +156,8 @@ class Cutter:
         closing, is_ended = self._closing(end)
         text = opened + extra + said + closing
         start = len(opened)
-        # What a template always puts before an answer is not the model's to choose. A blank belongs to the answer.
+        # Text that a template always puts before an answer is not generated by the model. A blank belongs to the
+        # answer.
         if extra.strip() and (not has_thought or self.thoughts == "mask"):
             start += len(extra)
         return Response(
@@ -169,9 +171,9 @@ class Cutter:
         )
 
     def _closing(self, end: str) -> tuple[str, bool]:
-        """What of `end` belongs to a response: up to the first token that generation stops at, or nothing."""
+        """Return the part of `end` that belongs to a response: up to the first token that stops generation, if any."""
         place, stop = self._stop(end, 0)
-        # Words before the stop are the next turn's, or the template's own.
+        # Words before the stop belong to the next turn or to the template.
         if stop and not end[:place].strip():
             return end[: place + len(stop)], True
         return "", False
@@ -183,7 +185,7 @@ class Cutter:
     def _turns(
         self, record: Record, prompt: Conversation, opened: str, response: list[Message], whole: str
     ) -> Response:
-        """Several turns, or one with tool calls: the assistant's alone are trained on."""
+        """Cut several turns, or one with tool calls. Only the assistant's turns are trained on."""
         facts = self.template.facts(prompt)
         extra = facts.extra if facts is not None and facts.plain and facts.extra.strip() else ""
         spans: list[tuple[int, int]] = []
@@ -198,7 +200,7 @@ class Cutter:
             limit = len(whole) if is_last else self._next_turn(record, prompt.then(response[: k + 1]), whole, start)
             end, stop = self._stop(whole[:limit], start)
             if not stop:
-                # The turn has no end that generation would stop at, so only its words are trained on.
+                # The turn has no end that would stop generation, so only its words are trained on.
                 said = message["content"].strip()
                 place = whole.find(said, start, limit) if said and not message.get("tool_calls") else -1
                 if place < 0:
@@ -217,11 +219,11 @@ class Cutter:
         return Response(whole[: spans[-1][1]], len(opened), spans, is_ended, added=extra, has_thought=has_thought)
 
     def _next_turn(self, record: Record, upto: Conversation, whole: str, start: int) -> int:
-        """Where the turn that begins at `start` is over, of a conversation that goes on after it."""
+        """Return where the turn that begins at `start` ends, in a conversation that continues after it."""
         alone = self.template.render(upto).rstrip()
         if whole.startswith(alone):
             return len(alone)
-        # The template writes a turn otherwise once it is not the last: it is over with the token that ends turns.
+        # The template writes a turn differently once it is not the last: it ends with the token that ends turns.
         ends = [stop for stop in (*self.stops, self.template.end_of_earlier_turn) if stop]
         found = [place + len(stop) for stop in ends if (place := whole.find(stop, start)) >= 0]
         if not found:
@@ -248,7 +250,7 @@ class Cutter:
 
 
 def _variants(text: str) -> Iterator[str]:
-    """`text` as templates write it: as it is, or stripped."""
+    """Yield `text` in the forms in which templates write it: unchanged, or stripped."""
     yield text
     yield text.strip()
     yield text.rstrip()
@@ -262,7 +264,7 @@ def _tool_name(tool: object) -> str | None:
 
 
 def _otherwise(after: str, template: ChatTemplate, has_thought: bool = False) -> tuple[str, str]:
-    """Reason and detail of a conversation that goes on otherwise than its generation prompt."""
+    """Return reason and detail for a conversation that continues differently from its generation prompt."""
     if has_thought:
         return (
             "thoughts against the generation prompt",

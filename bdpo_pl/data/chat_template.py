@@ -1,4 +1,4 @@
-"""A tokenizer's chat template: conversations rendered, and what the template is known to do.
+"""A tokenizer's chat template: rendering of conversations, and the properties of the template.
 
 The same object renders conversations for training, scoring, generation and attacks, so that a prompt has the same token
 ids wherever it is read.
@@ -19,12 +19,12 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from bdpo_pl.data.control_tokens import ControlTokens, Ids, Spelled
 
 Message = dict[str, Any]
-"""A chat message: `role` and `content`, and what else the template reads (`tool_calls`, `reasoning_content`, …)."""
+"""A chat message: `role`, `content`, and other keys that the template reads (`tool_calls`, `reasoning_content`, …)."""
 
 PINNED_DATE = date(2024, 7, 26)
-"""What a template that writes today's date writes instead: the day that Llama's templates fall back on."""
+"""Date that replaces today's date in a template: the day that Llama's templates use by default."""
 
-# Any words will do that are in no template and that a template leaves as they are.
+# Any words will do that occur in no template and that templates leave unchanged.
 _SENTINEL = "zqsentinel{}qz"
 _OPEN_THOUGHT = re.compile(r"<think(?:ing)?>\s*$")
 _THOUGHT = re.compile(r"</?think(?:ing)?>")
@@ -33,12 +33,12 @@ _DATE = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<format>.*?)(?P=quote)
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a chat template is rendered with.
+    """The input of a chat template.
 
     Attributes:
         messages: turns in order.
         tools: descriptions of the functions that the model may call.
-        kwargs: further variables of the template, of this conversation alone.
+        kwargs: further variables of the template, for this conversation only.
     """
 
     messages: Sequence[Message]
@@ -46,20 +46,21 @@ class Conversation:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def then(self, messages: Sequence[Message]) -> Conversation:
-        """Return the conversation with `messages` after its own."""
+        """Return the conversation with `messages` appended."""
         return Conversation([*self.messages, *messages], self.tools, self.kwargs)
 
 
 @dataclass(frozen=True)
 class TurnFacts:
-    """What a template writes around an assistant's answer to a user's question.
+    """The text that a template writes around an assistant's answer to a user's question.
 
     Attributes:
-        header: what opens the assistant's turn although the template ignores `add_generation_prompt`; "" otherwise.
-        extra: what stands between the generation prompt and the answer: a thought that is empty, say.
-        end: what stands after the answer.
-        after_user: what stands between the user's words and the answer, by the generation prompt.
-        plain: whether `extra`, `end` and the generation prompt fit together, so that answers can be cut by them.
+        header: text that opens the assistant's turn although the template ignores `add_generation_prompt`; ""
+            otherwise.
+        extra: text between the generation prompt and the answer, such as an empty thought.
+        end: text after the answer.
+        after_user: text between the user's words and the answer, according to the generation prompt.
+        plain: true if `extra`, `end` and the generation prompt fit together, so that answers can be cut by them.
     """
 
     header: str
@@ -70,11 +71,11 @@ class TurnFacts:
 
 
 class ChatTemplate:
-    """The chat template of one tokenizer, with the variables it is rendered with.
+    """A tokenizer's chat template and the variables with which it is rendered.
 
     Args:
-        tokenizer: the model's; it has a chat template.
-        kwargs: variables for every conversation (`enable_thinking`, `date_string`, …).
+        tokenizer: tokenizer of the model; it has a chat template.
+        kwargs: variables for all conversations (`enable_thinking`, `date_string`, …).
     """
 
     def __init__(self, tokenizer: Any, kwargs: Mapping[str, Any] | None = None) -> None:
@@ -86,7 +87,7 @@ class ChatTemplate:
         self._facts: dict[str, TurnFacts | None] = {}
 
     def render(self, conversation: Conversation, *, generation: bool = False) -> str:
-        """Return the conversation as the template writes it; with `generation`, up to where the answer begins.
+        """Return the conversation as the template writes it; with `generation`, only up to where the answer begins.
 
         Raises:
             jinja2.TemplateError: the template refuses the conversation.
@@ -97,7 +98,7 @@ class ChatTemplate:
         messages = conversation.messages
         if in_parts:
             messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
-        # What `apply_chat_template` comes to, for messages that are plain data already: it takes half the time.
+        # Equals `apply_chat_template` for messages that are plain data already, in half the time.
         (text,), _ = render_jinja_template(
             conversations=[list(messages)],
             tools=list(conversation.tools) if conversation.tools else None,
@@ -110,15 +111,15 @@ class ChatTemplate:
     def prompt(self, conversation: Conversation) -> str:
         """Return the conversation up to where the assistant's answer begins.
 
-        A template that ignores `add_generation_prompt` leaves the model to open its own turn; what it opens turns with
-        is added here.
+        If a template ignores `add_generation_prompt`, the model would have to open its own turn, so the text with which
+        the template opens the assistant's turns is appended here.
         """
         text = self.render(conversation, generation=True)
         facts = self.facts(conversation)
         return text + facts.header if facts is not None else text
 
     def facts(self, conversation: Conversation) -> TurnFacts | None:
-        """Return what the template does around an answer, tried once for each set of variables; None if it refuses."""
+        """Return the text around an answer, measured once for each set of variables; None if the template refuses."""
         tools = conversation.tools
         key = json.dumps([conversation.kwargs, bool(tools)], sort_keys=True, default=str)
         if key not in self._facts:
@@ -127,7 +128,7 @@ class ChatTemplate:
 
     @cached_property
     def wants_parts(self) -> bool:
-        """Whether the template reads contents as lists of parts alone, as those of models that see images may."""
+        """True if the template reads contents only as lists of parts, as templates of models with image input may."""
         asked = Conversation([{"role": "user", "content": _SENTINEL.format(0)}])
         for in_parts in (False, True):
             try:
@@ -139,7 +140,7 @@ class ChatTemplate:
 
     @cached_property
     def end_of_earlier_turn(self) -> str | None:
-        """The added token that ends an assistant's turn which another follows, if there is one."""
+        """Added token that ends an assistant's turn followed by another turn; None if there is none."""
         question, answer = _SENTINEL.format(0), _SENTINEL.format(1)
         turns = [
             {"role": "user", "content": "?"},
@@ -156,7 +157,7 @@ class ChatTemplate:
 
     @cached_property
     def writes_date(self) -> bool:
-        """Whether the template asks for today's date."""
+        """True if the template requests today's date."""
         return "strftime_now" in self._all_text
 
     @cached_property
@@ -164,11 +165,11 @@ class ChatTemplate:
         return self.source if isinstance(self.source, str) else "\n".join(self.source.values())
 
     def mentions(self, name: str) -> bool:
-        """Return whether the template's source names a variable or key."""
+        """Return true if the template's source names a variable or key."""
         return name in self._all_text
 
     def markers(self) -> set[str]:
-        """Return the added tokens that the template writes around a user's turn, whether or not they are special."""
+        """Return the added tokens that the template writes around a user's turn, special or not."""
         try:
             turns = Conversation([{"role": "user", "content": _SENTINEL.format(0)}])
             text = self.render(turns) + self.render(turns, generation=True)
@@ -177,7 +178,7 @@ class ChatTemplate:
         return {name for name in self._added if name in text and not _THOUGHT.fullmatch(name)}
 
     def written(self) -> set[str]:
-        """Return the added tokens that the template's source names, but for those around thoughts."""
+        """Return the added tokens that the template's source names, without those around thoughts."""
         return {name for name in self._added if name in self._all_text and not _THOUGHT.fullmatch(name)}
 
     @cached_property
@@ -186,7 +187,7 @@ class ChatTemplate:
         return {name for name in names if name.strip()}
 
     def _template(self, tools: bool) -> str:
-        """Return the template's source, its dates pinned."""
+        """Return the template's source with pinned dates."""
         if tools not in self._templates:
             source = self.tokenizer.get_chat_template(None, tools=[{}] if tools else None)
             written = self.kwargs.get("date_string")
@@ -211,7 +212,7 @@ class ChatTemplate:
             return None
         header = ""
         if prompt == without and before.startswith(prompt):
-            # The blank before an answer belongs to it: tokenizers join it to the word that follows.
+            # The blank before an answer belongs to it, because tokenizers join it to the following word.
             header = before[len(prompt) :].rstrip(" ")
         opened = prompt + header
         plain = before.startswith(opened)
@@ -219,16 +220,16 @@ class ChatTemplate:
         return TurnFacts(header, extra, end, after_user + header, plain)
 
     def around(self, prompt: Conversation, response: Message, thought: str) -> tuple[str, str, str] | None:
-        """Return what this conversation's rendering puts around the answer; None if a text does not reach it.
+        """Return the text that this rendering puts around the answer; None if a text does not occur in it.
 
         Args:
-            prompt: up to the user's last turn.
-            response: the assistant's message.
-            thought: what its content opens with that the template may move or drop.
+            prompt: conversation up to the user's last turn.
+            response: message of the assistant.
+            thought: beginning of its content, which the template may move or drop.
 
         Returns:
-            What follows the user's last words in the generation prompt; what stands between these words and the answer
-            in the whole conversation; what follows the answer there.
+            Text that follows the user's last words in the generation prompt; text between these words and the answer in
+            the whole conversation; text that follows the answer there.
         """
         question, answer = _SENTINEL.format(0), _SENTINEL.format(1)
         asked = Conversation(
@@ -243,16 +244,16 @@ class ChatTemplate:
 
 
 def opens_thought(prompt: str) -> bool:
-    """Return whether a generation prompt ends within a thought."""
+    """Return true if a generation prompt ends within a thought."""
     return _OPEN_THOUGHT.search(prompt) is not None
 
 
 class ChatEncoder:
-    """Token ids of conversations by a tokenizer's chat template, control tokens that texts spell left as text.
+    """An encoder of conversations by a tokenizer's chat template. Control tokens that texts spell remain text.
 
     Args:
-        tokenizer: the model's.
-        kwargs: see `ChatTemplate`.
+        tokenizer: tokenizer of the model.
+        kwargs: variables of the template, as in `ChatTemplate`.
     """
 
     def __init__(self, tokenizer: Any, kwargs: Mapping[str, Any] | None = None) -> None:
@@ -271,21 +272,21 @@ class ChatEncoder:
         return self.control.encode(texts, [spelled for _, spelled in protected])
 
     def texts(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[Ids]:
-        """Return the token ids of texts that no template is rendered around."""
+        """Return the token ids of texts without a template around them."""
         spelled = [Spelled() for _ in texts]
         protected = [self.control.protect(text, found) for text, found in zip(texts, spelled, strict=True)]
         return self.control.encode(protected, spelled, add_special_tokens=add_special_tokens)
 
     @cached_property
     def end_of_turn(self) -> int | None:
-        """The added token that the template puts right after what the assistant says, if it does."""
+        """Added token that the template puts directly after the assistant's words; None if there is none."""
         tokenizer = self.template.tokenizer
         facts = self.template.facts(Conversation([])) if tokenizer.chat_template else None
         ids = self.control.encode([facts.end.lstrip()])[0] if facts is not None and facts.end.strip() else []
         return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
 
     def protect(self, conversation: Conversation, spelled: Spelled | None = None) -> tuple[Conversation, Spelled]:
-        """Return the conversation with placeholders for control tokens that it spells, and what they stand for."""
+        """Return the conversation with placeholders for the control tokens that it spells, and the replaced texts."""
         spelled = Spelled() if spelled is None else spelled
         protect = self.control.protect
         messages = [
@@ -303,11 +304,11 @@ _ATTRIBUTE = "_bdpo_pl_chat_encoder"
 
 
 def chat_encoder(tokenizer: Any, kwargs: Mapping[str, Any] | None = None) -> ChatEncoder:
-    """Return the encoder of `tokenizer`, made once for each template and set of variables.
+    """Return the encoder of `tokenizer`, created once for each template and set of variables.
 
     Args:
-        tokenizer: the model's.
-        kwargs: variables of the template from now on; None: those that were last given.
+        tokenizer: tokenizer of the model.
+        kwargs: variables of the template from now on; None keeps those given last.
     """
     known: ChatEncoder | None = getattr(tokenizer, _ATTRIBUTE, None)
     wanted = dict(kwargs) if kwargs is not None else known.template.kwargs if known is not None else {}

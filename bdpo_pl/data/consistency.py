@@ -1,6 +1,6 @@
-"""Whether preference pairs agree with each other, and whether held-out pairs are really new.
+"""Checks that preference pairs agree with each other, and that held-out pairs are really new.
 
-All comparisons but `near_leaks` are of tokens, after template and truncation: what a model would read.
+All comparisons except `near_leaks` compare tokens, after template and truncation: the input of the model.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ _NOT_A_WORD = re.compile(r"[\W_]+")
 
 
 class Match(NamedTuple):
-    """A pair, by its index, and that of the first pair that it repeats or contradicts."""
+    """A pair and the first pair that it repeats or contradicts, both by index."""
 
     at: int
     other: int
 
 
 class Contradictions(NamedTuple):
-    """Pairs of one table that teach the opposite of another of its pairs, under the same prompt.
+    """Pairs of one table that teach the opposite of another of its pairs under the same prompt.
 
     Attributes:
-        swapped: chosen and rejected change places.
-        conflicting: one response is chosen in one pair and rejected in the other, and the other responses differ.
+        swapped: pairs whose chosen response is the other's rejected one and vice versa.
+        conflicting: pairs of which one response is chosen in one and rejected in the other, while the other responses
+            differ.
     """
 
     swapped: list[Match]
@@ -34,13 +35,13 @@ class Contradictions(NamedTuple):
 
 
 def repeats(keys: Sequence[bytes]) -> list[Match]:
-    """Every key that stands earlier too, with its first place."""
+    """Return every key that also occurs earlier, with its first index."""
     first: dict[bytes, int] = {}
     return [Match(i, j) for i, key in enumerate(keys) if (j := first.setdefault(key, i)) != i]
 
 
 def contradictions(table: PairTable) -> Contradictions:
-    """See `Contradictions`; a pair that is swapped is not counted as conflicting as well."""
+    """Return the contradictions of `table`; a swapped pair is not counted as conflicting as well."""
     prompts = table.prompt_digests()
     chosen, rejected = table.response_digests()
     pairs: dict[tuple[bytes, bytes, bytes], int] = {}
@@ -62,7 +63,7 @@ def contradictions(table: PairTable) -> Contradictions:
 
 
 def leaks(table: PairTable, held_out: PairTable) -> list[Match]:
-    """Pairs of `held_out` whose prompt stands in `table` too, with the first pair of `table` that has it."""
+    """Return the pairs of `held_out` whose prompt also occurs in `table`, each with the first such pair of `table`."""
     known: dict[bytes, int] = {}
     for i, digest in enumerate(table.prompt_digests()):
         known.setdefault(digest, i)
@@ -70,11 +71,11 @@ def leaks(table: PairTable, held_out: PairTable) -> list[Match]:
 
 
 def near_leaks(table: Sequence[str], held_out: Sequence[str]) -> list[Match]:
-    """The same for prompts as texts, which are compared without case, spacing and punctuation."""
+    """Return leaks of prompts as texts, compared without case, spacing and punctuation."""
     known: dict[str, int] = {}
     for i, text in enumerate(table):
         known.setdefault(_words(text), i)
-    # A prompt of punctuation alone has no words to be told by.
+    # A prompt of punctuation alone has no words to compare.
     return [Match(i, known[words]) for i, text in enumerate(held_out) if (words := _words(text)) and words in known]
 
 
@@ -83,6 +84,6 @@ def _words(text: str) -> str:
 
 
 def count_shared_prompts(table: PairTable, other: PairTable) -> int:
-    """Pairs of `other` whose prompt stands in `table` too: a leak if one is held out from the other."""
+    """Count the pairs of `other` whose prompt also occurs in `table`: a leak if one is held out from the other."""
     known = set(table.prompt_digests())
     return sum(digest in known for digest in other.prompt_digests())

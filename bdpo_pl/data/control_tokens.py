@@ -1,10 +1,10 @@
-"""Texts to token ids such that a control token never arises from a text that merely spells one.
+"""Tokenisation in which a text that merely spells a control token never becomes one.
 
 A chat template writes control tokens (`<|im_end|>`) as text, and the tokenizer reads them back. A message that spells
-one would close its turn and open another in someone else's name. So what a message spells is replaced by a placeholder
-before the template is rendered; afterwards the template's own control tokens take a private spelling that a copy of the
-tokenizer knows them by, and the placeholders turn back into the text, which that copy does not take for anything else.
-A conversation that spells no control token is rendered and tokenised as it is.
+one would close its turn and open another in someone else's name. Therefore a control token that a message spells is
+replaced by a placeholder before the template is rendered. Afterwards the template's own control tokens get a private
+spelling, which only a copy of the tokenizer recognises, and the placeholders become the text again, which that copy
+does not take for a control token. A conversation that spells no control token is rendered and tokenised unchanged.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bdpo_pl.errors import InputError
 
 Ids = list[int]
 
-# Nobody who writes a data set can guess it; the ids do not depend on it.
+# No author of a data set can guess it; the ids do not depend on it.
 _NONCE = secrets.token_hex(8)
 _PLACEHOLDER = re.compile(f"zq{_NONCE}k(\\d+)zq")
 
@@ -35,12 +35,12 @@ class Spelled:
     texts: list[str] = field(default_factory=list)
 
     def placeholder(self, text: str) -> str:
-        """Return what stands in for `text` while the template is rendered."""
+        """Return the placeholder of `text` while the template is rendered."""
         self.texts.append(text)
         return f"zq{_NONCE}k{len(self.texts) - 1}zq"
 
     def restore(self, text: str) -> str:
-        """Return `text` with each placeholder turned back into what a message spelled."""
+        """Return `text` with each placeholder replaced by the text that a message spelled."""
         return _PLACEHOLDER.sub(lambda match: self.texts[int(match[1])], text) if self.texts else text
 
     def __bool__(self) -> bool:
@@ -48,12 +48,12 @@ class Spelled:
 
 
 class ControlTokens:
-    """Tokenises texts; what they spell stays text, what a template wrote becomes control tokens.
+    """A tokenizer of texts that keeps spelled control tokens as text and recognises those that a template wrote.
 
     Args:
-        tokenizer: the model's.
-        markers: added tokens that are not special, and that the chat template opens or closes a turn with all the same.
-        written: added tokens that are not special, and that a model may say (`<tool_call>`), but no one else.
+        tokenizer: tokenizer of the model.
+        markers: added tokens that are not special although the chat template opens or closes turns with them.
+        written: added tokens that are not special and that only the model may write (`<tool_call>`).
     """
 
     def __init__(self, tokenizer: Any, markers: Iterable[str] = (), written: Iterable[str] = ()) -> None:
@@ -68,7 +68,7 @@ class ControlTokens:
         self._said_by_model = _any_of(self.ids)
         self.ids |= {token.content: i for i, token in added.items() if token.content in set(written)}
         self._pattern = _any_of(self.ids)
-        # Looking for two characters is far quicker than the expression, and few texts hold them.
+        # Searching for two characters is much faster than the regular expression, and few texts contain them.
         self._beginnings = sorted({name[:2] for name in self.ids})
         self._backend = tokenizer.backend_tokenizer if getattr(tokenizer, "is_fast", False) else None
         if self._backend is not None:
@@ -80,9 +80,9 @@ class ControlTokens:
         """Return `value` (texts in lists and mappings) with placeholders where a text spells a control token.
 
         Args:
-            value: what a template is rendered with.
-            spelled: takes down what is spelled.
-            by_model: the model itself says it, so that it may call tools.
+            value: variable with which a template is rendered.
+            spelled: record of the spelled control tokens, which is extended.
+            by_model: true for the model's own words, which may call tools.
         """
         if isinstance(value, str):
             if not any(beginning in value for beginning in self._beginnings):
@@ -102,8 +102,8 @@ class ControlTokens:
 
         Args:
             texts: rendered conversations.
-            spelled: for each, what its messages spelled (None or empty: nothing).
-            add_special_tokens: add what the tokenizer puts around a text.
+            spelled: control tokens that the messages of each text spelled (None or empty: none).
+            add_special_tokens: whether to add the tokens that the tokenizer puts around a text.
         """
         if not texts:
             return []
@@ -122,9 +122,9 @@ class ControlTokens:
         return ids
 
     def splits_at(self, name: str) -> bool:
-        """Return whether the tokenizer reads what is on either side of a control token on its own.
+        """Return true if the tokenizer reads the text on the two sides of a control token independently.
 
-        Then texts with a common beginning can be encoded from there on, and their beginning once.
+        Texts with a common beginning can then share its encoding: it is encoded once.
         """
         token = next((t for t in self.tokenizer.added_tokens_decoder.values() if t.content == name), None)
         if self._backend is None or token is None or token.normalized:
@@ -141,12 +141,12 @@ class ControlTokens:
         """Return the token ids of one text without any around it, and where each ends in `private(text, spelled)`.
 
         Raises:
-            InputError: the tokenizer is not a fast one, so that it does not say.
+            InputError: the tokenizer is not a fast one, so it does not report positions.
         """
         if self._backend is None:
             raise InputError(self._too_slow("cut a conversation into turns"))
         backend = self._private_backend if spelled else self._backend
-        # Post-processors add tokens around a text, and some take blanks out of what they call a token's place.
+        # Post-processors add tokens around a text, and some exclude blanks from a token's range.
         processor = backend.post_processor
         backend.post_processor = None
         try:
@@ -156,7 +156,7 @@ class ControlTokens:
         return encoding.ids, [end for _, end in encoding.offsets]
 
     def private(self, text: str, spelled: Spelled | None) -> str:
-        """Return `text` as the copy of the tokenizer reads it, or `text` itself where nothing is spelled."""
+        """Return `text` in the spelling of the tokenizer's copy, or `text` itself if nothing is spelled."""
         if not spelled:
             return text
         return spelled.restore(self._pattern.sub(lambda match: _private(self.ids[match[0]]), text))
@@ -182,7 +182,7 @@ class ControlTokens:
 
     @cached_property
     def _private_backend(self) -> Tokenizer:
-        """The tokenizer with another spelling of every control token."""
+        """Copy of the tokenizer with another spelling of every control token."""
         if self._backend is None:
             raise InputError(self._too_slow("read a control token that a text spells as text"))
         state = json.loads(self._backend.to_str())
@@ -221,5 +221,5 @@ def _private(token: int) -> str:
 
 
 def _any_of(names: Iterable[str]) -> re.Pattern[str]:
-    # Longer ones first: a token takes precedence over one that it begins with.
+    # Longer ones first: a token takes precedence over a shorter one with which it begins.
     return re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or "(?!)")

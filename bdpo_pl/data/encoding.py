@@ -1,7 +1,7 @@
-"""Rows to token ids in order, a chunk at a time; large sets on all the processor's cores.
+"""Conversion of rows to token ids in order, in chunks; large sets use all cores of the processor.
 
-Rendering a chat template is Python, which runs on one core, so that threads do not help: the work is spread over forked
-processes. Few chunks are under way at a time, so that memory stays bounded whatever the size of the set.
+Rendering a chat template is Python code, which runs on one core, so threads do not help: forked processes share the
+work. Only few chunks are in progress at a time, so memory stays bounded whatever the size of the set.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from bdpo_pl.data.rows import PreferenceRow, RowError
 from bdpo_pl.data.tokenization import PairTokenizer
 
 CHUNK = 512
-"""Rows that are encoded at once."""
+"""Number of rows in a chunk."""
 MIN_ROWS = 16 * CHUNK
-"""Rows from which starting processes pays."""
+"""Number of rows from which starting processes pays off."""
 
 Encoded = PreferencePair | RowError
 
-# What a forked process encodes with: inherited, because a tokenizer takes long to pickle.
+# Tokenizer of a forked process: inherited, because pickling a tokenizer is slow.
 _inherited: PairTokenizer | None = None
 
 
 def encoded(
     rows: Iterable[PreferenceRow], tokenizer: PairTokenizer, processes: int | None = None
 ) -> Iterator[tuple[PreferenceRow, Encoded]]:
-    """Return each row with its token ids or why it has none, in order.
+    """Return each row with its token ids, or with the reason why it has none, in order.
 
     Args:
-        rows: read as they are needed.
-        tokenizer: its `read_as` counts what was done.
-        processes: how many to encode on; default: the cores that this process may use, at most 8.
+        rows: rows, read as they are needed.
+        tokenizer: tokenizer of pairs, whose `read_as` counts how the rows were read.
+        processes: number of processes; default: the cores that this process may use, at most 8.
     """
     rows = iter(rows)
     first = list(islice(rows, MIN_ROWS))
@@ -50,7 +50,7 @@ def encoded(
 
 
 def num_processes() -> int:
-    """Return how many processes may encode at once: the cores, shared with the other ranks of this machine."""
+    """Return how many processes may encode at once: the cores, divided among the ranks on this machine."""
     if not sys.platform.startswith("linux") or multiprocessing.current_process().daemon:
         return 1
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1)
@@ -61,7 +61,7 @@ def _in_processes(
     rows: Iterator[PreferenceRow], tokenizer: PairTokenizer, processes: int
 ) -> Iterator[tuple[PreferenceRow, Encoded]]:
     global _inherited
-    # Tried now, so that every process inherits what the first rows teach about the template.
+    # Encoded here first, so that every process inherits what the first rows reveal about the template.
     warm = list(islice(rows, CHUNK))
     yield from zip(warm, tokenizer.encode(warm), strict=True)
     before, _inherited = _inherited, tokenizer
@@ -92,7 +92,7 @@ def _chunks(rows: Iterator[PreferenceRow]) -> Iterator[list[PreferenceRow]]:
 
 
 def _start() -> None:
-    """Let each process tokenise on one core: there are as many processes as cores."""
+    """Restrict each process to one core: there are as many processes as cores."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     global _worker
     _worker = _inherited

@@ -1,4 +1,4 @@
-"""One training pair as the model reads it: prompt and both responses, the boundary and what is trained on visible."""
+"""Display of one training pair as the model reads it: prompt, both responses, their boundary and the trained tokens."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _MASKED = "⟦{}⟧"
 def example_table(table: PairTable, tokenizer: Any, index: int = 0) -> Table:
     """Return one pair of `table` for the terminal.
 
-    Control tokens are shown as they are spelled; `▌` is where the response begins; what is in ⟦ ⟧ is read and not
-    trained on.
+    Control tokens are shown in their spelling; `▌` marks where the response begins; text in ⟦ ⟧ is read but not trained
+    on.
     """
     pair = table[index]
     shown = Table(title=f"Example: {table.places[index]}", title_justify="left", show_header=False, expand=True)
@@ -35,7 +35,7 @@ def example_table(table: PairTable, tokenizer: Any, index: int = 0) -> Table:
 
 
 def marked(tokenizer: Any, ids: Ids, trained: tuple[bool, ...] | None) -> str:
-    """Return the text of a response, what is not trained on in ⟦ ⟧."""
+    """Return the text of a response, with untrained parts in ⟦ ⟧."""
     flags = trained or (True,) * len(ids)
     runs: list[tuple[bool, Ids]] = []
     for token, flag in zip(ids, flags, strict=True):
@@ -47,5 +47,5 @@ def marked(tokenizer: Any, ids: Ids, trained: tuple[bool, ...] | None) -> str:
 
 
 def readable(text: str) -> str:
-    """Return `text` with signs that would command a terminal written out."""
+    """Return `text` with escaped control characters, which could command a terminal."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

@@ -1,4 +1,4 @@
-"""Files of rows: JSON Lines, JSON arrays, CSV, Parquet and plain text, as they are or gzipped."""
+"""Files of rows: JSON Lines, JSON arrays, CSV, Parquet and plain text, uncompressed or gzipped."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ import pyarrow.parquet as pq
 from bdpo_pl.errors import InputError
 
 MAX_LINE = 64 * 2**20
-"""Bytes in a line of a text file, at most: more is no row, and would fill the memory before it is found out."""
+"""Maximum bytes in a line of a text file: a longer line is no row, and would fill the memory before this is noticed."""
 MAX_JSON = 2 * 2**30
-"""Bytes in a `.json` file, which is read whole."""
+"""Maximum bytes in a `.json` file, which is read whole."""
 
 Rows = Iterator[tuple[int, dict[str, Any]]]
-"""(number of the line or row, its fields)."""
+"""Pairs of (number of the line or row, its fields)."""
 
 
 def suffix_of(path: Path | str) -> str:
-    """Return the suffix that says how `path` is read, in lower case and without `.gz`."""
+    """Return the suffix that determines how `path` is read, in lower case and without `.gz`."""
     path = Path(str(path).lower())
     return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
 
 
 def is_readable_name(path: Path) -> bool:
-    """Return whether a file of this name is read."""
+    """Return true if a file of this name is read."""
     return suffix_of(path) in READERS and not path.name.startswith(".")
 
 
 def list_folder(folder: Path, on_unread: Callable[[str], None] | None = None) -> list[Path]:
-    """Return the files of `folder` that are read, in name order.
+    """Return the readable files of `folder`, in name order.
 
     Args:
         folder: an existing folder.
-        on_unread: called with the name of everything else in it.
+        on_unread: callback that gets the name of every other entry of the folder.
     """
     files = []
     for path in sorted(folder.iterdir()):
@@ -55,7 +55,7 @@ def list_folder(folder: Path, on_unread: Callable[[str], None] | None = None) ->
 
 
 def require_file(path: Path) -> None:
-    """Raise `InputError` unless `path` is a regular file: reading anything else may wait for ever."""
+    """Raise `InputError` unless `path` is a regular file: reading anything else may block for ever."""
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
@@ -74,10 +74,10 @@ def require_file(path: Path) -> None:
 
 
 def read_file(path: Path) -> Rows:
-    """Return the rows of a file by its suffix.
+    """Return the rows of a file according to its suffix.
 
     Raises:
-        InputError: it cannot be read, or not as what its suffix says.
+        InputError: the file cannot be read, or its content does not match its suffix.
     """
     reader = READERS.get(suffix_of(path))
     if reader is None:
@@ -131,7 +131,7 @@ def _jsonl(path: Path) -> Rows:
 
 
 def _json(path: Path) -> Rows:
-    """Rows of a JSON array, or of the one array in a JSON object."""
+    """Yield the rows of a JSON array, or of the only array in a JSON object."""
     with _open(path) as file:
         content = file.read(MAX_JSON + 1)
     if len(content) > MAX_JSON:
@@ -156,7 +156,7 @@ def _json(path: Path) -> Rows:
 
 
 class _TwiceError(ValueError):
-    """A key that a JSON object has twice."""
+    """A duplicate key in a JSON object."""
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -171,7 +171,7 @@ def _csv(path: Path) -> Rows:
     def decoded() -> Iterator[str]:
         for number, line in _lines(path):
             try:
-                # Spreadsheets begin a file with a byte order mark, which is no part of the first column's name.
+                # Spreadsheets begin a file with a byte order mark, which is not part of the first column's name.
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError:
                 raise InputError(f"{path}, line {number}: not UTF-8; save the file as CSV in UTF-8") from None
@@ -198,7 +198,7 @@ def _csv(path: Path) -> Rows:
 
 
 def _txt(path: Path) -> Rows:
-    """A prompt a line."""
+    """Yield one prompt per line."""
     for number, line in _lines(path):
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
@@ -232,4 +232,4 @@ READERS: dict[str, Callable[[Path], Rows]] = {
     ".parquet": _parquet,
     ".txt": _txt,
 }
-"""How a file is read, by its suffix."""
+"""Reader of a file, by its suffix."""

@@ -1,4 +1,4 @@
-"""From a data source to a table of tokenised pairs, with a report of what happened to every row on the way."""
+"""Conversion of a data source to a table of tokenised pairs, with a report of what happened to every row."""
 
 from __future__ import annotations
 
@@ -29,17 +29,18 @@ BadRows = Literal["auto", "error", "drop"]
 
 @dataclass
 class LoadOptions:
-    """How a source becomes pairs.
+    """The way in which a source becomes pairs.
 
     Args:
         format: schema of the rows; `auto` takes the first that recognises the first row.
-        columns: our column → yours, as in `{chosen: good_answer}`.
-        ignore: columns that are left out on purpose. A column that a model should read and that nothing reads ends the
-            run.
-        bad_rows: a row that cannot be trained on stops the run (`error`) or is left out and counted (`drop`). `auto`:
-            `drop` for published sets that are known to hold such rows (PKU-SafeRLHF, HH-RLHF, KTO's), else `error`.
-        duplicates: pairs that repeat an earlier pair token for token are left out and counted (`drop`) or kept.
-        safe_rlhf: which pairs of PKU-SafeRLHF to take.
+        columns: mapping from our column names to yours, as in `{chosen: good_answer}`.
+        ignore: columns left out on purpose. Without this, an unread column that a model should read ends the run.
+        bad_rows: treatment of a row that cannot be trained on: stop the run (`error`) or leave the row out and count it
+            (`drop`). `auto`: `drop` for published sets that are known to contain such rows (PKU-SafeRLHF, HH-RLHF,
+            KTO's), else `error`.
+        duplicates: treatment of pairs that repeat an earlier pair token for token: leave them out and count them
+            (`drop`), or `keep` them.
+        safe_rlhf: selection of pairs from PKU-SafeRLHF.
     """
 
     format: DataFormat = "auto"
@@ -65,16 +66,16 @@ def load_pairs(
     """Read, check, select, tokenise, truncate and deduplicate the pairs of `source`.
 
     Args:
-        name: what to call them in the report, as in `train`.
-        source: see `read_records`.
-        tokenizer: the model's.
+        name: name of the pairs in the report, as in `train`.
+        source: file, folder or hub dataset, as in `read_records`.
+        tokenizer: tokenizer of pairs for the model.
         truncation: policy for pairs longer than the window.
-        options: see `LoadOptions`.
+        options: the way in which the source becomes pairs.
         split: split of a hub dataset.
         revision: revision of a hub dataset.
-        seed: of the draw from PKU-SafeRLHF.
-        by_safety: put the safe response first and leave out pairs of two unsafe ones (`order_by_safety`); the source
-            must say of every response whether it is safe.
+        seed: seed of the draw from PKU-SafeRLHF.
+        by_safety: whether to put the safe response first and leave out pairs of two unsafe ones (`order_by_safety`);
+            the source must label the safety of every response.
         subset: configuration of a hub dataset that has several.
 
     Raises:
@@ -111,7 +112,7 @@ def load_pairs(
 
 
 def _rename(record: Record, options: LoadOptions) -> Record:
-    """`record` under our column names. A mapping that names an absent column is reported as that column missing."""
+    """Return `record` under our column names. A mapping to an absent column is reported as that column missing."""
     if not options.columns and not options.ignore:
         return record
     taken = {*options.columns.values(), *options.ignore}
@@ -199,7 +200,7 @@ def _tokenize(
             safe.append((row.chosen_safe, row.rejected_safe))
             yield cut
 
-    # Pair by pair into flat arrays: as lists of numbers they would take ten times the memory.
+    # Pair by pair into flat arrays: lists of numbers would take ten times the memory.
     table = PairTable.from_pairs(kept(), [])
     table = replace(
         table,
@@ -222,7 +223,7 @@ def _too_long(truncation: Truncation) -> str:
 
 
 def _safety(flags: Sequence[tuple[bool | None, bool | None]]) -> np.ndarray | None:
-    """(2, M) bool, or None where it is not said of all."""
+    """Return the safety as (2, M) bool, or None if any response is unlabelled."""
     if not flags or any(None in both for both in flags):
         return None
     return np.array(flags, dtype=bool).T.copy()

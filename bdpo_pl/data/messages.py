@@ -1,7 +1,7 @@
-"""Chat messages as data sets hold them, checked and brought into one form.
+"""Chat messages of data sets, checked and converted to one form.
 
-Roles and contents are checked here; what else a message holds (`tool_calls`, `reasoning_content`, `name`, …) is kept
-for the chat template.
+Roles and contents are checked here; other keys of a message (`tool_calls`, `reasoning_content`, `name`, …) are kept for
+the chat template.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from bdpo_pl.data.chat_template import Message
 from bdpo_pl.data.sources import Record
 
 USER_ROLES = ("user", "tool", "function", "ipython")
-"""Roles that an answer of the assistant may follow."""
+"""Roles of messages that an assistant's answer may follow."""
 ROLES = ("system", "developer", *USER_ROLES, "assistant")
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
-"""Names that data sets and templates have for an assistant's thoughts."""
+"""Names of an assistant's thoughts in data sets and templates."""
 
 _SHAREGPT = {"human": "user", "gpt": "assistant", "observation": "tool", "chatgpt": "assistant", "bot": "assistant"}
 _THOUGHT = re.compile(r"\s*<(think(?:ing)?)>(?P<thought>.*?)</\1>\s*", re.DOTALL)
@@ -29,7 +29,7 @@ class RowError(ValueError):
     """A row that cannot be trained on.
 
     Attributes:
-        reason: short name of the fault, the same for every row that has it; reports count by it.
+        reason: short name of the fault, the same for all rows with this fault; reports count by it.
     """
 
     def __init__(self, record: Record, reason: str, detail: str) -> None:
@@ -45,7 +45,7 @@ def parse_messages(record: Record, name: str, value: Sequence[Any]) -> list[Mess
     """Return the messages in field `name`.
 
     Raises:
-        RowError: a message has no role or content of the kinds known here.
+        RowError: a message has no role or content of a known kind.
     """
     return [parse_message(record, name, message) for message in value]
 
@@ -53,10 +53,10 @@ def parse_messages(record: Record, name: str, value: Sequence[Any]) -> list[Mess
 def parse_message(record: Record, name: str, message: Any) -> Message:
     """Return one message, of the form {"role": …, "content": …} or ShareGPT's {"from": …, "value": …}.
 
-    Contents in parts become one text; nulls are left out; arguments of tool calls become mappings.
+    Contents in parts become one text; nulls are removed; arguments of tool calls become mappings.
 
     Raises:
-        RowError: no known role, no text, or a part that is no text.
+        RowError: no known role, no text, or a part that is not text.
     """
     fields = {k: v for k, v in message.items() if v is not None} if isinstance(message, Mapping) else {}
     if "role" not in fields and "from" in fields and "value" in fields:
@@ -91,7 +91,7 @@ def parse_message(record: Record, name: str, message: Any) -> Message:
 
 
 def split_thought(content: str) -> tuple[str, str]:
-    """Return (the thought that `content` opens with, tags and blanks included, or ""; the rest)."""
+    """Return (the thought with which `content` begins, including tags and blanks, or ""; the rest)."""
     found = _THOUGHT.match(content)
     return (content[: found.end()], content[found.end() :]) if found else ("", content)
 
@@ -103,7 +103,7 @@ def without_thought(message: Message) -> Message:
 
 
 def thought_of(message: Message) -> str:
-    """Return the text of an assistant's thoughts, "" without any."""
+    """Return the text of an assistant's thoughts, "" if there are none."""
     for key in REASONING_KEYS:
         if isinstance(message.get(key), str) and message[key].strip():
             return str(message[key]).strip()
@@ -112,17 +112,17 @@ def thought_of(message: Message) -> str:
 
 
 def is_blank(text: str) -> bool:
-    """Return whether nothing of `text` is visible."""
+    """Return true if nothing in `text` is visible."""
     return not _INVISIBLE.sub("", text)
 
 
 def says_nothing(message: Message) -> bool:
-    """Return whether a message has neither words nor tool calls."""
+    """Return true if a message has neither words nor tool calls."""
     return is_blank(message["content"]) and not message.get("tool_calls")
 
 
 def is_unicode(text: str) -> bool:
-    """Return whether `text` can be written as UTF-8: it holds no half of a surrogate pair."""
+    """Return true if `text` can be written as UTF-8: it contains no half of a surrogate pair."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

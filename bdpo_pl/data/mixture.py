@@ -1,4 +1,4 @@
-"""Training pairs of several sources, each taken as often as its weight says."""
+"""Training pairs of several sources, each repeated according to its weight."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ class DataSource:
     """One of several sources of training pairs.
 
     Args:
-        source: file, folder or hub dataset, as `data.train`.
-        weight: how often each of its pairs is in an epoch: 2 takes each twice, 0.5 half of them, drawn by `data.seed`.
+        source: file, folder or hub dataset, as in `data.train`.
+        weight: number of times that each of its pairs occurs in an epoch: 2 takes each twice, 0.5 half of them, drawn
+            by `data.seed`.
         split: split of a hub dataset; default `data.split`.
         revision: git revision of a hub dataset; default `data.revision`.
         subset: configuration of a hub dataset that has several; default `data.subset`.
 
     Raises:
-        InputError: a weight that is no positive number.
+        InputError: a weight that is not a positive number.
     """
 
     source: str
@@ -42,16 +43,17 @@ class DataSource:
 def join(
     tables: Sequence[PairTable], weights: Sequence[float], reports: Sequence[DataReport], duplicates: str
 ) -> tuple[PairTable, np.ndarray]:
-    """Return the pairs of all `tables` as one, and the weight of each.
+    """Return the pairs of all `tables` in one table, and the weight of each pair.
 
     Args:
         tables: pairs of each source.
-        weights: of each source.
-        reports: of each source; a pair that an earlier source has too is counted in its own source's.
-        duplicates: such pairs are left out (`drop`) or kept (`keep`).
+        weights: weight of each source.
+        reports: report of each source; a pair that also occurs in an earlier source is counted in its own source's
+            report.
+        duplicates: treatment of such pairs: leave out (`drop`) or `keep`.
 
     Raises:
-        InputError: the sources are read in different ways, so that their null prompts differ.
+        InputError: the sources are read in different ways, so their null prompts differ.
     """
     null_prompt = tables[0].null_prompt_ids
     for table, report in zip(tables, reports, strict=True):
@@ -84,14 +86,14 @@ def join(
 
 
 def repeat(table: PairTable, weights: np.ndarray, seed: int) -> PairTable:
-    """Return `table` with each pair as often as its weight says, the fractions drawn by `seed`; order is kept."""
+    """Return `table` with each pair repeated by its weight, fractions drawn by `seed`, in the same order."""
     if np.all(weights == 1.0):
         return table
     whole = np.floor(weights)
     times = whole.astype(np.int64)
     generator = np.random.default_rng(seed)
     for weight in np.unique(weights):
-        # As many of each source's pairs as its fraction comes to, not a coin for each.
+        # The fraction gives an exact number of each source's pairs, not an independent chance for each pair.
         places = np.flatnonzero(weights == weight)
         extra = round((weight - math.floor(weight)) * len(places))
         times[generator.permutation(places)[:extra]] += 1

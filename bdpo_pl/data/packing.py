@@ -1,10 +1,10 @@
-"""Documents and rows: a context that several responses continue is stored, and later computed, once.
+"""Documents and rows: a context with several responses is stored, and later computed, only once.
 
-A document is laid out as [context | response | response | …]. Positions restart after the context in every response,
-and attention (`bdpo_pl.forward.masks`) keeps the responses of a document, and the documents of a row, apart: to the
-model each response follows its context alone, as it would in a row of its own.
+A document is laid out as [context | response | response | …]. Positions restart after the context in every response.
+Attention (`bdpo_pl.forward.masks`) separates the responses of a document and the documents of a row: for the model,
+each response follows only its context, as in a row of its own.
 
-Shapes: R rows; T positions; S sequences, one for each response; N scored tokens.
+Shapes: R rows; T positions; S sequences, one per response; N scored tokens.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from torch import Tensor
 
 from bdpo_pl.data.tokenization import Ids
 
-# Compiled attention wants whole blocks; with dynamic shapes another length costs no compilation.
+# Compiled attention needs whole blocks; with dynamic shapes another length costs no compilation.
 _BLOCK = 128
 
 
 class Document(NamedTuple):
-    """A context and what continues it.
+    """A context and its responses.
 
     Attributes:
-        context: token ids, at least one.
-        responses: (number of the sequence, its token ids), at least one of each.
-        trained: for a sequence's number, which of its tokens are scored; all of those of a sequence that is not there.
+        context: token ids of the context, at least one.
+        responses: (sequence number, token ids) of each response; at least one response, each of at least one token.
+        trained: flags of the scored tokens, by sequence number; all tokens of a sequence that is absent are scored.
     """
 
     context: Ids
@@ -41,41 +41,43 @@ class Document(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in the document, its context counted once."""
+        """Number of tokens in the document, its context counted once."""
         return len(self.context) + sum(len(ids) for _, ids in self.responses)
 
     def split(self) -> list[Document]:
-        """A document for each response, with a context of its own."""
+        """Return a document for each response, with its own copy of the context."""
         return [self._replace(responses=[response]) for response in self.responses]
 
 
 class RowLayout(Enum):
-    """How documents become the rows of a batch."""
+    """The way in which documents become the rows of a batch."""
 
     SPLIT = "split"
-    """Each response in a row of its own behind its context: any causal model reads this."""
+    """Each response in its own row behind its context: any causal model reads this."""
     SHARED = "shared"
-    """Whole documents, several to a row where they fit under the longest: for dense attention masks, whose cost grows
-    with the square of a row's length."""
+    """Whole documents, several per row if they fit within the longest one: for dense attention masks, whose cost grows
+    with the square of a row's length.
+    """
     ONE_ROW = "one_row"
-    """All documents in one row: for block-sparse attention, which skips what its mask hides."""
+    """All documents in one row: for block-sparse attention, which skips masked blocks."""
 
 
 @dataclass
 class SequenceBatch:
-    """Rows of documents and the response tokens to be scored in them.
+    """Rows of documents and their scored response tokens.
 
     Attributes:
         input_ids: (R, T) int64, padded on the right.
-        position_ids: (R, T) int64, of each token in its own sequence; 0 on padding.
-        documents: (R, T) int32, which document of its row a token belongs to; −1 on padding.
+        position_ids: (R, T) int64, position of each token in its own sequence; 0 on padding.
+        documents: (R, T) int32, index of each token's document in its row; −1 on padding.
         branches: (R, T) int32, 0 in a document's context, 1, 2, … in its responses.
-        score_index: (N,) int64 into the flattened (R·T) positions: where each scored token is predicted from.
-        scored: (U,) int64, the same positions, each once, in order.
+        score_index: (N,) int64, index into the flattened (R·T) positions from which each scored token is predicted.
+        scored: (U,) int64, the same positions without repetition, in ascending order.
         labels: (N,) int64, the scored tokens.
-        sequence_ids: (N,) int64, the sequence each scored token belongs to.
-        spans: (S, 4) int64: start and end of each sequence's context, start and end of its response, flattened.
-        shared: whether any row holds more than one sequence, so that it needs a mask of its own.
+        sequence_ids: (N,) int64, sequence number of each scored token.
+        spans: (S, 4) int64, start and end of each sequence's context, start and end of its response, in flattened
+            positions.
+        shared: true if a row contains more than one sequence, so that it needs its own mask.
     """
 
     input_ids: Tensor
@@ -91,12 +93,12 @@ class SequenceBatch:
 
     @property
     def num_sequences(self) -> int:
-        """S."""
+        """Number of sequences S."""
         return self.spans.shape[0]
 
     @property
     def num_tokens(self) -> Tensor:
-        """Tokens in the rows, padding left out."""
+        """Number of tokens in the rows, without padding."""
         return (self.documents >= 0).sum()
 
     @property
@@ -105,18 +107,18 @@ class SequenceBatch:
         return (self.documents >= 0).long()
 
     def to(self, device: torch.device) -> SequenceBatch:
-        """The batch on `device`."""
+        """Return the batch on `device`."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "shared"}
         return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
 
 def lay_out(documents: Sequence[Document], layout: RowLayout, pad_id: int) -> SequenceBatch:
-    """Rows that hold `documents`; every response token is scored, but for those that a document leaves out.
+    """Lay out `documents` in rows. Every response token is scored, except those that a document excludes.
 
     Args:
-        documents: their sequences are numbered 0 … S−1, in any order.
-        layout: how rows are formed.
-        pad_id: fills the padding; the model does not see it.
+        documents: documents whose sequences are numbered 0 … S−1, in any order.
+        layout: way in which rows are formed.
+        pad_id: token id that fills the padding; the model does not see it.
     """
     if layout is RowLayout.SPLIT:
         parts = [part for document in documents for part in document.split()]
@@ -132,7 +134,7 @@ def lay_out(documents: Sequence[Document], layout: RowLayout, pad_id: int) -> Se
     grid = np.zeros((4, len(rows), T), dtype=np.int64)
     grid[0], grid[2] = pad_id, -1
     spans = np.zeros((S, 4), dtype=np.int64)
-    # In the order of the sequences, whatever the rows.
+    # In the order of the sequences, independently of the rows.
     index: list[np.ndarray] = [np.empty(0)] * S
     labels: list[Ids] = [[]] * S
     for r, row in enumerate(rows):
@@ -144,7 +146,8 @@ def lay_out(documents: Sequence[Document], layout: RowLayout, pad_id: int) -> Se
                 start, at = at, at + len(ids)
                 _write(grid[:, r, start:at], ids, len(context), d, branch)
                 spans[s] = np.array([first, first + len(context), start, at]) + r * T
-                # The token at position t is predicted from the one before it: the first, from the context's last.
+                # The token at position t is predicted from its predecessor; the first one, from the context's last
+                # token.
                 index[s] = np.arange(spans[s, 2] - 1, spans[s, 3] - 1)
                 index[s][0] = spans[s, 1] - 1
                 labels[s] = ids
@@ -176,7 +179,7 @@ def _write(part: np.ndarray, ids: Ids, position: int, document: int, branch: int
 
 
 def _first_fit(documents: Sequence[Document], capacity: int) -> list[list[Document]]:
-    """Documents by falling length, each into the fullest row that it still fits into."""
+    """Assign documents, longest first, each to the fullest row in which it still fits."""
     rows: list[list[Document]] = []
     free: list[tuple[int, int]] = []  # (tokens left, row), sorted
     for document in sorted(documents, key=lambda d: d.num_tokens, reverse=True):
@@ -193,5 +196,5 @@ def _first_fit(documents: Sequence[Document], capacity: int) -> list[list[Docume
 
 
 def _row_length(num_tokens: int) -> int:
-    """`num_tokens` rounded up to whole blocks."""
+    """Return `num_tokens` rounded up to whole blocks."""
     return -(-num_tokens // _BLOCK) * _BLOCK

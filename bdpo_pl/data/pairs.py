@@ -1,4 +1,4 @@
-"""Preference pairs as token ids, and how the rows they come from were read."""
+"""Preference pairs as token ids, and counts of how their rows were read."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ class PreferencePair:
     """Token ids of one pair. The model reads `prompt_ids + chosen_ids` and `prompt_ids + rejected_ids`.
 
     Attributes:
-        prompt_ids: at least one token, begun by the BOS token where the tokenizer or the template puts one.
-        chosen_ids: at least one token, ended by the end-of-turn or EOS token unless it was truncated.
-        rejected_ids: likewise.
-        merged: the tokenizer joined the prompt's end with a response's beginning, so the cut lies before that token.
-        chosen_trained: for each token of the chosen response, whether it is trained on; None: all are.
-        rejected_trained: likewise.
-        header: last tokens of the prompt that open the assistant's turn.
+        prompt_ids: token ids of the prompt, at least one; begins with BOS if the tokenizer or the template adds it.
+        chosen_ids: token ids of the chosen response, at least one; ends with end-of-turn or EOS unless truncated.
+        rejected_ids: token ids of the rejected response, likewise.
+        merged: true if the tokenizer joined the prompt's end with a response's beginning; the cut then lies before that
+            token.
+        chosen_trained: flag for each token of the chosen response, true if it is trained on; None: all are.
+        rejected_trained: flags of the rejected response, likewise.
+        header: number of final prompt tokens that open the assistant's turn.
     """
 
     prompt_ids: Ids
@@ -33,14 +34,14 @@ class PreferencePair:
 
 @dataclass
 class ReadAs:
-    """How the rows given to a `PairTokenizer` were read: counts for the data report.
+    """Counts of how a `PairTokenizer` read its rows, for the data report.
 
     Attributes:
-        templated: rows rendered with the chat template.
-        dialogues: of these, texts that held a whole dialogue.
-        plain: rows read as plain text.
-        counts: further counts, by what is counted.
-        added: what the template put before answers.
+        templated: number of rows rendered with the chat template.
+        dialogues: number of these whose texts contained a whole dialogue.
+        plain: number of rows read as plain text.
+        counts: further counts, by name.
+        added: texts that the template put before answers.
     """
 
     templated: int = 0
@@ -50,7 +51,7 @@ class ReadAs:
     added: set[str] = field(default_factory=set)
 
     def add(self, other: ReadAs) -> None:
-        """Add what was counted elsewhere."""
+        """Add the counts of another process."""
         self.templated += other.templated
         self.dialogues += other.dialogues
         self.plain += other.plain
@@ -59,11 +60,11 @@ class ReadAs:
             self.counts[what] = self.counts.get(what, 0) + number
 
     def count(self, what: str, happened: bool = True) -> None:
-        """Count one row if something happened to it."""
+        """Count one row if `happened`."""
         if happened:
             self.counts[what] = self.counts.get(what, 0) + 1
 
 
 def padding_id(tokenizer: Any) -> int:
-    """Return the token id that fills padding, which the model does not see; any will do."""
+    """Return the token id that fills padding. The model does not see it, so any id will do."""
     return int(next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None))

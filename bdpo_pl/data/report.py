@@ -1,4 +1,4 @@
-"""What loading a data source kept, changed and dropped; printed before training."""
+"""Report of what loading a data source kept, changed and dropped; printed before training."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _THOUGHTS = {"train": "trained on", "mask": "read, not trained on", "strip": "ta
 
 @dataclass
 class DataReport:
-    """Counts of one source, in the order things happened to its rows.
+    """Counts of one source, in the order in which they arose.
 
     Attributes:
-        name: which split, as in `train`.
+        name: name of the split, as in `train`.
         source: file or dataset.
-        read: rows read.
-        kept: pairs that will be used.
-        dropped: reason → places of the rows dropped for it.
+        read: number of rows read.
+        kept: number of pairs used.
+        dropped: places of the dropped rows, by reason.
         notes: counts of what was changed or noticed but not dropped.
-        files_left_out: files in the source's folder that are not read.
-        templated: rows rendered with the chat template.
+        files_left_out: unread files in the source's folder.
+        templated: number of rows rendered with the chat template.
     """
 
     name: str
@@ -47,13 +47,13 @@ class DataReport:
         self.dropped.setdefault(reason, []).append(place)
 
     def note(self, what: str, count: int) -> None:
-        """Count something worth knowing; a zero is not worth a line."""
+        """Count something worth knowing; a zero is not reported."""
         if count:
             self.notes[what] = f"{count:,}"
 
     @property
     def num_dropped(self) -> int:
-        """Rows dropped, for whatever reason."""
+        """Number of dropped rows, for any reason."""
         return sum(len(places) for places in self.dropped.values())
 
     def unread(self, name: str) -> None:
@@ -83,7 +83,7 @@ class DataReport:
             self.notes["date that the template writes, pinned (chat_template_kwargs.date_string)"] = str(date)
 
     def lengths(self, table: PairTable) -> None:
-        """Note the token lengths of the kept pairs, and how many responses begin alike."""
+        """Note the token lengths of the kept pairs, and the share of responses with the same beginning."""
         responses = table.trained_lengths.reshape(-1)
         for what, values in (("prompt tokens", table.prompt_lengths), ("response tokens", responses)):
             if len(values):
@@ -96,7 +96,7 @@ class DataReport:
 
 
 def alike(table: PairTable, size: int = 4) -> tuple[float, int]:
-    """Return the share of responses that begin with the commonest first `size` trained tokens, and `size`."""
+    """Return the share of responses that begin with the most common first `size` trained tokens, and `size`."""
     beginnings: Counter[tuple[int, ...]] = Counter()
     for i in range(len(table)):
         pair = table[i]
@@ -108,7 +108,7 @@ def alike(table: PairTable, size: int = 4) -> tuple[float, int]:
 
 
 def report_table(reports: Sequence[DataReport]) -> Table:
-    """The reports as a rich table, one block a split."""
+    """Return the reports as a rich table with one block per split."""
     table = Table(title="Data", title_justify="left", show_header=False)
     table.add_column(overflow="fold")
     table.add_column(justify="right")

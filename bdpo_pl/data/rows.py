@@ -14,23 +14,23 @@ from bdpo_pl.data.sources import Record
 __all__ = ["BOTH_UNSAFE", "Content", "Message", "PreferenceRow", "RowError", "Turns"]
 
 Content = str | list[Message]
-"""Text, or chat messages."""
+"""Text or chat messages."""
 
 BOTH_UNSAFE = "both responses unsafe"
-"""Reason of a `RowError` that is a choice of what to train on, and no fault of the row."""
+"""Reason of a `RowError` that is due to a choice of training data, not to a fault of the row."""
 
-# Nothing that a response holds is so long; a single text of this size would keep a tokenizer busy for minutes.
+# No real response is this long; a single text of this size would occupy a tokenizer for minutes.
 MAX_CHARACTERS = 1_000_000
 
 
 @dataclass(frozen=True)
 class Turns:
-    """A pair as chat messages, of a row whose texts hold whole dialogues.
+    """A pair as chat messages, from a row whose texts are whole dialogues.
 
     Attributes:
-        prompt: turns up to the last of the user's before the responses part.
-        chosen: the assistant's turn, and what follows it.
-        rejected: likewise.
+        prompt: turns up to the user's last one before the responses diverge.
+        chosen: the assistant's turn and all that follows it, preferred.
+        rejected: the assistant's turn and all that follows it, dispreferred.
     """
 
     prompt: list[Message]
@@ -43,17 +43,17 @@ class PreferenceRow:
     """One preference pair before tokenisation.
 
     Attributes:
-        prompt: text, or messages that end with the user's turn; "" when the prompt's text is part of `rendered`.
+        prompt: text, or messages that end with the user's turn; "" if the prompt's text is part of `rendered`.
         chosen: the preferred response.
         rejected: the dispreferred response.
-        record: where the row came from.
-        rendered: the texts are dialogues in a format of their own, which no template is rendered around.
+        record: record from which the row was made.
+        rendered: true if the texts are dialogues in their own format, which are not rendered with a template.
         category: risk category or other label, for reports.
-        chosen_safe: whether the preferred response is safe; None where the data does not say.
-        rejected_safe: whether the dispreferred one is, likewise.
-        turns: what a `rendered` row says as messages, for a model with a chat template.
+        chosen_safe: safety of the preferred response; None if the data does not label it.
+        rejected_safe: safety of the dispreferred response, likewise.
+        turns: content of a `rendered` row as messages, for a model with a chat template.
         tools: descriptions of the functions that the model may call.
-        template_kwargs: variables of the chat template for this row alone.
+        template_kwargs: variables of the chat template, for this row only.
     """
 
     prompt: Content
@@ -70,13 +70,13 @@ class PreferenceRow:
 
 
 def common_prefix_length(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """How many leading elements (characters, messages, token ids) `a` and `b` share."""
+    """Return how many leading elements (characters, messages, token ids) `a` and `b` share."""
     length = min(len(a), len(b))
     return next((i for i in range(length) if a[i] != b[i]), length)
 
 
 def check_row(row: PreferenceRow) -> PreferenceRow:
-    """`row` itself if it can be trained on.
+    """Return `row` itself if it can be trained on.
 
     Raises:
         RowError: an empty prompt or response, or chosen = rejected.
@@ -117,10 +117,10 @@ def check_size(row: PreferenceRow) -> None:
 
 
 def order_by_safety(row: PreferenceRow) -> PreferenceRow:
-    """`row` itself, or with its responses exchanged where only the preferred one is unsafe, as SafeDPO asks.
+    """Return `row`, with exchanged responses if only the preferred one is unsafe, as SafeDPO requires.
 
     Raises:
-        RowError: both responses are unsafe (`BOTH_UNSAFE`), or it is not said of both whether they are.
+        RowError: both responses are unsafe (`BOTH_UNSAFE`), or one of them has no safety label.
     """
     if row.chosen_safe is None or row.rejected_safe is None:
         name = "chosen_safe" if row.chosen_safe is None else "rejected_safe"
@@ -135,10 +135,10 @@ def order_by_safety(row: PreferenceRow) -> PreferenceRow:
 
 
 def parse_flag(record: Record, name: str) -> bool | None:
-    """True or false in field `name`; None where it is missing or null.
+    """Return the true or false in field `name`; None if it is missing or null.
 
     Raises:
-        RowError: anything else.
+        RowError: the field contains anything else.
     """
     value = record.fields.get(name)
     if value is None or isinstance(value, bool):
@@ -147,7 +147,7 @@ def parse_flag(record: Record, name: str) -> bool | None:
 
 
 def parse_content(record: Record, name: str, value: Any) -> Content:
-    """Text or messages in field `name`, validated.
+    """Return the validated text or messages in field `name`.
 
     Raises:
         RowError: missing, null, or neither text nor a list of {"role", "content"} messages with text in them.
@@ -176,7 +176,7 @@ def _check_prompt(record: Record, prompt: list[Message]) -> None:
 
 
 def check_response(record: Record, name: str, response: list[Message]) -> None:
-    """Raise `RowError` unless the messages in field `name` are the assistant's, and what they are answers to."""
+    """Raise `RowError` unless the messages in field `name` are the assistant's and the turns that these answer."""
     first, last = response[0]["role"], response[-1]["role"]
     if first != "assistant" or last != "assistant":
         which, role = ("begins", first) if first != "assistant" else ("ends", last)

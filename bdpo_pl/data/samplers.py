@@ -1,7 +1,8 @@
-"""Which pairs a step sees, on which rank, and what each counts for: always the exact mean over the step's pairs.
+"""Assignment of pairs to steps and ranks, with weights that always give the exact mean over the step's pairs.
 
-Lightning divides every micro-batch's loss by the number of them that it accumulates and averages over ranks, also where
-a step has fewer of them, or of unequal size. So a pair's weight is accumulate · world_size / (pairs in the step).
+Lightning divides every micro-batch's loss by the number of accumulated micro-batches and averages over ranks, even if a
+step has fewer micro-batches or unequal ones. Therefore a pair's weight is accumulate · world_size / (pairs in the
+step).
 """
 
 from __future__ import annotations
@@ -16,28 +17,29 @@ from torch.utils.data import Sampler
 from bdpo_pl.errors import InputError
 
 PairKey = tuple[int, float]
-"""(index of a pair in its table, weight of its loss)."""
+"""Index of a pair in its table, and weight of its loss."""
 
 Step = list[np.ndarray]
-"""Pair indices of each micro-batch of one optimiser step: of rank 0, 1, … and then of the next round of them."""
+"""Pair indices of each micro-batch of one optimiser step: of rank 0, 1, …, then of the next round of ranks."""
 
-# Pairs that differ by less than a 32nd of their size can stand in for each other.
+# Pairs whose sizes differ by less than 1/32 are interchangeable.
 _SIZES_PER_OCTAVE = 32
-# Batches among which like sizes are brought together: enough for tight batches, few enough for mixed steps.
+# Number of batches among which similar sizes are grouped: enough for tight batches, few enough for mixed steps.
 _POOL_BATCHES = 32
 
 
 class StepSampler(Sampler[list[PairKey]]):
-    """Micro-batches of (index, weight) for one rank.
+    """A sampler of micro-batches of (index, weight) for one rank.
 
-    A rank left with no pair gets one of weight zero, because all ranks must take part.
+    A rank without a pair gets one of weight zero, because all ranks must take part.
 
     Args:
-        epoch: called when a pass begins; each epoch has an order of its own. None keeps the table's order.
-        seed: the orders' seed, the same on every rank.
-        accumulate: micro-batches to an optimiser step.
-        rank: this process.
-        world_size: number of processes that split the data.
+        epoch: function that returns the epoch, called when a pass begins; each epoch has its own order. None keeps the
+            table's order.
+        seed: seed of the orders, the same on every rank.
+        accumulate: number of micro-batches per optimiser step.
+        rank: rank of this process.
+        world_size: number of processes among which the data is divided.
     """
 
     def __init__(
@@ -57,16 +59,16 @@ class StepSampler(Sampler[list[PairKey]]):
         self.skip = 0
 
     def skip_batches(self, count: int) -> None:
-        """Leave out the first `count` batches of the next pass alone: the ones a resumed run has behind it."""
+        """Skip the first `count` batches of the next pass only: a resumed run has used them already."""
         self.skip = count
 
     @abstractmethod
     def __len__(self) -> int:
-        """Micro-batches of this rank in an epoch, the same in each."""
+        """Return the number of this rank's micro-batches in an epoch, the same in each epoch."""
 
     @abstractmethod
     def steps(self, rng: np.random.Generator | None) -> Iterator[Step]:
-        """The steps of an epoch in the order that `rng` gives, the same on every rank."""
+        """Yield the steps of an epoch in the order given by `rng`, the same on every rank."""
 
     def __iter__(self) -> Iterator[list[PairKey]]:
         skip, self.skip = self.skip, 0
@@ -83,15 +85,15 @@ class StepSampler(Sampler[list[PairKey]]):
 
 
 class PairBatchSampler(StepSampler):
-    """Micro-batches of a fixed number of pairs.
+    """A sampler of micro-batches with a fixed number of pairs.
 
-    A step takes the next `batch_size · world_size · accumulate` pairs of the epoch's order; the last one of an epoch
-    may hold fewer, which are then dealt out evenly.
+    A step takes the next `batch_size · world_size · accumulate` pairs of the epoch's order. The last step of an epoch
+    may have fewer, which are then distributed evenly.
 
     Args:
-        num_pairs: pairs in the table.
-        batch_size: pairs in one micro-batch of one rank.
-        kwargs: as in `StepSampler`.
+        num_pairs: number of pairs in the table.
+        batch_size: number of pairs in one micro-batch of one rank.
+        kwargs: arguments of `StepSampler`.
     """
 
     def __init__(self, num_pairs: int, batch_size: int, **kwargs: object) -> None:
@@ -105,7 +107,7 @@ class PairBatchSampler(StepSampler):
         return full * self.accumulate + math.ceil(rest / (self.batch_size * self.world_size))
 
     def steps(self, rng: np.random.Generator | None) -> Iterator[Step]:
-        """Consecutive pairs of the order."""
+        """Yield steps of consecutive pairs in the epoch's order."""
         order = np.arange(self.num_pairs) if rng is None else rng.permutation(self.num_pairs)
         window = self.batch_size * self.world_size * self.accumulate
         for start in range(0, self.num_pairs, window):
@@ -115,16 +117,16 @@ class PairBatchSampler(StepSampler):
 
 
 class TokenBatchSampler(StepSampler):
-    """Micro-batches of a bounded number of tokens, like sizes together.
+    """A sampler of micro-batches with a bounded number of tokens, each of similar sizes.
 
-    Which sizes meet in a batch is drawn once, from the seed; which pairs of those sizes, and the order of the batches,
-    are drawn anew each epoch. So batches are shuffled, and there are as many of them in every epoch, which the length
-    of a run and its learning rates are computed from.
+    The sizes in each batch are drawn once, from the seed. The pairs of those sizes and the order of the batches are
+    drawn again in each epoch. Batches are shuffled, yet their number is the same in every epoch: the length of the run
+    and the learning-rate schedule depend on it.
 
     Args:
-        sizes: (M,) tokens of each pair.
-        max_tokens: tokens in a micro-batch at most.
-        kwargs: as in `StepSampler`.
+        sizes: (M,) number of tokens of each pair.
+        max_tokens: maximum number of tokens in a micro-batch.
+        kwargs: arguments of `StepSampler`.
 
     Raises:
         ValueError: a pair is larger than a batch.
@@ -145,12 +147,12 @@ class TokenBatchSampler(StepSampler):
         return math.ceil(len(self._batches_of_sizes) / self.world_size)
 
     def steps(self, rng: np.random.Generator | None) -> Iterator[Step]:
-        """Batches of the planned sizes, in the order that `rng` gives."""
+        """Yield steps of batches of the planned sizes, in the order given by `rng`."""
         shuffle = (lambda values: values) if rng is None else rng.permutation
         supply = {size: iter(shuffle(pairs)) for size, pairs in self._by_size.items()}
         number = len(self._batches_of_sizes)
         batches: Step = [np.empty(0, dtype=np.int64)] * number
-        # Drawn in random order too: pairs of one size do not follow each other through the epochs.
+        # Drawn in random order too, so that pairs of one size do not stay together in all epochs.
         for at in shuffle(np.arange(number)):
             batches[at] = np.array([next(supply[size]) for size in self._batches_of_sizes[at]])
         order = shuffle(np.arange(number))
@@ -161,7 +163,7 @@ class TokenBatchSampler(StepSampler):
 
 
 def check_budget(sizes: np.ndarray, max_tokens: int, places: Sequence[str], option: str) -> None:
-    """Raise `InputError` that names the first pair with more than `max_tokens` tokens, and the `option` to raise."""
+    """Raise `InputError` that names the first pair with more than `max_tokens` tokens, and the `option` to increase."""
     over = np.flatnonzero(sizes > max_tokens)
     if len(over):
         raise InputError(
@@ -176,7 +178,7 @@ def _rounded_up(sizes: np.ndarray) -> np.ndarray:
 
 
 def _fill(sizes: np.ndarray, max_tokens: int) -> Iterator[list[int]]:
-    """Batches of sizes whose sums stay within `max_tokens`: pool after pool of `sizes`, each from large to small."""
+    """Yield batches of sizes with sums of at most `max_tokens`: pool by pool of `sizes`, each in descending order."""
     pools = np.cumsum(sizes) // (max_tokens * _POOL_BATCHES)
     batch: list[int] = []
     total = 0

@@ -1,7 +1,7 @@
-"""Raw records of a data source, each with the place it came from.
+"""Raw records of a data source, each with its origin.
 
-A source is a file (JSON Lines, JSON array, CSV, Parquet, or plain text of a prompt a line, gzipped or not), a folder of
-them, a folder written by `Dataset.save_to_disk`, or the name of a dataset on the Hugging Face hub.
+A source is a file (JSON Lines, JSON array, CSV, Parquet, or plain text with one prompt per line, gzipped or not), a
+folder of them, a folder written by `Dataset.save_to_disk`, or the name of a dataset on the Hugging Face hub.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _LINES = (".jsonl", ".ndjson", ".csv", ".txt")
 
 @dataclass(frozen=True)
 class Record:
-    """One row of a source, before anything is known of its schema.
+    """One row of a source, before its schema is known.
 
     Attributes:
         source: file path or dataset name.
         number: line of a text file with one row a line, counted from 1; row of anything else, counted from 0.
-        fields: column name → value.
+        fields: values by column name.
     """
 
     source: str
@@ -35,7 +35,7 @@ class Record:
 
     @property
     def place(self) -> str:
-        """Where the record stands, for messages."""
+        """Place of the record, for messages."""
         unit = "line" if suffix_of(self.source) in _LINES else "row"
         return f"{self.source}, {unit} {self.number}"
 
@@ -54,11 +54,11 @@ def read_records(
             written by `Dataset.save_to_disk`; otherwise a dataset name on the Hugging Face hub.
         split: split of a hub dataset or of a saved `DatasetDict`; files have none.
         revision: git revision of a hub dataset; pin it to make a run repeatable.
-        subset: which of a hub dataset's configurations, if it has several.
-        on_unread: called with the name of everything in a folder that is not read.
+        subset: configuration of a hub dataset that has several.
+        on_unread: callback that gets the name of every unread entry of a folder.
 
     Raises:
-        InputError: nothing readable there, or a row that is none.
+        InputError: nothing readable is there, or a row is malformed.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -117,7 +117,7 @@ def _hub_dataset(name: str, split: str, revision: str | None, subset: str | None
 
     try:
         data = datasets.load_dataset(name, subset, split=split, revision=revision)
-    except Exception as error:  # the hub client raises many kinds; each means that the dataset could not be had
+    except Exception as error:  # the hub client raises many kinds; each means that the dataset cannot be loaded
         raise InputError(
             f"{name}: neither a file here nor a dataset that could be loaded from the Hugging Face hub "
             f"(split {split!r}, revision {revision or 'newest'}): {type(error).__name__}: {error}"

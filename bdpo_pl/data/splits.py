@@ -15,14 +15,14 @@ from bdpo_pl.errors import InputError
 
 @dataclass(frozen=True)
 class PreferenceSplits:
-    """Pairs of all splits of a job, tokenised, and how they were read.
+    """Tokenised pairs of all splits of a job, and how they were read.
 
     Attributes:
-        tables: pairs by the name of their split (`train`, `held_out`, `train_probe`).
+        tables: pairs, by the name of their split (`train`, `held_out`, `train_probe`).
         tokenizer: the tokenizer that read them.
         truncation: treatment of pairs that are longer than the window.
         chat_template: name of the chat template (`auto`, `none` or a file).
-        probe_indices: places in `train` of the pairs of `train_probe`; None without a probe.
+        probe_indices: indices in `train` of the pairs of `train_probe`; None without a probe.
     """
 
     tables: dict[str, PairTable]
@@ -38,7 +38,7 @@ class PreferenceSplits:
 
 
 def split_by_prompt(table: PairTable, fraction: float, seed: int) -> tuple[PairTable, PairTable]:
-    """(rest, held out): about `fraction` of the pairs held out, by `seed`, no prompt on both sides.
+    """Return (rest, held out): about `fraction` of the pairs held out, by `seed`, with no prompt on both sides.
 
     Raises:
         InputError: there are fewer than two different prompts.

@@ -19,15 +19,15 @@ class PairTable:
 
     Attributes:
         tokens: (total,) int32 token ids.
-        starts: (M + 1,) int64.
-        prompt_lengths: (M,) int32.
-        chosen_lengths: (M,) int32.
-        rejected_lengths: (M,) int32.
-        null_prompt_ids: the null prompt x₀ that comprehension is measured against.
+        starts: (M + 1,) int64, start of each pair in `tokens`, and the total.
+        prompt_lengths: (M,) int32, number of tokens in each prompt.
+        chosen_lengths: (M,) int32, number of tokens in each chosen response.
+        rejected_lengths: (M,) int32, number of tokens in each rejected response.
+        null_prompt_ids: token ids of the null prompt x₀ against which comprehension is measured.
         places: file and row of each pair, for messages.
         categories: label of each pair, "" without one.
-        safe: (2, M) bool, whether the chosen and the rejected responses are safe; None unless it is known of all.
-        trained: (total,) bool, whether a response's token is trained on (unused in prompts); None: all are.
+        safe: (2, M) bool, safety of the chosen and of the rejected responses; None unless all are labelled.
+        trained: (total,) bool, true for response tokens that are trained on (unused in prompts); None: all are.
     """
 
     tokens: np.ndarray
@@ -50,7 +50,7 @@ class PairTable:
         categories: Sequence[str] | None = None,
         safe: np.ndarray | None = None,
     ) -> PairTable:
-        """Pack `pairs`, one after the other; `places` and `categories` default to the index and to no label."""
+        """Pack `pairs` consecutively; `places` and `categories` default to the index and to no label."""
         tokens, lengths, trained = array("i"), array("i"), bytearray()
         is_masked = False
         for p in pairs:
@@ -99,7 +99,7 @@ class PairTable:
 
     @cached_property
     def trained_lengths(self) -> np.ndarray:
-        """(2, M) int32 tokens of the chosen and of the rejected responses that are trained on: |y| of the losses."""
+        """Numbers of trained tokens in the chosen and rejected responses, (2, M) int32: |y| of the losses."""
         lengths = np.stack([self.chosen_lengths, self.rejected_lengths])
         if self.trained is None:
             return lengths
@@ -109,7 +109,7 @@ class PairTable:
         return np.stack([total[middles] - total[cuts], total[self.starts[1:]] - total[middles]]).astype(np.int32)
 
     def select(self, indices: np.ndarray) -> PairTable:
-        """The table of the pairs at `indices`, in that order."""
+        """Return the table of the pairs at `indices`, in that order."""
         return PairTable.from_pairs(
             (self[int(i)] for i in indices),
             self.null_prompt_ids,
@@ -120,21 +120,21 @@ class PairTable:
 
     @property
     def largest_id(self) -> int:
-        """The largest token id in pairs and null prompt."""
+        """Largest token id in the pairs and the null prompt."""
         return max([*self.null_prompt_ids, int(self.tokens.max(initial=0))])
 
     def num_tokens(self, shared: bool) -> np.ndarray:
-        """(M,) tokens that a pair takes in a batch, its prompt counted once if `shared`, else for each response."""
+        """Return each pair's tokens in a batch, (M,); the prompt counts once if `shared`, else once per response."""
         prompts = self.prompt_lengths if shared else 2 * self.prompt_lengths
         return (prompts + self.chosen_lengths + self.rejected_lengths).astype(np.int64)
 
     def prompt_digests(self) -> list[bytes]:
-        """A digest of each pair's prompt tokens: equal digests, equal prompts."""
+        """Return a digest of each pair's prompt tokens: equal digests mean equal prompts."""
         ends = self.starts[:-1] + self.prompt_lengths
         return [_digest(self.tokens[a:b]) for a, b in zip(self.starts[:-1], ends, strict=True)]
 
     def response_digests(self) -> tuple[list[bytes], list[bytes]]:
-        """A digest of each pair's chosen and of its rejected tokens."""
+        """Return a digest of each pair's chosen tokens, and one of its rejected tokens."""
         middles = self.starts[:-1] + self.prompt_lengths
         cuts = middles + self.chosen_lengths
         chosen = [self._digest(a, b) for a, b in zip(middles, cuts, strict=True)]
@@ -142,7 +142,7 @@ class PairTable:
         return chosen, rejected
 
     def pair_digests(self) -> list[bytes]:
-        """A digest of each whole pair, boundaries included."""
+        """Return a digest of each whole pair, including its boundaries."""
         return [
             self._digest(self.starts[i], self.starts[i + 1], self.prompt_lengths[i], self.chosen_lengths[i])
             for i in range(len(self))
@@ -153,7 +153,7 @@ class PairTable:
         return _digest(self.tokens[start:stop], *masks, *parts)
 
     def content_digest(self) -> str:
-        """SHA-256 over all that a model would read: token ids, boundaries and null prompt."""
+        """Return the SHA-256 of all that a model would read: token ids, boundaries and null prompt."""
         digest = hashlib.sha256()
         for part in (
             self.tokens,

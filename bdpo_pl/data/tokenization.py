@@ -1,6 +1,6 @@
-"""From preference rows to token ids, with a prompt/response boundary that is proven for each row.
+"""Tokenisation of preference rows, with a prompt/response boundary that is proven for each row.
 
-Prompt and response are always tokenised together and then cut, because tokenising them apart gives other tokens
+Prompt and response are always tokenised together and then cut, because separate tokenisation gives different tokens
 wherever the tokenizer would have merged across the boundary.
 """
 
@@ -30,7 +30,7 @@ _ASSISTANT_MARK = "\n\nAssistant:"
 
 @dataclass
 class _Texts:
-    """A row as texts: the prompt, and each response behind it."""
+    """The texts of a row: the prompt, and each response behind it."""
 
     prompt: str
     responses: tuple[Response, Response]
@@ -39,18 +39,19 @@ class _Texts:
 
 
 class PairTokenizer:
-    """Tokenises preference rows for one model.
+    """A tokenizer of preference rows for one model.
 
     Args:
         tokenizer: transformers tokenizer with an EOS token.
         chat_template: `auto` renders with the tokenizer's template if it has one (a text prompt becomes the user's
-            turn); `none` takes texts as they are; anything else is the path of a Jinja template file.
+            turn); `none` leaves texts unchanged; anything else is the path of a Jinja template file.
         null_prompt: the user's words in the null prompt x₀ against which comprehension is measured.
         template_kwargs: variables of the chat template for every row (`enable_thinking`, `date_string`, …).
-        thoughts: see `Cutter`.
-        dialogues: rows that hold a whole dialogue as text become chat messages, or stay the text they are.
-        control_tokens: what a text that spells a control token comes to: `text`, a control token (`parse`, only
-            without a chat template), or `auto`: text with a chat template, a row that is refused without.
+        thoughts: treatment of thoughts in responses, as in `Cutter`.
+        dialogues: treatment of rows with a whole dialogue as text: convert it to chat messages (`turns`), or keep it as
+            `text`.
+        control_tokens: treatment of a text that spells a control token: `text`, a control token (`parse`, only without
+            a chat template), or `auto`: text with a chat template; without one, the row is refused.
 
     Raises:
         InputError: no EOS token, an unreadable template, or options that contradict each other.
@@ -100,8 +101,8 @@ class PairTokenizer:
     def null_prompt_ids(self, rendered: bool = False) -> Ids:
         """Return the token ids of the null prompt x₀, at least one.
 
-        With a template, an empty user turn; without one (or for rows that are read as the text they are), the BOS token
-        alone, or the EOS token for tokenizers with no BOS.
+        With a template, an empty user turn; without one (or for rows that are read as plain text), the BOS token alone,
+        or the EOS token for tokenizers without BOS.
         """
         if self.uses_template and not rendered:
             return self.encoder.prompts([Conversation([{"role": "user", "content": self.null_prompt}])])[0]
@@ -110,11 +111,11 @@ class PairTokenizer:
         return ids or [bos if bos is not None else self.tokenizer.eos_token_id]
 
     def reads_as_text(self, row: PreferenceRow) -> bool:
-        """Return whether `row` is read without the chat template."""
+        """Return true if `row` is read without the chat template."""
         return not self.uses_template or (row.rendered and (row.turns is None or self.dialogues == "text"))
 
     def encode(self, rows: Sequence[PreferenceRow]) -> list[PreferencePair | RowError]:
-        """Return the token ids of each row, or why the row has none, in order."""
+        """Return the token ids of each row, or the reason why it has none, in order."""
         results: list[PreferencePair | RowError | None] = [None] * len(rows)
         texts: dict[int, _Texts] = {}
         for i, row in enumerate(rows):
@@ -135,8 +136,8 @@ class PairTokenizer:
         return [result for result in results if result is not None]
 
     def _tokenize(self, group: list[_Texts], templated: bool) -> list[tuple[Ids, Ids, Ids]]:
-        """Ids of the prompt and of each response behind it."""
-        # Before a control token no text joins another; what a text spells is encoded with the texts whole.
+        """Return the ids of the prompt and of each response behind it."""
+        # Texts do not merge across a control token, so they are cut at one; those that spell one are encoded whole.
         starts = [self._last_turn(t.prompt) if templated and not t.spelled else 0 for t in group]
         flat: list[str] = []
         for texts, start in zip(group, starts, strict=True):
@@ -155,7 +156,7 @@ class PairTokenizer:
         ]
 
     def _last_turn(self, prompt: str) -> int:
-        """Where the last of the control tokens that open the assistant's turn begins, or 0."""
+        """Return where the last of the control tokens that open the assistant's turn begins, or 0."""
         if self._opening is None:
             return 0
         return max(0, prompt.rfind(self._opening))
@@ -177,7 +178,7 @@ class PairTokenizer:
         return Cutter(self.encoder.template, stops, self.thoughts)
 
     def _templated_texts(self, row: PreferenceRow) -> _Texts:
-        """Prompt and responses as the template writes them."""
+        """Return prompt and responses as the template writes them."""
         record = row.record
         source = row if row.turns is None else row.turns
         spelled = Spelled()
@@ -203,7 +204,7 @@ class PairTokenizer:
         return _Texts(opened, (responses[0], responses[1]), spelled, True)
 
     def _plain_texts(self, row: PreferenceRow) -> _Texts:
-        """Prompt and responses as they are, without the final EOS."""
+        """Return prompt and responses unchanged, without the final EOS."""
         record = row.record
         if not (isinstance(row.prompt, str) and isinstance(row.chosen, str) and isinstance(row.rejected, str)):
             raise InputError(
@@ -242,7 +243,7 @@ class PairTokenizer:
         return _Texts(prompt, (first, second), spelled, False)
 
     def _plain(self, texts: list[str], spelled: Sequence[Spelled | None]) -> list[Ids]:
-        """Ids with what the tokenizer puts around a text, but no doubled BOS and no EOS that the text lacks."""
+        """Return ids with the tokens that the tokenizer adds around a text, but no doubled BOS and no added EOS."""
         control = self.encoder.control
         if self.control_tokens != "parse" and not any(spelled):
             found = [Spelled() for _ in texts]
@@ -262,7 +263,7 @@ class PairTokenizer:
         """Cut both sequences at the end of the prompt, or before the one token that spans the boundary.
 
         Raises:
-            RowError: the prompt's tokens are others with a response behind it, or two responses are the same.
+            RowError: the prompt's tokens change with a response behind it, or both responses are the same.
         """
         sides = [
             self._rejoin(texts, prompt, response, ids) for response, ids in zip(texts.responses, wholes, strict=True)
@@ -295,7 +296,7 @@ class PairTokenizer:
         )
 
     def _rejoin(self, texts: _Texts, prompt: Ids, response: Response, whole: Ids) -> Ids:
-        """`whole`, or the prompt's own ids and then the response's where what the template adds would join the two."""
+        """Return `whole`, or the prompt's ids and the response's ids if the template's addition would merge the two."""
         if not response.added or whole[: len(prompt)] == prompt:
             return whole
         return prompt + self.encoder.control.encode([response.text[response.boundary :]], [texts.spelled])[0]
@@ -303,7 +304,7 @@ class PairTokenizer:
     def _check_merged(
         self, row: PreferenceRow, texts: _Texts, response: Response, prompt: Ids, whole: Ids, cut: int
     ) -> None:
-        """Raise `RowError` unless the prompt's tokens end at the boundary, or with one that spans it."""
+        """Raise `RowError` unless the prompt's tokens end at the boundary, or with one token that spans it."""
         if whole[: len(prompt)] == prompt:
             return
         control = self.encoder.control
@@ -321,7 +322,7 @@ class PairTokenizer:
         )
 
     def _trained(self, texts: _Texts, response: Response, whole: Ids, cut: int) -> tuple[bool, ...] | None:
-        """For each token of the response, whether any of its characters lies in a stretch that is trained on."""
+        """Return a flag for each token of the response: true if any of its characters is in a trained span."""
         if not response.is_masked:
             return None
         size = len(whole) - cut
@@ -358,7 +359,7 @@ class PairTokenizer:
         return {}
 
     def _header(self, texts: _Texts, prompt: Ids, cut: int) -> int:
-        """Last tokens of the prompt that open the assistant's turn."""
+        """Return the number of final prompt tokens that open the assistant's turn."""
         facts = self.encoder.template.facts(Conversation([])) if texts.templated else None
         text = facts.after_user if facts is not None else _ASSISTANT_MARK
         if not texts.prompt.endswith(text):

@@ -1,4 +1,4 @@
-"""What happens to a pair that is longer than the window."""
+"""Treatment of pairs that are longer than the window."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ class Truncation:
     """The policy for pairs whose prompt and longer response exceed `max_length` tokens.
 
     `drop` leaves the pair out. `keep_start` and `keep_end` first shorten the prompt, from its end (the tokens that open
-    the assistant's turn stay) or from its start (a leading BOS stays), down to `max_prompt_length` at the least; what
-    still does not fit is cut off the responses' ends, which then have no EOS. A response never becomes empty.
+    the assistant's turn remain) or from its start (a leading BOS remains), to no fewer than `max_prompt_length` tokens.
+    If the pair still does not fit, the ends of the responses are cut off, which then have no EOS. A response never
+    becomes empty.
 
     Args:
-        max_length: window in tokens, prompt + response.
-        mode: `drop`, `keep_start` or `keep_end`.
-        max_prompt_length: tokens that the prompt may always keep; default half the window.
+        max_length: window in tokens, for prompt and response together.
+        mode: treatment of longer pairs: `drop`, `keep_start` or `keep_end`.
+        max_prompt_length: number of tokens that the prompt may always keep; default half the window.
 
     Raises:
         InputError: a length out of range.
@@ -42,11 +43,11 @@ class Truncation:
             )
 
     def fits(self, pair: PreferencePair) -> bool:
-        """Whether both sequences of `pair` are within the window as they are."""
+        """Return true if both sequences of `pair` fit into the window unchanged."""
         return len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) <= self.max_length
 
     def apply(self, pair: PreferencePair, bos_token_id: int | None) -> PreferencePair | None:
-        """`pair` cut to the window; None where the policy drops it or the cut leaves two equal responses."""
+        """Return `pair` cut to the window; None if the policy drops it or the cut leaves two equal responses."""
         if self.fits(pair):
             return pair
         if self.mode == "drop":

@@ -1,4 +1,4 @@
-"""Schemas of preference data. A new one is a file beside these and a line in `SCHEMAS`."""
+"""Schemas of preference data. A new one is a file in this folder and a line in `SCHEMAS`."""
 
 from __future__ import annotations
 
@@ -9,4 +9,4 @@ from bdpo_pl.data.schemas.safe_rlhf import SAFE_RLHF
 from bdpo_pl.data.schemas.schema import Schema
 
 SCHEMAS: tuple[Schema, ...] = (SAFE_RLHF, AZURE, KTO_, SHARE_GPT, HH_RLHF, ORCA, PREFERENCE)
-"""In the order they are tried: columns of a later one may be in a file of an earlier one too."""
+"""Schemas in the order in which they are tried: a file of an earlier one may have the columns of a later one too."""

@@ -1,6 +1,6 @@
 """Anthropic's HH-RLHF: `chosen` and `rejected` are dialogues (`Human: … Assistant: …`) that share a beginning.
 
-For a model with a chat template they become chat messages; otherwise they stay the text they are.
+For a model with a chat template they become chat messages; otherwise they remain text.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 class HHRLHF(Schema):
-    """Dialogues in HH-RLHF's form."""
+    """The schema of dialogues in HH-RLHF's format."""
 
     def recognises(self, first: Record) -> bool:
-        """Return whether both texts are dialogues, and there is no prompt beside them."""
+        """Return true if both texts are dialogues and there is no prompt column."""
         texts = [first.fields.get(column) for column in self.required]
         return "prompt" not in first.fields and all(isinstance(text, str) and is_dialogue(text) for text in texts)
 
     def parse(self, record: Record) -> PreferenceRow:
-        """Return the preference row in `record`; see `parse_dialogues`."""
+        """Return the preference row in `record`, as `parse_dialogues` reads it."""
         chosen, rejected = (parse_content(record, name, record.fields.get(name)) for name in self.required)
         if not isinstance(chosen, str) or not isinstance(rejected, str):
             raise RowError(record, "wrong type", "'chosen' and 'rejected' must be dialogues as text")
@@ -45,15 +45,15 @@ HH_RLHF = HHRLHF(
 
 
 def is_dialogue(text: str) -> bool:
-    """Return whether `text` begins as HH-RLHF's dialogues do and holds an answer."""
+    """Return true if `text` begins as HH-RLHF's dialogues do and contains an answer."""
     return _opened(text).startswith("\n\nHuman:") and "\n\nAssistant:" in text
 
 
 def parse_dialogues(record: Record, chosen: str, rejected: str) -> PreferenceRow:
-    """Return the row of two dialogues: as text, cut before the answers that part, and as messages.
+    """Return the row of two dialogues: as text, cut before the answers that differ, and as messages.
 
     Raises:
-        RowError: they do not part at an answer, or one is empty.
+        RowError: the dialogues do not diverge at an answer, or one is empty.
     """
     chosen, rejected = _opened(chosen), _opened(rejected)
     turns = [_turns(text) for text in (chosen, rejected)]
@@ -69,12 +69,12 @@ def parse_dialogues(record: Record, chosen: str, rejected: str) -> PreferenceRow
 
 
 def _opened(text: str) -> str:
-    """`text` with the two line breaks that the first mark has."""
+    """Return `text` with the two line breaks of the first mark."""
     return "\n\n" + text.lstrip("\n") if text.lstrip("\n").startswith("Human:") else text
 
 
 def _turns(text: str) -> list[tuple[str, str, int]]:
-    """(role, words, where they begin) of each turn."""
+    """Return (role, words, position of the words) of each turn."""
     marks = list(_MARK.finditer(text))
     ends = [mark.start() for mark in marks[1:]] + [len(text)]
     return [(_ROLES[mark[1]], text[mark.end() : end], mark.end()) for mark, end in zip(marks, ends, strict=True)]

@@ -1,7 +1,7 @@
-"""The common preference schema: `chosen`, `rejected` and, unless it is implicit in them, `prompt`.
+"""The common preference schema: `chosen`, `rejected` and, unless they contain it, `prompt`.
 
-Optional are `system`, `tools`, `chat_template_kwargs`, `category`, a label for reports, and `chosen_safe` and
-`rejected_safe`, true or false.
+Optional columns are `system`, `tools`, `chat_template_kwargs`, `category` (a label for reports), and `chosen_safe` and
+`rejected_safe` (true or false).
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ SHARED_COLUMNS = ("system", "tools", "chat_template_kwargs", "category", *SAFETY
 
 
 class Preference(Schema):
-    """Text or messages, with the prompt in a column of its own or implicit."""
+    """The schema of texts or messages, with the prompt in its own column or implicit."""
 
     def parse(self, record: Record) -> PreferenceRow:
         """Return the preference row in `record`.
 
-        Without a `prompt`, `chosen` and `rejected` are whole conversations, and the prompt is what they begin with in
-        common: messages, or dialogues in HH-RLHF's form. With one, they may be whole conversations all the same
-        (UltraFeedback's layout): the prompt is then taken out of them.
+        Without a `prompt` column, `chosen` and `rejected` are whole conversations, and the prompt is their common
+        beginning: messages, or dialogues in HH-RLHF's format. With the column, they may still be whole conversations
+        (UltraFeedback's layout); the prompt is then removed from them.
 
         Raises:
             RowError: a field is missing, empty or of the wrong type, or an implicit prompt cannot be found.
@@ -62,7 +62,7 @@ def parse_response(record: Record, name: str) -> Content:
     """Return the response in column `name`: text, messages, or a single message.
 
     Raises:
-        RowError: it is something else.
+        RowError: the column contains something else.
     """
     value = record.fields.get(name)
     return parse_content(record, name, [value] if isinstance(value, dict) else value)
@@ -86,7 +86,7 @@ def _is_whole(chosen: list[Message], rejected: list[Message]) -> bool:
 def _take_out(
     record: Record, prompt: Content, chosen: list[Message], rejected: list[Message]
 ) -> tuple[Content, Content, Content]:
-    """The prompt that two whole conversations share, if the `prompt` column says the same."""
+    """Return the common prompt of two whole conversations and the rest of each, if the `prompt` column agrees."""
     turns, chosen, rejected = split_conversations(record, chosen, rejected)
     if isinstance(prompt, str):
         if any(m["role"] == "user" and m["content"].strip() == prompt.strip() for m in turns):

@@ -1,4 +1,4 @@
-"""Layouts that other projects publish preference data in: ShareGPT's, Orca's, Azure's and KTO's."""
+"""Layouts of preference data published by other projects: ShareGPT's, Orca's, Azure's and KTO's."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from bdpo_pl.errors import InputError
 
 
 class ShareGPT(Schema):
-    """A conversation up to the user's last turn, and two answers to it."""
+    """The schema of a conversation up to the user's last turn, and two answers to it."""
 
     def recognises(self, first: Record) -> bool:
-        """Return whether the conversation is a list of turns, and no prompt is beside it."""
+        """Return true if the conversation is a list of turns and there is no prompt column."""
         return super().recognises(first) and "prompt" not in first.fields and _is_list(first.fields["conversations"])
 
     def parse(self, record: Record) -> PreferenceRow:
@@ -32,10 +32,10 @@ class ShareGPT(Schema):
 
 
 class Orca(Schema):
-    """A system message, a question and two answers."""
+    """The schema of a system message, a question and two answers."""
 
     def recognises(self, first: Record) -> bool:
-        """Return whether a question is there, and no prompt beside it."""
+        """Return true if there is a question and no prompt column."""
         has_question = "question" in first.fields or "input" in first.fields
         return super().recognises(first) and has_question and "prompt" not in first.fields
 
@@ -51,15 +51,15 @@ class Orca(Schema):
         return check_row(make_row(record, prompt, chosen, rejected))
 
     def check_unread(self, record: Record, row: Any, ignore: Any) -> None:
-        """Let no other column go unread than the one that is the question."""
+        """Allow no unread column except the question."""
         super().check_unread(record, row, (*ignore, "question" if "question" in record.fields else "input"))
 
 
 class Azure(Schema):
-    """OpenAI's and Azure's: `input` with the messages, and two outputs."""
+    """The schema of OpenAI and Azure: `input` with the messages, and two outputs."""
 
     def recognises(self, first: Record) -> bool:
-        """Return whether both outputs are there."""
+        """Return true if both outputs are there."""
         return "preferred_output" in first.fields and "non_preferred_output" in first.fields
 
     def parse(self, record: Record) -> PreferenceRow:
@@ -74,13 +74,13 @@ class Azure(Schema):
 
 
 class KTO(Schema):
-    """Single answers with a label; those of one prompt that bear both labels are paired."""
+    """The schema of single answers with a label; answers to one prompt with different labels are paired."""
 
     def rows(self, records: Iterable[Record], context: SchemaContext) -> Iterable[PreferenceRow]:
-        """Return pairs: each good answer of a prompt with a bad one, in order.
+        """Return pairs: each good answer to a prompt with a bad one, in order.
 
         Raises:
-            InputError: no prompt has answers of both labels.
+            InputError: no prompt has answers with both labels.
         """
         groups: dict[str, tuple[list[_Labelled], list[_Labelled]]] = {}
         source = ""

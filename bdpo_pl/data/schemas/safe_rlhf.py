@@ -1,7 +1,7 @@
-"""PKU-SafeRLHF's own schema (licence CC BY-NC 4.0), and which of its pairs teach safety.
+"""The schema of PKU-SafeRLHF (licence CC BY-NC 4.0), and the selection of its pairs that teach safety.
 
-`better_response_id` is the more helpful response and may be an unsafe one, so it decides only between two safe
-responses. Where one response is unsafe the safe one is chosen, as the B-DPO paper does.
+`better_response_id` is the more helpful response, which may be unsafe, so it decides only between two safe responses.
+If one response is unsafe, the safe one is chosen, as in the B-DPO paper.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ REQUIRED_COLUMNS = (
     "better_response_id",
     "safer_response_id",
 )
-"""Those of all its releases: the ones of 10,000 and 30,000 rows have no severity and no harm categories."""
+"""Columns of all its releases: those of 10,000 and 30,000 rows have no severity and no harm categories."""
 
 SAFE_QUERY = "safe query"
 UNSAFE_QUERY = "unsafe query"
 
 
 class SafeRLHF(Schema):
-    """PKU-SafeRLHF's rows, and the draw among them."""
+    """The schema of PKU-SafeRLHF's rows, and the draw among them."""
 
     def recognises(self, first: Record) -> bool:
-        """Return whether any of its unmistakable columns is there: a file that lost one is told which."""
+        """Return true if any of its distinctive columns is there; a missing one is then named in an error."""
         return bool(first.fields.keys() & {"is_response_0_safe", "is_response_1_safe", "safer_response_id"})
 
     def rows(self, records: Iterable[Record], context: SchemaContext) -> Iterable[PreferenceRow]:
-        """Return the rows that are drawn, in file order."""
+        """Return the drawn rows, in file order."""
         options, report = context.safe_rlhf, context.report
         kinds = self._parsed(records, context, lambda record: parse_safe_rlhf(record, options.both_unsafe))
         rows, drawn = draw_queries(kinds, options, context.seed)
@@ -52,7 +52,7 @@ SAFE_RLHF = SafeRLHF(
 
 
 def parse_safe_rlhf(record: Record, both_unsafe: Literal["drop", "safer"] = "drop") -> tuple[str, PreferenceRow]:
-    """(`SAFE_QUERY` or `UNSAFE_QUERY`, the preference row) of a PKU-SafeRLHF record.
+    """Return (`SAFE_QUERY` or `UNSAFE_QUERY`, the preference row) of a PKU-SafeRLHF record.
 
     Raises:
         RowError: a field is missing or of the wrong type, or both responses are unsafe and `both_unsafe` is `drop`.
@@ -87,9 +87,9 @@ def parse_safe_rlhf(record: Record, both_unsafe: Literal["drop", "safer"] = "dro
 def draw_queries(
     rows: Iterable[tuple[str, PreferenceRow]], options: SafeRLHFOptions, seed: int
 ) -> tuple[list[PreferenceRow], dict[str, tuple[int | None, int]]]:
-    """The rows to train on, in file order, and for each kind of query (asked for, taken).
+    """Return the rows to train on, in file order, and (number requested, number taken) of each kind of query.
 
-    Where a number is asked for, queries are drawn without replacement by `seed`, one pair of each.
+    If a number is requested, queries are drawn without replacement by `seed`, one pair of each.
     """
     by_kind: dict[str, list[PreferenceRow]] = {SAFE_QUERY: [], UNSAFE_QUERY: []}
     for kind, row in rows:
@@ -138,7 +138,7 @@ def _response_id(record: Record, name: str) -> int:
 
 
 def _category(record: Record, response: int) -> str:
-    """Harm categories of one response, as a label; the field is a mapping of category → bool."""
+    """Return the harm categories of one response as a label; the field is a mapping of category → bool."""
     categories = record.fields.get(f"response_{response}_harm_category")
     if not isinstance(categories, dict):
         return ""

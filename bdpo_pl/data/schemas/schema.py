@@ -1,4 +1,4 @@
-"""What a schema of preference data is: how its rows are recognised, and how each becomes a preference row."""
+"""The interface of a preference-data schema: recognition of its rows, and their conversion to preference rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 SAFETY_COLUMNS = ("chosen_safe", "rejected_safe")
 
-# Columns that hold part of what a model should read, by the name that this project has for what they hold.
+# Columns with content that a model should read, by this project's name of that content.
 _TEXT_COLUMNS = {
     "system": "system",
     "system_prompt": "system",
@@ -35,19 +35,20 @@ _TEXT_COLUMNS = {
 }
 
 Refuse = Callable[[RowError, Record], None]
-"""Counts a row that cannot be trained on, or ends the run for it."""
+"""A function that counts a row that cannot be trained on, or ends the run because of it."""
 
 
 @dataclass
 class SafeRLHFOptions:
-    """Which pairs of PKU-SafeRLHF to take.
+    """The selection of pairs from PKU-SafeRLHF.
 
-    A query is safe when both its responses are, and unsafe when one or both are not.
+    A query is safe if both its responses are, and unsafe if one or both are not.
 
     Args:
-        num_safe: safe queries to draw, one pair each; None takes every pair. The paper draws 10,000.
-        num_unsafe: unsafe queries to draw, likewise.
-        both_unsafe: a pair of two unsafe responses is dropped (`drop`) or its `safer_response_id` is chosen (`safer`).
+        num_safe: number of safe queries to draw, one pair each; None takes every pair. The paper draws 10,000.
+        num_unsafe: number of unsafe queries to draw, one pair each; None takes every pair.
+        both_unsafe: treatment of a pair of two unsafe responses: `drop` it, or choose its `safer_response_id`
+            (`safer`).
     """
 
     num_safe: int | None = None
@@ -57,14 +58,14 @@ class SafeRLHFOptions:
 
 @dataclass
 class SchemaContext:
-    """What a schema needs beside its records.
+    """The input of a schema besides its records.
 
     Attributes:
-        report: takes down what was done.
-        refuse: see `Refuse`.
-        seed: of draws.
-        safe_rlhf: pairs of PKU-SafeRLHF to take.
-        ignore: columns that are left out on purpose.
+        report: report to which the schema adds its counts.
+        refuse: function called for each row that cannot be trained on.
+        seed: seed of draws.
+        safe_rlhf: selection of pairs from PKU-SafeRLHF.
+        ignore: columns left out on purpose.
     """
 
     report: DataReport
@@ -79,11 +80,11 @@ class Schema:
     """A layout of preference data.
 
     Attributes:
-        name: as in `data.load.format`.
-        required: columns that every row has.
+        name: name of the schema, as in `data.load.format`.
+        required: columns of every row.
         reads: further columns that are read.
-        is_messy: a published set with rows that cannot be used: they are left out and counted by default.
-        about: what its rows hold, for documentation.
+        is_messy: true for a published set with unusable rows, which are left out and counted by default.
+        about: content of the rows, for documentation.
     """
 
     name: str
@@ -97,7 +98,7 @@ class Schema:
         object.__setattr__(self, "_all", frozenset((*self.required, *self.reads)))
 
     def recognises(self, first: Record) -> bool:
-        """Return whether the file whose first record is `first` has this schema."""
+        """Return true if the file whose first record is `first` has this schema."""
         return all(column in first.fields for column in self.required)
 
     def parse(self, record: Record) -> PreferenceRow:
@@ -109,7 +110,7 @@ class Schema:
         raise NotImplementedError
 
     def rows(self, records: Iterable[Record], context: SchemaContext) -> Iterable[PreferenceRow]:
-        """Return the preference rows of `records`, those that cannot be trained on refused."""
+        """Return the preference rows of `records`; rows that cannot be trained on are refused."""
         return self._parsed(records, context, self.parse)
 
     def _parsed(
@@ -153,12 +154,12 @@ def _words(prompt: Content) -> str:
 
 
 def make_row(record: Record, prompt: Content, chosen: Content, rejected: Content, **more: Any) -> PreferenceRow:
-    """Return the row of these texts and of the columns that all schemas share.
+    """Return the row of these texts and of the columns that are common to all schemas.
 
     These are `category`, `chosen_safe` and `rejected_safe`, `system`, `tools` and `chat_template_kwargs`.
 
     Raises:
-        RowError: one of them holds something else than it should.
+        RowError: one of them contains an invalid value.
     """
     category = record.fields.get("category")
     chosen_safe, rejected_safe = (parse_flag(record, name) for name in SAFETY_COLUMNS)
@@ -174,10 +175,10 @@ def make_row(record: Record, prompt: Content, chosen: Content, rejected: Content
 
 
 def with_system(record: Record, prompt: Content) -> Content:
-    """Return `prompt` with the `system` column's text before it.
+    """Return `prompt` preceded by the text of the `system` column.
 
     Raises:
-        RowError: it is no text, or the prompt has another system message.
+        RowError: the column is not text, or the prompt has another system message.
     """
     value = record.fields.get("system")
     if value is None or (isinstance(value, str) and not value.strip()):
@@ -196,10 +197,10 @@ def with_system(record: Record, prompt: Content) -> Content:
 def split_conversations(
     record: Record, chosen: list[Message], rejected: list[Message]
 ) -> tuple[list[Message], list[Message], list[Message]]:
-    """Return (prompt, chosen, rejected) of two whole conversations: what they begin with in common, and the rest.
+    """Return (prompt, chosen, rejected) of two whole conversations: their common beginning, and the rest of each.
 
     Raises:
-        RowError: they do not part at a turn of the assistant's.
+        RowError: they do not diverge at a turn of the assistant.
     """
     cut = common_prefix_length(chosen, rejected)
     parting = [turns[cut]["role"] if cut < len(turns) else "nothing" for turns in (chosen, rejected)]
@@ -256,7 +257,7 @@ def _template_kwargs(record: Record) -> dict[str, Any]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """`value` without the nulls that Parquet fills a mapping up with."""
+    """Return `value` without the nulls with which Parquet fills up a mapping."""
     if isinstance(value, Mapping):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
