@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from bdpo_pl.data.chat_template import chat_encoder
+from bdpo_pl.data.control_tokens import Spelled
 from bdpo_pl.evaluation.chat.chat_model import Message
 from bdpo_pl.evaluation.judges.judge import Exchange, Verdict
 from bdpo_pl.evaluation.judges.model_judge import AskingJudge
@@ -87,6 +89,26 @@ class ShieldGemmaJudge(_YesNoJudge):
         return [{"role": "user", "content": content.replace("\0", exchange.response)}]
 
 
-def encode_whole(tokenizer: Any, conversation: list[Message]) -> list[int]:
-    """Encode the single turn in `conversation`, which is a complete prompt, without a chat template."""
-    return list(tokenizer(conversation[-1]["content"], verbose=False)["input_ids"])
+def encode_harmbench(tokenizer: Any, conversation: list[Message]) -> list[int]:
+    """Return the token ids of HarmBench's whole prompt; what behaviour and answer spell stays text."""
+    return _encode(tokenizer, conversation, _HARMBENCH, ("{behavior}", "{generation}"))
+
+
+def encode_shieldgemma(tokenizer: Any, conversation: list[Message]) -> list[int]:
+    """Return the token ids of ShieldGemma's whole prompt; what request and answer spell stays text."""
+    return _encode(tokenizer, conversation, _SHIELDGEMMA, ("{prompt}", "{response}"))
+
+
+def _encode(tokenizer: Any, conversation: list[Message], form: str, fields: tuple[str, str]) -> list[int]:
+    """Return the token ids of a form that has been filled in: its own marks are control tokens, its fields never are.
+
+    The request ends where the form first allows it to, so that no mark that an answer spells counts as the form's.
+    """
+    before, rest = form.split(fields[0])
+    between, after = rest.split(fields[1])
+    parts = (re.escape(before), "(.*?)", re.escape(between), "(.*)", re.escape(after))
+    found = re.fullmatch("".join(parts), str(conversation[-1]["content"]), re.DOTALL)
+    assert found is not None, "the conversation was made with another form"
+    control, spelled = chat_encoder(tokenizer).control, Spelled()
+    request, answer = (control.protect(text, spelled) for text in found.groups())
+    return control.encode([before + request + between + answer + after], [spelled], add_special_tokens=True)[0]

@@ -94,13 +94,13 @@ def wildguard(**options: Any) -> WildGuardJudge:
 def harmbench(**options: Any) -> published.HarmBenchJudge:
     """Build a judge that is HarmBench's Llama-2-13B classifier."""
     return _asking(
-        published.HarmBenchJudge, published.encode_whole, "cais/HarmBench-Llama-2-13b-cls", **options
+        published.HarmBenchJudge, published.encode_harmbench, "cais/HarmBench-Llama-2-13b-cls", **options
     )  # fmt: skip
 
 
 def shieldgemma(**options: Any) -> published.ShieldGemmaJudge:
     """Build a judge that is ShieldGemma."""
-    return _asking(published.ShieldGemmaJudge, published.encode_whole, "google/shieldgemma-2b", **options)
+    return _asking(published.ShieldGemmaJudge, published.encode_shieldgemma, "google/shieldgemma-2b", **options)
 
 
 def chat(unsafe_from: float = 0.5, **options: Any) -> ChatJudge:
