@@ -1,1 +1,1 @@
-"""From a batch to log-probabilities: masks, prompt sharing, the fused head, and the trials that admit them."""
+"""From a batch to log-probabilities: masks, prefix sharing, the fused head, and the trials that validate them."""

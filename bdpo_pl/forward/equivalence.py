@@ -1,4 +1,4 @@
-"""Whether two computations of the same thing agree: up to rounding, and no further."""
+"""Comparison of two computations of the same quantity: they must agree up to rounding."""
 
 from __future__ import annotations
 
@@ -9,34 +9,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Rounding of a log-probability of one token, in units of its dtype's precision: the errors of many layers' products,
-# of logits of some ten nats. Half precision rounds every activation and leaves less room for chance.
+# Rounding of a log-probability of one token, in units of its dtype's precision: the errors of the products of many
+# layers, for logits of about ten nats. Half precision rounds every activation, so its errors vary less.
 _UNITS, _HALF_UNITS = 16.0, 2.0
 _LEAST_NATS = 8.0
-# Gradients, as the norm of a difference in units of the norm; those of half precision differ by some per cent.
+# Bound of the norm of a difference of gradients, relative to their norm; in half precision they differ by some per
+# cent.
 _GRADIENT_BOUND = {torch.float64: 1e-7, torch.float32: 1e-3}
 _HALF_GRADIENT_BOUND = 0.1
-# With TF32, products of float32 have 10 bits.
+# With TF32, products of float32 have 10 bits of precision.
 _TF32_EPS, _TF32_GRADIENT_BOUND = 2.0**-10, 3e-2
-# A part with less than this share of the largest part's gradient is measured in units of that share.
+# The error of a part with less than this share of the largest part's gradient is measured relative to that share.
 _SMALL_SHARE = 0.05
 
 
 def compute_dtype(model: Any) -> torch.dtype:
-    """The dtype of `model`'s products: its own, or autocast's."""
+    """Return the dtype of `model`'s products: its own, or autocast's."""
     device = next(model.parameters()).device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
 
 
 def rounding_of_logps(logps: Tensor, lengths: Tensor, dtype: torch.dtype) -> Tensor:
-    """(S,) nats by which rounding alone may change the log-probabilities of responses.
+    """Return the (S,) nats by which rounding alone may change the log-probabilities of responses.
 
-    The errors of n tokens add up as those of independent draws do, so the bound grows with √n.
+    The errors of n tokens add up like independent draws, so the bound grows with √n.
 
     Args:
         logps: (S,) log-probabilities, summed over the tokens of each response.
-        lengths: (S,) tokens n of each response.
-        dtype: of the products.
+        lengths: (S,) numbers n of tokens in the responses.
+        dtype: dtype of the products.
     """
     eps, units = torch.finfo(dtype).eps, _UNITS
     if dtype not in _GRADIENT_BOUND:
@@ -48,18 +49,20 @@ def rounding_of_logps(logps: Tensor, lengths: Tensor, dtype: torch.dtype) -> Ten
 
 
 def rounding_of_gradients(dtype: torch.dtype) -> float:
-    """The largest `gradient_error` that rounding in `dtype` explains."""
+    """Return the largest `gradient_error` that rounding in `dtype` explains."""
     if dtype == torch.float32 and _tf32():
         return _TF32_GRADIENT_BOUND
     return _GRADIENT_BOUND.get(dtype, _HALF_GRADIENT_BOUND)
 
 
 def gradient_error(parts: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest norm of a difference of two parts, relative to the expected part's norm; NaN if anything is.
+    """Return the largest norm of a difference of two parts, relative to the expected part's norm.
+
+    Return NaN if any value is NaN.
 
     Args:
-        parts: gradients, cut into pieces so that none is too small to be seen.
-        expected: the same pieces as they should be.
+        parts: gradients, split into parts, because the error in a small part would not show in the norm of the whole.
+        expected: expected values of the same parts.
     """
     assert len(parts) == len(expected)
     sizes = torch.stack([part.float().norm() for part in expected])
@@ -72,7 +75,7 @@ def gradient_error(parts: Sequence[Tensor], expected: Sequence[Tensor]) -> float
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Hold `model` in evaluation mode while open; each of its modules is then given back the mode it had."""
+    """Hold `model` in evaluation mode while the context is open, then restore the mode of each of its modules."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

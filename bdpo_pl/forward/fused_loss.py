@@ -1,8 +1,9 @@
 """LM head and loss in one operation, so that training never holds the logits of a batch.
 
-The hidden states of the scored positions are taken where they enter the head, and `linear_preference_loss` does the
-rest chunk by chunk. What an architecture does to its logits after the head (soft-cap, scale) is read from its
-configuration, and the result is compared once with the model's own logits, values and gradients, before it is trusted.
+The hidden states of the scored positions are taken where they enter the head, and `linear_preference_loss` computes the
+loss from them chunk by chunk. The function that an architecture applies to its logits after the head (soft-cap, scale)
+is read from its configuration. The result is trusted only after one comparison with the model's own logits, of both
+values and gradients.
 
 Shapes: B pairs; S = 2B sequences; N scored tokens; D hidden size; V vocabulary.
 """
@@ -40,15 +41,15 @@ LossOfPairs = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def fused_preference_loss(model: Any, batch: SequenceBatch, loss_of_pairs: LossOfPairs) -> tuple[Tensor, Tensor]:
-    """Sum of the pairs' losses, and the log-probabilities it was computed from.
+    """Return the sum of the pairs' losses, and the log-probabilities from which it was computed.
 
     Args:
-        model: a causal language model that `why_not_fused` has no objection to.
-        batch: 2B sequences, the chosen of all pairs before the rejected of all.
-        loss_of_pairs: gives each pair's loss, already weighted; called with some of the pairs at a time.
+        model: causal language model for which `why_not_fused` returns None.
+        batch: batch of 2B sequences, the chosen responses of all pairs before the rejected ones.
+        loss_of_pairs: function that returns each pair's weighted loss; it is called with some of the pairs at a time.
 
     Returns:
-        Scalar loss with gradients to the model's parameters; (2, B) log-probabilities without.
+        Scalar loss with gradients to the model's parameters; (2, B) log-probabilities without gradients.
     """
     head = model.get_output_embeddings()
     softcap, scale = logit_transform(model.config)
@@ -56,7 +57,7 @@ def fused_preference_loss(model: Any, batch: SequenceBatch, loss_of_pairs: LossO
     results: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def compute(hidden: Tensor) -> Tensor:
-        # Inside the head's call: here a sharded weight is whole.
+        # Computed inside the head's call, because a sharded weight is gathered there.
         packed = hidden.flatten(0, 1).index_select(0, batch.score_index)
         weight, shard = head_weight(head)
         results.append(
@@ -74,7 +75,7 @@ def fused_preference_loss(model: Any, batch: SequenceBatch, loss_of_pairs: LossO
                 shard=shard,
             )
         )
-        # The head itself gets nothing to do.
+        # The head itself gets no positions, so it computes nothing.
         return hidden[:, :0]
 
     with scored_positions_only(model, batch), head_input(model, compute):
@@ -84,14 +85,17 @@ def fused_preference_loss(model: Any, batch: SequenceBatch, loss_of_pairs: LossO
 
 
 def why_not_fused(model: Any, batch: SequenceBatch) -> str | None:
-    """Why `fused_preference_loss` cannot stand in for `model`'s own logits, or None: they agree on `batch`."""
+    """Return why `fused_preference_loss` cannot replace `model`'s own logits.
+
+    None means that both agree on `batch`.
+    """
     head = model.get_output_embeddings()
     if type(head) not in (nn.Linear, VocabParallelHead):
         return f"its LM head is a {type(head).__name__}, not a plain Linear"
     dtype = compute_dtype(model)
     if dtype == torch.float16:
         return "float16 gradients vanish unless the loss is scaled before they are computed; use bf16"
-    # Each sequence is a document of its own here: rows are the same on both sides.
+    # Each sequence is treated as a document of its own, because both sides read the same rows.
     documents = [Document([0], [(number, [0])]) for number in range(batch.num_sequences)]
 
     def own() -> tuple[Tensor, Tensor]:
@@ -122,22 +126,22 @@ def why_not_fused(model: Any, batch: SequenceBatch) -> str | None:
 
 
 def _trial_loss(chosen: Tensor, rejected: Tensor, index: Tensor) -> Tensor:
-    """A loss of pairs whose gradients are of one size however far apart the two responses are."""
+    """Return losses of pairs whose gradients have the same size, however far apart the two responses are."""
     return (1.0 + index) * (0.5 * chosen - 0.4 * rejected)
 
 
 def choose_head(model: Any, probe: SequenceBatch, option: LMHead, name: str, *, apart: bool = True) -> bool:
-    """Decide whether to fuse LM head and loss, and say so where it cannot be.
+    """Decide whether to fuse LM head and loss, and log the reason if they cannot be fused.
 
     Args:
-        model: causal language model, on the device it will run on.
-        probe: sequences to compare both ways on.
-        option: `auto`, or `fused` or `logits` alone.
-        name: of the model, for messages.
+        model: causal language model, on the device that it will run on.
+        probe: sequences on which both ways are compared.
+        option: `auto`, or only `fused` or only `logits`.
+        name: name of the model, for messages.
         apart: whether the loss can be computed a few pairs at a time.
 
     Raises:
-        InputError: `fused`, and the model cannot.
+        InputError: the option is `fused`, and the model does not support it.
     """
     if option == "logits":
         return False

@@ -19,12 +19,12 @@ from bdpo_pl.models.loading import num_positions
 
 @dataclass(frozen=True)
 class Response:
-    """What a model answered.
+    """A model's response to a prompt.
 
     Attributes:
-        text: special tokens removed.
-        num_tokens: generated, the stop token not counted.
-        finished: the model stopped by itself, and was not cut at `max_new_tokens`.
+        text: text of the response, without special tokens.
+        num_tokens: number of generated tokens, without the stop token.
+        finished: whether the model stopped by itself, before `max_new_tokens`.
     """
 
     text: str
@@ -41,8 +41,8 @@ def generate_responses(
     batch_size: int = 32,
     use_template: bool = True,
 ) -> list[str]:
-    """The texts of `generate` on `prompts`, each the user's turn of the chat template, if there is one."""
-    if not prompts:  # tokenizers take no empty batch
+    """Return the texts of `generate` on `prompts`, each as the user's turn of the chat template, if there is one."""
+    if not prompts:  # tokenizers reject an empty batch
         return []
     ids = encode_prompts(tokenizer, prompts, use_template=use_template)
     responses = generate(model, tokenizer, ids, max_new_tokens=max_new_tokens, batch_size=batch_size)
@@ -50,12 +50,12 @@ def generate_responses(
 
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[str], *, use_template: bool = True) -> list[list[int]]:
-    """Token ids of `prompts`, ready to be answered.
+    """Return the token ids of `prompts`, ready to be answered.
 
     Args:
-        tokenizer: the model's.
-        prompts: users' texts.
-        use_template: render each as the user's turn of the chat template, if there is one; else the text as it stands.
+        tokenizer: tokenizer of the model.
+        prompts: texts of the user.
+        use_template: whether to render each prompt as the user's turn of the chat template, if there is one.
     """
     if use_template and tokenizer.chat_template:
         return encode_conversations(tokenizer, [[{"role": "user", "content": prompt}] for prompt in prompts])
@@ -63,9 +63,9 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[str], *, use_template: bool
 
 
 def encode_conversations(tokenizer: Any, conversations: Sequence[Sequence[Message]]) -> list[list[int]]:
-    """Return the token ids of conversations by the tokenizer's chat template, up to where the answer begins.
+    """Return the token ids of conversations by the tokenizer's chat template, up to the beginning of the answer.
 
-    A control token that a message spells stays text. The template's variables are those of `chat_encoder`.
+    A control token that is spelled in a message remains text. The template's variables are those of `chat_encoder`.
     """
     return chat_encoder(tokenizer).prompts([Conversation(messages) for messages in conversations])
 
@@ -80,15 +80,17 @@ def generate(
     batch_size: int = 32,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[Response]:
-    """Greedy responses to `prompts`, in order, with the key/value cache, like lengths together.
+    """Generate greedy responses to `prompts`, returned in order.
+
+    Generation uses the key/value cache, and batches prompts of similar length.
 
     Args:
-        model: causal language model; generates on its own device, in evaluation mode.
-        tokenizer: the model's.
-        prompts: token ids of each.
-        max_new_tokens: tokens in a response at most.
-        batch_size: prompts generated at a time.
-        on_batch: told the number of prompts answered since the last time.
+        model: causal language model; generation runs on its device, in evaluation mode.
+        tokenizer: tokenizer of the model.
+        prompts: token ids of each prompt.
+        max_new_tokens: maximum number of tokens in a response.
+        batch_size: number of prompts answered at a time.
+        on_batch: function that is called with the number of prompts answered since its last call.
 
     Raises:
         InputError: a prompt and its response do not fit into the model's positions.
@@ -96,7 +98,7 @@ def generate(
     _check_fits(model, prompts, max_new_tokens)
     stops = stop_ids(model, tokenizer)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops, default=0)
-    # Like lengths together, as in scoring; answers go back to the order of the prompts.
+    # Prompts of similar length share a batch, as in scoring; the answers are returned in the order of the prompts.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     responses: dict[int, Response] = {}
     device = next(model.parameters()).device
@@ -113,7 +115,7 @@ def generate(
                 use_cache=True,
                 eos_token_id=sorted(stops) or None,
                 pad_token_id=pad_id,
-                # A model's sampling defaults mean nothing to greedy decoding, which would warn of each.
+                # Greedy decoding ignores a model's sampling defaults, and would warn about each of them.
                 temperature=None,
                 top_p=None,
                 top_k=None,
@@ -128,10 +130,12 @@ def generate(
 
 
 def stop_ids(model: Any, tokenizer: Any) -> set[int]:
-    """Tokens that end a response: the model's, the tokenizer's, and the one that ends a turn of the chat template.
+    """Return the tokens that end a response.
 
-    Many chat models end a turn with a token that is neither's end of sequence; without it they would talk on in the
-    user's place.
+    They are the model's, the tokenizer's, and the one that ends a turn of the chat template.
+
+    Many chat models end a turn with a token that is neither the model's nor the tokenizer's end of sequence. Without
+    it, they would continue with the user's next turn.
     """
     found: set[int] = set()
     for named in (getattr(model.generation_config, "eos_token_id", None), tokenizer.eos_token_id):
@@ -141,16 +145,19 @@ def stop_ids(model: Any, tokenizer: Any) -> set[int]:
 
 
 def _end_of_turn(tokenizer: Any) -> int | None:
-    """Return the added token that the chat template puts right after what the assistant says, if it does."""
+    """Return the added token that the chat template puts right after the assistant's text, if there is one."""
     return chat_encoder(tokenizer).end_of_turn
 
 
 @contextmanager
 def _generating(model: Any) -> Iterator[None]:
-    """`model` in evaluation mode, its layers as written and not compiled, its attention one that has a cache."""
+    """Hold `model` in a state for generation while the context is open.
+
+    It is in evaluation mode, its layers are not compiled, and its attention is one that supports a cache.
+    """
     attention = model.config._attn_implementation
     try:
-        # Block masks and compiled layers are made for the shapes of training; here the shapes change with every token.
+        # Block masks and compiled layers are built for the shapes of training; here the shapes change with every token.
         if attention == "flex_attention":
             set_attention(model, "sdpa")
         with evaluating(model), torch.compiler.set_stance("force_eager"):
@@ -171,7 +178,7 @@ def _check_fits(model: Any, prompts: Sequence[list[int]], max_new_tokens: int) -
 
 
 def _pad_left(rows: list[list[int]], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pad on the left: generation goes on from the last position of every row."""
+    """Pad on the left, because generation continues from the last position of every row."""
     width = max(map(len, rows))
     ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
     mask = torch.zeros_like(ids)

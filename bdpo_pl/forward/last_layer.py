@@ -1,7 +1,7 @@
-"""The last layer's MLP at scored positions alone: nothing else of what it computes is read.
+"""The last layer's MLP at scored positions alone, because no other outputs of this layer are read.
 
-After the last attention a position's hidden state meets no other, and only those that predict a scored token reach the
-LM head. Skipping the rest saves most of a layer where prompts are long.
+After the last attention, the hidden state of a position does not influence any other, and only those that predict a
+scored token reach the LM head. Skipping the other positions saves most of a layer if prompts are long.
 
 Shapes: R rows; T positions; U positions to keep; D hidden size.
 """
@@ -21,10 +21,12 @@ from bdpo_pl.models.architectures import decoder_layers
 
 @contextmanager
 def scored_positions_only(model: Any, batch: SequenceBatch) -> Iterator[None]:
-    """While open, the last layer's MLP of `model` runs at the scored positions of `batch`; elsewhere it gives zeros.
+    """Run the last layer's MLP of `model` at the scored positions of `batch` only, while the context is open.
 
-    Does nothing where that is not known to be right, or where hooks that come and go would do harm: for models whose
-    last layer has no plain MLP, under gradient checkpointing (the layer runs again, later) and for compiled layers.
+    The MLP's outputs at other positions are zeros.
+
+    Nothing is changed if that is not known to be correct, or if temporary hooks would do harm: for models whose last
+    layer has no plain MLP, under gradient checkpointing (which runs the layer again, later) and for compiled layers.
 
     Raises:
         RuntimeError: the layer runs more than once in a forward pass.
@@ -67,9 +69,10 @@ def _last_mlp(model: Any) -> nn.Module | None:
 
 
 def _is_position_wise(mlp: nn.Module) -> bool:
-    """Whether `mlp` is the plain kind: one tensor in, one out, and nothing in it but products and norms.
+    """Return whether `mlp` maps one tensor to one tensor, and contains nothing but products and norms.
 
-    Mixtures of experts are not (gpt-oss's returns its router's scores too), nor is BLOOM's, which adds the residual.
+    Mixtures of experts are not of this kind (gpt-oss's also returns its router's scores), nor is BLOOM's, which adds
+    the residual.
     """
     from transformers.pytorch_utils import Conv1D
 

@@ -1,8 +1,8 @@
-"""Attention over rows that hold several sequences: who sees whom, in the form that each implementation reads.
+"""Attention masks for rows that hold several sequences, in the form that each attention implementation reads.
 
-A token sees the tokens of its own document that came before it in its context or in its own response, as far back as
-the layer's window allows. Distances are those of positions, not of places in the row, so windows and chunks are where
-they would be if every sequence stood alone.
+A token sees the earlier tokens of its own document that are in its context or in its own response, as far back as the
+layer's window permits. Distances are computed from position ids, not from places in the row, so windows and chunks are
+the same as if every sequence had a row to itself.
 
 Shapes: R rows; T positions.
 """
@@ -23,14 +23,14 @@ _KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 _RECOMPILATIONS = 64
 
 Sees = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(row, query's place, key's place) → whether the query sees the key; broadcasts."""
+"""Function of (row, query's place, key's place) that returns whether the query sees the key; broadcasts."""
 
 
 def model_inputs(model: Any, batch: SequenceBatch) -> dict[str, Any]:
-    """What `model` is called with, so that each sequence of `batch` stands alone behind its context.
+    """Return the arguments for a call of `model` in which each sequence of `batch` sees only itself and its context.
 
     Raises:
-        ValueError: the rows are shared, and the model's attention cannot be told so (see `why_not_shared`).
+        ValueError: the rows are shared, and the model's attention does not support such masks (see `why_not_shared`).
     """
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
     if not batch.shared:
@@ -39,7 +39,7 @@ def model_inputs(model: Any, batch: SequenceBatch) -> dict[str, Any]:
 
 
 def why_not_shared(model: Any) -> str | None:
-    """What in the configuration of `model` keeps sequences from sharing a row; None if nothing is known to."""
+    """Return why, by its configuration, `model` cannot read sequences in shared rows; None if no reason is known."""
     config = model.config.get_text_config()
     if getattr(model, "_is_stateful", False):
         return f"{type(model).__name__} carries a state from token to token, which cannot branch"
@@ -56,7 +56,7 @@ def why_not_shared(model: Any) -> str | None:
 
 
 def set_attention(model: Any, implementation: str) -> None:
-    """Switch the attention implementation of `model`, all its layers."""
+    """Switch the attention implementation of all layers of `model`."""
     if implementation == "flex_attention":
         allow_recompilation()
     if model.config._attn_implementation != implementation:
@@ -64,7 +64,7 @@ def set_attention(model: Any, implementation: str) -> None:
 
 
 def _masks(model: Any, batch: SequenceBatch) -> Any:
-    """One mask, or one for each kind of layer where a model has several."""
+    """Return one mask, or one for each kind of layer if a model has several kinds."""
     config = model.config.get_text_config()
     if config._attn_implementation not in _FORMS:
         raise ValueError(f"shared rows need a mask, and {config._attn_implementation} attention takes none")
@@ -100,7 +100,10 @@ def _sees(batch: SequenceBatch, kind: str, config: Any) -> Sees:
 
 
 def _dense(sees: Sees, batch: SequenceBatch, dtype: torch.dtype) -> Tensor:
-    """(R, 1, T, T) bool, True where the query sees the key. Padding sees padding, so that no row of it is empty."""
+    """Return (R, 1, T, T) bool, True where the query sees the key.
+
+    Padding sees padding, so that no row of the mask is empty.
+    """
     R, T = batch.input_ids.shape
     device = batch.input_ids.device
     place = torch.arange(T, device=device)
@@ -108,13 +111,13 @@ def _dense(sees: Sees, batch: SequenceBatch, dtype: torch.dtype) -> Tensor:
 
 
 def _additive(sees: Sees, batch: SequenceBatch, dtype: torch.dtype) -> Tensor:
-    """(R, 1, T, T), 0 where the query sees the key and the lowest number of `dtype` elsewhere."""
+    """Return (R, 1, T, T), 0 where the query sees the key and the lowest number of `dtype` elsewhere."""
     hidden = ~_dense(sees, batch, dtype)
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, torch.finfo(dtype).min)
 
 
 def _blocks(sees: Sees, batch: SequenceBatch, dtype: torch.dtype) -> Any:
-    """A block mask, whose hidden blocks are not computed."""
+    """Return a block mask, whose hidden blocks are not computed."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     R, T = batch.input_ids.shape
@@ -125,7 +128,7 @@ def _blocks(sees: Sees, batch: SequenceBatch, dtype: torch.dtype) -> Any:
 
 @cache
 def _compiled_block_mask() -> Callable[..., Any]:
-    """PyTorch's `create_block_mask`, compiled once: it never holds a mask of all places."""
+    """Return PyTorch's `create_block_mask`, compiled once: compiled, it never stores a mask of all places."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     allow_recompilation()
@@ -136,8 +139,8 @@ def allow_recompilation() -> None:
     """Raise the number of compilations of one function after which PyTorch silently runs it uncompiled.
 
     FlexAttention is compiled for each kind of layer, with and without gradients, with static and with dynamic shapes,
-    and for a reference with other heads once more: 8, the default, is within reach, and past it all scores of all
-    places are held in memory.
+    and again for a reference with a different number of heads. The default of 8 can be reached, and beyond it all
+    scores of all places are held in memory.
     """
     import torch._dynamo
 
@@ -149,4 +152,4 @@ _FORMS: dict[str, Callable[[Sees, SequenceBatch, torch.dtype], Any]] = {
     "eager": _additive,
     "flex_attention": _blocks,
 }
-"""Masks by the name of the attention implementation."""
+"""Functions that build masks, by the name of the attention implementation."""

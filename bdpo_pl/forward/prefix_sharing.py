@@ -1,8 +1,8 @@
-"""Prefix sharing: whether a model may read a pair as one row, found out before it is relied on.
+"""Prefix sharing: a trial, before training, of whether a model can read a pair as one row.
 
-Nothing is taken for granted: the model scores a few real pairs with the responses in rows of their own and in shared
-rows, and must give the same log-probabilities and the same gradients; and what it says of one response must not change
-when another one does.
+Nothing is assumed: the model scores a few real pairs with the responses in rows of their own and in shared rows, and
+must give the same log-probabilities and the same gradients. Its log-probability of one response must not change when
+another response changes.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from bdpo_pl.forward.soundness import check_sound
 
 PrefixSharing = Literal["auto", "always", "never"]
 
-# What a response leaks into another is no rounding: a mask gives exact zeros, and only experts that are given other
-# tokens besides may round otherwise.
+# A correct mask contributes exact zeros, so a change of one response must not change another at all. Only experts that
+# receive different tokens besides may round differently, so the bound is a share of the rounding tolerance.
 _LEAK_SHARE = 0.25
-# Of a timed batch: pairs at most, and runs after the first, which compiles.
+# Maximum number of pairs in a timed batch, and number of runs after the first one, which compiles.
 _TIMED_PAIRS, _TIMED_RUNS = 16, 3
-# Dense masks must be faster by this factor: what is chosen should not change from run to run.
+# Dense masks must be faster by this factor, so that the choice does not change from run to run.
 _CLEARLY = 0.85
 
 
@@ -54,22 +54,24 @@ def choose_layout(
     pad_id: int = 0,
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> RowLayout:
-    """The best layout in which `model` gives exact log-probabilities; says so where that is not the best there is.
+    """Choose the most efficient layout in which `model` gives exact log-probabilities.
 
-    On a GPU, where the user has not named an implementation, block-sparse attention is tried first, with a backward
-    pass, and kept if it gives the same and dense masks are not clearly faster.
+    A notice is logged if a more efficient layout fails. On a GPU, if the user has not named an implementation,
+    block-sparse attention is tried first, with a backward pass. It is kept if its results agree and dense masks are not
+    clearly faster.
 
     Args:
-        model: causal language model, on the device it will run on.
-        table: pairs to try it on: the longest one and the shortest.
-        option: `never` keeps a row for each response; `always` does not take less than shared rows for an answer.
-        name: of the model, for messages.
-        attention: the implementation that the user named, if any.
-        pad_id: fills the padding.
-        context: entered around each forward pass, for autocast.
+        model: causal language model, on the device that it will run on.
+        table: pairs for the trial, of which the longest and the shortest are used.
+        option: `never` keeps a row for each response; `always` raises an error if the model cannot share rows.
+        name: name of the model, for messages.
+        attention: attention implementation that the user named, if any.
+        pad_id: token id of the padding.
+        context: context manager that is entered around each forward pass, for autocast.
 
     Raises:
-        InputError: `always`, and the model cannot; or it is not one to compute log-probabilities with (`check_sound`).
+        InputError: the option is `always`, and the model cannot share rows; or log-probabilities cannot be computed
+            with it (`check_sound`).
     """
     documents = probe_documents(table)
     if option == "always" and (known := why_not_shared(model)):
@@ -107,7 +109,7 @@ def choose_layout(
 
 
 def probe_documents(table: PairTable) -> list[Document]:
-    """A few pairs to try a model on: the longest and the shortest."""
+    """Return a few pairs on which to try a model: the longest and the shortest."""
     sizes = table.num_tokens(shared=True)
     return pair_documents([table[i] for i in dict.fromkeys((int(sizes.argmax()), int(sizes.argmin())))])
 
@@ -129,18 +131,18 @@ def _objection(
     reference: str | None = None,
     backward: bool = True,
 ) -> str | None:
-    """Say why `layout` will not do for `model`, or None.
+    """Return why `layout` is not valid for `model`, or None.
 
-    A frozen model that has no room for a backward pass over the longest pair is read backwards over the shortest alone.
+    A frozen model without memory for a backward pass over the longest pair is tried backwards over the shortest alone.
 
     Args:
-        model: on the device it will run on.
-        documents: pairs to try it on, the shortest last.
-        layout: to be tried.
-        pad_id: fills the padding.
-        context: entered around each forward pass.
-        reference: the attention to compare with, if another.
-        backward: compare gradients too.
+        model: model, on the device that it will run on.
+        documents: pairs for the trial, the shortest last.
+        layout: layout to be tried.
+        pad_id: token id of the padding.
+        context: context manager that is entered around each forward pass.
+        reference: attention implementation to compare with, if it is another one.
+        backward: whether to compare gradients too.
     """
     if known := why_not_shared(model):
         return known
@@ -210,7 +212,7 @@ def _batch(model: Any, documents: Sequence[Document], layout: RowLayout, pad_id:
 
 @contextmanager
 def _attention(model: Any, implementation: str | None) -> Iterator[None]:
-    """While open, `model` attends by `implementation`, if one is given."""
+    """Switch `model` to the attention `implementation` while the context is open, if one is given."""
     used = model.config._attn_implementation
     set_attention(model, implementation or used)
     try:
@@ -226,7 +228,10 @@ def _seconds(
     pad_id: int,
     context: Callable[[], AbstractContextManager[Any]],
 ) -> float:
-    """Time of a forward and a backward pass over pairs from all of `table`; the first pass does not count."""
+    """Return the seconds of a forward and a backward pass over pairs from all of `table`.
+
+    The first pass is not counted.
+    """
     chosen = np.linspace(0, len(table) - 1, min(len(table), _TIMED_PAIRS)).astype(int)
     documents = pair_documents([table[int(i)] for i in chosen])
     times = []
@@ -247,7 +252,7 @@ def _wait(model: Any) -> None:
 
 
 def _with_another_response(documents: Sequence[Document], model: Any) -> list[Document]:
-    """`documents` with every token of sequence 0 replaced by another."""
+    """Return `documents` with every token of sequence 0 replaced by another."""
     V = model.config.get_text_config().vocab_size
     first, *rest = documents
     (number, ids), *others = first.responses

@@ -1,8 +1,8 @@
-"""What a model makes of a batch, with gradients: the log-probabilities of its responses, and where they come from.
+"""A model's log-probabilities of a batch's responses, and their gradients, for comparisons of two computations.
 
-Two ways of computing the same agree if both agree: a fault in a backward pass leaves every log-probability as it is.
-The gradients are those of a weighted sum of the log-probabilities with respect to the embeddings of the tokens, so a
-backward pass runs through every layer, and a frozen model has them too.
+Two computations are equal only if both values and gradients agree: an error in a backward pass does not change a
+log-probability. The gradients are those of a weighted sum of the log-probabilities with respect to the embeddings of
+the tokens, so the backward pass runs through every layer, and a frozen model has these gradients too.
 
 Shapes: S sequences; R rows of T positions; D hidden size; V vocabulary.
 """
@@ -26,8 +26,8 @@ class Reading:
 
     Attributes:
         logps: (S,) float32.
-        parts: gradients by the tokens' embeddings, a piece for each context, then one for each response.
-        head: (V, D) gradient by the LM head's weight; None if that is frozen or was not asked for.
+        parts: gradients by the tokens' embeddings, one part for each context, then one for each response.
+        head: (V, D) gradient by the LM head's weight; None if that is frozen or was not requested.
     """
 
     logps: Tensor
@@ -43,14 +43,14 @@ def read(
     *,
     head: bool = False,
 ) -> Reading:
-    """Run `model` on `batch`, forwards and backwards; its parameters' own gradients stay as they are.
+    """Run `model` on `batch`, forwards and backwards; the gradients that its parameters already have are not changed.
 
     Args:
-        model: in the mode that it is to be read in.
-        batch: of the sequences of `documents`, in any layout.
-        documents: what is in the batch; a context's gradients are summed over its copies.
-        run: calls the model; gives (S,) log-probabilities, and the scalar whose gradients are wanted.
-        head: take the gradient of the LM head's weight as well.
+        model: model, in the mode in which it is to be read.
+        batch: batch of the sequences of `documents`, in any layout.
+        documents: documents in the batch; a context's gradients are summed over its copies.
+        run: function that calls the model, and returns (S,) log-probabilities, and the scalar to differentiate.
+        head: whether to return the gradient of the LM head's weight as well.
 
     Raises:
         RuntimeError: the model does not embed its tokens just once.
@@ -66,26 +66,29 @@ def read(
 
 
 def weighted(logps: Tensor) -> Tensor:
-    """A sum of `logps` with weights of either sign and of different sizes, so that no two of them can be exchanged."""
+    """Return a weighted sum of `logps`.
+
+    The weights have both signs and different sizes, so that exchanging two log-probabilities changes the sum.
+    """
     weights = torch.arange(1, len(logps) + 1, device=logps.device, dtype=logps.dtype)
     return (logps * weights * (-1) ** torch.arange(len(logps), device=logps.device)).sum()
 
 
 def _pieces(by_token: Tensor, batch: SequenceBatch, documents: Sequence[Document]) -> list[Tensor]:
-    """(n, D) gradients of the n tokens of each context, then of each response."""
+    """Return the (n, D) gradients of the n tokens of each context, then of each response."""
     spans = batch.spans.tolist()
     contexts = [
         sum(by_token[start:end] for start, end in {tuple(spans[number][:2]) for number, _ in document.responses})
         for document in documents
     ]
-    # What a context's last token gets of each response is in both.
+    # The gradient that a context's last token receives from each response is in both.
     responses = [by_token[start:end] for *_, start, end in spans]
     return [*contexts, *responses]  # type: ignore[list-item]
 
 
 @contextmanager
 def _embedded(model: Any) -> Iterator[list[Tensor]]:
-    """While open, the embeddings of tokens are leaves of the graph, and collected."""
+    """Make the embeddings of tokens leaves of the graph while the context is open, and collect them."""
     leaves: list[Tensor] = []
 
     def cut(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -101,7 +104,10 @@ def _embedded(model: Any) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def _head_weights(model: Any | None) -> Iterator[list[Tensor]]:
-    """While open, the LM head's weight is collected as it is within a call: whole, where FSDP2 splits it."""
+    """Collect the LM head's weight as it is within a call, while the context is open.
+
+    Within a call it is whole, also if FSDP2 splits it.
+    """
     weights: list[Tensor] = []
     if model is None:
         yield weights

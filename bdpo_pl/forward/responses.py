@@ -1,4 +1,4 @@
-"""A causal language model's log-probabilities of responses, with only their positions sent through its LM head.
+"""A causal language model's log-probabilities of responses; only their positions pass through its LM head.
 
 Shapes: S sequences; R rows of T positions; N scored tokens; D hidden size; V vocabulary.
 """
@@ -23,8 +23,9 @@ from bdpo_pl.forward.masks import model_inputs
 from bdpo_pl.models.architectures import logit_transform
 from bdpo_pl.parallel.tensor_parallel import VocabParallelHead, head_weight
 
-# Tokens whose log-probabilities are compared with those of the model's own logits, when it is first read so. Another
-# soft-cap or scale is off by far more than rounding, in whatever order the products were summed.
+# Number of tokens whose log-probabilities are compared with those of the model's own logits, at the first such reading.
+# A different soft-cap or scale causes an error far larger than rounding, whatever the order in which products are
+# summed.
 _COMPARED, _LENIENCE = 64, 4.0
 _plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 """Whether a model's logits are those of its LM head, soft-cap and scale alone, for models that have been compared."""
@@ -37,16 +38,16 @@ def response_logps(
     *,
     whole: bool = False,
 ) -> Tensor:
-    """log π(response | context) of each sequence, summed over its scored tokens.
+    """Return log π(response | context) of each sequence, summed over its scored tokens.
 
-    Without gradients (scoring, validation, a live reference) logits are computed a chunk at a time, which is compared
-    once for each model with its own logits. Where they differ, and with gradients, the logits are the model's own.
+    Without gradients (scoring, validation, a live reference), logits are computed a chunk at a time, and compared once
+    for each model with its own logits. If they differ, or with gradients, the model's own logits are used.
 
     Args:
-        model: a transformers causal language model (or a wrapper with its `get_output_embeddings`).
-        batch: S sequences, N scored tokens in them.
-        on_hidden: called with the (R, T, D) hidden states that enter the LM head, those of all positions.
-        whole: leave nothing out that is not read, as without `on_hidden` (for comparisons).
+        model: transformers causal language model (or a wrapper with its `get_output_embeddings`).
+        batch: batch of S sequences with N scored tokens.
+        on_hidden: function that is called with the (R, T, D) hidden states that enter the LM head, at all positions.
+        whole: whether to compute everything that the model does, even what is not read (for comparisons).
 
     Returns:
         (S,) float32, with gradients to the model's parameters.
@@ -72,7 +73,7 @@ def response_logps(
     calls = len(head_calls)
     N, V = batch.labels.shape[0], logits.shape[-1]
     if not calls:
-        # A model whose head is not the module it names: its logits cover every position.
+        # If a model's head is not the module that it names, its logits cover every position.
         logits = logits.flatten(0, -2).index_select(0, batch.score_index)
     elif calls != 1 or logits.numel() != N * V:
         raise RuntimeError(
@@ -80,21 +81,25 @@ def response_logps(
             "so the positions to score cannot be selected before it"
         )
     logits = logits.reshape(N, V)
-    # Labels were checked against the vocabulary before training (models.check_vocabulary): no need to wait for the GPU.
+    # Labels were checked against the vocabulary before training (models.check_vocabulary), so no synchronisation is
+    # needed.
     return sequence_logprob(logits, batch.labels, batch.sequence_ids, batch.num_sequences, check_labels=False)
 
 
 def _from_head(
     model: Any, head: Any, batch: SequenceBatch, select: Callable[[Tensor], Tensor], checked: bool
 ) -> Tensor | None:
-    """The same without logits of all tokens in memory, a chunk at a time; None if that gives something else.
+    """Return the log-probabilities from logits that are computed a chunk at a time.
+
+    Return None if they differ from those of the model's own logits.
 
     Args:
-        model: the model.
-        head: its LM head, whole or split over ranks, none of which sees all logits.
-        batch: as in `response_logps`.
-        select: gives the (1, N, D) hidden states of the scored positions.
-        checked: skip the comparison of the first tokens with the model's own logits, and its note in `_plain`.
+        model: causal language model.
+        head: LM head of the model, whole or split over ranks, none of which sees all logits.
+        batch: batch of S sequences with N scored tokens.
+        select: function that returns the (1, N, D) hidden states of the scored positions.
+        checked: whether to skip the comparison of the first tokens with the model's own logits, whose result is kept in
+            `_plain`.
     """
     softcap, scale = logit_transform(model.config)
     n = min(_COMPARED, len(batch.labels))
@@ -127,7 +132,7 @@ def _from_head(
 
 
 def _agrees(values: Tensor, logits: Tensor, labels: Tensor, dtype: torch.dtype) -> bool:
-    """Whether `values` are the log-probabilities of `labels` by `logits`, up to rounding."""
+    """Return whether `values` are the log-probabilities of `labels` by `logits`, up to rounding."""
     if logits.shape[:-1] != (1, len(labels)):
         return False
     own = logits[0].float().log_softmax(dim=-1).gather(1, labels.unsqueeze(1)).squeeze(1)
@@ -136,7 +141,10 @@ def _agrees(values: Tensor, logits: Tensor, labels: Tensor, dtype: torch.dtype) 
 
 
 def _everywhere(model: Any, agrees: bool) -> bool:
-    """Whether all ranks that share `model` agree: they must take one way, since they compute it together."""
+    """Return whether all ranks that share `model` agree.
+
+    They compute together, so all must choose the same way.
+    """
     device = next(model.parameters()).device
     if not isinstance(model, FSDPModule):
         return agrees
@@ -147,11 +155,11 @@ def _everywhere(model: Any, agrees: bool) -> bool:
 
 @contextmanager
 def head_input(model: Any, replace: Callable[[Tensor], Tensor]) -> Iterator[list[None]]:
-    """While open, the LM head is given `replace(hidden)` in place of its (R, T, D) hidden states.
+    """Replace the (R, T, D) hidden states that enter the LM head by `replace(hidden)`, while the context is open.
 
-    A hook on the head, instead of a computation of our own in its place, keeps whatever the architecture does around it
-    (Gemma's soft-cap, Cohere's and Granite's scales) and works for wrapped and sharded heads alike. Yields a list that
-    grows by one with each call of the head.
+    A hook on the head, instead of our own computation in its place, keeps the operations of the architecture around the
+    head (Gemma's soft-cap, Cohere's and Granite's scales), and works for wrapped and sharded heads alike. Yields a list
+    that grows by one with each call of the head.
     """
     head = model.get_output_embeddings()
     calls: list[None] = []

@@ -1,10 +1,10 @@
 """The auxiliary loss of mixtures of experts, which keeps their router from sending all tokens to a few experts.
 
-With f_e the share of assignments that expert e of E gets, k of them a token, and P_e its mean probability, over all
-tokens and layers, it is E · Σ_e f_e · P_e (Switch Transformers, arXiv:2101.03961, eq. 4; with f summing to k as in
-transformers). It is least, k, where both are uniform.
+Let f_e be the share of assignments that expert e of E gets, k of them per token, and P_e its mean probability, over all
+tokens and layers. The loss is E · Σ_e f_e · P_e (Switch Transformers, arXiv:2101.03961, eq. 4; f sums to k as in
+transformers). Its value is k where both are uniform, which is the minimum.
 
-Shapes: R rows of T positions; E experts; k experts a token.
+Shapes: R rows of T positions; E experts; k experts per token.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from bdpo_pl.data.packing import SequenceBatch
 from bdpo_pl.errors import InputError
 
 Routed = tuple[Tensor, Tensor]
-"""(R·T, E) logits of a router, and (R·T, k) which experts it chose."""
+"""The (R·T, E) logits of a router, and the (R·T, k) indices of the experts that it chose."""
 
 
 def check_router(config: Any, coefficient: float, name: str) -> None:
-    """Raise `InputError` if a model of `config` has no auxiliary loss, or `coefficient` is no factor for one.
+    """Raise `InputError` if a model of `config` has no auxiliary loss, or `coefficient` is not a valid factor.
 
     Args:
-        config: of the model.
-        coefficient: of the loss; 0 for none.
-        name: of the model, for messages.
+        config: configuration of the model.
+        coefficient: coefficient of the loss; 0 for none.
+        name: name of the model, for messages.
     """
     if not 0.0 <= coefficient < float("inf"):
         raise InputError(f"model.router_aux_loss must be a number of at least 0, got {coefficient}")
@@ -42,10 +42,10 @@ def check_router(config: Any, coefficient: float, name: str) -> None:
 
 @contextmanager
 def routed(model: Any) -> Iterator[list[Routed]]:
-    """While open, what each router of `model` decides is collected, layer by layer.
+    """Collect the decisions of each router of `model`, layer by layer, while the context is open.
 
     Raises:
-        InputError: the routers of the model cannot be told.
+        InputError: the routers of the model are not recognised.
     """
     found: list[Routed] = []
 
@@ -62,11 +62,11 @@ def routed(model: Any) -> Iterator[list[Routed]]:
 
 
 def balancing_loss(decisions: list[Routed], batch: SequenceBatch) -> Tensor:
-    """The loss over the tokens of `batch`, padding left out.
+    """Compute the loss over the tokens of `batch`, padding left out.
 
     Args:
-        decisions: of each router, for the rows of `batch`.
-        batch: what the model has read.
+        decisions: decisions of each router, for the rows of `batch`.
+        batch: batch that the model has read.
     """
     real = batch.attention_mask.flatten().float()
     E = decisions[0][0].shape[-1]

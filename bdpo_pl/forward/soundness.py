@@ -1,6 +1,6 @@
-"""What every model must be before anything is computed with it: causal, and without noise in training mode.
+"""Requirements on every model before anything is computed with it: causal, and without noise in training mode.
 
-Both are tried on a real pair, since neither can be read from a configuration with certainty.
+Both are tried on a real pair, because neither can be read with certainty from a configuration.
 
 Shapes: T positions; D hidden size.
 """
@@ -20,8 +20,8 @@ from bdpo_pl.forward.equivalence import compute_dtype, evaluating
 from bdpo_pl.forward.masks import model_inputs
 from bdpo_pl.forward.responses import head_input
 
-# Of the norm of the hidden states. The same arithmetic in the same order: no rounding, but for kernels that add in an
-# order of their own.
+# Relative to the norm of the hidden states. The arithmetic and its order are the same, so there is no rounding error,
+# except with kernels whose order of summation varies.
 _BOUND = {torch.float32: 1e-4, torch.float64: 1e-8}
 _HALF_BOUND = 2e-2
 _LONGEST = 64
@@ -31,14 +31,14 @@ _LONGEST = 64
 def check_sound(
     model: Any, document: Document, name: str, pad_id: int, context: Callable[[], AbstractContextManager[Any]]
 ) -> None:
-    """Raise `InputError` unless `model` is causal, and says in training mode what it says in evaluation.
+    """Raise `InputError` unless `model` is causal, and computes the same in training mode as in evaluation mode.
 
     Args:
-        model: on the device it will run on; its mode is given back.
-        document: a real one; its beginning is read.
-        name: of the model, for messages.
-        pad_id: fills the padding.
-        context: entered around each forward pass, for autocast.
+        model: model, on the device that it will run on; its mode is restored.
+        document: real document, whose beginning is read.
+        name: name of the model, for messages.
+        pad_id: token id of the padding.
+        context: context manager that is entered around each forward pass, for autocast.
     """
     ids = [*document.context, *document.responses[0][1]][:_LONGEST]
     half = max(1, len(ids) // 2)
@@ -57,7 +57,7 @@ def check_sound(
         with evaluating(model):
             model.train()
             for module in model.modules():
-                # What the user asked for, and was warned of.
+                # The user asked for this dropout, and was warned.
                 for dropout in getattr(module, "lora_dropout", {}).values():
                     dropout.eval()
             noisy = [_hidden(model, ids, pad_id) for _ in range(2)]
@@ -70,14 +70,14 @@ def check_sound(
 
 
 def _hidden(model: Any, ids: list[int], pad_id: int) -> Tensor:
-    """(T, …) what enters the LM head, or the logits of a model that names none."""
+    """Return the (T, …) hidden states that enter the LM head, or the logits of a model that names no head."""
     batch = lay_out([Document(ids[:1], [(0, ids[1:] or ids)])], RowLayout.SPLIT, pad_id)
     batch = batch.to(next(model.parameters()).device)
     found: list[Tensor] = []
 
     def keep(hidden: Tensor) -> Tensor:
         found.append(hidden[0])
-        # Logits of one position are enough to go on with.
+        # The logits of one position are enough for the rest of the forward pass.
         return hidden[:, -1:]
 
     with head_input(model, keep):
@@ -86,6 +86,6 @@ def _hidden(model: Any, ids: list[int], pad_id: int) -> Tensor:
 
 
 def _difference(values: Tensor, expected: Tensor) -> float:
-    """The largest difference of a position, relative to its norm; NaN if anything is."""
+    """Return the largest difference at a position, relative to its norm; NaN if any value is NaN."""
     sizes = expected.flatten(1).norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
     return ((values - expected).flatten(1).norm(dim=1) / sizes).max().item()

@@ -1,1 +1,1 @@
-"""Models that no device holds whole: FSDP2, tensor parallelism, and their way to whole tensors and back."""
+"""Models that no device holds whole: FSDP2, tensor parallelism, and conversions between split and whole tensors."""

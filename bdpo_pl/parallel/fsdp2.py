@@ -1,7 +1,8 @@
 """A policy that no device holds whole: FSDP2 and tensor parallelism under Lightning's ModelParallelStrategy.
 
 The model is built without memory (on the meta device), split, and only then given weights: each rank reads its own part
-of them from the safetensors files. Checkpoints are single files, loaded with `weights_only`, whatever wrote them.
+of them from the safetensors files. Checkpoints are single files that are loaded with `weights_only`, whichever strategy
+wrote them.
 """
 
 from __future__ import annotations
@@ -34,14 +35,16 @@ from bdpo_pl.parallel.weight_files import WeightFiles
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """FSDP2 over all devices; with `tensor_parallel_size`, over groups of so many that share each layer.
+    """FSDP2 over all devices; with `tensor_parallel_size`, over groups of that many devices that share each layer.
 
     Args:
-        tensor_parallel_size: devices that share a layer; they should be of one node.
-        data_parallel_size: groups that share the batch and the weights; `auto`: as many as there are.
-        save_distributed_checkpoint: a file for each rank, by PyTorch's distributed checkpoint, whose index is unpickled
-            on loading: for models whose optimiser state does not fit one host's memory. Default one file, which is not.
-        kwargs: as in `ModelParallelStrategy`.
+        tensor_parallel_size: number of devices that share a layer; they should be on one node.
+        data_parallel_size: number of groups that split the batch and the weights; `auto`: as many as the devices
+            permit.
+        save_distributed_checkpoint: whether to write one file for each rank by PyTorch's distributed checkpoint, whose
+            index is unpickled on loading. Meant for models whose optimiser state does not fit into one host's memory.
+            By default, one file is written, which is loaded without unpickling.
+        kwargs: further arguments of `ModelParallelStrategy`.
     """
 
     def __init__(
@@ -59,7 +62,7 @@ class ShardedStrategy(ModelParallelStrategy):
         )
 
     def setup_environment(self) -> None:
-        """Count the groups, now that the devices are known."""
+        """Count the groups, now that the number of devices is known."""
         if self._data_parallel_size == "auto":
             groups, rest = divmod(self.num_nodes * self.num_processes, int(self._tensor_parallel_size))
             if rest:
@@ -71,7 +74,7 @@ class ShardedStrategy(ModelParallelStrategy):
         super().setup_environment()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Of trained parameters alone: a frozen base is not gathered to be left out again."""
+        """Return the trained parameters alone, so that a frozen base is not gathered only to be left out."""
         assert self.model is not None
         options = StateDictOptions(
             full_state_dict=not self._save_distributed_checkpoint, cpu_offload=True, ignore_frozen_params=True
@@ -79,13 +82,13 @@ class ShardedStrategy(ModelParallelStrategy):
         return get_model_state_dict(self.model, options=options)
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """Whole, in the form that it has on one device."""
+        """Return the whole state of `optimizer`, in the form that it has on one device."""
         if self._save_distributed_checkpoint:
             return super().optimizer_state(optimizer)
         return whole_optimizer_state(getattr(optimizer, "_optimizer", optimizer))
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Of a file: every rank maps it and reads its own part."""
+        """Load a checkpoint. Every rank maps the file and reads its own part."""
         path = Path(self.broadcast(checkpoint_path))
         if path.is_dir():
             return super().load_checkpoint(path, weights_only)
@@ -110,19 +113,19 @@ def build_sharded(
     gradient_checkpointing: bool = False,
     half_products: torch.dtype | None = None,
 ) -> nn.Module:
-    """This rank's part of the model of `source`, on `device`. All ranks call it.
+    """Return this rank's part of the model of `source`, on `device`. All ranks call this function.
 
     Args:
-        source: a model in safetensors files.
-        dtype: of the weights that are kept.
-        mesh: of dimensions `data_parallel` (split by FSDP2) and `tensor_parallel`.
-        device: where the parts lie.
-        lora: adapters to add.
-        gradient_checkpointing: recompute each block in the backward pass.
-        half_products: dtype that weights are sent and multiplied in; gradients are still summed in float32.
+        source: location of a model in safetensors files.
+        dtype: dtype of the weights that are kept.
+        mesh: device mesh with the dimensions `data_parallel` (split by FSDP2) and `tensor_parallel`.
+        device: device of the parts.
+        lora: options of the adapters to add.
+        gradient_checkpointing: whether to recompute each block in the backward pass.
+        half_products: dtype in which weights are sent and multiplied; gradients are still summed in float32.
 
     Raises:
-        InputError: the model cannot be split so, or its files lack a weight.
+        InputError: the model cannot be split in this way, or its files lack a weight.
     """
     config = load_config(source)
     data, tensor = mesh[DATA], mesh[TENSOR]
@@ -148,7 +151,7 @@ def build_sharded(
             fully_shard(block, mesh=data, mp_policy=policy)
         fully_shard(model, mesh=data, mp_policy=policy)
         if device.type == "cpu":
-            # gloo has no averaging reduce-scatter; told to average, FSDP2 would hand on the sum (pytorch#162338).
+            # gloo has no averaging reduce-scatter; set to average, FSDP2 would return the sum (pytorch#162338).
             for module in model.modules():
                 if isinstance(module, FSDPModule):
                     module.set_force_sum_reduction_for_comms(True)
@@ -167,7 +170,7 @@ def _blocks(model: Any) -> list[nn.Module]:
 
 
 def _load(model: nn.Module, files: WeightFiles, device: torch.device) -> None:
-    """Give every parameter and stored buffer its local part of the weights; tied ones stay one."""
+    """Give every parameter and stored buffer its local part of the weights; tied ones remain one tensor."""
     aliases: dict[int, list[str]] = {}
     tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     stored = set(model.state_dict())
@@ -191,8 +194,8 @@ def _reader(files: WeightFiles, names: list[str], shape: torch.Size) -> Callable
 
 
 def _compute_buffers(model: Any, device: torch.device) -> None:
-    """Fill the buffers that no file stores (of rotary embeddings) by the model's own initialisation."""
-    # That of an embedding with a scale would draw new weights too.
+    """Fill the buffers that no file stores (those of rotary embeddings) by the model's own initialisation."""
+    # All tensors are marked as initialised, because an embedding with a scale would otherwise draw new weights too.
     for tensor in (*model.parameters(), *model.buffers()):
         tensor._is_hf_initialized = True
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""Which processes are given different data."""
+"""The processes that receive different data."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 
 def data_ranks(trainer: L.Trainer) -> tuple[int, int]:
-    """(number of this process, number of processes) among those that are given different data.
+    """Return (number of this process, number of processes) among those that receive different data.
 
-    Ranks that share a layer by tensor parallelism share its data too.
+    Ranks that share a layer by tensor parallelism also share its data.
     """
     if isinstance(trainer.strategy, ModelParallelStrategy):
         kwargs = trainer.strategy.distributed_sampler_kwargs

@@ -1,7 +1,7 @@
-"""Tensors that are split over ranks, to whole ones and back: what checkpoints and exports hold is always whole.
+"""Conversion between split and whole tensors: the contents of checkpoints and exports are always whole.
 
-So a checkpoint says nothing of the strategy that wrote it: one written by FSDP2 is gone on with by DDP or on one
-device, and the other way round.
+A checkpoint therefore does not depend on the strategy that wrote it: a run saved under FSDP2 can be resumed under DDP
+or on one device, and vice versa.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ DATA, TENSOR = "data_parallel", "tensor_parallel"
 
 
 def local_ranges(tensor: Tensor) -> tuple[slice, ...]:
-    """This rank's part of `tensor`, dimension by dimension."""
+    """Return the ranges of this rank's part of `tensor`, dimension by dimension."""
     ranges = [(0, size) for size in tensor.shape]
     if isinstance(tensor, DTensor):
         mesh, names = tensor.device_mesh, tensor.device_mesh.mesh_dim_names or ()
-        # FSDP2 cuts what tensor parallelism has left of a weight.
+        # FSDP2 splits what remains of a weight after tensor parallelism.
         for number in sorted(range(mesh.ndim), key=lambda i: names[i] == DATA):
             dim = getattr(tensor.placements[number], "dim", None)
             if dim is not None:
@@ -35,7 +35,10 @@ def local_ranges(tensor: Tensor) -> tuple[slice, ...]:
 
 
 def split_like(like: Tensor, read: Callable[[tuple[slice, ...]], Tensor], device: torch.device) -> Tensor:
-    """What `read` gives for this rank's part of `like`, on `device`: a tensor split as that is, or whole as that is."""
+    """Return the result of `read` for this rank's part of `like`, on `device`.
+
+    The returned tensor is split as `like` is, or whole if `like` is whole.
+    """
     local = read(local_ranges(like)).to(device=device, dtype=like.dtype).contiguous()
     if not isinstance(like, DTensor):
         return local
@@ -46,9 +49,9 @@ def split_like(like: Tensor, read: Callable[[tuple[slice, ...]], Tensor], device
 
 
 def whole_state(model: nn.Module, trained_only: bool) -> dict[str, Tensor]:
-    """Parameters and buffers of `model` on the CPU, put together from all ranks, on rank 0 (elsewhere maybe empty).
+    """Return parameters and buffers of `model` on the CPU, put together from all ranks.
 
-    All ranks call it.
+    The result is complete on rank 0, and may be empty on other ranks. All ranks call this function.
     """
     if dist.is_available() and dist.is_initialized():
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
@@ -58,7 +61,7 @@ def whole_state(model: nn.Module, trained_only: bool) -> dict[str, Tensor]:
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy this rank's parts of the whole tensors of `state` into the parameters and buffers that it names."""
+    """Copy this rank's parts of the whole tensors of `state` into the parameters and buffers that `state` names."""
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if name in state:
@@ -67,19 +70,22 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """`optimizer.state_dict()` with every tensor whole and on the CPU; on rank 0, others give their parts alone."""
+    """Return `optimizer.state_dict()` on rank 0 with every tensor whole and on the CPU.
+
+    The other ranks only contribute their parts.
+    """
     state = optimizer.state_dict()
     keeps = dist.get_rank() == 0
     gathered = {}
     for number, values in state["state"].items():
-        # A tensor at a time, which the device needs room for.
+        # The device needs memory for a whole tensor, so they are gathered one at a time.
         whole = {name: v.full_tensor() if isinstance(v, DTensor) else v for name, v in values.items()}
         gathered[number] = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in whole.items()} if keeps else {}
     return {**state, "state": gathered}
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Give `optimizer` this rank's parts of the whole tensors of `state`."""
+    """Load this rank's parts of the whole tensors of `state` into `optimizer`."""
     parts = {}
     for number, parameter in enumerate(_parameters(optimizer)):
         if number in state["state"]:

@@ -1,9 +1,10 @@
-"""Tensor parallelism for Llama-style models: each rank computes some heads, some of the MLP, some of the vocabulary.
+"""Tensor parallelism for Llama-style models: each rank computes some heads, part of the MLP and of the vocabulary.
 
-Attention and MLP are split by PyTorch's own column- and row-wise styles. The vocabulary is ours: the embedding adds up
-what each rank has, and the LM head joins three numbers a token (`bdpo_kernels.rows.sharded`), never its logits.
+Attention and MLP are split by PyTorch's own column- and row-wise styles. The vocabulary is split by our own code: the
+embedding is summed over ranks, and the LM head combines three numbers per token (`bdpo_kernels.rows.sharded`), never
+its logits.
 
-Shapes: R rows; T positions; D hidden size; V vocabulary; v rows of it on this rank.
+Shapes: R rows; T positions; D hidden size; V vocabulary; v rows of the vocabulary on this rank.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from bdpo_kernels import VocabShard
 from bdpo_pl.errors import InputError
 
 ARCHITECTURES = ("cohere", "granite", "llama", "ministral3", "mistral", "qwen2", "qwen3", "smollm3")
-"""Model types whose parts are tested to equal the whole, log-probabilities and gradients."""
+"""Model types for which a test shows that the split model equals the whole, in log-probabilities and gradients."""
 
-# transformers' own names for how a weight is split, of those that these architectures use. A norm of single heads is
-# whole on every rank, but sees that rank's heads alone, so its gradient is summed.
+# transformers' own names for the ways to split a weight, as far as these architectures use them. A norm of single heads
+# is whole on every rank, but sees that rank's heads alone, so its gradient is summed.
 _STYLES: dict[str, Any] = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
 _NORM_OF_HEADS = "replicated_with_grad_allreduce"
 _LAYERS = "layers.*."
@@ -63,16 +64,17 @@ def parallelize(model: Any, mesh: DeviceMesh) -> None:
     for module in model.modules():
         own = list(module.parameters(recurse=False))
         if own and not isinstance(own[0], DTensor):
-            # The norms: whole on every rank, but DTensors as all others are, which are clipped and saved together.
+            # Norms are whole on every rank, but they are DTensors like all others, so that all are clipped and saved
+            # together.
             distribute_module(module, mesh, input_fn=_replicated, output_fn=_local)  # type: ignore[arg-type]
 
 
 class VocabParallelEmbedding(nn.Module):
-    """An embedding of which each rank holds some rows.
+    """An embedding whose rows are split over ranks.
 
     Args:
-        whole: what it takes the place of.
-        mesh: one-dimensional, the ranks that share it.
+        whole: embedding that this one replaces.
+        mesh: one-dimensional mesh of the ranks that share the embedding.
     """
 
     def __init__(self, whole: nn.Embedding, mesh: DeviceMesh) -> None:
@@ -82,7 +84,7 @@ class VocabParallelEmbedding(nn.Module):
         self.padding_idx = whole.padding_idx
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(R, T) ids to (R, T, D), whole on every rank."""
+        """Map (R, T) ids to (R, T, D) embeddings, whole on every rank."""
         weight = _local_tensor(self.weight)
         v = weight.shape[0]
         local = ids - self.shard.start
@@ -95,11 +97,11 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class VocabParallelHead(nn.Module):
-    """An LM head of which each rank holds some rows; `bdpo_pl.forward.responses` reads `local_weight` and `shard`.
+    """An LM head whose rows are split over ranks; `bdpo_pl.forward.responses` reads `local_weight` and `shard`.
 
     Args:
-        weight: (V, D), split by rows over the mesh.
-        mesh: one-dimensional, the ranks that share it.
+        weight: (V, D) weight, split by rows over the mesh.
+        mesh: one-dimensional mesh of the ranks that share the head.
     """
 
     bias = None
@@ -110,15 +112,18 @@ class VocabParallelHead(nn.Module):
         self.shard = _vocab_shard(weight.shape[0], mesh)
 
     def local_weight(self) -> Tensor:
-        """(v, D)."""
+        """Return this rank's (v, D) part of the weight."""
         return _local_tensor(self.weight)
 
     @torch.no_grad()
     def forward(self, hidden: Tensor) -> Tensor:
-        """(…, D) to (…, V) logits, whole on every rank and without gradient: for generation, a position at a time."""
+        """Map (…, D) hidden states to (…, V) logits, whole on every rank and without gradient.
+
+        This is for generation, a position at a time.
+        """
         shard, local = self.shard, F.linear(hidden, self.local_weight())
         if not local.shape[:-1].numel():
-            # Training has computed all it wants of the head elsewhere: no need for ranks to exchange nothing.
+            # Training has computed the head's results elsewhere, so the ranks need not exchange empty tensors.
             return local.new_zeros(*local.shape[:-1], shard.vocab_size)
         padded = local.new_zeros(*local.shape[:-1], shard.largest)
         padded[..., : local.shape[-1]] = local
@@ -128,12 +133,12 @@ class VocabParallelHead(nn.Module):
 
 
 def head_weight(head: Any) -> tuple[Tensor, VocabShard | None]:
-    """What losses are computed from: the LM head's weight, and which rows of the vocabulary it holds if not all."""
+    """Return the LM head's weight, and the rows of the vocabulary that it holds, or None if it holds all."""
     return (head.local_weight(), head.shard) if isinstance(head, VocabParallelHead) else (head.weight, None)
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over ranks. What follows is the same on every rank, and so is its gradient."""
+    """The sum over ranks. All later computation is the same on every rank, and so is its gradient."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -153,7 +158,7 @@ def _shard_rows(weight: Tensor, mesh: DeviceMesh) -> nn.Parameter:
 
 
 def _vocab_shard(V: int, mesh: DeviceMesh) -> VocabShard:
-    # As Shard(0) cuts: pieces of one size, the last ones smaller.
+    # As Shard(0) splits: parts of equal size, the last ones smaller.
     size = -(-V // mesh.size())
     return VocabShard(min(V, mesh.get_local_rank() * size), V, mesh.get_group())
 
@@ -168,7 +173,10 @@ def _replicated(module: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) ->
 
 
 def _of_this_rank(module: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> tuple[Any, ...]:
-    """Inputs of which each rank has another part: whichever dimension is named, a norm of the last sees none of it."""
+    """Mark inputs as different on each rank.
+
+    They are split along the first dimension; a norm of the last dimension is not affected by this choice.
+    """
     hidden, *rest = inputs
     return (DTensor.from_local(hidden, mesh, [Shard(0)], run_check=False), *rest)
 

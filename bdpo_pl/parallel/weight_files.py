@@ -1,4 +1,4 @@
-"""Parts of a model's weights, read from its safetensors files without the rest."""
+"""Parts of a model's weights, read from its safetensors files without reading the rest."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _INDEX = "model.safetensors.index.json"
 
 
 class WeightFiles:
-    """The tensors of a model folder. A context manager: it holds the files open.
+    """The tensors of a model folder, as a context manager that holds the files open.
 
     Args:
-        folder: with `model.safetensors`, or several files and their index.
-        name: of the model, for messages.
+        folder: folder with `model.safetensors`, or with several files and their index.
+        name: name of the model, for messages.
 
     Raises:
-        InputError: there are no such files, the index names one outside the folder, or one is damaged.
+        InputError: there are no such files, the index names a file outside the folder, or a file is damaged.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
@@ -50,10 +50,10 @@ class WeightFiles:
 
     @classmethod
     def of(cls, source: ModelSource) -> WeightFiles:
-        """The files of `source`, fetched first if it is on the hub.
+        """Return the files of `source`, fetched first if it is on the hub.
 
         Raises:
-            InputError: as the class, or the hub cannot be reached.
+            InputError: the folder has no valid files, or the hub cannot be reached.
         """
         check_folder(source.name)
         if gguf_file(source.name) is not None:
@@ -69,18 +69,20 @@ class WeightFiles:
                 fetched = snapshot_download(
                     source.name, revision=source.revision, allow_patterns=["*.safetensors", _INDEX]
                 )
-            except Exception as error:  # the hub client raises many kinds; each means that the files are not here
+            except Exception as error:  # the hub client raises many kinds; each means that the files are missing
                 raise InputError(f"cannot fetch the weights of {source.name!r}: {error}") from error
             folder = Path(fetched)
         return cls(folder, source.name)
 
     def take_names_of(self, model: Any) -> None:
-        """Know each tensor by the name that `model` has for it, where transformers renames or joins them on loading.
+        """Map the names of `model`'s tensors to the stored ones.
 
-        Vision-language models are stored under older names, and mixtures of experts with each expert by itself.
+        transformers renames or joins some tensors on loading.
+
+        Vision-language models are stored under older names, and mixtures of experts with one tensor for each expert.
 
         Args:
-            model: may be on the meta device.
+            model: model whose names are used; it may be on the meta device.
         """
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import (
@@ -105,10 +107,10 @@ class WeightFiles:
                 self._joined.setdefault(name, (by_pattern[pattern], []))[1].append((stored, pattern))
 
     def read(self, names: list[str], shape: tuple[int, ...], part: tuple[slice, ...]) -> Tensor:
-        """Read the `part` of the tensor that the files have under one of `names`.
+        """Read the `part` of the tensor that the files store under one of `names`.
 
         Raises:
-            InputError: they have none, it has another shape, or its file is damaged.
+            InputError: the files do not have it, it has another shape, or its file is damaged.
         """
         if (joined := next((name for name in names if name in self._joined), None)) is not None:
             tensor = self._join(joined)
@@ -132,7 +134,10 @@ class WeightFiles:
             )
 
     def _join(self, name: str) -> Tensor:
-        """Put together a tensor that is stored in several; the last one is kept, whose parts are read one by one."""
+        """Put together a tensor that is stored in several.
+
+        The last one is kept, because its parts are read one by one.
+        """
         if self._last is None or self._last[0] != name:
             original, parts = self._joined[name]
             converter = copy.deepcopy(original)
