@@ -1,4 +1,4 @@
-"""Where tables and errors are printed."""
+"""Console output: tables, and text that cannot control the terminal."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.table import Table
 
-# A log file has no width of its own, and 80 columns break the paths in it.
+# A log file has no width of its own, and 80 columns would break the paths in it.
 _LOG_WIDTH = 120
 
 
 def printable(text: str) -> str:
-    """`text` with what a terminal would obey, or could not show, written as an escape; line breaks and tabs stay.
+    """Return `text` with characters that would control a terminal, or cannot be displayed, escaped.
 
-    Control characters (so escape codes), marks that turn the direction of writing, and lone surrogates. A zero-width
-    joiner stays: it is part of emoji and of many scripts.
+    Line breaks and tabs remain.
+
+    Escaped are control characters (and so escape codes), marks that change the direction of writing, and lone
+    surrogates. A zero-width joiner remains, because it is part of emoji and of many scripts.
     """
     if text.isascii() and text.isprintable():
         return text
@@ -33,22 +35,22 @@ def _escape(character: str) -> str:
 
 
 class _PlainConsole(Console):
-    """A console on which what data, models and services say cannot give orders to the terminal."""
+    """A console on which text from data, models and services cannot control the terminal."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
-        """Escape what segments of text hold; rich's own codes are added later."""
+        """Escape the text of segments; rich's own codes are added later."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
 
 def get_console(stderr: bool = False) -> Console:
-    """A console as wide as the terminal, or wide enough for tables where there is none."""
+    """Return a console as wide as the terminal, or wide enough for tables if there is no terminal."""
     console = _PlainConsole(stderr=stderr)
     return console if console.is_terminal else _PlainConsole(stderr=stderr, width=max(console.width, _LOG_WIDTH))
 
 
 def paths_table(paths: Mapping[str, Path]) -> Table:
-    """Where the run's files are, those that exist."""
+    """Return a table of the run's files that exist."""
     table = Table(title="Written", title_justify="left", show_header=False)
     table.add_column()
     table.add_column(overflow="fold")

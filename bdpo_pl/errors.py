@@ -1,29 +1,29 @@
-"""The error that tells a user what to mend."""
+"""Errors whose message says what the user should fix, with their exit statuses."""
 
 
 class InputError(ValueError):
     """A wrong option, file, row or model; the message names it and says what to do.
 
-    Entry points print the message alone, with no traceback, and exit with status 2.
+    Entry points print only the message, without a traceback, and exit with status 2.
     """
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or a gradient stopped being finite; raised before the optimiser step, on every rank."""
+    """A loss or a gradient that is not finite; raised before the optimiser step, on every rank."""
 
 
 class MachineError(RuntimeError):
-    """Memory, disk or a process gave out; the message says what to free or to lower. Exit status 4."""
+    """A lack of memory or disk space, or a failed process; the message says what to free or reduce. Exit status 4."""
 
 
 class StoppedError(BaseException):
-    """A signal told the run to stop. Exit status: 128 + the signal's number.
+    """A signal to stop the run. Exit status: 128 + the signal's number.
 
-    No `Exception`, so that code that tries one thing and falls back on another does not swallow it.
+    Not an `Exception`, so that code which catches errors to try an alternative does not suppress it.
 
     Attributes:
-        signal: The one that this process received, if it did.
-        saved: The message says already what is saved, and how to go on from there.
+        signal: The signal that this process received, if any.
+        saved: Whether the message already says what is saved, and how to resume from there.
     """
 
     def __init__(self, message: str, signal: int | None = None, *, saved: bool = False) -> None:
@@ -33,6 +33,6 @@ class StoppedError(BaseException):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what `error` says, or its type's name if it says nothing."""
+    """Return the first line of the message of `error`, or its type's name if the message is empty."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there, and the folder of a run that one process alone may write."""
+"""Files and folders that are either complete or absent, and a run folder that only one process may write."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from bdpo_pl.errors import InputError
 def write_whole(
     path: Path, content: str | bytes | Callable[[IO[bytes]], None], *, shared: bool = False, private: bool = False
 ) -> Path:
-    """Write `content` to the file `path`, all or nothing, and force it onto the disk.
+    """Write `content` to the file `path`, all or nothing, and force it to disk.
 
-    The bytes go to another name in the same folder, which must exist; that name is then changed to `path`, which an
-    operating system does at once or not at all.
+    The bytes are written under another name in the same folder, which must exist. That name is then changed to `path`,
+    which an operating system does atomically.
 
     Args:
-        path: Its former contents stay until the new ones are complete.
+        path: Path of the file, whose former contents remain until the new ones are complete.
         content: Text (written as UTF-8), bytes, or a function that writes to the open file.
-        shared: Several processes may write this file at once, so each needs a temporary name of its own. Otherwise
-            the name is fixed, and what a killed process has left is overwritten by the next.
-        private: Readable by the file's owner alone.
+        shared: Whether several processes may write this file at once, so that each needs a temporary name of its own.
+            Otherwise the name is fixed, and the next process overwrites what a killed process has left.
+        private: Whether to make the file readable by its owner alone.
 
     Raises:
         OSError: The disk is full, or the folder cannot be written.
@@ -58,11 +58,11 @@ def write_whole(
 
 
 def write_whole_folder(folder: Path, write: Callable[[Path], None]) -> Path:
-    """Have `write` fill a folder under another name, and give it its own name when it is complete.
+    """Have `write` fill a folder under a temporary name, and rename it when it is complete.
 
     Args:
-        folder: Must not exist yet.
-        write: Called with the folder to fill, which it may have to make.
+        folder: Path of the folder, which must not exist yet.
+        write: Function that is called with the folder to fill, which it may have to create.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -76,14 +76,14 @@ def write_whole_folder(folder: Path, write: Callable[[Path], None]) -> Path:
 
 
 class RunFolder:
-    """A context manager that holds `folder` for this process, which gives it up when it ends, however it ends.
+    """A context manager that holds `folder` for this process, and releases it when the process ends for any reason.
 
     Args:
-        folder: Made if it is not there.
-        options: Those that would name another folder, for messages.
+        folder: Folder to hold, created if it does not exist.
+        options: Options that would select another folder, for messages.
 
     Raises:
-        InputError: On entering, if another run holds it or it cannot be written.
+        InputError: On entering, another run holds the folder, or it cannot be written.
     """
 
     def __init__(self, folder: Path, options: str = "trainer.logger.init_args.save_dir, name or version") -> None:
@@ -109,7 +109,7 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # A run that failed before it wrote anything leaves nothing.
+        # A run that failed before it wrote anything leaves no folder.
         with suppress(OSError):
             self.folder.rmdir()
         with suppress(OSError):
@@ -118,10 +118,10 @@ class RunFolder:
 
 
 def try_writing(folder: Path) -> None:
-    """Make `folder` if it is not there, and write to it, leaving nothing.
+    """Create `folder` if it does not exist, and try to write to it without leaving a file.
 
     Raises:
-        OSError: It cannot be made or written.
+        OSError: The folder cannot be created or written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
@@ -129,10 +129,10 @@ def try_writing(folder: Path) -> None:
 
 
 def writable_folder(path: str | Path, option: str) -> Path:
-    """Make the folder at `path` now: one that cannot be written is found out before the work, not after.
+    """Create the folder at `path` now, so that one that cannot be written is reported before the work, not after.
 
     Raises:
-        InputError: It cannot be made or written; the message names `option`.
+        InputError: The folder cannot be created or written; the message names `option`.
     """
     folder = Path(path).expanduser()
     try:
@@ -145,7 +145,7 @@ def writable_folder(path: str | Path, option: str) -> Path:
 
 
 def _umask() -> int:
-    # It can be read only by setting it.
+    # The mask can be read only by setting it.
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
@@ -153,7 +153,7 @@ def _umask() -> int:
 
 def _sync_folder(folder: Path) -> None:
     if os.name == "nt":
-        # Windows opens no folder.
+        # Windows cannot open a folder.
         return
     handle = os.open(folder, os.O_RDONLY)
     try:

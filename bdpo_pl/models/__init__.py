@@ -1,1 +1,1 @@
-"""Models of transformers: loading, adapters, and what is known of an architecture."""
+"""Models of transformers: loading, adapters, and facts about architectures."""

@@ -1,4 +1,4 @@
-"""What is known of an architecture: its class, where its language model and its layers are, its soft-cap and scale."""
+"""Facts about an architecture: its class, its language model and layers, and its logits' soft-cap and scale."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import nn
 
 
 def auto_class(config: Any) -> Any:
-    """The class of transformers that loads a language model of `config` whole.
+    """Return the class of transformers that loads a language model of `config` whole.
 
-    What was saved as a model of images and text is loaded as one, though text is all that it will read: loaded as a
+    A model that was saved as one of images and text is loaded as one, although it will read text alone: loaded as a
     language model alone, it would be exported without its vision tower.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -29,27 +29,30 @@ def auto_class(config: Any) -> Any:
 
 
 def text_model(model: Any) -> Any:
-    """The module of `model` that reads text: itself, or its language model where it has other parts."""
+    """Return the module of `model` that reads text: `model` itself, or its language model if it has other parts."""
     config = model.config
     text = config.get_text_config()
     if text is config:
         return model
-    # Read as the configuration has it: a vision tower's is another.
+    # Identified by the configuration, because a vision tower has another one.
     found = [module for module in model.modules() if getattr(module, "config", None) is text]
     return found[0] if found else model
 
 
 def decoder_layers(model: Any) -> nn.ModuleList | None:
-    """The layers of `model`, in order; None if they cannot be told."""
+    """Return the layers of `model`, in order; None if they are not recognised."""
     number = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     modules = text_model(model).modules()
     lists = [module for module in modules if isinstance(module, nn.ModuleList) and len(module) == number]
-    # One alone: two of the same length could be anything.
+    # Accepted only if it is the only list of this length: of two lists, either could be the layers.
     return lists[0] if len(lists) == 1 else None
 
 
 def logit_transform(config: Any) -> tuple[float | None, float]:
-    """Soft-cap and scale of the logits after the LM head: Gemma's, Cohere's and Granite's names for them."""
+    """Return soft-cap and scale of the logits after the LM head.
+
+    The names are Gemma's, Cohere's and Granite's.
+    """
     text = config.get_text_config()
     scale = getattr(text, "logit_scale", None) or 1.0
     scale /= getattr(text, "logits_scaling", None) or 1.0

@@ -1,4 +1,4 @@
-"""A trained policy read back: from a checkpoint or a whole state to a plain model of transformers."""
+"""Loading of a trained policy: from a checkpoint or a whole state to a plain model of transformers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PREFIX = "policy."
 
 
 def plain_model(source: ModelSource, dtype: torch.dtype, state: dict[str, Tensor], lora: LoraOptions | None) -> Any:
-    """A model of transformers on the CPU with the weights of `state` (of `whole_state`), adapters merged."""
+    """Return a model of transformers on the CPU with the weights of `state` (of `whole_state`), adapters merged."""
     if lora is not None:
         return merged(load_model(source, dtype), lora, state)
     with torch.device("meta"):
@@ -28,16 +28,16 @@ def plain_model(source: ModelSource, dtype: torch.dtype, state: dict[str, Tensor
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint that `bdpo_pl.fit` wrote, its tensors on disk still.
+    """Read a checkpoint that `bdpo_pl.fit` wrote; its tensors remain on disk.
 
     Raises:
-        InputError: it is not there, not whole or of another program.
+        InputError: the file does not exist, is incomplete, or was written by another program.
     """
     try:
         saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except FileNotFoundError:
         raise InputError(f"no checkpoint at {path} (looked from {Path.cwd()})") from None
-    except Exception as error:  # whatever is wrong with it, it is not a checkpoint
+    except Exception as error:  # whatever the error is, the file is not a valid checkpoint
         raise InputError(f"{path} is not a whole checkpoint ({type(error).__name__})") from error
     if not isinstance(saved, dict) or "bdpo_pl" not in saved:
         raise InputError(f"{path} was not written by bdpo_pl.fit; give the folder of its exported model")
@@ -45,15 +45,15 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def checkpoint_model(path: Path, source: ModelSource, dtype: torch.dtype) -> Any:
-    """A model of transformers on the CPU with the policy's weights of a checkpoint, adapters merged.
+    """Return a model of transformers on the CPU with the policy's weights of a checkpoint, adapters merged.
 
     Args:
-        path: the checkpoint.
-        source: the model that it was trained from.
-        dtype: of the weights.
+        path: path of the checkpoint.
+        source: model from which it was trained.
+        dtype: dtype of the weights.
 
     Raises:
-        InputError: see `read_checkpoint`.
+        InputError: the checkpoint cannot be read, or its weights are not those of a model like `source`.
     """
     saved = read_checkpoint(path)
     state = {
@@ -62,7 +62,7 @@ def checkpoint_model(path: Path, source: ModelSource, dtype: torch.dtype) -> Any
     lora = saved["bdpo_pl"]["lora"]
     if lora is not None:
         return plain_model(source, dtype, state, LoraOptions(**lora))
-    # Into a whole model: what is in no checkpoint, as the positions' frequencies and how to generate, comes with it.
+    # A whole model is loaded, because no checkpoint holds the positions' frequencies and the generation settings.
     model = load_model(source, dtype)
     found = model.load_state_dict(state, strict=False)
     left = set(found.missing_keys) - set(getattr(model, "all_tied_weights_keys", ())) - unreached(model)

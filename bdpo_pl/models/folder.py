@@ -1,7 +1,7 @@
-"""The files of a model's folder: which of them count, and that none leads out of it.
+"""The files of a model's folder: which of them affect the model, and a check that none leads out of the folder.
 
-A folder may come from anyone. Its index and its links are followed only within the folder; in Hugging Face's own cache
-also to the blobs of the same repository.
+A folder may come from an untrusted source. Its index and its links are followed only within the folder; in Hugging
+Face's own cache also to the blobs of the same repository.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from bdpo_pl.errors import InputError
 
 _INDEX_SUFFIX = ".index.json"
 _TEMPLATES = "additional_chat_templates"
-# Other frameworks' weights and what is only for people to read: nothing of these is loaded.
+# Weights of other frameworks, and files for human readers: none of these are loaded.
 _UNREAD = frozenset({".md", ".png", ".jpg", ".gif", ".pdf", ".h5", ".msgpack", ".ot", ".onnx", ".tflite", ".gguf"})
 
 
 def gguf_file(name: str) -> Path | None:
-    """The GGUF file that a model's name stands for, None if it is no such file's name."""
+    """Return the path of the GGUF file that a model's name refers to; None if it is not the name of such a file."""
     return Path(name).expanduser() if name.endswith(".gguf") else None
 
 
 def check_folder(name: str) -> None:
-    """Refuse a local model that is not there, is no model, or reaches out of its folder.
+    """Refuse a local model that does not exist, is not a model, or has files that lead out of its folder.
 
     Args:
-        name: a model's folder, its GGUF file, or a name on the hub, which passes.
+        name: a model's folder, its GGUF file, or a name on the hub, which is accepted unchecked.
 
     Raises:
-        InputError: no such folder or file; a PEFT adapter; a link, or a name in an index, that leads out of the folder;
-            an entry that is no regular file.
+        InputError: there is no such folder or file; it is a PEFT adapter; a link, or a name in an index, leads out of
+            the folder; an entry is not a regular file.
     """
     if (file := gguf_file(name)) is not None:
         if not file.is_file():
@@ -41,7 +41,7 @@ def check_folder(name: str) -> None:
         return
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        # A path that is not there should be called that, not be looked for on the hub.
+        # A path that does not exist should be reported as that, not be searched for on the hub.
         if name.startswith(("/", ".", "~")) or name.count("/") > 1:
             raise InputError(f"no model folder at {name!r} (looked from {Path.cwd()})")
         return
@@ -58,10 +58,10 @@ def check_folder(name: str) -> None:
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """File of each tensor by the index at `index`.
+    """Return the file name of each tensor from the index at `index`.
 
     Raises:
-        InputError: it is no such index.
+        InputError: the file is not a valid index.
     """
     try:
         found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -77,7 +77,7 @@ def check_name(file: object, index: Path) -> None:
 
 
 def files_digest(folder: Path) -> str:
-    """SHA-256 over names and contents of all files that change what the model of `folder` says."""
+    """Return the SHA-256 over names and contents of all files that affect the outputs of the model in `folder`."""
     files = sorted(path for path in _entries(folder) if path.suffix.lower() not in _UNREAD)
     with ThreadPoolExecutor(max_workers=4) as pool:
         digests = list(pool.map(file_digest, files))
@@ -86,13 +86,16 @@ def files_digest(folder: Path) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _entries(folder: Path) -> Iterator[Path]:
-    """What transformers may read: all but hidden files and folders; of these, chat templates alone."""
+    """Yield the files that transformers may read.
+
+    These are all but hidden files and folders; of the folders, only that of chat templates is included.
+    """
     for path in folder.iterdir():
         if path.name.startswith("."):
             continue

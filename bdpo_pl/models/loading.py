@@ -1,6 +1,6 @@
-"""Loading models and tokenizers, with every fault found before training starts.
+"""Loading of models and tokenizers, with errors found before training starts.
 
-Nothing is fetched or executed that the user did not name: hub code stays off unless `trust_remote_code` is set.
+Nothing is fetched or executed that the user did not name: code from the hub is not run without `trust_remote_code`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Which causal language model, and how to load it.
+    """A causal language model, and how to load it.
 
     Attributes:
         name: folder in the Hugging Face layout, a GGUF file, or a name on the hub.
-        revision: git revision on the hub; pin it to make a run repeatable.
-        attn_implementation: as in transformers (`sdpa`, `eager`, `flash_attention_2`, …); None: transformers chooses.
-        trust_remote_code: run Python code that comes with the model. Off by default: it runs with your permissions.
+        revision: git revision on the hub; set it to make a run repeatable.
+        attn_implementation: attention implementation of transformers (`sdpa`, `eager`, `flash_attention_2`, …); None:
+            transformers chooses.
+        trust_remote_code: whether to run Python code that comes with the model. Off by default, because it runs with
+            your permissions.
     """
 
     name: str
@@ -39,7 +41,7 @@ class ModelSource:
 
     @property
     def location(self) -> dict[str, Any]:
-        """Where transformers finds it: the arguments of `from_pretrained` that say so."""
+        """The arguments of `from_pretrained` that say where the model is."""
         file = gguf_file(self.name)
         place = {"pretrained_model_name_or_path": self.name} if file is None else {
             "pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name
@@ -48,10 +50,10 @@ class ModelSource:
 
 
 def load_tokenizer(source: ModelSource) -> Any:
-    """The fast tokenizer of `source`.
+    """Load the fast tokenizer of `source`.
 
     Raises:
-        InputError: there is none to be had.
+        InputError: there is no tokenizer, or it cannot be loaded.
     """
     from transformers import AutoTokenizer
 
@@ -60,7 +62,7 @@ def load_tokenizer(source: ModelSource) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(**source.location)
     except Exception as error:  # missing, gated, malformed, code refused: all mean that there is no tokenizer
         raise InputError(f"cannot load a tokenizer from {source.name!r}: {_reason(error)}") from error
-    # transformers makes an empty one where there are no files.
+    # Without any files, transformers makes an empty tokenizer.
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise InputError(
             f"{source.name} has no tokenizer: without its files transformers makes one that knows no text; copy "
@@ -70,7 +72,7 @@ def load_tokenizer(source: ModelSource) -> Any:
 
 
 def load_config(source: ModelSource) -> Any:
-    """The configuration of `source`, with every dropout and other noise set to zero.
+    """Load the configuration of `source`, with every dropout and other noise set to zero.
 
     Raises:
         InputError: there is no model of that name.
@@ -86,7 +88,9 @@ def load_config(source: ModelSource) -> Any:
 
 
 def model_class(source: ModelSource, config: Any, dtype: torch.dtype) -> Any:
-    """A model of `source`'s architecture without its weights; under `torch.device("meta")` it takes no memory.
+    """Build a model of `source`'s architecture without its weights.
+
+    Under `torch.device("meta")` it takes no memory.
 
     Raises:
         InputError: transformers has no causal language model of that configuration.
@@ -102,13 +106,13 @@ def model_class(source: ModelSource, config: Any, dtype: torch.dtype) -> Any:
 
 
 def load_model(source: ModelSource, dtype: torch.dtype, quantization: Any = None, device: Any = None) -> nn.Module:
-    """The causal language model of `source`, without dropout.
+    """Load the causal language model of `source`, without dropout.
 
     Args:
-        source: which model.
-        dtype: of its weights.
-        quantization: a transformers configuration of the quantisation of its weights, which then lie on `device`.
-        device: default the CPU.
+        source: model to load.
+        dtype: dtype of the weights.
+        quantization: transformers configuration for quantising the weights, which are then on `device`.
+        device: device of quantised weights. Default: the CPU.
 
     Raises:
         InputError: there is no causal language model of that name, or its weights do not load.
@@ -125,14 +129,14 @@ def load_model(source: ModelSource, dtype: torch.dtype, quantization: Any = None
         )
     except Exception as error:
         raise InputError(f"cannot load a causal language model from {source.name!r}: {_reason(error)}") from error
-    # transformers only warns and fills these with random numbers.
+    # transformers would only warn, and fill these with random numbers.
     if missing := sorted(info["missing_keys"]):
         raise InputError(
             f"{source.name}: the checkpoint lacks {len(missing)} weights of {type(model).__name__} "
             f"(first: {', '.join(missing[:3])}); is it a causal language model's, and whole?"
         )
     if gguf_file(source.name) is not None:
-        # Its weights are plain ones by now, and it is trained and saved as a model with such.
+        # Its weights are no longer quantised, and it is trained and saved as a model with plain weights.
         model.hf_quantizer = None
         for attribute in ("is_quantized", "quantization_method"):
             vars(model).pop(attribute, None)
@@ -142,7 +146,7 @@ def load_model(source: ModelSource, dtype: torch.dtype, quantization: Any = None
 
 
 def processor_files(source: ModelSource) -> list[Path]:
-    """Find the files of `source` that say how images, video and sound become its input."""
+    """Find the files of `source` that define how images, video and sound are converted to its input."""
     from transformers.utils import cached_file
 
     names = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
@@ -151,7 +155,7 @@ def processor_files(source: ModelSource) -> list[Path]:
         return []
     if folder.is_dir():
         return [folder / name for name in names if (folder / name).is_file()]
-    # Fetched with the rest of the model, so nothing new is asked for where it had none.
+    # These files are fetched with the rest of the model, so files that it lacks are not requested again.
     quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     found = [cached_file(source.name, name, revision=source.revision, **quiet) for name in names]
     return [Path(file) for file in found if file is not None]
@@ -174,7 +178,7 @@ def hold_products_in(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def frozen(model: Any, device: torch.device) -> Any:
-    """`model` on `device`, in evaluation mode and with no gradients of its weights."""
+    """Move `model` to `device`, in evaluation mode and with no gradients of its weights."""
     return model.requires_grad_(False).eval().to(device)
 
 
@@ -182,9 +186,9 @@ def enable_activation_checkpointing(model: Any) -> None:
     """Recompute the activations of each layer in the backward pass.
 
     Raises:
-        InputError: the architecture cannot.
+        InputError: the architecture does not support it.
     """
-    # Newer versions of transformers warn of the older name.
+    # Newer versions of transformers warn about the older name.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     try:
         enable({"use_reentrant": False})
@@ -193,10 +197,10 @@ def enable_activation_checkpointing(model: Any) -> None:
 
 
 def compile_layers(model: Any, backend: str) -> None:
-    """Compile each decoder layer: one compilation serves all, and hooks around the LM head stay outside.
+    """Compile each decoder layer: one compilation serves all, and hooks around the LM head are not compiled.
 
     Raises:
-        InputError: no such backend, or a model whose layers cannot be told.
+        InputError: there is no such backend, or the layers of the model are not recognised.
     """
     if backend not in (known := torch.compiler.list_backends(exclude_tags=())):
         raise InputError(f"model.compile: there is no backend {backend!r}; choose one of {', '.join(known)}")
@@ -208,14 +212,14 @@ def compile_layers(model: Any, backend: str) -> None:
 
 
 def resolve_dtype(name: DTypeName, precision: str) -> torch.dtype:
-    """The dtype to hold weights in: as named, or for `auto` what Lightning's `precision` wants of the module."""
+    """Return the dtype of the weights: `name`, or for `auto` the one that Lightning's `precision` requires."""
     if name != "auto":
         return getattr(torch, name)
     return {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision, torch.float32)
 
 
 def num_positions(config: Any) -> int | None:
-    """Positions that the model has, None if it names no limit."""
+    """Return the number of positions of the model; None if its configuration names no limit."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -231,8 +235,8 @@ def check_window(config: Any, max_length: int, name: str) -> None:
 def check_vocabulary(config: Any, ids: Iterable[int], name: str) -> None:
     """Raise `InputError` if the model has no embedding for one of the token `ids` that it will read.
 
-    A tokenizer may know more tokens than the model embeds (Gemma 3's `<image_soft_token>`): what the data never hold
-    does no harm.
+    A tokenizer may know more tokens than the model embeds (Gemma 3's `<image_soft_token>`); a token that the data do
+    not contain is harmless.
     """
     rows = config.get_text_config().vocab_size
     largest = max(ids, default=0)
@@ -244,7 +248,10 @@ def check_vocabulary(config: Any, ids: Iterable[int], name: str) -> None:
 
 
 def model_fingerprint(source: ModelSource) -> str:
-    """What identifies `source`: the commit of a hub model, else a SHA-256 over all files that change what it says."""
+    """Return an identifier of the contents of `source`.
+
+    It is the commit of a hub model, else a SHA-256 over all files that affect the outputs.
+    """
     check_folder(source.name)
     if (file := gguf_file(source.name)) is not None:
         return file_digest(file)

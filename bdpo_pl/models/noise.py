@@ -1,6 +1,6 @@
-"""Models without noise: dropout, dropped layers and jittered routers are off in the policy and its reference alike.
+"""Models without noise: dropout, dropped layers and router jitter are off in both the policy and its reference.
 
-A preference loss compares two passes over the same tokens, and noise in either of them would be read as a difference
+A preference loss compares two passes over the same tokens, and noise in either of them would look like a difference
 between policy and reference.
 """
 
@@ -14,10 +14,12 @@ _WORDS = ("dropout", "pdrop", "layerdrop", "drop_path", "droppath", "jitter")
 
 
 def without_noise(config: Any) -> Any:
-    """Set every dropout rate, dropped layer and jitter of `config` to zero, in nested configurations too; returns it.
+    """Set every dropout rate, layer-drop rate and jitter of `config` to zero, and return it.
+
+    Nested configurations are included.
 
     Args:
-        config: a configuration of transformers.
+        config: configuration of transformers.
     """
     seen: set[int] = set()
 
@@ -30,7 +32,7 @@ def without_noise(config: Any) -> Any:
             if isinstance(value, dict) or hasattr(value, "to_dict"):
                 silence(value)
             elif isinstance(value, int | float) and not isinstance(value, bool) and any(w in str(key) for w in _WORDS):
-                # In place, since a rate may also be kept in a dictionary.
+                # Set in place, because a rate may also be in a dictionary.
                 fields[key] = 0.0
 
     silence(config)
@@ -38,7 +40,7 @@ def without_noise(config: Any) -> Any:
 
 
 def silence_modules(model: nn.Module) -> nn.Module:
-    """Set the rate of every dropout module to zero, wherever the architecture took it from; returns `model`."""
+    """Set the rate of every dropout module to zero, whatever its source in the configuration, and return `model`."""
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0

@@ -1,7 +1,7 @@
-"""Which parameters text reaches: those of a vision tower, and layers that nothing reads, get no gradient from it.
+"""The parameters that text reaches. Those of a vision tower, and of layers that nothing reads, get no gradient.
 
-They are frozen: they have no optimiser state and no adapters, and DistributedDataParallel does not wait for their
-gradients. They stay in the model, so what is exported is whole.
+Unreached parameters are frozen: they have no optimiser state and no adapters, and DistributedDataParallel does not wait
+for their gradients. They remain in the model, so the exported model is whole.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import nn
 
 from bdpo_pl.models.architectures import text_model
 
-# Two tokens need not reach each expert, and a batch may.
+# Two tokens need not reach each expert, although a batch may reach it.
 _EXPERT = re.compile(r"\bexperts\.\d+\.")
 
 
 def freeze_unreached(model: Any) -> set[str]:
-    """Freeze the parameters of `model` that text never reaches; their names, which are also said."""
+    """Freeze the parameters of `model` that text never reaches; log their names, and return them."""
     names = unreached(model)
     parameters = dict(model.named_parameters())
     for name in names:
@@ -32,20 +32,20 @@ def freeze_unreached(model: Any) -> set[str]:
 
 
 def unreached(model: Any) -> set[str]:
-    """Names of the parameters of `model` that its logits for text do not depend on.
+    """Return the names of the parameters of `model` on which its logits for text do not depend.
 
-    Read from the graph of a forward pass over two tokens, which takes no backward pass; where that cannot be had
-    (quantised weights, layers that do not run on the meta device), they are those outside the language model.
+    They are read from the graph of a forward pass over two tokens, without a backward pass. If there is no such graph
+    (quantised weights, layers that do not run on the meta device), they are the parameters outside the language model.
     """
     named = dict(model.named_parameters())
     trained = {name: p.requires_grad for name, p in named.items()}
     reached: set[int] = set()
     if all(p.is_floating_point() for p in named.values()):
         try:
-            # A model that was its own reference is frozen as yet.
+            # A model that served as its own reference is still frozen.
             model.requires_grad_(True)
             reached = _reached(model)
-        except Exception:  # whatever keeps an architecture from such a pass, it will say in its first real one
+        except Exception:  # the first real pass of the architecture will report the reason
             reached = set()
         finally:
             for name, p in named.items():
@@ -56,7 +56,7 @@ def unreached(model: Any) -> set[str]:
 
 
 def _reached(model: Any) -> set[int]:
-    """Identities of the parameters in the graph of the logits."""
+    """Return the identities of the parameters in the graph of the logits."""
     text = model.config.get_text_config()
     special = {value for key, value in vars(model.config).items() if key.endswith(("token_id", "token_index"))}
     token = next(i for i in range(text.vocab_size) if i not in special)
@@ -89,10 +89,10 @@ def _outside_language_model(model: Any) -> set[str]:
 
 
 def _parts(names: set[str]) -> list[str]:
-    """The modules that parameters of these names are in, as briefly as can be said."""
+    """Return the modules that contain the parameters of these names, abbreviated."""
     return sorted({".".join(part for part in name.split(".")[:2] if not part.isdigit()) for name in names})
 
 
 def frozen_names(model: nn.Module) -> set[str]:
-    """Names of the parameters of `model` that are not trained."""
+    """Return the names of the parameters of `model` that are not trained."""
     return {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
