@@ -1,1 +1,1 @@
-"""What a model makes of a preference set before it is trained on it."""
+"""Diagnosis of a model's view of a preference set before it is trained on the set."""

@@ -1,4 +1,4 @@
-"""What a reader should do something about, worst first; every threshold is named here."""
+"""Findings that a reader should act on, worst first; every threshold is defined here."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from bdpo_pl.reporting import Finding
 from bdpo_pl.reporting.format import ratio
 
 MANY_STRONG = 0.10
-"""Share of strongly re-weighted pairs from which on it is worth a notice."""
+"""Share of strongly re-weighted pairs from which a notice is given."""
 TILTED = 0.05
-"""Difference between the mean strengths on the two sides, where DPO's is 1 on each, likewise."""
+"""Difference between the mean strengths of the two sides (1 on each side in DPO) from which a notice is given."""
 ONE_SIDED_LENGTH = 0.65
-"""Share of pairs with the longer response on one side, likewise."""
+"""Share of pairs with the longer response on one side from which a notice is given."""
 CORRELATED = 0.30
-"""Spearman's correlation, likewise."""
+"""Spearman's correlation from which a notice is given."""
 UNEVEN = 1.5
-"""Mean size of a category's or of the held-out pairs' imbalance, as a multiple of the training pairs', likewise."""
+"""Mean absolute imbalance of a category or of held-out pairs, over the training pairs', that leads to a notice."""
 FEW_PAIRS = 50
 EXTREME_RATIO = 50.0
-"""Larger weight over the smaller that 5 % of the pairs go beyond, from which on it is a problem."""
+"""Ratio of the larger weight to the smaller that makes a problem if 5 % of the pairs exceed it."""
 SPREADS_APART = 1.5
-"""τ and the spread of the imbalance, larger over smaller, from which on it is worth a notice."""
+"""Ratio between τ and the spread of the imbalance, larger over smaller, from which a notice is given."""
 
 _ORDER = ("problem", "notice", "fine")
 
 
 def find(diagnosis: Diagnosis) -> list[Finding]:
-    """The findings, problems first."""
+    """Return the findings, problems first."""
     found = [*_data(diagnosis), *_balance(diagnosis), *_length(diagnosis.splits["train"])]
     found += [Finding("notice", note) for note in diagnosis.notes]
     return sorted(found, key=lambda finding: _ORDER.index(finding.level))
@@ -138,7 +138,7 @@ def _balance(diagnosis: Diagnosis) -> Iterator[Finding]:
 
 
 def _temperature(diagnosis: Diagnosis) -> Iterator[Finding]:
-    """Whether τ suits the spread of the imbalance, which it should be about."""
+    """Check that τ suits the spread of the imbalance, to which it should be about equal."""
     tau, suggested = diagnosis.tau, diagnosis.suggested_tau
     spread = diagnosis.splits["train"].overall.spread
     if tau is None or suggested is None or spread is None:

@@ -1,6 +1,6 @@
-"""Comprehension, imbalance, balance weights and lengths of a split, summed up in numbers.
+"""Summary numbers of a split: comprehension, imbalance, balance weights and lengths.
 
-Shapes: M pairs; row 0 of a (2, M) array is the chosen response's, row 1 the rejected's.
+Shapes: M pairs; row 0 of a (2, M) array belongs to the chosen responses, row 1 to the rejected ones.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ _LEAST_FOR_INTERVAL = 10
 _LEAST_FOR_CORRELATION = 3
 _SMALLEST_WEIGHT = 1e-12
 _ROUND_TAUS = (0.1, 0.25, 0.5, 1.0, 2.0)
-# A ratio beyond e^600 is infinite for all purposes, and JSON has no infinity.
+# A ratio above e^600 is infinite for all purposes, and JSON has no infinity.
 _LARGEST_EXPONENT = 600.0
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of the M pairs of a split.
+    """Measurements of the M pairs of a split.
 
     Attributes:
         table: the pairs.
-        comprehension: (2, M) float64.
+        comprehension: (2, M) float64 comprehension of each response.
         weights: (2, M) float64 balance weights.
         scale: (M,) float64 scaling factor.
-        strong_ratio: a pair is re-weighted strongly if its larger weight is at least so many times the smaller.
+        strong_ratio: smallest ratio of the larger weight to the smaller at which a pair is strongly re-weighted.
     """
 
     table: PairTable
@@ -42,22 +42,22 @@ class Measured:
 
     @cached_property
     def imbalance(self) -> np.ndarray:
-        """(M,) comprehension of the chosen − of the rejected."""
+        """Comprehension of the chosen minus that of the rejected response, (M,)."""
         return self.comprehension[0] - self.comprehension[1]
 
     @cached_property
     def ratio(self) -> np.ndarray:
-        """(M,) the larger weight over the smaller."""
+        """Ratio of the larger weight to the smaller, (M,)."""
         return self.weights.max(axis=0) / self.weights.min(axis=0).clip(_SMALLEST_WEIGHT)
 
     @cached_property
     def strong(self) -> np.ndarray:
-        """(M,) bool: re-weighted strongly."""
+        """Flags of the strongly re-weighted pairs, (M,) bool."""
         return self.ratio >= self.strong_ratio
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """(2, M) int64 tokens in each response."""
+        """Number of tokens in each response, (2, M) int64."""
         return self.table.trained_lengths.astype(np.int64)
 
 
@@ -71,7 +71,7 @@ class Mean:
 
     @classmethod
     def of(cls, values: np.ndarray) -> Mean:
-        """The mean of (M,) `values`."""
+        """Return the mean of (M,) `values`."""
         mean = float(values.mean())
         if len(values) < _LEAST_FOR_INTERVAL:
             return cls(mean)
@@ -81,13 +81,13 @@ class Mean:
 
 @dataclass(frozen=True)
 class Temperature:
-    """What a τ would make of the pairs: the larger weight over the smaller, exp(|imbalance| / τ).
+    """The effect of a temperature τ: ratio of the larger weight to the smaller, exp(|imbalance| / τ).
 
     Attributes:
-        tau: of the softmax weighting.
-        median: ratio that half the pairs stay within.
-        p95: ratio that 95 % stay within.
-        largest: of all pairs.
+        tau: temperature τ of the softmax weighting.
+        median: ratio that half of the pairs do not exceed.
+        p95: ratio that 95 % of the pairs do not exceed.
+        largest: largest ratio of all pairs.
     """
 
     tau: float
@@ -98,20 +98,20 @@ class Temperature:
 
 @dataclass(frozen=True)
 class Group:
-    """Pairs that have something in common.
+    """Numbers of pairs that have something in common.
 
     Attributes:
-        name: what they share.
-        pairs: how many they are.
+        name: name of what they have in common.
+        pairs: number of pairs.
         tokens: mean length of their responses.
-        chosen: comprehension of the chosen.
-        rejected: comprehension of the rejected.
-        imbalance: chosen − rejected.
-        size: mean of the imbalance without its sign.
-        spread: standard deviation of the imbalance; None of one pair.
-        strong: share that is re-weighted strongly.
-        strength_chosen: mean of scaling factor × balance weight of the chosen; 1 in plain DPO.
-        strength_rejected: likewise of the rejected.
+        chosen: mean comprehension of the chosen responses.
+        rejected: mean comprehension of the rejected responses.
+        imbalance: mean of chosen − rejected.
+        size: mean of the absolute imbalance.
+        spread: standard deviation of the imbalance; None for a single pair.
+        strong: share of strongly re-weighted pairs.
+        strength_chosen: mean of scaling factor × balance weight of the chosen responses; 1 in plain DPO.
+        strength_rejected: mean of scaling factor × balance weight of the rejected responses; 1 in plain DPO.
     """
 
     name: str
@@ -129,16 +129,16 @@ class Group:
 
 @dataclass(frozen=True)
 class LengthBias:
-    """Whether length gives the preference away; correlations are Spearman's, None where they are not defined.
+    """Measures of how far length reveals the preference. Correlations are Spearman's, None if undefined.
 
     Attributes:
         chosen_longer: share of pairs whose chosen response has more tokens.
-        rejected_longer: share whose rejected response has.
-        mean_chosen: tokens.
-        mean_rejected: tokens.
-        correlation_chosen: of comprehension and length, of chosen responses.
-        correlation_rejected: of rejected ones.
-        correlation_imbalance: of the imbalance and the difference in length.
+        rejected_longer: share of pairs whose rejected response has more tokens.
+        mean_chosen: mean number of tokens in the chosen responses.
+        mean_rejected: mean number of tokens in the rejected responses.
+        correlation_chosen: correlation of comprehension and length, over the chosen responses.
+        correlation_rejected: correlation of comprehension and length, over the rejected responses.
+        correlation_imbalance: correlation of the imbalance and the difference in length.
     """
 
     chosen_longer: float
@@ -151,7 +151,7 @@ class LengthBias:
 
 
 def group(measured: Measured, name: str, index: np.ndarray | None = None) -> Group:
-    """The pairs at `index`, or all, as one group; at least one."""
+    """Summarise the pairs at `index`, or all pairs, as one group; at least one pair."""
     i = np.arange(len(measured.table)) if index is None else index
     strength = measured.scale[i] * measured.weights[:, i]
     return Group(
@@ -170,13 +170,13 @@ def group(measured: Measured, name: str, index: np.ndarray | None = None) -> Gro
 
 
 def suggested_tau(measured: Measured) -> float | None:
-    """The spread of the imbalance in two digits, which τ should be about; None where there is none to speak of."""
+    """Return the spread of the imbalance, rounded to two digits, as a value for τ; None if it is negligible."""
     spread = group(measured, "").spread
     return float(f"{spread:.2g}") if spread else None
 
 
 def temperatures(measured: Measured, tau: float) -> list[Temperature]:
-    """What the `tau` in use, the suggested one and some round ones would do, the lowest first."""
+    """Return the effects of the `tau` in use, the suggested one and some round ones, in ascending order."""
     sizes = np.abs(measured.imbalance)
     found = {tau, suggested_tau(measured) or tau, *_ROUND_TAUS}
     return [
@@ -192,7 +192,7 @@ def temperatures(measured: Measured, tau: float) -> list[Temperature]:
 
 
 def by_category(measured: Measured) -> list[Group]:
-    """A group for each category, the most imbalanced first; none if no pair has a category."""
+    """Return a group for each category, the most imbalanced first; none if no pair has a category."""
     if not any(measured.table.categories):
         return []
     labels, which, counts = np.unique(measured.table.categories, return_inverse=True, return_counts=True)
@@ -202,7 +202,7 @@ def by_category(measured: Measured) -> list[Group]:
 
 
 def by_length(measured: Measured) -> list[Group]:
-    """Groups of about equal size by the mean length of a pair's responses, the shortest first."""
+    """Return groups of about equal size by the mean length of a pair's responses, the shortest first."""
     lengths = measured.lengths.mean(axis=0)
     edges = np.unique(np.quantile(lengths, np.linspace(0, 1, _LENGTH_GROUPS + 1)[1:-1]))
     which = np.searchsorted(edges, lengths, side="left")
@@ -211,7 +211,7 @@ def by_length(measured: Measured) -> list[Group]:
 
 
 def length_bias(measured: Measured) -> LengthBias:
-    """See `LengthBias`."""
+    """Compute the `LengthBias` of the pairs."""
     chosen, rejected = measured.lengths
     return LengthBias(
         float((chosen > rejected).mean()),
@@ -225,7 +225,7 @@ def length_bias(measured: Measured) -> LengthBias:
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
-    """Spearman's rank correlation of two (M,) arrays; None for fewer than 3 pairs or a constant side."""
+    """Return Spearman's rank correlation of two (M,) arrays; None for fewer than 3 pairs or a constant side."""
     if len(a) < _LEAST_FOR_CORRELATION:
         return None
     ranks = np.stack([_ranks(a), _ranks(b)])
@@ -235,9 +235,9 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
 
 
 def extremes(measured: Measured, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the `count` pairs at most with the highest imbalance, and of those with the lowest, farthest first.
+    """Return the indices of up to `count` pairs of highest and of lowest imbalance, the most extreme first.
 
-    No pair is in both, and none of the wrong sign in either.
+    No pair is in both arrays, and no array contains an imbalance of the wrong sign.
     """
     order = np.argsort(measured.imbalance, kind="stable")
     low = order[:count][measured.imbalance[order[:count]] < 0]
@@ -246,7 +246,7 @@ def extremes(measured: Measured, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1, ties shared."""
+    """Return ranks from 1, the mean rank for ties."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return (last - (counts - 1) / 2)[inverse]

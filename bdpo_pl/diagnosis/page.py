@@ -28,7 +28,7 @@ _HOW_TO_READ = (
 
 
 def build_page(diagnosis: Diagnosis, measured: Mapping[str, Measured]) -> Page:
-    """The report; `measured` holds the numbers of the plots, by split."""
+    """Build the report; `measured` holds the numbers of the plots, by split."""
     page = Page(
         "Diagnosis before training", "What this model makes of these preference pairs.", diagnosis.facts
     )  # fmt: skip
@@ -274,14 +274,14 @@ def _listed(section: Section, diagnosis: Diagnosis, places: Sequence[Places], ot
 
 
 def _short(place: str, diagnosis: Diagnosis) -> str:
-    """`place` without its source, which stands at the page's head."""
+    """Return `place` without its source, which is named at the head of the page."""
     for report in diagnosis.loading:
         place = place.removeprefix(f"{report.source}, ").removeprefix(f"{report.source}/")
     return place
 
 
 def group_table(kind: str, groups: Sequence[Group], caption: str) -> Table:
-    """Groups of pairs, one a row."""
+    """Return a table of groups of pairs, one per row."""
     rows: list[list[Cell]] = [
         [g.name, g.pairs, signed(g.chosen.mean, 3), signed(g.rejected.mean, 3), told(g.imbalance), f"{g.size:.3f}",
          f"{g.strong:.1%}"]
@@ -291,12 +291,12 @@ def group_table(kind: str, groups: Sequence[Group], caption: str) -> Table:
 
 
 def told(mean: Mean) -> str:
-    """A mean with half the width of its 95 % interval."""
+    """Format a mean with half the width of its 95 % interval."""
     return plus_minus(mean.mean, mean.high)
 
 
 def estimate(mean: Mean) -> Estimate:
-    """A mean for a bar."""
+    """Convert a mean to a bar's estimate."""
     return Estimate(mean.mean, mean.low, mean.high)
 
 

@@ -1,4 +1,4 @@
-"""All that is found out about a model and a preference set, as plain values."""
+"""Results of the diagnosis of a model and a preference set, as plain values."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TEXTS_WARNING = (
 
 @dataclass(frozen=True)
 class PairLine:
-    """One pair, by its place; its texts only where they were asked for."""
+    """One pair, by its place; with its texts only if they were requested."""
 
     place: str
     category: str
@@ -51,7 +51,7 @@ class PairLine:
 
 @dataclass(frozen=True)
 class Places:
-    """A pair, by its place, and the one that it repeats or contradicts."""
+    """A pair and the one that it repeats or contradicts, both by place."""
 
     place: str
     other: str
@@ -59,19 +59,19 @@ class Places:
 
 @dataclass(frozen=True)
 class SplitDiagnosis:
-    """One split; see `Group` and `LengthBias` for the numbers.
+    """Results of one split; its numbers are those of `Group` and `LengthBias`.
 
     Attributes:
-        highest: pairs whose chosen response is comprehended best beside the rejected.
-        lowest: pairs the other way round.
-        weight_ratio: larger weight over the smaller: median, 95th percentile and maximum.
-        duplicates: places of pairs that repeat an earlier one token for token.
-        duplicates_dropped: they were left out on loading.
-        swapped: pairs that another pair contradicts, sides swapped.
-        conflicting: pairs with a response that another pair of the same prompt puts on the other side.
-        repeated_prompts: pairs whose prompt stands in an earlier pair.
-        repeated_chosen: pairs whose chosen response stands in an earlier pair as chosen.
-        repeated_rejected: likewise of the rejected.
+        highest: pairs with the largest comprehension of the chosen minus the rejected response.
+        lowest: pairs with the smallest such difference.
+        weight_ratio: median, 95th percentile and maximum of the larger weight over the smaller.
+        duplicates: places of pairs that repeat an earlier pair token for token.
+        duplicates_dropped: true if these were left out on loading.
+        swapped: pairs that another pair contradicts with exchanged sides.
+        conflicting: pairs with a response that another pair of the same prompt has on the other side.
+        repeated_prompts: pairs whose prompt also occurs in an earlier pair.
+        repeated_chosen: pairs whose chosen response is also the chosen one of an earlier pair.
+        repeated_rejected: pairs whose rejected response is also the rejected one of an earlier pair.
     """
 
     overall: Group
@@ -92,13 +92,13 @@ class SplitDiagnosis:
 
 @dataclass(frozen=True)
 class Leaks:
-    """What of the held-out pairs stands in the training pairs.
+    """Content of the held-out pairs that also occurs in the training pairs.
 
     Attributes:
         prompts: held-out pairs whose prompt is a training prompt.
-        near_prompts: those whose prompt is one but for case, spacing and punctuation.
-        chosen: held-out pairs whose chosen response is some training pair's.
-        pairs: held-out pairs, with the share of `chosen` in view.
+        near_prompts: held-out pairs whose prompt differs from a training prompt only in case, spacing and punctuation.
+        chosen: held-out pairs whose chosen response also occurs in a training pair.
+        pairs: number of held-out pairs, the denominator of the share of `chosen`.
     """
 
     prompts: list[Places]
@@ -109,22 +109,22 @@ class Leaks:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The whole of it.
+    """Complete results of a diagnosis.
 
     Attributes:
-        facts: what was measured and how: name → value.
-        unit: of comprehension, "" if it has none.
-        strong_ratio: see `Measured`.
-        strong_imbalance: imbalance from which on a pair is re-weighted strongly; None if it depends on more than that.
-        weights_of: whose balance weights these are, if not those of the loss that training would use.
-        notes: what the reader must know of how the data was read.
-        splits: by name, `train` first.
-        leaks: None if nothing is held out.
-        loading: what loading kept and dropped.
-        shows_texts: texts of the data are in it.
-        tau: of the loss; None if it has none.
-        suggested_tau: the spread of the training pairs' imbalance, rounded.
-        temperatures: what some τ would make of the training pairs.
+        facts: description of what was measured and how, by name.
+        unit: unit of comprehension, "" if it has none.
+        strong_ratio: ratio of the weights at which a pair is strongly re-weighted, as in `Measured`.
+        strong_imbalance: imbalance from which a pair is strongly re-weighted; None if this depends on other values too.
+        weights_of: source of the balance weights, if they are not those of the loss used in training.
+        notes: facts about how the data was read that the reader must know.
+        splits: results of each split by its name, `train` first.
+        leaks: held-out content found in the training pairs; None if nothing is held out.
+        loading: counts of what loading kept and dropped.
+        shows_texts: true if texts of the data are included.
+        tau: temperature τ of the loss; None if it has none.
+        suggested_tau: spread of the training pairs' imbalance, rounded.
+        temperatures: effects of several values of τ on the training pairs.
     """
 
     facts: dict[str, str]
@@ -142,13 +142,13 @@ class Diagnosis:
     temperatures: list[Temperature] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values, texts and their warning included only if they were asked for."""
+        """Return plain JSON values; texts and the warning about them are included only if they were requested."""
         warning = {"warning": TEXTS_WARNING} if self.shows_texts else {}
         return {"format": 1, **warning, **asdict(self)}
 
 
 def pair_lines(measured: Measured, indices: Sequence[int] | np.ndarray, tokenizer: Any = None) -> Iterator[PairLine]:
-    """The pairs at `indices`; with a `tokenizer`, their texts too."""
+    """Yield the pairs at `indices`; with a `tokenizer`, including their texts."""
     table = measured.table
     for i in map(int, indices):
         texts = None
@@ -176,14 +176,14 @@ def pair_lines(measured: Measured, indices: Sequence[int] | np.ndarray, tokenize
 def diagnose_split(
     name: str, measured: Measured, report: DataReport | None, num_extremes: int, tokenizer: Any = None
 ) -> SplitDiagnosis:
-    """Everything about one split.
+    """Diagnose one split.
 
     Args:
-        name: the split's.
-        measured: its pairs.
-        report: of its loading, which knows the duplicates it left out.
-        num_extremes: pairs listed at each end of the imbalance.
-        tokenizer: given only if the texts of listed pairs are to be shown.
+        name: name of the split.
+        measured: measurements of its pairs.
+        report: report of its loading, which counts the duplicates that were left out.
+        num_extremes: number of pairs listed at each end of the imbalance.
+        tokenizer: tokenizer that decodes the texts of listed pairs; None hides the texts.
     """
     table = measured.table
     chosen, rejected = table.response_digests()
@@ -214,7 +214,7 @@ def diagnose_split(
 
 
 def find_leaks(tables: Mapping[str, PairTable], tokenizer: Any) -> Leaks | None:
-    """What of `held_out` stands in `train`; None if nothing is held out."""
+    """Find the content of `held_out` that also occurs in `train`; None if nothing is held out."""
     if "held_out" not in tables:
         return None
     train, held_out = tables["train"], tables["held_out"]

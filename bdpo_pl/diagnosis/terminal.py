@@ -1,4 +1,4 @@
-"""The diagnosis in a terminal; texts of the data are never printed."""
+"""Display of the diagnosis in a terminal; texts of the data are never printed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MOST_CATEGORIES = 6
 
 
 def numbers_table(diagnosis: Diagnosis) -> Table:
-    """Means of each split, and the training pairs' most imbalanced categories."""
+    """Return the means of each split, and the training pairs' most imbalanced categories."""
     unit = f", {diagnosis.unit}" if diagnosis.unit else ""
     table = Table(title=Text(f"Comprehension{unit}"), title_justify="left", caption_justify="left")
     table.caption = "± is the 95 % interval of a mean; spread is the standard deviation of the imbalance"
@@ -41,7 +41,7 @@ def _row(name: Text, group: Group) -> list[Text | str]:
 
 
 def tau_table(diagnosis: Diagnosis) -> Table:
-    """What some τ, the one in use and the suggested one among them, would make of the training pairs."""
+    """Return the effects of several τ on the training pairs, including the one in use and the suggested one."""
     table = Table(title="τ: larger weight over smaller", title_justify="left")
     for column in ("τ", "", "median", "95 % within", "largest"):
         table.add_column(column, justify="left" if not column else "right")

@@ -1,4 +1,4 @@
-"""Reports as one HTML file that needs nothing else: no network, no script, no font; light, dark and on paper.
+"""Reports as one self-contained HTML file: no network, no script, no font; for light and dark screens and paper.
 
     page = Page("Safety of two models", "Before and after alignment", facts={"model": name})
     page.warn("This file holds responses of a model that may be harmful.")
@@ -8,8 +8,8 @@
     section.table(Table(["suite", "before", "after"], [["harmful", "30.0 %", "61.3 %"]], "Refusal rates"))
     page.write(Path("report.html"))
 
-Plots: `histogram`, `bar_chart` (with intervals), `scatter`, `line_chart`; each gives a `Figure` with its own numbers
-as a table beside it. Every text given is data and is escaped; only what `markupsafe.Markup` marks is taken as markup.
+Plots: `histogram`, `bar_chart` (with intervals), `scatter`, `line_chart`; each returns a `Figure` with its numbers as a
+    table. Every text is treated as data and escaped; only `markupsafe.Markup` is treated as markup.
 """
 
 from bdpo_pl.reporting.elements import Cell, Figure, Finding, Level, Table

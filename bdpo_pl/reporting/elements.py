@@ -1,4 +1,4 @@
-"""What a report is made of: tables, figures and findings, each of which knows its markup."""
+"""Elements of a report: tables, figures and findings, each of which renders its own markup."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class Table:
     """A table of texts and whole numbers; the caller formats other numbers.
 
     Attributes:
-        columns: their headings; all empty for a table with none.
-        rows: cells, as many as there are columns; None is a dash.
-        caption: what the table shows.
-        align: `l` or `r` for each column; default: the first to the left, the others to the right.
+        columns: headings of the columns; all empty for a table without headings.
+        rows: cells of each row, one per column; None is shown as a dash.
+        caption: description of the content.
+        align: `l` or `r` for each column; default: the first column left, the others right.
 
     Raises:
-        ValueError: a row or `align` of another width.
+        ValueError: a row or `align` has another number of columns.
     """
 
     columns: Sequence[str]
@@ -56,10 +56,10 @@ class Figure:
     """A plot.
 
     Attributes:
-        title: stands above it.
-        svg: the drawing, which carries its own description for those who do not see it.
-        numbers: what is drawn, as a table to unfold.
-        caption: how to read it, below it.
+        title: heading above the plot.
+        svg: drawing, with a description for readers who do not see it.
+        numbers: plotted values, as a table that unfolds.
+        caption: explanation below the plot.
     """
 
     title: str
@@ -80,7 +80,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing the reader should know, or need not worry about."""
+    """A fact that the reader should know, or that needs no concern."""
 
     level: Level
     title: str

@@ -1,4 +1,4 @@
-"""Numbers as text, the same in reports, tables and logs."""
+"""Formatting of numbers as text, the same in reports, tables and logs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 def percent(value: float, decimals: int = 1) -> str:
-    """A share in percent."""
+    """Format a share in percent."""
     return f"{value:.{decimals}%}"
 
 
@@ -17,34 +17,34 @@ def signed(value: float, decimals: int = 2) -> str: ...
 @overload
 def signed(value: float | None, decimals: int = 2) -> str | None: ...
 def signed(value: float | None, decimals: int = 2) -> str | None:
-    """A number with its sign; None if there is none."""
+    """Format a number with its sign; None stays None."""
     if value is None:
         return None
-    # Rounding of nothing is no "−0.00".
+    # A value that rounds to zero must not become "−0.00".
     rounded = round(value, decimals)
     return f"{rounded:+.{decimals}f}".replace("-", "−") if rounded else f"{0.0:.{decimals}f}"
 
 
 def signed_percent(value: float, decimals: int = 1) -> str:
-    """A difference of shares, in percent, with its sign."""
+    """Format a difference of shares in percent, with its sign."""
     return f"{signed(100 * value, decimals)}%"
 
 
 def plus_minus(mean: float, high: float | None, decimals: int = 3) -> str:
-    """A mean with half the width of its interval, where it has one."""
+    """Format a mean with half the width of its interval, if it has one."""
     text = signed(mean, decimals)
     return text if high is None else f"{text} ± {high - mean:.{decimals}f}"
 
 
 def ratio(value: float) -> str:
-    """How many times one thing is another: digits as far as they matter."""
+    """Format a ratio of two quantities, with as many digits as matter."""
     if value >= 1e6:
         return f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def seconds(value: float) -> str:
-    """A time, as people say it: 45 s, 3 min 20 s, 2 h 05 min."""
+    """Format a duration in usual units: 45 s, 3 min 20 s, 2 h 05 min."""
     whole = round(value)
     if whole < 60:
         return f"{whole} s"
@@ -54,7 +54,7 @@ def seconds(value: float) -> str:
 
 
 def size(count: float) -> str:
-    """A number of bytes, in units of a thousand as disks are sold."""
+    """Format a number of bytes in decimal units, as disks are sold."""
     for unit in _UNITS:
         if count < 1000 or unit == _UNITS[-1]:
             break

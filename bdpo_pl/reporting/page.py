@@ -1,4 +1,4 @@
-"""The page that holds a report's sections."""
+"""The page that contains a report's sections."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TEMPLATES = Environment(
 
 
 class Section:
-    """A part of a page: a heading, and texts, tables and figures in the order they are added."""
+    """A part of a page: a heading, and texts, tables and figures in the order in which they are added."""
 
     def __init__(self, title: str, text: str = "") -> None:
         self.title = title
@@ -35,11 +35,11 @@ class Section:
         self.parts.append(Markup("<ul>{}</ul>").format(Markup("").join(Markup("<li>{}</li>").format(t) for t in texts)))
 
     def quote(self, label: str, text: str) -> None:
-        """Add a text of the data, its line breaks kept."""
+        """Add a text of the data, with its line breaks."""
         self.parts.append(_quote(label, text))
 
     def folded(self, title: str, texts: Mapping[str, str]) -> None:
-        """Add texts of the data, by label, that show only when the reader unfolds them; paper leaves them out."""
+        """Add texts of the data, by label, that are hidden until the reader unfolds them, and not printed on paper."""
         quotes = Markup("").join(_quote(label, text) for label, text in texts.items())
         self.parts.append(Markup("<details><summary>{}</summary>{}</details>").format(title, quotes))
 
@@ -56,9 +56,9 @@ class Page:
     """A report in one file.
 
     Args:
-        title: of the page.
-        subtitle: one sentence below it.
-        facts: what was measured: name → value.
+        title: title of the page.
+        subtitle: one sentence below the title.
+        facts: description of what was measured, by name.
     """
 
     def __init__(self, title: str, subtitle: str = "", facts: Mapping[str, str] | None = None) -> None:
@@ -71,15 +71,15 @@ class Page:
         self.sections: list[Section] = []
 
     def warn(self, text: str) -> None:
-        """Put a warning above everything else, as of harmful texts in the file."""
+        """Add a warning above everything else, for example of harmful texts in the file."""
         self.warnings.append(text)
 
     def headline(self, value: str, label: str) -> None:
-        """Put a number in large type near the top."""
+        """Add a number in large type near the top."""
         self.headlines.append((value, label))
 
     def findings(self, findings: Sequence[Finding]) -> None:
-        """List findings before the sections, in the order given."""
+        """Add findings before the sections, in the given order."""
         self.found.extend(findings)
 
     def section(self, title: str, text: str = "") -> Section:
@@ -88,13 +88,13 @@ class Page:
         return self.sections[-1]
 
     def render(self) -> str:
-        """The page as HTML."""
+        """Return the page as HTML."""
         return _TEMPLATES.get_template("page.html").render(
             page=self, written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
         )
 
     def write(self, path: Path) -> Path:
-        """Write the page, and its folder if there is none."""
+        """Write the page, and create its folder if necessary."""
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, self.render())
         return path

@@ -1,4 +1,4 @@
-"""The plots of the reports. Each is a pure function of its numbers; series differ in colour, dash and fill alike."""
+"""Plots of the reports. Each is a pure function of its numbers; series differ in colour, dash and fill."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ def histogram(
     caption: str = "",
     unit: str = "pairs",
 ) -> Figure:
-    """How the values of one or several series are distributed, in percent of each series.
+    """Plot the distribution of the values of one or several series, in percent of each series.
 
     Args:
-        title: of the figure.
-        series: name → values, all finite; a series may be empty.
-        x_label: what the values are, with their unit.
-        bins: of equal width, the same for every series.
-        marks: label → x of dashed lines.
-        caption: below the figure.
-        unit: what is counted.
+        title: title of the figure.
+        series: values by name, all finite; a series may be empty.
+        x_label: name of the values, with their unit.
+        bins: number of bins, of equal width and the same for all series.
+        marks: positions of dashed vertical lines, by label.
+        caption: text below the figure.
+        unit: name of the counted things.
 
     Raises:
-        ValueError: no values at all.
+        ValueError: there are no values.
     """
     values = {name: np.asarray(v, dtype=np.float64) for name, v in series.items()}
     if not any(len(v) for v in values.values()):
@@ -83,7 +83,7 @@ def histogram(
         span = f"{edges[k]:.3g} to {edges[k + 1]:.3g}"
         in_bin = [int(c[k]) for c in counts.values()]
         rows.append([span, *in_bin])
-        # Wider than the bars are tall: the whole column answers to the pointer.
+        # As high as the whole column, so that the pointer also finds low bars.
         x, width = frame.x(edges[k]), frame.x(edges[k + 1]) - frame.x(edges[k])
         told = ", ".join(f"{name} {n:,}" for name, n in zip(counts, in_bin, strict=True))
         frame.add('<rect class="hit" x="{}" y="{}" width="{}" height="{}"><title>{}: {}</title></rect>',
@@ -103,19 +103,19 @@ def bar_chart(
     limits: tuple[float, float] | None = None,
     caption: str = "",
 ) -> Figure:
-    """Horizontal bars, one group a label and one bar a series, with their intervals as whiskers.
+    """Plot horizontal bars, one group per label and one bar per series, with intervals as whiskers.
 
     Args:
-        title: of the figure.
-        labels: one a group.
-        series: name → a value for each label: an `Estimate`, a number, or None where there is none.
-        x_label: what the values are, with their unit.
-        percent: values are shares, shown in percent.
-        limits: of the axis, where the data should not choose it, as in (0, 1) for shares.
-        caption: below the figure.
+        title: title of the figure.
+        labels: labels of the groups.
+        series: values by name, one for each label: an `Estimate`, a number, or None for no value.
+        x_label: name of the values, with their unit.
+        percent: whether to show the values as shares in percent.
+        limits: fixed limits of the axis, as in (0, 1) for shares; default: chosen from the data.
+        caption: text below the figure.
 
     Raises:
-        ValueError: no values at all, or a series of another length than `labels`.
+        ValueError: there are no values, or the length of a series is not that of `labels`.
     """
     bars = {name: [_estimate(v) for v in values] for name, values in series.items()}
     for name, values in bars.items():
@@ -157,17 +157,17 @@ def scatter(
     *,
     caption: str = "",
 ) -> Figure:
-    """Points of one or several series; of a large one a random sample, which the legend counts.
+    """Plot points of one or several series. A large series is sampled at random; the legend counts the sample.
 
     Args:
-        title: of the figure.
-        series: name → (x, y).
-        x_label: with its unit.
-        y_label: with its unit.
-        caption: below the figure.
+        title: title of the figure.
+        series: pairs (x, y) of coordinates, by name.
+        x_label: name of the x values, with their unit.
+        y_label: name of the y values, with their unit.
+        caption: text below the figure.
 
     Raises:
-        ValueError: no points at all.
+        ValueError: there are no points.
     """
     points = {
         name: (np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)) for name, (x, y) in series.items()
@@ -181,7 +181,7 @@ def scatter(
         kept = np.arange(len(x))
         if len(x) > _MAX_POINTS:
             kept = np.random.default_rng(0).choice(len(x), _MAX_POINTS, replace=False)
-        # A line of no length with a round cap is a dot: a tenth of the markup of as many circles.
+        # A zero-length line with a round cap is a dot, with a tenth of the markup of a circle.
         dots = "".join(f"M{frame.x(x[k]):.1f} {frame.y(y[k]):.1f}h0" for k in kept)
         frame.add('<path class="s{} dots" d="{}"/>', colour(i), dots)
     return Figure(title, frame.render(f"Scatter plot of {y_label} against {x_label}."), caption=caption)
@@ -196,18 +196,18 @@ def line_chart(
     percent: bool = False,
     caption: str = "",
 ) -> Figure:
-    """Lines of one or several series, with their intervals as bands.
+    """Plot lines of one or several series, with their intervals as bands.
 
     Args:
-        title: of the figure.
-        series: name → `Line`.
-        x_label: with its unit.
-        y_label: with its unit.
-        percent: y values are shares, shown in percent.
-        caption: below the figure.
+        title: title of the figure.
+        series: lines by name.
+        x_label: name of the x values, with their unit.
+        y_label: name of the y values, with their unit.
+        percent: whether to show the y values as shares in percent.
+        caption: text below the figure.
 
     Raises:
-        ValueError: no points at all.
+        ValueError: there are no points.
     """
     if not any(len(line.x) for line in series.values()):
         raise ValueError(f"{title}: nothing to plot")

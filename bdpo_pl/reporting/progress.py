@@ -1,4 +1,4 @@
-"""How far long work is: a bar in a terminal, and plain lines where there is none, so that a log file shows it too."""
+"""Progress of long work: a bar in a terminal, and plain lines elsewhere, so that log files show it too."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from bdpo_pl.console import get_console
 from bdpo_pl.reporting.format import seconds, size
 
 EVERY_SECONDS = 10.0
-"""Between two lines at least."""
+"""Minimum seconds between two lines."""
 _TRIAL = 2
-"""Batches after which the expected time is said."""
+"""Number of batches after which the expected time is shown."""
 
 
 class Reporter(Protocol):
-    """What is told how far the work is."""
+    """The interface through which work reports its progress."""
 
     def add_task(self, description: str, *, total: float, completed: float = 0) -> Any:
-        """Begin a task of `total` units, of which `completed` are done already."""
+        """Begin a task of `total` units, of which `completed` are already done."""
 
     def advance(self, task: Any, advance: float = 1) -> None:
         """Count `advance` units more."""
 
     def update(self, task: Any, *, description: str) -> None:
-        """Change what the task is called."""
+        """Change the description of the task."""
 
 
 def shows_bars() -> bool:
-    """Whether what is printed goes to a terminal."""
+    """Return true if the output goes to a terminal."""
     return get_console().is_terminal
 
 
 @contextmanager
 def progress(unit: str, *, enabled: bool = True) -> Iterator[Reporter]:
-    """A reporter on work counted in `unit`, as in `pairs`; silent unless `enabled`, as on ranks but the first."""
+    """Yield a reporter of work counted in `unit`, such as `pairs`; silent unless `enabled` (on the first rank)."""
     if not enabled:
         yield _Silent()
     elif shows_bars():
@@ -52,12 +52,12 @@ def progress(unit: str, *, enabled: bool = True) -> Iterator[Reporter]:
 
 
 class Lines:
-    """A reporter that prints a line every so many seconds.
+    """A reporter that prints a line at intervals.
 
     Args:
-        unit: what is counted.
-        write: takes each line.
-        clock: tells the seconds.
+        unit: name of the counted things.
+        write: function that prints a line.
+        clock: function that returns the time in seconds.
     """
 
     def __init__(
@@ -72,14 +72,14 @@ class Lines:
         self._start = self._last = 0.0
 
     def add_task(self, description: str, *, total: float, completed: float = 0) -> int:
-        """Begin: see `Reporter`."""
+        """Begin a task, as in `Reporter`."""
         self._name, self._total, self._done, self._before = description, total, completed, completed
         self._batches, self._start = 0, self.clock()
         self._last = self._start
         return 0
 
     def advance(self, task: Any, advance: float = 1) -> None:
-        """Count; print if it is time, after the second batch, and at the end."""
+        """Count units; print a line at intervals, after the second batch, and at the end."""
         self._done += advance
         if advance <= 0:
             return
@@ -95,7 +95,7 @@ class Lines:
         self.write(self._line(now))
 
     def update(self, task: Any, *, description: str) -> None:
-        """Change the name."""
+        """Change the description of the task."""
         self._name = description
 
     def _named(self) -> str:
@@ -140,12 +140,12 @@ class _Left(ProgressColumn):
 
 
 def say(line: str) -> None:
-    """Print a plain line at once, for logs that someone watches."""
+    """Print a plain line immediately, for logs that are watched."""
     print(line, flush=True)
 
 
 def memory_used() -> int:
-    """Bytes at most that this process has held: of the GPU where it uses one, else of memory; 0 where unknown."""
+    """Return this process's peak memory in bytes: of the GPU if it uses one, else of main memory; 0 if unknown."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         return int(torch.cuda.max_memory_allocated())

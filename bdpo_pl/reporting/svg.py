@@ -1,4 +1,4 @@
-"""A drawing area with axes, as inline SVG; colours and fonts come from the page's style sheet."""
+"""A plotting area with axes, as inline SVG; colours and fonts come from the page's style sheet."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ _MARK_ROW = 13.0
 
 
 class Frame:
-    """A plotting area: data coordinates in, SVG out.
+    """A plotting area that converts data coordinates to SVG.
 
     Args:
         x_range: smallest and largest x.
         y_range: smallest and largest y.
-        x_label: of the horizontal axis.
-        y_label: of the vertical axis; "" draws neither label nor ticks, for charts that name their rows themselves.
-        height: in units of the drawing, which is `WIDTH` wide.
-        left: room for what stands left of the area.
+        x_label: label of the horizontal axis.
+        y_label: label of the vertical axis; "" omits label and ticks, for charts that name their rows themselves.
+        height: height in drawing units; the width is `WIDTH`.
+        left: width of the margin left of the area.
         legend: names of the series, in the order of their colours.
-        percent: label the y axis in percent.
-        x_percent: label the x axis in percent.
+        percent: whether to label the y axis in percent.
+        x_percent: whether to label the x axis in percent.
 
     Raises:
-        ValueError: a range that is not finite.
+        ValueError: a range is not finite.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Frame:
         left = max([left, *(_LABEL_ROOM + round(_LETTER * len(label)) for _, label in y_ticks)])
         rows = _legend_rows(legend, WIDTH - _RIGHT - left)
         self.top = _TOP + _LEGEND_ROW * len(rows) + (6 if rows else 0)
-        # As tall as asked for with one row.
+        # The requested height is that with one row of the legend.
         self.height = height + _LEGEND_ROW * max(0, len(rows) - 1)
         self.left, self.right, self.bottom = left, WIDTH - _RIGHT, self.height - _BOTTOM
         self._parts: list[Markup] = []
@@ -65,29 +65,29 @@ class Frame:
         self._legend(rows)
 
     def x(self, value: float) -> float:
-        """Where `value` stands, from the left."""
+        """Return the distance of `value` from the left."""
         return self.left + (value - self.x_low) / (self.x_high - self.x_low) * (self.right - self.left)
 
     def y(self, value: float) -> float:
-        """Where `value` stands, from the top."""
+        """Return the distance of `value` from the top."""
         return self.bottom - (value - self.y_low) / (self.y_high - self.y_low) * (self.bottom - self.top)
 
     def add(self, template: str, *values: object) -> None:
-        """Draw: `values` are escaped into `template`; numbers are rounded to a tenth of a unit."""
+        """Draw `template` with escaped `values`; numbers are rounded to a tenth of a unit."""
         rounded = (f"{v:.1f}" if isinstance(v, float) else v for v in values)
         self._parts.append(Markup(template).format(*rounded))  # noqa: S704 - a template is code, not data
 
     def path(self, points: Sequence[tuple[float, float]], css: str, close: bool = False) -> None:
-        """A line through `points`, given in drawing units."""
+        """Draw a line through `points`, given in drawing units."""
         steps = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
         self.add('<path class="{}" d="M{}{}"/>', css, steps, "Z" if close else "")
 
     def text(self, x: float, y: float, text: str, css: str = "", anchor: str = "start") -> None:
-        """`text` at a place in drawing units."""
+        """Draw `text` at a position in drawing units."""
         self.add('<text x="{}" y="{}" class="{}" text-anchor="{}">{}</text>', x, y, css, anchor, text)
 
     def mark(self, value: float, label: str) -> None:
-        """A dashed vertical line at x = `value`, labelled at its top, lower where labels would overlap."""
+        """Draw a dashed vertical line at x = `value`, labelled at its top, or lower if labels would overlap."""
         x = self.x(value)
         self.path([(x, self.top), (x, self.bottom)], "mark")
         width = _LETTER * len(label.strip())
@@ -101,7 +101,7 @@ class Frame:
         self.text(x + (-4.0 if at_end else 4.0), y, label, "marklabel", "end" if at_end else "start")
 
     def render(self, description: str) -> Markup:
-        """The drawing; `description` says in words what it shows."""
+        """Return the drawing; `description` describes its content in words."""
         return Markup(
             '<svg viewBox="0 0 {} {}" role="img" aria-label="{}" xmlns="http://www.w3.org/2000/svg">{}</svg>'
         ).format(WIDTH, self.height, description, Markup("").join(self._parts))
@@ -128,7 +128,7 @@ class Frame:
         self.path([(self.left, self.bottom), (self.right, self.bottom)], "axis")
 
     def _legend(self, rows: Sequence[Sequence[str]]) -> None:
-        """What the colours and dashes mean, above the area."""
+        """Draw the legend of colours and dashes above the area."""
         number = 0
         for k, row in enumerate(rows):
             x, y = float(self.left), _TOP + k * _LEGEND_ROW + 2.0
@@ -141,12 +141,12 @@ class Frame:
 
 
 def colour(index: int) -> int:
-    """Number of the colour of series `index`, from 1."""
+    """Return the number of the colour of series `index`, from 1."""
     return index % NUM_COLOURS + 1
 
 
 def ticks(low: float, high: float, count: int = 7, percent: bool = False) -> list[tuple[float, str]]:
-    """About `count` round values within [low, high], each with its label."""
+    """Return about `count` round values within [low, high], each with its label."""
     step = 10.0 ** math.floor(math.log10((high - low) / count))
     step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= count)
     shown = step * 100 if percent else step
@@ -163,12 +163,12 @@ def _widened(bounds: tuple[float, float]) -> tuple[float, float]:
     low, high = float(bounds[0]), float(bounds[1])
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"an axis from {low} to {high} cannot be drawn")
-    # One value alone still needs an axis with a length.
+    # A single value still needs an axis with a positive length.
     return (low, high) if high > low else (low - max(0.5, abs(low) * 0.1), high + max(0.5, abs(high) * 0.1))
 
 
 def _legend_rows(names: Sequence[str], width: float) -> list[list[str]]:
-    """`names`, long ones cut, in as many rows as they need."""
+    """Return `names`, shortened if necessary, in as many rows as they need."""
     rows: list[list[str]] = []
     room = 0.0
     for name in names:

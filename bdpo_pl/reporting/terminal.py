@@ -1,4 +1,4 @@
-"""A report's findings in a terminal."""
+"""Display of a report's findings in a terminal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _STYLES = {"problem": "bold red", "notice": "yellow", "fine": "green"}
 
 
 def findings_table(findings: Sequence[Finding]) -> Table:
-    """The findings, in the order given."""
+    """Return a table of the findings, in the given order."""
     table = Table(title="Findings", title_justify="left", show_header=False)
     table.add_column()
     table.add_column(overflow="fold")
