@@ -111,7 +111,68 @@ def numerical_derivative(rank):
     )
 
 
+def labels_at_the_edges(rank):
+    """Labels in the last column of each rank and the first of the next, of an uneven split that no block divides.
+
+    A sentinel that meant "elsewhere" once hit a padded column (cut-cross-entropy PR#59). Logits at a large offset, so
+    that a padded column would show; a rank whose columns are all far below the other's adds nothing.
+    """
+    start, end = (0, 26) if rank == 0 else (26, 51)
+    labels, ids = torch.tensor([0, 25, 26, 50, 25, 50]), torch.tensor([0, 1, 2, 3, 0, 1])
+    g = torch.Generator().manual_seed(2)
+    hidden = torch.randn(6, D, generator=g)
+    weight, bias = torch.randn(V, D, generator=g), torch.full((V,), -64.0)
+    bias[26:] -= 128.0
+    for backend, softcap in itertools.product(("torch", "triton"), (None, 50.0)):
+        options = {"softcap": softcap} if softcap else {}
+        logps, grads = oracle_of(hidden, weight, bias, labels, ids, **options)
+        leaves = [t.clone().requires_grad_() for t in (hidden, weight[start:end], bias[start:end])]
+        found_loss, *both = linear_preference_loss(
+            *leaves[:2], labels, ids, lambda c, r, i: -F.logsigmoid(0.01 * (c - r)), num_pairs=2, bias=leaves[2],
+            shard=VocabShard(start, V), backend=backend, **options,
+        )  # fmt: skip
+        found_loss.backward()
+        torch.testing.assert_close(torch.cat(both).double(), logps, rtol=1e-5, atol=1e-4)
+        for leaf, right in zip(leaves, (grads[0], grads[1][start:end], grads[2][start:end]), strict=True):
+            torch.testing.assert_close(leaf.grad.double(), right, rtol=1e-3, atol=1e-5)
+
+
+def oracle_of(hidden, weight, bias, labels, ids, softcap=None):
+    leaves = [t.double().requires_grad_() for t in (hidden, weight, bias)]
+    x = F.linear(*leaves)
+    u = softcap * torch.tanh(x / softcap) if softcap else x
+    token = u.log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
+    logps = x.new_zeros(4).index_add(0, ids, token)
+    loss = -F.logsigmoid(0.01 * (logps[:2] - logps[2:])).sum()
+    return logps.detach(), torch.autograd.grad(loss, leaves)
+
+
+def one_chunk_and_a_thousand(rank):
+    """The error of a half-precision weight gradient does not grow with the chunks, and a split head is exact too."""
+    start, end = (0, 26) if rank == 0 else (26, 51)
+    g = torch.Generator().manual_seed(3)
+    hidden, weight = torch.randn(1000, D, generator=g).bfloat16(), (10 * torch.randn(V, D, generator=g)).bfloat16()
+    labels, ids = torch.randint(V, (1000,), generator=g), torch.arange(1000) % 1000
+    leaf = weight.double().requires_grad_()
+    logps = F.linear(hidden.double(), leaf).log_softmax(-1).gather(1, labels[:, None]).squeeze(1)
+    (right,) = torch.autograd.grad(-logps.sum(), leaf)
+    errors = []
+    for chunk_bytes in (None, 26 * 4):
+        part = weight[start:end].clone().requires_grad_()
+        loss, chosen, rejected = linear_preference_loss(
+            hidden, part, labels, ids, lambda c, r, i: -(c + r), num_pairs=500, shard=VocabShard(start, V),
+            chunk_bytes=chunk_bytes,
+        )  # fmt: skip
+        loss.backward()
+        assert abs(torch.cat([chosen, rejected]).double().sum() - logps.sum()).item() < 2e-3
+        errors.append(((part.grad.double() - right[start:end]).norm() / right[start:end].norm()).item())
+    assert max(errors) < 3e-3, errors
+    assert errors[1] < 1.1 * errors[0], errors
+
+
 def everything(rank):
     compare_with_the_whole(rank)
+    labels_at_the_edges(rank)
+    one_chunk_and_a_thousand(rank)
     numerical_derivative(rank)
     nothing_of_the_vocabulary_is_sent(rank)
