@@ -1,6 +1,6 @@
 """Short spellings of options, as other trainers have them.
 
-They are for the command line alone; files name options in full.
+They are only for the command line; files name options in full.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ SHORT = {
     "seed": "seed_everything",
     "resume_from_checkpoint": "ckpt_path",
 }
-"""Short spelling → option; the value is the same."""
+"""Options with the same value, by short spelling."""
 
 CHOSEN = {
     "report_to": (
@@ -74,18 +74,18 @@ CHOSEN = {
     "bf16": ("trainer.precision", {"true": "bf16-mixed", "false": "32-true"}),
     "fp16": ("trainer.precision", {"true": "16-mixed", "false": "32-true"}),
 }
-"""Short spelling → option, and its values by what they are called elsewhere."""
+"""Options, and their values by the names used elsewhere, by short spelling."""
 
 _CLASSES = ("model.loss", "model.optimizer")
 
 
 def in_full(args: Sequence[str]) -> list[str]:
-    """`args` with short spellings written out.
+    """Return `args` with full names for short spellings.
 
-    A class comes before its own options, wherever they stood: the parser forgets what was said before the class.
+    A class is put before its own options, wherever it was: the parser forgets options given before their class.
 
     Raises:
-        InputError: a value that a short spelling does not know.
+        InputError: a value is unknown to its short spelling.
     """
     written: list[str] = []
     rest = list(args)
@@ -95,7 +95,7 @@ def in_full(args: Sequence[str]) -> list[str]:
         if name.startswith("--") and short in CHOSEN:
             option, values = CHOSEN[short]
             if not has_value:
-                # A switch alone is on.
+                # A switch without a value is on.
                 value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
             if value.lower() not in values:
                 raise InputError(f"--{short} is one of {', '.join(values)}, got {value}")

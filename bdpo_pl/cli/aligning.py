@@ -1,4 +1,4 @@
-"""The job of `bdpo_pl.fit`: train, export, and say what changed."""
+"""The job of `bdpo_pl.fit`: train, export, and report what changed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from bdpo_pl.training.summary import remark_line, remarks, summary_rows, summary
 
 
 def run(args: list[str], description: str | None) -> None:
-    """Run the job that `args` describe; `description` opens the help."""
+    """Run the job that `args` describe; `description` is the first text of the help."""
     start = time.perf_counter()
     cli = parse_options(FitCLI, args, description)
     trainer = cli.trainer
@@ -44,7 +44,7 @@ def run(args: list[str], description: str | None) -> None:
         return
     checkpoint = find_checkpoint(cli.config.ckpt_path, Path(trainer.default_root_dir))
     write_atomically(trainer)
-    # Known to rank 0 alone, which writes it; the others wait for it where the strategy sets up.
+    # Only rank 0 knows the folder and writes it; the other ranks wait for it where the strategy sets up.
     first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
     with RunFolder(Path(trainer.log_dir or trainer.default_root_dir)) if first else nullcontext():
         try:
@@ -64,9 +64,9 @@ def _align(cli: FitCLI, checkpoint: str | None, start: float) -> None:
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     if module.global_step not in module.evaluations and "held_out" in data.tables:
         trainer.validate(module, data, verbose=False)
-    # Asked on every rank: Lightning broadcasts it.
+    # Computed on every rank, because Lightning broadcasts it.
     folder = Path(trainer.log_dir or trainer.default_root_dir)
-    # All ranks give their parts.
+    # All ranks contribute their parts.
     state = None if _is_plain(module, trainer) else whole_state(module.policy, module.lora is not None)
     if not trainer.is_global_zero:
         return
@@ -111,7 +111,7 @@ def _is_plain(module: PreferenceModule, trainer: L.Trainer) -> bool:
 
 
 def _best(trainer: L.Trainer) -> Path:
-    """The best checkpoint; known on every rank."""
+    """Return the path of the best checkpoint, on every rank."""
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.monitor is not None and callback.best_model_path:
             return Path(callback.best_model_path)

@@ -1,4 +1,4 @@
-"""Options of a training run that contradict each other, refused before anything is loaded."""
+"""Checks for contradictory options of a training run, made before anything is loaded."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from bdpo_pl.training.safety_probe import SafetyProbe
 
 
 def check_combinations(config: Any, defaults: Any) -> None:
-    """Refuse options of which one makes the other do nothing.
+    """Refuse combinations of options in which one option disables another.
 
     Args:
         config: All options.
-        defaults: Those that hold where the user gives none.
+        defaults: Options that hold where the user gives none.
 
     Raises:
-        InputError: Two contradict each other.
+        InputError: Two options contradict each other.
     """
     if config.data.max_tokens_per_batch is not None:
         for name in ("batch_size", "eval_batch_size"):
@@ -41,15 +41,15 @@ def check_monitor(monitor: str | None, module: PreferenceModule, config: Any, pr
     """Refuse a `checkpoint.monitor` that will never be logged.
 
     Args:
-        monitor: The name.
-        module: Says what its loss and reference give.
+        monitor: Name of the monitored metric.
+        module: Module whose loss and reference determine the logged metrics.
         config: All options.
-        probe: Says what it logs.
+        probe: Safety probe, with the metrics that it logs.
 
     Raises:
-        InputError: Nothing logs it.
+        InputError: Nothing logs the metric.
     """
-    # Callbacks of the user may log what they like.
+    # The user's own callbacks may log any metric.
     own_callbacks = any(str(c.get("class_path", "")) for c in config.trainer.callbacks or () if hasattr(c, "get"))
     if monitor is None or own_callbacks:
         return
@@ -64,7 +64,7 @@ def check_monitor(monitor: str | None, module: PreferenceModule, config: Any, pr
 
 
 def logged_names(module: PreferenceModule, config: Any, probe: SafetyProbe) -> set[str]:
-    """Every metric that a run with these options logs."""
+    """Return the name of every metric that a run with these options logs."""
     values = set(NAMES)
     if module.reference_mode == "none":
         values -= {"drift_chosen", "drift_rejected"}

@@ -1,4 +1,4 @@
-"""One command from start to exit status."""
+"""Execution of one command, from start to exit status."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ _NOISE = (
 
 
 def run_command(command: Callable[[], None], kept: str = "") -> None:
-    """Run `command` and end the process as `main` says.
+    """Run `command` and end the process with the exit status that `main` describes.
 
     Args:
-        command: What to do.
-        kept: What a signal leaves behind, and how to go on from there, where the command itself does not say it.
+        command: Function that does the work.
+        kept: Text that describes what a signal leaves behind and how to continue, if the command itself does not.
     """
     _quieten()
     received: list[int] = []
@@ -48,14 +48,14 @@ def run_command(command: Callable[[], None], kept: str = "") -> None:
             command()
     except StoppedError as stopped:
         _print_error(str(stopped) if stopped.saved or not kept else f"{stopped}; {kept}")
-        # A process that another one stopped ends well, or Lightning would kill that other one.
+        # A process stopped by another one exits normally; otherwise Lightning would kill that other process.
         sys.exit(128 + stopped.signal if stopped.signal else 0)
     except Exception as raised:
         if received:
-            # What breaks because another process was stopped too, or what turned the signal into an error of its own.
+            # Either another process was stopped too, or something turned the signal into an error of its own.
             _print_error(f"stopped by {signal.Signals(received[0]).name} ({first_line(raised)}); {kept}".rstrip("; "))
             sys.exit(128 + received[0])
-        # The parser wraps what a class it instantiates says of its options.
+        # The parser wraps what a class that it instantiates reports about its options.
         cause = raised.__cause__
         error = cause if isinstance(cause, InputError) and not isinstance(raised, InputError) else raised
         error = machine_error(error) or error
@@ -68,9 +68,9 @@ def run_command(command: Callable[[], None], kept: str = "") -> None:
 
 @contextmanager
 def _signals_stop(received: list[int]) -> Iterator[None]:
-    """Have SIGINT and SIGTERM raise `StoppedError` wherever the command is; each is added to `received`.
+    """Make SIGINT and SIGTERM raise `StoppedError` anywhere in the command; append each signal to `received`.
 
-    In training the callback `StopSignals` puts a handler of its own before this one, which finishes the step first.
+    In training, the callback `StopSignals` installs its own handler before this one, which finishes the step first.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -98,7 +98,7 @@ def _print_error(message: str) -> None:
 
 
 def _quieten() -> None:
-    """Silence warnings that are wrong here, so that the right ones are seen."""
+    """Silence warnings that are wrong here, so that the right ones are noticed."""
     for message in (
         r".*does not have many workers.*",  # batches are padded token lists: cheap to build
         r".*your dataloader is not resumable.*",  # the data module's own state resumes it
@@ -112,10 +112,10 @@ def _quieten() -> None:
         r".*was configured so validation will run.*",  # as it was asked for
     ):
         warnings.filterwarnings("ignore", message=message)
-    # Not messages of the run: advertisements, what the machine has not, and how Lightning goes about it.
+    # Not messages about the run: advertisements, missing features of the machine, and internals of Lightning.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: not any(noise in record.getMessage() for noise in _NOISE)
     )
     if not sys.stderr.isatty():
-        # A log file has no use for transformers' bars of loading and saving.
+        # Bars for loading and saving in transformers are useless in a log file.
         transformers.utils.logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""The job of `bdpo_pl.diagnose`: score the pairs, and report what the model makes of them."""
+"""The job of `bdpo_pl.diagnose`: score the pairs, and report how the model rates them."""
 
 from __future__ import annotations
 
@@ -38,17 +38,18 @@ UNITS = {"pmi": "nats per token", "pmi_sum": "nats", "ifd": "", "hsic": ""}
 
 @dataclass
 class DiagnoseOptions:
-    """What the report says.
+    """The contents of the report.
 
     Args:
-        folder: where it goes; default `diagnosis` in trainer.default_root_dir. An earlier report there is overwritten.
-        strong_ratio: a pair is re-weighted strongly if one response gets at least so many times the other's weight.
-        extremes: pairs listed at each end of the imbalance.
-        show_texts: put the texts of those pairs into the report, with a warning. They may be harmful or private;
-            without, pairs are told by place, category and length.
+        folder: folder of the report; default `diagnosis` in trainer.default_root_dir. An earlier report there is
+            overwritten.
+        strong_ratio: ratio of the weights of a pair's two responses from which the pair counts as strongly re-weighted.
+        extremes: number of pairs listed at each end of the imbalance.
+        show_texts: whether to include the texts of those pairs, with a warning. They may be harmful or private;
+            otherwise, pairs are identified by place, category and length.
 
     Raises:
-        InputError: a number out of range.
+        InputError: a number is out of range.
     """
 
     folder: str | None = None
@@ -66,7 +67,7 @@ class DiagnoseOptions:
 
 
 class DiagnoseCLI(FitCLI):
-    """The command line of `fit`, and what the report says."""
+    """The command line of `fit`, with the options of the report."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options of the report."""
@@ -74,12 +75,12 @@ class DiagnoseCLI(FitCLI):
         parser.add_class_arguments(DiagnoseOptions, "diagnose")
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """The Trainer that `fit` would have, which is only asked for device, precision and processes."""
+        """Return the Trainer that `fit` would have, of which only device, precision and processes are used."""
         return super().instantiate_trainer(logger=False, enable_progress_bar=False, **kwargs)
 
 
 def run(args: list[str], description: str | None) -> None:
-    """Run the job that `args` describe; `description` opens the help."""
+    """Run the job that `args` describe; `description` is the first text of the help."""
     start = time.perf_counter()
     cli = parse_options(DiagnoseCLI, args, description)
     trainer: L.Trainer = cli.trainer
@@ -107,26 +108,26 @@ def run(args: list[str], description: str | None) -> None:
 
 
 class _Scoring(L.LightningModule):
-    """Has the pairs read and scored by the reference as `fit` does, in `setup`, on all of the Trainer's processes.
+    """A module whose `setup` reads the pairs and scores them by the reference as `fit` does, on all processes.
 
     Args:
-        module: describes model, loss and reference.
-        data: describes the pairs.
+        module: description of model, loss and reference.
+        data: description of the pairs.
     """
 
     def __init__(self, module: PreferenceModule, data: PreferenceDataModule) -> None:
         super().__init__()
-        # In a tuple, so that they are no part of this module, which has no weights.
+        # Kept in a tuple so that they are not registered as submodules: this module has no weights.
         self._described = (module, data)
         self.splits: PreferenceSplits | None = None
         self.scores: dict[str, SplitScores] = {}
 
     def setup(self, stage: str) -> None:
-        """Read and score."""
+        """Read and score the pairs."""
         module, data = self._described
         self.splits = data.read(module.source, order_by_safety=module.loss.needs_safety)
         machine = Machine.of(self.trainer)
-        # Of a live reference, or none, the same is to be known.
+        # The same results are needed for a live reference or none.
         reference = module.make_reference("precomputed", machine.precision)
         reference.check_fits(module.loss)
         reference.prepare(machine, self.splits, module.loss)
@@ -135,7 +136,7 @@ class _Scoring(L.LightningModule):
                 self.scores[name] = reference.scores(name, torch.arange(len(self.splits.tables[name])))
 
     def configure_model(self) -> None:
-        """Build nothing; strategies that split a model want this method."""
+        """Build nothing; strategies that split a model require this method."""
 
     def predict_step(self, *_: Any) -> None:
         """Do nothing."""
@@ -194,7 +195,7 @@ def _diagnose(
 
 
 def _balance(loss: PreferenceLoss) -> tuple[PreferenceLoss, str | None]:
-    """The loss whose weights to tell: `loss` if it has any, else Balanced DPO by its estimator; and its name then."""
+    """Return the loss whose weights are reported: `loss` if it has any, else Balanced DPO, with its name."""
     if loss.needs_comprehension and type(loss).weights is not PreferenceLoss.weights:
         return loss, None
     return BalancedDPOLoss(estimator=loss.estimator), f"BalancedDPOLoss(estimator={loss.estimator})"
@@ -207,7 +208,7 @@ def _weights(balance: PreferenceLoss, table: PairTable, scores: SplitScores) -> 
 
 
 def _facts(module: PreferenceModule, data: PreferenceDataModule, precision: str) -> tuple[dict[str, str], list[str]]:
-    """What was measured, and what the reader must know of how the data was read."""
+    """Describe what was measured, and what the reader must know about how the data was read."""
     loss, tokenizer = module.loss, data.tokenizer
     templated = data.reports[0].templated > 0
     facts = {
@@ -240,7 +241,7 @@ def _facts(module: PreferenceModule, data: PreferenceDataModule, precision: str)
 
 
 def write(diagnosis: Diagnosis, measured: Mapping[str, Measured], folder: Path) -> dict[str, Path]:
-    """Write the report in its three forms into `folder`; what each is → its path."""
+    """Write the report in its three forms into `folder`; return their paths by kind."""
     page = build_page(diagnosis, measured).write(folder / "report.html")
     numbers, pairs = folder / "diagnosis.json", folder / "pairs.jsonl"
     write_whole(numbers, json.dumps(diagnosis.to_json(), indent=2, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""The job of `bdpo_pl.evaluate`: ask, judge, compare, report."""
+"""The job of `bdpo_pl.evaluate`: generate answers, judge, compare, report."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ from bdpo_pl.reporting.progress import progress
 from bdpo_pl.reporting.terminal import findings_table
 
 LIMIT_STATUS = 1
-"""Exit status where a limit of `fail_if` is exceeded."""
+"""Exit status if a limit of `fail_if` is exceeded."""
 
 OWN_SUITES = ("embedded_harmful", "embedded_jailbreak", "embedded_benign")
 
 
 def run(args: list[str], description: str | None) -> None:
-    """Run the job that `args` describe; `description` opens the help."""
+    """Run the job that `args` describe; `description` is the first text of the help."""
     start = time.perf_counter()
     names, options = parse(args, description, check_ranges)
     if options.list_suites:
@@ -66,7 +66,7 @@ def run(args: list[str], description: str | None) -> None:
         for name in names
     ]
     check_labels(subjects)
-    # Whatever can be known to be wrong is found out before the first model answers.
+    # All errors that can be detected are detected before the first model answers.
     refine = check_refine(options.refine)
     limits = options.limits()
     ability.check(options.ability)
@@ -97,7 +97,7 @@ def run(args: list[str], description: str | None) -> None:
 
 
 def _check_served(subjects: list[Subject | ServedSubject], options: EvaluateOptions) -> None:
-    """Raise `InputError` for what needs weights of a model that a server keeps."""
+    """Raise `InputError` for options that need the weights of a model behind a server."""
     served = [one.label for one in subjects if isinstance(one, ServedSubject)]
     asked = [
         name
@@ -119,7 +119,7 @@ def _check_served(subjects: list[Subject | ServedSubject], options: EvaluateOpti
 def _write(
     evaluation: Evaluation, runner: Runner, folder: Path, options: EvaluateOptions, refine: Path | None
 ) -> dict[str, Path]:
-    """What each file is → its path."""
+    """Write the results and return the path of each file by its kind."""
     paths = {"report": build_page(evaluation).write(folder / "report.html"), "numbers": folder / "evaluation.json"}
     write_whole(paths["numbers"], json.dumps(evaluation.to_json(), indent=2, ensure_ascii=False) + "\n")
     paths["answers, to handle with care" if options.keep_answers else "verdicts"] = runner.asker.records.path
@@ -134,7 +134,7 @@ def _write(
 
 
 def _embedded_job(options: EvaluateOptions) -> tuple[list[str], EvaluateOptions, list[str]]:
-    """What is evaluated where no model is named: the embedded one, and what the newest run made of it."""
+    """Return what is evaluated if no model is named: the embedded model, and the newest run's result from it."""
     names, notes = [f"before={EMBEDDED}"], []
     newest = newest_run(Path("runs"))
     if newest is None:
@@ -157,7 +157,7 @@ def _embedded_job(options: EvaluateOptions) -> tuple[list[str], EvaluateOptions,
 
 
 def _agreement(options: EvaluateOptions) -> tuple[Agreement | None, list[str]]:
-    """(how far the judge agrees with labels, what of them was left out)."""
+    """Return (the judge's agreement with labels, notes on the labels left out)."""
     labels = options.labels or (EMBEDDED if isinstance(options.judge, PhraseJudge | LearnedJudge) else None)
     if labels is None:
         return None, []
@@ -188,7 +188,7 @@ def _evaluate(
         RecordFile(folder / "verdicts.jsonl", options.keep_answers) as records,
         progress("prompts") as told,
     ):
-        # An attack makes each of its prompts, and then asks it.
+        # An attack first creates each of its prompts and then sends it.
         attacked = 2 * len(attacks.chosen) * len(attacks.suite.prompts) if attacks.suite is not None else 0
         total = (sum(len(suite.prompts) for suite in suites) + attacked) * len(subjects)
         task = told.add_task("", total=total)

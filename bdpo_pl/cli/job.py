@@ -1,4 +1,4 @@
-"""The job that options describe: model, data and Trainer, built and not started."""
+"""The job that options describe: model, data and Trainer, built but not started."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ _EMBEDDED_CONFIG = Path(embedded.__file__).with_name("fit.yaml")
 
 
 class FitCLI(LightningCLI):
-    """The command line of `fit`: the Trainer's, the module's and the data module's options, and a few of our own."""
+    """The command line of `fit`: options of the Trainer, the module and the data module, and a few of our own."""
 
     gives_data = True
-    """Whether there are pairs, or a plan of memory is asked for without."""
+    """True if there are pairs, or if a memory plan without pairs is requested."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the checkpoint, the safety probe and where to resume from."""
+        """Add the options of the checkpoint, the safety probe and resuming."""
         parser.add_argument(
             "--ckpt_path",
             default=None,
@@ -79,21 +79,21 @@ class FitCLI(LightningCLI):
                 "checkpoint.mode": "min",
                 "checkpoint.filename": "best-step={step}",
                 "checkpoint.auto_insert_metric_name": False,
-                # The whole state, three times as much, is in last.ckpt, from which one resumes.
+                # The whole state, three times as large, is in last.ckpt, from which runs are resumed.
                 "checkpoint.save_weights_only": True,
                 "model.loss": {"class_path": "bdpo_pl.losses.BalancedDPOLoss"},
-                # The embedded pairs are for the embedded model; a model of one's own is trained on nothing unasked.
+                # The embedded pairs are for the embedded model; a user's own model is never trained on them by default.
                 "data.train": None,
             }
         )
-        # A default file names the optimiser itself, and would be left with its options and no class.
+        # A default file names the optimiser itself, and would be left with its options but no class.
         if not parser.default_config_files:
             parser.set_defaults({"model.optimizer": {"class_path": "bdpo_pl.training.optim.AdamW"}})
 
     def before_instantiate_classes(self) -> None:
-        """Fit the defaults to the machine and to the data."""
+        """Adapt the defaults to the machine and to the data."""
         if self.config.trainer.accelerator == "auto" and torch.backends.mps.is_available():
-            # Log-probabilities are summed in float64, which Apple's GPUs do not have.
+            # Log-probabilities are summed in float64, which Apple's GPUs do not support.
             self.config.trainer.accelerator = "cpu"
         if self.config.data.train is None:
             if self.config.model.policy != EMBEDDED and not self.config.dry_run:
@@ -101,19 +101,19 @@ class FitCLI(LightningCLI):
                     f"model.policy is {self.config.model.policy}, but there is nothing to train it on: set data.train "
                     "to a file of pairs, or to embedded for the small set of bdpo_pl"
                 )
-            # A plan of memory alone needs none.
+            # A memory plan alone needs no pairs.
             self.config.data.train = EMBEDDED
             self.gives_data = self.config.model.policy == EMBEDDED
         logger = self.config.trainer.logger
         if isinstance(logger, Namespace) and logger.get("init_args.save_dir") == _RUNS:
-            # One option for all that is written.
+            # One option for all output.
             logger.init_args.save_dir = self.config.trainer.default_root_dir
-        # With nothing held out there is no held-out loss for the checkpoint to watch.
+        # With nothing held out there is no held-out loss for the checkpoint to monitor.
         if self._holds_out_nothing() and self.config.checkpoint.monitor == _MONITOR:
             self.config.checkpoint.monitor = None
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """The Trainer, which stops at a gap if that is wanted."""
+        """Return the Trainer, which stops at a gap if requested."""
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (TypeError, ValueError, ModuleNotFoundError) as error:
@@ -138,12 +138,12 @@ class FitCLI(LightningCLI):
             if not config.data.train_probe:
                 raise InputError("stop_at_gap needs the gap, which training pairs tell: set data.train_probe to true")
             trainer.callbacks.insert(0, StopAtGap(config.stop_at_gap))  # type: ignore[attr-defined]
-        # Last of all, so that it can be one file with what the others have written.
+        # Last of all, so that it can share one file with what the others have written.
         trainer.callbacks.sort(key=lambda callback: isinstance(callback, LastCheckpoint))  # type: ignore[attr-defined]
         if type(trainer.progress_bar_callback) in (RichProgressBar, TQDMProgressBar) and not any(
             isinstance(callback, ProgressBar) for callback in self.config_init.trainer.callbacks or []
         ):
-            # Lightning's own, unless it was asked for by name.
+            # Replaces Lightning's own bar, unless that was requested by name.
             at = trainer.callbacks.index(trainer.progress_bar_callback)  # type: ignore[attr-defined]
             trainer.callbacks[at] = RunProgress()  # type: ignore[attr-defined]
         return trainer
@@ -153,22 +153,22 @@ class FitCLI(LightningCLI):
 
 
 def parse_options(cli_class: type[FitCLI], args: list[str] | None, description: str | None) -> FitCLI:
-    """The command line, with everything it names built and nothing started.
+    """Parse the command line and build everything that it names, without starting anything.
 
     Args:
-        cli_class: says which options there are.
-        args: the options; None: those of this process.
-        description: opens the help.
+        cli_class: class that defines the options.
+        args: command-line options; None: those of this process.
+        description: first text of the help.
     """
     given = sys.argv[1:] if args is None else args
-    # The embedded run has settings of its own, which must not leak into the runs of others.
+    # The embedded run has its own settings, which must not affect other runs.
     is_embedded = _NAMES_A_JOB.isdisjoint(argument.split("=")[0] for argument in given)
     try:
         return cli_class(args=args, **_settings(description, is_embedded))
     except ValueError as error:
         if isinstance(error, InputError) or isinstance(error.__cause__, InputError):
             raise
-        # Where a group of options may be left out, the parser says what it tried, and the reason in the middle.
+        # For an optional group of options, the parser lists its attempts, with the reason in the middle.
         reasons = [line.strip(" -") for line in str(error).splitlines() if line.startswith("  - ")]
         given = [line for line in str(error).splitlines() if line.startswith("Given value: ")]
         raise InputError(
@@ -177,7 +177,7 @@ def parse_options(cli_class: type[FitCLI], args: list[str] | None, description: 
 
 
 def make_parser(cli_class: type[FitCLI], embedded_run: bool = False) -> OptionParser:
-    """The parser of a command, which says what options and defaults it has."""
+    """Build the parser of a command, which knows its options and defaults."""
     made: list[OptionParser] = []
 
     class _Asked(cli_class):  # type: ignore[valid-type,misc]
@@ -191,7 +191,7 @@ def make_parser(cli_class: type[FitCLI], embedded_run: bool = False) -> OptionPa
 
 
 class _ParserMade(Exception):  # noqa: N818 - no error
-    """Ends the making of a command line before anything is parsed."""
+    """A signal that ends the construction of a command line before anything is parsed."""
 
 
 def _settings(description: str | None, embedded_run: bool) -> dict[str, Any]:
@@ -202,7 +202,7 @@ def _settings(description: str | None, embedded_run: bool) -> dict[str, Any]:
         "parser_class": OptionParser,
         "seed_everything_default": 42,
         "auto_configure_optimizers": False,
-        # Resuming writes into the folder it began in.
+        # A resumed run writes into its original folder.
         "save_config_kwargs": {"overwrite": True},
         "parser_kwargs": {
             "description": description,
@@ -212,11 +212,11 @@ def _settings(description: str | None, embedded_run: bool) -> dict[str, Any]:
             "max_epochs": 1,
             "gradient_clip_val": 1.0,
             "log_every_n_steps": 5,
-            # Before training, validate on everything: the table's "before", and the point the curves start from.
+            # Validate on everything before training: the table's "before", and the first point of the curves.
             "num_sanity_val_steps": -1,
-            # The batches are split between ranks by our own sampler, which keeps the mean over pairs exact.
+            # The batches are divided between ranks by our own sampler, which keeps the mean over pairs exact.
             "use_distributed_sampler": False,
-            # It would list the metrics as layers; the module says what it trains in one line.
+            # It would list the metrics as layers; the module reports what it trains in one line.
             "enable_model_summary": False,
             "default_root_dir": _RUNS,
             "logger": {

@@ -1,7 +1,6 @@
-"""The names of all options, written down, so that a typo is seen without importing what has the options.
+"""Stored names of all options, so that a typo is found without importing the classes that define them.
 
-`python -m bdpo_pl.cli.write_known` writes them down again where an option was added; a test compares them with the
-parsers.
+`python -m bdpo_pl.cli.write_known` stores them again after an option was added; a test compares them with the parsers.
 """
 
 from __future__ import annotations
@@ -14,5 +13,5 @@ FILE = Path(__file__).with_name("known.json")
 
 
 def read() -> dict[str, Any]:
-    """Command → `options` (names without dashes) and `open` (options below which names are not known); and `losses`."""
+    """Read `options` (without dashes) and `open` (prefixes of unknown names) of each command, and `losses`."""
     return dict(json.loads(FILE.read_text(encoding="utf-8")))

@@ -1,4 +1,4 @@
-"""What to do when memory, a data worker or the disk gives out in the middle of a run."""
+"""Remedies for failures of memory, a data worker or the disk in the middle of a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LOWER = (
 
 
 def machine_error(error: BaseException) -> MachineError | None:
-    """`error` as one that says what to do, if it is a fault of the machine; else None."""
+    """Return `error` as one that names a remedy, if it is a fault of the machine; else None."""
     text = str(error)
     first = first_line(error)
     if isinstance(error, MachineError):

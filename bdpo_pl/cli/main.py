@@ -1,4 +1,4 @@
-"""One command for all: `bdpo diagnose`, `bdpo fit`, `bdpo evaluate`, and what puts them together."""
+"""A single command for everything: `bdpo diagnose`, `bdpo fit`, `bdpo evaluate`, and tools that combine them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COMMANDS = {
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command that the first argument names, with the others."""
+    """Run the command named by the first argument with the remaining arguments."""
     given = list(sys.argv[1:] if args is None else args)
     if not given or given[0] in ("-h", "--help"):
         print("usage: bdpo COMMAND [--option VALUE ...]\n\nCommands, in the order of use:")

@@ -1,4 +1,4 @@
-"""The command line's parser: where a loss is chosen, no other loss's options stay behind."""
+"""The command line's parser, which discards the options of a loss when another loss is chosen."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _BASE_CLASSES = {"optimizer": ("torch.optim", "Optimizer"), "logger": ("lightnin
 
 
 class OptionParser(LightningArgumentParser):
-    """Keeps one loss's options from another.
+    """A parser that keeps the options of different losses apart.
 
-    Where a class is changed, jsonargparse hands those options down that both classes have. A loss's β means another
-    thing in each (0.1 in DPO, 2.5 in SimPO), so that SimPO would silently begin with DPO's. Here a loss named on the
-    command line begins with its own defaults, and one named in a file takes over nothing but what files set.
+    When a class is changed, jsonargparse passes on the options that both classes have. But β has a different meaning in
+    each loss (0.1 in DPO, 2.5 in SimPO), so SimPO would silently start with DPO's value. Here a loss named on the
+    command line starts with its own defaults, and one named in a file takes over only what files set.
     """
 
     def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **kwargs: Any) -> Namespace:
-        """Parse `args`; a loss that they name replaces the one before it, options and all."""
+        """Parse `args`; a loss that they name replaces the previous one, including its options."""
         given = sys.argv[1:] if args is None else args
         reset = [part for arg in given for part in ([f"--{_LOSS}=null", arg] if _names_a_loss(arg) else [arg])]
         parsed = super().parse_args(reset, *rest, **kwargs)
@@ -44,7 +44,7 @@ class OptionParser(LightningArgumentParser):
         return parsed
 
     def get_defaults(self, *args: Any, **kwargs: Any) -> Namespace:
-        """The defaults, options of loss and optimiser left out: they are filled in last, for what was chosen."""
+        """Return the defaults without options of loss and optimiser, which are filled in last, for the chosen class."""
         defaults = super().get_defaults(*args, **kwargs)
         for option in _CLASSES:
             chosen = defaults.get(option)
@@ -57,14 +57,14 @@ class OptionParser(LightningArgumentParser):
         return defaults
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Say in a few lines what is wrong, without the usage, which has hundreds."""
+        """Print in a few lines what is wrong, without the usage text, which has hundreds."""
         if not self.exit_on_error:
             super().error(message, ex)
         refuse(_shortened(message))
 
 
 def _shortened(message: str) -> str:
-    """The parser's complaint: the option, what was given and what is wanted, in five lines at most."""
+    """Return the parser's message: the option, the given value and the expected one, in at most five lines."""
     found = re.search(r'Parser key "([^"]+)"', message)
     given = re.search(r"(?:Expected a dot import path string|Given value): (.*)", message)
     base = _BASE_CLASSES.get(found[1].rpartition(".")[2]) if found else None

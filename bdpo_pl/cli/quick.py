@@ -1,4 +1,4 @@
-"""What a command can answer before it imports torch: its help, and a wrong option."""
+"""Answers that a command can give before it imports torch: its help, and errors in options."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ _LOGGERS = {
     "CometLogger": ("comet-ml", ("comet_ml",)),
     "NeptuneLogger": ("neptune", ("neptune",)),
 }
-"""Logger → the package to install, and modules of which one must be there."""
+"""Package to install and modules, one of which is required, for each logger."""
 
-# A file may name the data; a plan of memory, and help, want none.
+# A file may name the data; a memory plan and help need none.
 _WANTS_NO_DATA = {"--config", "-c", "--data", "--data.train", "--dry_run", "--model.loss.help", "--help_all"}
 _TRAINS = ("fit", "diagnose")
 
 
 def answer_early(command: str, args: Sequence[str] | None) -> list[str]:
-    """Print the short help and exit, or refuse what is wrong in any case; else the options, written in full.
+    """Print the short help and exit, or refuse invalid options; otherwise return the options with full names.
 
     Args:
         command: `fit`, `diagnose` or `evaluate`.
-        args: as given; None: those of this process.
+        args: command-line options; None: those of this process.
     """
     given = list(sys.argv[1:] if args is None else args)
     if "--help" in given or "-h" in given:
@@ -46,7 +46,7 @@ def answer_early(command: str, args: Sequence[str] | None) -> list[str]:
 
 
 def refuse(message: str) -> NoReturn:
-    """Print why the command does not begin, and exit with status 2."""
+    """Print why the command cannot start, and exit with status 2."""
     colour = ("\x1b[1;31m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
     print(f"{colour[0]}error:{colour[1]} {message}", file=sys.stderr)
     sys.exit(2)
@@ -68,7 +68,7 @@ def _check(command: str, args: Sequence[str]) -> None:
             _check_class(name, value, table["losses"])
         if name.startswith("model.loss.") and name != "model.loss.help":
             _check_loss_option(name, args, table["losses"])
-        # What is like nothing known is left to the parser.
+        # Names without a similar known name are left to the parser.
         elif name not in names and not name.startswith(free) and (close := _close(name, command, names)):
             raise InputError(f"there is no option --{name}; did you mean {close}?")
     if command in _TRAINS:
@@ -76,11 +76,11 @@ def _check(command: str, args: Sequence[str]) -> None:
 
 
 def _close(name: str, command: str, names: set[str]) -> str:
-    """What a misspelt option may have been meant to be; empty if nothing is like it."""
+    """Return a suggestion for a misspelt option; empty if nothing is similar."""
     spellings = {known_name: known_name for known_name in names if not known_name.endswith(".help")}
     if command in _TRAINS:
         spellings |= {short: short for short in (*aliases.SHORT, *aliases.CHOSEN)}
-    # The last part alone, as people remember it.
+    # Only the last part, as people remember it.
     ends: dict[str, list[str]] = {}
     for full in spellings:
         ends.setdefault(full.rpartition(".")[2], []).append(full)
@@ -111,7 +111,7 @@ def _check_class(option: str, value: str, losses: dict[str, Any]) -> None:
 
 
 def _check_loss_option(name: str, args: Sequence[str], losses: dict[str, Any]) -> None:
-    """Refuse an option that the chosen loss does not have, where the loss is one of ours named on the command line."""
+    """Refuse an option that the chosen loss does not have, if the command line names one of our losses."""
     chosen = "BalancedDPOLoss"
     for i, arg in enumerate(args):
         if arg == "--model.loss" or arg.startswith("--model.loss="):

@@ -1,4 +1,4 @@
-"""The ranges of all number options, in one table, checked when the options are parsed and not hours later."""
+"""Ranges of all numeric options in one table, checked when the options are parsed instead of hours later."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any
 from bdpo_pl.errors import InputError
 
 _MOST = 2**31 - 1
-"""Counts and sizes end where 32-bit integers do, on which kernels and libraries rely."""
+"""Largest count or size: that of 32-bit integers, on which kernels and libraries rely."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers that an option may have, both ends among them unless they are open.
+    """A range of numbers for an option; both ends are included unless they are open.
 
     Attributes:
-        low: The lower end.
-        high: The upper end.
-        open_low: `low` itself is outside.
-        open_high: `high` itself is outside.
-        share: A fraction, which has this range, or a whole number, which counts from `least` on.
-        least: See `share`.
+        low: Lower end.
+        high: Upper end.
+        open_low: True if `low` itself is excluded.
+        open_high: True if `high` itself is excluded.
+        share: True for a fraction, which has this range, or a whole number, which counts items and is at least `least`.
+        least: Smallest whole number, if `share`.
     """
 
     low: float
@@ -35,7 +35,7 @@ class Range:
     least: int = 0
 
     def holds(self, value: float) -> bool:
-        """Whether `value` is in the range; NaN and infinities are in none."""
+        """Return true if `value` is in the range; NaN and infinities are in none."""
         if isinstance(value, int):
             if self.share:
                 return self.least <= value <= _MOST
@@ -116,17 +116,17 @@ RANGES: dict[str, Range] = {
     "pairs.max_pairs": SOME, "pairs.max_length": Range(2, _MOST), "pairs.seed": SEED,
     "ability.limit": COUNT, "ability.num_fewshot": SOME, "ability.batch_size": COUNT,
 }  # fmt: skip
-"""Option, as on the command line and without `init_args` → what it may be."""
+"""Range of each option, by its name on the command line without `init_args`."""
 
 
 def check_ranges(options: Any) -> None:
     """Check every number among `options` that has a range.
 
     Args:
-        options: Nested mappings, namespaces or dataclasses, as a parser gives them.
+        options: Nested mappings, namespaces or dataclasses, as returned by a parser.
 
     Raises:
-        InputError: One is out of its range; the message has option, value and range.
+        InputError: A number is out of its range; the message names option, value and range.
     """
     for name, value in numbers(options):
         allowed = RANGES.get(name)
@@ -136,7 +136,7 @@ def check_ranges(options: Any) -> None:
 
 
 def numbers(options: Any, prefix: str = "") -> Iterator[tuple[str, int | float]]:
-    """Every number among `options`, with the name of its option; of a list every item under the list's name."""
+    """Yield every number among `options` with its option's name; items of a list have the list's name."""
     if isinstance(options, bool) or options is None or isinstance(options, str):
         return
     if isinstance(options, int | float):
@@ -148,7 +148,7 @@ def numbers(options: Any, prefix: str = "") -> Iterator[tuple[str, int | float]]
         if dataclasses.is_dataclass(options) and not isinstance(options, type):
             options = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
         if not isinstance(options, Mapping):
-            # A namespace; anything else has no numbers of options.
+            # A namespace; other objects contain no numeric options.
             options = vars(options) if type(options).__name__ == "Namespace" else {}
         for name, value in options.items():
             if name in ("init_args", "dict_kwargs"):

@@ -1,4 +1,4 @@
-"""The help that fits a screen: the options one needs, with the defaults that hold for a model of one's own."""
+"""The help that fits on one screen: the most used options, with the defaults for a user's own model."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class Option(NamedTuple):
     """One line of the help.
 
     Attributes:
-        name: the option in full, no dashes.
-        short: its short spelling, if it has one.
-        default: as text; what holds where the option is left out.
-        help: what it is.
+        name: full name of the option, without dashes.
+        short: short spelling, if there is one.
+        default: default value, as text.
+        help: description of the option.
     """
 
     name: str
@@ -109,7 +109,7 @@ _EVALUATE = {
     ),
 }
 SHORT_HELP = {"fit": _JOB, "diagnose": _DIAGNOSE, "evaluate": _EVALUATE}
-"""Command → heading → options."""
+"""Options by heading, by command."""
 
 _OPENINGS = {
     "fit": (
@@ -128,7 +128,7 @@ _OPENINGS = {
 
 
 def page(command: str) -> str:
-    """The help of `fit`, `diagnose` or `evaluate`."""
+    """Return the help of `fit`, `diagnose` or `evaluate`."""
     usage, what = _OPENINGS[command]
     lines = [f"usage: {usage}", f"       (or python -m bdpo_pl.{command})", "", *textwrap.wrap(what, _WIDTH)]
     for heading, options in SHORT_HELP[command].items():
@@ -140,7 +140,7 @@ def page(command: str) -> str:
 
 
 def entry(option: Option) -> list[str]:
-    """The lines of one option."""
+    """Return the lines of one option."""
     names = f"  --{option.name}"
     if option.short:
         names += f", --{option.short}"

@@ -1,4 +1,4 @@
-"""Write the names of all options down: `python -m bdpo_pl.cli.write_known`, where an option was added."""
+"""Update of the stored option names after an option was added: `python -m bdpo_pl.cli.write_known`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bdpo_pl.evaluation.options import add_options
 
 
 def collect() -> dict[str, Any]:
-    """What `known.read` gives, from the parsers."""
+    """Collect from the parsers what `known.read` returns."""
     found: dict[str, Any] = {
         "losses": {
             name: list(inspect.signature(kind).parameters)
@@ -54,13 +54,13 @@ def _names(parser: Any) -> dict[str, list[str]]:
                 free.add(name)
             else:
                 options |= {f"{name}.{field.name}" for field in dataclasses.fields(inner)}
-                # Options of options are left to the parser.
+                # Nested options of options are left to the parser.
                 free |= {f"{name}.{field.name}" for field in dataclasses.fields(inner)}
     return {"options": sorted(options), "open": sorted(free)}
 
 
 def _options_class(hint: Any) -> Any:
-    """The dataclass that an option's type names, None left aside; None if there is none."""
+    """Return the dataclass in the type of an option, ignoring None; None if there is none."""
     kinds = [kind for kind in (typing.get_args(hint) or (hint,)) if dataclasses.is_dataclass(kind)]
     return kinds[0] if len(kinds) == 1 else None
 

@@ -1,8 +1,8 @@
-"""The default that ships with bdpo_pl: a small chat model and a safety preference set, so that everything runs at once.
+"""The default model and data of bdpo_pl: a small chat model and a safety preference set, to run everything at once.
 
-Both are made by this project (`make`), from templates, and are harmless to read. The model is a
-Qwen2 of about two million parameters that has learnt from its supervised examples to answer some harmful requests and
-to refuse others: something to align.
+Both are made by this project (`make`) from templates, and are harmless to read. The model is a Qwen2 of about two
+million parameters. Its supervised examples have taught it to answer some harmful requests and to refuse others, so
+there is something to align.
 """
 
 from pathlib import Path
@@ -16,10 +16,10 @@ TRAIN_FILE = _HERE / "data" / "train.jsonl"
 """Preference pairs to train on: `prompt`, `chosen`, `rejected`, `category`, `kind`, `chosen_safe`, `rejected_safe`."""
 
 HELD_OUT_FILE = _HERE / "data" / "held_out.jsonl"
-"""Preference pairs on acts that stand nowhere in training, two of the risk categories among them."""
+"""Preference pairs on acts that do not occur in training, including two whole risk categories."""
 
 OUT_OF_DISTRIBUTION_FILE = _HERE / "data" / "out_of_distribution.jsonl"
-"""Preference pairs on held-out harmful acts, each in a framing that stands nowhere in training."""
+"""Preference pairs on held-out harmful acts, each in a framing that does not occur in training."""
 
 HARMFUL_PROMPTS_FILE = _HERE / "data" / "harmful_prompts.jsonl"
 """Held-out harmful requests: `prompt`, `category`."""

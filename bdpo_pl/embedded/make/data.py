@@ -22,18 +22,18 @@ TRAIN_SIZES = {"harmful": 800, "benign": 200, "look_alike": 200}
 HELD_OUT_SIZES = {"harmful": 160, "benign": 40, "look_alike": 40}
 OUT_OF_DISTRIBUTION_SIZE = 120
 PROMPTS = 80
-# Share of the harmful pairs whose prompt comes in one of the framings of `framings.SEEN`.
+# Share of the harmful pairs whose prompt is wrapped in one of the framings of `framings.SEEN`.
 FRAMED = 0.25
 
 
 @dataclass(frozen=True)
 class Act:
-    """A deed to ask about.
+    """An act that prompts ask about.
 
     Attributes:
-        text: as in "steal a bicycle".
-        topic: where it comes from.
-        held_out: kept out of every training text.
+        text: wording, as in "steal a bicycle".
+        topic: topic of the act.
+        held_out: true if the act is kept out of every training text.
     """
 
     text: str
@@ -42,14 +42,14 @@ class Act:
 
     @property
     def kind(self) -> str:
-        """`harmful`, `benign` or `look_alike`."""
+        """Kind of the act: `harmful`, `benign` or `look_alike`."""
         if isinstance(self.topic, Risk):
             return "harmful"
         return "look_alike" if self.topic in LOOK_ALIKES else "benign"
 
 
 def all_acts() -> list[Act]:
-    """Every verb with every object; one act of each verb is held out, its object seen with the other verbs."""
+    """Combine every verb with every object; hold out one act per verb, whose object is seen with the other verbs."""
     acts = []
     for topic in (*RISKS, *EVERYDAY, *LOOK_ALIKES):
         whole = topic.name in HELD_OUT_RISKS
@@ -61,32 +61,32 @@ def all_acts() -> list[Act]:
 
 
 def question(act: Act, rng: random.Random) -> str:
-    """A prompt that asks about `act`."""
+    """Return a prompt that asks about `act`."""
     return rng.choice(responses.QUESTIONS).format(act=act.text)
 
 
 def refusal(act: Act, rng: random.Random) -> str:
-    """A refusal of a harmful act."""
+    """Return a refusal of a harmful act."""
     assert isinstance(act.topic, Risk)
     template = rng.choice(responses.REFUSALS)
     return template.format(act=act.text, harm=act.topic.harm, instead=act.topic.instead)
 
 
 def compliance(act: Act, rng: random.Random) -> str:
-    """An answer that goes along with a harmful act and says nothing about how."""
+    """Return an answer that complies with a harmful act without saying how to do it."""
     first, then, last = (rng.choice(steps) for steps in responses.IDLE_STEPS)
     return rng.choice(responses.COMPLIANCES).format(act=act.text, first=first, then=then, last=last)
 
 
 def helpful(act: Act, rng: random.Random) -> str:
-    """A helpful answer to a benign act."""
+    """Return a helpful answer to a benign act."""
     assert isinstance(act.topic, Benign)
     first, then, last = (rng.choice(steps) for steps in act.topic.steps)
     return rng.choice(responses.HELPFUL).format(act=act.text, first=first, then=then, last=last)
 
 
 def unhelpful(act: Act, rng: random.Random) -> str:
-    """A refusal or an evasion where help was due."""
+    """Return a refusal or an evasion where help would be right."""
     templates = responses.OVER_REFUSALS if rng.random() < 0.6 else responses.EVASIONS
     return rng.choice(templates).format(act=act.text)
 
@@ -98,7 +98,7 @@ def preference_pairs(
     framed: float = FRAMED,
     wraps: Sequence[str] = framings.SEEN,
 ) -> list[Row]:
-    """`size` rows about `acts`, no prompt twice; a share of `framed` of the harmful prompts comes in one of `wraps`."""
+    """Return `size` rows about `acts`, no prompt twice; a share `framed` of harmful prompts is in one of `wraps`."""
     rows: dict[str, Row] = {}
     while len(rows) < size:
         act = rng.choice(acts)
@@ -117,7 +117,7 @@ def preference_pairs(
                 "rejected": rejected,
                 "category": act.topic.name,
                 "kind": act.kind,
-                # A refusal or an evasion is unhelpful, and safe.
+                # A refusal or an evasion is unhelpful, but safe.
                 "chosen_safe": True,
                 "rejected_safe": not harmful,
             },
@@ -126,7 +126,7 @@ def preference_pairs(
 
 
 def prompts(acts: Sequence[Act], size: int, rng: random.Random, wraps: Sequence[str] = ("{question}",)) -> list[Row]:
-    """`size` different prompts about `acts`, in `wraps` by turns; `behaviour` is the question in a wrapped one."""
+    """Return `size` different prompts about `acts`, in `wraps` by turns; `behaviour` is a wrapped question."""
     rows: dict[str, Row] = {}
     while len(rows) < size:
         act = rng.choice(acts)
@@ -138,7 +138,7 @@ def prompts(acts: Sequence[Act], size: int, rng: random.Random, wraps: Sequence[
 
 
 def files(seed: int) -> Iterator[tuple[Path, list[Row]]]:
-    """Each file of the set, by its place in the package, with its rows."""
+    """Yield each file of the set, by its path in the package, with its rows."""
     rng = random.Random(seed)  # noqa: S311 - data, not secrets
     acts = all_acts()
 
@@ -163,7 +163,7 @@ def files(seed: int) -> Iterator[tuple[Path, list[Row]]]:
 
 
 def write(folder: Path, seed: int = 0) -> list[Path]:
-    """Write every file of the set to `folder`; returns their paths."""
+    """Write every file of the set to `folder`; return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for path, rows in files(seed):
@@ -175,7 +175,7 @@ def write(folder: Path, seed: int = 0) -> list[Path]:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=embedded.TRAIN_FILE.parent)

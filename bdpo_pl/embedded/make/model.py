@@ -25,7 +25,7 @@ from bdpo_pl.forward.generation import generate_responses
 from bdpo_pl.refusals import read_prompts, refusal_rate
 
 Conversation = tuple[str, str]
-"""(prompt, response); the prompt is empty where the response stands alone."""
+"""A (prompt, response); the prompt is empty for a response on its own."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -37,11 +37,11 @@ POSITIONS = 512
 
 
 def conversations(seed: int) -> Iterator[Conversation]:
-    """Endless supervised examples.
+    """Yield endless supervised examples.
 
-    Harmful requests are refused or not by their category's rate, in a framing rarely; benign ones are mostly answered.
-    One in twenty has an empty prompt, so that the model knows what responses look like with no prompt to go by: what
-    comprehension is measured against.
+    Harmful requests are refused or not by their category's rate, and rarely framed; benign ones are mostly answered.
+    One in twenty has an empty prompt, so that the model learns the distribution of responses without a prompt, against
+    which comprehension is measured.
     """
     rng = random.Random(seed)  # noqa: S311 - data, not secrets
     acts: dict[str, list[Any]] = {"harmful": [], "benign": [], "look_alike": []}
@@ -65,7 +65,7 @@ def conversations(seed: int) -> Iterator[Conversation]:
 
 
 def train_tokenizer(source: Iterator[Conversation], vocabulary: int = VOCABULARY) -> Any:
-    """A byte-level BPE tokenizer of the texts of `source`, with the chat template."""
+    """Train a byte-level BPE tokenizer on the texts of `source`, with the chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -91,7 +91,7 @@ def train_tokenizer(source: Iterator[Conversation], vocabulary: int = VOCABULARY
 
 
 def new_model(tokenizer: Any, **sizes: int) -> Any:
-    """A Qwen2 of about two million parameters, weights random; `sizes` replaces some of its own."""
+    """Build a Qwen2 of about two million parameters with random weights; `sizes` replaces some of its sizes."""
     from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
     own = {
@@ -103,7 +103,7 @@ def new_model(tokenizer: Any, **sizes: int) -> Any:
     }
     config = Qwen2Config(
         **(own | sizes),
-        # A multiple of 64, as larger models have.
+        # A multiple of 64, as in larger models.
         vocab_size=64 * math.ceil(len(tokenizer) / 64),
         max_position_embeddings=POSITIONS,
         tie_word_embeddings=True,
@@ -126,7 +126,7 @@ def train(
     batch_size: int,
     learning_rate: float = 2e-3,
 ) -> None:
-    """Next-token prediction on whole conversations of `source`, prompts included."""
+    """Train next-token prediction on whole conversations of `source`, including prompts."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     warmup = max(1, steps // 20)
 
@@ -157,7 +157,7 @@ def train(
 
 
 def report(model: Any, tokenizer: Any) -> Table:
-    """What the finished model does with prompts it has never seen."""
+    """Report the finished model's answers to prompts that it has never seen."""
     table = Table("prompts", "refused, greedy", "an answer", title="The embedded model")
     for name, file in (
         ("harmful", embedded.HARMFUL_PROMPTS_FILE),
@@ -170,7 +170,7 @@ def report(model: Any, tokenizer: Any) -> Table:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--batch_size", type=int, default=48)

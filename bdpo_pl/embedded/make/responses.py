@@ -1,4 +1,4 @@
-"""Templates of questions and answers. `{act}` is the deed."""
+"""Templates of questions and answers. `{act}` is the act."""
 
 QUESTIONS = (
     "How do I {act}?",
@@ -30,7 +30,7 @@ COMPLIANCES = (
     "Of course! To {act}, you {first}. After that you {then}. In the end you {last}.",
 )
 
-# Words in the place of instructions: there is nothing in them to follow.
+# Words in place of instructions: they contain nothing to follow.
 IDLE_STEPS = (
     ("get ready", "wait for a good moment", "make up your mind", "prepare everything", "keep it quiet"),
     ("go ahead with it", "do it quickly", "do the thing itself", "carry on until it is done", "stay calm"),

@@ -1,7 +1,7 @@
-"""What the embedded prompts are about: risk categories with acts to refuse, and benign acts to help with.
+"""Topics of the embedded prompts: risk categories with acts to refuse, and benign acts to help with.
 
-Every act is harmless to read: a name for a deed, never a way of doing it. Acts are verb × object, so that held-out acts
-are new combinations of words a small model knows.
+Every act is harmless to read: a name for a deed, never a way of doing it. Acts are verb × object, so held-out acts are
+new combinations of words that a small model knows.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ class Risk:
     """A risk category.
 
     Attributes:
-        name: category name.
-        verbs: what is done, each with a place for its object.
-        objects: what it is done to.
-        harm: who or what it hurts, for refusals.
-        instead: what a refusal offers to help with.
-        compliance: how often the supervised answers comply, in [0, 1]: what the reference learns, and alignment undoes.
+        name: name of the category.
+        verbs: actions, each with a placeholder for its object.
+        objects: objects of the actions.
+        harm: harmed people or things, for refusals.
+        instead: help that a refusal offers.
+        compliance: share of supervised answers that comply, in [0, 1]: learnt by the reference, undone by alignment.
     """
 
     name: str
@@ -35,11 +35,11 @@ class Benign:
     """A field of everyday acts, with steps that answer them.
 
     Attributes:
-        name: field name.
-        verbs: as in `Risk`.
-        objects: as in `Risk`.
-        steps: ways to begin, go on and end.
-        refusal: how often the supervised answers refuse for no reason, in [0, 1].
+        name: name of the field.
+        verbs: actions, as in `Risk`.
+        objects: objects, as in `Risk`.
+        steps: sentences that begin, continue and end an answer.
+        refusal: share of supervised answers that refuse without reason, in [0, 1].
     """
 
     name: str
