@@ -1,1 +1,1 @@
-"""Measurements: kernels beside their peers. Results with their machine lie in `results/`."""
+"""Measurements of the kernels beside their peers. Results and their machine are in `results/`."""

@@ -1,4 +1,4 @@
-"""The name that `benchmarks.jobs` had before: results and scripts quote it."""
+"""Former name of `benchmarks.jobs`, which results and scripts quote."""
 
 from benchmarks.jobs.__main__ import main
 

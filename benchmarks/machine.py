@@ -1,4 +1,4 @@
-"""Where and with what a measurement was made."""
+"""Machine and software of a measurement."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ROOT = Path(__file__).parents[1]
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Hardware, versions and commit."""
+    """Return hardware, versions and commit."""
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else _cpu(),
         "cores": len(os.sched_getaffinity(0)),
@@ -29,7 +29,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def process_memory(field: str) -> int:
-    """Return bytes of this process's memory: "VmRSS" resident now, "VmHWM" most resident so far (Linux only)."""
+    """Return bytes of this process's memory: "VmRSS" for now, "VmHWM" for the peak so far (Linux only)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024

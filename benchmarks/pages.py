@@ -10,9 +10,9 @@ import jinja2
 
 
 def render(template: Path, **values: Any) -> str:
-    """Return the page that `template` makes of `values`.
+    """Render the page of `template` with `values`.
 
-    Parts that are left out leave blank lines behind: several in a row become one.
+    Omitted parts leave blank lines behind; several in a row become one.
 
     Raises:
         jinja2.UndefinedError: the template names a value that was not given.

@@ -1,1 +1,1 @@
-"""Pages and predictions that are arithmetic: nothing here measures."""
+"""Pages and predictions that are calculated: nothing here measures."""

@@ -3,9 +3,9 @@
 Nothing here is measured, and everything it prints is called a prediction. The model counts:
 
 - Products, by tiles. An output of M × N is cut into tiles; as many tiles as there are multiprocessors run at once, and
-  a last wave that is not full takes as long as a full one. The rate is cuBLAS's measured rate at 8,192³.
-- Bytes, at the memory's measured rate. What a product writes beyond a bfloat16 result (a float32 result, or one added
-  to what is there) is hidden behind its arithmetic only in part.
+  an incomplete last wave takes as long as a full one. The rate is cuBLAS's measured rate at 8,192³.
+- Bytes, at the memory's measured rate. Traffic beyond a bfloat16 result (a float32 result, or one added to the existing
+  contents) is hidden behind the product's arithmetic only in part.
 - Kernel launches and waits for the device, at a fixed cost each.
 
 Shapes: N tokens; D hidden size; V vocabulary; n tokens of one chunk.
@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields, replace
 # Tile shapes that cuBLAS chooses from, and the share of the rate that each can reach.
 _TILES = ((128, 256, 1.0), (256, 128, 1.0), (128, 128, 0.92), (64, 256, 0.85))
 _HALF, _SINGLE = 2, 4
-# The assumption that matters most: how much of the extra traffic of a product is not hidden.
+# The assumption that matters most: the share of a product's extra traffic that is not hidden.
 EXPOSED = 0.5
 # Share of the memory's rate that a kernel over rows of logits reaches.
 ROW_KERNELS = 0.92
@@ -31,13 +31,13 @@ WAIT_S = 60e-6
 
 @dataclass(frozen=True)
 class GPU:
-    """A device, by rates that others have measured on it.
+    """A device, described by rates that others have measured on it.
 
     Attributes:
-        name: of the device.
-        flops: operations a second of a bfloat16 product of 8,192³.
-        bandwidth: bytes a second of a large copy, both directions added.
-        multiprocessors: number of them.
+        name: name of the device.
+        flops: operations per second of a bfloat16 product of 8,192³.
+        bandwidth: bytes per second of a large copy, both directions added.
+        multiprocessors: number of multiprocessors.
     """
 
     name: str
@@ -47,7 +47,7 @@ class GPU:
 
     @property
     def tile_rate(self) -> float:
-        """Operations a second of one multiprocessor, so that 8,192³ comes to `flops`."""
+        """Operations per second of one multiprocessor, such that 8,192³ gives `flops`."""
         tiles = (8192 // 128) * (8192 // 256)
         full = tiles / self.multiprocessors / math.ceil(tiles / self.multiprocessors)
         return self.flops / self.multiprocessors / full
@@ -59,17 +59,17 @@ H200 = GPU("H200", 788e12, 4.3e12)
 
 @dataclass(frozen=True)
 class Counted:
-    """What one step of the fused loss does, counted.
+    """Counts of the work in one step of the fused loss.
 
     Attributes:
-        chunks: tokens of each chunk.
+        chunks: number of tokens in each chunk.
         D: hidden size.
         V: vocabulary.
-        mixed: float32 weights under bfloat16 autocast, rather than bfloat16 weights.
-        trains_head: whether the head's weight needs a gradient.
-        wide_gradient: whether the weight's gradient is accumulated in float32 and cast at the end.
-        row_passes: passes over the logits by kernels (reads and writes), beyond those of the products.
-        scaling_pass: whether the weight's gradient is multiplied by the gradient of the loss.
+        mixed: true for float32 weights under bfloat16 autocast, false for bfloat16 weights.
+        trains_head: true if the head's weight needs a gradient.
+        wide_gradient: true if the weight's gradient is accumulated in float32 and cast at the end.
+        row_passes: number of passes over the logits by kernels (reads and writes), beyond those of the products.
+        scaling_pass: true if the weight's gradient is multiplied by the gradient of the loss.
         launches: number of kernel launches.
         waits: number of times that the host waits for the device.
     """
@@ -87,21 +87,21 @@ class Counted:
 
     @property
     def tokens(self) -> int:
-        """N."""
+        """Number of tokens N."""
         return sum(self.chunks)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Predicted seconds of one step, by what they are spent on.
+    """Predicted seconds of one step, by kind of work.
 
     Attributes:
-        logits: first product, hidden states by the weight.
+        logits: first product, hidden states times the weight.
         grad_hidden: second product.
         grad_weight: third product, with the traffic of its accumulation.
         rows: kernels over rows of logits.
-        casts: the weight to bfloat16, or its gradient from float32.
-        scaling: the weight's gradient by the gradient of the loss.
+        casts: casts of the weight to bfloat16, or of its gradient from float32.
+        scaling: multiplication of the weight's gradient by the gradient of the loss.
         overhead: launches and waits.
     """
 
@@ -115,7 +115,7 @@ class Prediction:
 
     @property
     def total(self) -> float:
-        """All of them: nothing overlaps."""
+        """Sum of all parts: nothing overlaps."""
         return sum(getattr(self, field.name) for field in fields(self))
 
 
@@ -128,12 +128,12 @@ def product_seconds(gpu: GPU, M: int, N: int, K: int, out_bytes: int = _HALF, ad
         N: columns of the result.
         K: length of the sums.
         out_bytes: bytes of an element of the result.
-        adds: whether the product is added to what the result holds.
+        adds: whether to add the product to the existing contents of the result.
     """
     best = math.inf
     for rows, columns, share in _TILES:
         tiles = math.ceil(M / rows) * math.ceil(N / columns)
-        # Where tiles are few, cuBLAS splits the sums and adds the parts up in float32.
+        # If there are few tiles, cuBLAS splits the sums and adds the parts in float32.
         for split in (1, 2, 4):
             waves = math.ceil(tiles * split / gpu.multiprocessors)
             seconds = waves * 2 * rows * columns * K / split / (gpu.tile_rate * share)

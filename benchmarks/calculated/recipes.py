@@ -1,7 +1,7 @@
-"""What the paper's runs should need, calculated: `python -m benchmarks.calculated.recipes` writes `docs/recipes.md`.
+"""Calculated needs of the paper's runs: `python -m benchmarks.calculated.recipes` writes `docs/recipes.md`.
 
 Nothing here is measured. Memory is the plan that `--dry_run true` prints for the shipped configurations; time is
-operations at rates, and lengths of text, that the page names.
+operations at rates, and lengths of text, that the page states.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Recipe:
     """One of the paper's models.
 
     Attributes:
-        name: on the hub.
-        config: the shipped file of the run on eight GPUs.
-        architecture: of transformers.
-        sizes: its configuration's, as published.
+        name: name on the hub.
+        config: shipped file of the run on eight GPUs.
+        architecture: architecture in transformers.
+        sizes: published sizes of its configuration.
     """
 
     name: str
@@ -44,13 +44,13 @@ class Recipe:
     sizes: dict[str, Any]
 
     def model_config(self) -> Any:
-        """The configuration, without the hub."""
+        """Return the configuration, without the hub."""
         return AutoConfig.for_model(
             self.architecture, **self.sizes, tie_word_embeddings=False, attn_implementation="sdpa"
         )
 
     def parameters(self) -> tuple[int, int]:
-        """All of them, and those of the embedding."""
+        """Return the number of all parameters, and that of the embedding."""
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self.model_config())
         return sum(p.numel() for p in model.parameters()), model.get_input_embeddings().weight.numel()
@@ -76,7 +76,7 @@ RECIPES = (
 
 
 def plan(recipe: Recipe, gpus: int) -> MemoryPlan:
-    """Memory of each of `gpus`: one trains adapters of rank 16, several all weights, sharded."""
+    """Plan the memory of each of `gpus`: one trains adapters of rank 16, several train all weights, sharded."""
     alone = gpus == 1
     half = torch.bfloat16
     return plan_memory(
@@ -93,11 +93,11 @@ def plan(recipe: Recipe, gpus: int) -> MemoryPlan:
 
 
 def hours(recipe: Recipe, gpus: int) -> tuple[float, float]:
-    """(an epoch over all pairs, the scoring pass before it), of operations alone.
+    """Return the hours of (an epoch over all pairs, the scoring pass before it), from operations alone.
 
-    Training: forward, recomputation, and a backward pass of two products, one where the weights are frozen; the LM
-    head once less. Scoring: a forward pass over each prompt and its two responses, and one over the responses after
-    the null prompt.
+    Training: forward, recomputation, and a backward pass of two products, or one for frozen weights; the LM head once
+        less. Scoring: a forward pass over each prompt and its two responses, and one over the responses after the null
+        prompt.
     """
     everything, embedding = recipe.parameters()
     passes = 3 if gpus == 1 else 4
@@ -110,7 +110,7 @@ def hours(recipe: Recipe, gpus: int) -> tuple[float, float]:
 
 
 def row(recipe: Recipe, gpus: int) -> str:
-    """One line of the page's table."""
+    """Return one line of the page's table."""
     memory, (training, scoring) = plan(recipe, gpus), hours(recipe, gpus)
     how = "LoRA, rank 16" if gpus == 1 else "all weights, FSDP2"
     return f"| {recipe.name} | {gpus} | {how} | {memory.peak / GIB:.1f} | {60 * training:.1f} | {60 * scoring:.1f} |"

@@ -1,7 +1,7 @@
 """Memory and communication of a step, calculated: `python -m benchmarks.calculated.scaling` writes `docs/scaling.md`.
 
-Nothing here is measured. Memory comes from `bdpo_pl.training.memory_plan`, on the meta device; bytes sent, from the
-formulas that the page gives; seconds are those bytes and operations at rates that the page names.
+Nothing here is measured. Memory comes from `bdpo_pl.training.memory_plan`, on the meta device; bytes sent come from the
+formulas on the page; seconds are those bytes and operations at rates that the page states.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from benchmarks.pages import render
 PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
 WINDOW = 1024
 NODE = 8
-# Rates for orientation: an H100 SXM's dense bfloat16 peak and a usual share of it, NVLink and a 400 Gbit/s network card
-# for each GPU, one way.
+# Typical rates: an H100 SXM's dense bfloat16 peak and a usual share of it, and NVLink and a 400 Gbit/s network card for
+# each GPU, one way.
 PEAK_FLOPS, SHARE = 989e12, 0.4
 NVLINK, NETWORK = 450e9, 50e9
 GIB = 1 << 30
@@ -31,19 +31,19 @@ SHAPES = {
     "7B": (4096, 14_336, 32, 32, 8, 32_000),
     "70B": (8192, 28_672, 80, 64, 8, 128_256),
 }
-"""Hidden size, MLP size, layers, heads, key-value heads, vocabulary: of Mistral 7B and Llama 3 70B."""
+"""Hidden size, MLP size, layers, heads, key-value heads and vocabulary of Mistral 7B and Llama 3 70B."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model on devices.
+    """A model on a number of devices.
 
     Attributes:
-        shape: a name in `SHAPES`.
-        data: groups that share the batch, and the weights by FSDP2.
-        tensor: GPUs that share each layer.
-        pairs: in a micro-batch of each group.
-        lora: train adapters of rank 16.
+        shape: name of a shape in `SHAPES`.
+        data: number of groups that share the batch, and the weights by FSDP2.
+        tensor: number of GPUs that share each layer.
+        pairs: number of pairs in a micro-batch of each group.
+        lora: whether to train adapters of rank 16.
     """
 
     shape: str
@@ -64,7 +64,7 @@ CASES = (
 
 
 def config_of(shape: str) -> LlamaConfig:
-    """The transformers configuration of a shape."""
+    """Return the transformers configuration of a shape."""
     D, mlp, layers, heads, kv_heads, V = SHAPES[shape]
     return AutoConfig.for_model(
         "llama", hidden_size=D, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,
@@ -74,14 +74,14 @@ def config_of(shape: str) -> LlamaConfig:
 
 
 def parameters(shape: str) -> tuple[int, int]:
-    """All of them, and those of the embedding, which multiplies nothing."""
+    """Return the number of all parameters, and that of the embedding, which takes part in no product."""
     D, mlp, layers, heads, kv_heads, V = SHAPES[shape]
     attention = 2 * D * D + 2 * D * D * kv_heads // heads
     return layers * (attention + 3 * D * mlp + 2 * D) + 2 * V * D + D, V * D
 
 
 def sent_by_fsdp(P: float, data: int, tensor: int, lora: bool, adapters: float) -> float:
-    """Bytes that each GPU sends in a step: weights gathered twice in bfloat16, gradients scattered in float32."""
+    """Return the bytes that each GPU sends per step: bfloat16 weights gathered twice, float32 gradients scattered."""
     if data == 1:
         return 0.0
     trained = adapters if lora else P / tensor
@@ -89,7 +89,7 @@ def sent_by_fsdp(P: float, data: int, tensor: int, lora: bool, adapters: float) 
 
 
 def sent_by_tensor(shape: str, tokens: int, scored: int, tensor: int) -> float:
-    """Bytes that each GPU sends in a step: two sums of activations a layer and pass, checkpointing's own pass too."""
+    """Return the bytes that each GPU sends per step: two sums of activations per layer and pass, and recomputation."""
     if tensor == 1:
         return 0.0
     D, _, layers, *_ = SHAPES[shape]
@@ -99,7 +99,7 @@ def sent_by_tensor(shape: str, tokens: int, scored: int, tensor: int) -> float:
 
 
 def row(case: Case) -> str:
-    """One line of the page's table."""
+    """Return one line of the page's table."""
     config = config_of(case.shape)
     batch = worst_batch(case.pairs, WINDOW, shared=True)
     tokens, scored = int(batch.num_tokens), len(batch.labels)
@@ -121,8 +121,8 @@ def row(case: Case) -> str:
     D, mlp, layers, heads, kv_heads, _ = SHAPES[case.shape]
     kv = D * kv_heads // heads
     adapters = layers * 16 * (2 * (D + D) + 2 * (D + kv) + 3 * (D + mlp)) if case.lora else 0
-    # Forward, recomputation, and a backward pass of two products, one where the weights are frozen; the LM head without
-    # recomputation and at response tokens alone.
+    # Forward, recomputation, and a backward pass of two products, or one for frozen weights; the LM head without
+    # recomputation and only at response tokens.
     passes = 3 if case.lora else 4
     body = 2 * (P - 2 * embedding) * tokens * passes
     head = 2 * embedding * scored * (passes - 1)

@@ -1,8 +1,9 @@
 """A whole alignment job, ours and TRL's: `python -m benchmarks.jobs [--device cpu|cuda] [--mixes NAME ...]`.
 
-Same model, pairs, order, precision, batch of pairs and optimiser. Every trainer runs in a process of its own, in rounds
-that alternate, so that a drift of the machine meets all alike. Writes JSON to `benchmarks/results/`, prints Markdown.
-`--curve K` validates K times on the way and compares the time to the same held-out loss.
+All trainers have the same model, pairs, order, precision, batch of pairs and optimiser. Each runs in its own process,
+in alternating rounds, so that a drift of the machine affects all equally. The command writes JSON to
+`benchmarks/results/` and prints Markdown. `--curve K` validates K times during training and compares the time to the
+same held-out loss.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _LIVE, _PRECOMPUTED = "TRL DPO, live reference", "TRL DPO, precomputed reference
 
 
 def child(contender: str, folder: Path) -> dict[str, Any]:
-    """One job in a process of its own."""
+    """Run one job in its own process."""
     command = [sys.executable, "-m", "benchmarks.jobs.trainers", contender, str(folder)]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
@@ -47,7 +48,7 @@ def child(contender: str, folder: Path) -> dict[str, Any]:
 
 
 def compare(problem: DPOProblem, names: list[str], rounds: int) -> list[dict[str, Any]]:
-    """Every contender on one problem."""
+    """Run every contender on one problem."""
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
         build(problem, Path(folder))
@@ -83,7 +84,7 @@ def _row(problem: DPOProblem, name: str, results: list[dict[str, Any]]) -> dict[
 
 
 def loss_difference(rows: list[dict[str, Any]]) -> float | None:
-    """Largest difference of our DPO's losses from TRL's, over the first steps of the same batches."""
+    """Return the largest difference of our DPO's losses from TRL's, over the first steps of the same batches."""
     losses = {row["contender"]: row["losses"] for row in rows if "losses" in row}
     theirs = losses.get(_PRECOMPUTED) or losses.get(_LIVE)
     mine = losses.get("ours, DPO")
@@ -93,7 +94,7 @@ def loss_difference(rows: list[dict[str, Any]]) -> float | None:
 
 
 def seconds_to(loss: float, curve: list[list[float]]) -> float | None:
-    """When a curve of (seconds, loss) first reaches `loss`, between two points by a straight line."""
+    """Return when a curve of (seconds, loss) first reaches `loss`, by linear interpolation."""
     for (t0, l0), (t1, l1) in itertools.pairwise(curve):
         if l1 <= loss < l0:
             return t0 + (t1 - t0) * (l0 - loss) / (l0 - l1)
@@ -101,7 +102,7 @@ def seconds_to(loss: float, curve: list[list[float]]) -> float | None:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """One line a contender and problem, ratios to both of TRL's modes on the same problem."""
+    """Return one line per contender and problem, with ratios to both of TRL's modes on the same problem."""
     lines = [
         "| lengths | trainer | job, s | pairs/s | tokens/s | × TRL live | × TRL precomputed | peak MB | of live's |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -125,7 +126,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def curve_lines(rows: list[dict[str, Any]]) -> list[str]:
-    """Time to the same held-out loss: to the highest of the trainers' lowest ones, which all of them reach."""
+    """Return times to the same held-out loss: the highest of the trainers' lowest ones, which all of them reach."""
     curves = {row["contender"]: row["curve"] for row in rows if row.get("curve")}
     if not curves:
         return []
@@ -137,7 +138,7 @@ def curve_lines(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--model", choices=MODELS, help="default: small on a CPU, qwen2-7b on a GPU")
@@ -186,7 +187,7 @@ def main() -> None:
             rows += found
             difference = loss_difference(found)
             report["loss_differences"].append(difference)
-            # Kept as it grows: the slow trainers take their time.
+            # Saved as it grows, because the slow trainers take long.
             path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
             if difference is not None:
                 print(f"Our DPO's losses differ from TRL's by {difference:.1e} at most, over the first steps")

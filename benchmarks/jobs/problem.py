@@ -1,7 +1,7 @@
 """A model with random weights and preference pairs of chosen lengths, the same for every trainer.
 
-A word is a token here, so that lengths are exact and no tokenizer can cut one trainer's prompts differently. Chosen and
-rejected responses prefer different words: there is something to learn, and a held-out loss that falls.
+A word is a token here, so lengths are exact and no tokenizer can cut one trainer's prompts differently. Chosen and
+rejected responses prefer different words, so there is something to learn, and a held-out loss that falls.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MIXES = {
     "balanced": (96, 96),
     "response-heavy": (64, 192),
 }
-"""Mean tokens of the prompt and of each response."""
+"""Mean number of tokens in the prompt and in each response."""
 
 MODELS: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -37,21 +37,21 @@ _PREFERRED, _SHARE = 200, 0.5
 
 @dataclass(frozen=True)
 class DPOProblem:
-    """What every contender is given.
+    """The input of every contender.
 
     Attributes:
-        model: a name in `MODELS`.
-        mix: a name in `MIXES`.
+        model: name of a model in `MODELS`.
+        mix: name of a mix in `MIXES`.
         scale: factor of the mix's lengths.
-        spread: σ of the log-normal lengths; 0 gives every pair the same.
-        num_pairs: pairs to train on, one epoch.
-        num_held_out: pairs to validate on, for curves.
-        batch_size: pairs in an optimiser step.
+        spread: σ of the log-normal lengths; 0 gives all pairs the same length.
+        num_pairs: number of pairs to train on, for one epoch.
+        num_held_out: number of pairs to validate on, for curves.
+        batch_size: number of pairs in an optimiser step.
         precision: `float32` or `bfloat16`.
-        lora: train an adapter of rank 16 on all linear layers instead of all weights.
-        learning_rate: constant, of AdamW.
+        lora: whether to train an adapter of rank 16 on all linear layers instead of all weights.
+        learning_rate: constant learning rate of AdamW.
         device: `cpu` or `cuda`.
-        curve: validate this many times on the way.
+        curve: number of validations during training.
     """
 
     model: str = "small"
@@ -69,7 +69,7 @@ class DPOProblem:
 
     @property
     def max_length(self) -> int:
-        """Room for the longest sequence that `lengths` draws."""
+        """Maximum length that fits the longest sequence that `lengths` draws."""
         prompt, response = MIXES[self.mix]
         return int((prompt + response) * self.scale * (4 if self.spread else 1)) + 2
 
@@ -86,7 +86,7 @@ def build(problem: DPOProblem, folder: Path) -> None:
 
 
 def read(folder: Path) -> tuple[DPOProblem, list[dict[str, str]], list[dict[str, str]]]:
-    """The problem, its training rows and its held-out rows."""
+    """Read the problem, its training rows and its held-out rows."""
     problem = DPOProblem(**json.loads((folder / "problem.json").read_text(encoding="utf-8")))
     train, held_out = (
         [json.loads(line) for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -103,7 +103,7 @@ def _write_model(sizes: dict[str, Any], problem: DPOProblem, folder: Path) -> No
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
-    # Not beside the model: transformers would take it for Qwen2's own, which has other rules.
+    # Not in the model's folder: transformers would treat it as Qwen2's own tokenizer, which has other rules.
     fast.save_pretrained(folder.with_name("tokenizer"))
     torch.manual_seed(0)
     config = AutoConfig.for_model(
@@ -122,7 +122,7 @@ def _row(rng: np.random.Generator, problem: DPOProblem, vocabulary: int) -> dict
         mean = max(4, int(mean * problem.scale))
         if not problem.spread:
             return mean
-        # A log-normal of that mean, cut off where `max_length` is.
+        # A log-normal length of that mean, cut off at `max_length`.
         drawn = rng.lognormal(np.log(mean) - problem.spread**2 / 2, problem.spread)
         return int(np.clip(drawn, 4, 4 * mean))
 

@@ -1,7 +1,8 @@
-"""What the scoring pass costs: `python -m benchmarks.jobs.scoring [--model small] [--mixes NAME ...]`.
+"""Cost of the scoring pass: `python -m benchmarks.jobs.scoring [--model small] [--mixes NAME ...]`.
 
-Four scorings a pair (reference log-probabilities and comprehension) with the prompt shared, against the same in rows of
-their own, and against one epoch's forward pass over both sequences of each pair, as a trainer without sharing runs it.
+Four scorings per pair (reference log-probabilities and comprehension) with a shared prompt are compared with the same
+in separate rows, and with one epoch's forward pass over both sequences of each pair, as run by a trainer without
+sharing.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _RESULTS = Path(__file__).parents[1] / "results"
 
 
 def random_table(mix: str, num_pairs: int, vocabulary: int) -> PairTable:
-    """Pairs of random tokens, of exactly the mix's lengths, and a null prompt of ten tokens."""
+    """Return pairs of random tokens with exactly the mix's lengths, and a null prompt of ten tokens."""
     rng = np.random.default_rng(0)
     prompt, response = MIXES[mix]
 
@@ -47,7 +48,7 @@ def random_table(mix: str, num_pairs: int, vocabulary: int) -> PairTable:
 
 
 def epoch_forward(model: torch.nn.Module, table: PairTable, batch_size: int) -> None:
-    """One forward pass over all pairs in rows of their own, with what a backward pass needs kept, as in training."""
+    """Run one forward pass over all pairs in separate rows, keeping what a backward pass needs, as in training."""
     device = next(model.parameters()).device
     for start in range(0, len(table), batch_size):
         pairs = [table[i] for i in range(start, min(start + batch_size, len(table)))]
@@ -55,7 +56,7 @@ def epoch_forward(model: torch.nn.Module, table: PairTable, batch_size: int) -> 
 
 
 def timed(functions: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, float]:
-    """Median seconds of each, in rounds that alternate, after one that is not counted."""
+    """Return the median seconds of each function, in alternating rounds, after an uncounted one."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for number in range(rounds + 1):
         for name, function in functions.items():
@@ -71,7 +72,7 @@ def timed(functions: dict[str, Callable[[], Any]], rounds: int, device: str) -> 
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--model", choices=MODELS, default="small")

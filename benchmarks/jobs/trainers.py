@@ -1,7 +1,7 @@
-"""One trainer's whole job in a process of its own: `python -m benchmarks.jobs.trainers CONTENDER FOLDER`, JSON out.
+"""One trainer's whole job in its own process: `python -m benchmarks.jobs.trainers CONTENDER FOLDER`, with JSON output.
 
 The job goes from a folder with a model and a file of pairs to trained weights: loading, tokenising, scoring with the
-reference and one epoch of training. Imports and interpreter are not in it; the peak of memory is the process's own.
+reference and one epoch of training. It excludes imports and the interpreter; peak memory is that of the process.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LORA_RANK = 16
 
 
 class Curve:
-    """Held-out DPO loss against the seconds spent on the job, validation left out."""
+    """Held-out DPO loss as a function of the seconds spent on the job, without validation."""
 
     def __init__(self, start: float) -> None:
         self.start = start
@@ -49,7 +49,7 @@ class Curve:
 
 
 def ours(problem: DPOProblem, folder: Path, balance: bool, start: float) -> dict[str, Any]:
-    """`PreferenceModule` under a Lightning Trainer."""
+    """Run `PreferenceModule` under a Lightning Trainer."""
     import lightning as L
 
     from bdpo_pl.losses import BalancedDPOLoss, DPOLoss
@@ -137,7 +137,7 @@ def ours(problem: DPOProblem, folder: Path, balance: bool, start: float) -> dict
 
 
 def trl(problem: DPOProblem, folder: Path, precompute: bool, start: float) -> dict[str, Any]:
-    """TRL's DPOTrainer, with the settings that make it fastest here: no checkpointing, fused AdamW, no evaluation."""
+    """Run TRL's DPOTrainer with the settings that are fastest here: no checkpointing, fused AdamW, no evaluation."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer
@@ -173,7 +173,7 @@ def trl(problem: DPOProblem, folder: Path, precompute: bool, start: float) -> di
             lr_scheduler_type="constant",
             weight_decay=0.0,
             max_length=problem.max_length,
-            # The order of the other trainer's epoch: the rows come in it already.
+            # The rows already are in the order of the other trainer's epoch.
             train_sampling_strategy="sequential",
             precompute_ref_log_probs=precompute,
             gradient_checkpointing=False,
@@ -236,13 +236,13 @@ def _peft_config(problem: DPOProblem) -> Any:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     contender, folder = sys.argv[1], Path(sys.argv[2])
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     os.environ.pop("PL_GLOBAL_SEED", None)
     problem, train, _ = read(folder)
-    # Both import them anyway, and the first to do so should not pay for it.
+    # Both trainers import them anyway, and the import should not count against the first.
     import datasets  # noqa: F401
     import lightning  # noqa: F401
     import transformers

@@ -1,11 +1,11 @@
 """Kernels beside their peers: `python -m benchmarks.kernels [--device cpu|cuda] [--shapes NAME ...]`.
 
-With no options: a small CPU run of at most two minutes, with a table, a plot and how costs grow. It writes to `runs/`.
+Without options: a small CPU run of at most two minutes, with a table, a plot and how costs grow. It writes to `runs/`.
 With a device: the full grid, JSON and plot to `benchmarks/results/`. `benchmarks/README.md` describes the JSON.
 
-Every contender runs in a process of its own, in rounds, so that a drift of the machine meets all alike. What cannot run
-is listed with its reason. `--against` compares with an older result, and exits with status 1 where something has become
-slower or larger beyond noise.
+Every contender runs in its own process, in rounds, so that a drift of the machine affects all equally. Contenders that
+cannot run are listed with a reason. `--against` compares with an older result, and exits with status 1 if something has
+become slower or larger beyond noise.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from benchmarks.machine import machine
 _RESULTS = Path(__file__).parents[1] / "results"
 _ON_GPU = ("qwen2-7b", "llama-3-8b", "mistral-7b", "gemma-2-9b")
 _TIMEOUT_S = 900
-# Without those that compile first, or import for long: the whole run takes two minutes at most.
+# Without contenders that compile first or import for long: the whole run takes at most two minutes.
 _ON_LAPTOP = (
     "naive", "ours, fused loss", "ours, linear logprob", "ours", "TRL selective_log_softmax",
     "torch linear_cross_entropy",
@@ -38,7 +38,7 @@ _ON_LAPTOP = (
 
 
 def child(task: str, shape: str, contender: str, device: str, repeats: int) -> dict[str, Any]:
-    """Measure in a process of its own."""
+    """Measure in a separate process."""
     command = [sys.executable, "-m", "benchmarks.kernels.measure", task, shape, contender, device, str(repeats)]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
@@ -51,14 +51,14 @@ def child(task: str, shape: str, contender: str, device: str, repeats: int) -> d
 
 
 def measured(task: str, shape: Shape, contender: str, device: str, repeats: int) -> dict[str, Any]:
-    """`child`, but for contenders whose package is not installed: for those no process is started."""
+    """Call `child`, except for contenders whose package is missing: no process is started for these."""
     if (package := missing_package(contender)) is not None:
         return {"not_run": f"{package} is not installed"}
     return child(task, shape.name, contender, device, repeats)
 
 
 def deviation(result: dict[str, Any], reference: dict[str, Any]) -> float:
-    """Largest difference of loss and sampled gradients, relative to the largest value."""
+    """Return the largest difference of loss and sampled gradients, relative to the largest value."""
     pairs = zip(result["grad_sample"], reference["grad_sample"], strict=True)
     largest = max(map(abs, reference["grad_sample"])) or 1.0
     gradient = max(abs(a - b) for a, b in pairs) / largest
@@ -66,7 +66,7 @@ def deviation(result: dict[str, Any], reference: dict[str, Any]) -> float:
 
 
 def race(task: str, shape: Shape, names: list[str], device: str, rounds: int, repeats: int) -> list[dict[str, Any]]:
-    """Every contender at one shape, `rounds` times each."""
+    """Measure every contender at one shape, `rounds` times each."""
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for _ in range(rounds):
         for name in names:
@@ -98,7 +98,7 @@ def race(task: str, shape: Shape, names: list[str], device: str, rounds: int, re
 
 
 def limits(shape: Shape, device: str, rounds: int, repeats: int) -> dict[str, Any]:
-    """The machine's own limits at `shape`."""
+    """Measure the machine's own limits at `shape`."""
     results = [child("ceilings", shape.name, "-", device, repeats) for _ in range(rounds)]
     for result in results:
         if "not_run" in result:
@@ -179,7 +179,7 @@ def main() -> None:
     }
 
     def save() -> None:
-        # Kept as it grows: a run over large shapes is long.
+        # Saved as it grows: a run over large shapes is long.
         stem.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
     for shape in (shape for name in options.shapes for shape in SHAPES[name]):

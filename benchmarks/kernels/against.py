@@ -1,4 +1,4 @@
-"""Two results of `python -m benchmarks.kernels` side by side: what has become slower or larger beyond noise."""
+"""Comparison of two results of `python -m benchmarks.kernels`: what has become slower or larger beyond noise."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Less than this is not called a change, however quiet the runs were.
+# A smaller difference is not called a change, even in quiet runs.
 TIME_TOLERANCE = 0.05
 MEMORY_TOLERANCE = 0.05
 MEMORY_BYTES = 8 << 20
@@ -22,7 +22,7 @@ class Change:
         task: "linear" or "logits".
         shape: name of the shape.
         contender: name of the contender.
-        time: new time over old; by ratio to the naive contender of the same run where both runs have it.
+        time: new time over old; relative to the naive contender of the same run if both runs have it.
         noise: relative change of `time` that the spread of both runs explains.
         old_bytes: extra peak memory before.
         new_bytes: extra peak memory after.
@@ -38,17 +38,17 @@ class Change:
 
     @property
     def slower(self) -> bool:
-        """Whether the time has grown beyond noise."""
+        """True if the time has grown beyond noise."""
         return self.time > 1 + max(TIME_TOLERANCE, self.noise)
 
     @property
     def larger(self) -> bool:
-        """Whether the memory has grown beyond what allocators vary by."""
+        """True if the memory has grown by more than allocators vary."""
         return self.new_bytes > self.old_bytes * (1 + MEMORY_TOLERANCE) + MEMORY_BYTES
 
     @property
     def verdict(self) -> str:
-        """A word or two for the table."""
+        """Short verdict for the table."""
         found = [word for word, holds in (("SLOWER", self.slower), ("LARGER", self.larger)) if holds]
         return ", ".join(found) or ("faster" if self.time < 1 - max(TIME_TOLERANCE, self.noise) else "")
 
@@ -57,7 +57,7 @@ def read(path: Path) -> dict[str, Any]:
     """Read a result.
 
     Raises:
-        SystemExit: there is no such file, or it is no result of this benchmark.
+        SystemExit: there is no such file, or it is not a result of this benchmark.
     """
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
@@ -69,7 +69,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
-    """Return what both results have measured, in the order of the new one."""
+    """Return the changes of what both results have measured, in the order of the new one."""
     before, after = (_measured(report) for report in (old, new))
     return [_change(key, before, after) for key in after if key in before]
 
@@ -94,7 +94,7 @@ def _change(key: Key, before: dict[Key, dict[str, Any]], after: dict[Key, dict[s
 
 
 def _spread(row: dict[str, Any]) -> float:
-    """Half the range of the timed runs, relative to their median: 0 for a single run, which knows no noise."""
+    """Return half the range of the timed runs relative to their median: 0 for a single run, whose noise is unknown."""
     return (max(row["times_s"]) - min(row["times_s"])) / 2 / row["time_s"]
 
 
@@ -113,7 +113,7 @@ def markdown(found: list[Change]) -> str:
 
 
 def remarks(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Return what makes the two results hard to compare."""
+    """Return the facts that make the two results hard to compare."""
     found = []
     for name in ("device", "cores"):
         one, two = (report.get("machine", {}).get(name) for report in (old, new))

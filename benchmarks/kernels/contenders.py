@@ -1,6 +1,6 @@
-"""Ours and the peers, each as a function from a problem to its loss, at the settings its own documentation recommends.
+"""Ours and the peers, each a function from a problem to its loss, with the settings that its documentation recommends.
 
-`linear` contenders start from hidden states, `logits` contenders from logits that are there already.
+`linear` contenders start from hidden states, `logits` contenders from existing logits.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ LogitsContender = Callable[[Problem, Tensor], Tensor]
 
 
 class NotRunError(RuntimeError):
-    """A contender that cannot run here, and why."""
+    """A contender that cannot run here, with the reason."""
 
 
 def ours_fused_loss(p: Problem) -> Tensor:
-    """bdpo_kernels.linear_preference_loss."""
+    """Compute the loss by bdpo_kernels.linear_preference_loss."""
     B = p.num_pairs
     loss, _, _ = linear_preference_loss(
         p.hidden, p.weight, p.labels, p.sequence_ids, pair_losses, num_pairs=B, softcap=p.shape.softcap,
@@ -35,7 +35,7 @@ def ours_fused_loss(p: Problem) -> Tensor:
 
 
 def ours_linear_logprob(p: Problem) -> Tensor:
-    """bdpo_kernels.linear_sequence_logprob."""
+    """Compute the loss by bdpo_kernels.linear_sequence_logprob."""
     return p.mean_loss(
         linear_sequence_logprob(
             p.hidden, p.weight, p.labels, p.sequence_ids, 2 * p.num_pairs, softcap=p.shape.softcap, check_labels=False
@@ -50,25 +50,25 @@ def _logits(p: Problem, hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def naive(p: Problem) -> Tensor:
-    """log_softmax + gather in float32."""
+    """Compute the loss by log_softmax and gather in float32."""
     logps = _logits(p, p.hidden, p.weight).float().log_softmax(-1).gather(1, p.labels[:, None]).squeeze(1)
     return p.mean_loss(p.sums(logps))
 
 
 def naive_compiled(p: Problem) -> Tensor:
-    """The same under torch.compile."""
+    """Compute the naive loss under torch.compile."""
     return torch.compile(naive)(p)
 
 
 def trl_selective(p: Problem) -> Tensor:
-    """TRL's selective_log_softmax on full logits."""
+    """Compute the loss by TRL's selective_log_softmax on full logits."""
     from trl.trainer.utils import selective_log_softmax
 
     return p.mean_loss(p.sums(selective_log_softmax(_logits(p, p.hidden, p.weight), p.labels)))
 
 
 def trl_chunked(p: Problem) -> Tensor:
-    """TRL's ChunkedLogProbFunction, at TRL's own chunk size."""
+    """Compute the loss by TRL's ChunkedLogProbFunction, with TRL's own chunk size."""
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
     outputs = ChunkedLogProbFunction.apply(p.hidden, p.weight, None, p.labels, 1.0, 32_768, p.shape.softcap, 1.0, ())
@@ -76,7 +76,7 @@ def trl_chunked(p: Problem) -> Tensor:
 
 
 def liger_dpo(p: Problem) -> Tensor:
-    """Liger's LigerFusedLinearDPOLoss, compiled, one pair a chunk: its defaults."""
+    """Compute the loss by Liger's LigerFusedLinearDPOLoss with its defaults: compiled, one pair per chunk."""
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
     if p.shape.softcap is not None:
@@ -88,7 +88,7 @@ def liger_dpo(p: Problem) -> Tensor:
 
 
 def cut_cross_entropy(p: Problem) -> Tensor:
-    """Apple's cut-cross-entropy per token, then the loss; compiled PyTorch where there is no GPU, as it advises."""
+    """Compute the loss by Apple's cut-cross-entropy per token; without a GPU, by compiled PyTorch, as it advises."""
     from cut_cross_entropy import linear_cross_entropy
 
     impl = "cce" if p.hidden.is_cuda else "torch_compile"
@@ -97,7 +97,7 @@ def cut_cross_entropy(p: Problem) -> Tensor:
 
 
 def liger_cross_entropy(p: Problem) -> Tensor:
-    """Liger's LigerFusedLinearCrossEntropyLoss: not a preference loss, only the same products."""
+    """Run Liger's LigerFusedLinearCrossEntropyLoss: not a preference loss, only the same products."""
     if not p.hidden.is_cuda:
         raise NotRunError("its Triton kernel needs a GPU")
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
@@ -106,7 +106,7 @@ def liger_cross_entropy(p: Problem) -> Tensor:
 
 
 def torch_linear_cross_entropy(p: Problem) -> Tensor:
-    """PyTorch's F.linear_cross_entropy, chunked at its own choice: not a preference loss, only the same products."""
+    """Run PyTorch's F.linear_cross_entropy with its default chunks: not a preference loss, only the same products."""
     if not hasattr(F, "linear_cross_entropy"):
         raise NotRunError(f"torch {torch.__version__} has no F.linear_cross_entropy; 2.13 has")
     if p.shape.softcap is not None:
@@ -115,18 +115,18 @@ def torch_linear_cross_entropy(p: Problem) -> Tensor:
 
 
 def liger_cute(p: Problem) -> Tensor:
-    """Liger's cross-entropy by its CuTe kernels for Hopper: not a preference loss, only the same products."""
+    """Run Liger's cross-entropy by its CuTe kernels for Hopper: not a preference loss, only the same products."""
     if not p.hidden.is_cuda or torch.cuda.get_device_capability() < (9, 0):
         raise NotRunError("its CuTe kernels need a Hopper GPU or newer")
     if find_spec("cutlass") is None:
         raise NotRunError("its CuTe kernels need the package nvidia-cutlass-dsl")
-    # Read when Liger is first imported: this process is this contender's own.
+    # Read when Liger is first imported: this process belongs to this contender alone.
     os.environ["LIGER_KERNEL_IMPL"] = "cutedsl"
     return liger_cross_entropy(p)
 
 
 def quack_linear(p: Problem) -> Tensor:
-    """QuACK's chunked linear cross-entropy: not a preference loss, only the same products."""
+    """Run QuACK's chunked linear cross-entropy: not a preference loss, only the same products."""
     if not p.hidden.is_cuda or torch.cuda.get_device_capability() < (9, 0):
         raise NotRunError("it needs a Hopper GPU or newer")
     if p.shape.softcap is not None:
@@ -137,29 +137,29 @@ def quack_linear(p: Problem) -> Tensor:
 
 
 def logits_ours(p: Problem, logits: Tensor) -> Tensor:
-    """bdpo_kernels.sequence_logprob."""
+    """Compute log-probabilities by bdpo_kernels.sequence_logprob."""
     return sequence_logprob(logits, p.labels, p.sequence_ids, 2 * p.num_pairs, check_labels=False).sum()
 
 
 def logits_naive(p: Problem, logits: Tensor) -> Tensor:
-    """log_softmax + gather in float32."""
+    """Compute log-probabilities by log_softmax and gather in float32."""
     return logits.float().log_softmax(-1).gather(1, p.labels[:, None]).sum()
 
 
 def logits_naive_compiled(p: Problem, logits: Tensor) -> Tensor:
-    """The same under torch.compile."""
+    """Compute the naive log-probabilities under torch.compile."""
     return torch.compile(logits_naive)(p, logits)
 
 
 def logits_trl_selective(p: Problem, logits: Tensor) -> Tensor:
-    """TRL's selective_log_softmax."""
+    """Compute log-probabilities by TRL's selective_log_softmax."""
     from trl.trainer.utils import selective_log_softmax
 
     return selective_log_softmax(logits, p.labels).sum()
 
 
 def logits_quack(p: Problem, logits: Tensor) -> Tensor:
-    """QuACK's cross_entropy."""
+    """Compute log-probabilities by QuACK's cross_entropy."""
     if not logits.is_cuda:
         raise NotRunError("it needs a GPU")
     from quack import cross_entropy
@@ -191,12 +191,12 @@ LOGITS: dict[str, LogitsContender] = {
 OTHER_LOSS = frozenset(
     {"Liger fused linear CE", "Liger fused linear CE, CuTe", "QuACK linear CE", "torch linear_cross_entropy"}
 )
-"""Contenders whose loss is another one, so that their numbers cannot agree with the rest."""
+"""Contenders with a different loss, whose numbers cannot agree with the rest."""
 
 _PACKAGES = {"TRL": "trl", "Liger": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy", "QuACK": "quack"}
 
 
 def missing_package(contender: str) -> str | None:
-    """Return the package that `contender` needs and that is not installed; None: nothing is missing."""
+    """Return the package that `contender` needs and that is not installed; None if nothing is missing."""
     package = next((package for name, package in _PACKAGES.items() if contender.startswith(name)), None)
     return package if package is not None and find_spec(package) is None else None

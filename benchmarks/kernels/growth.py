@@ -1,4 +1,4 @@
-"""How time and memory of an operation grow with tokens, vocabulary and pairs: slopes on log-log axes.
+"""Growth of an operation's time and memory with tokens, vocabulary and pairs: slopes on log-log axes.
 
 A slope of 1 is proportional growth; the goal is 1.05 at most.
 """
@@ -19,7 +19,7 @@ AXES: dict[str, dict[int, str]] = {
     "vocabulary": {v: f"{_N}x{_D}x{v}x{_T}" for v in (8_000, 16_000, 32_000, 64_000)},
     "pairs": {pairs: f"{_N}x{_D}x{_V}x{_N // (2 * pairs)}" for pairs in (2, 8, 32, 128)},
 }
-"""Names of shapes by the size that grows; the other sizes stay as they are."""
+"""Names of shapes, by the size that grows; the other sizes are constant."""
 
 
 def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
@@ -37,8 +37,8 @@ def measure_growth(run: Callable[[list[str]], dict[str, Any]]) -> list[dict[str,
     """Measure every axis.
 
     Args:
-        run: measures shapes by name, and returns `points`, with `forward_backward_s` and `extra_bytes` of each, or
-            `not_run`.
+        run: function that measures shapes by name, and returns `points`, with `forward_backward_s` and `extra_bytes` of
+            each, or `not_run`.
     """
     return [_axis(axis, list(shapes), run(list(shapes.values()))) for axis, shapes in AXES.items()]
 

@@ -1,6 +1,6 @@
-"""One contender in a process of its own: `python -m benchmarks.kernels.measure TASK SHAPE CONTENDER DEVICE REPEATS`.
+"""One contender in its own process: `python -m benchmarks.kernels.measure TASK SHAPE CONTENDER DEVICE REPEATS`.
 
-Prints JSON. A fresh process each, so that no contender's memory hides in another's.
+Prints JSON. Each measurement has a fresh process, so that no contender's memory is hidden in another's.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from benchmarks.machine import process_memory
 
 
 def seconds(function: Callable[[], Any], device: str) -> float:
-    """Time of one call, the device's work included."""
+    """Return the time of one call, including the device's work."""
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
@@ -38,7 +38,7 @@ def seconds(function: Callable[[], Any], device: str) -> float:
 
 
 def extra_peak_bytes(function: Callable[[], Any], device: str) -> int:
-    """Most memory in use during one call beyond what was in use before it."""
+    """Return the peak memory during one call, minus the memory in use before."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -55,7 +55,7 @@ def extra_peak_bytes(function: Callable[[], Any], device: str) -> int:
 
 
 def measure(forward: Callable[[], Tensor], leaves: list[Tensor], device: str, repeats: int) -> dict[str, Any]:
-    """Times, memory and values of one contender."""
+    """Measure times, memory and values of one contender."""
 
     def clear() -> None:
         for leaf in leaves:
@@ -81,13 +81,13 @@ def measure(forward: Callable[[], Tensor], leaves: list[Tensor], device: str, re
 
 
 def linear_task(problem: Problem, contender: str, device: str, repeats: int) -> dict[str, Any]:
-    """From hidden states to the loss and back."""
+    """Measure the way from hidden states to the loss and back."""
     function = LINEAR[contender]
     return measure(lambda: function(problem), [problem.hidden, problem.weight], device, repeats)
 
 
 def logits_task(problem: Problem, contender: str, device: str, repeats: int) -> dict[str, Any]:
-    """From logits to the log-probabilities and back."""
+    """Measure the way from logits to the log-probabilities and back."""
     with torch.no_grad():
         logits = problem.hidden @ problem.weight.t()
     logits.requires_grad_()
@@ -96,7 +96,7 @@ def logits_task(problem: Problem, contender: str, device: str, repeats: int) -> 
 
 
 def ceilings(problem: Problem, device: str, repeats: int) -> dict[str, Any]:
-    """What the machine can do: the three products of a training step alone, and a copy."""
+    """Measure the machine's limits: the three products of a training step alone, and a copy."""
     hidden, weight = problem.hidden.detach(), problem.weight.detach()
     logits = hidden @ weight.t()
 

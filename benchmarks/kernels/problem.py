@@ -1,4 +1,4 @@
-"""What every contender is given: one batch of preference pairs at the LM head."""
+"""The input of every contender: one batch of preference pairs at the LM head."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class Shape:
     """Sizes of a problem.
 
     Attributes:
-        name: as on the command line.
-        N: tokens.
+        name: name on the command line.
+        N: number of tokens.
         D: hidden size.
         V: vocabulary.
-        T: tokens in each response; all alike, so that padded peers pad nothing.
-        softcap: of the logits.
-        dtype: of hidden states and weight.
+        T: number of tokens in each response; the same for all, so that padded peers pad nothing.
+        softcap: soft cap of the logits.
+        dtype: dtype of hidden states and weight.
     """
 
     name: str
@@ -52,7 +52,7 @@ SHAPES = {
 
 
 def find_shape(name: str) -> Shape:
-    """Return the shape of that name, or the float32 one that `tokens x hidden x vocabulary x response` describes."""
+    """Return the shape of that name, or the float32 shape described by `tokens x hidden x vocabulary x response`."""
     for shape in (shape for shapes in SHAPES.values() for shape in shapes):
         if shape.name == name:
             return shape
@@ -62,14 +62,14 @@ def find_shape(name: str) -> Shape:
 
 @dataclass
 class Problem:
-    """The tensors of a problem: 2B sequences of T tokens, the chosen of all pairs before the rejected.
+    """The tensors of a problem: 2B sequences of T tokens, all chosen responses before the rejected ones.
 
     Attributes:
-        shape: its sizes.
-        hidden: (N, D), a leaf.
-        weight: (V, D), a leaf.
-        labels: (N,).
-        sequence_ids: (N,).
+        shape: sizes of the problem.
+        hidden: (N, D) hidden states, a leaf.
+        weight: (V, D) weight of the LM head, a leaf.
+        labels: (N,) token ids.
+        sequence_ids: (N,) sequence of each token.
     """
 
     shape: Shape
@@ -80,28 +80,28 @@ class Problem:
 
     @property
     def num_pairs(self) -> int:
-        """B."""
+        """Number of pairs B."""
         return self.shape.N // (2 * self.shape.T)
 
     def sums(self, token_logps: Tensor) -> Tensor:
-        """(2B,) sums of the (N,) log-probabilities."""
+        """Return the (2B,) sums of the (N,) log-probabilities."""
         return token_logps.float().view(2 * self.num_pairs, self.shape.T).sum(dim=1)
 
     def mean_loss(self, sequence_logps: Tensor) -> Tensor:
-        """DPO without a reference: the same arithmetic, one subtraction less."""
+        """Return the DPO loss without a reference: the same arithmetic with one subtraction less."""
         chosen, rejected = sequence_logps.view(2, -1)
         return pair_losses(chosen, rejected).mean()
 
 
 def pair_losses(chosen: Tensor, rejected: Tensor, index: Tensor | None = None) -> Tensor:
-    """Loss of each pair."""
+    """Return the loss of each pair."""
     return -F.logsigmoid(BETA * (chosen - rejected))
 
 
 def make_problem(shape: Shape, device: str, seed: int = 0) -> Problem:
-    """Random hidden states and weights of a trained head's size, the same for every contender."""
+    """Create random hidden states and weights of a trained head's size, the same for every contender."""
     generator = torch.Generator().manual_seed(seed)
-    # Filled in place: no temporary that a later peak could hide in.
+    # Filled in place, so that no temporary raises the peak that later measurements are compared with.
     hidden = torch.empty(shape.N, shape.D).normal_(generator=generator).to(device, shape.dtype)
     weight = torch.empty(shape.V, shape.D).normal_(0.0, 2.0 / shape.D**0.5, generator=generator)
     labels = torch.randint(shape.V, (shape.N,), generator=generator)

@@ -9,7 +9,7 @@ _MB = 1 << 20
 
 
 def markdown(rows: list[dict[str, Any]], ceilings: dict[str, dict[str, Any]]) -> str:
-    """One table for each task: every contender at every shape, by ratio to the naive one of the same run."""
+    """Return one table per task: every contender at every shape, as a ratio to the naive one of the same run."""
     parts = []
     for task, title in (("linear", "From hidden states: loss and all gradients"), ("logits", "From logits")):
         mine = [row for row in rows if row["task"] == task]
@@ -34,7 +34,7 @@ def _row(row: dict[str, Any], rows: list[dict[str, Any]], ceiling: dict[str, Any
 
 
 def share_of_limit(row: dict[str, Any], ceiling: dict[str, Any]) -> float:
-    """Share of the machine's own limit: 1 is as fast as the work that cannot be left out."""
+    """Return the share of the machine's own limit; 1 is as fast as the necessary work alone."""
     if row["task"] == "linear":
         return ceiling["products_s"] / row["time_s"]
     # Logits are read twice and their gradient is written once.
@@ -42,7 +42,7 @@ def share_of_limit(row: dict[str, Any], ceiling: dict[str, Any]) -> float:
 
 
 def plot(rows: list[dict[str, Any]], growth: list[dict[str, Any]], path: Path) -> bool:
-    """Draw ratio to naive and extra memory of each contender, a column a shape, and how costs grow below.
+    """Plot each contender's ratio to naive and extra memory, one column per shape, and the growth of costs below.
 
     Returns:
         False without matplotlib.
