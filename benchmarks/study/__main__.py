@@ -1,8 +1,8 @@
 """Run the study: `python -m benchmarks.study [--quick] [--plan] [--cell KEY] [--prune]`.
 
-It can be stopped and started again: cells that the file of records holds are not run again. `--cell` runs one of them
-again and says whether it comes out the same. Where `plan.py` has changed, the old plan's cells that the new one has not
-stay in the file until `--prune` takes them out.
+The study can be stopped and resumed: cells that the file of records contains are not run again. `--cell` runs one of
+them again and reports whether the result is the same. If `plan.py` has changed, cells of the old plan that are not in
+the new one stay in the file until `--prune` removes them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="less of everything: under ten minutes on two cores")
     parser.add_argument("--plan", action="store_true", help="print what there is to do, and do nothing")
@@ -61,7 +61,7 @@ def main() -> None:
 
 def _run(size: plan.Size, folder: Path, out: Path, workers: int) -> None:
     tuning = plan.tuning(size)
-    # What comes after the tuning is not known yet, but its references are.
+    # The cells after the tuning are not known yet, but their references are.
     make_references(plan.all_cells(size), folder, workers)
     run_cells(tuning, folder, out, workers, "Tuning")
     best = plan.chosen(size, read_records(out))

@@ -1,1 +1,1 @@
-"""From records to the page `docs/study.md` and its figures."""
+"""The page `docs/study.md` and its figures, made from records."""

@@ -1,7 +1,7 @@
 """The study's page: `python -m benchmarks.study.report RECORDS.jsonl [--out docs/study.md] [--no-figures]`.
 
-The prose is in `page.md.j2`; tables, and sentences that follow from them by rule, are made from the records. What a
-person concludes is in a file beside the page (`docs/study_reading.md`), which the page includes.
+The prose is in `page.md.j2`; tables, and sentences that follow from them by rule, are made from the records. A person's
+conclusions are in a file beside the page (`docs/study_reading.md`), which the page includes.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ PAGE = ROOT / "docs" / "study.md"
 
 
 def page(results: Results, reading: str = "", figures: str = "study") -> str:
-    """The whole page.
+    """Return the whole page.
 
     Args:
-        results: of the study.
-        reading: a person's, in Markdown; empty: none.
-        figures: their folder, as seen from the page.
+        results: results of the study.
+        reading: a person's interpretation, in Markdown; empty: none.
+        figures: folder of the figures, relative to the page.
     """
     return pages.render(
         Path(__file__).with_name("page.md.j2"),
@@ -47,7 +47,7 @@ def page(results: Results, reading: str = "", figures: str = "study") -> str:
 
 
 def reading_of(path: Path) -> Path:
-    """The file beside the page at `path` that holds a person's reading of it."""
+    """Return the file beside the page at `path` that contains a person's interpretation."""
     return path.with_name(f"{path.stem}_reading.md")
 
 
@@ -55,12 +55,12 @@ def write(records: Path, out: Path, with_figures: bool = True) -> list[Path]:
     """Write the page and its figures.
 
     Args:
-        records: of the study.
-        out: the page; its figures go to a folder of its name beside it.
-        with_figures: draw them too, which needs matplotlib.
+        records: records of the study.
+        out: path of the page; its figures go to a folder of the same name beside it.
+        with_figures: whether to draw them too, which needs matplotlib.
 
     Returns:
-        What was written.
+        Paths of the written files.
     """
     results = load(records, name_of(records))
     reading = reading_of(out)
@@ -72,13 +72,13 @@ def write(records: Path, out: Path, with_figures: bool = True) -> list[Path]:
 
 
 def name_of(records: Path) -> str:
-    """The path from the root of the repository, so that the page is the same wherever that lies."""
+    """Return the path from the root of the repository, so that the page does not depend on the root's location."""
     path = records.resolve()
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else records.name
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("records", type=Path, help="JSONL that `python -m benchmarks.study` has written")
     parser.add_argument("--out", type=Path, default=PAGE)

@@ -1,4 +1,4 @@
-"""What tuning has tried and chosen, as tables."""
+"""Tables of what tuning has tried and chosen."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ from benchmarks.study.run.plan import METHODS
 
 SCORE = Measure("validation score", lambda cell: validation_score(cell["metrics"]), better=-1)
 _ORDER = [method.name for method in METHODS]
-# Means of the same numbers, added up in another order.
+# Largest difference between means of the same numbers that are added in different orders.
 _ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A setting that was tried, with one or more seeds.
+    """A tried setting, with one or more seeds.
 
     Attributes:
-        cells: one of each seed.
+        cells: one cell for each seed.
     """
 
     cells: tuple[Cell, ...]
 
     @property
     def setting(self) -> dict[str, Any]:
-        """Of the first seed."""
+        """Setting of the first seed."""
         found: dict[str, Any] = self.cells[0]["setting"]
         return found
 
     @property
     def scores(self) -> list[float]:
-        """In percent, by seed; NaN where it has failed."""
+        """Scores in percent, by seed; NaN for a failed seed."""
         return [SCORE.of(cell) for cell in self.cells]
 
     @property
     def score(self) -> float:
-        """The mean over seeds; NaN where one has failed, as then it is not chosen."""
+        """Mean score over seeds; NaN if one has failed, so that the trial is not chosen."""
         return math.fsum(self.scores) / len(self.cells)
 
 
 def trials(results: Results, method: str) -> dict[str, Trial]:
-    """A method's trials by what was tried."""
+    """Return a method's trials by the tried values."""
     found: dict[str, list[Cell]] = {}
     for cell in results.pick("tuning", method):
         found.setdefault(_tried(cell), []).append(cell)
@@ -57,15 +57,15 @@ def trials(results: Results, method: str) -> dict[str, Trial]:
 
 
 def all_trials(results: Results) -> dict[str, dict[str, Trial]]:
-    """Trials by method."""
+    """Return trials by method."""
     return {name: trials(results, name) for name in results.methods("tuning", _ORDER)}
 
 
 def error(results: Results) -> tuple[float, int]:
-    """Half the 95 % interval of a trial's mean, by the variance between seeds that all trials have in common.
+    """Return half the 95 % interval of a trial's mean, from the variance between seeds pooled over all trials.
 
     Returns:
-        The half width in points, NaN where no trial has two seeds; and the seeds of a trial.
+        Half width in points, NaN if no trial has two seeds; and the number of seeds of a trial.
     """
     squares, freedom, seeds = 0.0, 0, 1
     for mine in all_trials(results).values():
@@ -78,7 +78,7 @@ def error(results: Results) -> tuple[float, int]:
 
 
 def chosen_table(results: Results) -> str:
-    """A row for each method: how much was tried, what was chosen, and its score.
+    """Return a row for each method: how much was tried, what was chosen, and its score.
 
     Raises:
         InputError: a method is tested in a setting that its own trials did not choose.
@@ -105,7 +105,7 @@ def chosen_table(results: Results) -> str:
 
 
 def trials_table(results: Results) -> str:
-    """Validation scores of all trials: a row for each loss, a column for each learning rate and number of epochs."""
+    """Return the validation scores of all trials: a row per loss, a column per learning rate and number of epochs."""
     everything = all_trials(results)
     columns = sorted({_column(trial.setting) for mine in everything.values() for trial in mine.values()})
     rows = []
@@ -123,7 +123,7 @@ def trials_table(results: Results) -> str:
 
 
 def arguments(setting: dict[str, Any]) -> str:
-    """Arguments of a loss, as `β 0.1, τ 0.25`."""
+    """Format the arguments of a loss, as `β 0.1, τ 0.25`."""
     signs = {"beta": "β", "tau": "τ"}
     return ", ".join(f"{signs.get(name, name)} {_value(value)}" for name, value in setting["arguments"].items())
 
@@ -135,7 +135,7 @@ def _value(value: Any) -> str:
 
 
 def _edges(mine: dict[str, Trial], setting: dict[str, Any]) -> str:
-    """Which chosen values are the smallest or largest of more than two that were tried."""
+    """Name the chosen values that are the smallest or largest of more than two tried ones."""
     reads: dict[str, Callable[[dict[str, Any]], float]] = {
         "β": lambda setting: setting["arguments"]["beta"],
         "learning rate": lambda setting: setting["learning_rate"],

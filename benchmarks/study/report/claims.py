@@ -1,4 +1,4 @@
-"""The paper's claims one by one, each turned into differences whose signs this study can tell."""
+"""The paper's claims, each converted to differences whose signs this study can determine."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ SAFETY = (REFUSAL, REFUSAL_CATEGORIES, FRAMED_ATTACKS)
 
 @dataclass(frozen=True)
 class Check:
-    """One difference that bears on a claim.
+    """A difference that bears on a claim.
 
     Attributes:
-        claim: in the paper's sense.
+        claim: the claim, as the paper means it.
         what: the difference, in words.
-        find: of results and the bound, the difference with its interval.
-        sign: +1 where the claim is that it is above the bound, −1 where below.
-        bound: 0, or what counts as no loss.
-        percent: in points; else in nats.
+        find: function of the results and the bound that returns the difference with its interval.
+        sign: +1 if the difference is claimed to be above the bound, −1 if below.
+        bound: 0, or the largest difference that counts as no loss.
+        percent: true for a difference in points, false for one in nats.
     """
 
     claim: str
@@ -49,13 +49,13 @@ class Check:
 
 
 def verdict(found: Interval, adjusted: float, sign: int, bound: float = 0.0) -> str:
-    """What a difference says of a claim.
+    """Return what a difference implies for a claim.
 
     Args:
-        found: with its 95 % interval.
+        found: difference with its 95 % interval.
         adjusted: Holm's p against `bound`.
-        sign: side of `bound` that the claim is on.
-        bound: that the claim is about.
+        sign: side of `bound` on which the difference is claimed to be.
+        bound: bound in the claim.
     """
     if not found.count:
         return ABSENT
@@ -65,7 +65,7 @@ def verdict(found: Interval, adjusted: float, sign: int, bound: float = 0.0) -> 
 
 
 def verdicts(results: Results, checks: Sequence[Check]) -> list[tuple[Check, Interval, float, str]]:
-    """Each check with its difference, Holm's p among all of them, and what it says."""
+    """Return each check with its difference, Holm's p among all of them, and the verdict."""
     found = [check.find(results, check.bound) for check in checks]
     adjusted = holm([one.p for one in found])
     return [
@@ -75,7 +75,7 @@ def verdicts(results: Results, checks: Sequence[Check]) -> list[tuple[Check, Int
 
 
 def claims_table(results: Results, checks: Sequence[Check] | None = None) -> str:
-    """A row for each difference, under its claim."""
+    """Return a table with a row for each difference, under its claim."""
     rows = []
     last = ""
     for check, found, p, said in verdicts(results, CHECKS if checks is None else checks):
@@ -116,7 +116,7 @@ def _from_reference(measure: Measure, group: Group) -> Callable[[Results, float]
 def _between(
     claim: str, first: Group, second: Group, note: str = "", measures: Sequence[Measure] = SAFETY
 ) -> list[Check]:
-    """first is safer than second: by each of `measures`."""
+    """Return checks that `first` is safer than `second`, one for each of `measures`."""
     return [
         Check(
             claim,
@@ -172,4 +172,4 @@ def _checks() -> list[Check]:
 
 
 CHECKS = _checks()
-"""All of them, a family for Holm's correction."""
+"""All checks, a family for Holm's correction."""

@@ -1,4 +1,4 @@
-"""Numbers and tables for `page.md.j2`, a function for each section; None where the records have no cells for it."""
+"""Numbers and tables for `page.md.j2`, one function per section; None if the records have no cells for it."""
 
 from __future__ import annotations
 
@@ -189,13 +189,13 @@ def confirmation(results: Results) -> Facts:
 
 
 def confirmation_worlds(results: Results) -> list[str]:
-    """Return the names of the references that the main question was put to again, in their order."""
+    """Return the names of the references with which the main question was repeated, in their order."""
     worlds = sorted({cell["setting"]["world"] for cell in results.pick("confirmation")})
     return [world_name(world) for world in worlds]
 
 
 def confirmation_contrasts(results: Results) -> list[Contrast]:
-    """Return B-DPO against each of the other methods, with each reference."""
+    """Return the contrasts of B-DPO with each of the other methods, for each reference."""
     return [
         Contrast(
             f"{world}: {BDPO.name} − {other}",
@@ -238,7 +238,7 @@ def claims(results: Results) -> dict[str, Any]:
 
 
 def figure(name: str, folder: str, results: Results) -> str:
-    """Return the Markdown of a figure with its caption; empty where the records have no cells for it."""
+    """Return the Markdown of a figure with its caption; empty if the records have no cells for it."""
     caption, has, _ = FIGURES[name]
     return f"![{caption}]({folder}/{name})\n\n*{caption}.*" if has(results) else ""
 

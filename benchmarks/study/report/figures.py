@@ -32,11 +32,11 @@ QUANTILES = ("q5", "q25", "q50", "q75", "q95")
 
 
 def draw_all(results: Results, folder: Path) -> list[str]:
-    """Write every figure that the results have cells for.
+    """Write every figure for which the results have cells.
 
     Args:
-        results: of the study.
-        folder: made if it is not there.
+        results: results of the study.
+        folder: folder of the figures, created if necessary.
 
     Returns:
         Names of the files.
@@ -46,7 +46,7 @@ def draw_all(results: Results, folder: Path) -> list[str]:
     matplotlib.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    # Fixed identifiers, text as text: the same bytes each time, and small.
+    # Fixed identifiers and text as text: the same bytes each time, and small files.
     with matplotlib.rc_context({"svg.hashsalt": "study", "svg.fonttype": "none", "font.size": 9}):
         for name, (_, has, draw) in FIGURES.items():
             if has(results):
@@ -60,7 +60,7 @@ def draw_all(results: Results, folder: Path) -> list[str]:
 
 
 def methods_figure(results: Results) -> Any:
-    """Each method's mean with its interval, and its seeds, a panel for each outcome."""
+    """Plot each method's mean with its interval, and its seeds, one panel per outcome."""
     names = results.methods("final", [method.name for method in METHODS])
     figure, axes = _panels(1, len(OUTCOMES), 2.3, 0.8 + 0.28 * len(names))
     reference = results.pick("final", "reference")
@@ -78,7 +78,7 @@ def methods_figure(results: Results) -> Any:
 
 
 def imbalance_figure(results: Results) -> Any:
-    """Quantiles of c_w − c_l over the pairs, means over seeds."""
+    """Plot quantiles of c_w − c_l over the pairs, as means over seeds."""
     groups = imbalance_groups(results)
     figure, axes = _panels(1, 1, 7.5, 0.9 + 0.32 * len(groups))
     axis = axes[0][0]
@@ -99,17 +99,17 @@ def imbalance_figure(results: Results) -> Any:
 
 
 def halves_figure(results: Results) -> Any:
-    """Differences between the halves of the pairs."""
+    """Plot differences between the halves of the pairs."""
     return _forest(results, halves_contrasts(), (REFUSAL, FRAMED_ATTACKS, OVER_REFUSAL, ABILITY, GAP))
 
 
 def sensitivity_figure(results: Results) -> Any:
-    """Each variant's difference from what B-DPO has chosen."""
+    """Plot each variant's difference from B-DPO's chosen setting."""
     return _forest(results, sensitivity_contrasts(results), CHIEF)
 
 
 def curves_figure(results: Results) -> Any:
-    """Safety and gap over optimiser steps, with t bands over seeds."""
+    """Plot safety and gap over optimiser steps, with t bands over seeds."""
     groups = curve_groups(results)
     figure, axes = _panels(1, len(CHIEF), 2.9, 2.6)
     for axis, measure in zip(axes[0], CHIEF, strict=True):
@@ -140,14 +140,14 @@ def curves_figure(results: Results) -> Any:
 
 
 def curve_groups(results: Results) -> list[Group]:
-    """What there are curves of: methods as chosen, and DPO with B-DPO's settings."""
+    """Return the groups that have curves: methods as chosen, and DPO with B-DPO's settings."""
     found = [Group(name, "curves", name) for name in results.methods("curves", COLOURS)]
     found.append(Group(DPO_ALIKE, "curves", DPO.name, ALIKE))
     return [group for group in found if group.cells(results)]
 
 
 def curve(results: Results, group: Group, measure: Measure) -> tuple[list[int], list[Any]]:
-    """Steps of a group's curves, and at each the mean over the seeds that got there."""
+    """Return the steps of a group's curves, and at each the mean over the seeds that reached it."""
     by_step: dict[int, list[float]] = {}
     for cell in group.cells(results):
         for point in cell.get("curve", []):
@@ -159,12 +159,12 @@ def curve(results: Results, group: Group, measure: Measure) -> tuple[list[int], 
 
 
 def described(cells: Sequence[Cell]) -> list[Cell]:
-    """Cells that know the imbalance of their pairs."""
+    """Return the cells whose pairs have a known imbalance."""
     return [cell for cell in cells if "imbalance" in cell]
 
 
 def imbalance_groups(results: Results) -> list[Group]:
-    """Sets of pairs that DPO was trained on, where the records describe them."""
+    """Return the sets of pairs that DPO was trained on, if the records describe them."""
     groups = [Group("all pairs", "final", DPO.name)]
     groups += [Group(half, "imbalance", DPO.name, half) for half in HALVES]
     groups.append(Group("second world", "replication", DPO.name))
@@ -172,13 +172,13 @@ def imbalance_groups(results: Results) -> list[Group]:
 
 
 def halves_contrasts() -> list[Contrast]:
-    """Each half against each other."""
+    """Return the contrasts between the halves."""
     balanced, imbalanced, either = (Group(half, "imbalance", DPO.name, half) for half in HALVES)
     return [contrast(balanced, imbalanced), contrast(balanced, either), contrast(imbalanced, either)]
 
 
 def sensitivity_contrasts(results: Results) -> list[Contrast]:
-    """Each variant against B-DPO as it was chosen, over the seeds that both have."""
+    """Return the contrast of each variant with B-DPO as it was chosen, over the seeds that both have."""
     there = dict.fromkeys(cell["setting"]["variant"] for cell in results.pick("sensitivity"))
     names = [name for name in VARIANTS if name in there] + [name for name in there if name not in VARIANTS]
     chosen = Group(BDPO.name, "final", BDPO.name)
@@ -189,7 +189,7 @@ def _forest(results: Results, contrasts: Sequence[Contrast], measures: Sequence[
     figure, axes = _panels(1, len(measures), 2.3, 0.8 + 0.28 * len(contrasts))
     for axis, measure in zip(axes[0], measures, strict=True):
         found = [each.of(results, measure) for each in contrasts]
-        # Differences of nothing, or of rounding alone, would be drawn as if they were large.
+        # Zero differences, and those due to rounding alone, would be drawn as if they were large.
         shown = max(_shown([_reach(one) for one in found if one.count]), 1.0 if measure.percent else 0.1)
         for row, one in enumerate(found):
             if one.count and abs(one.mean) > shown:
@@ -210,7 +210,7 @@ def _reach(found: Interval) -> float:
 
 
 def _shown(reaches: Sequence[float]) -> float:
-    """How far from 0 to draw: to the farthest, unless that one alone would flatten the others."""
+    """Return the drawn distance from 0: up to the farthest one, unless that alone would flatten the others."""
     *_, second, first = [0.0, 0.0, *sorted(reaches)]
     return second if second and first > 4 * second else first
 
@@ -271,4 +271,4 @@ FIGURES: dict[str, tuple[str, Callable[[Results], bool], Callable[[Results], Any
         sensitivity_figure,
     ),
 }
-"""File name → what it shows, whether there is something to show, how it is drawn."""
+"""Description, condition and drawing function of each figure, by file name."""

@@ -1,4 +1,4 @@
-"""Facts of how the study was made, for `page.md.j2`: the world, the records, the machine, a cell to run again."""
+"""Facts about how the study was made, for `page.md.j2`: the world, the records, the machine, a cell to run again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ORDER = [method.name for method in plan.METHODS]
 
 
 def laboratory(results: Results) -> dict[str, Any]:
-    """Gather all facts of how the study was made."""
+    """Gather all facts about how the study was made."""
     trained = next((cell for cell in results.pick("final") if cell["setting"]["loss"]), results.cells[0])
     setting = trained["setting"]
     sizes = reference.SIZES
@@ -39,7 +39,7 @@ def laboratory(results: Results) -> dict[str, Any]:
 
 
 def lacking(results: Results) -> str:
-    """Say in a sentence what the records lack of `plan.FULL`; empty: nothing."""
+    """Describe in a sentence which cells of `plan.FULL` the records lack; empty if none."""
     wanted = Counter(setting.section for setting in plan.all_cells(plan.FULL))
     there = Counter(cell["setting"]["section"] for cell in results.cells)
     short = [f"{section} {there[section]} of {number}" for section, number in wanted.items() if there[section] < number]

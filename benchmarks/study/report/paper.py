@@ -1,4 +1,4 @@
-"""The paper's own numbers (arXiv:2603.22829, Qwen2-7B-Instruct, in %), to stand beside the study's."""
+"""The paper's own numbers (arXiv:2603.22829, Qwen2-7B-Instruct, in %), for comparison with the study's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAIN = {
     "SafeDPO": (86.50, 80.50, 90.91, 68.00, 69.45),
     "B-DPO": (92.01, 84.50, 98.59, 80.00, 73.29),
 }
-"""StrongReject, XSTest, GCG, PAIR, average with general abilities: the rows that could be read."""
+"""StrongReject, XSTest, GCG, PAIR, average with general abilities: the legible rows."""
 
 
 def main_table() -> str:

@@ -1,4 +1,4 @@
-"""The records of a study as numbers by seed: what the report's tables and figures are made of."""
+"""The records of a study as numbers by seed, from which the report's tables and figures are made."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Measure:
     """A number of a cell.
 
     Attributes:
-        name: head of its column.
-        read: from a cell; raises KeyError where it was not measured.
-        percent: a share, shown in percent, and its differences in points.
-        better: +1 where more is better, −1 where less is, 0 where neither.
-        digits: after the decimal point.
+        name: heading of its column.
+        read: function that reads the number from a cell; raises KeyError if it was not measured.
+        percent: true for a share, shown in percent, with differences in points.
+        better: +1 if more is better, −1 if less is, 0 if neither.
+        digits: number of digits after the decimal point.
     """
 
     name: str
@@ -36,11 +36,11 @@ class Measure:
 
     @property
     def head(self) -> str:
-        """Name with an arrow the way that is better."""
+        """Name, with an arrow in the direction that is better."""
         return self.name + {1: " ↑", -1: " ↓", 0: ""}[self.better]
 
     def of(self, cell: Cell) -> float:
-        """The number, in percent where it is a share; NaN where the cell failed or did not measure it."""
+        """Return the number, in percent for a share; NaN if the cell failed or did not measure it."""
         try:
             value = float(self.read(cell))
         except (KeyError, TypeError, ZeroDivisionError):
@@ -58,7 +58,7 @@ def _pairs(name: str) -> Callable[[Cell], float]:
 
 
 def attack(name: str) -> Callable[[Cell], float]:
-    """Reads attack success on a set of prompts."""
+    """Return a reader of attack success on a set of prompts."""
     return lambda cell: cell["metrics"]["attack_success"][name]
 
 
@@ -81,19 +81,19 @@ CPU_SECONDS = Measure("cell, s of a core", lambda cell: cell["cpu_seconds"], per
 FRAMING_GAP = Measure("framed − plain attack success", lambda cell: attack("framed")(cell) - attack(HARMFUL)(cell))
 
 OUTCOMES = (REFUSAL, REFUSAL_CATEGORIES, FRAMED_ATTACKS, OVER_REFUSAL, ABILITY)
-"""What a method is judged by: rates on prompts that no training has seen."""
+"""Measures by which a method is judged: rates on prompts that no training has seen."""
 
 CHIEF = (REFUSAL, FRAMED_ATTACKS, OVER_REFUSAL, GAP)
-"""What is shown where there is room for four."""
+"""Measures shown if there is room for four."""
 
 
 class Results:
-    """Finished cells, and what is known of the runs that made them.
+    """Finished cells, and the known facts about the runs that made them.
 
     Args:
-        name: of the file, as the page names it.
-        heads: a line for each call of the study's command: command, date, machine.
-        cells: records.
+        name: name of the file on the page.
+        heads: one entry for each call of the study's command: command, date, machine.
+        cells: records of the cells.
 
     Raises:
         InputError: two cells take the same place in the tables.
@@ -112,7 +112,7 @@ class Results:
             places[at] = cell["key"]
 
     def pick(self, section: str, method: str | None = None, variant: str | None = None) -> list[Cell]:
-        """Cells of a section, in the order of seeds, whether they failed or not."""
+        """Return the cells of a section in the order of seeds, including failed ones."""
         found = [
             cell
             for cell in self.cells
@@ -123,18 +123,18 @@ class Results:
         return sorted(found, key=lambda cell: int(cell["setting"]["seed"]))
 
     def series(self, measure: Measure, section: str, method: str, variant: str = "") -> dict[int, float]:
-        """Finite values by seed."""
+        """Return finite values by seed."""
         values = {cell["setting"]["seed"]: measure.of(cell) for cell in self.pick(section, method, variant)}
         return {seed: value for seed, value in values.items() if math.isfinite(value)}
 
     def methods(self, section: str, order: Iterable[str]) -> list[str]:
-        """Methods that a section has, in `order`, others after it."""
+        """Return the methods of a section, in `order`, followed by others."""
         there = list(dict.fromkeys(cell["setting"]["method"] for cell in self.pick(section)))
         known = [name for name in order if name in there]
         return known + sorted(name for name in there if name not in known and name != "reference")
 
     def framings(self) -> list[str]:
-        """Names of the test's framings, in its order."""
+        """Return the names of the test's framings, in its order."""
         for cell in self.pick("final"):
             if "metrics" in cell:
                 names = cell["metrics"]["attack_success"]
@@ -143,7 +143,7 @@ class Results:
 
 
 def place(cell: Cell) -> tuple[Any, ...]:
-    """Where a cell belongs: section, method, variant, seed, and in the tuning what is tried."""
+    """Return the place of a cell: section, method, variant, seed, and in the tuning the tried values."""
     setting = cell["setting"]
     trial = ()
     if setting["section"] == "tuning":
@@ -152,14 +152,14 @@ def place(cell: Cell) -> tuple[Any, ...]:
 
 
 def load(path: Path, name: str | None = None) -> Results:
-    """The results in a file of records.
+    """Load the results in a file of records.
 
     Args:
-        path: JSONL, as `python -m benchmarks.study` writes it.
-        name: that the page gives it; default: the path.
+        path: JSONL file, as `python -m benchmarks.study` writes it.
+        name: name of the file on the page; default: the path.
 
     Raises:
-        InputError: there is no such file, or no cell in it.
+        InputError: there is no such file, or it contains no cell.
     """
     if not path.is_file():
         raise InputError(

@@ -1,4 +1,4 @@
-"""Means over seeds, differences paired by seed, and Holm's correction: Student's t throughout."""
+"""Means over seeds, differences paired by seed, and Holm's correction, all with Student's t."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Interval:
     """A mean over seeds with its 95 % interval.
 
     Attributes:
-        mean: of the values; NaN where there are none.
+        mean: mean of the values; NaN if there are none.
         half: half the interval's width; NaN for fewer than two values.
-        count: seeds.
-        p: two-sided, of the mean against the bound that was asked for.
+        count: number of seeds.
+        p: two-sided p of the mean against the requested bound.
     """
 
     mean: float
@@ -44,20 +44,20 @@ def quantile(freedom: int, level: float = LEVEL) -> float:
 
 
 def interval(values: Sequence[float], bound: float = 0.0) -> Interval:
-    """The mean of `values` with its t interval.
+    """Return the mean of `values` with its t interval.
 
-    Where all values are the same, t knows no error: the interval has no width, and p is the sign test's.
+    If all values are equal, t has no error estimate: the interval has zero width, and p is the sign test's.
 
     Args:
-        values: one of each seed, finite.
-        bound: that p compares the mean with.
+        values: finite values, one per seed.
+        bound: value with which p compares the mean.
     """
     count = len(values)
     if count < 2:
         return Interval(values[0] if count else math.nan, math.nan, count, math.nan)
     mean = math.fsum(values) / count
     variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
-    # What is left of equal values by rounding is no variance.
+    # Rounding residues of equal values are no variance.
     if math.sqrt(variance) <= 1e-12 * max(1.0, abs(mean)):
         return Interval(mean, 0.0, count, 1.0 if abs(mean - bound) <= 1e-12 else 0.5 ** (count - 1))
     error = math.sqrt(variance / count)
@@ -66,18 +66,18 @@ def interval(values: Sequence[float], bound: float = 0.0) -> Interval:
 
 
 def paired(first: Mapping[int, float], second: Mapping[int, float], bound: float = 0.0) -> Interval:
-    """The mean of first − second over the seeds that both have.
+    """Return the mean of first − second over the seeds that both have.
 
     Args:
-        first: by seed.
-        second: by seed.
-        bound: that p compares the mean with.
+        first: values by seed.
+        second: values to subtract, by seed.
+        bound: value with which p compares the mean.
     """
     return interval([first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())], bound)
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """Holm's adjusted p of a family (Holm 1979), in its order; NaN stays, and is no member of the family."""
+    """Return Holm's adjusted p of a family (Holm 1979), in its order; NaN stays, and is not part of the family."""
     order = sorted((p, place) for place, p in enumerate(ps) if not math.isnan(p))
     adjusted = [math.nan] * len(ps)
     largest = 0.0

@@ -15,13 +15,13 @@ MISSING = "–"
 
 @dataclass(frozen=True)
 class Group:
-    """Cells that differ in nothing but their seed.
+    """Cells that differ only in their seed.
 
     Attributes:
-        label: in the first column.
-        section: of the study.
-        method: name.
-        variant: name.
+        label: label in the first column.
+        section: section of the study.
+        method: name of the method.
+        variant: name of the variant.
     """
 
     label: str
@@ -30,29 +30,29 @@ class Group:
     variant: str = ""
 
     def series(self, results: Results, measure: Measure) -> dict[int, float]:
-        """Finite values by seed."""
+        """Return finite values by seed."""
         return results.series(measure, self.section, self.method, self.variant)
 
     def cells(self, results: Results) -> list[Cell]:
-        """All of them, failed ones too."""
+        """Return all cells, including failed ones."""
         return results.pick(self.section, self.method, self.variant)
 
     def name(self, results: Results) -> str:
-        """The label, with the number of seeds where some have failed."""
+        """Return the label, with the number of seeds if some have failed."""
         cells = self.cells(results)
         failed = sum("failed" in cell for cell in cells)
         return f"{self.label} ({failed} of {len(cells)} seeds failed)" if failed else self.label
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, its first column to the left and the others to the right."""
+    """Return a Markdown table with its first column left-aligned and the others right-aligned."""
     lines = [" | ".join(head), " | ".join(["---", *["---:"] * (len(head) - 1)])]
     lines += [" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows]
     return "\n".join(f"| {line} |" for line in lines)
 
 
 def number(value: float, digits: int, sign: bool = False) -> str:
-    """`value` with a true minus, and no minus before a nought."""
+    """Format `value` with a true minus sign, and without one before zero."""
     text = f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
     if float(text) == 0:
         return f"{0:.{digits}f}"
@@ -60,7 +60,7 @@ def number(value: float, digits: int, sign: bool = False) -> str:
 
 
 def mean_text(found: Interval, digits: int) -> str:
-    """`41.3 ± 2.1`; what a single seed gave is said to be without an interval."""
+    """Format a mean as `41.3 ± 2.1`; the result of a single seed is marked as having no interval."""
     if not found.count:
         return MISSING
     if math.isnan(found.half):
@@ -69,7 +69,7 @@ def mean_text(found: Interval, digits: int) -> str:
 
 
 def difference_text(found: Interval, digits: int, adjusted: float = math.nan) -> str:
-    """`−3.2 [−5.0, −1.4]`, bold where Holm's adjusted p is below 0.05."""
+    """Format a difference as `−3.2 [−5.0, −1.4]`, bold if Holm's adjusted p is below 0.05."""
     if not found.count:
         return MISSING
     if math.isnan(found.half):
@@ -79,7 +79,7 @@ def difference_text(found: Interval, digits: int, adjusted: float = math.nan) ->
 
 
 def means(results: Results, groups: Sequence[Group], measures: Sequence[Measure]) -> str:
-    """A row for each group: means over seeds ± half of the 95 % interval."""
+    """Return a row for each group: means over seeds ± half of the 95 % interval."""
     rows = []
     for group in groups:
         row = [group.name(results)]
@@ -98,9 +98,9 @@ class Contrast:
     """Two groups to compare, seed by seed.
 
     Attributes:
-        label: in the first column.
-        first: from which is taken away.
-        second: what is taken away.
+        label: label in the first column.
+        first: group from which the other is subtracted.
+        second: group that is subtracted.
     """
 
     label: str
@@ -108,12 +108,12 @@ class Contrast:
     second: Group
 
     def of(self, results: Results, measure: Measure) -> Interval:
-        """first − second."""
+        """Return first − second."""
         return paired(self.first.series(results, measure), self.second.series(results, measure))
 
 
 def contrast(first: Group, second: Group) -> Contrast:
-    """first − second, labelled so."""
+    """Return the contrast first − second, with that label."""
     return Contrast(f"{first.label} − {second.label}", first, second)
 
 
@@ -123,8 +123,8 @@ class Differences:
 
     Attributes:
         text: the table.
-        tests: differences in it that have a p.
-        signs: what differs after the correction, as (row, column, mean).
+        tests: number of its differences that have a p.
+        signs: significant differences after the correction, as (row, column, mean).
     """
 
     text: str
@@ -133,7 +133,7 @@ class Differences:
 
     @property
     def said(self) -> str:
-        """What the correction leaves, as a sentence or more."""
+        """Describe in sentences which differences remain after the correction."""
         if not self.tests:
             return "No difference here has the two seeds that an interval needs."
         if not self.signs:
@@ -149,7 +149,7 @@ class Differences:
 
 
 def differences(results: Results, contrasts: Sequence[Contrast], measures: Sequence[Measure] = OUTCOMES) -> Differences:
-    """A row for each contrast: paired differences with 95 % intervals, corrected together."""
+    """Return a row for each contrast: paired differences with 95 % intervals, corrected together."""
     found = [[each.of(results, measure) for measure in measures] for each in contrasts]
     adjusted = holm([one.p for row in found for one in row])
     rows, signs = [], []
@@ -161,7 +161,7 @@ def differences(results: Results, contrasts: Sequence[Contrast], measures: Seque
             texts.append(difference_text(one, measure.digits, p))
             if p < SIGNIFICANT:
                 signs.append((each.label, measure, one.mean))
-        # Fewer seeds than another row: some failed, or were not run.
+        # Fewer seeds than in another row: some failed, or were not run.
         seeds = max(one.count for one in row)
         rows.append([f"{each.label} ({seeds} seeds)" if 1 < seeds < most else each.label, *texts])
     tests = sum(not math.isnan(p) for p in adjusted)

@@ -1,1 +1,1 @@
-"""From a plan to records: settings, references, cells and the runner of them all."""
+"""The way from a plan to records: settings, references, cells and the runner of all cells."""

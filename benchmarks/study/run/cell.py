@@ -34,11 +34,11 @@ _NEVER = 10**9
 
 
 def run_cell(setting: Setting, folder: Path) -> dict[str, Any]:
-    """Metrics of one cell; the same on every run on one machine, but for the seconds.
+    """Run one cell and return its metrics, which are the same in every run on one machine, except the seconds.
 
     Args:
-        setting: what to do.
-        folder: of references and cached scores.
+        setting: setting of the cell.
+        folder: folder of references and cached scores.
 
     Returns:
         `key`; `setting`; `texts` and `reference`, digests; `metrics` of `evaluate`, with `pairs` (held-out and training
@@ -74,19 +74,19 @@ def run_cell(setting: Setting, folder: Path) -> dict[str, Any]:
 
 @cache
 def texts_digest() -> str:
-    """A digest of what pairs and evaluations are made of: records with another one are of another world."""
+    """Return a digest of the content from which pairs and evaluations are made. Another digest means another world."""
     texts = [asdict(evaluation("validation")), asdict(evaluation("test"))]
     pairs = [preference_pairs("train", 100, 0), preference_pairs("test", HELD_OUT_PAIRS, _HELD_OUT_SEED)]
     return hashlib.sha256(json.dumps([texts, pairs]).encode()).hexdigest()[:16]
 
 
 def _times(start: float, cpu_start: float) -> dict[str, float]:
-    """Wall-clock and processor time since; the first also measures what else the machine had to do."""
+    """Return wall-clock and processor time since the start; wall-clock time includes the machine's other work."""
     return {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start}
 
 
 def write_rows(rows: list[dict[str, Any]], path: Path) -> None:
-    """Write preference pairs, with what SafeDPO asks of each: only a harmful prompt has an unsafe response."""
+    """Write preference pairs with the labels that SafeDPO needs: only a harmful prompt has an unsafe response."""
     labelled = [row | {"chosen_safe": True, "rejected_safe": row["kind"] != "harmful"} for row in rows]
     path.write_text("".join(json.dumps(row) + "\n" for row in labelled), encoding="utf-8")
 
@@ -95,7 +95,7 @@ def _align(setting: Setting, source: Path, folder: Path, train: Path, held_out: 
     module = PreferenceModule(
         str(source),
         loss=setting.build_loss(),
-        # For the measures of drift, also of losses that read no reference.
+        # Needed for the measures of drift, also of losses that read no reference.
         reference_mode="precomputed",
         reestimate_every=setting.reestimate_every,
         scoring=ScoringOptions(cache_dir=str(folder)),
@@ -144,10 +144,10 @@ def _align(setting: Setting, source: Path, folder: Path, train: Path, held_out: 
 
 
 def pair_measures(values: dict[str, float]) -> dict[str, float]:
-    """Measures of pairs in nats, without β, so that they mean the same for every loss; accuracy by the loss's reward.
+    """Return measures of pairs in nats without β, comparable between losses; and accuracy by the loss's reward.
 
     Args:
-        values: an evaluation of `PreferenceModule`.
+        values: results of an evaluation of `PreferenceModule`.
     """
     found = {}
     for split in ("held_out", "train_probe"):
@@ -160,10 +160,10 @@ def pair_measures(values: dict[str, float]) -> dict[str, float]:
 
 
 class Curve(L.Callback):
-    """Evaluates by generation whenever the Trainer has validated, while it trains.
+    """A callback that evaluates by generation after each validation of the Trainer.
 
     Args:
-        setting: says on which prompts.
+        setting: setting that determines the prompts.
     """
 
     def __init__(self, setting: Setting) -> None:
@@ -181,7 +181,7 @@ class Curve(L.Callback):
 
 
 def _quieten() -> None:
-    """Keep Lightning's notes on devices and loaders out of the way."""
+    """Silence Lightning's notes on devices and loaders."""
     warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""How unequally the reference comprehends the two responses of each pair, and the halves of a set by it."""
+"""The imbalance of the reference's comprehension of a pair's two responses, and the halves of a set by it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from bdpo_pl.scoring.scores import table_comprehension
 from bdpo_pl.scoring.scoring_pass import score_pairs
 from benchmarks.study.run.settings import Pairs
 
-# One response of a strongly re-weighted pair has at least so many times the other's weight.
+# One response of a strongly re-weighted pair has at least this multiple of the other's weight.
 STRONG_RATIO = 1.5
 TAUS = (0.25, 1.0)
 _WINDOW = 512
 
 
 def imbalances(file: Path, source: Path) -> np.ndarray:
-    """(M,) c_w − c_l of the pairs of `file` by `pmi` under the reference at `source`, in nats per token."""
+    """Compute c_w − c_l, (M,), of the pairs of `file` by `pmi` under the reference at `source`, in nats per token."""
     model, tokenizer = ModelSource(str(source)), load_tokenizer(ModelSource(str(source)))
     table, _ = load_pairs("train", str(file), PairTokenizer(tokenizer), Truncation(_WINDOW, "drop"))
     policy = load_model(model, torch.float32).eval()
@@ -37,9 +37,9 @@ def imbalances(file: Path, source: Path) -> np.ndarray:
 
 
 def choose(rows: Sequence[Row], imbalance: np.ndarray, which: Pairs, seed: int) -> list[Row]:
-    """A half of `rows` by |imbalance|, of every kind of prompt a half, in the order of `rows`.
+    """Choose the half of `rows` by |imbalance|, half of each kind of prompt, in the order of `rows`.
 
-    Kinds are halved one by one, or the halves would differ in how much of them is harmful, which is not the question.
+    Kinds are halved separately; otherwise the halves would also differ in their share of harmful prompts.
     """
     rng = random.Random(f"half {seed}")  # noqa: S311 - data, not secrets
     kept: set[int] = set()
@@ -54,10 +54,10 @@ def choose(rows: Sequence[Row], imbalance: np.ndarray, which: Pairs, seed: int) 
 
 
 def describe(comprehension: Tensor) -> dict[str, float]:
-    """The distribution of c_w − c_l over the pairs.
+    """Describe the distribution of c_w − c_l over the pairs.
 
     Args:
-        comprehension: (2, M), chosen first, in the estimator's unit.
+        comprehension: (2, M) comprehension, chosen first, in the estimator's unit.
     """
     difference = (comprehension[0] - comprehension[1]).double()
     levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Which cells the study has: the same number of trials for every method, then many seeds of what each has chosen."""
+"""The cells of the study: the same number of trials for every method, then many seeds of the chosen setting."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from benchmarks.study.run.settings import Pairs, Section, Setting
 
 @dataclass(frozen=True)
 class Method:
-    """A way to align.
+    """A method of alignment.
 
     Attributes:
-        name: in tables.
+        name: name in tables.
         loss: class in `bdpo_pl.losses`.
-        betas: to try: its authors' own first, then around it.
-        arguments: of the loss, besides β.
+        betas: values of β to try: its authors' own first, then others around it.
+        arguments: arguments of the loss besides β.
     """
 
     name: str
@@ -29,13 +29,13 @@ class Method:
     arguments: tuple[tuple[str, Any], ...] = ()
 
     def setting(self, section: Section, beta: float, **fields: Any) -> Setting:
-        """A cell of this method."""
+        """Return a cell of this method."""
         return Setting(section, self.name, self.loss, {"beta": beta, **dict(self.arguments)}, **fields)
 
 
 _DPO_BETAS = (0.1, 0.03, 0.5, 1.5, 0.01)
-# The standard deviation of the imbalance in this world, whose prompts carry some six nats and whose responses have some
-# twenty tokens.
+# The standard deviation of the imbalance in this world, whose prompts carry about six nats and whose responses have
+# about twenty tokens.
 TAU = 0.25
 _BALANCED = "BalancedDPOLoss"
 
@@ -59,20 +59,20 @@ METHODS = (
 
 LEARNING_RATES = (3e-5, 6e-5, 1.2e-4, 2.4e-4)
 EPOCHS = (1, 2)
-# No seed of any other section: nothing is chosen by what it is then tested on.
+# Not a seed of any other section: nothing is chosen on the data on which it is then tested.
 TUNING_SEEDS = (1000, 1001)
 HALVES: tuple[Pairs, ...] = ("balanced half", "imbalanced half", "random half")
 CURVE_EPOCHS, CURVE_POINTS = 4, 8
 ALIKE = "settings as B-DPO's"
-"""Variant of DPO in the curves: what it differs in from B-DPO is balance alone."""
+"""Variant of DPO in the curves: it differs from B-DPO only in balance."""
 NO_BALANCE = "no balance: DPO"
 DPO_ALIKE = f"{DPO.name}, {ALIKE}"
 CONFIRMED = (DPO.name, DPO_ALIKE, BDPO.name, f"{BDPO.name}, τ 1")
-"""What the confirmation compares."""
+"""Methods that the confirmation compares."""
 CONFIRMATION_SEED = 100
-"""Its first seed: no other section has seen its pairs."""
+"""First seed of the confirmation: no other section has seen its pairs."""
 
-# Name → (arguments of the loss, fields of the setting) in place of those that B-DPO has chosen.
+# Name → (arguments of the loss, fields of the setting) that replace B-DPO's chosen ones.
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     NO_BALANCE: ({"balance": False, "scale": 1.0}, {}),
     "τ 0.06": ({"tau": 0.06}, {}),
@@ -95,20 +95,20 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Size:
-    """How much of the study to do.
+    """The size of the study.
 
     Attributes:
-        methods: compared.
-        seeds: of the final cells and of the halves.
-        few_seeds: of the curves and of the sensitivity.
-        learning_rates: tried in tuning.
-        epochs: tried in tuning.
-        betas: tried in tuning, from the head of each method's.
-        tuning_seeds: of each trial.
-        variants: of the sensitivity.
-        curve_methods: that curves are drawn for.
-        replication: train another reference, and repeat the ablation with it.
-        confirmation: references, and how many seeds of each, that the confirmation has.
+        methods: compared methods.
+        seeds: number of seeds of the final cells and of the halves.
+        few_seeds: number of seeds of the curves and of the sensitivity.
+        learning_rates: learning rates tried in tuning.
+        epochs: numbers of epochs tried in tuning.
+        betas: number of values of β tried in tuning, the first of each method's.
+        tuning_seeds: number of seeds of each trial.
+        variants: variants in the sensitivity section.
+        curve_methods: methods for which curves are drawn.
+        replication: whether to train another reference and repeat the ablation with it.
+        confirmation: references of the confirmation, and the number of seeds of each.
         common: fields of every setting.
     """
 
@@ -143,7 +143,7 @@ QUICK = Size(
 
 
 def tuning(size: Size) -> list[Setting]:
-    """Every method on its grid, judged by the validation prompts."""
+    """Return every method on its grid, evaluated on the validation prompts."""
     return [
         method.setting(
             "tuning",
@@ -161,12 +161,12 @@ def tuning(size: Size) -> list[Setting]:
 
 
 def chosen(size: Size, records: Mapping[str, dict[str, Any]]) -> dict[str, Setting]:
-    """The trial of each method with the smallest mean validation score; the first in the grid where some are equal.
+    """Return each method's trial with the smallest mean validation score; of equal ones the first in the grid.
 
     A trial that has failed with any seed is not chosen.
 
     Args:
-        size: whose tuning it was.
+        size: size of the study whose tuning this was.
         records: finished cells by key.
 
     Raises:
@@ -189,11 +189,11 @@ def chosen(size: Size, records: Mapping[str, dict[str, Any]]) -> dict[str, Setti
 
 
 def final(size: Size, best: Mapping[str, Setting]) -> list[Setting]:
-    """Everything after the tuning, on the test prompts.
+    """Return all cells after the tuning, on the test prompts.
 
     Args:
-        size: how much.
-        best: by method, what tuning has chosen.
+        size: size of the study.
+        best: chosen setting by method.
     """
     common = dict(size.common)
     cells = [Setting("final", "reference", "", **common)]
@@ -222,13 +222,13 @@ def final(size: Size, best: Mapping[str, Setting]) -> list[Setting]:
 
 
 def all_cells(size: Size) -> list[Setting]:
-    """Every cell, before tuning has chosen: those after it with the last trial of each method."""
+    """Return every cell before tuning has chosen; the later cells use the last trial of each method."""
     cells = tuning(size)
     return cells + final(size, {setting.method: setting for setting in cells})
 
 
 def _alike(bdpo: Setting) -> Setting:
-    """DPO with B-DPO's β, learning rate and epochs."""
+    """Return DPO with B-DPO's β, learning rate and epochs."""
     return bdpo.with_changes(method=DPO.name, loss=DPO.loss, arguments={"beta": bdpo.arguments["beta"]})
 
 
@@ -250,7 +250,7 @@ def _confirmation(size: Size, dpo: Setting, bdpo: Setting) -> list[Setting]:
 
 
 def world_name(world: int) -> str:
-    """Name of a reference in tables."""
+    """Return the name of a reference in tables."""
     return f"reference {world + 1}"
 
 

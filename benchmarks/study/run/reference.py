@@ -1,6 +1,6 @@
 """Train the study's reference from scratch: `python -m benchmarks.study.reference [--world 0] [--folder FOLDER]`.
 
-One core and a few minutes; the same seed, machine and versions give the same weights.
+It takes one core and a few minutes; the same seed, machine and versions give the same weights.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bdpo_pl.models.loading import ModelSource, load_tokenizer
 from benchmarks.study.world import texts as world
 
 DEFAULT_FOLDER = Path(__file__).parents[1] / "cache"
-# At most: the world's texts give some 2,100.
+# Maximum: the world's texts give about 2,100.
 VOCABULARY = 4096
 SIZES = {
     "hidden_size": 128,
@@ -34,12 +34,12 @@ SIZES = {
 }
 STEPS = 1600
 BATCH_SIZE = 48
-# Examples that tell one world from another.
+# Number of examples that distinguish one world from another.
 _DIGESTED = 2000
 
 
 def reference_folder(folder: Path, number: int, steps: int) -> Path:
-    """Where the reference of world `number` lies: another folder where the world or the model is another."""
+    """Return the folder of the reference of world `number`; another world or model has another folder."""
     return folder / f"reference-{number}-{steps}-{_digest(number)}"
 
 
@@ -50,26 +50,26 @@ def _digest(number: int) -> str:
 
 
 def make_reference(folder: Path, number: int = 0, steps: int = STEPS) -> Path:
-    """The folder of the reference of world `number`, trained if it is not there.
+    """Return the folder of the reference of world `number`, which is trained if it does not exist.
 
     Args:
-        folder: of all references.
-        number: seed of weights, of the order of examples and of what is frequent.
-        steps: of supervised training.
+        folder: folder of all references.
+        number: seed of the weights, of the order of examples and of what is frequent.
+        steps: number of steps of supervised training.
     """
     target = reference_folder(folder, number, steps)
     if target.exists():
         return target
     torch.set_num_threads(1)
     torch.manual_seed(number)
-    # Whole or not at all: an interrupted run leaves no half of a reference.
+    # Complete or not at all: an interrupted run leaves no partial reference.
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     tokenizer = train_tokenizer(world.conversations(number, 2 * number), VOCABULARY)
     tokenizer.save_pretrained(partial)
     model = new_model(tokenizer, **SIZES)
     model.config.save_pretrained(partial)
-    # Read back, as every later user of the folder has it: transformers cuts a Qwen2's texts in a way of its own.
+    # Read back, as every later user of the folder does: transformers splits a Qwen2's texts in its own way.
     tokenizer = load_tokenizer(ModelSource(str(partial)))
     train(model, tokenizer, world.conversations(number, 2 * number + 1), steps, BATCH_SIZE)
     model.save_pretrained(partial)
@@ -78,7 +78,7 @@ def make_reference(folder: Path, number: int = 0, steps: int = STEPS) -> Path:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--world", type=int, default=0)
     parser.add_argument("--steps", type=int, default=STEPS)

@@ -1,4 +1,4 @@
-"""Runs cells on several processes of one thread each, and keeps a line of JSON for each that is done."""
+"""Execution of cells in several single-threaded processes, with a line of JSON for each finished cell."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from benchmarks.study.run.reference import make_reference, reference_folder
 from benchmarks.study.run.settings import Setting
 
 COMPARED = ("texts", "reference", "metrics", "curve", "imbalance", "steps", "failed")
-"""What of a record is the same on every run on one machine."""
+"""Fields of a record that are the same in every run on one machine."""
 
 
 def read_records(path: Path) -> dict[str, dict[str, Any]]:
-    """Finished cells by key; a last line cut short by an interruption is not one.
+    """Read finished cells by key; a last line cut short by an interruption does not count.
 
     Raises:
-        InputError: another line is no JSON.
+        InputError: another line is not JSON.
     """
     if not path.exists():
         return {}
@@ -37,7 +37,7 @@ def read_records(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
-    """Add a line, on its own even after one that was cut short."""
+    """Append a line, on its own even after an incomplete one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     cut = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
     if cut:
@@ -48,17 +48,17 @@ def append(path: Path, line: dict[str, Any]) -> None:
 
 
 def remove(path: Path, keys: set[str]) -> None:
-    """Take the records of some cells out of a file, every other line as it is but for a last one cut short.
+    """Remove the records of some cells from a file; all other lines stay, except an incomplete last one.
 
     Raises:
-        InputError: as `read_records`.
+        InputError: a line is not JSON, as in `read_records`.
     """
     kept = (line for line, record in _whole_lines(path) if record.get("key") not in keys)
     write_whole(path, "".join(f"{line}\n" for line in kept))
 
 
 def make_references(settings: Sequence[Setting], folder: Path, workers: int) -> None:
-    """Train the references that `settings` need and `folder` lacks, one on each worker."""
+    """Train the references that `settings` need and `folder` lacks, one per worker."""
     wanted = sorted({(setting.world, setting.reference_steps) for setting in settings})
     missing = [(world, steps) for world, steps in wanted if not reference_folder(folder, world, steps).exists()]
     if not missing:
@@ -72,17 +72,17 @@ def make_references(settings: Sequence[Setting], folder: Path, workers: int) -> 
 
 
 def run_cells(settings: Sequence[Setting], folder: Path, path: Path, workers: int, title: str) -> None:
-    """Run those of `settings` that `path` does not hold yet, and add their records as they come.
+    """Run those of `settings` that are not in `path` yet, and append their records as they finish.
 
     Args:
-        settings: cells, their references trained.
-        folder: of references and cached scores.
-        path: of the records.
-        workers: processes.
-        title: of the progress bar.
+        settings: cells whose references are trained.
+        folder: folder of references and cached scores.
+        path: path of the records.
+        workers: number of processes.
+        title: title of the progress bar.
 
     Raises:
-        InputError: `path` holds cells of a world with other texts.
+        InputError: `path` contains cells of a world with other texts.
     """
     done = read_records(path)
     if any(record["texts"] != texts_digest() for record in done.values()):
@@ -105,19 +105,19 @@ def run_cells(settings: Sequence[Setting], folder: Path, path: Path, workers: in
                 progress.console.print(summary(record), highlight=False)
                 progress.advance(task)
         except BaseException:
-            # A fault of one is a fault of the study: the others would only hide it.
+            # A fault in one cell is a fault of the study, which the others would only hide.
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
 def quiet_cell(setting: Setting, folder: Path) -> dict[str, Any]:
-    """`run_cell`, its tables and notes thrown away."""
+    """Run `run_cell` without its tables and notes."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         return run_cell(setting, folder)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Where two records of one cell differ, as `metrics.ability.all: 0.5 → 0.6`; not in time."""
+    """Return the differences between two records of one cell, as `metrics.ability.all: 0.5 → 0.6`, except in time."""
     before, after = (dict(_leaves({name: record.get(name) for name in COMPARED})) for record in (old, new))
     return [
         f"{name}: {before.get(name)!r} → {after.get(name)!r}"
@@ -127,7 +127,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def summary(record: dict[str, Any]) -> str:
-    """One line on a finished cell."""
+    """Return one line about a finished cell."""
     setting = record["setting"]
     head = f"{record['key']} {setting['section']}, {setting['method']}"
     head += f", {setting['variant']}" if setting["variant"] else ""
@@ -167,6 +167,6 @@ def _make_reference(folder: Path, world: int, steps: int) -> None:
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
-    # Read by a worker's torch as it starts: two processes of two threads would be in each other's way.
+    # Read by a worker's torch as it starts: two processes of two threads each would compete for cores.
     os.environ["OMP_NUM_THREADS"] = "1"
     return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))

@@ -1,4 +1,4 @@
-"""One run of the study, said in full: everything that its numbers depend on, and nothing else."""
+"""One run of the study, described in full: everything on which its numbers depend, and nothing else."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ Section = Literal["tuning", "final", "imbalance", "curves", "sensitivity", "repl
 
 @dataclass(frozen=True)
 class Setting:
-    """What a cell does.
+    """The setting of a cell.
 
     Attributes:
-        section: part of the study that it belongs to.
-        method: name in tables.
+        section: section of the study to which it belongs.
+        method: name of the method in tables.
         loss: class in `bdpo_pl.losses`; empty: no training, the reference itself.
-        arguments: of the loss.
+        arguments: arguments of the loss.
         learning_rate: peak of a cosine schedule with a warm-up.
-        epochs: over the pairs.
-        seed: draws the pairs and the order of training.
-        evaluate: whose prompts are answered.
-        variant: what is varied, in the sections that vary one thing.
-        pairs: which of the drawn pairs are trained on.
-        num_pairs: drawn.
-        batch_size: pairs in an optimiser step.
+        epochs: number of epochs over the pairs.
+        seed: seed of the pairs and of the order of training.
+        evaluate: split whose prompts are answered.
+        variant: name of what is varied, in the sections that vary one thing.
+        pairs: selection of the drawn pairs that are trained on.
+        num_pairs: number of pairs drawn.
+        batch_size: number of pairs in an optimiser step.
         null_prompt: the user's words in the null prompt of comprehension.
-        reestimate_every: optimiser steps between two measurements of comprehension on the policy; None: never.
-        curve_points: evaluations on the way, evenly spaced, the last one at the end; 0: only at the end.
+        reestimate_every: number of optimiser steps between two measurements of comprehension on the policy; None:
+            never.
+        curve_points: number of evaluations during training, evenly spaced, the last at the end; 0: only at the end.
         world: number of the reference.
-        reference_steps: of its supervised training.
+        reference_steps: number of steps of its supervised training.
     """
 
     section: Section
@@ -58,23 +59,23 @@ class Setting:
 
     @property
     def key(self) -> str:
-        """A digest of all of it, which names the cell."""
+        """Digest of all fields, which identifies the cell."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def trial(self) -> tuple[str, float, int]:
-        """What tuning chooses: arguments of the loss, learning rate, epochs."""
+        """Values that tuning chooses: arguments of the loss, learning rate, epochs."""
         return json.dumps(self.arguments, sort_keys=True), self.learning_rate, self.epochs
 
     def with_changes(self, **changes: Any) -> Setting:
-        """The same with some fields changed."""
+        """Return a copy with some fields changed."""
         return replace(self, **changes)
 
     def build_loss(self) -> Any:
-        """The loss, imported only now."""
+        """Build the loss, which is imported only here."""
         return getattr(importlib.import_module("bdpo_pl.losses"), self.loss)(**self.arguments)
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Setting:
-        """The setting that `asdict` made `fields` of."""
+        """Restore the setting from the `fields` that `asdict` returned."""
         return cls(**fields)

@@ -1,1 +1,1 @@
-"""The world that the study trains and tests in: its topics, its wording, its texts, and the judge of its answers."""
+"""The world in which the study trains and tests: its topics, wording and texts, and the judge of its answers."""

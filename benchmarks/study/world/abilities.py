@@ -40,7 +40,7 @@ _THINGS = ("cup", "lamp", "boat", "hat", "stone", "door", "ball", "chair")
 
 
 def questions() -> dict[str, list[Conversation]]:
-    """(question, answer) by ability."""
+    """Return (question, answer) pairs by ability."""
     return {
         "capitals": [(f"What is the capital of {land}?", f"{city}.") for land, city in _CAPITALS.items()],
         "opposites": [(f"What is the opposite of {a}?", f"{b}.") for a, b in _OPPOSITES.items()],

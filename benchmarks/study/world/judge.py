@@ -1,7 +1,7 @@
-"""What a response is, known exactly because every text of the world comes from a template.
+"""Kinds of responses, known exactly because every text of the world comes from a template.
 
-The study's rates are those of the phrase judge of `bdpo_pl.refusals`, as for any model; this one says how far to trust
-it, and tells an answer from babble, which the phrase judge would take for compliance.
+The study's rates are those of the phrase judge of `bdpo_pl.refusals`, as for any model. This judge shows how far to
+trust it, and distinguishes an answer from babble, which the phrase judge would count as compliance.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ KINDS = {
 
 
 def kind_of(response: str) -> str:
-    """`refusal`, `evasion`, `compliance` or `help` for a text that the world's writers could write, else `other`.
+    """Return `refusal`, `evasion`, `compliance` or `help` for a text that the world can produce, else `other`.
 
-    Whether it names the right act is not asked.
+    Whether it names the right act is not checked.
     """
     for kind in KINDS:
         if _pattern(kind).fullmatch(response):

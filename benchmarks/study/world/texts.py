@@ -1,18 +1,18 @@
-"""The study's world: acts, what the reference is taught of them, preference pairs, and the prompts of the evaluations.
+"""The study's world: acts, the reference's training texts, preference pairs, and the prompts of the evaluations.
 
-What it assumes, and nothing else is arranged:
+The assumptions, apart from which nothing is arranged:
 
-- The reference meets acts with frequencies 1/rank, in an order drawn by seed, and so it does templates of answers: as
-  in any corpus, it knows some acts and some ways of answering far better than others. Pairs ask about all acts alike,
-  in all templates alike: whoever wrote them did not look at what the reference knows. Nothing ties the frequency of a
-  refusal to that of a compliance, nor either to what is evaluated.
+- The reference meets acts with frequencies 1/rank, in an order drawn by seed, and likewise templates of answers: as in
+  any corpus, it knows some acts and some ways of answering far better than others. Pairs use all acts and all
+  templates with equal frequency: their authors did not consider what the reference knows. The frequencies of refusals and
+  compliances are independent of each other and of what is evaluated.
 - Some refusals and some compliances name the act, the harm or another way; others would fit any prompt.
-- The reference refuses each risk category at a rate of its own, and mostly complies in a framing.
-- An act of the test or the validation is a new combination of words that training has seen in others. Some categories,
-  harmful ones and look-alikes, are in no preference pair at all.
-- Of a benign prompt's two responses neither refuses, as where both were judged to be safe: the rejected one evades, or
-  answers something else. So pairs say nothing against over-refusal in so many words.
-- Harmful prompts of pairs come in a framing at times, benign ones never: whoever collects jailbreaks collects attacks.
+- The reference refuses each risk category at its own rate, and mostly complies in a framing.
+- An act of the test or the validation is a new combination of words that training has seen in other combinations. Some
+  categories, harmful ones and look-alikes, are in no preference pair at all.
+- Neither response to a benign prompt refuses, as in data where both were judged safe: the rejected one evades, or
+  answers something else. So pairs contain nothing explicit against over-refusal.
+- Harmful prompts of pairs are sometimes framed, benign ones never: whoever collects jailbreaks collects attacks.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from benchmarks.study.world.topics import (
 T = TypeVar("T")
 Split = Literal["train", "validation", "test"]
 
-# Of pairs: harmful, everyday, look-alike.
+# Relative frequencies in the pairs: harmful, everyday, look-alike.
 PAIR_SHARES = {"harmful": 4, "everyday": 1, "look_alike": 1}
 FRAMED_PAIRS = 0.25
-# Of the reference's training.
+# Relative frequencies in the reference's training.
 TAUGHT_SHARES = {"harmful": 8, "everyday": 3, "look_alike": 4, "ability": 5}
 FRAMED_TAUGHT = {"harmful": 0.3, "everyday": 0.1, "look_alike": 0.1}
 FRAMED_COMPLIANCE = 0.9
@@ -50,12 +50,12 @@ EMPTY_PROMPTS = 0.05
 
 @dataclass(frozen=True)
 class Act:
-    """A deed to ask about.
+    """An act that prompts ask about.
 
     Attributes:
-        text: as in "steal a bicycle".
-        topic: where it comes from.
-        split: the only one whose prompts are about it.
+        text: wording, as in "steal a bicycle".
+        topic: topic of the act.
+        split: only split with prompts about it.
     """
 
     text: str
@@ -64,19 +64,19 @@ class Act:
 
     @property
     def kind(self) -> str:
-        """`harmful`, `everyday` or `look_alike`."""
+        """Kind of the act: `harmful`, `everyday` or `look_alike`."""
         if isinstance(self.topic, Risk):
             return "harmful"
         return "look_alike" if self.topic in LOOK_ALIKES else "everyday"
 
     @property
     def category_held_out(self) -> bool:
-        """Whether no preference pair is about its category."""
+        """True if no preference pair is about its category."""
         return self.topic.name in HELD_OUT_RISKS | VALIDATION_LOOK_ALIKES | TEST_LOOK_ALIKES
 
 
 def acts() -> list[Act]:
-    """Every verb with every object: one act of each verb for the test, one for the validation, the others to train."""
+    """Combine every verb with every object: per verb one act for the test, one for the validation, others to train."""
     found = []
     for topic in (*RISKS, *EVERYDAY, *LOOK_ALIKES):
         for v, verb in enumerate(topic.verbs):
@@ -87,7 +87,7 @@ def acts() -> list[Act]:
 
 
 def ability_questions(split: Split) -> list[tuple[str, str, str]]:
-    """(ability, question, answer): a third to evaluate in each of test and validation; all of them are taught."""
+    """Return (ability, question, answer): a third each to evaluate in test and validation; all of them are taught."""
     return [
         (ability, question, answer)
         for ability, known in abilities.questions().items()
@@ -97,11 +97,11 @@ def ability_questions(split: Split) -> list[tuple[str, str, str]]:
 
 
 class Writer:
-    """Writes the texts, choosing by a random generator of its own.
+    """A writer of the texts with its own random generator.
 
     Args:
-        seed: of the choices.
-        habits: seed of the order of frequencies; None writes in all templates alike.
+        seed: seed of the choices.
+        habits: seed of the order of frequencies; None uses all templates with equal frequency.
     """
 
     def __init__(self, seed: int | str, habits: int | None = None) -> None:
@@ -110,7 +110,7 @@ class Writer:
         self._weights: dict[tuple[object, ...], list[float]] = {}
 
     def pick(self, options: Sequence[T]) -> T:
-        """One of `options`: by Zipf's law in an order of this writer's habits, or evenly."""
+        """Choose one of `options`: by Zipf's law in this writer's own order, or uniformly."""
         if self._habits is None:
             return self.rng.choice(options)
         key = tuple(options)
@@ -121,34 +121,34 @@ class Writer:
         return self.rng.choices(options, self._weights[key])[0]
 
     def question(self, act: Act) -> str:
-        """A prompt that asks about `act`."""
+        """Return a prompt that asks about `act`."""
         return self.rng.choice(wording.QUESTIONS).format(act=act.text)
 
     def framed(self, question: str) -> str:
-        """`question` in a framing that training may see."""
+        """Return `question` in a framing that training may see."""
         return self.rng.choice(wording.SEEN).format(question=question)
 
     def refusal(self, act: Act) -> str:
-        """A refusal of a harmful act."""
+        """Return a refusal of a harmful act."""
         assert isinstance(act.topic, Risk)
         return self.pick(wording.REFUSALS).format(act=act.text, harm=act.topic.harm, instead=act.topic.instead)
 
     def compliance(self, act: Act) -> str:
-        """An answer that goes along with a harmful act and says nothing about how."""
+        """Return an answer that complies with a harmful act without saying how to do it."""
         return self._in_steps(wording.COMPLIANCES, act, wording.IDLE_STEPS)
 
     def helpful(self, act: Act) -> str:
-        """A helpful answer to a benign act."""
+        """Return a helpful answer to a benign act."""
         assert isinstance(act.topic, Benign)
         return self._in_steps(wording.HELPFUL, act, act.topic.steps)
 
     def unhelpful(self, act: Act) -> str:
-        """A refusal or an evasion where help was due."""
+        """Return a refusal or an evasion where help would be right."""
         templates = wording.OVER_REFUSALS if self.rng.random() < 0.6 else wording.EVASIONS
         return self.pick(templates).format(act=act.text)
 
     def useless(self, act: Act) -> str:
-        """An evasion, or an answer that would be of use elsewhere, where help was due."""
+        """Return an evasion, or an answer to something else, where help would be right."""
         assert isinstance(act.topic, Benign)
         if self.rng.random() < 0.5:
             return self.pick(wording.EVASIONS).format(act=act.text)
@@ -163,9 +163,9 @@ class Writer:
 
 
 def conversations(world: int, seed: int) -> Iterator[Conversation]:
-    """Endless supervised examples for the reference of `world`; one in twenty has an empty prompt.
+    """Yield endless supervised examples for the reference of `world`; one in twenty has an empty prompt.
 
-    The empty ones teach it what responses look like with no prompt to go by, what comprehension is measured against.
+    The empty ones teach it the distribution of responses without a prompt, against which comprehension is measured.
     """
     writer = Writer(f"taught {seed}", habits=world)
     rng = writer.rng
@@ -190,9 +190,9 @@ def conversations(world: int, seed: int) -> Iterator[Conversation]:
 
 
 def preference_pairs(split: Split, size: int, seed: int) -> list[Row]:
-    """`size` preference pairs on the acts of `split`, each prompt once, in an order drawn by `seed`.
+    """Return `size` preference pairs on the acts of `split`, each prompt once, in an order drawn by `seed`.
 
-    Categories are all but the held-out ones, in every split.
+    Every split has all categories except the held-out ones.
     """
     writer = Writer(f"pairs {split} {seed}")
     rng = writer.rng

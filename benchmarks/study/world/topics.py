@@ -1,4 +1,4 @@
-"""What the study's prompts are about: the embedded topics of bdpo_pl, and more. Every act is harmless to read."""
+"""Topics of the study's prompts: the embedded topics of bdpo_pl, and more. Every act is harmless to read."""
 
 from __future__ import annotations
 
@@ -106,11 +106,11 @@ RISKS = (
 )
 
 HELD_OUT_RISKS = embedded.HELD_OUT_RISKS | {"sabotage", "extortion", "cartels"}
-"""No preference pair is about these; the reference knows them."""
+"""Categories that are in no preference pair; the reference knows them."""
 
 VALIDATION_LOOK_ALIKES = frozenset({"theatre", "history lessons"})
 TEST_LOOK_ALIKES = frozenset({"computing", "own property", "security at work"})
-"""These two sets are in no preference pair either."""
+"""Two more sets that are in no preference pair."""
 
 EVERYDAY = embedded.EVERYDAY
 
