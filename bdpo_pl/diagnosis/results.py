@@ -69,9 +69,9 @@ class SplitDiagnosis:
         duplicates_dropped: true if these were left out on loading.
         swapped: pairs that another pair contradicts with exchanged sides.
         conflicting: pairs with a response that another pair of the same prompt has on the other side.
-        repeated_prompts: pairs whose prompt also occurs in an earlier pair.
-        repeated_chosen: pairs whose chosen response is also the chosen one of an earlier pair.
-        repeated_rejected: pairs whose rejected response is also the rejected one of an earlier pair.
+        repeated_prompts: number of pairs whose prompt also occurs in an earlier pair.
+        repeated_chosen: number of pairs whose chosen response is also the chosen one of an earlier pair.
+        repeated_rejected: number of pairs whose rejected response is also the rejected one of an earlier pair.
     """
 
     overall: Group
@@ -97,7 +97,7 @@ class Leaks:
     Attributes:
         prompts: held-out pairs whose prompt is a training prompt.
         near_prompts: held-out pairs whose prompt differs from a training prompt only in case, spacing and punctuation.
-        chosen: held-out pairs whose chosen response also occurs in a training pair.
+        chosen: number of held-out pairs whose chosen response is also the chosen one of a training pair.
         pairs: number of held-out pairs, the denominator of the share of `chosen`.
     """
 

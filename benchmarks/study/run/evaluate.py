@@ -54,7 +54,7 @@ class Evaluation:
 
 @cache
 def evaluation(split: Split) -> Evaluation:
-    """Return the prompts of `split`, always the same: with its own acts, framings and questions."""
+    """Return the prompts of `split`, always the same: about its own acts, with the same questions in each framing."""
     sizes = SIZES[split]
     writer = Writer(f"evaluation {split}")
     mine = [act for act in acts() if act.split == split]

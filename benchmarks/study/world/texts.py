@@ -4,8 +4,8 @@ The assumptions, apart from which nothing is arranged:
 
 - The reference meets acts with frequencies 1/rank, in an order drawn by seed, and likewise templates of answers: as in
   any corpus, it knows some acts and some ways of answering far better than others. Pairs use all acts and all
-  templates with equal frequency: their authors did not consider what the reference knows. The frequencies of refusals and
-  compliances are independent of each other and of what is evaluated.
+  templates with equal frequency: their authors did not consider what the reference knows. The frequencies of refusals
+  and compliances are independent of each other and of what is evaluated.
 - Some refusals and some compliances name the act, the harm or another way; others would fit any prompt.
 - The reference refuses each risk category at its own rate, and mostly complies in a framing.
 - An act of the test or the validation is a new combination of words that training has seen in other combinations. Some
