@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from bdpo_pl.errors import NonFiniteError
+from bdpo_pl.losses import PreferenceLoss
 
 
 def require_finite_loss(trainer: L.Trainer, loss: Tensor, places: Sequence[str], batch_idx: int) -> None:
@@ -75,3 +76,12 @@ def check_first_loss(trainer: L.Trainer, losses: Tensor, expected: float) -> Non
         )
     else:
         rank_zero_info(f"First loss {losses.detach().mean().item():.6f}: policy and reference agree")
+
+
+def say_unscored(loss: PreferenceLoss, mode: str) -> None:
+    """Say that no pair is scored, and which curves are missing for it, where the loss reads no score."""
+    if mode == "none" and not (loss.needs_reference or loss.needs_comprehension):
+        rank_zero_info(
+            f"{type(loss).__name__} reads no reference, so no pair is scored before training: drift and comprehension "
+            "are not logged; to have them, set model.reference_mode to precomputed"
+        )

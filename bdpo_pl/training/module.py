@@ -39,7 +39,7 @@ from bdpo_pl.scoring.reference import Reference, ReferenceChoice, ReferenceMode,
 from bdpo_pl.scoring.scoring_pass import ScoringOptions
 from bdpo_pl.training.checkpoints import require_same_policy
 from bdpo_pl.training.datamodule import VALIDATION_SPLITS, PreferenceDataModule
-from bdpo_pl.training.guards import check_first_loss, require_finite_loss
+from bdpo_pl.training.guards import check_first_loss, require_finite_loss, say_unscored
 from bdpo_pl.training.metrics import pair_metrics
 from bdpo_pl.training.optim import LRSchedule, adamw, lr_lambda, parameter_groups, warn_of_lost_updates
 from bdpo_pl.training.policy import build_policy
@@ -155,6 +155,7 @@ class PreferenceModule(WatchedModule):
             check_vocabulary(load_config(self.reference_source), largest, self.reference_source.name)
         if self.reference is None:
             self.reference = self.make_reference(self.reference_mode, machine.precision)
+            say_unscored(self.loss, self.reference_mode)
         self.reference.check_machine(machine)
         self.reference.check_fits(self.loss)
         self.reestimation.check_fits(machine, self.loss, self.scoring)
