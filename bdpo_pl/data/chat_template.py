@@ -132,7 +132,9 @@ class ChatTemplate:
         asked = Conversation([{"role": "user", "content": _SENTINEL.format(0)}])
         for in_parts in (False, True):
             try:
-                if _SENTINEL.format(0) in self._render(asked, False, in_parts):
+                text = self._render(asked, False, in_parts)
+                # A template that does not know parts may write the list itself, as a text.
+                if _SENTINEL.format(0) in text and not re.search(r"""\{\s*["']type["']""", text):
                     return in_parts
             except Exception:  # noqa: S112 - a template may refuse any conversation, with an error of its own
                 continue

@@ -99,8 +99,12 @@ def test_rates_are_measured_every_n_steps_and_logged_at_every_validation(command
     for row, expected in zip(found, (first, first, second, second), strict=True):
         assert row == pytest.approx(expected)
     printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for line in ("harmful prompts 0.0% 60.0%", "jailbreak-wrapped prompts 0.0% 100.0%", "benign prompts 100.0% 0.0%"):
-        assert line in printed
+    for name, before, after in (
+        ("harmful", "0.0%", "60.0%"),
+        ("jailbreak-wrapped", "0.0%", "100.0%"),
+        ("benign", "100.0%", "0.0%"),
+    ):
+        assert re.search(rf"{name} prompts \d+ {before} \[[^]]+\] {after} \[[^]]+\]", printed)
 
 
 def test_last_measurement_is_not_made_twice(command, folder, monkeypatch):
@@ -166,7 +170,7 @@ def test_best_checkpoint_of_adapters_is_exported_merged(command, folder, monkeyp
         (["--checkpoint.monitor=safety/over_refusal", "--checkpoint.mode=max", "--safety.every_n_steps=2", "benign"],
          "set checkpoint.mode min"),
         (["--safety.every_n_steps=2"], "safety.every_n_steps needs prompts"),
-        (["--safety.every_n_steps=0", "harmful"], "safety.every_n_steps must be at least 1, got 0"),
+        (["--safety.every_n_steps=0", "harmful"], "safety.every_n_steps must be at least 1; got 0"),
         (["--safety.every_n_steps=2", "--data.held_out_fraction=0", "harmful"],
          "safety.every_n_steps measures at validations, and needs held-out pairs"),
         (["--stop_at_gap=0"], "stop_at_gap must be above 0"),
