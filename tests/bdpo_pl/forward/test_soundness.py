@@ -10,6 +10,7 @@ from training import fit
 from bdpo_pl.data.packing import Document
 from bdpo_pl.errors import InputError
 from bdpo_pl.forward.soundness import check_sound
+from bdpo_pl.losses import BalancedDPOLoss
 from bdpo_pl.models.adapters import LoraOptions, add_adapters
 from bdpo_pl.models.loading import ModelSource, load_model
 from bdpo_pl.models.noise import silence_modules, without_noise
@@ -106,6 +107,8 @@ RUNS = {
 def test_it_trains(architecture, options, tmp_path, job):
     large(build_model(architecture, **RUNS[architecture]), 0.05).save_pretrained(tmp_path / "m")
     build_tokenizer().save_pretrained(tmp_path / "m")
-    trainer, module, data = job(policy=str(tmp_path / "m"), trainer={"max_steps": 2}, **options)
+    # `tau: auto` is found from scores, which a live reference has only batch by batch.
+    loss = BalancedDPOLoss(tau=0.25)
+    trainer, module, data = job(policy=str(tmp_path / "m"), trainer={"max_steps": 2}, loss=loss, **options)
     fit((trainer, module, data))
     assert module.evaluations[0]["held_out/loss"] == pytest.approx(0.693147, abs=1e-5)
