@@ -85,7 +85,8 @@ def test_pairs_load_whole_with_their_prompts_tokens_a_prefix(tokenizer):
     for path in (embedded.TRAIN_FILE, embedded.HELD_OUT_FILE):
         table, report = load_pairs("train", str(path), PairTokenizer(tokenizer), Truncation(128), LoadOptions())
         assert len(table) == report.read
-        assert all("token" in note and "merged" not in note for note in report.notes)
+        assert report.notes["rendered with the chat template"] == f"{len(table):,}"
+        assert not [note for note in report.notes if "merged" in note or "cut" in note]
 
 
 def test_model_answers_both_kinds_and_ends_its_answers(model, tokenizer):

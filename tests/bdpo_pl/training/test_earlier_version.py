@@ -8,7 +8,7 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from makers import build_model, build_tokenizer, preference_rows, write_jsonl
-from training import same, weights
+from training import weights
 
 from bdpo_pl import PreferenceDataModule, PreferenceModule
 from bdpo_pl.fit import main
@@ -60,8 +60,9 @@ def run(tmp_path, monkeypatch):
 def test_a_checkpoint_of_version_0_1_goes_on_to_the_same_weights(run):
     whole, resumed = run(), run(CHECKPOINT)
     assert resumed.reestimation.state_dict()["step"] == 6
-    assert same(weights(whole), weights(resumed))
-    assert whole.evaluations[8] == pytest.approx(resumed.evaluations[8])
+    # Not the same bits: the checkpoint was computed by other kernels, on another machine.
+    torch.testing.assert_close(weights(resumed), weights(whole), rtol=0, atol=2e-6)
+    assert whole.evaluations[8] == pytest.approx(resumed.evaluations[8], abs=1e-5)
 
 
 def test_names_in_yaml_files_of_version_0_1_still_parse(tmp_path, capsys):
