@@ -70,7 +70,13 @@ def linear_preference_loss(
         loss_fn: function that returns the loss of each of b pairs. It is called under autograd with float32
             log-probabilities that require a gradient, for a few pairs at a time, so it must not mix pairs.
         num_pairs: number of pairs B.
-        bias, softcap, logit_scale, ignore_index, chunk_bytes, backend, check_labels: as in `linear_sequence_logprob`.
+        bias: (V,) bias of the LM head.
+        softcap: bound of the logits, as in `linear_sequence_logprob`.
+        logit_scale: factor of the logits.
+        ignore_index: label of the tokens that are left out.
+        chunk_bytes: bytes of logits in memory at a time.
+        backend: "triton", "torch", or None: Triton for CUDA tensors, PyTorch for others.
+        check_labels: whether to check that labels and indices are in range, which synchronises with a GPU.
         shard: rows of the vocabulary that this rank holds, if `weight` (v, D) and `bias` (v,) are its part of them; see
             `rows.sharded`. All ranks call with the same tokens, and get the same loss.
         lengths: number of counting tokens of each of the 2B sequences, as Python ints. With them, and without
