@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
-from multiprocessing.pool import Pool
 
 from bdpo_pl.data.pairs import PreferencePair, ReadAs
 from bdpo_pl.data.rows import PreferenceRow, RowError
 from bdpo_pl.data.tokenization import PairTokenizer
+from bdpo_pl.errors import MachineError
 
 CHUNK = 512
 """Number of rows in a chunk."""
@@ -64,25 +68,30 @@ def _in_processes(
     # Encoded here first, so that every process inherits what the first rows reveal about the template.
     warm = list(islice(rows, CHUNK))
     yield from zip(warm, tokenizer.encode(warm), strict=True)
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _start)
     before, _inherited = _inherited, tokenizer
     try:
-        pool = multiprocessing.get_context("fork").Pool(processes, _start)
-    finally:
-        _inherited = before
-    with pool:
         for chunk, results, read_as in _under_way(pool, _chunks(rows), 2 * processes):
             tokenizer.read_as.add(read_as)
             yield from zip(chunk, results, strict=True)
+    except BrokenProcessPool as error:
+        raise MachineError(
+            "a process that converts rows to token ids was killed, most likely for want of memory: free some memory, "
+            "or use less data"
+        ) from error
+    finally:
+        _inherited = before
+        pool.shutdown(cancel_futures=True)
 
 
 def _under_way(
-    pool: Pool, chunks: Iterator[list[PreferenceRow]], limit: int
+    pool: ProcessPoolExecutor, chunks: Iterator[list[PreferenceRow]], limit: int
 ) -> Iterator[tuple[list[PreferenceRow], Sequence[Encoded], ReadAs]]:
-    waiting = deque((chunk, pool.apply_async(_encode, (chunk,))) for chunk in islice(chunks, limit))
+    waiting = deque((chunk, pool.submit(_encode, chunk)) for chunk in islice(chunks, limit))
     while waiting:
         chunk, task = waiting.popleft()
-        results, read_as = task.get()
-        waiting.extend((more, pool.apply_async(_encode, (more,))) for more in islice(chunks, 1))
+        results, read_as = task.result()
+        waiting.extend((more, pool.submit(_encode, more)) for more in islice(chunks, 1))
         yield chunk, results, read_as
 
 
@@ -92,10 +101,22 @@ def _chunks(rows: Iterator[PreferenceRow]) -> Iterator[list[PreferenceRow]]:
 
 
 def _start() -> None:
-    """Restrict each process to one core: there are as many processes as cores."""
+    """Restrict each process to one core, as many as there are, and leave signals to the process that forked it."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # An inherited handler would run here as well: at Ctrl-C each process would announce that the run stops.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     global _worker
     _worker = _inherited
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent is gone, even by SIGKILL: nobody else would end it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 _worker: PairTokenizer | None = None

@@ -1,5 +1,7 @@
 """Encoding on several processes gives what one gives, in order, faults included."""
 
+import os
+import signal
 import sys
 
 import pytest
@@ -11,6 +13,7 @@ from bdpo_pl.data.encoding import encoded
 from bdpo_pl.data.rows import PreferenceRow, RowError
 from bdpo_pl.data.sources import Record
 from bdpo_pl.data.tokenization import PairTokenizer
+from bdpo_pl.errors import MachineError
 
 
 def rows(n=90):
@@ -52,6 +55,39 @@ def test_few_chunks_are_under_way(monkeypatch):
         next(results)
     assert len(taken) <= 10 + 5 * 6
     results.close()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes are forked on Linux alone")
+def test_processes_end_though_the_run_handles_signals(monkeypatch):
+    monkeypatch.setattr(encoding, "CHUNK", 5)
+    monkeypatch.setattr(encoding, "MIN_ROWS", 10)
+    seen = []
+    before = {s: signal.signal(s, lambda number, _: seen.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        results = encoded(iter(rows(90)), PairTokenizer(tokenizer_for(CHATML)), processes=2)
+        for _ in range(6):
+            next(results)
+        results.close()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert not seen
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes are forked on Linux alone")
+def test_a_killed_process_ends_the_run_by_a_named_error(monkeypatch):
+    monkeypatch.setattr(encoding, "CHUNK", 5)
+    monkeypatch.setattr(encoding, "MIN_ROWS", 10)
+    here = os.getpid()
+
+    def encode(self, made):
+        if os.getpid() != here:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return [RowError(row.record, "none", "none") for row in made]
+
+    monkeypatch.setattr(PairTokenizer, "encode", encode)
+    with pytest.raises(MachineError, match="was killed, most likely for want of memory"):
+        list(encoded(iter(rows(70)), PairTokenizer(tokenizer_for(CHATML)), processes=2))
 
 
 @pytest.mark.parametrize("template", [CHATML, LLAMA3, QWEN3])
