@@ -82,6 +82,7 @@ RANGES: dict[str, Range] = {
     "model.reestimate_every": COUNT, "model.warmup_ratio": BELOW_ONE, "model.router_aux_loss": NOT_NEGATIVE,
     "model.scoring.batch_tokens": COUNT, "model.scoring.chunk_pairs": COUNT,
     "model.lora.r": COUNT, "model.lora.alpha": COUNT, "model.lora.dropout": BELOW_ONE,
+    "model.lora.lr_ratio": POSITIVE,
     # Of any optimiser or loss that has an option of this name.
     "model.optimizer.lr": NOT_NEGATIVE, "model.optimizer.weight_decay": NOT_NEGATIVE,
     "model.optimizer.eps": NOT_NEGATIVE, "model.optimizer.betas": BELOW_ONE, "model.optimizer.momentum": NOT_NEGATIVE,

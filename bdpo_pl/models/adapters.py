@@ -1,4 +1,4 @@
-"""LoRA: small trainable matrices beside the policy's frozen weights; with them switched off it is its own reference.
+"""LoRA: small trainable matrices beside the policy's frozen weights; what it was before them is its reference.
 
 The matrices are peft's, put into the model where its linear layers are; the model itself keeps its class, so everything
 that works on a model works on one with adapters.
@@ -6,25 +6,24 @@ that works on a model works on one with adapters.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import math
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+import re
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 
 from bdpo_pl.errors import InputError
+from bdpo_pl.models.adapter_folder import adapter_digest, read_config
+from bdpo_pl.models.adapter_start import FROM_WEIGHT, START, Start, keep_starts
 from bdpo_pl.models.reach import unreached
+from bdpo_pl.models.saved_modules import check_tied, saved_parameters
 
 Quantization = Literal["none", "nf4"]
-_PEFT_PREFIX = "base_model.model."
+
+_ADAPTER = re.compile(r"\.lora_(A|B|magnitude_vector|embedding_A|embedding_B)\.")
 
 
 @dataclass
@@ -32,35 +31,154 @@ class LoraOptions:
     """Low-rank adapters (arXiv:2106.09685), and QLoRA (arXiv:2305.14314) with `quantize: nf4`.
 
     Args:
-        r: rank of the adapters.
-        alpha: their output counts alpha / r times (alpha / √r with `rslora`).
+        r: rank of the adapters; default 16.
+        alpha: their output counts alpha / r times (alpha / √r with `rslora`); default twice the rank.
         dropout: of what enters an adapter. Leave it at 0: the reference has none, and dropout adds noise to one side of
             the comparison that the loss is made of.
-        target_modules: names of the layers that get an adapter, or `all-linear`: every linear layer but the LM head.
+        target_modules: names of the layers that get an adapter; default `all-linear`, every linear layer but the LM
+            head, or none where `target_parameters` are given.
         rslora: the rank-stabilised factor.
         quantize: `nf4` holds the frozen weights in 4 bits, by bitsandbytes on a CUDA GPU; the reference is quantised
             alike, the exported model is not.
+        adapter: folder of a LoRA adapter (of supervised fine-tuning, say) that training goes on from. The reference is
+            the model with that adapter, too. Rank, alpha and modules are the adapter's own.
+        dora: DoRA (arXiv:2402.09353), which trains the size of each row of a weight apart from its direction.
+        init: what the adapters start from. `zero`: no effect. `pissa` (arXiv:2404.02948; `pissa_niter_16` by a fast
+            approximate decomposition) and `olora` (arXiv:2406.01775): the strongest part of each weight.
+        lr_ratio: learning rate of the B matrices over that of all others (LoRA+, arXiv:2402.12354); default equal.
+        modules_to_save: names of modules trained whole beside the adapters, as `[embed_tokens, lm_head]`.
+        target_parameters: names of bare parameters that get an adapter, as the fused experts of a mixture,
+            `[mlp.experts.gate_up_proj, mlp.experts.down_proj]`.
 
     Raises:
-        InputError: a value out of range.
+        InputError: a value out of range, or options that contradict each other.
     """
 
-    r: int = 16
-    alpha: int = 32
+    r: int | None = None
+    alpha: int | None = None
     dropout: float = 0.0
-    target_modules: str | list[str] = "all-linear"
+    target_modules: str | list[str] | None = None
     rslora: bool = False
     quantize: Quantization = "none"
+    adapter: str | None = None
+    dora: bool = False
+    init: str = "zero"
+    lr_ratio: float = 1.0
+    modules_to_save: list[str] | None = None
+    target_parameters: list[str] | None = None
 
     def __post_init__(self) -> None:
-        if self.r < 1:
+        self._config: dict[str, Any] | None = None
+        if self.adapter is not None:
+            self._refuse_beside_adapter()
+            self._config = read_config(self.adapter)
+        else:
+            self.r = 16 if self.r is None else self.r
+            self.alpha = 2 * self.r if self.alpha is None else self.alpha
+            if self.target_modules is None and not self.target_parameters:
+                self.target_modules = "all-linear"
+        if self.r is not None and self.r < 1:
             raise InputError(f"model.lora.r must be at least 1, got {self.r}")
-        if self.alpha <= 0:
+        if self.alpha is not None and self.alpha <= 0:
             raise InputError(f"model.lora.alpha must be above 0, got {self.alpha}")
         if not 0.0 <= self.dropout < 1.0:
             raise InputError(f"model.lora.dropout must be in [0, 1), got {self.dropout}")
         if self.quantize not in ("none", "nf4"):
             raise InputError(f"model.lora.quantize must be none or nf4, got {self.quantize!r}")
+        if self.lr_ratio <= 0.0:
+            raise InputError(f"model.lora.lr_ratio must be above 0, got {self.lr_ratio}")
+        self._check_init()
+
+    def _refuse_beside_adapter(self) -> None:
+        own = {"r": None, "alpha": None, "target_modules": None, "rslora": False, "dora": False, "init": "zero",
+               "modules_to_save": None, "target_parameters": None}  # fmt: skip
+        if given := [name for name, default in own.items() if getattr(self, name) != default]:
+            raise InputError(
+                f"model.lora.adapter brings its own {', '.join(given)}: leave out model.lora.{given[0]}, or merge the "
+                "adapter into its base model and train new ones on that"
+            )
+
+    def _check_init(self) -> None:
+        if self.init == "zero":
+            return
+        if not FROM_WEIGHT.fullmatch(self.init):
+            raise InputError(
+                f"model.lora.init must be zero, pissa, pissa_niter_N with a number N, or olora; got {self.init!r}"
+            )
+        for name, conflict in (
+            ("dora", self.dora), ("quantize nf4", self.quantize == "nf4"),
+            ("target_parameters", bool(self.target_parameters)),
+        ):  # fmt: skip
+            if conflict:
+                raise InputError(
+                    f"model.lora.init {self.init} does not go with model.lora.{name}: leave out one of them"
+                )
+
+    @property
+    def described(self) -> str:
+        """What is trained, in a few words."""
+        if self.adapter is not None:
+            assert self._config is not None
+            return f"LoRA of rank {self._config['r']}, alpha {self._config['lora_alpha']}, from an adapter"
+        kinds = [name for name, on in (("DoRA", self.dora), (self.init, self.init != "zero")) if on]
+        more = "".join(f", {kind}" for kind in kinds)
+        if self.modules_to_save:
+            more += f", and {', '.join(self.modules_to_save)} whole"
+        return f"LoRA of rank {self.r}, alpha {self.alpha}{more}"
+
+    @property
+    def saved_modules(self) -> list[str]:
+        """Names of the modules that are trained whole."""
+        found = self.modules_to_save if self._config is None else self._config.get("modules_to_save")
+        return list(found or ())
+
+    @property
+    def keeps_tied(self) -> bool:
+        """Whether an adapter says that an embedding and an LM head of one weight stay so."""
+        return self._config is not None and bool(self._config.get("ensure_weight_tying"))
+
+    def digest(self) -> str | None:
+        """Return a digest of the adapter's files; None without."""
+        return None if self.adapter is None else adapter_digest(self.adapter)
+
+    def to_saved(self) -> dict[str, Any]:
+        """Return what a checkpoint holds of the options, from which `from_saved` makes them again."""
+        return {"lora": asdict(self), "adapter_config": self._config}
+
+    @classmethod
+    def from_saved(cls, lora: dict[str, Any], adapter_config: dict[str, Any] | None = None) -> LoraOptions:
+        """Make the options of a checkpoint, for which an adapter's folder need not be there any more."""
+        options = cls(**{**lora, "adapter": None})
+        if adapter_config is not None:
+            vars(options).update(lora)
+            options._config = adapter_config
+        return options
+
+    def config(self, model: nn.Module, **changes: Any) -> Any:
+        """Return peft's configuration of the adapters, as they go into `model`."""
+        peft = peft_package()
+        if self._config is not None:
+            known = {
+                name: value for name, value in self._config.items() if name in peft.LoraConfig.__dataclass_fields__
+            }
+            given = {**known, "init_lora_weights": True, "inference_mode": False, "modules_to_save": None}
+            given |= {"lora_dropout": self.dropout, "ensure_weight_tying": False}
+            return peft.LoraConfig(**{k: v for k, v in {**given, **changes}.items() if k not in ("auto_mapping",)})
+        # Adapters of what text never reaches would get no gradient.
+        excluded = sorted({name.rpartition(".")[0] for name in unreached(model)})
+        given = {
+            "r": self.r,
+            "lora_alpha": self.alpha,
+            "lora_dropout": self.dropout,
+            "target_modules": self.target_modules,
+            "exclude_modules": excluded or None,
+            "use_rslora": self.rslora,
+            "use_dora": self.dora,
+            "task_type": "CAUSAL_LM",
+        }
+        if self.target_parameters:
+            given["target_parameters"] = self.target_parameters
+        return peft.LoraConfig(**{**given, **changes})
 
 
 def quantization_config(options: LoraOptions | None) -> Any:
@@ -91,102 +209,87 @@ def quantization_config(options: LoraOptions | None) -> Any:
 
 
 def add_adapters(model: nn.Module, options: LoraOptions) -> nn.Module:
-    """Put adapters into `model`, in place, and freeze the rest; they begin at zero effect.
-
-    Each adapter's first matrix is drawn from a seed of its own name, the same on every rank and however the model is
-    split; on the meta device it is left to `initial_value`.
+    """Put adapters into `model`, in place, where it has none yet, and freeze everything else.
 
     Raises:
-        InputError: peft is not installed, or the model has no layer of the given names.
+        InputError: peft is not installed, or the adapters do not fit the model.
     """
     if options.dropout:
         rank_zero_warn(
             f"model.lora.dropout is {options.dropout}: the policy learns with noise that its reference does not have"
         )
-    peft = _peft()
-    try:
-        peft.inject_adapter_in_model(_config(options, model), model)
-    except ValueError as error:
-        raise InputError(f"model.lora.target_modules {options.target_modules!r}: {error}") from error
+    new = not any(is_adapter(name) for name, _ in model.named_parameters())
+    if new:
+        attach_adapters(model, options)
+    dead = set() if new else unreached(model)
+    whole = saved_parameters(model, options.saved_modules)
     for name, parameter in model.named_parameters():
-        if is_adapter(name):
-            # Adapters are small, and their updates are lost in half precision.
-            parameter.data = parameter.data.float()
-            if not parameter.is_meta:
-                with torch.no_grad():
-                    parameter.copy_(initial_value(name, parameter.shape))
+        trained = (is_adapter(name) and not name.endswith(START)) or name in whole
+        parameter.requires_grad_(trained and name not in dead)
     return model
+
+
+def attach_adapters(model: nn.Module, options: LoraOptions) -> None:
+    """Put adapters into `model`, in place, with the values that they start from.
+
+    On the meta device the values are left to `Start.value`.
+
+    Raises:
+        InputError: peft is not installed, or the adapters do not fit the model.
+    """
+    try:
+        peft_package().inject_adapter_in_model(options.config(model), model)
+    except ValueError as error:
+        # peft says which of the names of layers and parameters the model does not have.
+        where = "adapter" if options.adapter else "target_modules"
+        value = options.adapter or options.target_modules
+        raise InputError(f"model.lora.{where} {value!r}: {error}") from error
+    if options.init != "zero":
+        keep_starts(model)
+    start = Start(options.init, options.adapter)
+    quantised = any(not p.is_floating_point() for p in model.parameters())
+    whole = saved_parameters(model, options.saved_modules)
+    if start.folder is not None:
+        check_tied(model, whole, start.folder, options.keeps_tied)
+    aliases: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), []).append(name)
+    with torch.no_grad():
+        for name, parameter in list(model.named_parameters()):
+            if is_adapter(name):
+                # Adapters are small, and their updates are lost in half precision.
+                parameter.data = parameter.data.float()
+            if parameter.is_meta:
+                continue
+            if is_adapter(name) and not (quantised and ".lora_magnitude_vector." in name):
+                parameter.copy_(start.value(model, name, parameter.shape, model.get_parameter))
+            elif start.folder is not None and name in whole:
+                # A tied weight may be stored under any of its names.
+                held = next((one for one in aliases[id(parameter)] if one in start.folder), name)
+                parameter.copy_(start.folder.read(held, tuple(parameter.shape)))
+    if start.folder is not None and not any(p.is_meta for p in model.parameters()):
+        for name in whole:
+            if name in start.folder:
+                start.folder.read(name, tuple(model.get_parameter(name).shape))
+        start.folder.check_all_read()
 
 
 def is_adapter(name: str) -> bool:
     """Whether the parameter of this name belongs to an adapter."""
-    return ".lora_A." in name or ".lora_B." in name
-
-
-def initial_value(name: str, shape: torch.Size) -> Tensor:
-    """What the adapter's matrix of this name starts from: uniform noise for A, as peft draws it, and zero for B."""
-    value = torch.zeros(shape)
-    if ".lora_A." in name:
-        seed = hashlib.sha256(f"{os.environ.get('PL_GLOBAL_SEED', 0)} {name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(seed[:7], "big"))
-        nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
-    return value
-
-
-@contextmanager
-def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
-    """While open, `model` is its own reference."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
-        yield model
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)
+    return _ADAPTER.search(name) is not None
 
 
 def base_name(name: str) -> str:
     """The name that a parameter has in the model without adapters."""
-    return name.replace(".base_layer.", ".")
+    return name.replace(".base_layer", "")
 
 
-def export_adapter(base: nn.Module, options: LoraOptions, state: dict[str, Tensor], folder: Path) -> None:
-    """Write the adapter alone to `folder`, in peft's layout: `PeftModel.from_pretrained` loads it on the base model."""
-    _with_state(base, options, state).save_pretrained(folder)
+def peft_package() -> Any:
+    """Import peft.
 
-
-def merged(base: nn.Module, options: LoraOptions, state: dict[str, Tensor]) -> nn.Module:
-    """`base` with the adapter of `state` added to its weights: a model without adapters."""
-    return _with_state(base, options, state).merge_and_unload()
-
-
-def _with_state(base: nn.Module, options: LoraOptions, state: dict[str, Tensor]) -> Any:
-    model = _peft().get_peft_model(base, _config(options, base))
-    found = model.load_state_dict({_PEFT_PREFIX + name: value for name, value in state.items()}, strict=False)
-    left = [name for name in found.missing_keys if is_adapter(name)]
-    assert not found.unexpected_keys, found.unexpected_keys
-    assert not left, left
-    return model
-
-
-def _config(options: LoraOptions, model: nn.Module) -> Any:
-    # Adapters of what text never reaches would get no gradient.
-    excluded = sorted({name.rpartition(".")[0] for name in unreached(model)})
-    return _peft().LoraConfig(
-        r=options.r,
-        lora_alpha=options.alpha,
-        lora_dropout=options.dropout,
-        target_modules=options.target_modules,
-        exclude_modules=excluded or None,
-        use_rslora=options.rslora,
-        task_type="CAUSAL_LM",
-    )
-
-
-def _peft() -> Any:
+    Raises:
+        InputError: it is not installed.
+    """
     try:
         import peft
     except ImportError:

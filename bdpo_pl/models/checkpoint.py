@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from bdpo_pl.errors import InputError
-from bdpo_pl.models.adapters import LoraOptions, merged
+from bdpo_pl.models.adapter_export import merged
+from bdpo_pl.models.adapters import LoraOptions
 from bdpo_pl.models.loading import ModelSource, load_config, load_model, model_class
 from bdpo_pl.models.reach import unreached
 
@@ -61,7 +62,7 @@ def checkpoint_model(path: Path, source: ModelSource, dtype: torch.dtype) -> Any
     }
     lora = saved["bdpo_pl"]["lora"]
     if lora is not None:
-        return plain_model(source, dtype, state, LoraOptions(**lora))
+        return plain_model(source, dtype, state, LoraOptions.from_saved(lora, saved["bdpo_pl"].get("adapter_config")))
     # A whole model is loaded, because no checkpoint holds the positions' frequencies and the generation settings.
     model = load_model(source, dtype)
     found = model.load_state_dict(state, strict=False)

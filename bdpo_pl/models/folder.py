@@ -48,13 +48,20 @@ def check_folder(name: str) -> None:
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise InputError(
             f"{name} is a PEFT adapter{_base_of(folder)}, not a whole model; merge it into its base model "
-            "(PeftModel.merge_and_unload, then save_pretrained) and give that folder"
+            "(PeftModel.merge_and_unload, then save_pretrained) and give that folder; to train the adapter on, give "
+            f"fit --model.policy BASE --model.lora.adapter {name}"
         )
+    check_links(folder)
     for path in _entries(folder):
-        _check_entry(path, folder)
         if path.name.endswith(_INDEX_SUFFIX):
             for file_name in set(weight_map(path).values()):
                 check_name(file_name, path)
+
+
+def check_links(folder: Path) -> None:
+    """Raise `InputError` if an entry of `folder` leads out of it or is not a regular file."""
+    for path in _entries(folder):
+        _check_entry(path, folder)
 
 
 def weight_map(index: Path) -> dict[str, str]:

@@ -19,12 +19,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from bdpo_pl.errors import InputError
-from bdpo_pl.models.adapters import LoraOptions, add_adapters, base_name, initial_value, is_adapter
+from bdpo_pl.models.adapter_start import Start
+from bdpo_pl.models.adapters import LoraOptions, add_adapters, base_name, is_adapter
 from bdpo_pl.models.loading import ModelSource, enable_activation_checkpointing, load_config, model_class
 from bdpo_pl.models.reach import freeze_unreached
 from bdpo_pl.parallel.state import (
     DATA,
     TENSOR,
+    adapter_starts,
     load_optimizer_state,
     load_state,
     split_like,
@@ -74,12 +76,13 @@ class ShardedStrategy(ModelParallelStrategy):
         super().setup_environment()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return the trained parameters alone, so that a frozen base is not gathered only to be left out."""
+        """Return what is trained, and adapters' starts, so that a frozen base is not gathered only to be left out."""
         assert self.model is not None
         options = StateDictOptions(
             full_state_dict=not self._save_distributed_checkpoint, cpu_offload=True, ignore_frozen_params=True
         )
-        return get_model_state_dict(self.model, options=options)
+        found = get_model_state_dict(self.model, options=options)
+        return found if self._save_distributed_checkpoint else {**found, **adapter_starts(self.model)}
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """Return the whole state of `optimizer`, in the form that it has on one device."""
@@ -155,8 +158,11 @@ def build_sharded(
             for module in model.modules():
                 if isinstance(module, FSDPModule):
                     module.set_force_sum_reduction_for_comms(True)
+    start = None if lora is None else Start(lora.init, lora.adapter)
     with files:
-        _load(model, files, device)
+        _load(model, files, device, start)
+    if start is not None and start.folder is not None:
+        start.folder.check_all_read()
     _compute_buffers(model, device)
     return model
 
@@ -169,8 +175,16 @@ def _blocks(model: Any) -> list[nn.Module]:
     return blocks
 
 
-def _load(model: nn.Module, files: WeightFiles, device: torch.device) -> None:
-    """Give every parameter and stored buffer its local part of the weights; tied ones remain one tensor."""
+def _load(model: nn.Module, files: WeightFiles, device: torch.device, start: Start | None) -> None:
+    """Give every parameter and stored buffer its local part of the weights; tied ones remain one tensor.
+
+    Args:
+        model: without weights, with its adapters.
+        files: of the base model.
+        device: of the parts.
+        start: of the adapters, if there are any.
+    """
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
     aliases: dict[int, list[str]] = {}
     tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     stored = set(model.state_dict())
@@ -180,17 +194,35 @@ def _load(model: nn.Module, files: WeightFiles, device: torch.device) -> None:
     state: dict[str, Tensor] = {}
     for names in aliases.values():
         old = tensors[names[0]]
-        value = split_like(old, _reader(files, names, old.shape), device)
+        read = None if start is None else _started(model, files, names, shapes, start)
+        value = split_like(old, read or _stored(files, names, old.shape), device)
         if isinstance(old, nn.Parameter):
             value = nn.Parameter(value, requires_grad=old.requires_grad)
         state |= dict.fromkeys(names, value)
     model.load_state_dict(state, assign=True)
 
 
-def _reader(files: WeightFiles, names: list[str], shape: torch.Size) -> Callable[[tuple[slice, ...]], Tensor]:
-    if is_adapter(names[0]):
-        return lambda ranges: initial_value(names[0], shape)[ranges]
+def _stored(files: WeightFiles, names: list[str], shape: torch.Size) -> Callable[[tuple[slice, ...]], Tensor]:
+    """Read a part of the base model's tensor of one of `names`."""
     return lambda ranges: files.read([base_name(name) for name in names], tuple(shape), ranges)
+
+
+def _started(
+    model: nn.Module, files: WeightFiles, names: list[str], shapes: dict[str, torch.Size], start: Start
+) -> Callable[[tuple[slice, ...]], Tensor] | None:
+    """Read a part of a tensor that adapters bring with them; None for a tensor that is the base model's."""
+    name = names[0]
+
+    def whole(base: str) -> Tensor:
+        shape = shapes[base]
+        return files.read([base_name(base)], tuple(shape), tuple(slice(0, size) for size in shape))
+
+    if is_adapter(name):
+        return lambda ranges: start.value(model, name, shapes[name], whole)[ranges]
+    if start.folder is not None and (held := [one for one in names if one in start.folder]):
+        values = [start.folder.read(one, tuple(shapes[one])) for one in held]
+        return lambda ranges: values[0][ranges]
+    return None
 
 
 def _compute_buffers(model: Any, device: torch.device) -> None:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
+from bdpo_pl.models.adapter_start import START
+
 DATA, TENSOR = "data_parallel", "tensor_parallel"
 
 
@@ -52,12 +54,23 @@ def whole_state(model: nn.Module, trained_only: bool) -> dict[str, Tensor]:
     """Return parameters and buffers of `model` on the CPU, put together from all ranks.
 
     The result is complete on rank 0, and may be empty on other ranks. All ranks call this function.
+
+    Args:
+        model: whole or split.
+        trained_only: only what is trained, and what adapters started from where it is kept.
     """
     if dist.is_available() and dist.is_initialized():
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
-        return dict(get_model_state_dict(model, options=options))  # type: ignore[arg-type]
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return {name: value.cpu() for name, value in model.state_dict().items() if not trained_only or name in trained}
+        found: dict[str, Any] = get_model_state_dict(model, options=options)
+        return found | (adapter_starts(model) if trained_only else {})
+    kept = {name for name, parameter in model.named_parameters() if parameter.requires_grad or name.endswith(START)}
+    return {name: value.cpu() for name, value in model.state_dict().items() if not trained_only or name in kept}
+
+
+def adapter_starts(model: nn.Module) -> dict[str, Tensor]:
+    """Return what the adapters of `model` started from where it is kept, whole and on the CPU. All ranks call this."""
+    found = {name: p.detach() for name, p in model.named_parameters() if name.endswith(START)}
+    return {name: (p.full_tensor() if isinstance(p, DTensor) else p).cpu() for name, p in found.items()}
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -23,7 +23,7 @@ from bdpo_pl.errors import InputError
 from bdpo_pl.forward.masks import set_attention
 from bdpo_pl.forward.prefix_sharing import PrefixSharing, choose_layout
 from bdpo_pl.losses import PreferenceLoss
-from bdpo_pl.models.adapters import adapters_off
+from bdpo_pl.models.adapters import LoraOptions
 from bdpo_pl.models.loading import ModelSource, frozen, hold_products_in, load_model, model_fingerprint
 from bdpo_pl.models.precision import autocast_dtype, half_products
 from bdpo_pl.parallel.fsdp2 import build_sharded
@@ -38,22 +38,25 @@ ReferenceChoice = Literal["auto", ReferenceMode]
 
 
 class AdaptedPolicy(Protocol):
-    """A policy whose adapters can be switched off, which makes it its own reference.
+    """A policy with adapters, which as it was before training is its own reference.
 
     Attributes:
-        policy: the model with its adapters.
         row_layout: how it reads pairs.
+        lora: its adapters; where they go on from one that was there, that is a part of the reference.
         quantization: name of the quantisation of its frozen weights, if any.
     """
 
-    policy: Any
+    lora: LoraOptions | None
     quantization: str | None
 
     @property
     def row_layout(self) -> RowLayout: ...  # noqa: D102
 
     def base_model(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
-        """Load the model before it is given adapters: once, and handed on to the policy."""
+        """Load the model as it is before training: once, and handed on to the policy."""
+
+    def before_training(self) -> AbstractContextManager[Any]:
+        """The policy in training as it was before, while the context is open."""
 
 
 def choose_mode(choice: ReferenceChoice, loss: PreferenceLoss, given: bool) -> ReferenceMode:
@@ -79,7 +82,7 @@ class Reference:
         dtype: of its weights; the policy's own gives a log-ratio of exactly zero at the start.
         options: of the scoring pass.
         prefix_sharing: whether a prompt is read once for all that follows it; see `choose_layout`.
-        adapted: the policy, where the reference is that without its adapters: no second model is loaded.
+        adapted: the policy, where the reference is that as it was before training: no second model is loaded.
 
     Raises:
         InputError: an unknown mode.
@@ -130,7 +133,7 @@ class Reference:
         """Raise `InputError` if the policy is split and each rank would have to score with it alone."""
         if self.mode == "live" and self._adapted is not None and machine.together:
             raise InputError(
-                "model.reference_mode is live, and the reference is the policy without its adapters, which this "
+                "model.reference_mode is live, and the reference is the policy as it was before training, which this "
                 "strategy splits; set it to precomputed"
             )
 
@@ -205,13 +208,13 @@ class Reference:
 
     @contextmanager
     def _live(self) -> Iterator[tuple[nn.Module, RowLayout]]:
-        """The model in memory: the reference, or the policy without its adapters."""
+        """The model in memory: the reference, or the policy as it was before training."""
         if self._adapted is None:
             assert self._model is not None
             assert self.layout is not None
             yield self._model, self.layout
         else:
-            with adapters_off(self._adapted.policy) as model:
+            with self._adapted.before_training() as model:
                 yield model, self._adapted.row_layout
 
     def _load(self, machine: Machine) -> nn.Module:
@@ -221,7 +224,9 @@ class Reference:
             half = half_products(machine.precision) if machine.world_size > 1 else None
             mesh = init_device_mesh(machine.device.type, (machine.world_size, 1), mesh_dim_names=(DATA, TENSOR))
             # FSDP2 casts every weight for its products, so a reference can be held as it is multiplied.
-            model = build_sharded(self.source, half or self.dtype, mesh, machine.device, half_products=half)
+            model = build_sharded(
+                self.source, half or self.dtype, mesh, machine.device, lora=self._adapter, half_products=half
+            )
             return model.requires_grad_(False).eval()
         if self._adapted is not None:
             return frozen(self._adapted.base_model(self.dtype, machine.device), machine.device)
@@ -230,6 +235,12 @@ class Reference:
         if products is not None and self.mode == "precomputed":
             hold_products_in(model, products)
         return frozen(model, machine.device)
+
+    @property
+    def _adapter(self) -> LoraOptions | None:
+        """The adapter that is a part of the reference, if there is one."""
+        lora = None if self._adapted is None else self._adapted.lora
+        return lora if lora is not None and lora.adapter is not None else None
 
     def _choose_layout(self, model: Any, machine: Machine, splits: PreferenceSplits) -> RowLayout:
         self.layout = choose_layout(
@@ -272,4 +283,6 @@ class Reference:
             "transformers": transformers.__version__,
             "comprehension": self.options.comprehension,
             "hsic": self._hsic(),
+            # Left out where there is none: scores of earlier versions stay good.
+            **({} if self._adapter is None else {"adapter": self._adapter.digest()}),
         }

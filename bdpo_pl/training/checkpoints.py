@@ -267,7 +267,9 @@ def require_same_policy(saved: dict[str, Any], name: str, lora: LoraOptions | No
     if saved.get("policy", name) != name:
         raise InputError(f"the checkpoint holds weights of {saved['policy']}, but model.policy is {name}")
     adapters = None if lora is None else dataclasses.asdict(lora)
-    if saved.get("lora") != adapters or not whole:
+    # An earlier version had fewer options, each as it is by default now.
+    written = None if saved.get("lora") is None else LoraOptions.from_saved(saved["lora"], saved.get("adapter_config"))
+    if written != lora or not whole:
         raise InputError(
             f"the checkpoint was written with model.lora {saved.get('lora')}, but it is now {adapters}; "
             "resume with the options it was written with"

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from bdpo_pl.files import write_whole_folder
-from bdpo_pl.models.adapters import export_adapter
+from bdpo_pl.models.adapter_export import export_adapter
 from bdpo_pl.models.checkpoint import checkpoint_model, plain_model
 from bdpo_pl.models.loading import ModelSource, load_model, processor_files
 from bdpo_pl.training.module import PreferenceModule

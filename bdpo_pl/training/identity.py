@@ -89,7 +89,9 @@ def describe_run(trainer: L.Trainer, module: PreferenceModule, data: PreferenceD
     traits["template"] = Trait(None, "none") if not template else _digest(_sha(str(template)), data.chat_template)
     if module.lora is not None:
         # The checkpoint holds the adapters alone.
-        traits["policy"] = _digest(model_fingerprint(module.source), module.source.name)
+        adapter = module.lora.digest()
+        digest = model_fingerprint(module.source)
+        traits["policy"] = _digest(digest if adapter is None else _sha(f"{digest} {adapter}"), module.source.name)
     traits["reference"] = _reference(module, trainer)
     traits["loss"] = _plain(f"{type(module.loss).__module__}.{type(module.loss).__qualname__}")
     for name, value in sorted(vars(module.loss).items()):
@@ -280,7 +282,8 @@ def _reference(module: PreferenceModule, trainer: L.Trainer) -> Trait:
     source = module.reference_source
     name = module.dtype_name if module.reference_dtype == "auto" else module.reference_dtype
     dtype = resolve_dtype(name, str(trainer.precision))
-    digest = _sha(f"{model_fingerprint(source)} {source.revision} {dtype}")
+    adapter = module.lora.digest() if module.lora is not None and module.own_reference else None
+    digest = _sha(f"{model_fingerprint(source)} {source.revision} {dtype}" + (f" {adapter}" if adapter else ""))
     return _digest(digest, f"{source.name} in {str(dtype).removeprefix('torch.')}")
 
 

@@ -223,7 +223,7 @@ def planned(
         else gradient_checkpointing,
         half_products=autocast_dtype(str(trainer.precision)),
     )
-    own = module.lora is not None and module.reference_source == module.source
+    own = module.lora is not None and module.own_reference
     if module.reference_mode == "none" or (module.reference_mode == "live" and own):
         return plan
     name = module.dtype_name if module.reference_dtype == "auto" else module.reference_dtype
@@ -288,7 +288,7 @@ def _count(source: ModelSource, config: Any, dtype: torch.dtype, lora: LoraOptio
     table = config.get_text_config().vocab_size * config.get_text_config().hidden_size
     tables = table * (1 if config.tie_word_embeddings else 2) if devices.tensor > 1 else 0
     outside = one[0] - block - tables + tables // devices.tensor
-    trained_outside = 0 if lora is not None else outside
+    trained_outside = one[1] - trained_block if lora is not None else outside
     return _Counts(
         outside + layers * block, trained_outside + layers * trained_block, block, trained_block, outside
     )  # fmt: skip

@@ -60,7 +60,7 @@ def assumptions(trainer: L.Trainer, module: Any, data: Any, longest: PairTable |
             f"Assumed: a micro-batch of {batch} from the longest of {len(longest):,} training pairs; prompt and both "
             f"responses of the longest have {int(totals.max()):,} tokens."
         )
-    trained = "all weights" if module.lora is None else f"LoRA of rank {module.lora.r}"
+    trained = "all weights" if module.lora is None else module.lora.described
     checkpointing = "with" if module.gradient_checkpointing else "without"
     yield f"{trained}, precision {trainer.precision}, {checkpointing} gradient checkpointing."
 

@@ -101,7 +101,7 @@ def run_settings(trainer: Any, module: Any, data: Any) -> dict[str, str]:
     lora = module.lora
     return {
         "loss": settings_of(module.loss),
-        "trained": "all weights" if lora is None else f"LoRA adapters of rank {lora.r}, alpha {lora.alpha}, merged",
+        "trained": "all weights" if lora is None else f"{lora.described}, merged",
         "optimiser": f"{type(optimizer).__name__}, learning rate {group.get('initial_lr', group['lr']):g}, "
         f"{module.lr_schedule} schedule, warm-up {module.warmup_ratio:.0%}, weight decay "
         f"{group.get('weight_decay', 0):g}",

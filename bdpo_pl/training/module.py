@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -21,7 +20,8 @@ from bdpo_pl.forward.prefix_sharing import PrefixSharing, choose_layout, probe_d
 from bdpo_pl.forward.responses import response_logps
 from bdpo_pl.forward.router_loss import balancing_loss, check_router, routed
 from bdpo_pl.losses import BalancedDPOLoss, PairScores, PreferenceLoss
-from bdpo_pl.models.adapters import LoraOptions, quantization_config
+from bdpo_pl.models.adapters import LoraOptions, attach_adapters, is_adapter, quantization_config
+from bdpo_pl.models.before_training import BeforeTraining
 from bdpo_pl.models.loading import (
     DTypeName,
     ModelSource,
@@ -41,7 +41,7 @@ from bdpo_pl.training.checkpoints import require_same_policy
 from bdpo_pl.training.datamodule import VALIDATION_SPLITS, PreferenceDataModule
 from bdpo_pl.training.guards import check_first_loss, require_finite_loss, say_unscored
 from bdpo_pl.training.metrics import pair_metrics
-from bdpo_pl.training.optim import LRSchedule, adamw, lr_lambda, parameter_groups, warn_of_lost_updates
+from bdpo_pl.training.optim import LRSchedule, adamw, lr_lambda, parameter_groups, scale_rates, warn_of_lost_updates
 from bdpo_pl.training.policy import build_policy
 from bdpo_pl.training.steps import fused_losses, pair_scores, plain_losses
 from bdpo_pl.training.watched import WatchedModule
@@ -74,8 +74,8 @@ class PreferenceModule(WatchedModule):
         gradient_checkpointing: recompute activations in the backward pass, to save memory.
         compile: backend for `torch.compile` of the layers (`inductor` is PyTorch's own); default: not compiled. Worth
             its minute of compilation in long runs.
-        lora: train low-rank adapters and nothing else; the reference is then the policy without them, and checkpoints
-            hold them alone.
+        lora: train low-rank adapters and nothing else; the reference is then the policy as it was before, and
+            checkpoints hold the adapters alone.
         router_aux_loss: factor of the loss that balances the experts of a mixture, over the tokens of each batch; 0:
             none.
         trust_remote_code: run Python code that comes with the model. It runs with your permissions: read it first.
@@ -114,6 +114,9 @@ class PreferenceModule(WatchedModule):
         self.reference_source = self.source
         if reference is not None:
             self.reference_source = ModelSource(_resolve(reference), None, attn_implementation, trust_remote_code)
+        # A policy that starts from an adapter has its base model as the reference only where that is named.
+        starts_adapted = lora is not None and lora.adapter is not None
+        self.own_reference = self.reference_source == self.source and not (starts_adapted and reference is not None)
         self.reference_mode = choose_mode(reference_mode, self.loss, given=reference is not None)
         self.reference_dtype: DTypeName = reference_dtype
         self.scoring = scoring or ScoringOptions()
@@ -139,6 +142,7 @@ class PreferenceModule(WatchedModule):
         self._splits: PreferenceSplits | None = None
         # In a list, so that it is no part of this module before it is its policy.
         self._base: list[nn.Module] = []
+        self._before: BeforeTraining | None = None
 
     # Setting up
 
@@ -173,11 +177,11 @@ class PreferenceModule(WatchedModule):
         """
         name = self.dtype_name if self.reference_dtype == "auto" else self.reference_dtype
         dtype = resolve_dtype(name, precision)
-        adapted: Any = self if self.lora is not None and self.reference_source == self.source else None
+        adapted: Any = self if self.lora is not None and self.own_reference else None
         if adapted is not None and dtype != resolve_dtype(self.dtype_name, precision):
             raise InputError(
                 f"model.reference_dtype is {self.reference_dtype}, but with LoRA the reference is the policy "
-                "without its adapters, in the policy's own dtype; leave it out"
+                "as it was before training, in the policy's own dtype; leave it out"
             )
         return Reference(self.reference_source, mode, dtype, self.scoring, self.prefix_sharing, adapted)
 
@@ -202,6 +206,8 @@ class PreferenceModule(WatchedModule):
             gradient_checkpointing=self.gradient_checkpointing,
         )
         self._base.clear()
+        if self.lora is not None and self.own_reference and self.reference_mode == "live":
+            self._before = BeforeTraining(self.policy, self.lora)
         if frozen_names(self.policy):
             # Checkpoints hold what is trained; on_load_checkpoint sees to it that they hold all of it.
             self.strict_loading = False
@@ -211,8 +217,16 @@ class PreferenceModule(WatchedModule):
     def base_model(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
         """Load the whole model as it is before training, once for reference and policy; quantised, on `device`."""
         if not self._base:
-            self._base.append(load_model(self.source, dtype, quantization_config(self.lora), device))
+            model = load_model(self.source, dtype, quantization_config(self.lora), device)
+            if self.lora is not None and self.lora.adapter is not None:
+                attach_adapters(model, self.lora)
+            self._base.append(model)
         return self._base[0]
+
+    def before_training(self) -> AbstractContextManager[Any]:
+        """The policy as it was before training, while the context is open."""
+        assert self._before is not None
+        return self._before.of(self.policy)
 
     @property
     def row_layout(self) -> RowLayout:
@@ -238,7 +252,8 @@ class PreferenceModule(WatchedModule):
 
     def configure_optimizers(self) -> Any:
         """The optimiser on its parameter groups, and the schedule over all of the run's steps."""
-        optimizer = self.optimizer(parameter_groups(self.policy))
+        ratio = 1.0 if self.lora is None else self.lora.lr_ratio
+        optimizer = scale_rates(self.optimizer(parameter_groups(self.policy, ratio)))
         warn_of_lost_updates(optimizer)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = lr_lambda(self.lr_schedule, round(self.warmup_ratio * steps), steps)
@@ -299,8 +314,7 @@ class PreferenceModule(WatchedModule):
     @property
     def _starts_as_reference(self) -> bool:
         """Whether the loss of every pair is known at the start, policy and reference being one model."""
-        same = self.reference_mode != "none" and self.reference_source == self.source
-        return same and self.loss.initial_value is not None
+        return self.reference_mode != "none" and self.own_reference and self.loss.initial_value is not None
 
     # Checkpoints
 
@@ -311,7 +325,7 @@ class PreferenceModule(WatchedModule):
             "revision": self.source.revision,
             "reestimation": self.reestimation.state_dict(),
             "loss": self.loss.state_dict(),
-            "lora": None if self.lora is None else dataclasses.asdict(self.lora),
+            **({"lora": None} if self.lora is None else self.lora.to_saved()),
             # Over all ranks: what the next log line will be the mean of.
             "train_means": self.train_means.joined(self.trainer.strategy.reduce),
             # What the closing table of a resumed run begins with.
@@ -344,7 +358,7 @@ class PreferenceModule(WatchedModule):
         if self.lora is None:
             # What text never reaches is as it was, and FSDP2 does not gather it.
             return set(self.state_dict()) - {f"policy.{name}" for name in frozen_names(self.policy)}
-        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return {name for name, parameter in self.named_parameters() if parameter.requires_grad or is_adapter(name)}
 
     @property
     def splits(self) -> PreferenceSplits:

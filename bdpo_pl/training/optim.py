@@ -16,16 +16,31 @@ LRSchedule = Literal["cosine", "linear", "constant"]
 _SMALLEST_HALF_RATE = 1e-5
 
 
-def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, lr_ratio: float = 1.0) -> list[dict[str, Any]]:
     """Trainable parameters in two groups: matrices, which decay as the optimiser says, and the rest, which never do.
 
     Norm scales and biases are vectors; weight decay would pull them to zero, where a norm does nothing.
+
+    Args:
+        model: the policy.
+        lr_ratio: learning rate of adapters' B matrices over that of the rest (LoRA+); they are a third group where it
+            is not 1. `scale_rates` puts it into force.
     """
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trainable if p.ndim >= 2]
-    vectors = [p for p in trainable if p.ndim < 2]
-    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    second = {name for name, _ in trainable if lr_ratio != 1.0 and (".lora_B." in name or ".lora_embedding_B." in name)}
+    groups: list[dict[str, Any]] = [
+        {"params": [p for name, p in trainable if p.ndim >= 2 and name not in second]},
+        {"params": [p for name, p in trainable if name in second], "lr_ratio": lr_ratio},
+        {"params": [p for _, p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
     return [group for group in groups if group["params"]]
+
+
+def scale_rates(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Multiply the learning rate of each group by its `lr_ratio`, once, before a schedule takes the rates up."""
+    for group in optimizer.param_groups:
+        group["lr"] *= group.pop("lr_ratio", 1.0)
+    return optimizer
 
 
 def lr_lambda(schedule: LRSchedule, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
@@ -80,9 +95,9 @@ class AdamW(torch.optim.AdamW):
 def warn_of_lost_updates(optimizer: torch.optim.Optimizer) -> None:
     """Warn if the learning rate is below the rounding of the weights it is to change."""
     rate = max(group["lr"] for group in optimizer.param_groups)
-    dtype = optimizer.param_groups[0]["params"][0].dtype
-    if rate < _SMALLEST_HALF_RATE and dtype in (torch.bfloat16, torch.float16):
+    dtypes = {p.dtype for group in optimizer.param_groups for p in group["params"]}
+    if rate < _SMALLEST_HALF_RATE and (half := dtypes & {torch.bfloat16, torch.float16}):
         rank_zero_warn(
-            f"a learning rate of {rate:g} changes {dtype} weights by less than their rounding, so most "
+            f"a learning rate of {rate:g} changes {half.pop()} weights by less than their rounding, so most "
             "updates are lost; hold the weights in float32 with --trainer.precision bf16-mixed"
         )

@@ -33,7 +33,7 @@ def build_policy(
         source: the model.
         dtype: of its weights.
         load: gives the whole model; not called where it is split.
-        lora: adapters to add; then nothing else is trained.
+        lora: adapters to add, if the model that `load` gives has none yet; then nothing else is trained.
         gradient_checkpointing: recompute activations in the backward pass.
 
     Raises:

@@ -20,7 +20,16 @@ RUNS = {
     "tp-logits": {"lm_head": "logits"},
     "ddp-lora": {"lora": LORA},
     "fsdp2-lora": {"lora": LORA},
+    "fsdp2-pissa": {"lora": LoraOptions(r=4, init="pissa"), "trainer": {"max_epochs": 1}},
+    "fsdp2-dora": {"lora": LoraOptions(r=4, dora=True, modules_to_save=["lm_head"]), "trainer": {"max_epochs": 1}},
 }
+FROM_ADAPTER = ("ddp-adapter", "fsdp2-adapter")
+
+
+def from_adapter(folder):
+    return {"lora": LoraOptions(adapter=str(folder / "sft")), "trainer": {"max_epochs": 1}}
+
+
 OTHER_MODELS = {
     "ddp-vision": "vision",
     "fsdp2-vision": "vision",
@@ -35,6 +44,8 @@ OTHER_MODELS = {
 def every_strategy(rank, folder):
     for name, options in RUNS.items():
         keep(rank, folder, name, train(folder, name, 2, **options))
+    for name in FROM_ADAPTER:
+        keep(rank, folder, name, train(folder, name, 2, **from_adapter(folder)))
     for name, model in OTHER_MODELS.items():
         keep(rank, folder, name, train(folder, name, 2, model=model, trainer={"max_epochs": 1}))
 

@@ -14,7 +14,9 @@ from training import fit, same, weights
 from bdpo_pl.errors import InputError
 from bdpo_pl.losses import BalancedDPOLoss
 from bdpo_pl.models import adapters
-from bdpo_pl.models.adapters import LoraOptions, adapters_off, export_adapter, is_adapter
+from bdpo_pl.models.adapter_export import export_adapter
+from bdpo_pl.models.adapters import LoraOptions, is_adapter
+from bdpo_pl.models.before_training import adapters_off
 from bdpo_pl.models.checkpoint import plain_model
 from bdpo_pl.models.loading import ModelSource, load_model
 from bdpo_pl.parallel.state import whole_state

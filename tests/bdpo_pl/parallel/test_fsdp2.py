@@ -3,6 +3,7 @@
 import pytest
 import sharded_ranks
 import torch
+from adapters import sft_adapter
 from architectures import tiny
 from makers import build_model, build_tokenizer, preference_rows, write_jsonl
 from sharded_jobs import spawn, train
@@ -29,6 +30,7 @@ def runs(tmp_path_factory):
     for name, model in models.items():
         model.save_pretrained(folder / name)
         build_tokenizer().save_pretrained(folder / name)
+    sft_adapter(folder / "model", folder / "sft", modules_to_save=["lm_head"])
     write_jsonl(folder / "pairs.jsonl", preference_rows(40))
     spawn(sharded_ranks.everything, folder)
     return folder
@@ -37,14 +39,15 @@ def runs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def one(runs):
     """Results of one process, by what distinguishes them."""
-    lora = {"lora": sharded_ranks.LORA}
-    found = {"": train(runs, "one"), "lora": train(runs, "one-lora", **lora)}
+    found = {"": train(runs, "one"), "adapter": train(runs, "one-adapter", **sharded_ranks.from_adapter(runs))}
+    for kind in ("lora", "pissa", "dora"):
+        found[kind] = train(runs, f"one-{kind}", **sharded_ranks.RUNS[f"fsdp2-{kind}"])
     for model in set(sharded_ranks.OTHER_MODELS.values()):
         found[model] = train(runs, f"one-{model}", model=model, trainer={"max_epochs": 1})
     return found
 
 
-@pytest.mark.parametrize("name", [*sharded_ranks.RUNS, *sharded_ranks.OTHER_MODELS])
+@pytest.mark.parametrize("name", [*sharded_ranks.RUNS, *sharded_ranks.FROM_ADAPTER, *sharded_ranks.OTHER_MODELS])
 def test_two_processes_equal_one(runs, one, name):
     state, evaluations, held = torch.load(runs / f"{name}.pt", weights_only=True)
     kind = name.partition("-")[2]

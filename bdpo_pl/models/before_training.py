@@ -1,0 +1,68 @@
+"""A policy with adapters as it was before training: its own reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from bdpo_pl.models.adapters import LoraOptions, is_adapter
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
+    """While open, `model` computes as if it had no adapters."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield model
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+class BeforeTraining:
+    """A policy with adapters as it was before training, which is its reference.
+
+    New adapters are switched off. What was there before, an adapter that training goes on from or a module trained
+    whole, is kept in a copy, which takes the place of the trained values.
+
+    Args:
+        model: the policy, not trained yet.
+        options: of its adapters.
+    """
+
+    def __init__(self, model: nn.Module, options: LoraOptions) -> None:
+        self._switches = options.adapter is None
+        self._kept = {
+            name: p.detach().clone()
+            for name, p in model.named_parameters()
+            if p.requires_grad and not (self._switches and is_adapter(name))
+        }
+
+    @contextmanager
+    def of(self, model: nn.Module) -> Iterator[nn.Module]:
+        """While open, `model` is as it was."""
+        trained = {name: model.get_parameter(name) for name in self._kept}
+        self._exchange(trained)
+        try:
+            if self._switches:
+                with adapters_off(model):
+                    yield model
+            else:
+                yield model
+        finally:
+            self._exchange(trained)
+
+    def _exchange(self, trained: dict[str, nn.Parameter]) -> None:
+        for name, parameter in trained.items():
+            kept: Tensor = self._kept[name].to(parameter.device)
+            self._kept[name], parameter.data = parameter.data, kept
+        if trained:
+            # Autocast keeps the casts of trained weights, and would multiply by those of the other values.
+            torch.clear_autocast_cache()
