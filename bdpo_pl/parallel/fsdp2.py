@@ -7,29 +7,28 @@ wrote them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from bdpo_pl.errors import InputError
 from bdpo_pl.models.adapter_start import Start
-from bdpo_pl.models.adapters import LoraOptions, add_adapters, base_name, is_adapter
+from bdpo_pl.models.adapters import LoraOptions, add_adapters
 from bdpo_pl.models.loading import ModelSource, enable_activation_checkpointing, load_config, model_class
 from bdpo_pl.models.reach import freeze_unreached
+from bdpo_pl.parallel.from_files import compute_buffers, fill
 from bdpo_pl.parallel.state import (
     DATA,
     TENSOR,
     adapter_starts,
     load_optimizer_state,
     load_state,
-    split_like,
     whole_optimizer_state,
 )
 from bdpo_pl.parallel.tensor_parallel import check_tensor_parallel, parallelize
@@ -160,10 +159,10 @@ def build_sharded(
                     module.set_force_sum_reduction_for_comms(True)
     start = None if lora is None else Start(lora.init, lora.adapter)
     with files:
-        _load(model, files, device, start)
+        fill(model, files, device, start)
     if start is not None and start.folder is not None:
         start.folder.check_all_read()
-    _compute_buffers(model, device)
+    compute_buffers(model, device)
     return model
 
 
@@ -173,77 +172,3 @@ def _blocks(model: Any) -> list[nn.Module]:
     if not blocks:
         raise InputError(f"{type(model).__name__} does not say what its blocks are, so it cannot be sharded by them")
     return blocks
-
-
-def _load(model: nn.Module, files: WeightFiles, device: torch.device, start: Start | None) -> None:
-    """Give every parameter and stored buffer its local part of the weights; tied ones remain one tensor.
-
-    Args:
-        model: without weights, with its adapters.
-        files: of the base model.
-        device: of the parts.
-        start: of the adapters, if there are any.
-    """
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
-    aliases: dict[int, list[str]] = {}
-    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    stored = set(model.state_dict())
-    tensors |= {name: buffer for name, buffer in model.named_buffers() if name in stored}
-    for name, tensor in tensors.items():
-        aliases.setdefault(id(tensor), []).append(name)
-    state: dict[str, Tensor] = {}
-    for names in aliases.values():
-        old = tensors[names[0]]
-        read = None if start is None else _started(model, files, names, shapes, start)
-        value = split_like(old, read or _stored(files, names, old.shape), device)
-        if isinstance(old, nn.Parameter):
-            value = nn.Parameter(value, requires_grad=old.requires_grad)
-        state |= dict.fromkeys(names, value)
-    model.load_state_dict(state, assign=True)
-
-
-def _stored(files: WeightFiles, names: list[str], shape: torch.Size) -> Callable[[tuple[slice, ...]], Tensor]:
-    """Read a part of the base model's tensor of one of `names`."""
-    return lambda ranges: files.read([base_name(name) for name in names], tuple(shape), ranges)
-
-
-def _started(
-    model: nn.Module, files: WeightFiles, names: list[str], shapes: dict[str, torch.Size], start: Start
-) -> Callable[[tuple[slice, ...]], Tensor] | None:
-    """Read a part of a tensor that adapters bring with them; None for a tensor that is the base model's."""
-    name = names[0]
-
-    def whole(base: str) -> Tensor:
-        shape = shapes[base]
-        return files.read([base_name(base)], tuple(shape), tuple(slice(0, size) for size in shape))
-
-    if is_adapter(name):
-        return lambda ranges: start.value(model, name, shapes[name], whole)[ranges]
-    if start.folder is not None and (held := [one for one in names if one in start.folder]):
-        values = [start.folder.read(one, tuple(shapes[one])) for one in held]
-        return lambda ranges: values[0][ranges]
-    return None
-
-
-def _compute_buffers(model: Any, device: torch.device) -> None:
-    """Fill the buffers that no file stores (those of rotary embeddings) by the model's own initialisation."""
-    # All tensors are marked as initialised, because an embedding with a scale would otherwise draw new weights too.
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor._is_hf_initialized = True
-    for module in model.modules():
-        names = [n for n in module._non_persistent_buffers_set if module._buffers.get(n) is not None]
-        for name in names:
-            old = module._buffers[name]
-            module._buffers[name] = (
-                torch.full(old.shape, torch.nan, dtype=old.dtype, device=device)
-                if (old.is_floating_point())
-                else torch.zeros(old.shape, dtype=old.dtype, device=device)
-            )
-        if names:
-            model._init_weights(module)
-        for name in names:
-            if not torch.isfinite(module._buffers[name]).all():
-                raise InputError(
-                    f"{type(model).__name__} cannot be built in parts: nothing computes its buffer {name} of "
-                    f"{type(module).__name__}; use ddp"
-                )

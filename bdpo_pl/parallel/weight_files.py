@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from bdpo_pl.models.loading import ModelSource
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class WeightFiles:
@@ -125,6 +127,13 @@ class WeightFiles:
         stored = self._file(self._files[found]).get_slice(found)
         self._check_shape(found, tuple(stored.get_shape()), shape, found)
         return stored[part] if shape else stored[...]
+
+    def stored_dtype(self, names: list[str]) -> torch.dtype | None:
+        """Return the dtype of the tensor stored under one of `names`; None if it is put together, or not stored."""
+        if any(name in self._joined for name in names):
+            return None
+        found = [stored for name in names for stored in (name, self._stored.get(name)) if stored in self._files]
+        return _DTYPES.get(self._file(self._files[found[0]]).get_slice(found[0]).get_dtype()) if found else None
 
     def _check_shape(self, name: str, found: tuple[int, ...], expected: tuple[int, ...], stored: str) -> None:
         if found != expected:

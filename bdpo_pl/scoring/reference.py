@@ -26,8 +26,10 @@ from bdpo_pl.losses import PreferenceLoss
 from bdpo_pl.models.adapters import LoraOptions
 from bdpo_pl.models.loading import ModelSource, frozen, hold_products_in, load_model, model_fingerprint
 from bdpo_pl.models.precision import autocast_dtype, half_products
+from bdpo_pl.parallel.from_files import mapped_model
 from bdpo_pl.parallel.fsdp2 import build_sharded
 from bdpo_pl.parallel.state import DATA, TENSOR
+from bdpo_pl.reporting.format import size
 from bdpo_pl.scoring.cache import ScoreCache, default_cache_dir
 from bdpo_pl.scoring.machine import Machine
 from bdpo_pl.scoring.scores import SplitScores, score_splits, split_scores, table_scores
@@ -230,11 +232,26 @@ class Reference:
             return model.requires_grad_(False).eval()
         if self._adapted is not None:
             return frozen(self._adapted.base_model(self.dtype, machine.device), machine.device)
+        products = autocast_dtype(machine.precision) if self.mode == "precomputed" else None
+        if machine.world_size > 1 and (shared := self._mapped(products)) is not None:
+            return frozen(shared, machine.device)
         model = load_model(self.source, self.dtype)
-        products = autocast_dtype(machine.precision)
-        if products is not None and self.mode == "precomputed":
+        if products is not None:
             hold_products_in(model, products)
         return frozen(model, machine.device)
+
+    def _mapped(self, products: torch.dtype | None) -> nn.Module | None:
+        """The model with the weights of its files, one copy for the processes of a machine; None where it cannot be."""
+        try:
+            found = mapped_model(self.source, self.dtype, products)
+        except InputError as error:
+            rank_zero_info(f"Each process holds the reference by itself: {error}")
+            return None
+        rank_zero_info(
+            f"Reference: {size(found.shared)} are mapped from its files, one copy for all processes of a machine"
+            + (f"; {size(found.copied)} more in each, stored in another dtype or in parts" if found.copied else "")
+        )
+        return found.model
 
     @property
     def _adapter(self) -> LoraOptions | None:

@@ -30,32 +30,23 @@ from bdpo_pl.data.table import PairTable
 from bdpo_pl.forward.last_layer import scored_positions_only
 from bdpo_pl.forward.masks import model_inputs
 from bdpo_pl.forward.responses import head_input
-from bdpo_pl.models.adapters import LoraOptions, add_adapters
-from bdpo_pl.models.loading import ModelSource, load_config, model_class, num_positions, resolve_dtype
+from bdpo_pl.models.adapters import LoraOptions
+from bdpo_pl.models.loading import ModelSource, load_config, num_positions, resolve_dtype
 from bdpo_pl.models.precision import autocast_dtype
 from bdpo_pl.parallel.tensor_parallel import check_tensor_parallel
 from bdpo_pl.training.meta_attention import attention_as_on_devices
+from bdpo_pl.training.parameter_counts import (
+    Devices,
+    count_parameters,
+    meta_model,
+    split_config,
+    with_layers,
+)
 from bdpo_pl.training.planned_batches import longest_batch, worst_batch
+from bdpo_pl.training.planned_reference import HostReference, plan_host, plan_reference
 
 # bitsandbytes' nf4 with double quantisation: 4 bits a weight, and 0.127 for its scales (arXiv:2305.14314).
 _NF4_BYTES = (4 + 0.127) / 8
-
-
-@dataclass(frozen=True)
-class Devices:
-    """How a model is spread.
-
-    Attributes:
-        data: groups with different data.
-        tensor: devices of a group, which share each layer.
-        sharded: whether the groups share the weights (FSDP2), or each holds them (DDP, one device).
-        kind: `cpu` or `cuda`.
-    """
-
-    data: int = 1
-    tensor: int = 1
-    sharded: bool = False
-    kind: str = "cuda"
 
 
 @dataclass(frozen=True)
@@ -71,6 +62,7 @@ class MemoryPlan:
         logits_chunk: one chunk of logits and the LM head's own gradients, which are computed on the way forward.
         reference: weights of the reference, and of what FSDP2 gathers of them, while pairs are scored.
         live: whether the reference stays in memory; else it is freed before the policy is loaded.
+        host: the reference in the memory of a machine whose processes each load it.
     """
 
     weights: int
@@ -81,6 +73,7 @@ class MemoryPlan:
     logits_chunk: int
     reference: int = 0
     live: bool = False
+    host: HostReference | None = None
 
     @property
     def peak(self) -> int:
@@ -106,6 +99,8 @@ class MemoryPlan:
         if self.reference:
             kept = "in the peak" if self.live else "freed before the policy is loaded"
             table.add_row(f"reference's weights, {kept}", f"{self.reference / 2**30:,.3f}")
+        if self.host is not None:
+            table.add_row(self.host.label, f"{self.host.total / 2**30:,.3f}")
         table.caption = "peak: gradients come as activations go: the larger counts; without the allocator's own share"
         return table
 
@@ -135,7 +130,7 @@ def plan_memory(
         gradient_checkpointing: whether activations are recomputed.
         half_products: dtype of autocast's products, if it is on.
     """
-    counts = _count(source, config, dtype, lora, devices)
+    counts = count_parameters(source, config, dtype, lora, devices)
     shards = devices.data if devices.sharded else 1
     width = dtype.itemsize
     trained_width = 4 if lora is not None else width
@@ -156,7 +151,7 @@ def plan_memory(
     elif devices.sharded and devices.data > 1:
         gradients += counts.trained_block * product
     small = copy.deepcopy(config)
-    _split_config(small, devices.tensor)
+    split_config(small, devices.tensor)
     activations = _activations(source, small, batch, half_products or dtype, gradient_checkpointing, lora)
     return MemoryPlan(
         round(weights),
@@ -230,68 +225,14 @@ def planned(
     dtype = resolve_dtype(name, str(trainer.precision))
     products = autocast_dtype(str(trainer.precision)) if module.reference_mode == "precomputed" else None
     reference = plan_reference(module.reference_source, load_config(module.reference_source), dtype, devices, products)
-    return dataclasses.replace(plan, reference=reference, live=module.reference_mode == "live")
-
-
-def plan_reference(
-    source: ModelSource, config: Any, dtype: torch.dtype, devices: Devices, products: torch.dtype | None = None
-) -> int:
-    """Give the bytes of the reference's weights on one device, as `scoring.reference` holds them.
-
-    Args:
-        source: the reference.
-        config: its transformers configuration.
-        dtype: of the weights.
-        devices: how the policy is spread; where it is split, the reference is, over all of them by FSDP2.
-        products: dtype that autocast multiplies in, which linear layers are then held in; None: all in `dtype`.
-    """
-    counts = _count(source, config, dtype, None, Devices(kind=devices.kind))
-    narrow = (products or dtype).itemsize
-    ranks = devices.data * devices.tensor
-    if devices.sharded and ranks > 1:
-        return round(counts.all * narrow / ranks + (counts.outside + 2 * counts.block) * narrow)
-    text = config.get_text_config()
-    # Embeddings are not multiplied; norms are too small to count.
-    return (
-        counts.all - text.vocab_size * text.hidden_size
-    ) * narrow + text.vocab_size * text.hidden_size * dtype.itemsize
+    host = None
+    if not own and not sharded and trainer.num_devices > 1:
+        host = plan_host(module.reference_source, dtype, products, trainer.num_devices)
+    return dataclasses.replace(plan, reference=reference, live=module.reference_mode == "live", host=host)
 
 
 def _kind(trainer: L.Trainer) -> str:
     return "cuda" if isinstance(trainer.accelerator, CUDAAccelerator) else "cpu"
-
-
-@dataclass(frozen=True)
-class _Counts:
-    """Numbers of parameters on one device of a tensor-parallel group."""
-
-    all: int
-    trained: int
-    block: int
-    trained_block: int
-    outside: int
-
-
-def _count(source: ModelSource, config: Any, dtype: torch.dtype, lora: LoraOptions | None, devices: Devices) -> _Counts:
-    config = copy.deepcopy(config)
-    layers = config.get_text_config().num_hidden_layers
-    _split_config(config, devices.tensor)
-
-    def sizes(depth: int) -> tuple[int, int]:
-        model = _meta_model(source, _with_layers(config, depth), dtype, lora)
-        parameters = list(model.parameters())
-        return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
-
-    one, two = sizes(1), sizes(2)
-    block, trained_block = two[0] - one[0], two[1] - one[1]
-    # Vocabulary rows are shared out too.
-    table = config.get_text_config().vocab_size * config.get_text_config().hidden_size
-    tables = table * (1 if config.tie_word_embeddings else 2) if devices.tensor > 1 else 0
-    outside = one[0] - block - tables + tables // devices.tensor
-    trained_outside = one[1] - trained_block if lora is not None else outside
-    return _Counts(
-        outside + layers * block, trained_outside + layers * trained_block, block, trained_block, outside
-    )  # fmt: skip
 
 
 def _activations(
@@ -304,7 +245,7 @@ def _activations(
 ) -> int:
     layers = config.get_text_config().num_hidden_layers
     one, two = (
-        _kept(_meta_model(source, _with_layers(config, depth), dtype, lora), batch, whole=gradient_checkpointing)
+        _kept(meta_model(source, with_layers(config, depth), dtype, lora), batch, whole=gradient_checkpointing)
         for depth in (1, 2)
     )
     if not gradient_checkpointing:
@@ -363,30 +304,3 @@ def state_width(optimizer: Callable[[Any], torch.optim.Optimizer], dtype: torch.
     made.step()
     tensors = [value for value in made.state[parameter].values() if isinstance(value, Tensor)]
     return sum(t.numel() * t.element_size() for t in tensors if t.shape == parameter.shape) / parameter.numel()
-
-
-def _meta_model(source: ModelSource, config: Any, dtype: torch.dtype, lora: LoraOptions | None) -> Any:
-    with torch.device("meta"):
-        model = model_class(source, config, dtype)
-        if lora is not None:
-            add_adapters(model, lora)
-    return model
-
-
-def _with_layers(config: Any, layers: int) -> Any:
-    config = copy.deepcopy(config)
-    text = config.get_text_config()
-    text.num_hidden_layers = layers
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:layers]
-    return config
-
-
-def _split_config(config: Any, size: int) -> None:
-    """What one of `size` devices that share each layer computes, as a model of its own."""
-    if size == 1:
-        return
-    text = config.get_text_config()
-    text.head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        setattr(text, key, getattr(text, key) // size)

@@ -15,8 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bdpo_pl.models.adapters import LoraOptions
 from bdpo_pl.models.loading import ModelSource
-from bdpo_pl.training.memory_plan import Devices, MemoryPlan, plan_memory, worst_batch
+from bdpo_pl.training.memory_plan import MemoryPlan, plan_memory
 from bdpo_pl.training.optim import adamw
+from bdpo_pl.training.parameter_counts import Devices
+from bdpo_pl.training.planned_batches import worst_batch
 from benchmarks.calculated.scaling import GIB, PEAK_FLOPS, SHARE
 from benchmarks.pages import render
 

@@ -14,8 +14,10 @@ from transformers import AutoConfig, LlamaConfig
 
 from bdpo_pl.models.adapters import LoraOptions
 from bdpo_pl.models.loading import ModelSource
-from bdpo_pl.training.memory_plan import Devices, plan_memory, worst_batch
+from bdpo_pl.training.memory_plan import plan_memory
 from bdpo_pl.training.optim import adamw
+from bdpo_pl.training.parameter_counts import Devices
+from bdpo_pl.training.planned_batches import worst_batch
 from benchmarks.pages import render
 
 PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"

@@ -10,9 +10,13 @@ from transformers import AutoConfig
 from bdpo_pl.forward.fused_loss import fused_preference_loss
 from bdpo_pl.losses import DPOLoss, PairScores
 from bdpo_pl.models.adapters import LoraOptions, add_adapters
-from bdpo_pl.models.loading import ModelSource, enable_activation_checkpointing, hold_products_in
-from bdpo_pl.training.memory_plan import Devices, MemoryPlan, plan_memory, plan_reference, worst_batch
+from bdpo_pl.models.loading import ModelSource, enable_activation_checkpointing, hold_products_in, load_model
+from bdpo_pl.parallel.from_files import mapped_model
+from bdpo_pl.training.memory_plan import MemoryPlan, plan_memory
 from bdpo_pl.training.optim import parameter_groups
+from bdpo_pl.training.parameter_counts import Devices
+from bdpo_pl.training.planned_batches import worst_batch
+from bdpo_pl.training.planned_reference import plan_host, plan_reference
 
 TOLERANCE = 0.15
 SIZES = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 4, "vocab_size": 800}
@@ -149,6 +153,37 @@ def test_an_8b_reference_of_eight_devices_is_an_eighth_in_half_precision():
     assert plan == pytest.approx(2 * 8.03e9 / 8 + gathered, rel=0.02)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("products", [None, torch.bfloat16])
+def test_a_machine_holds_one_reference_as_planned_and_with_the_same_bits(tmp_path, tied, stored, products):
+    build_model(tie_word_embeddings=tied).to(stored).save_pretrained(tmp_path)
+    source = ModelSource(str(tmp_path))
+    found = mapped_model(source, torch.float32, products)
+    plan = plan_host(source, torch.float32, products, 8)
+    held = sum(p.numel() * p.element_size() for p in found.model.parameters())
+    assert found.shared + found.copied == held
+    norms = 4 * 5 * 32
+    assert (plan.shared, plan.each) == pytest.approx((found.shared, found.copied), abs=norms)
+    assert plan.total == plan.shared + 8 * plan.each
+    loaded = load_model(source, torch.float32)
+    if products is not None:
+        hold_products_in(loaded, products)
+    expected = dict(loaded.named_parameters())
+    assert expected.keys() == dict(found.model.named_parameters()).keys()
+    for name, parameter in found.model.named_parameters():
+        assert parameter.dtype == expected[name].dtype
+        assert torch.equal(parameter, expected[name])
+    ids = torch.arange(5, 40)[None]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=products is not None):
+        assert torch.equal(found.model(ids).logits, loaded.eval()(ids).logits)
+    # Mapped privately: whatever is written to a weight, the file keeps its bytes.
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with torch.no_grad():
+        found.model.lm_head.weight.zero_()
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
 def test_table_shows_the_peak(capsys):
     from rich.console import Console
 
@@ -156,7 +191,15 @@ def test_table_shows_the_peak(capsys):
     assert "4.000" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("options", [[], ["--trainer.devices=2", "--trainer.strategy=fsdp2"], ["--model.lora.r=4"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--trainer.devices=2", "--trainer.strategy=fsdp2"],
+        ["--trainer.devices=2", "--trainer.strategy=ddp"],
+        ["--model.lora.r=4"],
+    ],
+)
 def test_dry_run_prints_the_plan_and_does_nothing(model_dir, tmp_path, monkeypatch, capsys, options):
     from bdpo_pl.fit import main
 
@@ -176,4 +219,5 @@ def test_dry_run_prints_the_plan_and_does_nothing(model_dir, tmp_path, monkeypat
     assert "Memory on each device" in printed
     assert "reference's weights, freed before the policy is loaded" in printed
     assert "peak" in printed
+    assert ("shared by 2 processes" in printed) == ("--trainer.strategy=ddp" in options)
     assert not list(tmp_path.iterdir())

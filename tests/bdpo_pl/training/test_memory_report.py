@@ -7,8 +7,9 @@ import pytest
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.data.tokenization import PreferencePair
 from bdpo_pl.training import memory_report
-from bdpo_pl.training.memory_plan import longest_batch, planned
+from bdpo_pl.training.memory_plan import planned
 from bdpo_pl.training.memory_report import WarnsOfMemory, largest_batch, verdict
+from bdpo_pl.training.planned_batches import longest_batch
 
 
 def test_largest_batch_is_a_power_of_two_that_fits():

@@ -1,0 +1,151 @@
+"""A model without memory is given its weights from safetensors files: this rank's part of each, or all of them mapped.
+
+Weights of files that are mapped are read from the pages that the operating system keeps of a file, which all processes
+of a machine share. A weight that is held in another dtype than it is stored in is a copy of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bdpo_pl.errors import InputError
+from bdpo_pl.models.adapter_start import Start
+from bdpo_pl.models.adapters import base_name, is_adapter
+from bdpo_pl.models.loading import ModelSource, hold_products_in, load_config, model_class
+from bdpo_pl.parallel.state import split_like
+from bdpo_pl.parallel.weight_files import WeightFiles
+
+
+@dataclass(frozen=True)
+class MappedModel:
+    """A frozen model on the CPU, whose weights are those of its files.
+
+    Attributes:
+        model: the model.
+        shared: bytes that all processes of a machine share.
+        copied: bytes that each process holds by itself, being stored in another dtype or in parts.
+    """
+
+    model: Any
+    shared: int
+    copied: int
+
+
+def mapped_model(source: ModelSource, dtype: torch.dtype, products: torch.dtype | None = None) -> MappedModel:
+    """Build the model of `source` for reading alone, its weights mapped from its files.
+
+    Args:
+        source: location of a model in safetensors files.
+        dtype: dtype of the weights.
+        products: dtype in which autocast multiplies, for the weights of linear layers; None: `dtype`.
+
+    Raises:
+        InputError: its files cannot be mapped, or the model cannot be built without them.
+    """
+    with torch.device("meta"):
+        model = model_class(source, load_config(source), dtype)
+    model.config.use_cache = False
+    files = WeightFiles.of(source)
+    files.take_names_of(model)
+    if products is not None:
+        hold_products_in(model, products)
+    cpu = torch.device("cpu")
+    shared, copied = 0, 0
+    with files:
+        fill(model, files, cpu, None)
+        for names, parameter in named_with_aliases(model).values():
+            size = parameter.numel() * parameter.element_size()
+            # What is stored as it is held is not copied.
+            if files.stored_dtype(names) == parameter.dtype:
+                shared += size
+            else:
+                copied += size
+    compute_buffers(model, cpu)
+    return MappedModel(model.requires_grad_(False).eval(), shared, copied)
+
+
+def named_with_aliases(model: nn.Module) -> dict[int, tuple[list[str], nn.Parameter]]:
+    """Return each parameter of `model` with all its names, by its identity."""
+    found: dict[int, tuple[list[str], nn.Parameter]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found.setdefault(id(parameter), ([], parameter))[0].append(name)
+    return found
+
+
+def fill(model: nn.Module, files: WeightFiles, device: torch.device, start: Start | None) -> None:
+    """Give every parameter and stored buffer its local part of the weights; tied ones remain one tensor.
+
+    Args:
+        model: without weights, with its adapters.
+        files: of the base model.
+        device: of the parts.
+        start: of the adapters, if there are any.
+    """
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
+    aliases: dict[int, list[str]] = {}
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    stored = set(model.state_dict())
+    tensors |= {name: buffer for name, buffer in model.named_buffers() if name in stored}
+    for name, tensor in tensors.items():
+        aliases.setdefault(id(tensor), []).append(name)
+    state: dict[str, Tensor] = {}
+    for names in aliases.values():
+        old = tensors[names[0]]
+        read = None if start is None else _started(model, files, names, shapes, start)
+        value = split_like(old, read or _stored(files, names, old.shape), device)
+        if isinstance(old, nn.Parameter):
+            value = nn.Parameter(value, requires_grad=old.requires_grad)
+        state |= dict.fromkeys(names, value)
+    model.load_state_dict(state, assign=True)
+
+
+def _stored(files: WeightFiles, names: list[str], shape: torch.Size) -> Callable[[tuple[slice, ...]], Tensor]:
+    """Read a part of the base model's tensor of one of `names`."""
+    return lambda ranges: files.read([base_name(name) for name in names], tuple(shape), ranges)
+
+
+def _started(
+    model: nn.Module, files: WeightFiles, names: list[str], shapes: dict[str, torch.Size], start: Start
+) -> Callable[[tuple[slice, ...]], Tensor] | None:
+    """Read a part of a tensor that adapters bring with them; None for a tensor that is the base model's."""
+    name = names[0]
+
+    def whole(base: str) -> Tensor:
+        shape = shapes[base]
+        return files.read([base_name(base)], tuple(shape), tuple(slice(0, size) for size in shape))
+
+    if is_adapter(name):
+        return lambda ranges: start.value(model, name, shapes[name], whole)[ranges]
+    if start.folder is not None and (held := [one for one in names if one in start.folder]):
+        values = [start.folder.read(one, tuple(shapes[one])) for one in held]
+        return lambda ranges: values[0][ranges]
+    return None
+
+
+def compute_buffers(model: Any, device: torch.device) -> None:
+    """Fill the buffers that no file stores (those of rotary embeddings) by the model's own initialisation."""
+    # All tensors are marked as initialised, because an embedding with a scale would otherwise draw new weights too.
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor._is_hf_initialized = True
+    for module in model.modules():
+        names = [n for n in module._non_persistent_buffers_set if module._buffers.get(n) is not None]
+        for name in names:
+            old = module._buffers[name]
+            module._buffers[name] = (
+                torch.full(old.shape, torch.nan, dtype=old.dtype, device=device)
+                if (old.is_floating_point())
+                else torch.zeros(old.shape, dtype=old.dtype, device=device)
+            )
+        if names:
+            model._init_weights(module)
+        for name in names:
+            if not torch.isfinite(module._buffers[name]).all():
+                raise InputError(
+                    f"{type(model).__name__} cannot be built in parts: nothing computes its buffer {name} of "
+                    f"{type(module).__name__}; use ddp"
+                )

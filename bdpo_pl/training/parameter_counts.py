@@ -1,0 +1,94 @@
+"""Numbers of parameters of a model that is not loaded, and how it is spread over devices."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bdpo_pl.models.adapters import LoraOptions, add_adapters
+from bdpo_pl.models.loading import ModelSource, model_class
+
+
+@dataclass(frozen=True)
+class Devices:
+    """How a model is spread.
+
+    Attributes:
+        data: groups with different data.
+        tensor: devices of a group, which share each layer.
+        sharded: whether the groups share the weights (FSDP2), or each holds them (DDP, one device).
+        kind: `cpu` or `cuda`.
+    """
+
+    data: int = 1
+    tensor: int = 1
+    sharded: bool = False
+    kind: str = "cuda"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers of parameters on one device of a tensor-parallel group."""
+
+    all: int
+    trained: int
+    block: int
+    trained_block: int
+    outside: int
+
+
+def count_parameters(
+    source: ModelSource, config: Any, dtype: torch.dtype, lora: LoraOptions | None, devices: Devices
+) -> Counts:
+    """Count the parameters of one device of a group, from models of one and of two layers."""
+    config = copy.deepcopy(config)
+    layers = config.get_text_config().num_hidden_layers
+    split_config(config, devices.tensor)
+
+    def sizes(depth: int) -> tuple[int, int]:
+        model = meta_model(source, with_layers(config, depth), dtype, lora)
+        parameters = list(model.parameters())
+        return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+
+    one, two = sizes(1), sizes(2)
+    block, trained_block = two[0] - one[0], two[1] - one[1]
+    # Vocabulary rows are shared out too.
+    table = config.get_text_config().vocab_size * config.get_text_config().hidden_size
+    tables = table * (1 if config.tie_word_embeddings else 2) if devices.tensor > 1 else 0
+    outside = one[0] - block - tables + tables // devices.tensor
+    trained_outside = one[1] - trained_block if lora is not None else outside
+    return Counts(
+        outside + layers * block, trained_outside + layers * trained_block, block, trained_block, outside
+    )  # fmt: skip
+
+
+def meta_model(source: ModelSource, config: Any, dtype: torch.dtype, lora: LoraOptions | None) -> Any:
+    """Build a model, with its adapters, on the meta device."""
+    with torch.device("meta"):
+        model = model_class(source, config, dtype)
+        if lora is not None:
+            add_adapters(model, lora)
+    return model
+
+
+def with_layers(config: Any, layers: int) -> Any:
+    """Copy `config` for a model of so many layers."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    return config
+
+
+def split_config(config: Any, size: int) -> None:
+    """What one of `size` devices that share each layer computes, as a model of its own."""
+    if size == 1:
+        return
+    text = config.get_text_config()
+    text.head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        setattr(text, key, getattr(text, key) // size)
