@@ -26,10 +26,11 @@ class PreferenceBatch:
     Attributes:
         sequences: 2·B sequences, the chosen responses first, then the rejected ones.
         pair_index: (B,) int64, index of each pair in its table.
-        pair_weight: (B,) float32; the step's loss is Σ weight·loss. Zero for a pair that only fills a rank's batch.
+        pair_weight: (B,) float32, share of each pair in the mean over a step; zero for one that only fills a batch.
         lengths: (2, B) int64, numbers of trained tokens in the chosen and in the rejected responses.
         num_tokens: number of tokens in the rows, without padding.
         safe: (2, B) bool, safety of the chosen and of the rejected responses; None if the data does not label it.
+        given_weight: (B,) float32, the data's own factor of each pair's loss; None if it has none.
     """
 
     sequences: SequenceBatch
@@ -38,6 +39,12 @@ class PreferenceBatch:
     lengths: Tensor
     num_tokens: int
     safe: Tensor | None = None
+    given_weight: Tensor | None = None
+
+    @property
+    def loss_weight(self) -> Tensor:
+        """Factor of each pair's loss, (B,) float32: `pair_weight` times the data's own."""
+        return self.pair_weight if self.given_weight is None else self.pair_weight * self.given_weight
 
 
 def pair_documents(pairs: Sequence[PreferencePair]) -> list[Document]:
@@ -94,4 +101,5 @@ class PairDataset(Dataset[PairKey]):
             lengths=torch.from_numpy(lengths.astype(np.int64)),
             num_tokens=int(sequences.num_tokens),
             safe=None if self.table.safe is None else torch.from_numpy(self.table.safe[:, index]),
+            given_weight=None if self.table.weights is None else torch.from_numpy(self.table.weights[index]),
         )

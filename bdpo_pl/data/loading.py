@@ -106,6 +106,7 @@ def load_pairs(
         raise InputError(_nothing_left(report, truncation))
     report.kept = len(table)
     report.lengths(table)
+    report.weights(table)
     swapped, conflicting = contradictions(table)
     report.note("pairs that another pair contradicts", len(swapped) + len(conflicting))
     return table, report
@@ -169,6 +170,7 @@ def _tokenize(
     places: list[str] = []
     categories: list[str] = []
     safe: list[tuple[bool | None, bool | None]] = []
+    weights: list[float | None] = []
     counts = {"merged": 0, "truncated": 0, "without an end": 0}
     as_text: list[bool] = []
     bos = tokenizer.tokenizer.bos_token_id
@@ -198,6 +200,7 @@ def _tokenize(
             places.append(row.record.place)
             categories.append(row.category)
             safe.append((row.chosen_safe, row.rejected_safe))
+            weights.append(row.weight)
             yield cut
 
     # Pair by pair into flat arrays: lists of numbers would take ten times the memory.
@@ -208,6 +211,7 @@ def _tokenize(
         places=places,
         categories=categories,
         safe=_safety(safe),
+        weights=_weights(weights, places),
     )
     report.note(f"truncated to {truncation.max_length} tokens ({truncation.mode})", counts["truncated"])
     report.note("of these, a response was cut and has no end", counts["without an end"])
@@ -227,6 +231,23 @@ def _safety(flags: Sequence[tuple[bool | None, bool | None]]) -> np.ndarray | No
     if not flags or any(None in both for both in flags):
         return None
     return np.array(flags, dtype=bool).T.copy()
+
+
+def _weights(weights: Sequence[float | None], places: Sequence[str]) -> np.ndarray | None:
+    """Return the weights as (M,) float32, or None if no row has one.
+
+    Raises:
+        InputError: some rows have a weight and others do not.
+    """
+    missing = [place for place, weight in zip(places, weights, strict=True) if weight is None]
+    if len(missing) == len(weights):
+        return None
+    if missing:
+        raise InputError(
+            f"{missing[0]}: no 'weight', which other rows of the source have ({len(missing):,} rows lack it); give "
+            "each row one, or leave the column out with --data.load.ignore '[weight]'"
+        )
+    return np.array(weights, dtype=np.float32)
 
 
 def _deduplicate(table: PairTable, policy: Literal["drop", "keep"], report: DataReport) -> PairTable:

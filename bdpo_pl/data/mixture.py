@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bdpo_pl.data.report import DataReport
-from bdpo_pl.data.table import PairTable
+from bdpo_pl.data.table import PairTable, joined_weights
 from bdpo_pl.errors import InputError
 
 
@@ -81,6 +81,7 @@ def join(
         [place for table in kept for place in table.places],
         [category for table in kept for category in table.categories],
         None if any(flags is None for flags in safe) else np.concatenate([f for f in safe if f is not None], axis=1),
+        joined_weights(kept),
     )
     return joined, np.repeat(np.array(weights, dtype=np.float64), [len(table) for table in kept])
 

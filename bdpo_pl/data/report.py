@@ -94,6 +94,14 @@ class DataReport:
         if share >= _ALIKE and len(table) > 1:
             self.notes[f"responses that begin with the same {size} tokens"] = f"{share:.0%}"
 
+    def weights(self, table: PairTable) -> None:
+        """Note the factors of the pairs' losses, where the data gives them."""
+        if table.weights is None:
+            return
+        smallest, mean, largest = table.weights.min(), table.weights.mean(), table.weights.max()
+        self.notes["weights of pairs: smallest / mean / largest"] = f"{smallest:.3g} / {mean:.3g} / {largest:.3g}"
+        self.note("pairs of weight 0, which training does not learn from", int((table.weights == 0).sum()))
+
 
 def alike(table: PairTable, size: int = 4) -> tuple[float, int]:
     """Return the share of responses that begin with the most common first `size` trained tokens, and `size`."""

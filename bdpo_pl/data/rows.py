@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -54,6 +55,7 @@ class PreferenceRow:
         turns: content of a `rendered` row as messages, for a model with a chat template.
         tools: descriptions of the functions that the model may call.
         template_kwargs: variables of the chat template, for this row only.
+        weight: factor of the pair's loss; None if the data has none.
     """
 
     prompt: Content
@@ -67,6 +69,7 @@ class PreferenceRow:
     turns: Turns | None = None
     tools: Sequence[Any] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
+    weight: float | None = None
 
 
 def common_prefix_length(a: Sequence[Any], b: Sequence[Any]) -> int:
@@ -144,6 +147,25 @@ def parse_flag(record: Record, name: str) -> bool | None:
     if value is None or isinstance(value, bool):
         return value
     raise RowError(record, "wrong type", f"field '{name}' must be true or false, got {value!r:.40}")
+
+
+def parse_weight(record: Record) -> float | None:
+    """Return the number in the column `weight`; None if there is no such column.
+
+    Raises:
+        RowError: it is null, negative, infinite, or no number.
+    """
+    if "weight" not in record.fields:
+        return None
+    value = record.fields["weight"]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value < math.inf:
+        raise RowError(
+            record,
+            "wrong weight",
+            f"field 'weight' must be a number of at least 0, the factor of the pair's loss; got {value!r:.40}. If the "
+            "column means something else, --data.load.ignore '[weight]' leaves it out",
+        )
+    return float(value)
 
 
 def parse_content(record: Record, name: str, value: Any) -> Content:

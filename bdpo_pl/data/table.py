@@ -28,6 +28,7 @@ class PairTable:
         categories: label of each pair, "" without one.
         safe: (2, M) bool, safety of the chosen and of the rejected responses; None unless all are labelled.
         trained: (total,) bool, true for response tokens that are trained on (unused in prompts); None: all are.
+        weights: (M,) float32, factor of each pair's loss; None: all are 1.
     """
 
     tokens: np.ndarray
@@ -40,6 +41,7 @@ class PairTable:
     categories: list[str]
     safe: np.ndarray | None = None
     trained: np.ndarray | None = None
+    weights: np.ndarray | None = None
 
     @classmethod
     def from_pairs(
@@ -49,6 +51,7 @@ class PairTable:
         places: Sequence[str] | None = None,
         categories: Sequence[str] | None = None,
         safe: np.ndarray | None = None,
+        weights: np.ndarray | None = None,
     ) -> PairTable:
         """Pack `pairs` consecutively; `places` and `categories` default to the index and to no label."""
         tokens, lengths, trained = array("i"), array("i"), bytearray()
@@ -75,6 +78,7 @@ class PairTable:
             categories=list(categories) if categories is not None else [""] * len(size),
             safe=safe,
             trained=np.frombuffer(trained, dtype=bool).copy() if is_masked else None,
+            weights=weights,
         )
 
     def __len__(self) -> int:
@@ -116,6 +120,7 @@ class PairTable:
             [self.places[int(i)] for i in indices],
             [self.categories[int(i)] for i in indices],
             None if self.safe is None else self.safe[:, indices],
+            None if self.weights is None else self.weights[indices],
         )
 
     @property
@@ -166,6 +171,15 @@ class PairTable:
             digest.update(len(part).to_bytes(8, "little"))
             digest.update(np.ascontiguousarray(part).tobytes())
         return digest.hexdigest()
+
+
+def joined_weights(tables: Sequence[PairTable]) -> np.ndarray | None:
+    """Return the weights of the pairs of all `tables`, 1 in a table without; None if there are no others."""
+    if all(table.weights is None for table in tables):
+        return None
+    return np.concatenate(
+        [np.ones(len(table), dtype=np.float32) if table.weights is None else table.weights for table in tables]
+    )
 
 
 def _digest(*parts: np.ndarray | np.integer) -> bytes:

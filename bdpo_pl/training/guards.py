@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from bdpo_pl.errors import NonFiniteError
+from bdpo_pl.errors import InputError, NonFiniteError
 from bdpo_pl.losses import PreferenceLoss
 
 
@@ -76,6 +77,15 @@ def check_first_loss(trainer: L.Trainer, losses: Tensor, expected: float) -> Non
         )
     else:
         rank_zero_info(f"First loss {losses.detach().mean().item():.6f}: policy and reference agree")
+
+
+def check_weights(loss: PreferenceLoss, weights: Any) -> None:
+    """Raise `InputError` if the pairs have weights, and `loss` of a pair depends on the others of its batch."""
+    if weights is not None and loss.mixes_pairs:
+        raise InputError(
+            f"the pairs have weights, and {type(loss).__name__} mixes the pairs of a batch, so no factor of one pair's "
+            "loss says how much it counts; take another loss, or leave them out with --data.load.ignore '[weight]'"
+        )
 
 
 def say_unscored(loss: PreferenceLoss, mode: str) -> None:

@@ -79,7 +79,10 @@ def describe_run(trainer: L.Trainer, module: PreferenceModule, data: PreferenceD
         InputError: The optimiser refuses its options.
     """
     table = data.tables["train"]
-    traits = {"data": _digest(table.content_digest(), f"{len(table):,} pairs of {data.train_source}")}
+    content = table.content_digest()
+    if table.weights is not None:
+        content = _sha(f"{content} {hashlib.sha256(table.weights.tobytes()).hexdigest()}")
+    traits = {"data": _digest(content, f"{len(table):,} pairs of {data.train_source}")}
     held_out = data.tables.get("held_out")
     traits["held-out data"] = (
         Trait(None, "none") if held_out is None else _digest(held_out.content_digest(), f"{len(held_out):,} pairs")

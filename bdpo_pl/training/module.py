@@ -39,7 +39,7 @@ from bdpo_pl.scoring.reference import Reference, ReferenceChoice, ReferenceMode,
 from bdpo_pl.scoring.scoring_pass import ScoringOptions
 from bdpo_pl.training.checkpoints import require_same_policy
 from bdpo_pl.training.datamodule import VALIDATION_SPLITS, PreferenceDataModule
-from bdpo_pl.training.guards import check_first_loss, require_finite_loss, say_unscored
+from bdpo_pl.training.guards import check_first_loss, check_weights, require_finite_loss, say_unscored
 from bdpo_pl.training.metrics import pair_metrics
 from bdpo_pl.training.optim import LRSchedule, adamw, lr_lambda, parameter_groups, scale_rates, warn_of_lost_updates
 from bdpo_pl.training.policy import build_policy
@@ -150,6 +150,7 @@ class PreferenceModule(WatchedModule):
         """Have the pairs read, check that model, data and loss fit each other, and score the pairs."""
         splits = self.read_pairs()
         self._machine = machine = Machine.of(self.trainer)
+        check_weights(self.loss, splits.tables["train"].weights)
         config = load_config(self.source)
         check_window(config, splits.truncation.max_length, self.source.name)
         largest = [splits.pad_id, *(table.largest_id for table in splits.tables.values())]

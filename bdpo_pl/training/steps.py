@@ -44,14 +44,16 @@ def plain_losses(policy: Any, loss: PreferenceLoss, batch: PreferenceBatch, scor
     """Compute the losses from log-probabilities that carry gradients."""
     logps = response_logps(policy, batch.sequences).view(2, -1)
     losses = loss(logps[0], logps[1], scores)
-    return logps, losses, (losses * batch.pair_weight).sum()
+    return logps, losses, (losses * batch.loss_weight).sum()
 
 
 def fused_losses(policy: Any, loss: PreferenceLoss, batch: PreferenceBatch, scores: PairScores) -> Losses:
     """Compute the same, where only the sum carries gradients: they are computed with it, a few pairs at a time."""
 
+    weight = batch.loss_weight
+
     def loss_of_pairs(chosen: Tensor, rejected: Tensor, index: Tensor) -> Tensor:
-        return loss(chosen, rejected, scores[index]) * batch.pair_weight[index]
+        return loss(chosen, rejected, scores[index]) * weight[index]
 
     total, logps = fused_preference_loss(policy, batch.sequences, loss_of_pairs)
     with torch.no_grad():

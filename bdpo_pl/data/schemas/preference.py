@@ -1,7 +1,7 @@
 """The common preference schema: `chosen`, `rejected` and, unless they contain it, `prompt`.
 
-Optional columns are `system`, `tools`, `chat_template_kwargs`, `category` (a label for reports), and `chosen_safe` and
-`rejected_safe` (true or false).
+Optional columns are `system`, `tools`, `chat_template_kwargs`, `category` (a label for reports), `weight` (of its
+loss), and `chosen_safe` and `rejected_safe` (true or false).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from bdpo_pl.data.schemas.hh_rlhf import is_dialogue, parse_dialogues
 from bdpo_pl.data.schemas.schema import SAFETY_COLUMNS, Schema, make_row, split_conversations
 from bdpo_pl.data.sources import Record
 
-SHARED_COLUMNS = ("system", "tools", "chat_template_kwargs", "category", *SAFETY_COLUMNS)
+SHARED_COLUMNS = ("system", "tools", "chat_template_kwargs", "category", "weight", *SAFETY_COLUMNS)
 
 
 class Preference(Schema):

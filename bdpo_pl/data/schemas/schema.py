@@ -7,7 +7,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from bdpo_pl.data.rows import Content, Message, PreferenceRow, RowError, common_prefix_length, parse_content, parse_flag
+from bdpo_pl.data.rows import (
+    Content,
+    Message,
+    PreferenceRow,
+    RowError,
+    common_prefix_length,
+    parse_content,
+    parse_flag,
+    parse_weight,
+)
 from bdpo_pl.data.sources import Record
 from bdpo_pl.errors import InputError
 
@@ -156,7 +165,7 @@ def _words(prompt: Content) -> str:
 def make_row(record: Record, prompt: Content, chosen: Content, rejected: Content, **more: Any) -> PreferenceRow:
     """Return the row of these texts and of the columns that are common to all schemas.
 
-    These are `category`, `chosen_safe` and `rejected_safe`, `system`, `tools` and `chat_template_kwargs`.
+    These are `category`, `chosen_safe`, `rejected_safe`, `weight`, `system`, `tools` and `chat_template_kwargs`.
 
     Raises:
         RowError: one of them contains an invalid value.
@@ -169,6 +178,7 @@ def make_row(record: Record, prompt: Content, chosen: Content, rejected: Content
         "rejected_safe": rejected_safe,
         "tools": _tools(record, record.fields.get("tools")),
         "template_kwargs": _template_kwargs(record),
+        "weight": parse_weight(record),
         **more,
     }
     return PreferenceRow(with_system(record, prompt), chosen, rejected, record, **fields)
