@@ -28,6 +28,8 @@ SHORT = {
     "gradient_checkpointing": "model.gradient_checkpointing",
     "attn_implementation": "model.attn_implementation",
     "trust_remote_code": "model.trust_remote_code",
+    "ref_model_sync_steps": "model.reference_sync.every",
+    "ref_model_mixup_alpha": "model.reference_sync.mixup",
     "lora_r": "model.lora.r",
     "lora_alpha": "model.lora.alpha",
     "lora_dropout": "model.lora.dropout",

@@ -81,6 +81,7 @@ RANGES: dict[str, Range] = {
     # The module.
     "model.reestimate_every": COUNT, "model.warmup_ratio": BELOW_ONE, "model.router_aux_loss": NOT_NEGATIVE,
     "model.scoring.batch_tokens": COUNT, "model.scoring.chunk_pairs": COUNT,
+    "model.reference_sync.every": COUNT, "model.reference_sync.mixup": Range(0, 1, open_low=True),
     "model.lora.r": COUNT, "model.lora.alpha": COUNT, "model.lora.dropout": BELOW_ONE,
     "model.lora.lr_ratio": POSITIVE,
     # Of any optimiser or loss that has an option of this name.

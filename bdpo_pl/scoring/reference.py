@@ -61,16 +61,19 @@ class AdaptedPolicy(Protocol):
         """The policy in training as it was before, while the context is open."""
 
 
-def choose_mode(choice: ReferenceChoice, loss: PreferenceLoss, given: bool) -> ReferenceMode:
+def choose_mode(choice: ReferenceChoice, loss: PreferenceLoss, given: bool, moves: bool = False) -> ReferenceMode:
     """The mode that `choice` comes to: with `auto`, no pair is scored for a loss that reads no score.
 
     Args:
         choice: a mode, or `auto`.
         loss: the loss.
         given: a reference model is named, which asks for its scores.
+        moves: the reference follows the policy, so that scores do not hold.
     """
     if choice != "auto":
         return choice
+    if moves:
+        return "live"
     return "precomputed" if loss.needs_reference or loss.needs_comprehension or given else "none"
 
 
@@ -175,6 +178,11 @@ class Reference:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The live model; None where there is none of its own."""
+        return self._model
 
     def scores(self, split: str, pair_index: Tensor) -> SplitScores:
         """Give the scores of the B pairs at `pair_index` of `split`, on its device."""

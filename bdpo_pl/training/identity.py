@@ -105,6 +105,8 @@ def describe_run(trainer: L.Trainer, module: PreferenceModule, data: PreferenceD
     traits["warmup_ratio"] = _plain(module.warmup_ratio)
     for name in ("max_epochs", "max_steps", "limit_train_batches", "gradient_clip_val"):
         traits[name] = _plain(getattr(trainer, name))
+    if (sync := module.sync.options).every is not None:
+        traits["reference sync"] = _plain([sync.every, sync.mixup])
     traits["re-estimation"] = _plain(module.reestimation.every_n_steps)
     traits["precision"] = _plain(f"{trainer.precision}, weights in {module.dtype_used}")
     traits["batches"] = _batches(trainer, data)

@@ -36,6 +36,7 @@ from bdpo_pl.models.reach import frozen_names
 from bdpo_pl.scoring.machine import Machine
 from bdpo_pl.scoring.reestimation import Reestimation
 from bdpo_pl.scoring.reference import Reference, ReferenceChoice, ReferenceMode, choose_mode
+from bdpo_pl.scoring.reference_sync import ReferenceSync, SyncOptions
 from bdpo_pl.scoring.scoring_pass import ScoringOptions
 from bdpo_pl.training.checkpoints import require_same_policy
 from bdpo_pl.training.datamodule import VALIDATION_SPLITS, PreferenceDataModule
@@ -78,6 +79,7 @@ class PreferenceModule(WatchedModule):
             checkpoints hold the adapters alone.
         router_aux_loss: factor of the loss that balances the experts of a mixture, over the tokens of each batch; 0:
             none.
+        reference_sync: have the reference follow the policy (TR-DPO).
         trust_remote_code: run Python code that comes with the model. It runs with your permissions: read it first.
 
     Raises:
@@ -105,6 +107,7 @@ class PreferenceModule(WatchedModule):
         compile: str | None = None,
         lora: LoraOptions | None = None,
         router_aux_loss: float = 0.0,
+        reference_sync: SyncOptions | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__(loss or BalancedDPOLoss())
@@ -117,7 +120,9 @@ class PreferenceModule(WatchedModule):
         # A policy that starts from an adapter has its base model as the reference only where that is named.
         starts_adapted = lora is not None and lora.adapter is not None
         self.own_reference = self.reference_source == self.source and not (starts_adapted and reference is not None)
-        self.reference_mode = choose_mode(reference_mode, self.loss, given=reference is not None)
+        self.sync = ReferenceSync(reference_sync or SyncOptions())
+        moves = self.sync.options.every is not None
+        self.reference_mode = choose_mode(reference_mode, self.loss, given=reference is not None, moves=moves)
         self.reference_dtype: DTypeName = reference_dtype
         self.scoring = scoring or ScoringOptions()
         self.optimizer = optimizer
@@ -163,6 +168,7 @@ class PreferenceModule(WatchedModule):
             say_unscored(self.loss, self.reference_mode)
         self.reference.check_machine(machine)
         self.reference.check_fits(self.loss)
+        self.sync.check_fits(machine, self.reference_mode, self.own_reference, self.lora is not None)
         self.reestimation.check_fits(machine, self.loss, self.scoring)
         self.reference.prepare(machine, splits, self.loss)
 
@@ -268,7 +274,8 @@ class PreferenceModule(WatchedModule):
         return response_logps(self.policy, batch.sequences).view(2, -1)
 
     def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        """Measure comprehension on the policy, where it is due."""
+        """Have the reference follow the policy, and measure comprehension on it, where that is due."""
+        self.sync.follow(self.global_step, self.policy, self.reference)
         if self.reestimation.due(self.global_step):
             assert self._machine is not None
             self.reestimation.update(
@@ -298,6 +305,11 @@ class PreferenceModule(WatchedModule):
             assert self.loss.initial_value is not None
             check_first_loss(self.trainer, losses, self.loss.initial_value)
         return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: PreferenceBatch, batch_idx: int) -> None:
+        """Have the reference follow the policy, before anything is validated against it."""
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        self.sync.follow(self.global_step, self.policy, self.reference)
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Collect the metrics of held-out pairs, and of the probe of training pairs."""
@@ -332,6 +344,8 @@ class PreferenceModule(WatchedModule):
             # What the closing table of a resumed run begins with.
             "before": self.evaluations.get(0, {}),
         }
+        if "optimizer_states" in checkpoint:
+            checkpoint["bdpo_pl"]["reference_sync"] = self.sync.state_dict(self.reference)
         trained = self._trained_names()
         # Where the weights are split, only rank 0 has them.
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
@@ -347,6 +361,7 @@ class PreferenceModule(WatchedModule):
             saved, self.source.name, self.lora, self._trained_names() <= checkpoint["state_dict"].keys()
         )
         self.loss.load_state_dict(saved.get("loss", {}))
+        self.sync.load_state_dict(saved.get("reference_sync", {}), self.reference)
         if "reestimation" in saved:
             self.reestimation.load_state_dict(saved["reestimation"])
         if saved.get("before"):

@@ -1,0 +1,113 @@
+"""A reference that follows the policy: TR-DPO (arXiv:2404.09656), equations 4 and 5.
+
+Each k optimiser steps π_ref ← α·π_θ + (1−α)·π_ref, weight by weight: α = 1 replaces the reference, less than 1 mixes
+the two. The gradient's anchor moves with the policy, which can then go further from where it began.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+
+from bdpo_pl.errors import InputError
+from bdpo_pl.scoring.machine import Machine
+from bdpo_pl.scoring.reference import Reference
+
+
+@dataclass
+class SyncOptions:
+    """A reference that follows the policy, as TR-DPO has it (arXiv:2404.09656). It is kept live.
+
+    Args:
+        every: take the policy's weights over each so many optimiser steps; default never.
+        mixup: α, the share of the policy's weights: 1 replaces the reference's.
+
+    Raises:
+        InputError: a value out of range.
+    """
+
+    every: int | None = None
+    mixup: float = 0.6
+
+    def __post_init__(self) -> None:
+        if self.every is not None and self.every < 1:
+            raise InputError(f"model.reference_sync.every must be at least 1 optimiser step, got {self.every}")
+        if not 0.0 < self.mixup <= 1.0:
+            raise InputError(f"model.reference_sync.mixup must be above 0 and at most 1, got {self.mixup}")
+
+
+class ReferenceSync:
+    """When the reference takes over weights of the policy, and that it does so once.
+
+    Args:
+        options: see `SyncOptions`.
+    """
+
+    def __init__(self, options: SyncOptions) -> None:
+        self.options = options
+        self._step = 0
+
+    def check_fits(self, machine: Machine, mode: str, own: bool, adapted: bool) -> None:
+        """Raise `InputError` if the reference cannot follow the policy.
+
+        Args:
+            machine: knows the strategy.
+            mode: how the reference is kept.
+            own: the reference is the policy as it was before training, so that both have the same weights.
+            adapted: the policy is trained by adapters.
+        """
+        if self.options.every is None:
+            return
+        for hindered, why in (
+            (mode != "live", f"needs a live reference, and model.reference_mode is {mode}; set it to live"),
+            (not own, "needs the policy's own model as the reference; leave out model.reference"),
+            (adapted, "mixes whole weights, and model.lora trains adapters; leave out one of them"),
+            (
+                not machine.whole_policy,
+                "needs the whole policy on each device (a single one, or ddp), and this strategy splits it",
+            ),
+        ):
+            if hindered:
+                raise InputError(f"model.reference_sync {why}")
+
+    def due(self, step: int) -> bool:
+        """Whether the reference is to follow after optimiser step `step`, and has not yet."""
+        every = self.options.every
+        return every is not None and step > self._step and step % every == 0
+
+    def follow(self, step: int, policy: nn.Module, reference: Reference | None) -> None:
+        """Mix the weights of `policy` into those of `reference`, where it is due after optimiser step `step`."""
+        if self.due(step):
+            assert reference is not None
+            assert reference.model is not None
+            mix(policy, reference.model, self.options.mixup)
+            self._step = step
+            rank_zero_info(f"The reference follows the policy at step {step} (α {self.options.mixup:g})")
+
+    def state_dict(self, reference: Reference | None) -> dict[str, Any]:
+        """Return the last step and, once there was one, the weights of `reference`: no file has them."""
+        if self._step == 0 or reference is None or reference.model is None:
+            return {}
+        weights = {name: value.detach().cpu() for name, value in reference.model.named_parameters()}
+        return {"step": self._step, "weights": weights}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any], reference: Reference | None) -> None:
+        """Take up a saved state, for an exact resume."""
+        if self.options.every is None or not state or reference is None or reference.model is None:
+            return
+        self._step = state["step"]
+        for name, weight in reference.model.named_parameters():
+            weight.copy_(state["weights"][name])
+
+
+@torch.no_grad()
+def mix(policy: nn.Module, reference: nn.Module, share: float) -> None:
+    """Set each weight of `reference` to `share` of that of `policy` and the rest of its own, in place."""
+    trained = dict(policy.named_parameters())
+    for name, weight in reference.named_parameters():
+        weight.lerp_(trained[name].to(weight), share)
