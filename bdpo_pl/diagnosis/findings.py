@@ -157,7 +157,7 @@ def _temperature(diagnosis: Diagnosis) -> Iterator[Finding]:
     )
     yield Finding(
         "problem" if extreme else "notice",
-        f"τ is {tau:g}, and the spread of the imbalance (its standard deviation) is {spread:.2g}.",
+        f"τ is {tau:g}, and the spread of the imbalance, which tau auto takes, is {spread:.2g}.",
         f"{consequence} Suggested: --tau {suggested:g}, at which 95 % stay within {ratio(then.p95)} times.",
     )
 

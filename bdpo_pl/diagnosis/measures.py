@@ -12,6 +12,7 @@ from functools import cached_property
 import numpy as np
 
 from bdpo_pl.data.table import PairTable
+from bdpo_pl.losses.balanced_dpo import robust_spread
 
 _LENGTH_GROUPS = 6
 _LEAST_FOR_INTERVAL = 10
@@ -108,7 +109,7 @@ class Group:
         rejected: mean comprehension of the rejected responses.
         imbalance: mean of chosen − rejected.
         size: mean of the absolute imbalance.
-        spread: standard deviation of the imbalance; None for a single pair.
+        spread: of the imbalance, by the estimator of `tau auto` (`robust_spread`); None for a single pair.
         strong: share of strongly re-weighted pairs.
         strength_chosen: mean of scaling factor × balance weight of the chosen responses; 1 in plain DPO.
         strength_rejected: mean of scaling factor × balance weight of the rejected responses; 1 in plain DPO.
@@ -162,7 +163,7 @@ def group(measured: Measured, name: str, index: np.ndarray | None = None) -> Gro
         Mean.of(measured.comprehension[1, i]),
         Mean.of(measured.imbalance[i]),
         float(np.abs(measured.imbalance[i]).mean()),
-        float(measured.imbalance[i].std(ddof=1)) if len(i) > 1 else None,
+        robust_spread(measured.imbalance[i].astype(np.float64)) if len(i) > 1 else None,
         float(measured.strong[i].mean()),
         float(strength[0].mean()),
         float(strength[1].mean()),

@@ -61,7 +61,10 @@ def _overview(section: Section, diagnosis: Diagnosis) -> None:
         ("comprehension of the chosen", lambda g: told(g.chosen)),
         ("comprehension of the rejected", lambda g: told(g.rejected)),
         ("imbalance, chosen − rejected", lambda g: told(g.imbalance)),
-        ("spread of the imbalance (standard deviation)", lambda g: "–" if g.spread is None else f"{g.spread:.3f}"),
+        (
+            "spread of the imbalance (1.4826 × median absolute deviation)",
+            lambda g: "–" if g.spread is None else f"{g.spread:.3f}",
+        ),
         ("size of the imbalance", lambda g: f"{g.size:.3f}"),
         ("re-weighted strongly", lambda g: f"{g.strong:.1%}"),
         ("strength on the chosen (DPO: 1)", lambda g: f"{g.strength_chosen:.2f}"),

@@ -17,7 +17,9 @@ def numbers_table(diagnosis: Diagnosis) -> Table:
     """Return the means of each split, and the training pairs' most imbalanced categories."""
     unit = f", {diagnosis.unit}" if diagnosis.unit else ""
     table = Table(title=Text(f"Comprehension{unit}"), title_justify="left", caption_justify="left")
-    table.caption = "± is the 95 % interval of a mean; spread is the standard deviation of the imbalance"
+    table.caption = (
+        "± is the 95 % interval of a mean; spread is 1.4826 × the median absolute deviation of the imbalance"
+    )
     for column in ("", "pairs", "chosen", "rejected", "imbalance", "spread", "strong"):
         table.add_column(column, justify="right" if column else "left", overflow="fold")
     for name, split in diagnosis.splits.items():

@@ -51,9 +51,13 @@ def imbalance_spread(comprehension_chosen: Tensor, comprehension_rejected: Tenso
     Returns:
         A number above 0, in the estimator's unit.
     """
-    difference = (comprehension_chosen - comprehension_rejected).double().cpu().numpy()
-    robust = 1.4826 * np.median(np.abs(difference - np.median(difference)))
-    return float(max(robust, 0.1 * np.median(np.abs(difference))) or difference.std() or 1.0)
+    return robust_spread((comprehension_chosen - comprehension_rejected).double().cpu().numpy()) or 1.0
+
+
+def robust_spread(imbalance: np.ndarray) -> float:
+    """Measure the spread of the (M,) `imbalance` as `imbalance_spread` does; 0 where every pair is balanced."""
+    robust = 1.4826 * np.median(np.abs(imbalance - np.median(imbalance)))
+    return float(max(robust, 0.1 * np.median(np.abs(imbalance))) or imbalance.std())
 
 
 def balance_weights(

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 
 from bdpo_pl.data.report import DataReport
 from bdpo_pl.data.table import PairTable
@@ -25,6 +26,7 @@ from bdpo_pl.diagnosis.measures import (
 )
 from bdpo_pl.diagnosis.page import build_page
 from bdpo_pl.diagnosis.results import Diagnosis, Leaks, Places, diagnose_split
+from bdpo_pl.losses.balanced_dpo import imbalance_spread
 
 RNG = np.random.default_rng(0)
 
@@ -183,31 +185,37 @@ def test_page_of_hardly_any_pairs_holds_no_nan(num):
 def test_tau_is_held_against_the_spread_of_the_imbalance():
     d = np.linspace(-2.0, 2.0, 101)
     m = measured(101, comprehension=np.stack([d, np.zeros(101)]))
-    spread = statistics.stdev(d)
-    assert group(m, "all").spread == pytest.approx(spread)
-    assert suggested_tau(m) == 1.2
+    assert group(m, "all").spread == pytest.approx(
+        statistics.median(abs(d)) / statistics.NormalDist().inv_cdf(0.75), rel=1e-4
+    )
+    # What the loss would take.
+    assert group(m, "all").spread == imbalance_spread(*map(torch.from_numpy, m.comprehension))
+    assert suggested_tau(m) == 1.5
     rows = {row.tau: row for row in temperatures(m, 0.3)}
-    assert {0.3, 1.2} < rows.keys()
+    assert {0.3, 1.5} < rows.keys()
     # Softmax weights differ by exp(|d| / τ).
     assert rows[0.3].largest == pytest.approx(np.exp(2.0 / 0.3))
-    assert rows[1.2].median == pytest.approx(np.exp(1.0 / 1.2))
+    assert rows[1.5].median == pytest.approx(np.exp(1.0 / 1.5))
 
     def said(tau):
-        of = {"tau": tau, "suggested_tau": 1.2, "temperatures": temperatures(m, tau)}
+        of = {"tau": tau, "suggested_tau": 1.5, "temperatures": temperatures(m, tau)}
         return find(diagnosis(m, **of))
 
     assert "τ is 0.3, and the spread" in titles(said(0.3), "problem")
-    assert any("--tau 1.2" in finding.detail for finding in said(0.3))
+    assert any("--tau 1.5" in finding.detail for finding in said(0.3))
     assert "τ is 5, and the spread" in titles(said(5.0), "notice")
     assert "τ = 1 is about the spread" in titles(said(1.0), "fine")
     html = build_page(
-        diagnosis(m, tau=0.3, suggested_tau=1.2, temperatures=temperatures(m, 0.3)), {"train": m}
+        diagnosis(m, tau=0.3, suggested_tau=1.5, temperatures=temperatures(m, 0.3)), {"train": m}
     ).render()
     assert "0.3 (in use)" in html
-    assert "1.2 (suggested)" in html
+    assert "1.5 (suggested)" in html
 
 
 def test_a_tau_far_below_the_spread_gives_numbers_that_json_has():
     m = measured(20, comprehension=np.stack([np.full(20, 900.0), np.zeros(20)]))
     assert all(np.isfinite(row.largest) for row in temperatures(m, 0.01))
-    assert suggested_tau(m) is None
+    # All pairs are imbalanced alike: a tenth of the imbalance.
+    assert suggested_tau(m) == 90.0
+    balanced = measured(20, comprehension=np.ones((2, 20)))
+    assert suggested_tau(balanced) is None
