@@ -112,6 +112,25 @@ class SequenceBatch:
         return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
 
+def parts_of(batch: SequenceBatch, lengths: Tensor) -> SequenceBatch:
+    """Return `batch` with each of its S sequences taken apart after so many of its scored tokens.
+
+    Args:
+        batch: S sequences.
+        lengths: (S,) int64, numbers of scored tokens in the first parts.
+
+    Returns:
+        2·S sequences in the same rows: 0 … S−1 are the first parts, S … 2S−1 the rests, which may be empty.
+    """
+    S, ids = batch.num_sequences, batch.sequence_ids
+    counts = torch.bincount(ids, minlength=S)
+    order = torch.argsort(ids, stable=True)
+    rank = torch.empty_like(ids)
+    rank[order] = torch.arange(len(ids), device=ids.device) - (counts.cumsum(0) - counts)[ids[order]]
+    rest = rank >= lengths[ids]
+    return replace(batch, sequence_ids=ids + S * rest, spans=torch.cat([batch.spans, batch.spans]))
+
+
 def lay_out(documents: Sequence[Document], layout: RowLayout, pad_id: int) -> SequenceBatch:
     """Lay out `documents` in rows. Every response token is scored, except those that a document excludes.
 

@@ -130,7 +130,7 @@ def _trial_loss(chosen: Tensor, rejected: Tensor, index: Tensor) -> Tensor:
     return (1.0 + index) * (0.5 * chosen - 0.4 * rejected)
 
 
-def choose_head(model: Any, probe: SequenceBatch, option: LMHead, name: str, *, apart: bool = True) -> bool:
+def choose_head(model: Any, probe: SequenceBatch, option: LMHead, name: str, *, objection: str | None = None) -> bool:
     """Decide whether to fuse LM head and loss, and log the reason if they cannot be fused.
 
     Args:
@@ -138,14 +138,14 @@ def choose_head(model: Any, probe: SequenceBatch, option: LMHead, name: str, *, 
         probe: sequences on which both ways are compared.
         option: `auto`, or only `fused` or only `logits`.
         name: name of the model, for messages.
-        apart: whether the loss can be computed a few pairs at a time.
+        objection: why the loss cannot be fused; None: it can.
 
     Raises:
         InputError: the option is `fused`, and the model does not support it.
     """
     if option == "logits":
         return False
-    objection = why_not_fused(model, probe) if apart else "the loss of a pair depends on the others of its batch"
+    objection = objection or why_not_fused(model, probe)
     if objection is None:
         return True
     if option == "fused":

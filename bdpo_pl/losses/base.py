@@ -98,6 +98,8 @@ class PreferenceLoss(ABC):
         mixes_pairs: the loss of a pair depends on the others of its micro-batch, so that it cannot be computed a few
             pairs at a time, fused with the LM head.
         sft_weight: weight of the chosen response's mean NLL, added to the loss.
+        tail_weight: weight of a response's tokens beyond the length of the shorter one of its pair, in the policy's and
+            the reference's log-probabilities; None: all tokens count alike, and the loss can be fused.
         initial_value: the loss of any pair when policy and reference are one model; None if it depends on the pair.
     """
 
@@ -110,6 +112,7 @@ class PreferenceLoss(ABC):
     two_log_ratios: bool = False
     mixes_pairs: bool = False
     sft_weight: float = 0.0
+    tail_weight: float | None = None
     initial_value: float | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -120,6 +123,15 @@ class PreferenceLoss(ABC):
                 f"loss: {cls.__name__}.__call__ takes one argument, as before there was PairScores; write "
                 "__call__(self, policy_chosen, policy_rejected, scores), and rewards alike (docs/training.md)"
             )
+
+    @property
+    def not_fused(self) -> str | None:
+        """Why the loss cannot be computed a few pairs at a time, in one operation with the LM head; None: it can."""
+        if self.mixes_pairs:
+            return "the loss of a pair depends on the others of its batch"
+        if self.tail_weight is not None:
+            return "the loss weighs the tokens of a response, of which the fused head gives the sum"
+        return None
 
     @abstractmethod
     def __call__(self, policy_chosen: Tensor, policy_rejected: Tensor, scores: PairScores) -> Tensor:

@@ -24,12 +24,16 @@ class SFTLoss(PreferenceLoss):
         return -policy_chosen.float() / scores.chosen_length
 
 
-class _Outer(PreferenceLoss):
+class Outer(PreferenceLoss):
     """A loss that takes what it needs from the losses it is made of."""
 
     def _take_from(self, losses: Sequence[PreferenceLoss]) -> None:
         self._parts = tuple(losses)
         self.beta = losses[0].beta
+        tails = {loss.tail_weight for loss in losses}
+        if len(tails) > 1:
+            raise InputError("loss: LDLoss weighs tokens for all losses alike; put it around the sum, not inside it")
+        self.tail_weight = losses[0].tail_weight
         for name in ("needs_reference", "needs_comprehension", "needs_safety", "needs_all_pairs", "mixes_pairs"):
             setattr(self, name, any(getattr(loss, name) for loss in losses))
         reading = {loss.estimator for loss in losses if loss.needs_comprehension}
@@ -67,7 +71,7 @@ class _Outer(PreferenceLoss):
         return self._parts[0].rewards(policy_chosen, policy_rejected, scores)
 
 
-class WeightedSum(_Outer):
+class WeightedSum(Outer):
     """L = Σ a_i·L_i, as MPO mixes losses (arXiv:2411.10442).
 
     Args:
@@ -98,7 +102,7 @@ class WeightedSum(_Outer):
         return total
 
 
-class BalancedLoss(_Outer):
+class BalancedLoss(Outer):
     """Balance weights and scaling factor on any loss of two log-ratios: it is given s·w_w·D_w and s·w_l·D_l.
 
     With `DPOLoss` it is Balanced DPO.
@@ -149,7 +153,7 @@ class BalancedLoss(_Outer):
         )
 
 
-class WPOLoss(_Outer):
+class WPOLoss(Outer):
     """WPO, arXiv:2406.11827, equation 2 without its alignment: w·L, w = min(1, exp(ℓ̄_w + ℓ̄_l)).
 
     A pair counts by how likely the policy is to write it; w is a constant in the gradient. The paper's alignments
@@ -158,9 +162,16 @@ class WPOLoss(_Outer):
 
     Args:
         loss: the loss that is weighted.
+
+    Raises:
+        InputError: it weighs tokens.
     """
 
     def __init__(self, loss: PreferenceLoss) -> None:
+        if loss.tail_weight is not None:
+            raise InputError(
+                "loss: WPO's weights are of whole responses, and LDLoss weighs their tokens; take one of them"
+            )
         self._take_from((loss,))
 
     def __call__(self, policy_chosen: Tensor, policy_rejected: Tensor, scores: PairScores) -> Tensor:

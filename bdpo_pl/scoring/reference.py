@@ -163,9 +163,10 @@ class Reference:
                 layout=layout,
                 pad_id=splits.pad_id,
                 hsic=self._hsic(),
+                first=loss.tail_weight is not None,
                 machine=machine,
             )
-            return split_scores(scores, table, loss.estimator)
+            return split_scores(scores, table, loss.estimator, loss.tail_weight)
 
         self._scores = score_splits(splits, score)
         loss.prepare(table_scores(splits.tables["train"], self._scores["train"]))
@@ -203,8 +204,10 @@ class Reference:
                     pad_id=self._splits.pad_id,
                     comprehension=self.options.comprehension,
                     hsic=self._hsic(),
+                    first=self._loss.tail_weight is not None,
                 )
-            return split_scores(scores, table.select(indices), self._loss.estimator).to(device)
+            table = table.select(indices)
+            return split_scores(scores, table, self._loss.estimator, self._loss.tail_weight).to(device)
         held = self._scores[split] = self._scores[split].to(device)
         return held[pair_index]
 
@@ -309,5 +312,6 @@ class Reference:
             "comprehension": self.options.comprehension,
             "hsic": self._hsic(),
             # Left out where there is none: scores of earlier versions stay good.
+            **({} if self._loss is None or self._loss.tail_weight is None else {"first": True}),
             **({} if self._adapter is None else {"adapter": self._adapter.digest()}),
         }

@@ -23,18 +23,21 @@ class ScoreTable:
         reference: (2, M) float32 log π_ref(y | x).
         null: (2, M) float32 log π_ref(y | x₀), or None if comprehension was not asked for.
         hsic: (2, M) float32 `normalised_hsic`, or None unless the `hsic` estimator was asked for.
+        first: (2, M) float32 log π_ref of as many tokens as the shorter response of the pair has, or None unless a loss
+            weighs the rest.
     """
 
     reference: np.ndarray
     null: np.ndarray | None = None
     hsic: np.ndarray | None = None
+    first: np.ndarray | None = None
 
     def __len__(self) -> int:
         return self.reference.shape[1]
 
     def columns(self) -> dict[str, np.ndarray]:
         """The arrays that are there, by name."""
-        named = {"reference": self.reference, "null": self.null, "hsic": self.hsic}
+        named = {"reference": self.reference, "null": self.null, "hsic": self.hsic, "first": self.first}
         return {name: array for name, array in named.items() if array is not None}
 
     @classmethod
@@ -76,10 +79,17 @@ def table_comprehension(scores: ScoreTable, table: PairTable, estimator: Estimat
     return comprehension(estimator, torch.from_numpy(scores.reference), torch.from_numpy(scores.null), lengths, hsic)
 
 
-def split_scores(scores: ScoreTable, table: PairTable, estimator: Estimator) -> SplitScores:
-    """Turn the scores of the pairs of `table` into what a loss with `estimator` is given."""
+def split_scores(
+    scores: ScoreTable, table: PairTable, estimator: Estimator, tail_weight: float | None = None
+) -> SplitScores:
+    """Turn the scores of the pairs of `table` into what a loss with `estimator` and `tail_weight` is given."""
     measured = None if scores.null is None else table_comprehension(scores, table, estimator)
-    return SplitScores(torch.from_numpy(scores.reference), measured)
+    reference = torch.from_numpy(scores.reference)
+    if tail_weight is not None:
+        assert scores.first is not None
+        first = torch.from_numpy(scores.first)
+        reference = first + tail_weight * (reference - first)
+    return SplitScores(reference, measured)
 
 
 def score_splits(splits: PreferenceSplits, score: Callable[[str, PairTable], SplitScores]) -> dict[str, SplitScores]:

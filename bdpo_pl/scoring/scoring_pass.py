@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bdpo_pl.comprehension import normalised_hsic
 from bdpo_pl.data.batches import pair_document
-from bdpo_pl.data.packing import Document, RowLayout, lay_out
+from bdpo_pl.data.packing import Document, RowLayout, lay_out, parts_of
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.errors import InputError
 from bdpo_pl.forward.equivalence import evaluating
@@ -69,6 +69,7 @@ def score_pairs(
     pad_id: int = 0,
     comprehension: bool = True,
     hsic: bool = False,
+    first: bool = False,
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     on_batch: Callable[[float], None] = lambda share: None,
     forwards: int = 0,
@@ -84,6 +85,7 @@ def score_pairs(
         pad_id: fills the padding.
         comprehension: score against the null prompt as well.
         hsic: compute `normalised_hsic` as well.
+        first: score the first tokens of each response, as many as the shorter one of its pair has, as well.
         context: entered around each forward pass, for autocast.
         on_batch: told after each forward pass which share of all tokens it was.
         forwards: forward passes to run at the least, where ranks must run as many as each other.
@@ -95,15 +97,24 @@ def score_pairs(
     places, groups = _plan(table, indices, layout, batch_tokens or _default_batch_tokens(device), comprehension)
     # All ranks run as often, where every pass needs every rank; what is read once more is left out of the scores.
     idle = max(0, forwards - len(groups))
-    names = ["reference", *(["null"] if comprehension else []), *(["hsic"] if hsic else [])]
+    names = [
+        "reference",
+        *(["null"] if comprehension else []),
+        *(["hsic"] if hsic else []),
+        *(["first"] if first else []),
+    ]
+    shorter = torch.from_numpy(table.trained_lengths.min(axis=0)[np.asarray(indices)].astype(np.int64))
     columns = {name: np.full((2, len(indices)), np.nan, dtype=np.float32) for name in names}
     sizes = [sum(document.num_tokens for document in group) for group in groups]
 
     def store(numbers: list[int], logps: Tensor, kernels: list[Tensor]) -> None:
         kernel = iter(torch.stack(kernels).tolist() if kernels else [])
-        for number, logp in zip(numbers, logps.tolist(), strict=True):
+        values = logps.view(-1, len(numbers)).T.tolist()
+        for number, parts in zip(numbers, values, strict=True):
             place = places[number]
-            columns[place.column][place.side, place.position] = logp
+            columns[place.column][place.side, place.position] = sum(parts)
+            if first and place.column == "reference":
+                columns["first"][place.side, place.position] = parts[0]
             if hsic and place.column == "reference":
                 columns["hsic"][place.side, place.position] = next(kernel)
 
@@ -115,13 +126,15 @@ def score_pairs(
             batch = lay_out(_renumbered(group), layout, pad_id)
             spans = batch.spans.tolist()
             hidden: list[Tensor] = []
+            if first:
+                batch = parts_of(batch, shorter[[places[number].position for number in numbers]])
             with context():
                 logps = response_logps(model, batch.to(device), hidden.append if hsic else None)
             kernels: list[Tensor] = []
-            for number, (start, end, first, last) in zip(numbers, spans, strict=True):
+            for number, (start, end, begin, last) in zip(numbers, spans, strict=True):
                 if hsic and places[number].column == "reference":
                     states = hidden[0].flatten(0, 1)
-                    kernels.append(normalised_hsic(states[start:end], states[first:last]))
+                    kernels.append(normalised_hsic(states[start:end], states[begin:last]))
             if pending is not None:
                 store(*pending)
             pending = numbers, logps, kernels
@@ -149,6 +162,7 @@ def score_table(
     layout: Callable[[], RowLayout] = lambda: RowLayout.SPLIT,
     pad_id: int = 0,
     hsic: bool = False,
+    first: bool = False,
     machine: Machine | None = None,
 ) -> ScoreTable:
     """Scores of the whole `table`: from the cache as far as it goes, by `model` for the rest.
@@ -165,6 +179,7 @@ def score_table(
         layout: gives the model's layout; called only if something is left to score.
         pad_id: fills the padding.
         hsic: compute `normalised_hsic` as well.
+        first: score the first parts of responses as well.
         machine: the processes that share the work; default this one alone.
 
     Raises:
@@ -191,13 +206,14 @@ def score_table(
                     pad_id=pad_id,
                     comprehension=options.comprehension,
                     hsic=hsic,
+                    first=first,
                     context=machine.context,
                     on_batch=partial(_advance, told, task, len(indices) * machine.world_size),
                     forwards=forwards,
                 )
 
-            for first in range(0, len(missing), machine.world_size):
-                turn = missing[first : first + machine.world_size]
+            for start in range(0, len(missing), machine.world_size):
+                turn = missing[start : start + machine.world_size]
                 if machine.together:
                     size = options.batch_tokens or _default_batch_tokens(machine.device)
                     forwards = max(

@@ -287,7 +287,7 @@ class PreferenceModule(WatchedModule):
         if self._fused is None:
             probe = lay_out(probe_documents(self.splits.tables["train"]), self.row_layout, self.splits.pad_id)
             self._fused = choose_head(
-                self.policy, probe.to(self.device), self.lm_head, self.source.name, apart=not self.loss.mixes_pairs
+                self.policy, probe.to(self.device), self.lm_head, self.source.name, objection=self.loss.not_fused
             )
         scores = self._scores(batch, "train")
         watch: AbstractContextManager[list[Any]] = routed(self.policy) if self.router_aux_loss else nullcontext([])

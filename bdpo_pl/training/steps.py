@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bdpo_pl.data.batches import PreferenceBatch
+from bdpo_pl.data.packing import parts_of
 from bdpo_pl.forward.fused_loss import fused_preference_loss
 from bdpo_pl.forward.responses import response_logps
 from bdpo_pl.losses import PairScores, PreferenceLoss
@@ -40,9 +41,18 @@ def pair_scores(batch: PreferenceBatch, scores: SplitScores, latest: Tensor | No
     return replace(known, counted=batch.pair_weight > 0)
 
 
+def policy_logps(policy: Any, loss: PreferenceLoss, batch: PreferenceBatch) -> Tensor:
+    """Compute the policy's (2, B) log-probabilities, with the weights of tokens that `loss` asks for."""
+    if loss.tail_weight is None:
+        return response_logps(policy, batch.sequences).view(2, -1)
+    shorter = batch.lengths.min(dim=0).values.repeat(2)
+    first, rest = response_logps(policy, parts_of(batch.sequences, shorter)).view(2, 2, -1)
+    return first + loss.tail_weight * rest
+
+
 def plain_losses(policy: Any, loss: PreferenceLoss, batch: PreferenceBatch, scores: PairScores) -> Losses:
     """Compute the losses from log-probabilities that carry gradients."""
-    logps = response_logps(policy, batch.sequences).view(2, -1)
+    logps = policy_logps(policy, loss, batch)
     losses = loss(logps[0], logps[1], scores)
     return logps, losses, (losses * batch.loss_weight).sum()
 

@@ -1,0 +1,45 @@
+"""LD-DPO: what a response says beyond the length of the shorter one of its pair counts less."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from bdpo_pl.errors import InputError
+from bdpo_pl.losses.balanced_dpo import BalancedDPOLoss
+from bdpo_pl.losses.base import PairScores, PreferenceLoss
+from bdpo_pl.losses.combined import BalancedLoss, Outer
+
+
+class LDLoss(Outer):
+    """LD-DPO, arXiv:2409.06411, equation 10, for any loss of log-ratios: Σ_{t≤l} log π(y_t) + α·Σ_{t>l} log π(y_t).
+
+    l = min(|y_w|, |y_l|). Both the policy's and the reference's log-probabilities are taken so, and the loss is given
+    them; α = 1 is the loss itself, α = 0 leaves out what one response says beyond the length of the other. DPO prefers
+    long responses partly because they have more tokens; this takes that away. It runs on logits, not fused with the LM
+    head; lengths and comprehension stay those of whole responses.
+
+    Args:
+        loss: one that reads the policy in its two log-ratios alone, or Balanced DPO.
+        alpha: α in [0, 1].
+
+    Raises:
+        InputError: α is out of its range, or the loss reads more of the policy than its log-ratios.
+    """
+
+    def __init__(self, loss: PreferenceLoss, alpha: float = 0.5) -> None:
+        if not 0.0 <= alpha <= 1.0:
+            raise InputError(f"loss: alpha must be in [0, 1], got {alpha}")
+        reads_ratios = loss.two_log_ratios or isinstance(loss, BalancedDPOLoss | BalancedLoss)
+        if not reads_ratios or loss.sft_weight:
+            raise InputError(
+                f"loss: {type(loss).__name__} as configured reads the policy in more than its two log-ratios, so "
+                "LD-DPO does not apply to it"
+            )
+        self._take_from((loss,))
+        self.alpha = self.tail_weight = alpha
+        self.initial_value = loss.initial_value
+        self.two_log_ratios = loss.two_log_ratios
+
+    def __call__(self, policy_chosen: Tensor, policy_rejected: Tensor, scores: PairScores) -> Tensor:
+        """Compute the loss of each pair, (B,) float32, from log-probabilities that are weighted already."""
+        return self._parts[0](policy_chosen, policy_rejected, scores)
