@@ -6,6 +6,8 @@ import difflib
 from typing import Any
 
 from bdpo_pl.errors import InputError
+from bdpo_pl.scoring.reference_sync import SyncOptions
+from bdpo_pl.scoring.scoring_pass import ScoringOptions
 from bdpo_pl.training.datamodule import VALIDATION_SPLITS
 from bdpo_pl.training.metrics import NAMES
 from bdpo_pl.training.module import PreferenceModule
@@ -28,6 +30,7 @@ def check_combinations(config: Any, defaults: Any) -> None:
                 raise InputError(
                     f"data.{name} and data.max_tokens_per_batch both say how large a batch is: leave out one of them"
                 )
+    _check_unread(config, defaults)
     if config.export_from == "best":
         if not config.export:
             raise InputError("export is false, so export_from best has nothing to export: leave out one of them")
@@ -35,6 +38,38 @@ def check_combinations(config: Any, defaults: Any) -> None:
             raise InputError("export_from is best, but checkpoint.save_top_k 0 keeps no checkpoint; set it to 1")
     if config.export_adapter and config.model.lora is None:
         raise InputError("export_adapter is true, but there is no adapter: set model.lora, or leave export_adapter out")
+
+
+def _check_unread(config: Any, defaults: Any) -> None:
+    """Refuse an option that another one leaves without effect."""
+    data, model = config.data, config.model
+    unread = (
+        ("data.held_out_fraction", data.held_out is not None, "data.held_out says which pairs are held out"),
+        ("data.held_out_split", data.held_out is None, "there is no data.held_out of which it would be a split"),
+        ("data.max_prompt_length", data.truncation == "drop", "data.truncation is drop, which cuts nothing"),
+        ("model.reference_dtype", model.reference_mode == "none", "model.reference_mode is none"),
+        (
+            "model.scoring.cache_dir",
+            model.reference_mode in ("none", "live"),
+            "nothing is cached without a scoring pass",
+        ),
+        ("model.scoring.chunk_pairs", model.reference_mode in ("none", "live"), "there is no scoring pass"),
+        ("model.reference_sync.mixup", not _of(model, "reference_sync.every"), "model.reference_sync.every is not set"),
+    )
+    for name, ignored, why in unread:
+        given = _of(config, name)
+        if ignored and given and given != _of(defaults, name, _DEFAULTS.get(name)):
+            raise InputError(f"{name} is {given}, and nothing would read it: {why}; leave it out")
+
+
+_DEFAULTS = {"model.scoring.chunk_pairs": ScoringOptions.chunk_pairs, "model.reference_sync.mixup": SyncOptions.mixup}
+
+
+def _of(options: Any, name: str, default: Any = None) -> Any:
+    """Return the value of the option `name`; `default` where it or its group is not given."""
+    for part in name.split("."):
+        options = getattr(options, part, None)
+    return default if options is None else options
 
 
 def check_monitor(monitor: str | None, module: PreferenceModule, config: Any, probe: SafetyProbe) -> None:

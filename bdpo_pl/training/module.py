@@ -180,7 +180,7 @@ class PreferenceModule(WatchedModule):
             precision: Lightning's name of the precision, which says in which dtype weights are held.
 
         Raises:
-            InputError: its dtype is not the policy's, where it is the policy without its adapters.
+            InputError: its dtype is not the policy's, where it is the policy as it was before training.
         """
         name = self.dtype_name if self.reference_dtype == "auto" else self.reference_dtype
         dtype = resolve_dtype(name, precision)

@@ -140,7 +140,6 @@ def test_ranges(allowed, inside, outside):
         (["--export=false", "--export_from=best"], "export is false, so export_from best"),
         (["--export_from=best", "--checkpoint.save_top_k=0"], "save_top_k 0 keeps no checkpoint"),
         (["--export_adapter=true"], "there is no adapter: set model.lora"),
-        (["--model.lora.alpha=null"], "these options do not fit: '<=' not supported"),
         (["--trainer.devices=.inf"], "the trainer options do not make a Trainer: `devices` selected with"),
         (["--checkpoint.monitor=held_out/los"], "never logs; did you mean held_out/loss"),
         (["--checkpoint.monitor=gap/margin", "--data.train_probe=false"], "checkpoint.monitor is gap/margin"),

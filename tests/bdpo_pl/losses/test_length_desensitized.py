@@ -145,7 +145,7 @@ def test_training_is_shared_or_apart_alike_live_or_precomputed_and_never_fused(j
     live = fit(job("live", trainer=dict(trainer), prefix_sharing="never", reference_mode="live", **make))
     for name, value in weights(shared).items():
         torch.testing.assert_close(value, weights(live)[name], rtol=1e-4, atol=1e-5, msg=name)
-    with pytest.raises(InputError, match="lm_head is fused, but .* weighs the tokens"):
+    with pytest.raises(InputError, match=r"lm_head is fused, but .* weighs the tokens"):
         fit(job("fused", trainer=dict(trainer), lm_head="fused", **make))
 
 

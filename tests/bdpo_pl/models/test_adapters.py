@@ -1,4 +1,4 @@
-"""LoRA: the policy without its adapters is the reference, and checkpoints hold the adapters alone."""
+"""LoRA: the policy as it was before is the reference, and checkpoints hold the adapters alone."""
 
 import gc
 import math
@@ -185,5 +185,5 @@ def test_what_is_missing_is_named(lora_job, monkeypatch):
 
 
 def test_reference_of_another_dtype_is_refused(lora_job):
-    with pytest.raises(InputError, match="policy without its adapters, in the policy's own dtype"):
+    with pytest.raises(InputError, match="policy as it was before training, in the policy's own dtype"):
         fit(lora_job(reference_dtype="bfloat16"))

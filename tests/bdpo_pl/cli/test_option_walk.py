@@ -1,0 +1,176 @@
+"""Every option of fit is read by something: none is accepted and then ignored."""
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+from collections import Counter
+from pathlib import Path
+
+import lightning as L
+import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+import bdpo_pl
+from bdpo_pl import losses
+from bdpo_pl.cli import known
+from bdpo_pl.cli.combinations import check_combinations
+from bdpo_pl.cli.job import FitCLI, make_parser
+from bdpo_pl.data.loading import LoadOptions
+from bdpo_pl.data.mixture import DataSource
+from bdpo_pl.data.schemas.safe_rlhf import SafeRLHFOptions
+from bdpo_pl.errors import InputError
+from bdpo_pl.models.adapters import LoraOptions
+from bdpo_pl.scoring.reference_sync import SyncOptions
+from bdpo_pl.scoring.scoring_pass import ScoringOptions
+from bdpo_pl.training.datamodule import PreferenceDataModule
+from bdpo_pl.training.identity import ResumeOptions
+from bdpo_pl.training.module import PreferenceModule
+from bdpo_pl.training.optim import AdamW
+from bdpo_pl.training.safety_probe import SafetyProbe
+
+PACKAGE = Path(bdpo_pl.__file__).parent
+OWNERS = {
+    "model": PreferenceModule, "model.lora": LoraOptions, "model.scoring": ScoringOptions,
+    "model.reference_sync": SyncOptions, "model.optimizer": AdamW, "data": PreferenceDataModule,
+    "data.train": DataSource, "data.load": LoadOptions, "data.load.safe_rlhf": SafeRLHFOptions,
+    "safety": SafetyProbe, "resume": ResumeOptions,
+}  # fmt: skip
+THEIRS = {"trainer": L.Trainer, "checkpoint": ModelCheckpoint}
+# Lightning's command line reads these by itself, before anything is built.
+OF_THE_PARSER = {"config", "help", "print_config", "seed_everything"}
+
+
+def reads(tree):
+    """How often each name is read as an attribute."""
+    return Counter(n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load))
+
+
+READ = sum((reads(ast.parse(file.read_text(encoding="utf-8"))) for file in PACKAGE.rglob("*.py")), Counter())
+
+
+def unread(kind, everywhere=READ):
+    """Parameters of a class that go nowhere, or into attributes that nothing but the class's own checks reads."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
+    methods = {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef)}
+    makers = [methods[name] for name in ("__init__", "__post_init__") if name in methods]
+    own = sum((reads(maker) for maker in makers), Counter())
+    if dataclasses.is_dataclass(kind):
+        into = {field.name: {field.name} for field in dataclasses.fields(kind)}
+        passed: set[str] = set()
+    else:
+        into, passed = flows(methods["__init__"]) if "__init__" in methods else ({}, set())
+    left = []
+    for name in parameters(kind):
+        attributes = into.get(name, set())
+        if name not in passed and not any(everywhere[a] > own[a] for a in attributes):
+            left.append(name)
+    return left
+
+
+def flows(init):
+    """The attributes that each parameter goes into, and the parameters that are handed on in a call of their own."""
+    into, passed = {}, set()
+    for statement in ast.walk(init):
+        names = {n.id for n in ast.walk(statement) if isinstance(n, ast.Name)}
+        if isinstance(statement, ast.Assign | ast.AnnAssign) and statement.value is not None:
+            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+            for target in (t for whole in targets for t in ast.walk(whole)):
+                if isinstance(target, ast.Attribute):
+                    for name in names - {"self"}:
+                        into.setdefault(name, set()).add(target.attr)
+                elif isinstance(target, ast.Name):
+                    # What goes into a local variable goes where that goes.
+                    for name in names - {target.id}:
+                        into.setdefault(name, set()).add(f"={target.id}")
+        elif (
+            isinstance(statement, ast.Expr)
+            and isinstance(statement.value, ast.Call)
+            and not ast.unparse(statement.value.func).startswith("require_")
+        ):
+            passed |= names
+    for _ in range(3):
+        for targets in into.values():
+            local = {t.removeprefix("=") for t in targets if t.startswith("=")}
+            targets |= {t for name in local for t in into.get(name, set())}
+    handed = {name for name, targets in into.items() if {t.removeprefix("=") for t in targets} & passed}
+    return into, passed | handed
+
+
+def parameters(kind):
+    return [name for name in inspect.signature(kind).parameters if name not in ("params", "kwargs")]
+
+
+@pytest.mark.parametrize("group", OWNERS)
+def test_every_option_of_a_group_is_read(group):
+    assert unread(OWNERS[group]) == []
+
+
+@pytest.mark.parametrize("name", sorted(n for n in losses.__all__ if n.endswith("Loss") or n == "WeightedSum"))
+def test_every_option_of_a_loss_is_read(name):
+    kind = getattr(losses, name)
+    assert "__init__" not in vars(kind) or unread(kind) == []
+
+
+def test_every_option_of_the_command_line_belongs_to_one_of_them_or_is_read_by_the_command():
+    commands = "".join(file.read_text(encoding="utf-8") for file in (PACKAGE / "cli").glob("*.py"))
+    for option in known.read()["fit"]["options"]:
+        option = option.removesuffix("+")
+        group, _, name = option.rpartition(".")
+        if name == "help" or option in OF_THE_PARSER or option in OWNERS or option in THEIRS:
+            continue
+        if group in THEIRS:
+            assert name in inspect.signature(THEIRS[group]).parameters, option
+        elif group in OWNERS:
+            assert name in parameters(OWNERS[group]), option
+        else:
+            assert group == "", f"{option}: give its group a class in OWNERS"
+            assert f"config.{name}" in commands, f"{option} is accepted, and nothing reads it"
+
+
+@pytest.fixture(scope="module")
+def parser():
+    return make_parser(FitCLI)
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        (
+            ["--data.held_out=b", "--data.held_out_fraction=0.2"],
+            "data.held_out_fraction is 0.2, and nothing would read",
+        ),
+        (["--data.held_out_split=x"], "there is no data.held_out"),
+        (["--data.max_prompt_length=9"], "data.truncation is drop"),
+        (["--model.reference_mode=none", "--model.reference_dtype=bfloat16"], "model.reference_mode is none"),
+        (["--model.reference_mode=live", "--model.scoring.cache_dir=x"], "nothing is cached"),
+        (["--model.reference_mode=live", "--model.scoring.chunk_pairs=9"], "there is no scoring pass"),
+        (["--model.reference_sync.mixup=0.5"], "model.reference_sync.every is not set"),
+    ],
+)
+def test_an_option_that_another_one_leaves_without_effect_is_refused(parser, options, fault):
+    defaults = parser.get_defaults()
+    config = parser.parse_args(["--model.policy=a", "--data.train=a", *options])
+    with pytest.raises(InputError, match=fault):
+        check_combinations(config, defaults)
+    without = parser.parse_args(["--model.policy=a", "--data.train=a", *options[:-1]])
+    check_combinations(without, defaults)
+
+
+class Ignores:
+    def __init__(self, used: int, checked: int, kept: int, handed: int, through: int) -> None:
+        if checked < 0:
+            raise ValueError(checked)
+        self.kept = kept
+        self.used = used
+        local = through + 1
+        self.through = local
+        print(handed)
+
+    def answer(self) -> int:
+        return self.used + self.through
+
+
+def test_the_walk_finds_an_option_that_is_only_checked_or_only_kept():
+    tree = ast.parse(textwrap.dedent(inspect.getsource(Ignores)))
+    assert unread(Ignores, reads(tree)) == ["checked", "kept"]
