@@ -158,12 +158,17 @@ class LoraOptions:
         """Return peft's configuration of the adapters, as they go into `model`."""
         peft = peft_package()
         if self._config is not None:
-            known = {
-                name: value for name, value in self._config.items() if name in peft.LoraConfig.__dataclass_fields__
-            }
-            given = {**known, "init_lora_weights": True, "inference_mode": False, "modules_to_save": None}
-            given |= {"lora_dropout": self.dropout, "ensure_weight_tying": False}
-            return peft.LoraConfig(**{k: v for k, v in {**given, **changes}.items() if k not in ("auto_mapping",)})
+            of_the_file = {"auto_mapping", "peft_version", "peft_type"}
+            fields = set(peft.LoraConfig.__dataclass_fields__) - of_the_file
+            unknown = [name for name, value in self._config.items() if value and name not in fields | of_the_file]
+            if unknown:
+                raise InputError(
+                    f"{self.adapter}: its configuration has {', '.join(unknown)}, which the installed peft does not "
+                    "know; install the version that wrote it"
+                )
+            given = {**self._config, "init_lora_weights": True, "inference_mode": False, "modules_to_save": None}
+            given |= {"lora_dropout": self.dropout, "ensure_weight_tying": False, **changes}
+            return peft.LoraConfig(**{name: value for name, value in given.items() if name in fields})
         # Adapters of what text never reaches would get no gradient.
         excluded = sorted({name.rpartition(".")[0] for name in unreached(model)})
         given = {
@@ -261,7 +266,9 @@ def attach_adapters(model: nn.Module, options: LoraOptions) -> None:
                 parameter.data = parameter.data.float()
             if parameter.is_meta:
                 continue
-            if is_adapter(name) and not (quantised and ".lora_magnitude_vector." in name):
+            # peft takes the sizes of quantised weights itself.
+            by_peft = quantised and start.folder is None and ".lora_magnitude_vector." in name
+            if is_adapter(name) and not by_peft:
                 parameter.copy_(start.value(model, name, parameter.shape, model.get_parameter))
             elif start.folder is not None and name in whole:
                 # A tied weight may be stored under any of its names.

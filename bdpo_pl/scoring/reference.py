@@ -19,7 +19,7 @@ import bdpo_kernels
 from bdpo_pl.data.packing import RowLayout
 from bdpo_pl.data.splits import PreferenceSplits
 from bdpo_pl.data.table import PairTable
-from bdpo_pl.errors import InputError
+from bdpo_pl.errors import InputError, first_line
 from bdpo_pl.forward.masks import set_attention
 from bdpo_pl.forward.prefix_sharing import PrefixSharing, choose_layout
 from bdpo_pl.losses import PreferenceLoss
@@ -255,8 +255,8 @@ class Reference:
         """The model with the weights of its files, one copy for the processes of a machine; None where it cannot be."""
         try:
             found = mapped_model(self.source, self.dtype, products)
-        except InputError as error:
-            rank_zero_info(f"Each process holds the reference by itself: {error}")
+        except Exception as error:  # whatever hinders it, the plain way of loading works or says why not
+            rank_zero_info(f"Each process holds the reference by itself: {first_line(error)}")
             return None
         rank_zero_info(
             f"Reference: {size(found.shared)} are mapped from its files, one copy for all processes of a machine"

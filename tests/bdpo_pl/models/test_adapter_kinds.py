@@ -310,6 +310,8 @@ def test_an_adapter_that_does_not_fit_is_named(model_dir, models, tmp_path):
     ):
         with pytest.raises(InputError, match=fault):
             LoraOptions(adapter=changed(**values))
+    with pytest.raises(InputError, match="has new_thing, which the installed peft does not know"):
+        add_adapters(build_model(), LoraOptions(adapter=changed(new_thing=3)))
     with pytest.raises(InputError, match=r"has no weights for .*v_proj"):
         add_adapters(build_model(), LoraOptions(adapter=changed(target_modules=["q_proj", "v_proj", "down_proj"])))
     with pytest.raises(InputError, match="has 4 weights for which the policy has no place"):
