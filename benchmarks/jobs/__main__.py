@@ -12,10 +12,12 @@ import argparse
 import datetime
 import itertools
 import json
+import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.jobs.problem import MIXES, MODELS, DPOProblem, build
+from benchmarks.jobs.problem import MIXES, MODELS, REAL, DPOProblem, build
+from benchmarks.jobs.real import build_real
 from benchmarks.jobs.trainers import CONTENDERS
 from benchmarks.machine import machine
 
@@ -34,9 +37,9 @@ _MB = 1 << 20
 _LIVE, _PRECOMPUTED = "TRL DPO, live reference", "TRL DPO, precomputed reference"
 
 
-def child(contender: str, folder: Path) -> dict[str, Any]:
-    """Run one job in its own process."""
-    command = [sys.executable, "-m", "benchmarks.jobs.trainers", contender, str(folder)]
+def child(contender: str, folder: Path, prefix: Sequence[str] = ()) -> dict[str, Any]:
+    """Run one job in its own process; `prefix` is the command that starts it, as `taskset` does."""
+    command = [*prefix, sys.executable, "-m", "benchmarks.jobs.trainers", contender, str(folder)]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
@@ -47,15 +50,32 @@ def child(contender: str, folder: Path) -> dict[str, Any]:
     return json.loads(result.stdout.strip().splitlines()[-1])
 
 
-def compare(problem: DPOProblem, names: list[str], rounds: int) -> list[dict[str, Any]]:
-    """Run every contender on one problem."""
+def compare(
+    problem: DPOProblem,
+    names: list[str],
+    rounds: int,
+    real: tuple[str, str] | None = None,
+    prefix: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """Run every contender on one problem.
+
+    Args:
+        problem: the input of all.
+        names: names of the contenders.
+        rounds: number of runs of each.
+        real: folder of a published model and file of published pairs; None: the problem's random ones.
+        prefix: command that starts each run.
+    """
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
-        build(problem, Path(folder))
+        if real is None:
+            build(problem, Path(folder))
+        else:
+            problem = build_real(problem, Path(real[0]), real[1], Path(folder))
         for _ in range(rounds):
             for name in names:
                 if not any("not_run" in run for run in runs[name]):
-                    runs[name].append(child(name, Path(folder)))
+                    runs[name].append(child(name, Path(folder), prefix))
                     seconds = runs[name][-1].get("job_s")
                     print(f"{problem.mix:15} {name:32} {seconds and round(seconds, 1)} s", flush=True)
     return [_row(problem, name, results) for name, results in runs.items()]
@@ -110,7 +130,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         problem = row["problem"]
         spread = f", σ {problem['spread']:g}" if problem["spread"] else ""
-        head = f"| {problem['mix']} {'/'.join(map(str, MIXES[problem['mix']]))}{spread} | {row['contender']} |"
+        lengths = "pairs" if problem["mix"] == REAL else "/".join(map(str, MIXES[problem["mix"]]))
+        head = f"| {problem['mix']} {lengths}{spread} | {row['contender']} |"
         if "not_run" in row:
             lines.append(f"{head} not run: {row['not_run']} | | | | | | |")
             continue
@@ -142,6 +163,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--model", choices=MODELS, help="default: small on a CPU, qwen2-7b on a GPU")
+    parser.add_argument("--real", nargs=2, metavar=("MODEL", "PAIRS"), help="a model's folder and HH-RLHF's dialogues")
+    parser.add_argument("--window", type=int, default=1024, help="longest sequence of --real, in tokens")
     parser.add_argument("--mixes", nargs="+", choices=MIXES, default=list(MIXES))
     parser.add_argument("--spread", nargs="+", type=float, default=[0.0, 0.5], help="σ of the log-normal lengths")
     parser.add_argument("--scale", type=float, default=1.0, help="factor of the lengths")
@@ -154,6 +177,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--curve", type=int, default=0, help="validations on the way, on as many held-out pairs again")
     parser.add_argument("--out", type=Path, default=_RESULTS)
+    parser.add_argument("--prefix", type=shlex.split, default=[], help="command that starts each run, such as taskset")
     parser.add_argument("--tag", default="", help="goes into the result's name")
     options = parser.parse_args()
     on_gpu = options.device == "cuda"
@@ -181,17 +205,19 @@ def main() -> None:
         "rows": rows,
         "loss_differences": [],
     }
-    for mix in options.mixes:
-        for spread in options.spread:
-            found = compare(replace(problem, mix=mix, spread=spread), options.only, options.rounds)
-            rows += found
-            difference = loss_difference(found)
-            report["loss_differences"].append(difference)
-            # Saved as it grows, because the slow trainers take long.
-            path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-            if difference is not None:
-                print(f"Our DPO's losses differ from TRL's by {difference:.1e} at most, over the first steps")
-            print("\n".join(curve_lines(found)))
+    problems = [replace(problem, mix=mix, spread=spread) for mix in options.mixes for spread in options.spread]
+    if options.real:
+        problems = [replace(problem, window=options.window)]
+    for each in problems:
+        found = compare(each, options.only, options.rounds, options.real, options.prefix)
+        rows += found
+        difference = loss_difference(found)
+        report["loss_differences"].append(difference)
+        # Saved as it grows, because the slow trainers take long.
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        if difference is not None:
+            print(f"Our DPO's losses differ from TRL's by {difference:.1e} at most, over the first steps")
+        print("\n".join(curve_lines(found)))
     print(markdown(rows))
     if np.isnan([d for d in report["loss_differences"] if d is not None]).any():
         raise SystemExit("a loss is not a number")

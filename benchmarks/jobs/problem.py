@@ -21,6 +21,9 @@ MIXES = {
 }
 """Mean number of tokens in the prompt and in each response."""
 
+REAL = "real"
+"""Name of the mix of published pairs (`benchmarks.jobs.real`)."""
+
 MODELS: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
              "num_key_value_heads": 2, "vocab_size": 500},
@@ -52,6 +55,8 @@ class DPOProblem:
         learning_rate: constant learning rate of AdamW.
         device: `cpu` or `cuda`.
         curve: number of validations during training.
+        window: longest sequence in tokens, of published pairs; 0: derived from the mix.
+        num_tokens: number of tokens in all sequences, of published pairs; 0: a word is a token.
     """
 
     model: str = "small"
@@ -66,10 +71,14 @@ class DPOProblem:
     learning_rate: float = 1e-5
     device: str = "cpu"
     curve: int = 0
+    window: int = 0
+    num_tokens: int = 0
 
     @property
     def max_length(self) -> int:
         """Maximum length that fits the longest sequence that `lengths` draws."""
+        if self.window:
+            return self.window
         prompt, response = MIXES[self.mix]
         return int((prompt + response) * self.scale * (4 if self.spread else 1)) + 2
 
@@ -85,7 +94,7 @@ def build(problem: DPOProblem, folder: Path) -> None:
     (folder / "problem.json").write_text(json.dumps(asdict(problem)), encoding="utf-8")
 
 
-def read(folder: Path) -> tuple[DPOProblem, list[dict[str, str]], list[dict[str, str]]]:
+def read(folder: Path) -> tuple[DPOProblem, list[dict[str, Any]], list[dict[str, Any]]]:
     """Read the problem, its training rows and its held-out rows."""
     problem = DPOProblem(**json.loads((folder / "problem.json").read_text(encoding="utf-8")))
     train, held_out = (

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks.jobs.problem import DPOProblem, read
+from benchmarks.jobs.problem import REAL, DPOProblem, read
 from benchmarks.machine import process_memory
 
 BETA = 0.1
@@ -103,7 +103,7 @@ def ours(problem: DPOProblem, folder: Path, balance: bool, start: float) -> dict
         held_out_fraction=0.0,
         train_probe=False,
         tokenizer=str(folder / "tokenizer"),
-        chat_template="none",
+        chat_template="auto" if problem.mix == REAL else "none",
         batch_size=problem.batch_size,
         eval_batch_size=8,
         max_length=problem.max_length,
@@ -127,6 +127,8 @@ def ours(problem: DPOProblem, folder: Path, balance: bool, start: float) -> dict
     )
     trainer.fit(module, data)
     end = time.perf_counter()
+    if len(data.tables["train"]) != problem.num_pairs:
+        raise SystemExit(f"{len(data.tables['train'])} of {problem.num_pairs} pairs were trained on")
     return {
         "losses": losses,
         "curve": curve.points,
@@ -212,7 +214,7 @@ CONTENDERS: dict[str, Callable[[DPOProblem, Path, float], dict[str, Any]]] = {
 }
 
 
-def _in_our_order(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+def _in_our_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     from bdpo_pl.data.samplers import PairBatchSampler
 
     sampler = PairBatchSampler(len(rows), 1, epoch=lambda: 0)
@@ -253,11 +255,11 @@ def main() -> None:
     torch.manual_seed(0)
     start = time.perf_counter()
     result = CONTENDERS[contender](problem, folder, start)
-    sequences = [len(f"{row['prompt']} {row[side]}".split()) + 1 for row in train for side in ("chosen", "rejected")]
+    words = (len(f"{row['prompt']} {row[side]}".split()) + 1 for row in train for side in ("chosen", "rejected"))
     result |= {
         "job_s": result["scoring_s"] + result["training_s"],
         "num_pairs": len(train),
-        "num_tokens": sum(sequences),
+        "num_tokens": problem.num_tokens or sum(words),
         "peak_bytes": torch.cuda.max_memory_allocated() if problem.device == "cuda" else process_memory("VmHWM"),
     }
     print(json.dumps(result))

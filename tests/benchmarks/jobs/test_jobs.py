@@ -7,9 +7,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
+from bdpo_pl import embedded
 from benchmarks.jobs.__main__ import curve_lines, loss_difference, markdown, seconds_to
 from benchmarks.jobs.problem import DPOProblem, build, read
+from benchmarks.jobs.real import build_real
 
 ROOT = Path(__file__).parents[3]
 
@@ -28,7 +31,7 @@ def test_our_jobs_run_and_learn(tmp_path):
     assert "| balanced 96/96, σ 0.5 | ours, B-DPO |" in printed
     (report,) = (json.loads(path.read_text()) for path in tmp_path.glob("*-cpu-end-to-end.json"))
     (row,) = report["rows"]
-    assert row["row_layout"] == "shared"
+    assert row["row_layout"] == "packed"
     assert row["losses"][0] == pytest.approx(0.6931, abs=1e-3)
     assert len(row["curve"]) == 3
     assert row["curve"][-1][1] < row["curve"][0][1]
@@ -53,7 +56,29 @@ def test_scoring_benchmark_runs(tmp_path):
     )
     assert "× an epoch's forward" in printed
     (report,) = (json.loads(path.read_text()) for path in tmp_path.glob("*-cpu-scoring.json"))
-    assert report["rows"][0]["layout"] == "shared"
+    assert report["rows"][0]["layout"] == "packed"
+
+
+def test_published_pairs_are_messages_that_fit_the_window(tmp_path):
+    start = "\n\nHuman: what is it ?\n\nAssistant:"
+    answers = [(" a plant .", " no ."), (" a tool .", " no" * 60), (" a boat .", " no idea ."), ("", " no .")]
+    rows = [{"chosen": start + chosen, "rejected": start + rejected} for chosen, rejected in answers]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    problem = build_real(DPOProblem(num_pairs=2, window=40), embedded.MODEL_DIR, str(pairs), tmp_path / "a")
+    found, train, held_out = read(tmp_path / "a")
+    assert found == problem
+    assert found.max_length == 40
+    assert held_out == []
+    assert {row["chosen"][0]["content"] for row in train} == {"a plant .", "a boat ."}
+    assert all(row["prompt"] == [{"role": "user", "content": "what is it ?"}] for row in train)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a" / "tokenizer")
+    sides = [[*row["prompt"], *row[side]] for row in train for side in ("chosen", "rejected")]
+    assert found.num_tokens == sum(len(tokenizer.apply_chat_template(s, return_dict=False)) for s in sides)
+    with pytest.raises(SystemExit, match="only 2 pairs that fit 40 tokens"):
+        build_real(DPOProblem(num_pairs=3, window=40), embedded.MODEL_DIR, str(pairs), tmp_path / "b")
 
 
 def test_problem_has_the_lengths_it_says(tmp_path):
