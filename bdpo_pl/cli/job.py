@@ -18,7 +18,7 @@ from bdpo_pl.cli.combinations import check_combinations, check_monitor
 from bdpo_pl.cli.parser import OptionParser
 from bdpo_pl.embedded import EMBEDDED
 from bdpo_pl.errors import InputError, first_line
-from bdpo_pl.training.callbacks import LastCheckpoint, RandomState, SaveOnNonFinite, StopAtGap
+from bdpo_pl.training.callbacks import LastCheckpoint, LogInterval, RandomState, SaveOnNonFinite, StopAtGap
 from bdpo_pl.training.checkpoints import StopSignals
 from bdpo_pl.training.datamodule import PreferenceDataModule
 from bdpo_pl.training.identity import ResumeOptions
@@ -138,6 +138,8 @@ class FitCLI(LightningCLI):
             if not config.data.train_probe:
                 raise InputError("stop_at_gap needs the gap, which training pairs tell: set data.train_probe to true")
             trainer.callbacks.insert(0, StopAtGap(config.stop_at_gap))  # type: ignore[attr-defined]
+        if config.trainer.log_every_n_steps is None:
+            trainer.callbacks.insert(0, LogInterval())  # type: ignore[attr-defined]
         # Last of all, so that it can share one file with what the others have written.
         trainer.callbacks.sort(key=lambda callback: isinstance(callback, LastCheckpoint))  # type: ignore[attr-defined]
         if type(trainer.progress_bar_callback) in (RichProgressBar, TQDMProgressBar) and not any(
@@ -211,7 +213,8 @@ def _settings(description: str | None, embedded_run: bool) -> dict[str, Any]:
         "trainer_defaults": {
             "max_epochs": 1,
             "gradient_clip_val": 1.0,
-            "log_every_n_steps": 5,
+            # By the length of the run.
+            "log_every_n_steps": None,
             # Validate on everything before training: the table's "before", and the first point of the curves.
             "num_sanity_val_steps": -1,
             # The batches are divided between ranks by our own sampler, which keeps the mean over pairs exact.

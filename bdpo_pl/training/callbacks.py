@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +19,76 @@ from torch import Tensor
 from bdpo_pl.errors import InputError, NonFiniteError
 from bdpo_pl.training.safety_probe import _GAP
 
+# A checkpoint whose weights have more bytes is written at most every so many seconds, and at the end.
+_LARGE_BYTES, _BETWEEN_LARGE_S = 1 << 27, 300.0
+
 
 class LastCheckpoint(ModelCheckpoint):
-    """Writes `last.ckpt` at every validation, to resume from.
+    """Writes `last.ckpt` at validations, to resume from: at every one, or every five minutes if it is large.
 
     `ModelCheckpoint(monitor=..., save_last=True)` writes one only when the monitored value has improved.
     """
 
     NAME = "last"
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(filename=self.NAME, save_top_k=1, monitor=None, enable_version_counter=False)
+        self._clock = clock
+        self._written_at = 0.0
+        self._put_off: str | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock: what was trained before is in the checkpoint that it was read from."""
+        self._written_at = self._clock()
+        super().on_train_start(trainer, pl_module)
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
-        """Write the file, or make it one with a checkpoint of the whole state that this validation has written."""
+        """Write the file, or make it one with a checkpoint of the whole state that this validation has written.
+
+        A large file is not written at each of many validations in a few minutes: a stop by a signal and the end of
+        training write it in any case.
+        """
+        over = trainer.global_step >= trainer.estimated_stepping_batches
+        recent = self._clock() - self._written_at < _BETWEEN_LARGE_S and _state_bytes(trainer) > _LARGE_BYTES
+        if trainer.strategy.reduce_boolean_decision(recent and not over):
+            self._put_off = filepath
+            return
+        self._written_at, self._put_off = self._clock(), None
         same = next(filter(None, (_just_written(callback, trainer) for callback in trainer.checkpoint_callbacks)), None)
         if same is None or same == Path(filepath) or not _linked(trainer, same, Path(filepath)):
             super()._save_checkpoint(trainer, filepath)
             return
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write what was put off."""
+        if self._put_off is not None:
+            super()._save_checkpoint(trainer, self._put_off)
+            self._put_off = None
+        super().on_train_end(trainer, pl_module)
+
+
+def _state_bytes(trainer: L.Trainer) -> int:
+    """Return the bytes of the weights that this process trains; a checkpoint holds three times as many."""
+    return sum(p.numel() * p.element_size() for p in trainer.lightning_module.parameters() if p.requires_grad)
+
+
+def log_interval(steps: int) -> int:
+    """Return how many optimiser steps there are between two lines of the log, for a run of `steps`.
+
+    Five, and fewer in a short run, whose curves would have no points.
+    """
+    return min(5, max(1, steps // 10))
+
+
+class LogInterval(L.Callback):
+    """Sets the Trainer's `log_every_n_steps` by the length of the run."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Set it."""
+        steps = int(trainer.estimated_stepping_batches)
+        trainer.log_every_n_steps = log_interval(steps)  # type: ignore[attr-defined]
 
 
 def _just_written(callback: Any, trainer: L.Trainer) -> Path | None:

@@ -1,9 +1,11 @@
 """What a run writes, and what it says of it."""
 
+import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from bdpo_pl.training.callbacks import LastCheckpoint
+from bdpo_pl.training import callbacks
+from bdpo_pl.training.callbacks import LastCheckpoint, log_interval
 from bdpo_pl.training.disk import SaysDisk, plan_disk
 
 
@@ -52,3 +54,41 @@ def test_too_small_a_disk_is_warned_of(job, tmp_path, monkeypatch, recwarn):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     run(job, tmp_path, save_weights_only=True)
     assert any("has 1.0 kB free" in str(warning.message) for warning in recwarn)
+
+
+class Written(LastCheckpoint):
+    """Counts the files that are written, at the seconds of a clock that goes on with each optimiser step."""
+
+    def __init__(self, per_step):
+        super().__init__(clock=lambda: per_step * self.job.global_step)
+        self.steps = []
+
+    def on_train_start(self, trainer, pl_module):
+        self.job = trainer
+        super().on_train_start(trainer, pl_module)
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        self.steps.append(trainer.global_step)
+
+
+@pytest.mark.parametrize(("per_step", "steps"), [(1.0, [8]), (100.0, [4, 8])])
+def test_a_large_last_checkpoint_waits_for_minutes_or_the_end(job, tmp_path, monkeypatch, per_step, steps):
+    monkeypatch.setattr(callbacks, "_LARGE_BYTES", 1)
+    last = Written(per_step)
+    built, module, data = job(trainer={"callbacks": [last], "val_check_interval": 2})
+    built.fit(module, data)
+    assert last.steps == steps
+    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 8
+
+
+def test_what_was_put_off_is_written_where_a_run_ends_between_validations(job, tmp_path, monkeypatch):
+    monkeypatch.setattr(callbacks, "_LARGE_BYTES", 1)
+    last = Written(1.0)
+    built, module, data = job(trainer={"callbacks": [last], "max_steps": 3, "val_check_interval": 2})
+    built.fit(module, data)
+    assert last.steps == [3]
+    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
+
+
+def test_a_short_run_logs_each_step():
+    assert [log_interval(steps) for steps in (1, 8, 19, 20, 49, 50, 10_000)] == [1, 1, 1, 2, 4, 5, 5]
