@@ -12,6 +12,7 @@ from torch import nn
 
 from bdpo_pl.data.chat_template import Conversation, Message, chat_encoder
 from bdpo_pl.errors import InputError
+from bdpo_pl.forward.document_attention import DOCUMENTS
 from bdpo_pl.forward.equivalence import evaluating
 from bdpo_pl.forward.masks import set_attention
 from bdpo_pl.models.loading import num_positions
@@ -157,8 +158,8 @@ def _generating(model: Any) -> Iterator[None]:
     """
     attention = model.config._attn_implementation
     try:
-        # Block masks and compiled layers are built for the shapes of training; here the shapes change with every token.
-        if attention == "flex_attention":
+        # Block masks, spans and compiled layers are for the shapes of training; here shapes change with every token.
+        if attention in ("flex_attention", DOCUMENTS):
             set_attention(model, "sdpa")
         with evaluating(model), torch.compiler.set_stance("force_eager"):
             yield

@@ -21,6 +21,7 @@ from bdpo_pl.data.batches import pair_documents
 from bdpo_pl.data.packing import Document, RowLayout, lay_out
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.errors import InputError
+from bdpo_pl.forward.document_attention import DOCUMENTS
 from bdpo_pl.forward.equivalence import (
     compute_dtype,
     evaluating,
@@ -28,7 +29,7 @@ from bdpo_pl.forward.equivalence import (
     rounding_of_gradients,
     rounding_of_logps,
 )
-from bdpo_pl.forward.masks import set_attention, why_not_shared
+from bdpo_pl.forward.masks import by_documents, depends_on_length, set_attention, why_not_shared
 from bdpo_pl.forward.reading import Reading, read, weighted
 from bdpo_pl.forward.responses import response_logps
 from bdpo_pl.forward.soundness import check_sound
@@ -38,6 +39,8 @@ PrefixSharing = Literal["auto", "always", "never"]
 # A correct mask contributes exact zeros, so a change of one response must not change another at all. Only experts that
 # receive different tokens besides may round differently, so the bound is a share of the rounding tolerance.
 _LEAK_SHARE = 0.25
+# Tokens of a pair beyond which a longer one shows nothing new, if nothing in the model depends on length.
+_ENOUGH_TOKENS = 256
 # Maximum number of pairs in a timed batch, and number of runs after the first one, which compiles.
 _TIMED_PAIRS, _TIMED_RUNS = 16, 3
 # Dense masks must be faster by this factor, so that the choice does not change from run to run.
@@ -62,7 +65,7 @@ def choose_layout(
 
     Args:
         model: causal language model, on the device that it will run on.
-        table: pairs for the trial, of which the longest and the shortest are used.
+        table: pairs for the trial, of which two are used (`probe_documents`).
         option: `never` keeps a row for each response; `always` raises an error if the model cannot share rows.
         name: name of the model, for messages.
         attention: attention implementation that the user named, if any.
@@ -73,7 +76,7 @@ def choose_layout(
         InputError: the option is `always`, and the model cannot share rows; or log-probabilities cannot be computed
             with it (`check_sound`).
     """
-    documents = probe_documents(table)
+    documents = probe_documents(table, model)
     if option == "always" and (known := why_not_shared(model)):
         raise _cannot_share(name, known)
     check_sound(model, documents[-1], name, pad_id, context)
@@ -98,6 +101,13 @@ def choose_layout(
             set_attention(model, "flex_attention")
             return RowLayout.ONE_ROW
         rank_zero_info(f"Block-sparse attention is not used: {objection}")
+    if not on_gpu and attention is None and by_documents(model):
+        set_attention(model, DOCUMENTS)
+        objection = _objection(model, documents, RowLayout.PACKED, pad_id, context, reference="sdpa")
+        if objection is None:
+            return RowLayout.PACKED
+        set_attention(model, "sdpa")
+        rank_zero_info(f"Attention is not computed by document: {objection}")
     layout = RowLayout.ONE_ROW if attention == "flex_attention" and on_gpu else RowLayout.SHARED
     objection = _objection(model, documents, layout, pad_id, context)
     if objection is None:
@@ -108,10 +118,15 @@ def choose_layout(
     return RowLayout.SPLIT
 
 
-def probe_documents(table: PairTable) -> list[Document]:
-    """Return a few pairs on which to try a model: the longest and the shortest."""
+def probe_documents(table: PairTable, model: Any) -> list[Document]:
+    """Return a long and a short pair on which to try `model`.
+
+    The long one is the longest of all if the model computes something else at a distance, as with windows. Otherwise a
+    pair of moderate length shows the same at a fraction of the time.
+    """
     sizes = table.num_tokens(shared=True)
-    return pair_documents([table[i] for i in dict.fromkeys((int(sizes.argmax()), int(sizes.argmin())))])
+    long = sizes if depends_on_length(model) else np.where(sizes <= _ENOUGH_TOKENS, sizes, -sizes)
+    return pair_documents([table[i] for i in dict.fromkeys((int(long.argmax()), int(sizes.argmin())))])
 
 
 def _cannot_share(name: str, objection: str) -> InputError:

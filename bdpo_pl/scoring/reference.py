@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
@@ -88,6 +88,7 @@ class Reference:
         options: of the scoring pass.
         prefix_sharing: whether a prompt is read once for all that follows it; see `choose_layout`.
         adapted: the policy, where the reference is that as it was before training: no second model is loaded.
+        load: gives the policy's model before it is trained, if that is the reference: it is loaded once for both.
 
     Raises:
         InputError: an unknown mode.
@@ -101,6 +102,7 @@ class Reference:
         options: ScoringOptions,
         prefix_sharing: PrefixSharing = "auto",
         adapted: AdaptedPolicy | None = None,
+        load: Callable[[torch.dtype, torch.device], nn.Module] | None = None,
     ) -> None:
         self.source = source
         self.mode = mode
@@ -113,6 +115,7 @@ class Reference:
         """How the model reads pairs; None as long as it has read none."""
         self.attention: str | None = None
         self._adapted = adapted
+        self._load_policy = load
         self._splits: PreferenceSplits | None = None
         self._loss: PreferenceLoss | None = None
 
@@ -244,6 +247,10 @@ class Reference:
         if self._adapted is not None:
             return frozen(self._adapted.base_model(self.dtype, machine.device), machine.device)
         products = autocast_dtype(machine.precision) if self.mode == "precomputed" else None
+        alone = self.mode == "precomputed" and machine.world_size == 1
+        if self._load_policy is not None and products is None and alone:
+            # Not frozen, for it is trained next.
+            return self._load_policy(self.dtype, machine.device).eval().to(machine.device)
         if machine.world_size > 1 and (shared := self._mapped(products)) is not None:
             return frozen(shared, machine.device)
         model = load_model(self.source, self.dtype)

@@ -190,7 +190,9 @@ class PreferenceModule(WatchedModule):
                 f"model.reference_dtype is {self.reference_dtype}, but with LoRA the reference is the policy "
                 "as it was before training, in the policy's own dtype; leave it out"
             )
-        return Reference(self.reference_source, mode, dtype, self.scoring, self.prefix_sharing, adapted)
+        same = self.own_reference and self.lora is None and dtype == resolve_dtype(self.dtype_name, precision)
+        load = self.base_model if same else None
+        return Reference(self.reference_source, mode, dtype, self.scoring, self.prefix_sharing, adapted, load)
 
     def read_pairs(self) -> PreferenceSplits:
         """Have the data module read the pairs for this policy and loss, once."""
@@ -285,7 +287,9 @@ class PreferenceModule(WatchedModule):
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """Weighted sum of the pairs' losses, which over an optimiser step is their mean."""
         if self._fused is None:
-            probe = lay_out(probe_documents(self.splits.tables["train"]), self.row_layout, self.splits.pad_id)
+            probe = lay_out(
+                probe_documents(self.splits.tables["train"], self.policy), self.row_layout, self.splits.pad_id
+            )
             self._fused = choose_head(
                 self.policy, probe.to(self.device), self.lm_head, self.source.name, objection=self.loss.not_fused
             )

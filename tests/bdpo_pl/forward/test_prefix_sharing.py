@@ -15,6 +15,7 @@ from bdpo_pl.data.tokenization import PreferencePair
 from bdpo_pl.errors import InputError
 from bdpo_pl.forward import masks as attention
 from bdpo_pl.forward import prefix_sharing as row_layout
+from bdpo_pl.forward.document_attention import DOCUMENTS
 from bdpo_pl.forward.masks import model_inputs, set_attention
 from bdpo_pl.forward.prefix_sharing import choose_layout
 from bdpo_pl.forward.reading import read
@@ -86,7 +87,8 @@ def test_log_probabilities_and_gradients_are_those_of_two_rows(name, layout):
     for ours, expected in zip(shared_grads, alone_grads, strict=True):
         # float32 rounding, of sums over some hundred positions.
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=2e-5 * expected.abs().max().item())
-    assert choose_layout(model, table()) is RowLayout.SHARED
+    by_document = set(attention._layer_kinds(model.config.get_text_config())) == {"full_attention"}
+    assert choose_layout(model, table()) is (RowLayout.PACKED if by_document else RowLayout.SHARED)
 
 
 def test_windows_are_those_of_positions_not_of_places_in_the_row():
@@ -219,10 +221,10 @@ def test_planted_faults_are_noticed(monkeypatch, fault, length):
     model = model_named("qwen2")
     pair = PreferencePair(list(range(5, 5 + length)), [7, 8] * (length // 2 + 1), [9, 10, 11] * (length // 3))
     one = PairTable.from_pairs([pair], [3, 8])
-    assert choose_layout(model, one, "always") is RowLayout.SHARED
+    assert choose_layout(model, one, "always", attention="sdpa") is RowLayout.SHARED
     fault(Planted(monkeypatch))
     with pytest.raises(InputError, match=FAULTS[fault]):
-        choose_layout(model, one, "always")
+        choose_layout(model, one, "always", attention="sdpa")
 
 
 def test_the_trial_leaves_no_gradient_behind():
@@ -230,7 +232,7 @@ def test_the_trial_leaves_no_gradient_behind():
     choose_layout(model, table())
     assert all(parameter.grad is None for parameter in model.parameters())
     # And a frozen model is tried as well.
-    assert choose_layout(model.requires_grad_(False), table(), "always") is RowLayout.SHARED
+    assert choose_layout(model.requires_grad_(False), table(), "always") is RowLayout.PACKED
 
 
 def test_a_frozen_model_without_room_for_a_backward_pass_is_tried_on_the_shortest_pair(monkeypatch):
@@ -246,7 +248,7 @@ def test_a_frozen_model_without_room_for_a_backward_pass_is_tried_on_the_shortes
     model = model_named("qwen2")
     with pytest.raises(torch.OutOfMemoryError):
         choose_layout(model, table())
-    assert choose_layout(model.requires_grad_(False), table(), "always") is RowLayout.SHARED
+    assert choose_layout(model.requires_grad_(False), table(), "always") is RowLayout.PACKED
     assert tried == [2, 2, 1, 1]
 
 
@@ -374,15 +376,18 @@ def test_on_a_real_gpu_gradients_of_twenty_row_lengths_are_those_of_rows_alone(d
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_half_precision_shares_too(dtype):
-    assert choose_layout(model_named("llama").to(dtype), table()) is RowLayout.SHARED
+    assert choose_layout(model_named("llama").to(dtype), table()) is RowLayout.PACKED
+    assert choose_layout(model_named("llama").to(dtype), table(), attention="sdpa") is RowLayout.SHARED
 
 
-@pytest.mark.parametrize("layout", [RowLayout.SHARED, RowLayout.ONE_ROW])
+@pytest.mark.parametrize("layout", [RowLayout.SHARED, RowLayout.ONE_ROW, RowLayout.PACKED])
 @pytest.mark.parametrize("batch_tokens", [1, 90, 10_000])
 def test_scores_are_those_of_rows_of_their_own(layout, batch_tokens):
     model, data = model_named("qwen2"), table(n=7)
     indices = [6, 0, 3, 2]
     alone = score_pairs(model, data, indices, hsic=True)
+    if layout is RowLayout.PACKED:
+        set_attention(model, DOCUMENTS)
     shared = score_pairs(model, data, indices, layout=layout, batch_tokens=batch_tokens, hsic=True)
     for name, values in alone.columns().items():
         torch.testing.assert_close(torch.tensor(shared.columns()[name]), torch.tensor(values), rtol=1e-4, atol=1e-4)
@@ -402,7 +407,7 @@ def test_shared_scoring_reads_every_prompt_once():
 
 def test_training_on_shared_rows_is_training_on_two(job):
     shared, split = fit(job("shared")), fit(job("split", prefix_sharing="never"))
-    assert shared.row_layout is RowLayout.SHARED
+    assert shared.row_layout is RowLayout.PACKED
     assert split.row_layout is RowLayout.SPLIT
     for (name, a), b in zip(shared.policy.named_parameters(), split.policy.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)

@@ -14,6 +14,7 @@ from training import fit, same, weights
 
 from bdpo_pl.errors import InputError, NonFiniteError
 from bdpo_pl.losses import BalancedDPOLoss, DPOLoss
+from bdpo_pl.models.loading import ModelSource
 from bdpo_pl.scoring.scoring_pass import ScoringOptions
 from bdpo_pl.training.module import PreferenceModule
 from bdpo_pl.training.optim import adamw as default_adamw
@@ -118,6 +119,26 @@ def test_training_holds_no_reference_once_its_scores_are_known(job, mode, models
     before, counts = living(), []
     fit(job(trainer={"callbacks": [Count()]}, loss=BalancedDPOLoss(tau=0.25), reference_mode=mode))
     assert {count - before for count in counts} == {models}
+
+
+@pytest.mark.parametrize(
+    ("trainer", "options", "loads"),
+    [({}, {}, 1), ({"precision": "bf16-mixed"}, {}, 2), ({}, {"reference_mode": "live", "loss": DPOLoss()}, 2)],
+    ids=["precomputed", "its products in half precision", "live"],
+)
+def test_a_policy_that_was_its_own_reference_is_loaded_once(job, monkeypatch, trainer, options, loads):
+    from bdpo_pl.models.loading import load_model
+
+    loaded = []
+    for module in ("bdpo_pl.training.module", "bdpo_pl.scoring.reference"):
+        monkeypatch.setattr(f"{module}.load_model", lambda *args: loaded.append(args) or load_model(*args))
+    before = load_model(ModelSource(job()[1].source.name), torch.float32).state_dict()
+    trained = fit(job(trainer={"max_steps": 2, **trainer}, **options))
+    assert len(loaded) == loads
+    assert trained.policy.training
+    for name, parameter in trained.policy.named_parameters():
+        assert parameter.requires_grad, name
+        assert not torch.equal(parameter, before[name]), name
 
 
 def test_checkpoint_holds_the_policy_alone_and_no_pickled_code(job, tmp_path, model_dir):
