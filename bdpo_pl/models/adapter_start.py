@@ -109,7 +109,8 @@ class Start:
             layer, rank = model.get_submodule(module), shape[0] if ".lora_A." in name else shape[1]
             factors = _factors(self._init, self._base(model, name, weight), rank, layer.scaling["default"], module)
             self._last = module, factors
-        return self._last[1][0 if ".lora_A." in name else 1]
+        # Of its own: a matrix is trained in place, and its start must not move with it.
+        return self._last[1][0 if ".lora_A." in name else 1].clone()
 
     def _base(self, model: Any, name: str, weight: Callable[[str], Tensor]) -> Tensor:
         """The (out, in) weight beside the adapter's parameter `name`, in float32."""
