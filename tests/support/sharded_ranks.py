@@ -20,7 +20,7 @@ RUNS = {
     "tp-logits": {"lm_head": "logits"},
     "ddp-lora": {"lora": LORA},
     "fsdp2-lora": {"lora": LORA},
-    "fsdp2-pissa": {"lora": LoraOptions(r=4, init="pissa"), "trainer": {"max_epochs": 1}},
+    "fsdp2-pissa": {"lora": LoraOptions(r=4, init="pissa")},
     "fsdp2-dora": {"lora": LoraOptions(r=4, dora=True, modules_to_save=["lm_head"]), "trainer": {"max_epochs": 1}},
 }
 FROM_ADAPTER = ("ddp-adapter", "fsdp2-adapter")
