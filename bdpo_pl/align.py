@@ -177,19 +177,16 @@ def _newest(folder: Path, name: str) -> Path | None:
 
 def write_page(plan: Plan) -> Path:
     """Write the page that has the main numbers, and leads to the three reports."""
-    from markupsafe import Markup
-
     from bdpo_pl.reporting import Page, Table
     from bdpo_pl.reporting.format import percent
 
     run = _newest(plan.folder, "report.html")
     page = Page("Alignment", f"{Path(plan.model).name} on {Path(plan.data).name}")
-    link = Markup('<a href="{}">{}</a>')
-    reports = [("diagnosis/report.html", "What the model makes of the pairs, before training")]
+    reports = {"diagnosis/report.html": "What the model makes of the pairs, before training"}
     if run is not None:
-        reports.append((str(run.relative_to(plan.folder)), "The training run: curves, settings, environment"))
-    reports.append(("evaluation/report.html", "Safety before and after"))
-    page.section("Reports").items([link.format(path, text) for path, text in reports])
+        reports[str(run.relative_to(plan.folder))] = "The training run: curves, settings, environment"
+    reports["evaluation/report.html"] = "Safety before and after"
+    page.section("Reports").links(reports)
     summary = _newest(plan.folder, "summary.json")
     if summary is not None:
         told = json.loads(summary.read_text(encoding="utf-8"))

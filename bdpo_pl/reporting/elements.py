@@ -1,4 +1,4 @@
-"""Elements of a report: tables, figures and findings, each of which renders its own markup."""
+"""Elements of a report: tables, figures and findings. Their markup is in `elements.html`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from markupsafe import Markup
+
+from bdpo_pl.reporting.format import count
+from bdpo_pl.reporting.templates import element
 
 Cell = str | int | None
 Level = Literal["problem", "notice", "fine"]
@@ -36,19 +39,24 @@ class Table:
         if widths - {len(self.columns)}:
             raise ValueError(f"table {self.caption!r}: {len(self.columns)} columns, but rows of {sorted(widths)}")
 
+    @property
+    def alignment(self) -> str:
+        """`l` or `r` for each column."""
+        return self.align or "l" + "r" * (len(self.columns) - 1)
+
+    @property
+    def has_headings(self) -> bool:
+        """Whether any column has a heading."""
+        return any(self.columns)
+
+    def text(self, cell: Cell) -> str:
+        """Return the text of a cell."""
+        if cell is None:
+            return "–"
+        return count(cell) if isinstance(cell, int) else cell
+
     def __html__(self) -> Markup:
-        align = self.align or "l" + "r" * (len(self.columns) - 1)
-        heads = Markup("").join(
-            Markup('<th scope="col" class="{}">{}</th>').format(a, column)
-            for a, column in zip(align, self.columns, strict=True)
-        )
-        body = Markup("").join(Markup("<tr>{}</tr>").format(_cells(row, align)) for row in self.rows)
-        # Focusable, so that a wide table can be scrolled with the keyboard.
-        head = Markup("<thead><tr>{}</tr></thead>").format(heads) if any(self.columns) else ""
-        return Markup(
-            '<div class="scroll" role="region" tabindex="0" aria-label="{0}"><table><caption>{0}</caption>'
-            "{1}<tbody>{2}</tbody></table></div>"
-        ).format(self.caption, head, body)
+        return element("table", self)
 
 
 @dataclass(frozen=True)
@@ -68,14 +76,7 @@ class Figure:
     caption: str = ""
 
     def __html__(self) -> Markup:
-        caption = Markup("<p>{}</p>").format(self.caption) if self.caption else ""
-        numbers = (
-            Markup("<details><summary>The numbers</summary>{}</details>").format(self.numbers) if self.numbers else ""
-        )
-        return Markup(
-            '<figure><figcaption>{}</figcaption><div class="scroll" role="region" tabindex="0" aria-label="{}">{}</div>'
-            "{}{}</figure>"
-        ).format(self.title, self.title, self.svg, caption, numbers)
+        return element("figure", self)
 
 
 @dataclass(frozen=True)
@@ -87,18 +88,4 @@ class Finding:
     detail: str = ""
 
     def __html__(self) -> Markup:
-        return Markup('<li class="{0}"><span class="level">{0}</span><div><strong>{1}</strong> {2}</div></li>').format(
-            self.level, self.title, self.detail
-        )
-
-
-def _cells(row: Sequence[Cell], align: str) -> Markup:
-    first = Markup('<th scope="row" class="{}">{}</th>')
-    other = Markup('<td class="{}">{}</td>')
-    return Markup("").join((other if i else first).format(align[i], _text(cell)) for i, cell in enumerate(row))
-
-
-def _text(cell: Cell) -> str:
-    if cell is None:
-        return "–"
-    return f"{cell:,}" if isinstance(cell, int) else cell
+        return element("finding", self)

@@ -7,6 +7,11 @@ from typing import overload
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
+def count(value: int) -> str:
+    """Format a whole number with separators of thousands."""
+    return f"{value:,}"
+
+
 def percent(value: float, decimals: int = 1) -> str:
     """Format a share in percent."""
     return f"{value:.{decimals}%}"
@@ -53,10 +58,10 @@ def seconds(value: float) -> str:
     return f"{whole // 3600:,} h {whole % 3600 // 60:02d} min"
 
 
-def size(count: float) -> str:
+def size(num_bytes: float) -> str:
     """Format a number of bytes in decimal units, as disks are sold."""
     for unit in _UNITS:
-        if count < 1000 or unit == _UNITS[-1]:
+        if num_bytes < 1000 or unit == _UNITS[-1]:
             break
-        count /= 1000
-    return f"{count:.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:,.1f} {unit}"

@@ -6,15 +6,11 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from bdpo_pl.files import write_whole
 from bdpo_pl.reporting.elements import Figure, Finding, Table
-
-_TEMPLATES = Environment(
-    loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-)
+from bdpo_pl.reporting.templates import TEMPLATES, element
 
 
 class Section:
@@ -28,20 +24,23 @@ class Section:
 
     def text(self, text: str) -> None:
         """Add a paragraph."""
-        self.parts.append(Markup("<p>{}</p>").format(text))
+        self.parts.append(element("paragraph", text))
 
     def items(self, texts: Sequence[str]) -> None:
         """Add a list."""
-        self.parts.append(Markup("<ul>{}</ul>").format(Markup("").join(Markup("<li>{}</li>").format(t) for t in texts)))
+        self.parts.append(element("items", texts))
+
+    def links(self, targets: Mapping[str, str]) -> None:
+        """Add a list of links: text by target, a path relative to the page."""
+        self.items([element("link", target, text) for target, text in targets.items()])
 
     def quote(self, label: str, text: str) -> None:
         """Add a text of the data, with its line breaks."""
-        self.parts.append(_quote(label, text))
+        self.parts.append(element("quote", label, text))
 
     def folded(self, title: str, texts: Mapping[str, str]) -> None:
         """Add texts of the data, by label, that are hidden until the reader unfolds them, and not printed on paper."""
-        quotes = Markup("").join(_quote(label, text) for label, text in texts.items())
-        self.parts.append(Markup("<details><summary>{}</summary>{}</details>").format(title, quotes))
+        self.parts.append(element("folded", title, texts))
 
     def table(self, table: Table) -> None:
         """Add a table."""
@@ -89,7 +88,7 @@ class Page:
 
     def render(self) -> str:
         """Return the page as HTML."""
-        return _TEMPLATES.get_template("page.html").render(
+        return TEMPLATES.get_template("page.html").render(
             page=self, written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
         )
 
@@ -98,7 +97,3 @@ class Page:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, self.render())
         return path
-
-
-def _quote(label: str, text: str) -> Markup:
-    return Markup('<div class="quote"><b>{}</b><pre>{}</pre></div>').format(label, text)

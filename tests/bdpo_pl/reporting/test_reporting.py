@@ -1,6 +1,7 @@
 """The report's page and plots: what they draw, that data stays text, and what a real browser says of them."""
 
 import re
+import unicodedata
 import xml.etree.ElementTree as ET
 
 import numpy as np
@@ -75,6 +76,25 @@ def test_markup_of_the_data_is_escaped_wherever_it_goes():
     assert "<script" not in html
     assert "<img" not in html
     assert EVIL.split(">")[0].removeprefix("<") in Markup(html).unescape()
+
+
+def test_control_characters_of_the_data_are_shown_as_text(tmp_path):
+    """Escape codes, NUL, C1 controls, marks that turn the writing round and lone surrogates, wherever texts go."""
+    hostile = "a\x1b[2Jb\x00\x07\x7f\x9b31m\u202ec\u2066\ud800d"
+    html = full_page(hostile).write(tmp_path / "report.html").read_text(encoding="utf-8")
+    # The browser itself must read them as text again.
+    texts = Markup(html).unescape()
+    assert {c for c in texts if unicodedata.category(c) in ("Cc", "Cf", "Cs")} == {"\n"}
+    shown = r"a\x1b[2Jb\x00\x07\x7f\x9b31m\u202ec\u2066\ud800d"
+    # Titles, warnings, findings, tables, texts, quotes; labels of drawings are cut to their room.
+    assert html.count(shown) > 25
+    assert html.count(r"\x1b[2J") > 35
+
+
+def test_line_breaks_and_tabs_of_the_data_remain():
+    page = Page("p")
+    page.section("s").quote("label", "one\n\ttwo")
+    assert "<pre>one\n\ttwo</pre>" in page.render()
 
 
 def test_file_names_no_place_to_fetch_from():
