@@ -1,21 +1,26 @@
-"""Bootstrap confidence intervals of means, rates and paired differences.
+"""Confidence intervals of means, rates and paired differences, rank correlation, and p-values of changes.
 
 Prompts that make the same request in several framings are not independent. Whole clusters of such prompts are therefore
 resampled (percentile bootstrap over clusters, Efron and Tibshirani 1993). If all outcomes are the same, a bootstrap
 would give an interval of length 0 and claim certainty; for rates, Wilson's interval over clusters replaces it.
+
+scipy is imported where it is used, because that takes a second, which `--help` need not wait for.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 _Z = 1.959964
 _RESAMPLES = 4000
-# Number of resamples drawn at a time: bounds the memory for suites of many thousand prompts.
-_AT_ONCE = 500
+# Number of values drawn at a time: bounds the memory for suites of many thousand prompts.
+_AT_ONCE = 2_000_000
+_LEAST_FOR_CORRELATION = 3
 
 
 @dataclass(frozen=True)
@@ -23,11 +28,11 @@ class Interval:
     """A mean with its 95 % interval.
 
     Attributes:
-        value: mean over prompts.
-        low: lower end of the interval.
-        high: upper end of the interval.
-        count: number of prompts.
-        clusters: number of resampled clusters.
+        value: mean of the values.
+        low: lower end of the interval; NaN if there is none.
+        high: upper end of the interval; NaN if there is none.
+        count: number of values, for example prompts or pairs.
+        clusters: number of values that are independent of one another.
     """
 
     value: float
@@ -35,6 +40,11 @@ class Interval:
     high: float
     count: int
     clusters: int
+
+    @property
+    def bounded(self) -> bool:
+        """Whether there is an interval."""
+        return not math.isnan(self.low)
 
 
 def mean(
@@ -58,7 +68,7 @@ def mean(
     sums, counts = _by_cluster(values, clusters)
     value = float(sums.sum() / counts.sum())
     if not _all_alike(sums, counts):
-        low, high = np.percentile(_resampled(sums, counts, seed), [2.5, 97.5])
+        low, high = _bootstrap(sums, counts, seed)
     elif rate:
         low, high = wilson(value * len(sums), len(sums))
     else:
@@ -125,18 +135,47 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+def independent(values: np.ndarray, least: int) -> Interval:
+    """Compute the mean of (M,) independent values ± 1.96 standard errors; no interval for fewer than `least` values."""
+    count, value = len(values), float(values.mean())
+    if count < least:
+        return Interval(value, math.nan, math.nan, count, count)
+    return normal(value, float(values.std(ddof=1)) / count**0.5, count)
+
+
+def spearman(first: np.ndarray, second: np.ndarray) -> float | None:
+    """Compute Spearman's rank correlation of two (M,) arrays; None for fewer than 3 pairs or a constant side."""
+    from scipy.stats import spearmanr  # type: ignore[import-untyped]
+
+    if len(first) < _LEAST_FOR_CORRELATION or np.ptp(first) == 0 or np.ptp(second) == 0:
+        return None
+    return float(spearmanr(first, second).statistic)
+
+
 def normal(value: float, error: float, count: int) -> Interval:
     """Return `value` ± 1.96 of its standard error, over `count` independent examples."""
     return Interval(value, value - _Z * error, value + _Z * error, count, count)
 
 
 def wilson(successes: float, count: int) -> tuple[float, float]:
-    """Compute Wilson's 95 % score interval of a rate (Wilson 1927)."""
+    """Compute Wilson's 95 % score interval of a rate (Wilson 1927).
+
+    Not scipy's, which takes whole counts alone: the mean rate of clusters is none.
+    """
     rate, z2 = successes / count, _Z**2
     centre = (rate + z2 / (2 * count)) / (1 + z2 / count)
     half = _Z / (1 + z2 / count) * np.sqrt(rate * (1 - rate) / count + z2 / (4 * count**2))
     # Without this, rounding would exclude 0/n and n/n from their own intervals.
     return max(0.0, min(rate, float(centre - half))), min(1.0, max(rate, float(centre + half)))
+
+
+def finite(value: Any) -> Any:
+    """Return JSON values with null for numbers that JSON does not have, such as the ends of a missing interval."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _by_cluster(
@@ -160,12 +199,15 @@ def _all_alike(sums: np.ndarray, counts: np.ndarray) -> bool:
     return len(sums) == 1 or bool(np.allclose(sums * counts.sum(), counts * sums.sum(), rtol=1e-9, atol=0.0))
 
 
-def _resampled(sums: np.ndarray, counts: np.ndarray, seed: int) -> np.ndarray:
-    """Compute the means of `_RESAMPLES` resamples of all clusters, drawn with replacement."""
-    rng = np.random.default_rng(seed)
-    share = np.full(len(sums), 1.0 / len(sums))
-    means = []
-    for _ in range(_RESAMPLES // _AT_ONCE):
-        times = rng.multinomial(len(sums), share, size=_AT_ONCE)
-        means.append((times @ sums) / (times @ counts))
-    return np.concatenate(means)
+def _bootstrap(sums: np.ndarray, counts: np.ndarray, seed: int) -> tuple[float, float]:
+    """Return the ends of the interval of the mean: percentiles over resamples of all clusters, with replacement."""
+    from scipy.stats import bootstrap
+
+    def mean_of(sums: np.ndarray, counts: np.ndarray, axis: int = -1) -> np.ndarray:
+        return np.asarray(sums.sum(axis=axis) / counts.sum(axis=axis))
+
+    found = bootstrap(
+        (sums, counts), mean_of, paired=True, vectorized=True, n_resamples=_RESAMPLES, method="percentile",
+        batch=max(1, _AT_ONCE // len(sums)), rng=np.random.default_rng(seed),
+    ).confidence_interval  # fmt: skip
+    return float(found.low), float(found.high)

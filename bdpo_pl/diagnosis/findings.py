@@ -105,9 +105,9 @@ def _balance(diagnosis: Diagnosis) -> Iterator[Finding]:
         detail,
     )
     mean = overall.imbalance
-    if mean.low is not None and mean.high is not None and not mean.low <= 0.0 <= mean.high:
-        side = "chosen" if mean.mean > 0 else "rejected"
-        amount = f"{abs(mean.mean):.2f} {diagnosis.unit}".strip()
+    if mean.bounded and not mean.low <= 0.0 <= mean.high:
+        side = "chosen" if mean.value > 0 else "rejected"
+        amount = f"{abs(mean.value):.2f} {diagnosis.unit}".strip()
         tilt = abs(overall.strength_chosen - overall.strength_rejected)
         yield Finding(
             "notice" if tilt >= TILTED else "fine",
@@ -115,7 +115,7 @@ def _balance(diagnosis: Diagnosis) -> Iterator[Finding]:
             f"Of DPO's strength B-DPO gives {overall.strength_chosen:.2f} to the chosen and "
             f"{overall.strength_rejected:.2f} to the rejected ones.",
         )
-    elif mean.low is not None:
+    elif mean.bounded:
         yield Finding("fine", "Neither side is the better comprehended one on average.")
     uneven = [
         g for g in diagnosis.splits["train"].categories

@@ -13,10 +13,11 @@ import numpy as np
 
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.losses.balanced_dpo import robust_spread
+from bdpo_pl.statistics import Interval, independent, spearman
 
 _LENGTH_GROUPS = 6
+# Fewer values have no interval.
 _LEAST_FOR_INTERVAL = 10
-_LEAST_FOR_CORRELATION = 3
 _SMALLEST_WEIGHT = 1e-12
 _ROUND_TAUS = (0.1, 0.25, 0.5, 1.0, 2.0)
 # A ratio above e^600 is infinite for all purposes, and JSON has no infinity.
@@ -63,24 +64,6 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Mean:
-    """A mean with its 95 % interval, ± 1.96 standard errors; no interval for fewer than 10 values."""
-
-    mean: float
-    low: float | None = None
-    high: float | None = None
-
-    @classmethod
-    def of(cls, values: np.ndarray) -> Mean:
-        """Return the mean of (M,) `values`."""
-        mean = float(values.mean())
-        if len(values) < _LEAST_FOR_INTERVAL:
-            return cls(mean)
-        error = 1.96 * float(values.std(ddof=1)) / len(values) ** 0.5
-        return cls(mean, mean - error, mean + error)
-
-
-@dataclass(frozen=True)
 class Temperature:
     """The effect of a temperature τ: ratio of the larger weight to the smaller, exp(|imbalance| / τ).
 
@@ -105,7 +88,7 @@ class Group:
         name: name of what they have in common.
         pairs: number of pairs.
         tokens: mean length of their responses.
-        chosen: mean comprehension of the chosen responses.
+        chosen: mean comprehension of the chosen responses, ± 1.96 standard errors.
         rejected: mean comprehension of the rejected responses.
         imbalance: mean of chosen − rejected.
         size: mean of the absolute imbalance.
@@ -118,9 +101,9 @@ class Group:
     name: str
     pairs: int
     tokens: float
-    chosen: Mean
-    rejected: Mean
-    imbalance: Mean
+    chosen: Interval
+    rejected: Interval
+    imbalance: Interval
     size: float
     spread: float | None
     strong: float
@@ -159,9 +142,9 @@ def group(measured: Measured, name: str, index: np.ndarray | None = None) -> Gro
         name,
         len(i),
         float(measured.lengths[:, i].mean()),
-        Mean.of(measured.comprehension[0, i]),
-        Mean.of(measured.comprehension[1, i]),
-        Mean.of(measured.imbalance[i]),
+        independent(measured.comprehension[0, i], _LEAST_FOR_INTERVAL),
+        independent(measured.comprehension[1, i], _LEAST_FOR_INTERVAL),
+        independent(measured.imbalance[i], _LEAST_FOR_INTERVAL),
         float(np.abs(measured.imbalance[i]).mean()),
         robust_spread(measured.imbalance[i].astype(np.float64)) if len(i) > 1 else None,
         float(measured.strong[i].mean()),
@@ -225,16 +208,6 @@ def length_bias(measured: Measured) -> LengthBias:
     )
 
 
-def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
-    """Return Spearman's rank correlation of two (M,) arrays; None for fewer than 3 pairs or a constant side."""
-    if len(a) < _LEAST_FOR_CORRELATION:
-        return None
-    ranks = np.stack([_ranks(a), _ranks(b)])
-    if (np.ptp(ranks, axis=1) == 0).any():
-        return None
-    return float(np.corrcoef(ranks)[0, 1])
-
-
 def extremes(measured: Measured, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the indices of up to `count` pairs of highest and of lowest imbalance, the most extreme first.
 
@@ -244,13 +217,6 @@ def extremes(measured: Measured, count: int) -> tuple[np.ndarray, np.ndarray]:
     low = order[:count][measured.imbalance[order[:count]] < 0]
     high = order[::-1][:count]
     return high[measured.imbalance[high] > 0], low
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Return ranks from 1, the mean rank for ties."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2)[inverse]
 
 
 def _span(values: Sequence[float] | np.ndarray) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from bdpo_pl.diagnosis.findings import find
-from bdpo_pl.diagnosis.measures import Group, Mean, Measured
+from bdpo_pl.diagnosis.measures import Group, Measured
 from bdpo_pl.diagnosis.results import TEXTS_WARNING, Diagnosis, Places, SplitDiagnosis
 from bdpo_pl.reporting import Cell, Estimate, Line, Page, Section, Table, bar_chart, histogram, line_chart, scatter
 from bdpo_pl.reporting.format import plus_minus, ratio, signed
+from bdpo_pl.statistics import Interval
 
 _MOST_LISTED = 50
 _MOST_CATEGORIES = 30
@@ -286,28 +287,28 @@ def _short(place: str, diagnosis: Diagnosis) -> str:
 def group_table(kind: str, groups: Sequence[Group], caption: str) -> Table:
     """Return a table of groups of pairs, one per row."""
     rows: list[list[Cell]] = [
-        [g.name, g.pairs, signed(g.chosen.mean, 3), signed(g.rejected.mean, 3), told(g.imbalance), f"{g.size:.3f}",
+        [g.name, g.pairs, signed(g.chosen.value, 3), signed(g.rejected.value, 3), told(g.imbalance), f"{g.size:.3f}",
          f"{g.strong:.1%}"]
         for g in groups
     ]  # fmt: skip
     return Table([kind, "pairs", "c chosen", "c rejected", "imbalance", "|imbalance|", "strong"], rows, caption)
 
 
-def told(mean: Mean) -> str:
+def told(mean: Interval) -> str:
     """Format a mean with half the width of its 95 % interval."""
-    return plus_minus(mean.mean, mean.high)
+    return plus_minus(mean.value, mean.high if mean.bounded else None)
 
 
-def estimate(mean: Mean) -> Estimate:
+def estimate(mean: Interval) -> Estimate:
     """Convert a mean to a bar's estimate."""
-    return Estimate(mean.mean, mean.low, mean.high)
+    return Estimate(mean.value, mean.low, mean.high) if mean.bounded else Estimate(mean.value)
 
 
 def _have_intervals(groups: Sequence[Group]) -> bool:
-    return all(g.chosen.high is not None for g in groups)
+    return all(g.chosen.bounded for g in groups)
 
 
-def _line(groups: Sequence[Group], means: Sequence[Mean]) -> Line:
-    x, y = [g.tokens for g in groups], [m.mean for m in means]
-    low, high = [m.low for m in means if m.low is not None], [m.high for m in means if m.high is not None]
+def _line(groups: Sequence[Group], means: Sequence[Interval]) -> Line:
+    x, y = [g.tokens for g in groups], [m.value for m in means]
+    low, high = [m.low for m in means if m.bounded], [m.high for m in means if m.bounded]
     return Line(x, y, low, high) if len(low) == len(high) == len(y) else Line(x, y)

@@ -22,6 +22,7 @@ from bdpo_pl.diagnosis.measures import (
     group,
     length_bias,
 )
+from bdpo_pl.statistics import finite
 
 DUPLICATE = "duplicate of an earlier pair"
 TEXTS_WARNING = (
@@ -142,9 +143,9 @@ class Diagnosis:
     temperatures: list[Temperature] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values; texts and the warning about them are included only if they were requested."""
+        """Return plain JSON values, null where a number is not available; texts and their warning only if requested."""
         warning = {"warning": TEXTS_WARNING} if self.shows_texts else {}
-        return {"format": 1, **warning, **asdict(self)}
+        return finite({"format": 2, **warning, **asdict(self)})
 
 
 def pair_lines(measured: Measured, indices: Sequence[int] | np.ndarray, tokenizer: Any = None) -> Iterator[PairLine]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -14,7 +13,7 @@ from bdpo_pl.evaluation.measures.overfitting import Overfitting
 from bdpo_pl.evaluation.measures.rates import SuiteResult
 from bdpo_pl.evaluation.next_round import Failure, Weakness
 from bdpo_pl.evaluation.oddities import ODDITIES
-from bdpo_pl.statistics import Interval, holm
+from bdpo_pl.statistics import Interval, finite, holm
 
 FORMAT = 2
 
@@ -150,13 +149,4 @@ class Evaluation:
             ],
             "notes": list(self.notes),
         }
-        return _finite(values)
-
-
-def _finite(value: Any) -> Any:
-    """Replace numbers that JSON cannot represent by null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return finite(values)

@@ -18,7 +18,7 @@ SPLITS = {"train": "training", "held_out": "held-out", "out_of_distribution": "o
 
 def percent(interval: Interval) -> str:
     """Format a rate as `61.3 % (50.0 to 71.2)`, with its interval if it has one."""
-    if interval.low != interval.low:
+    if not interval.bounded:
         return f"{100 * interval.value:.1f} %"
     return f"{100 * interval.value:.1f} % ({100 * interval.low:.1f} to {100 * interval.high:.1f})"
 
@@ -30,7 +30,7 @@ def points(interval: Interval) -> str:
 
 def number(interval: Interval) -> str:
     """Format a number with its interval, if it has one."""
-    if interval.low != interval.low:
+    if not interval.bounded:
         return f"{interval.value:.3f}"
     return f"{interval.value:+.3f} ({interval.low:+.3f} to {interval.high:+.3f})"
 

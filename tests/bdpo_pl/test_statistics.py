@@ -5,8 +5,9 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
-from bdpo_pl.statistics import difference, holm, mean, paired_p, wilson
+from bdpo_pl.statistics import difference, holm, mean, paired_p, spearman, wilson
 
 RNG = np.random.default_rng(7)
 
@@ -78,6 +79,20 @@ def test_order_of_prompts_and_names_of_clusters_mean_nothing():
 )
 def test_wilson_by_hand(successes, count, low, high):
     assert wilson(successes, count) == pytest.approx((low, high), abs=2e-4)
+
+
+def test_wilson_of_whole_counts_is_scipys():
+    for successes, count in ((0, 7), (3, 7), (7, 7), (61, 80), (1, 4000)):
+        expected = binomtest(successes, count).proportion_ci(method="wilson")
+        assert wilson(successes, count) == pytest.approx((expected.low, expected.high), abs=1e-8)
+
+
+def test_spearman_by_hand():
+    # Ranks 1, 2.5, 2.5, 4 and 1, 2, 3, 4: 4.5 / √(4.5 · 5).
+    assert spearman(np.array([0, 7, 7, 90]), np.array([1, 2, 5, 6])) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
+    assert spearman(np.array([1, 2, 3]), np.array([9, 4, 1])) == pytest.approx(-1.0)
+    assert spearman(np.array([1, 2, 3]), np.array([5, 5, 5])) is None
+    assert spearman(np.array([1, 2]), np.array([1, 2])) is None
 
 
 def test_rates_that_are_all_alike_have_wilsons_interval_over_clusters():
