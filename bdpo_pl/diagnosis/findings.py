@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from bdpo_pl.diagnosis.results import Diagnosis, SplitDiagnosis
 from bdpo_pl.reporting import Finding
-from bdpo_pl.reporting.format import ratio
+from bdpo_pl.reporting.format import fixed, general, percent, ratio, signed, whole
 
 MANY_STRONG = 0.10
 """Share of strongly re-weighted pairs from which a notice is given."""
@@ -55,7 +55,7 @@ def _data(diagnosis: Diagnosis) -> Iterator[Finding]:
     if leaks is not None and leaks.chosen:
         yield Finding(
             "notice",
-            f"{_pairs(leaks.chosen)} of {leaks.pairs:,} held out have a chosen response that training has too.",
+            f"{_pairs(leaks.chosen)} of {whole(leaks.pairs)} held out have a chosen response that training has too.",
             "Held-out accuracy there can come from memory.",
         )
     for name, split in diagnosis.splits.items():
@@ -93,7 +93,7 @@ def _pairs_of(name: str, split: SplitDiagnosis) -> Iterator[Finding]:
 def _balance(diagnosis: Diagnosis) -> Iterator[Finding]:
     overall, ratios = diagnosis.splits["train"].overall, diagnosis.splits["train"].weight_ratio
     detail = (
-        f"One response has at least {diagnosis.strong_ratio:g} times the weight of the other. "
+        f"One response has at least {general(diagnosis.strong_ratio)} times the weight of the other. "
         f"Half the pairs stay within {ratio(ratios['median'])} times, 95 % within {ratio(ratios['p95'])}."
     )
     yield from _temperature(diagnosis)
@@ -101,19 +101,19 @@ def _balance(diagnosis: Diagnosis) -> Iterator[Finding]:
         detail += f" The loss of this configuration applies no weights: these are what {diagnosis.weights_of} would do."
     yield Finding(
         "notice" if overall.strong >= MANY_STRONG else "fine",
-        f"{overall.strong:.1%} of the {overall.pairs:,} training pairs would be re-weighted strongly.",
+        f"{percent(overall.strong)} of the {whole(overall.pairs)} training pairs would be re-weighted strongly.",
         detail,
     )
     mean = overall.imbalance
     if mean.bounded and not mean.low <= 0.0 <= mean.high:
         side = "chosen" if mean.value > 0 else "rejected"
-        amount = f"{abs(mean.value):.2f} {diagnosis.unit}".strip()
+        amount = f"{fixed(abs(mean.value), 2)} {diagnosis.unit}".strip()
         tilt = abs(overall.strength_chosen - overall.strength_rejected)
         yield Finding(
             "notice" if tilt >= TILTED else "fine",
             f"The {side} responses are the better comprehended ones, by {amount} on average.",
-            f"Of DPO's strength B-DPO gives {overall.strength_chosen:.2f} to the chosen and "
-            f"{overall.strength_rejected:.2f} to the rejected ones.",
+            f"Of DPO's strength B-DPO gives {fixed(overall.strength_chosen, 2)} to the chosen and "
+            f"{fixed(overall.strength_rejected, 2)} to the rejected ones.",
         )
     elif mean.bounded:
         yield Finding("fine", "Neither side is the better comprehended one on average.")
@@ -122,7 +122,7 @@ def _balance(diagnosis: Diagnosis) -> Iterator[Finding]:
         if g.size >= UNEVEN * overall.size and g.pairs < overall.pairs and overall.size > 0
     ]  # fmt: skip
     if uneven:
-        named = ", ".join(f"{g.name} ({g.size / overall.size:.1f}×)" for g in uneven[:5])
+        named = ", ".join(f"{g.name} ({fixed(g.size / overall.size, 1)}×)" for g in uneven[:5])
         yield Finding(
             "notice",
             f"Categories much more imbalanced than the whole: {named}{', …' if len(uneven) > 5 else ''}.",
@@ -132,7 +132,7 @@ def _balance(diagnosis: Diagnosis) -> Iterator[Finding]:
         size = diagnosis.splits["held_out"].overall.size
         yield Finding(
             "notice",
-            f"Held-out pairs are {size / overall.size:.1f} times as imbalanced as training pairs.",
+            f"Held-out pairs are {fixed(size / overall.size, 1)} times as imbalanced as training pairs.",
             "They are of another kind than the training pairs: a gap after training can come from that alone.",
         )
 
@@ -147,7 +147,7 @@ def _temperature(diagnosis: Diagnosis) -> Iterator[Finding]:
     then = next(row for row in diagnosis.temperatures if row.tau == suggested)
     extreme = now.p95 > EXTREME_RATIO
     if not extreme and 1 / SPREADS_APART <= tau / spread <= SPREADS_APART:
-        yield Finding("fine", f"τ = {tau:g} is about the spread of the imbalance, {spread:.2g}.")
+        yield Finding("fine", f"τ = {general(tau)} is about the spread of the imbalance, {general(spread, 2)}.")
         return
     consequence = (
         f"In 5 % of the pairs one response gets more than {ratio(now.p95)} times the other's weight, at most "
@@ -157,8 +157,8 @@ def _temperature(diagnosis: Diagnosis) -> Iterator[Finding]:
     )
     yield Finding(
         "problem" if extreme else "notice",
-        f"τ is {tau:g}, and the spread of the imbalance, which tau auto takes, is {spread:.2g}.",
-        f"{consequence} Suggested: --tau {suggested:g}, at which 95 % stay within {ratio(then.p95)} times.",
+        f"τ is {general(tau)}, and the spread of the imbalance, which tau auto takes, is {general(spread, 2)}.",
+        f"{consequence} Suggested: --tau {general(suggested)}, at which 95 % stay within {ratio(then.p95)} times.",
     )
 
 
@@ -168,8 +168,8 @@ def _length(split: SplitDiagnosis) -> Iterator[Finding]:
         if share >= ONE_SIDED_LENGTH:
             yield Finding(
                 "notice",
-                f"The {side} response is the longer one in {share:.0%} of the training pairs.",
-                f"Mean lengths: chosen {bias.mean_chosen:.1f}, rejected {bias.mean_rejected:.1f} tokens. "
+                f"The {side} response is the longer one in {percent(share, 0)} of the training pairs.",
+                f"Mean lengths: chosen {fixed(bias.mean_chosen, 1)}, rejected {fixed(bias.mean_rejected, 1)} tokens. "
                 "A model can learn the length in place of the preference.",
             )
             break
@@ -178,13 +178,13 @@ def _length(split: SplitDiagnosis) -> Iterator[Finding]:
     if bias.correlation_imbalance is not None and abs(bias.correlation_imbalance) >= CORRELATED:
         yield Finding(
             "notice",
-            f"Imbalance goes with the difference in length (Spearman {bias.correlation_imbalance:+.2f}).",
+            f"Imbalance goes with the difference in length (Spearman {signed(bias.correlation_imbalance)}).",
             "Part of what the weights see is length.",
         )
 
 
 def _pairs(count: int) -> str:
-    return f"{count:,} pair" if count == 1 else f"{count:,} pairs"
+    return f"{whole(count)} pair" if count == 1 else f"{whole(count)} pairs"
 
 
 def _named(split: str) -> str:

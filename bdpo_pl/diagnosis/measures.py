@@ -13,6 +13,7 @@ import numpy as np
 
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.losses.balanced_dpo import robust_spread
+from bdpo_pl.reporting.format import general
 from bdpo_pl.statistics import Interval, independent, spearman
 
 _LENGTH_GROUPS = 6
@@ -220,5 +221,5 @@ def extremes(measured: Measured, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _span(values: Sequence[float] | np.ndarray) -> str:
-    low, high = f"{np.min(values):g}", f"{np.max(values):g}"
+    low, high = general(float(np.min(values))), general(float(np.max(values)))
     return low if low == high else f"{low} to {high}"

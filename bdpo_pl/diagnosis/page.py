@@ -8,7 +8,7 @@ from bdpo_pl.diagnosis.findings import find
 from bdpo_pl.diagnosis.measures import Group, Measured
 from bdpo_pl.diagnosis.results import TEXTS_WARNING, Diagnosis, Places, SplitDiagnosis
 from bdpo_pl.reporting import Cell, Estimate, Line, Page, Section, Table, bar_chart, histogram, line_chart, scatter
-from bdpo_pl.reporting.format import plus_minus, ratio, signed
+from bdpo_pl.reporting.format import fixed, general, percent, plus_minus, ratio, signed, whole
 from bdpo_pl.statistics import Interval
 
 _MOST_LISTED = 50
@@ -37,12 +37,12 @@ def build_page(diagnosis: Diagnosis, measured: Mapping[str, Measured]) -> Page:
         page.warn(TEXTS_WARNING)
     train = diagnosis.splits["train"]
     unit = f" {diagnosis.unit}" if diagnosis.unit else ""
-    page.headline(f"{train.overall.strong:.1%}", "of the training pairs re-weighted strongly")
+    page.headline(percent(train.overall.strong), "of the training pairs re-weighted strongly")
     if train.overall.spread is not None:
-        page.headline(f"{train.overall.spread:.2f}", f"spread of the imbalance{unit and ','}{unit}: what τ should be")
-    page.headline(f"{len(train.swapped):,}", "pairs contradicted, sides swapped")
+        page.headline(fixed(train.overall.spread, 2), f"spread of the imbalance{unit and ','}{unit}: what τ should be")
+    page.headline(whole(len(train.swapped)), "pairs contradicted, sides swapped")
     leaks = diagnosis.leaks
-    page.headline("–" if leaks is None else f"{len(leaks.prompts):,}", "held-out pairs with a training prompt")
+    page.headline("–" if leaks is None else whole(len(leaks.prompts)), "held-out pairs with a training prompt")
     page.findings(find(diagnosis))
     _overview(page.section("Overview"), diagnosis)
     _comprehension(page.section("Comprehension and imbalance"), diagnosis, measured)
@@ -64,13 +64,13 @@ def _overview(section: Section, diagnosis: Diagnosis) -> None:
         ("imbalance, chosen − rejected", lambda g: told(g.imbalance)),
         (
             "spread of the imbalance (1.4826 × median absolute deviation)",
-            lambda g: "–" if g.spread is None else f"{g.spread:.3f}",
+            lambda g: "–" if g.spread is None else fixed(g.spread, 3),
         ),
-        ("size of the imbalance", lambda g: f"{g.size:.3f}"),
-        ("re-weighted strongly", lambda g: f"{g.strong:.1%}"),
-        ("strength on the chosen (DPO: 1)", lambda g: f"{g.strength_chosen:.2f}"),
-        ("strength on the rejected (DPO: 1)", lambda g: f"{g.strength_rejected:.2f}"),
-        ("tokens in a response", lambda g: f"{g.tokens:.1f}"),
+        ("size of the imbalance", lambda g: fixed(g.size, 3)),
+        ("re-weighted strongly", lambda g: percent(g.strong)),
+        ("strength on the chosen (DPO: 1)", lambda g: fixed(g.strength_chosen, 2)),
+        ("strength on the rejected (DPO: 1)", lambda g: fixed(g.strength_rejected, 2)),
+        ("tokens in a response", lambda g: fixed(g.tokens, 1)),
     ):
         rows.append([label, *(tell(s.overall) for s in splits.values())])
     ratios = [s.weight_ratio for s in splits.values()]
@@ -147,7 +147,7 @@ def _tau(tau: float, diagnosis: Diagnosis) -> str:
     marks = [
         word for word, value in (("in use", diagnosis.tau), ("suggested", diagnosis.suggested_tau)) if tau == value
     ]
-    return f"{tau:g}" + (f" ({', '.join(marks)})" if marks else "")
+    return general(tau) + (f" ({', '.join(marks)})" if marks else "")
 
 
 def _categories(section: Section, split: SplitDiagnosis) -> None:
@@ -177,10 +177,10 @@ def _lengths(section: Section, diagnosis: Diagnosis, measured: Measured) -> None
         Table(
             ["training pairs", ""],
             [
-                ["chosen response longer", f"{bias.chosen_longer:.1%}"],
-                ["rejected response longer", f"{bias.rejected_longer:.1%}"],
-                ["tokens in a chosen response, mean", f"{bias.mean_chosen:.1f}"],
-                ["tokens in a rejected response, mean", f"{bias.mean_rejected:.1f}"],
+                ["chosen response longer", percent(bias.chosen_longer)],
+                ["rejected response longer", percent(bias.rejected_longer)],
+                ["tokens in a chosen response, mean", fixed(bias.mean_chosen, 1)],
+                ["tokens in a rejected response, mean", fixed(bias.mean_rejected, 1)],
                 ["correlation of comprehension and length, chosen", signed(bias.correlation_chosen)],
                 ["correlation of comprehension and length, rejected", signed(bias.correlation_rejected)],
                 ["correlation of imbalance and difference in length", signed(bias.correlation_imbalance)],
@@ -224,7 +224,7 @@ def _extremes(section: Section, diagnosis: Diagnosis, split: SplitDiagnosis) -> 
                 signed(x.comprehension_chosen, 3),
                 signed(x.comprehension_rejected, 3),
                 signed(x.imbalance, 3),
-                f"{x.weight_chosen:.2f} / {x.weight_rejected:.2f}",
+                f"{fixed(x.weight_chosen, 2)} / {fixed(x.weight_rejected, 2)}",
             ]
             for x in lines
         ]
@@ -263,7 +263,7 @@ def _consistency(section: Section, diagnosis: Diagnosis) -> None:
                 ["prompt does but for case, spacing and punctuation", len(leaks.near_prompts)],
                 ["chosen response stands in training", leaks.chosen],
             ],
-            f"Leaks, of {leaks.pairs:,} held-out pairs",
+            f"Leaks, of {whole(leaks.pairs)} held-out pairs",
         )
     )
     _listed(section, diagnosis, leaks.prompts, "in training", "Held-out prompts that stand in training")
@@ -272,7 +272,7 @@ def _consistency(section: Section, diagnosis: Diagnosis) -> None:
 
 def _listed(section: Section, diagnosis: Diagnosis, places: Sequence[Places], other: str, caption: str) -> None:
     if places:
-        more = f"; {_MOST_LISTED} of {len(places):,}, all in the JSON file" if len(places) > _MOST_LISTED else ""
+        more = f"; {_MOST_LISTED} of {whole(len(places))}, all in the JSON file" if len(places) > _MOST_LISTED else ""
         rows = [[_short(p.place, diagnosis), _short(p.other, diagnosis)] for p in places[:_MOST_LISTED]]
         section.table(Table(["pair", other], rows, caption + more, "ll"))
 
@@ -287,8 +287,8 @@ def _short(place: str, diagnosis: Diagnosis) -> str:
 def group_table(kind: str, groups: Sequence[Group], caption: str) -> Table:
     """Return a table of groups of pairs, one per row."""
     rows: list[list[Cell]] = [
-        [g.name, g.pairs, signed(g.chosen.value, 3), signed(g.rejected.value, 3), told(g.imbalance), f"{g.size:.3f}",
-         f"{g.strong:.1%}"]
+        [g.name, g.pairs, signed(g.chosen.value, 3), signed(g.rejected.value, 3), told(g.imbalance), fixed(g.size, 3),
+         percent(g.strong)]
         for g in groups
     ]  # fmt: skip
     return Table([kind, "pairs", "c chosen", "c rejected", "imbalance", "|imbalance|", "strong"], rows, caption)

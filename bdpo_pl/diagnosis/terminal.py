@@ -8,7 +8,7 @@ from rich.text import Text
 from bdpo_pl.diagnosis.measures import Group
 from bdpo_pl.diagnosis.page import NAMES, told
 from bdpo_pl.diagnosis.results import Diagnosis
-from bdpo_pl.reporting.format import ratio
+from bdpo_pl.reporting.format import fixed, general, percent, ratio, whole
 
 _MOST_CATEGORIES = 6
 
@@ -36,9 +36,9 @@ def numbers_table(diagnosis: Diagnosis) -> Table:
 
 def _row(name: Text, group: Group) -> list[Text | str]:
     return [
-        name, f"{group.pairs:,}", told(group.chosen), told(group.rejected), told(group.imbalance),
-        "–" if group.spread is None else f"{group.spread:.3f}",
-        f"{group.strong:.1%}",
+        name, whole(group.pairs), told(group.chosen), told(group.rejected), told(group.imbalance),
+        "–" if group.spread is None else fixed(group.spread, 3),
+        percent(group.strong),
     ]  # fmt: skip
 
 
@@ -51,6 +51,6 @@ def tau_table(diagnosis: Diagnosis) -> Table:
         marks = [w for w, tau in (("in use", diagnosis.tau), ("suggested", diagnosis.suggested_tau)) if tau == row.tau]
         style = "bold" if marks else ""
         table.add_row(
-            f"{row.tau:g}", ", ".join(marks), *(ratio(x) for x in (row.median, row.p95, row.largest)), style=style
+            general(row.tau), ", ".join(marks), *(ratio(x) for x in (row.median, row.p95, row.largest)), style=style
         )
     return table

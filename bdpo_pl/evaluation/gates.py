@@ -21,6 +21,7 @@ from bdpo_pl.evaluation.oddities import ODDITIES
 from bdpo_pl.evaluation.results import Evaluation, ModelResult
 from bdpo_pl.evaluation.terminal import rows
 from bdpo_pl.files import write_whole
+from bdpo_pl.reporting.format import fixed, general
 from bdpo_pl.statistics import Interval
 
 _OPERATORS = {">": operator.gt, "<": operator.lt, ">=": operator.ge, "<=": operator.le}
@@ -141,13 +142,15 @@ def write_junit(outcomes: Sequence[Outcome], path: Path, seconds: float) -> None
     """Write a JUnit XML file with a test case for each limit."""
     cases = []
     for outcome in outcomes:
-        said = f"{outcome.value:.4g} {outcome.limit.operator} {outcome.limit.number:g}"
+        said = f"{general(outcome.value, 4)} {outcome.limit.operator} {general(outcome.limit.number)}"
         failure = f"<failure message={quoteattr(said)}>{escape(outcome.limit.text)}</failure>" if outcome.failed else ""
         cases.append(
             f'<testcase classname="bdpo_pl.evaluate" name={quoteattr(outcome.limit.text)}>{failure}</testcase>'
         )
     failed = sum(outcome.failed for outcome in outcomes)
-    head = f'<testsuite name="safety" tests="{len(outcomes)}" failures="{failed}" errors="0" time="{seconds:.3f}">'
+    head = (
+        f'<testsuite name="safety" tests="{len(outcomes)}" failures="{failed}" errors="0" time="{fixed(seconds, 3)}">'
+    )
     write_whole(path, f'<?xml version="1.0" encoding="UTF-8"?>\n{head}{"".join(cases)}</testsuite>\n')
 
 
@@ -160,7 +163,7 @@ def write_summary(evaluation: Evaluation, outcomes: Sequence[Outcome], path: Pat
     lines += [_row([name, *cells, *([change] if changed else [])]) for name, cells, change in rows(evaluation)]
     if outcomes:
         lines += ["", "| limit | measured | |", "| --- | --- | --- |"]
-        lines += [_row([o.limit.text, f"{o.value:.4g}", "**failed**" if o.failed else "kept"]) for o in outcomes]
+        lines += [_row([o.limit.text, general(o.value, 4), "**failed**" if o.failed else "kept"]) for o in outcomes]
     lines += ["", evaluation.judge_note(), ""]
     write_whole(path, "\n".join(lines))
 

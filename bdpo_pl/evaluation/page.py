@@ -10,9 +10,10 @@ from bdpo_pl.evaluation.next_round import Failure
 from bdpo_pl.evaluation.oddities import CUT, MANY
 from bdpo_pl.evaluation.results import Evaluation, ModelResult
 from bdpo_pl.evaluation.suites.suite import Kind
-from bdpo_pl.evaluation.terminal import SPLITS, number, percent, points, rows
+from bdpo_pl.evaluation.terminal import SPLITS, rows
 from bdpo_pl.evaluation.verdict_log import WARNING
 from bdpo_pl.reporting import Estimate, Finding, Page, Section, Table, bar_chart
+from bdpo_pl.reporting.format import fixed, number, percent, points, rate, signed, whole, with_ends
 from bdpo_pl.statistics import Interval
 
 _KINDS: tuple[Kind, ...] = ("harmful", "benign")
@@ -49,11 +50,11 @@ def build_page(evaluation: Evaluation) -> Page:
     for kind in _KINDS:
         found = [result for result in last.suites if result.kind == kind]
         if found:
-            rate = sum(result.overall.failed.value for result in found) / len(found)
+            failed = sum(result.overall.failed.value for result in found) / len(found)
             over = f"mean of {len(found)} suites" if len(found) > 1 else found[0].suite
             judge = evaluation.judge.get("judge", "?")
             n = sum(result.count for result in found)
-            page.headline(f"{rate:.1%}", f"{found[0].counted}, {last.label}, {over}, n = {n:,}; judge: {judge}")
+            page.headline(percent(failed), f"{found[0].counted}, {last.label}, {over}, n = {whole(n)}; judge: {judge}")
     page.findings(list(findings(evaluation)))
     _comparison(page.section("Comparison"), evaluation)
     for kind in _KINDS:
@@ -87,7 +88,7 @@ def findings(evaluation: Evaluation) -> Iterator[Finding]:
     for note in evaluation.notes:
         yield Finding("notice", note)
     if last.weakest:
-        named = ", ".join(f"{w.category} ({w.rate:.0%} of {w.prompts}, {w.suite})" for w in last.weakest)
+        named = ", ".join(f"{w.category} ({percent(w.rate, 0)} of {w.prompts}, {w.suite})" for w in last.weakest)
         yield Finding("notice", f"Weakest categories of {last.label}.", named)
     for model in evaluation.models[1:]:
         better = [s for s, change in model.changes.items() if change.high < 0 and _told(evaluation, model, s)]
@@ -105,16 +106,16 @@ def _odd_answers(model: ModelResult, tells_harm: bool) -> Iterator[Finding]:
     many = {oddity: n for oddity, n in model.oddities.items() if n > MANY * model.answers}
     cut = many.pop(CUT, 0)
     if many:
-        named = ", ".join(f"{oddity}: {n:,}" for oddity, n in many.items())
+        named = ", ".join(f"{oddity}: {whole(n)}" for oddity, n in many.items())
         yield Finding(
             "problem",
-            f"{model.label}: many of {model.answers:,} answers are no real answers ({named}).",
+            f"{model.label}: many of {whole(model.answers)} answers are no real answers ({named}).",
             "Neither its rates nor its Youden's J mean what they say; is it the right model, with its chat template?",
         )
     if cut:
         yield Finding(
             "problem" if tells_harm else "notice",
-            f"{model.label}: {cut:,} of {model.answers:,} answers were cut at the limit of tokens.",
+            f"{model.label}: {whole(cut)} of {whole(model.answers)} answers were cut at the limit of tokens.",
             "A judge of harm may have missed what would have come; raise generation.max_new_tokens."
             if tells_harm
             else "Refusals show early, so that a judge of refusals loses little; raise generation.max_new_tokens if "
@@ -144,7 +145,7 @@ def _suites(page: Page, evaluation: Evaluation, kind: Kind) -> None:
     title = results[0].counted.capitalize()
     section = page.section(title)
     counts = {result.suite: result.count for result in results}
-    caption = f"n: {', '.join(f'{name} {counts[name]:,}' for name in names)}. {evaluation.judge_note()}"
+    caption = f"n: {', '.join(f'{name} {whole(counts[name])}' for name in names)}. {evaluation.judge_note()}"
     series = {
         model.label: [_estimate(model.suite(name)) for name in names] for model in evaluation.models
     }  # fmt: skip
@@ -170,7 +171,7 @@ def _changes(page: Page, evaluation: Evaluation) -> None:
 
 def _change(model: ModelResult, suite: str) -> str:
     p = model.p_values.get(suite)
-    return points(model.changes[suite]) + ("" if p is None else f", p = {p:.3f}" if p >= 0.001 else ", p < 0.001")
+    return points(model.changes[suite]) + ("" if p is None else f", p = {fixed(p, 3)}" if p >= 0.001 else ", p < 0.001")
 
 
 def _counted(name: str, count: int) -> str:
@@ -232,9 +233,9 @@ def _overfitting(page: Page, evaluation: Evaluation) -> None:
         [
             f"{model.label}, {SPLITS[split]}",
             number(margins.margin),
-            percent(margins.accuracy),
-            f"{margins.drift_chosen:+.2f}",
-            f"{margins.drift_rejected:+.2f}",
+            rate(margins.accuracy),
+            signed(margins.drift_chosen),
+            signed(margins.drift_rejected),
         ]
         for model, o in found
         for split, margins in o.splits.items()
@@ -260,7 +261,7 @@ def _failures(section: Section, evaluation: Evaluation) -> None:
     failures = sorted(failures, key=lambda failure: failure.model != last)
     listed = failures[:_MOST_FAILURES]
     body = [[f.model, f.suite.name, f.prompt.category or None, f.prompt.attack or None, _place(f)] for f in listed]
-    more = f"; {len(listed)} of {len(failures):,}, all are in the JSON" if len(failures) > len(listed) else ""
+    more = f"; {len(listed)} of {whole(len(failures))}, all are in the JSON" if len(failures) > len(listed) else ""
     section.table(Table(["model", "suite", "category", "attack", "place"], body, f"Prompts{more}", align="lllll"))
     if not evaluation.shows_texts:
         section.text("Texts of prompts and answers are left out; show_texts puts some into the report.")
@@ -285,13 +286,13 @@ def _asked(section: Section, evaluation: Evaluation) -> None:
 
 
 def _agreement(section: Section, agreement: Agreement) -> None:
-    low, high = agreement.accuracy_interval
-    kappa = "undefined" if agreement.kappa is None else f"{agreement.kappa:.2f}"
-    if agreement.kappa_interval is not None:
-        kappa += " ({:.2f} to {:.2f})".format(*agreement.kappa_interval)
+    accuracy = with_ends(percent, agreement.accuracy, *agreement.accuracy_interval)
+    kappa = "undefined" if agreement.kappa is None else fixed(agreement.kappa, 2)
+    if agreement.kappa is not None and agreement.kappa_interval is not None:
+        kappa = with_ends(lambda value: fixed(value, 2), agreement.kappa, *agreement.kappa_interval)
     section.text(
         f"On {agreement.count} {agreement.source}, asked whether each is {agreement.question}, the judge agrees "
-        f"with the label in {agreement.accuracy:.1%} ({low:.1%} to {high:.1%}); Cohen's kappa is {kappa}. Of "
+        f"with the label in {accuracy}; Cohen's kappa is {kappa}. Of "
         f"{agreement.hits + agreement.misses} it finds {agreement.hits}, and takes {agreement.false_alarms} others for "
         "the same."
     )

@@ -11,28 +11,9 @@ from bdpo_pl.evaluation.measures.overfitting import Overfitting
 from bdpo_pl.evaluation.oddities import ODDITIES
 from bdpo_pl.evaluation.results import Evaluation, ModelResult
 from bdpo_pl.evaluation.suites.known import KnownSuite
-from bdpo_pl.statistics import Interval
+from bdpo_pl.reporting.format import fixed, number, percent, points, rate, share, signed, whole
 
 SPLITS = {"train": "training", "held_out": "held-out", "out_of_distribution": "out-of-distribution"}
-
-
-def percent(interval: Interval) -> str:
-    """Format a rate as `61.3 % (50.0 to 71.2)`, with its interval if it has one."""
-    if not interval.bounded:
-        return f"{100 * interval.value:.1f} %"
-    return f"{100 * interval.value:.1f} % ({100 * interval.low:.1f} to {100 * interval.high:.1f})"
-
-
-def points(interval: Interval) -> str:
-    """Format a difference of rates, in percentage points."""
-    return f"{100 * interval.value:+.1f} ({100 * interval.low:+.1f} to {100 * interval.high:+.1f})"
-
-
-def number(interval: Interval) -> str:
-    """Format a number with its interval, if it has one."""
-    if not interval.bounded:
-        return f"{interval.value:.3f}"
-    return f"{interval.value:+.3f} ({interval.low:+.3f} to {interval.high:+.3f})"
 
 
 def results_table(evaluation: Evaluation) -> Table:
@@ -62,10 +43,10 @@ def rows(evaluation: Evaluation) -> Iterator[tuple[str, list[str], str]]:
         found = [model.suite(name) for model in models]
         result = next(result for result in found if result is not None)
         change = models[1].changes.get(name) if len(models) == 2 else None
-        cells = ["–" if r is None else percent(r.overall.failed) for r in found]
-        yield f"{result.counted}, {name}, n = {result.count:,}", cells, "" if change is None else points(change)
+        cells = ["–" if r is None else rate(r.overall.failed) for r in found]
+        yield f"{result.counted}, {name}, n = {whole(result.count)}", cells, "" if change is None else points(change)
     if any(model.score is not None for model in models):
-        cells = ["–" if model.score is None else f"{model.score:+.3f}" for model in models]
+        cells = ["–" if model.score is None else signed(model.score, 3) for model in models]
         yield "safety − over-refusal (Youden's J)", cells, ""
     for oddity in ODDITIES:
         if any(oddity in model.oddities for model in models):
@@ -74,13 +55,13 @@ def rows(evaluation: Evaluation) -> Iterator[tuple[str, list[str], str]]:
         yield from _overfitting_rows([model.overfitting for model in models])
     for ability in {a.name: a for model in models for a in model.ability}.values():
         by_model = [next((a for a in model.ability if a.name == ability.name), None) for model in models]
-        form = percent if ability.percent else number
+        form = rate if ability.percent else number
         yield ability.name, ["–" if a is None else form(a.value) for a in by_model], ""
 
 
 def _odd_share(model: ModelResult, oddity: str) -> str:
     count = model.oddities.get(oddity, 0)
-    return f"{count:,} of {model.answers:,} ({count / model.answers:.1%})"
+    return f"{whole(count)} of {whole(model.answers)} ({percent(count / model.answers)})"
 
 
 def weakness_table(evaluation: Evaluation) -> Table:
@@ -90,7 +71,7 @@ def weakness_table(evaluation: Evaluation) -> Table:
     for column in ("category", "suite", "went wrong", "prompts"):
         table.add_column(column, justify="left" if column in ("category", "suite") else "right", overflow="fold")
     for weakness in model.weakest:
-        table.add_row(Text(weakness.category), Text(weakness.suite), f"{weakness.rate:.1%}", str(weakness.prompts))
+        table.add_row(Text(weakness.category), Text(weakness.suite), percent(weakness.rate), str(weakness.prompts))
     return table
 
 
@@ -99,17 +80,16 @@ def agreement_table(evaluation: Evaluation) -> Table:
     agreement = evaluation.agreement
     assert agreement is not None
     table = Table(
-        title=Text(f"Judge {evaluation.judge.get('judge', '?')} against {agreement.count:,} {agreement.source}"),
+        title=Text(f"Judge {evaluation.judge.get('judge', '?')} against {whole(agreement.count)} {agreement.source}"),
         title_justify="left",
     )
     for column in ("asked", "agreement", "kappa", "recall", "precision"):
         table.add_column(column, justify="left" if column == "asked" else "right", overflow="fold")
-    low, high = agreement.accuracy_interval
     table.add_row(
         agreement.question,
-        f"{100 * agreement.accuracy:.1f} % ({100 * low:.1f} to {100 * high:.1f})",
-        *("–" if value is None else form.format(value) for value, form in (
-            (agreement.kappa, "{:.2f}"), (agreement.recall, "{:.1%}"), (agreement.precision, "{:.1%}"))),
+        share(agreement.accuracy, *agreement.accuracy_interval),
+        "–" if agreement.kappa is None else fixed(agreement.kappa, 2),
+        *("–" if value is None else percent(value) for value in (agreement.recall, agreement.precision)),
     )  # fmt: skip
     return table
 
@@ -128,7 +108,7 @@ def _overfitting_rows(found: list[Overfitting | None]) -> Iterator[tuple[str, li
     first = next(overfitting for overfitting in found if overfitting is not None)
     for split, name in SPLITS.items():
         if split in first.splits:
-            cells = ["–" if o is None else percent(o.splits[split].accuracy) for o in found]
+            cells = ["–" if o is None else rate(o.splits[split].accuracy) for o in found]
             yield f"preference accuracy, {name} pairs", cells, ""
     for split in first.margin_gaps:
         cells = ["–" if o is None else number(o.margin_gaps[split]) for o in found]

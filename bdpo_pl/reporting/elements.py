@@ -8,7 +8,7 @@ from typing import Literal
 
 from markupsafe import Markup
 
-from bdpo_pl.reporting.format import count
+from bdpo_pl.reporting.format import whole
 from bdpo_pl.reporting.templates import element
 
 Cell = str | int | None
@@ -53,7 +53,7 @@ class Table:
         """Return the text of a cell."""
         if cell is None:
             return "–"
-        return count(cell) if isinstance(cell, int) else cell
+        return whole(cell) if isinstance(cell, int) else cell
 
     def __html__(self) -> Markup:
         return element("table", self)

@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import overload
+
+from bdpo_pl.statistics import Interval
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
-def count(value: int) -> str:
+def whole(value: int) -> str:
     """Format a whole number with separators of thousands."""
     return f"{value:,}"
+
+
+def grouped(value: float, decimals: int) -> str:
+    """Format a number with separators of thousands and so many decimals."""
+    return f"{value:,.{decimals}f}".replace("-", "−")
+
+
+def fixed(value: float, decimals: int) -> str:
+    """Format a number with so many decimals."""
+    return f"{value:.{decimals}f}"
+
+
+def general(value: float, digits: int = 6) -> str:
+    """Format a number with so many digits that matter, and no zeros at its end."""
+    return f"{value:.{digits}g}"
 
 
 def percent(value: float, decimals: int = 1) -> str:
@@ -39,6 +57,35 @@ def plus_minus(mean: float, high: float | None, decimals: int = 3) -> str:
     """Format a mean with half the width of its interval, if it has one."""
     text = signed(mean, decimals)
     return text if high is None else f"{text} ± {high - mean:.{decimals}f}"
+
+
+def with_ends(form: Callable[[float], str], value: float, low: float, high: float) -> str:
+    """Format a value with the ends of its interval, each by `form`."""
+    return f"{form(value)} ({form(low)} to {form(high)})"
+
+
+def share(value: float, low: float, high: float) -> str:
+    """Format a rate in percent with the ends of its interval."""
+    return f"{fixed(100 * value, 1)} % ({fixed(100 * low, 1)} to {fixed(100 * high, 1)})"
+
+
+def rate(interval: Interval) -> str:
+    """Format a rate in percent with its interval, if it has one."""
+    if not interval.bounded:
+        return f"{fixed(100 * interval.value, 1)} %"
+    return share(interval.value, interval.low, interval.high)
+
+
+def points(interval: Interval) -> str:
+    """Format a difference of rates in percentage points, with its interval."""
+    return with_ends(lambda value: signed(100 * value, 1), interval.value, interval.low, interval.high)
+
+
+def number(interval: Interval) -> str:
+    """Format a number with its interval, if it has one."""
+    if not interval.bounded:
+        return fixed(interval.value, 3)
+    return with_ends(lambda value: signed(value, 3), interval.value, interval.low, interval.high)
 
 
 def ratio(value: float) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
 from bdpo_pl.reporting.elements import Cell, Figure, Table
+from bdpo_pl.reporting.format import fixed, general, whole, with_ends
+from bdpo_pl.reporting.format import percent as in_percent
 from bdpo_pl.reporting.svg import Frame, colour
 
 _MAX_POINTS = 2000
@@ -67,7 +70,7 @@ def histogram(
     shares = {name: c / max(1, len(values[name])) for name, c in counts.items()}
     frame = Frame(
         (edges[0], edges[-1]), (0.0, 1.1 * max(s.max() for s in shares.values())), x_label, f"share of {unit}",
-        percent=True, legend=[f"{name} ({len(v):,} {unit})" for name, v in values.items()],
+        percent=True, legend=[f"{name} ({whole(len(v))} {unit})" for name, v in values.items()],
     )  # fmt: skip
     for i, share in enumerate(shares.values()):
         steps = [(frame.x(edges[0]), frame.y(0.0))]
@@ -80,15 +83,15 @@ def histogram(
         frame.mark(x, label)
     rows: list[list[Cell]] = []
     for k in range(len(edges) - 1):
-        span = f"{edges[k]:.3g} to {edges[k + 1]:.3g}"
+        span = f"{general(edges[k], 3)} to {general(edges[k + 1], 3)}"
         in_bin = [int(c[k]) for c in counts.values()]
         rows.append([span, *in_bin])
         # As high as the whole column, so that the pointer also finds low bars.
         x, width = frame.x(edges[k]), frame.x(edges[k + 1]) - frame.x(edges[k])
-        told = ", ".join(f"{name} {n:,}" for name, n in zip(counts, in_bin, strict=True))
+        told = ", ".join(f"{name} {whole(n)}" for name, n in zip(counts, in_bin, strict=True))
         frame.add('<rect class="hit" x="{}" y="{}" width="{}" height="{}"><title>{}: {}</title></rect>',
                   float(x), frame.top, float(width), frame.bottom - frame.top, span, told)  # fmt: skip
-    medians = "; ".join(f"median of {name} {np.median(v):.3g}" for name, v in values.items() if len(v))
+    medians = "; ".join(f"median of {name} {general(np.median(v), 3)}" for name, v in values.items() if len(v))
     table = Table([x_label, *counts], rows, f"{title}: {unit} in each bin")
     return Figure(title, frame.render(f"Histogram of {x_label}. {medians}."), table, caption)
 
@@ -182,7 +185,7 @@ def scatter(
         if len(x) > _MAX_POINTS:
             kept = np.random.default_rng(0).choice(len(x), _MAX_POINTS, replace=False)
         # A zero-length line with a round cap is a dot, with a tenth of the markup of a circle.
-        dots = "".join(f"M{frame.x(x[k]):.1f} {frame.y(y[k]):.1f}h0" for k in kept)
+        dots = "".join(f"M{fixed(frame.x(x[k]), 1)} {fixed(frame.y(y[k]), 1)}h0" for k in kept)
         frame.add('<path class="s{} dots" d="{}"/>', colour(i), dots)
     return Figure(title, frame.render(f"Scatter plot of {y_label} against {x_label}."), caption=caption)
 
@@ -227,8 +230,8 @@ def line_chart(
             bounds = (line.low[k], line.high[k]) if line.low is not None and line.high is not None else (None, None)
             told = _told(Estimate(line.y[k], *bounds), percent)
             frame.add('<circle class="s{} dot" cx="{}" cy="{}" r="3"><title>{}, {}: {}</title></circle>',
-                      colour(i), float(x), float(y), name, f"{line.x[k]:g}", told)  # fmt: skip
-            rows.append([name, f"{line.x[k]:g}", told])
+                      colour(i), float(x), float(y), name, general(line.x[k]), told)  # fmt: skip
+            rows.append([name, general(line.x[k]), told])
     table = Table(["series", x_label, y_label], rows, title)
     return Figure(title, frame.render(f"Line chart of {y_label} against {x_label}."), table, caption)
 
@@ -253,15 +256,14 @@ def _estimate(value: Estimate | float | None) -> Estimate | None:
 def _told(bar: Estimate | None, percent: bool) -> str:
     if bar is None:
         return "–"
-    form = "{:.1%}" if percent else "{:.3g}"
-    value = form.format(bar.value)
+    form = in_percent if percent else partial(general, digits=3)
     if bar.low is None or bar.high is None:
-        return value
-    return f"{value} ({form.format(bar.low)} to {form.format(bar.high)})"
+        return form(bar.value)
+    return with_ends(form, bar.value, bar.low, bar.high)
 
 
 def _counted(number: int) -> str:
-    return f"{number:,}" if number <= _MAX_POINTS else f"{_MAX_POINTS:,} of {number:,}"
+    return whole(number) if number <= _MAX_POINTS else f"{whole(_MAX_POINTS)} of {whole(number)}"
 
 
 def _span(values: np.ndarray, margin: float = 0.04) -> tuple[float, float]:

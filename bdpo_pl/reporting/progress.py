@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
 from bdpo_pl.console import get_console
-from bdpo_pl.reporting.format import seconds, size
+from bdpo_pl.reporting.format import general, seconds, size, whole
 
 EVERY_SECONDS = 10.0
 """Minimum seconds between two lines."""
@@ -105,8 +105,8 @@ class Lines:
         done, taken = self._done - self._before, max(now - self._start, 1e-9)
         rate = done / taken
         left = (self._total - self._done) / rate if rate else 0.0
-        parts = [f"{self._named()}{self._done:,.0f} of {self._total:,.0f} {self.unit}"]
-        parts.append(f"{rate:.3g} {self.unit}/s")
+        parts = [f"{self._named()}{whole(round(self._done))} of {whole(round(self._total))} {self.unit}"]
+        parts.append(f"{general(rate, 3)} {self.unit}/s")
         if memory := memory_used():
             parts.append(size(memory))
         parts.append(f"{seconds(left)} left" if left > 0.5 else f"in {seconds(taken)}")
@@ -130,7 +130,9 @@ class _Counted(ProgressColumn):
         self.unit = unit
 
     def render(self, task: Task) -> Text:
-        return Text(f"{task.completed:,.0f}/{task.total or 0:,.0f} {self.unit}", style="progress.download")
+        return Text(
+            f"{whole(round(task.completed))}/{whole(round(task.total or 0))} {self.unit}", style="progress.download"
+        )
 
 
 class _Left(ProgressColumn):

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
+from bdpo_pl.reporting.format import grouped
+
 WIDTH = 720
 _TOP, _RIGHT, _BOTTOM = 8, 18, 46
 _LEGEND_ROW, _LEGEND_GAP, _SWATCH = 20, 18, 28
@@ -154,8 +156,8 @@ def ticks(low: float, high: float, count: int = 7, percent: bool = False) -> lis
     found = []
     for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1):
         value = k * step
-        label = f"{100 * value:,.{decimals}f}%" if percent else f"{value:,.{decimals}f}"
-        found.append((value, label.replace("-", "−")))
+        label = f"{grouped(100 * value, decimals)}%" if percent else grouped(value, decimals)
+        found.append((value, label))
     return found
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from rich.table import Table
 from rich.text import Text
 
-from bdpo_pl.reporting.format import percent, signed, signed_percent
+from bdpo_pl.reporting.format import fixed, percent, signed, signed_percent, whole
 from bdpo_pl.statistics import wilson
 
 FEW_PAIRS = 50
@@ -94,11 +94,11 @@ def summary_rows(
     for label, name, form in _HELD_OUT:
         if name in before or name in after:
             first = _BY_DEFINITION if _is_by_definition(before, name) else _cell(before, name, form, {}, pairs)
-            rows.append([label, "" if pairs is None else f"{pairs:,}", first, _cell(after, name, form, spread, pairs)])
+            rows.append([label, "" if pairs is None else whole(pairs), first, _cell(after, name, form, spread, pairs)])
     for name in dict.fromkeys([*rates_before, *rates_after]):
         count = (prompts or {}).get(name)
         cells = (_rate(rates, name, count) for rates in (rates_before, rates_after))
-        rows.append([name, "" if count is None else f"{count:,}", *cells])
+        rows.append([name, "" if count is None else whole(count), *cells])
     return rows
 
 
@@ -118,8 +118,8 @@ def remarks(
         said.append(("notice", "No pair was held out, so nothing tells overfitting: set data.held_out_fraction."))
     elif pairs < FEW_PAIRS:
         said.append(
-            ("warning", f"Only {pairs} held-out pairs: one pair more or less moves the accuracy by {1 / pairs:.0%}. "
-             "Conclude nothing from it; raise data.held_out_fraction, or give data.held_out.")
+            ("warning", f"Only {pairs} held-out pairs: one pair more or less moves the accuracy by "
+             f"{percent(1 / pairs, 0)}. Conclude nothing from it; raise data.held_out_fraction, or give data.held_out.")
         )  # fmt: skip
     if _is_by_definition(before, "held_out/accuracy"):
         own = before.get("held_out/logp_accuracy")
@@ -170,4 +170,4 @@ def _rate(rates: Mapping[str, float], name: str, count: int | None) -> str:
     if not count:
         return percent(rates[name])
     low, high = wilson(rates[name] * count, count)
-    return f"{percent(rates[name])} [{100 * low:.1f}, {100 * high:.1f}]"
+    return f"{percent(rates[name])} [{fixed(100 * low, 1)}, {fixed(100 * high, 1)}]"

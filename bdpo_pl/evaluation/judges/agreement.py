@@ -19,6 +19,7 @@ from bdpo_pl.data.sources import read_records
 from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.judges.judge import Exchange, Judge
 from bdpo_pl.evaluation.suites.layouts import rename
+from bdpo_pl.reporting.format import fixed, percent, whole
 from bdpo_pl.statistics import wilson
 
 LABELLED_FILE = Path(__file__).parent / "labelled_answers.jsonl"
@@ -82,9 +83,8 @@ class Agreement:
     def sentence(self) -> str:
         """Describe the agreement in a few words."""
         low, high = self.accuracy_interval
-        return (
-            f"it agrees with {self.accuracy:.1%} ({100 * low:.1f} to {100 * high:.1f}) of {self.count:,} {self.source}"
-        )
+        ends = f"{fixed(100 * low, 1)} to {fixed(100 * high, 1)}"
+        return f"it agrees with {percent(self.accuracy)} ({ends}) of {whole(self.count)} {self.source}"
 
     @property
     def count(self) -> int:

@@ -15,6 +15,7 @@ from bdpo_pl.evaluation.judges.agreement import Agreement, Labelled, Question, m
 from bdpo_pl.evaluation.judges.judge import Exchange, Judge, Verdict
 from bdpo_pl.evaluation.judges.learned.refusal_model import LearnedJudge
 from bdpo_pl.evaluation.judges.phrases import PhraseJudge
+from bdpo_pl.reporting.format import fixed, share, with_ends
 from bdpo_pl.statistics import wilson
 
 JUDGES: tuple[Callable[[], Judge], ...] = (PhraseJudge, LearnedJudge)
@@ -59,9 +60,9 @@ def _lines(question: Question, rows: Sequence[Labelled]) -> Iterator[list[str]]:
 
 def cells(found: Agreement) -> list[str]:
     """Format agreement, κ, recall and precision, each with its interval."""
-    kappa = "–" if found.kappa is None else f"{found.kappa:.2f}"
+    kappa = "–" if found.kappa is None else fixed(found.kappa, 2)
     if found.kappa is not None and found.kappa_interval is not None:
-        kappa += " ({:.2f} to {:.2f})".format(*found.kappa_interval)
+        kappa = with_ends(lambda value: fixed(value, 2), found.kappa, *found.kappa_interval)
     return [
         _share(found.hits + found.rejections, found.count),
         kappa,
@@ -73,8 +74,7 @@ def cells(found: Agreement) -> list[str]:
 def _share(part: int, whole: int) -> str:
     if not whole:
         return "–"
-    low, high = wilson(part, whole)
-    return f"{100 * part / whole:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+    return share(part / whole, *wilson(part, whole))
 
 
 if __name__ == "__main__":

@@ -126,8 +126,8 @@ def test_two_models_side_by_side(base, other_dir, answers, capsys):
     low, top = (before["suites"][0]["overall"]["failed"][end] for end in ("low", "high"))
     for line in (
         f"not refused, harm, n = 6 83.3 % ({100 * low:.1f} to {100 * top:.1f}) 0.0 % (0.0 to {100 * high:.1f}) "
-        f"-83.3 ({100 * change['low']:+.1f} to {100 * change['high']:+.1f})",
-        "safety − over-refusal (Youden's -0.083 +1.000",
+        f"-83.3 ({100 * change['low']:+.1f} to {100 * change['high']:+.1f})".replace("-", "−"),
+        "safety − over-refusal (Youden's −0.083 +1.000",
         "preference accuracy, training 50.0 % (50.0 to 50.0)",
         "margin gap, training − held-out,",
         "6 pairs",

@@ -1,11 +1,25 @@
 """Numbers as text."""
 
+import ast
+import math
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
 from bdpo_pl.reporting import format
 from bdpo_pl.reporting.svg import Frame
+from bdpo_pl.statistics import Interval
+
+ROOT = Path(__file__).parents[3] / "bdpo_pl"
+BOUNDED, UNBOUNDED = Interval(-0.125, -0.25, -1e-9, 8, 8), Interval(0.5, math.nan, math.nan, 8, 8)
+# What shows numbers to a reader. Drawings round their coordinates by themselves.
+REPORTS = [
+    *sorted({*(ROOT / "reporting").glob("*.py")} - {ROOT / "reporting" / name for name in ("format.py", "svg.py")}),
+    *sorted((ROOT / "diagnosis").glob("*.py")), *sorted((ROOT / "evaluation").glob("*.py")),
+    *(ROOT / "evaluation" / "judges" / name for name in ("agreement.py", "measuring.py")),
+    ROOT / "training" / "summary.py",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -17,6 +31,16 @@ from bdpo_pl.reporting.svg import Frame
         (format.signed_percent(0.3333), "+33.3%"),
         (format.plus_minus(0.5, 0.75), "+0.500 ± 0.250"),
         (format.plus_minus(0.5, None), "+0.500"),
+        (format.whole(1234567), "1,234,567"),
+        (format.grouped(-1234.56, 1), "−1,234.6"),
+        (format.fixed(0.5, 3), "0.500"),
+        (format.general(0.123456, 2), "0.12"),
+        (format.general(2.0), "2"),
+        (format.share(0.61251, 0.5, 0.712), "61.3 % (50.0 to 71.2)"),
+        (format.points(BOUNDED), "−12.5 (−25.0 to 0.0)"),
+        (format.number(BOUNDED), "−0.125 (−0.250 to 0.000)"),
+        (format.rate(UNBOUNDED), "50.0 %"),
+        (format.number(UNBOUNDED), "0.500"),
         (format.ratio(4.478), "4.48"),
         (format.ratio(12.34), "12.3"),
         (format.ratio(8142.3), "8,142"),
@@ -30,6 +54,19 @@ from bdpo_pl.reporting.svg import Frame
 )
 def test_numbers_read_as_people_write_them(text, wanted):
     assert text == wanted
+
+
+@pytest.mark.parametrize("path", REPORTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_reports_leave_the_look_of_numbers_to_one_file(path):
+    """So that a rate has the same decimals and the same minus everywhere; a number may be rounded for a computation."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    rounded = {id(x) for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "float"
+               for x in ast.walk(node)}  # fmt: skip
+    found = [node for node in ast.walk(tree) if id(node) not in rounded and (
+        (isinstance(node, ast.FormattedValue) and node.format_spec is not None)
+        or (isinstance(node, ast.Constant) and isinstance(node.value, str) and "{:" in node.value)
+    )]  # fmt: skip
+    assert not [(node.lineno, ast.unparse(node)) for node in found]
 
 
 def test_labels_of_near_marks_do_not_overlap():
