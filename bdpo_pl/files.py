@@ -78,6 +78,8 @@ def write_whole_folder(folder: Path, write: Callable[[Path], None]) -> Path:
 class RunFolder:
     """A context manager that holds `folder` for this process, and releases it when the process ends for any reason.
 
+    Lightning's logger names the folder (`version_0`, `version_1`, …); `cli/job.py` configures the logger.
+
     Args:
         folder: Folder to hold, created if it does not exist.
         options: Options that would select another folder, for messages.

@@ -31,6 +31,20 @@ _plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 """Whether a model's logits are those of its LM head, soft-cap and scale alone, for models that have been compared."""
 
 
+@contextmanager
+def own_logits(model: nn.Module) -> Iterator[None]:
+    """Make `response_logps` read the model's own logits while the context is open, as where the comparison failed."""
+    known = _plain.get(model)
+    _plain[model] = False
+    try:
+        yield
+    finally:
+        if known is None:
+            del _plain[model]
+        else:
+            _plain[model] = known
+
+
 def response_logps(
     model: nn.Module,
     batch: SequenceBatch,

@@ -35,7 +35,7 @@ class ScoreCache:
 
     Args:
         root: folder that holds the caches of all keys.
-        key: everything that the scores depend on, as plain JSON values.
+        key: everything that the scores depend on, as plain JSON values; `Reference` in `reference.py` collects it.
         num_pairs: pairs in the table.
         chunk_pairs: pairs in a chunk.
 

@@ -5,7 +5,7 @@ import torch
 from makers import build_model, large, rows_alone
 from torch import nn
 
-from bdpo_pl.forward.responses import response_logps
+from bdpo_pl.forward.responses import own_logits, response_logps
 
 SEQUENCES = [([5, 6, 7, 8], [9, 10, 4]), ([5], [11, 12, 13, 14, 15, 4]), ([7, 7, 9], [4])]
 
@@ -109,6 +109,23 @@ def test_without_gradients_no_logits_of_the_batch_are_held(architecture):
     with torch.no_grad():
         torch.testing.assert_close(response_logps(model, rows_alone(longer), hidden.append), values[0])
     assert hidden[0].shape[0] == 3
+
+
+def test_own_logits_are_read_only_where_they_are_asked_for():
+    model = large(build_model(), 0.1).eval()
+    rows = []
+    model.get_output_embeddings().register_forward_hook(lambda _m, _i, out: rows.append(out.shape[1]))
+    batch = rows_alone(SEQUENCES)
+    with torch.no_grad():
+        with own_logits(model):
+            values = [response_logps(model, batch)]
+        values += [response_logps(model, batch) for _ in range(2)]
+        with own_logits(model):
+            values.append(response_logps(model, batch))
+    # All scored tokens; then those of the comparison, and none.
+    assert rows == [len(batch.labels), min(64, len(batch.labels)), 0, len(batch.labels)]
+    for ours in values:
+        torch.testing.assert_close(ours.double(), naive(model, SEQUENCES), rtol=1e-5, atol=2e-4)
 
 
 def test_a_model_that_changes_its_logits_keeps_them():

@@ -120,3 +120,19 @@ def test_table_gives_ratios_and_reasons():
     assert lines[2] == "| balanced 96/96 | ours, DPO | 5.0 | 1.00 | 10 | 4.00 | – | 1,024 | 50% |"
     assert "not run: out of memory" in lines[4]
     assert loss_difference(rows) == pytest.approx(0.01)
+
+
+def test_head_benchmark_compares_the_two_paths(tmp_path):
+    """On the embedded model: the same pairs by either path, alternating, and a peak of memory for each."""
+    command = [sys.executable, "-m", "benchmarks.jobs.head", "--device", "cpu", "--pairs", "4", "--turn", "2"]
+    result = subprocess.run(
+        [*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    (report,) = (json.loads(path.read_text()) for path in tmp_path.glob("*-cpu-head.json"))
+    (row,) = report["rows"]
+    assert (row["pairs"], row["vocabulary"]) == (4, 1728)
+    assert {path: len(turns) for path, turns in row["turns_s"].items()} == {"fused head": 2, "model's own logits": 2}
+    assert row["extra_bytes"].keys() == row["turns_s"].keys()
+    assert row["largest_difference"] < 1e-3
+    assert "| fused head |" in result.stdout
