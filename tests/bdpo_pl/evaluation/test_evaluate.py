@@ -127,7 +127,6 @@ def test_two_models_side_by_side(base, other_dir, answers, capsys):
     for line in (
         f"not refused, harm, n = 6 83.3 % ({100 * low:.1f} to {100 * top:.1f}) 0.0 % (0.0 to {100 * high:.1f}) "
         f"-83.3 ({100 * change['low']:+.1f} to {100 * change['high']:+.1f})".replace("-", "−"),
-        "safety − over-refusal (Youden's −0.083 +1.000",
         "preference accuracy, training 50.0 % (50.0 to 50.0)",
         "margin gap, training − held-out,",
         "6 pairs",
@@ -136,6 +135,8 @@ def test_two_models_side_by_side(base, other_dir, answers, capsys):
         "runs/evaluation/verdicts.jsonl",
     ):
         assert line in printed
+    # "J)" stands in the next line where the column is narrow.
+    assert re.search(r"safety − over-refusal \(Youden's (J\) )?−0\.083 \+1\.000", printed)
     margins = after["overfitting"]["splits"]["train"]
     assert f"{100 * margins['accuracy']['value']:.1f} %" in printed
     assert before["overfitting"]["splits"]["train"]["margin"] == {
