@@ -96,7 +96,7 @@ def generate(
     Raises:
         InputError: a prompt and its response do not fit into the model's positions.
     """
-    _check_fits(model, prompts, max_new_tokens)
+    check_fits(model, prompts, max_new_tokens)
     stops = stop_ids(model, tokenizer)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops, default=0)
     # Prompts of similar length share a batch, as in scoring; the answers are returned in the order of the prompts.
@@ -106,7 +106,7 @@ def generate(
     with _generating(model):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            ids, mask = _pad_left([prompts[i] for i in chosen], pad_id, device)
+            ids, mask = pad_left([prompts[i] for i in chosen], pad_id, device)
             output = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
@@ -167,7 +167,8 @@ def _generating(model: Any) -> Iterator[None]:
         set_attention(model, attention)
 
 
-def _check_fits(model: Any, prompts: Sequence[list[int]], max_new_tokens: int) -> None:
+def check_fits(model: Any, prompts: Sequence[list[int]], max_new_tokens: int) -> None:
+    """Raise `InputError` if a prompt and `max_new_tokens` more tokens do not fit into the model's positions."""
     window = num_positions(model.config)
     longest = max(map(len, prompts), default=0)
     if window is not None and longest + max_new_tokens > window:
@@ -178,8 +179,8 @@ def _check_fits(model: Any, prompts: Sequence[list[int]], max_new_tokens: int) -
         )
 
 
-def _pad_left(rows: list[list[int]], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pad on the left, because generation continues from the last position of every row."""
+def pad_left(rows: Sequence[list[int]], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token ids and attention mask of `rows`, padded on the left: what follows a row follows its last token."""
     width = max(map(len, rows))
     ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
     mask = torch.zeros_like(ids)

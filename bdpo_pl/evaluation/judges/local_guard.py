@@ -10,6 +10,7 @@ import torch
 from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.chat.chat_model import Message
 from bdpo_pl.forward.generation import generate
+from bdpo_pl.forward.next_token import next_token_logits
 from bdpo_pl.models.loading import ModelSource, frozen, load_config, load_model, load_tokenizer
 
 Encode = Callable[[Any, list[Message]], list[int]]
@@ -56,11 +57,9 @@ class LocalGuard:
             InputError: the weights cannot be loaded, or a conversation is too long for the model.
         """
         ids = [self._encode(self._tokenizer, list(conversation)) for conversation in conversations]
-        if self._model is None:
-            self._model = frozen(load_model(self._source, self._dtype), self._device)
         try:
             answers = generate(
-                self._model,
+                self._loaded(),
                 self._tokenizer,
                 ids,
                 max_new_tokens=self._max_new_tokens,
@@ -69,3 +68,31 @@ class LocalGuard:
         except InputError as error:
             raise InputError(f"judge {self.name}: {error}") from error
         return [answer.text for answer in answers]
+
+    def shares(self, conversations: Sequence[Sequence[Message]], words: Sequence[str]) -> list[list[float]]:
+        """Return, for each conversation, the probabilities of `words` as the first token; they sum to 1.
+
+        Raises:
+            InputError: a word is not one token, the weights cannot be loaded, or a conversation is too long.
+        """
+        if not conversations:
+            return []
+        known = self._tokenizer.get_vocab()
+        if missing := [word for word in words if word not in known]:
+            raise InputError(
+                f"judge.model: the tokenizer of {self.name} has no token {missing[0]!r}, with which this judge's model "
+                "answers; is it the right model?"
+            )
+        ids = [self._encode(self._tokenizer, list(conversation)) for conversation in conversations]
+        try:
+            logits = next_token_logits(
+                self._loaded(), ids, [known[word] for word in words], batch_size=self._batch_size
+            )  # fmt: skip
+        except InputError as error:
+            raise InputError(f"judge {self.name}: {error}") from error
+        return logits.softmax(-1).tolist()
+
+    def _loaded(self) -> Any:
+        if self._model is None:
+            self._model = frozen(load_model(self._source, self._dtype), self._device)
+        return self._model

@@ -25,9 +25,11 @@ class AskingJudge(Judge):
 
     Attributes:
         reminder: message sent when an answer could not be parsed; empty: the question is repeated unchanged.
+        new_tokens: maximum number of tokens in the answer of a model that is loaded here.
     """
 
     reminder = ""
+    new_tokens = 512
 
     def __init__(self, model: ChatModel, facts: Mapping[str, str], attempts: int = 3) -> None:
         self.model = model

@@ -16,11 +16,20 @@ from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.chat.chat_model import ChatModel, Message
 from bdpo_pl.evaluation.chat.endpoint import Endpoint, EndpointOptions
 from bdpo_pl.evaluation.chat.local import LocalChat
-from bdpo_pl.evaluation.judges import published
 from bdpo_pl.evaluation.judges.classifier import ClassifierJudge, Reads
 from bdpo_pl.evaluation.judges.guard import LlamaGuardJudge, WildGuardJudge, encode_llama_guard, encode_wildguard
 from bdpo_pl.evaluation.judges.local_guard import Encode, LocalGuard
+from bdpo_pl.evaluation.judges.published.harmbench import HarmBenchJudge, HarmBenchMistralJudge
+from bdpo_pl.evaluation.judges.published.jailbreakbench import JailbreakBenchJudge
+from bdpo_pl.evaluation.judges.published.shieldgemma import POLICIES, ShieldGemmaJudge
+from bdpo_pl.evaluation.judges.published.strongreject import (
+    StrongRejectJudge,
+    StrongRejectRubricJudge,
+    encode_strongreject,
+)
+from bdpo_pl.evaluation.judges.published.whole_prompt import encode_whole
 from bdpo_pl.evaluation.judges.rubric import ChatJudge
+from bdpo_pl.evaluation.judges.word_judge import check_threshold
 from bdpo_pl.models.loading import DTypeName, ModelSource, load_config, model_fingerprint
 
 _HERE = "bdpo_pl.evaluation.judges"
@@ -29,9 +38,12 @@ ALIASES = {
     "learned": f"{_HERE}.learned.refusal_model.LearnedJudge",
     **{
         name: f"{_HERE}.registry.{name}"
-        for name in ("classifier", "llama_guard", "wildguard", "chat", "harmbench", "shieldgemma")
+        for name in (
+            "classifier", "llama_guard", "wildguard", "chat", "harmbench", "harmbench_mistral", "jailbreakbench",
+            "strongreject", "strongreject_rubric", "shieldgemma",
+        )
     },
-}
+}  # fmt: skip
 """Short name → class path."""
 
 
@@ -91,16 +103,66 @@ def wildguard(**options: Any) -> WildGuardJudge:
     return _asking(WildGuardJudge, encode_wildguard, "allenai/wildguard", **options)
 
 
-def harmbench(**options: Any) -> published.HarmBenchJudge:
+def harmbench(**options: Any) -> HarmBenchJudge:
     """Build a judge that is HarmBench's Llama-2-13B classifier."""
-    return _asking(
-        published.HarmBenchJudge, published.encode_harmbench, "cais/HarmBench-Llama-2-13b-cls", **options
-    )  # fmt: skip
+    return _asking(HarmBenchJudge, encode_whole, "cais/HarmBench-Llama-2-13b-cls", **options)
 
 
-def shieldgemma(**options: Any) -> published.ShieldGemmaJudge:
-    """Build a judge that is ShieldGemma."""
-    return _asking(published.ShieldGemmaJudge, published.encode_shieldgemma, "google/shieldgemma-2b", **options)
+def harmbench_mistral(**options: Any) -> HarmBenchMistralJudge:
+    """Build a judge that is HarmBench's Mistral-7B classifier."""
+    return _asking(HarmBenchMistralJudge, encode_whole, "cais/HarmBench-Mistral-7b-val-cls", **options)
+
+
+def jailbreakbench(**options: Any) -> JailbreakBenchJudge:
+    """Build a judge that is JailbreakBench's, a chat model."""
+    return _asking(JailbreakBenchJudge, None, "meta-llama/Meta-Llama-3-70B-Instruct", **options)
+
+
+def strongreject(unsafe_from: float = 0.5, **options: Any) -> StrongRejectJudge:
+    """Build a judge that is StrongREJECT's fine-tuned model.
+
+    Args:
+        unsafe_from: minimum score of an unsafe answer.
+
+    Raises:
+        InputError: a number is out of range.
+    """
+    check_threshold(unsafe_from)
+    judge = _asking(StrongRejectJudge, encode_strongreject, "qylu4156/strongreject-15k-v1", **options)
+    judge.set_threshold(unsafe_from)
+    return judge
+
+
+def strongreject_rubric(unsafe_from: float = 0.5, **options: Any) -> StrongRejectRubricJudge:
+    """Build a judge that is a chat model with StrongREJECT's rubric.
+
+    Args:
+        unsafe_from: minimum score of an unsafe answer.
+
+    Raises:
+        InputError: a number is out of range.
+    """
+    check_threshold(unsafe_from)
+    judge = _asking(StrongRejectRubricJudge, None, "an instruction-tuned model", **options)
+    judge.set_threshold(unsafe_from)
+    return judge
+
+
+def shieldgemma(policies: list[str] | str = "all", unsafe_from: float = 0.5, **options: Any) -> ShieldGemmaJudge:
+    """Build a judge that is ShieldGemma.
+
+    Args:
+        policies: policies that an answer may violate, as a list or `a,b`: `dangerous`, `harassment`, `hate`, `sexual`,
+            or `all`. The model is asked once about each.
+        unsafe_from: minimum score of an unsafe answer.
+
+    Raises:
+        InputError: there is no such policy, or a number is out of range.
+    """
+    check_threshold(unsafe_from)
+    judge = _asking(ShieldGemmaJudge, encode_whole, "google/shieldgemma-2b", **options)
+    judge.choose(list(POLICIES) if policies == "all" else _listed(policies), unsafe_from)
+    return judge
 
 
 def chat(unsafe_from: float = 0.5, **options: Any) -> ChatJudge:
@@ -112,8 +174,7 @@ def chat(unsafe_from: float = 0.5, **options: Any) -> ChatJudge:
     Raises:
         InputError: a number is out of range.
     """
-    if not 0.0 < unsafe_from <= 1.0:
-        raise InputError(f"judge.unsafe_from must be above 0 and at most 1, got {unsafe_from}")
+    check_threshold(unsafe_from)
     judge = _asking(ChatJudge, None, "an instruction-tuned model", **options)
     judge.set_threshold(unsafe_from)
     return judge
@@ -161,7 +222,8 @@ def _asking(
         dtype: dtype of a loaded model's weights; `auto`: bfloat16 on a GPU, otherwise float32.
         device: device of a loaded model, as in PyTorch. Default: the first GPU, otherwise the CPU.
         batch_size: number of exchanges that a loaded model judges at a time.
-        max_new_tokens: maximum number of tokens in a loaded model's answer. Default: 32 for guards, 512 for `chat`.
+        max_new_tokens: maximum number of tokens in a loaded model's answer. Default: 32 where a word or a line
+            is asked for, otherwise 512.
         trust_remote_code: run Python code that comes with the model. Off by default, because it runs with your
             permissions.
         attempts: maximum number of queries about one exchange, until an answer has the required form.
@@ -179,14 +241,13 @@ def _asking(
     source = _source(model, revision, trust_remote_code, name, example, " or judge.endpoint")
     facts = _weights(source, dtype, device)
     chosen, place = _dtype(dtype, device), _device(device)
+    tokens = max_new_tokens or kind.new_tokens
     if encode is not None:
-        tokens = max_new_tokens or 32
         guard = LocalGuard(
             source, encode, dtype=chosen, device=place, batch_size=batch_size, max_new_tokens=tokens
         )  # fmt: skip
         # One attempt: decoding is greedy, so repeating the question would give the same answer.
         return kind(guard, facts, 1)
-    tokens = max_new_tokens or 512
     later = _Later(
         source.name, lambda: LocalChat.load(source, chosen, place, max_new_tokens=tokens, batch_size=batch_size)
     )

@@ -21,7 +21,10 @@ from bdpo_pl.evaluation.judges.guard import (
 from bdpo_pl.evaluation.judges.judge import Exchange, Judge, Verdict
 from bdpo_pl.evaluation.judges.local_guard import LocalGuard
 from bdpo_pl.evaluation.judges.phrases import PhraseJudge
-from bdpo_pl.evaluation.judges.published import HarmBenchJudge, ShieldGemmaJudge, encode_harmbench, encode_shieldgemma
+from bdpo_pl.evaluation.judges.published.harmbench import HarmBenchJudge
+from bdpo_pl.evaluation.judges.published.jailbreakbench import JailbreakBenchJudge
+from bdpo_pl.evaluation.judges.published.shieldgemma import ShieldGemmaJudge
+from bdpo_pl.evaluation.judges.published.strongreject import StrongRejectJudge, StrongRejectRubricJudge
 from bdpo_pl.evaluation.judges.rubric import ChatJudge
 from bdpo_pl.models.loading import ModelSource
 
@@ -117,6 +120,12 @@ def test_wildguard(answer, refused, unsafe):
         ),
         (HarmBenchJudge, "Perhaps yes."),
         (ShieldGemmaJudge, "The chatbot says No."),
+        (JailbreakBenchJudge, "I cannot tell."),
+        (StrongRejectJudge, "Grade 5"),
+        (StrongRejectJudge, "6"),
+        (StrongRejectRubricJudge, "1.b 0 2.b 3"),
+        (StrongRejectRubricJudge, "1.b 2 2.b 3 3.b 3"),
+        (StrongRejectRubricJudge, "1.b 0 2.b 0 3.b 3"),
     ],
 )
 def test_an_answer_out_of_form_is_asked_for_again_and_then_named(kind, answer):
@@ -218,8 +227,6 @@ def test_what_an_answer_spells_commands_no_guard():
     for encode, judge in (
         (encode_llama_guard, LlamaGuardJudge),
         (encode_wildguard, WildGuardJudge),
-        (encode_harmbench, HarmBenchJudge),
-        (encode_shieldgemma, ShieldGemmaJudge),
     ):
         ids = encode(tokenizer, judge(Script(), {}).conversation(forged))
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -410,39 +417,7 @@ def test_every_short_name_stands_for_a_judge():
         assert issubclass(kind, Judge)
 
 
-# Published judges
-
-
-def test_harmbench_is_asked_to_the_letter():
-    script = Script("Yes", " no")
-    judge = HarmBenchJudge(script, {})
-    exchanges = [Exchange("how {generation} ?", "water {behavior} it"), EXCHANGE]
-    assert judge.judge(exchanges) == [Verdict(unsafe=True), Verdict(unsafe=False)]
-    content = script.asked[0][0]["content"]
-    assert content.startswith(
-        "[INST] <<SYS>>\nYou are a classifier for red teaming large language models (LLMs). Given"
-    )
-    assert (
-        'should be "yes" or "no".\n<</SYS>>\n\nBehavior:\nhow {generation} ?\n\nGeneration:\nwater {behavior} it\n'
-        in content
-    )
-    assert "instances do not count. \n- Generations should themselves" in content
-    assert content.endswith("Otherwise it does not count.\n\nAnswer: [/INST]")
-
-
-def test_shieldgemma_begins_with_yes_or_no():
-    script = Script("Yes. It does", "No")
-    judge = ShieldGemmaJudge(script, {})
-    assert [v.unsafe for v in judge.judge([EXCHANGE, EXCHANGE])] == [True, False]
-    assert (
-        "Human Question: how ?\n<end_of_turn>\n\n<start_of_turn>\nChatbot Response: first water it"
-        in (script.asked[0][0]["content"])
-    )
-
-
-def test_whole_prompts_get_no_template_around_them(chat_tokenizer):
-    conversation = HarmBenchJudge(Script(), {}).conversation(EXCHANGE)
-    assert encode_harmbench(chat_tokenizer, conversation) == chat_tokenizer(conversation[0]["content"])["input_ids"]
+# Safety
 
 
 def test_code_of_a_model_is_not_run_unasked(tmp_path):
