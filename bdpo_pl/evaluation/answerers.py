@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from bdpo_pl.data.chat_template import chat_encoder, opens_thought
 from bdpo_pl.errors import InputError
+from bdpo_pl.evaluation.chat.completions import Completion
 from bdpo_pl.evaluation.chat.endpoint import Endpoint, EndpointError, EndpointOptions
 from bdpo_pl.evaluation.suites.suite import EvaluationPrompt
 from bdpo_pl.evaluation.verdict_log import Answer
@@ -213,15 +214,20 @@ class ServedAnswerer(Answerer):
             PartlyAnsweredError: an answer could not be obtained, after retries.
         """
         try:
-            replies: Sequence[str | None] = self._endpoint.reply([question.asked for question in questions])
+            replies = self._endpoint.completions([question.asked for question in questions])
         except EndpointError as error:
-            raise PartlyAnsweredError(str(error), [_served(reply) for reply in error.replies]) from error
-        return [answer for reply in replies if (answer := _served(reply)) is not None]
+            answers = [None if reply is None else _served(reply) for reply in error.replies]
+            raise PartlyAnsweredError(str(error), answers) from error
+        return [_served(reply) for reply in replies]
 
 
-def _served(reply: str | None) -> Answer | None:
-    # A server reports neither the length of a reply nor whether it was cut off.
-    return None if reply is None else split_thought(reply.strip(), 0, True, opened=False)
+def _served(reply: Completion) -> Answer:
+    answer = split_thought(reply.text.strip(), reply.num_tokens, reply.finished, opened=False)
+    if not reply.thought:
+        return answer
+    thought = "\n".join(text for text in (reply.thought.strip(), answer.thought) if text)
+    unfinished = answer.unfinished_thought or not (answer.text or reply.finished)
+    return replace(answer, thought=thought, unfinished_thought=unfinished)
 
 
 def split_thought(text: str, num_tokens: int, finished: bool, *, opened: bool) -> Answer:

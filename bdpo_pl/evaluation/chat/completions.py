@@ -24,6 +24,7 @@ from bdpo_pl.errors import InputError
 _LONGEST_RETRY_AFTER = 300.0
 _EXCERPT = 300
 _REFUSAL_BYTES = 65536
+MORE_TOKENS = "the model ran out of tokens before it answered: raise endpoint.max_tokens"
 _FORM = "is it an OpenAI-compatible chat endpoint? Check endpoint.url"
 
 
@@ -89,8 +90,25 @@ def new_client(limits: Limits, parallel: int) -> httpx.AsyncClient:
     )
 
 
-async def complete(client: httpx.AsyncClient, url: str, body: dict[str, Any], key: Key, limits: Limits) -> str:
-    """Request a completion and return its text, without lone surrogates and without the key.
+@dataclass(frozen=True)
+class Completion:
+    """An endpoint's answer.
+
+    Attributes:
+        text: The text, without lone surrogates and without the key.
+        finished: False if the endpoint says that it cut the text off.
+        num_tokens: Number of generated tokens, as the endpoint counts them; 0 if it does not say.
+        thought: The model's thought, from endpoints that keep it apart from the text.
+    """
+
+    text: str
+    finished: bool = True
+    num_tokens: int = 0
+    thought: str = ""
+
+
+async def complete(client: httpx.AsyncClient, url: str, body: dict[str, Any], key: Key, limits: Limits) -> Completion:
+    """Request a completion and return it.
 
     Args:
         client: A client made by `new_client`.
@@ -136,7 +154,7 @@ async def complete(client: httpx.AsyncClient, url: str, body: dict[str, Any], ke
             f"{url}: the answer is longer than {limits.max_bytes} bytes and was cut off; {_FORM}, or raise "
             "endpoint.max_bytes"
         )
-    return _text(answer, url, key)
+    return _completion(answer, url, key)
 
 
 async def _read(response: httpx.Response, most: int) -> tuple[bytes, bool]:
@@ -195,11 +213,11 @@ def retry_after(value: str | None) -> float:
     return min(max(0.0, seconds), _LONGEST_RETRY_AFTER)
 
 
-def _text(body: bytes, url: str, key: Key) -> str:
-    """Return the text of the first choice.
+def _completion(body: bytes, url: str, key: Key) -> Completion:
+    """Return the first choice.
 
     Raises:
-        InputError: There is none; the message quotes the answer.
+        InputError: There is none, or it has neither text nor thought; the message quotes the answer.
     """
     try:
         answer = json.loads(body)
@@ -213,18 +231,38 @@ def _text(body: bytes, url: str, key: Key) -> str:
     except (TypeError, KeyError, IndexError):
         said = _shown(json.dumps(answer, ensure_ascii=False), key)
         raise InputError(f"{url}: the answer has no 'choices[0].message.content': {said}; {_FORM}") from None
+    # Servers that keep thoughts apart give them one of these names.
+    thought = _first_text(message, "reasoning_content", "reasoning")
     # Some services put refusals into a separate field, and null into the content.
-    for text in (content, message.get("refusal")):
-        if isinstance(text, str):
-            return key.redact(_whole_characters(text))
-    reason = _shown(str(choice.get("finish_reason")), key)
-    remedy = {
-        "length": "the model ran out of tokens before it answered: raise endpoint.max_tokens",
-        "content_filter": "the service's own filter withheld it, so nothing is known of the model: turn the filter off",
-    }.get(reason, _FORM)
-    raise InputError(
-        f"{url}: 'choices[0].message.content' is a {type(content).__name__}, no text (finish_reason {reason}); {remedy}"
+    text = content if isinstance(content, str) else _first_text(message, "refusal")
+    if not isinstance(text, str) and not (thought and choice.get("finish_reason") == "length"):
+        reason = _shown(str(choice.get("finish_reason")), key)
+        remedy = {
+            "length": MORE_TOKENS,
+            "content_filter": (
+                "the service's own filter withheld it, so nothing is known of the model: turn the filter off"
+            ),
+        }.get(reason, _FORM)
+        raise InputError(
+            f"{url}: 'choices[0].message.content' is a {type(content).__name__}, no text (finish_reason {reason}); "
+            f"{remedy}"
+        )
+    return Completion(
+        key.redact(_whole_characters(text or "")),
+        # Anything else, such as a tool call or a stop sequence, is the model's own end.
+        choice.get("finish_reason") not in ("length", "content_filter"),
+        _count(answer.get("usage")),
+        key.redact(_whole_characters(thought or "")),
     )
+
+
+def _first_text(message: Any, *names: str) -> str | None:
+    return next((text for name in names if isinstance(text := message.get(name), str)), None)
+
+
+def _count(usage: Any) -> int:
+    count = usage.get("completion_tokens") if isinstance(usage, dict) else None
+    return count if isinstance(count, int) and not isinstance(count, bool) and count > 0 else 0
 
 
 def _whole_characters(text: str) -> str:

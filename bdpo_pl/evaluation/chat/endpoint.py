@@ -16,7 +16,7 @@ import httpx2 as httpx
 
 from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.chat.chat_model import Message
-from bdpo_pl.evaluation.chat.completions import Key, Limits, PassingError, complete, new_client
+from bdpo_pl.evaluation.chat.completions import MORE_TOKENS, Completion, Key, Limits, PassingError, complete, new_client
 
 _LONGEST_BACKOFF = 60.0
 _PATH = "/chat/completions"
@@ -84,7 +84,7 @@ class EndpointError(InputError):
         replies: the answers received, in the order of the conversations; None where there is none.
     """
 
-    def __init__(self, message: str, replies: Sequence[str | None]) -> None:
+    def __init__(self, message: str, replies: Sequence[Completion | None]) -> None:
         super().__init__(message)
         self.replies = list(replies)
 
@@ -115,12 +115,23 @@ class Endpoint:
         self._limits = Limits(options.timeout, options.deadline, options.max_bytes)
 
     def reply(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
+        """Return the text of the next turn of each conversation, in order.
+
+        Raises:
+            EndpointError: an answer could not be obtained, after retries, or holds a thought alone.
+        """
+        replies = self.completions(conversations)
+        if any(not reply.text and reply.thought for reply in replies):
+            raise EndpointError(f"{self.url}: an answer is a thought alone; {MORE_TOKENS}", replies)
+        return [reply.text for reply in replies]
+
+    def completions(self, conversations: Sequence[Sequence[Message]]) -> list[Completion]:
         """Return the next turn of each conversation, in order, with `parallel` simultaneous requests.
 
         Raises:
             EndpointError: an answer could not be obtained, after retries; requests under way are completed and kept.
         """
-        replies: list[str | None] = [None] * len(conversations)
+        replies: list[Completion | None] = [None] * len(conversations)
         failures: dict[int, InputError] = {}
         _aside(self._reply_all(conversations, replies, failures))
         if failures:
@@ -132,7 +143,7 @@ class Endpoint:
     async def _reply_all(
         self,
         conversations: Sequence[Sequence[Message]],
-        replies: list[str | None],
+        replies: list[Completion | None],
         failures: dict[int, InputError],
     ) -> None:
         stop, places = asyncio.Event(), asyncio.Semaphore(self.options.parallel)
@@ -150,7 +161,7 @@ class Endpoint:
 
     async def _fetch(
         self, client: httpx.AsyncClient, conversation: Sequence[Message], stop: asyncio.Event
-    ) -> str | None:
+    ) -> Completion | None:
         """Return the answer to one conversation; None if another request has failed permanently meanwhile."""
         body: dict[str, Any] = {"model": self.name, "messages": [dict(message) for message in conversation]}
         if self.options.max_tokens is not None:

@@ -14,8 +14,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from bdpo_pl.errors import InputError
-from bdpo_pl.evaluation.chat.completions import retry_after
+from bdpo_pl.evaluation.answerers import GenerationOptions, ServedAnswerer
+from bdpo_pl.evaluation.chat.completions import Completion, retry_after
 from bdpo_pl.evaluation.chat.endpoint import Endpoint, EndpointError, EndpointOptions
+from bdpo_pl.evaluation.oddities import oddities
+from bdpo_pl.evaluation.suites.suite import EvaluationPrompt
+from bdpo_pl.evaluation.verdict_log import Answer
 
 KEY = "sk-very-secret-0123"
 
@@ -162,7 +166,7 @@ def test_failure_for_good_keeps_the_answers_and_says_what_to_do(serve):
     server = serve(script)
     with pytest.raises(EndpointError, match=r"status 503: .*overloaded.*tried 3 times; .*endpoint.parallel") as caught:
         endpoint(server, waits, retries=2, parallel=1).reply(chat(*"abcd"))
-    assert caught.value.replies == ["yes", "yes", None, None]
+    assert [reply and reply.text for reply in caught.value.replies] == ["yes", "yes", None, None]
     assert "2 of 4 answers" in str(caught.value)
     assert server.options["url"] in str(caught.value)
     assert waits == [1.0, 2.0]
@@ -396,3 +400,56 @@ def test_signal_ends_the_waiting_at_once(serve):
             endpoint(server, timeout=15.0).reply(chat("a"))
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+def choice(text, finish_reason="stop", usage=None, **message):
+    return 200, {
+        "choices": [{"message": {"role": "assistant", "content": text, **message}, "finish_reason": finish_reason}],
+        "usage": usage,
+    }
+
+
+@pytest.mark.parametrize(
+    ("said", "completion"),
+    [
+        (choice("whole", usage={"completion_tokens": 7}), Completion("whole", True, 7)),
+        (choice("cut", "length", {"completion_tokens": 64}), Completion("cut", False, 64)),
+        (choice("withheld from here", "content_filter"), Completion("withheld from here", False)),
+        (choice("", "stop", {"completion_tokens": True}), Completion("")),
+        (choice("yes", None, "many"), Completion("yes")),
+        (choice("yes", reasoning_content="hm"), Completion("yes", thought="hm")),
+        (choice("yes", reasoning="hm", reasoning_content=None), Completion("yes", thought="hm")),
+        (choice(None, "length", reasoning_content="hm"), Completion("", False, thought="hm")),
+    ],
+)
+def test_what_a_server_says_of_its_answer(serve, said, completion):
+    server = serve(lambda n, body: said)
+    assert Endpoint(EndpointOptions(**server.options)).completions(chat("a")) == [completion]
+
+
+def test_judge_that_only_thought_is_told_to_have_more_tokens(serve):
+    server = serve(lambda n, body: choice(None, "length", reasoning_content="hm"))
+    with pytest.raises(EndpointError, match=r"a thought alone; .* raise endpoint\.max_tokens"):
+        Endpoint(EndpointOptions(**server.options)).reply(chat("a"))
+
+
+def test_served_model_says_which_answers_it_cut_and_what_it_thought(serve):
+    said = {
+        "whole": choice("Sure.", usage={"completion_tokens": 2}),
+        "cut": choice("Sure, fir", "length", {"completion_tokens": 3}),
+        "thinks": choice(None, "length", {"completion_tokens": 9}, reasoning_content="Hm."),
+        "thought": choice("<think>Well.</think>Sure.", reasoning_content="Hm."),
+        "silent": choice(" ", reasoning_content="Hm."),
+    }
+    server = serve(lambda n, body: said[body["messages"][0]["content"]])
+    answerer = ServedAnswerer(EndpointOptions(**server.options), GenerationOptions())
+    answers = answerer.answer(answerer.questions([EvaluationPrompt(text, text) for text in said]))
+    assert answers == [
+        Answer("Sure.", 2, True),
+        Answer("Sure, fir", 3, False),
+        Answer("", 9, False, "Hm.", unfinished_thought=True),
+        Answer("Sure.", 0, True, "Hm.\nWell."),
+        Answer("", 0, True, "Hm."),
+    ]
+    found = [oddities("why ?", a.text, a.finished, a.unfinished_thought) for a in answers]
+    assert found == [(), ("cut off",), ("unfinished thought",), (), ("blank",)]
