@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -329,3 +330,35 @@ def test_bad_rows_are_named(base, tmp_path, capsys, row, fault):
         main(base)
     assert stopped.value.code == 2
     assert fault in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_ends_it_with_its_own_status_and_what_was_scored_stays(
+    base, tmp_path, monkeypatch, capsys, number, status
+):
+    calls, score = [], bdpo_pl.scoring.scoring_pass.score_pairs
+
+    def signalled(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == 2:
+            os.kill(os.getpid(), number)
+        return score(*args, **kwargs)
+
+    monkeypatch.setattr(bdpo_pl.scoring.scoring_pass, "score_pairs", signalled)
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        main(base)
+    assert stopped.value.code == status
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"stopped by {number.name}; scores until now are cached; the same command goes on from there" in said
+    assert not Path("runs/diagnosis/report.html").exists()
+    calls.append(None)  # so that the next one is the third
+    before = len(calls)
+    main(base)
+    gone_on, again = results(), len(calls) - before
+    monkeypatch.setenv("BDPO_PL_CACHE", str(tmp_path / "empty"))
+    before = len(calls)
+    main(base)
+    assert len(calls) - before == again + 1
+    assert results()[1] == gone_on[1]
