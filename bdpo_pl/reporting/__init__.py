@@ -8,11 +8,12 @@
     section.table(Table(["suite", "before", "after"], [["harmful", "30.0 %", "61.3 %"]], "Refusal rates"))
     page.write(Path("report.html"))
 
-Plots: `histogram`, `bar_chart` (with intervals), `scatter`, `line_chart`; each returns a `Figure` with its numbers as a
-    table. Every text is treated as data and escaped; only `markupsafe.Markup` is treated as markup.
+Plots: `histogram`, `bar_chart` (with intervals), `heat_map`, `scatter`, `line_chart`; each returns a `Figure` with
+    its numbers as a table. Every text is treated as data and escaped; only `markupsafe.Markup` is treated as markup.
 """
 
 from bdpo_pl.reporting.elements import Cell, Figure, Finding, Level, Table
+from bdpo_pl.reporting.heatmap import heat_map
 from bdpo_pl.reporting.page import Page, Section
 from bdpo_pl.reporting.plots import Estimate, Line, bar_chart, histogram, line_chart, scatter
 
@@ -27,6 +28,7 @@ __all__ = [
     "Section",
     "Table",
     "bar_chart",
+    "heat_map",
     "histogram",
     "line_chart",
     "scatter",
