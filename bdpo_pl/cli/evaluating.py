@@ -16,6 +16,7 @@ from bdpo_pl.embedded import EMBEDDED
 from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation import gates
 from bdpo_pl.evaluation.answering import Asker
+from bdpo_pl.evaluation.attacks.budget import Budget, BudgetOptions
 from bdpo_pl.evaluation.attacks.choice import Attacks, choose_attacks
 from bdpo_pl.evaluation.exported import write_answers
 from bdpo_pl.evaluation.judges.agreement import LABELLED_FILE, Agreement, measure_agreement, read_labelled
@@ -74,6 +75,7 @@ def run(args: list[str], description: str | None) -> None:
     bare = [load_suite(spec, options.max_prompts) for spec in options.suites or OWN_SUITES]
     _check_served(subjects, options)
     framed, attacks = choose_attacks(options.attacks, bare)
+    _check_budget(options.budget, attacks)
     suites = fit_suites([*bare, *framed], subjects, options.generation)
     gates.check_names(limits, [suite.name for suite in suites], [one.label for one in subjects])
     with RunFolder(folder, "folder"):
@@ -105,6 +107,7 @@ def _check_served(subjects: list[Subject | ServedSubject], options: EvaluateOpti
             ("pairs", bool(options.pairs.sources())),
             ("ability", options.ability.embedded or bool(options.ability.lm_eval)),
             ("attacks.gcg", options.attacks.gcg is not None),
+            ("attacks.genetic", options.attacks.genetic is not None),
             ("attacks.prefill", options.attacks.prefill),
         )
         if wanted
@@ -113,6 +116,17 @@ def _check_served(subjects: list[Subject | ServedSubject], options: EvaluateOpti
         raise InputError(
             f"{', '.join(served)} is behind a server, which gives answers alone: {', '.join(asked)} need a model that "
             "is loaded here; leave them out, or name a folder"
+        )
+
+
+def _check_budget(budget: BudgetOptions, attacks: Attacks) -> None:
+    """Raise `InputError` for a budget that does not suffice for one step of every attack, or that limits nothing."""
+    if attacks.suite is not None:
+        for attack in attacks.chosen:
+            attack.check(Budget.begin(budget, len(attacks.suite.prompts)))
+    elif budget != BudgetOptions():
+        raise InputError(
+            "budget limits attacks that search (gcg, genetic, refinement, tree, more), and none is chosen: leave it out"
         )
 
 
@@ -204,6 +218,7 @@ def _evaluate(
             options.attacks.state_folder,
             keep_texts,
             lambda text: told.update(task, description=text),
+            options.budget,
         )
         models = corrected([runner.evaluate(one) for one in subjects])
     return (

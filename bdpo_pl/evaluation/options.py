@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from bdpo_pl.evaluation.answerers import GenerationOptions
+from bdpo_pl.evaluation.attacks.budget import BudgetOptions
 from bdpo_pl.evaluation.attacks.choice import AttackOptions
 from bdpo_pl.evaluation.gates import Limit, parse_limit
 from bdpo_pl.evaluation.judges import registry
@@ -35,12 +36,14 @@ class EvaluateOptions:
         generation: generation of the responses.
         server: requests to models that are given by an address.
         judge: judge that classifies the responses: a short name (`phrases`, `learned`, `classifier`, `llama_guard`,
-            `wildguard`, `harmbench`, `shieldgemma`, `chat`) or the `class_path` of a judge of your own.
+            `wildguard`, `shieldgemma`, `harmbench`, `harmbench_mistral`, `jailbreakbench`, `strongreject`,
+            `strongreject_rubric`, `chat`) or the `class_path` of a judge of your own.
         labels: file with `prompt`, `response` and `label` (refusal or compliance) or `unsafe`, to measure how far the
             judge agrees with it; `embedded` for the small file of bdpo_pl, the default for offline judges.
         labels_columns: mapping from our column names to yours, such as `{response: completion, label: final_label}`.
         labels_by: origin of the labels, for reports.
         attacks: jailbreak framings, GCG, refinement and others, in addition to the unmodified suites.
+        budget: limits of each attack on each model, in requests and minutes.
         pairs: preference pairs to measure overfitting.
         ability: measures of general ability.
         folder: output folder of the report, the numbers and the verdicts.
@@ -70,6 +73,7 @@ class EvaluateOptions:
     labels_columns: dict[str, str] = field(default_factory=dict)
     labels_by: str | None = None
     attacks: AttackOptions = field(default_factory=AttackOptions)
+    budget: BudgetOptions = field(default_factory=BudgetOptions)
     pairs: PairsOptions = field(default_factory=PairsOptions)
     ability: AbilityOptions = field(default_factory=AbilityOptions)
     folder: str = "runs/evaluation"

@@ -12,7 +12,7 @@ from bdpo_pl.evaluation.results import Evaluation, ModelResult
 from bdpo_pl.evaluation.suites.suite import Kind
 from bdpo_pl.evaluation.terminal import SPLITS, rows
 from bdpo_pl.evaluation.verdict_log import WARNING
-from bdpo_pl.reporting import Estimate, Finding, Page, Section, Table, bar_chart
+from bdpo_pl.reporting import Estimate, Finding, Line, Page, Section, Table, bar_chart, heat_map, line_chart
 from bdpo_pl.reporting.format import fixed, number, percent, points, rate, signed, whole, with_ends
 from bdpo_pl.statistics import Interval
 
@@ -61,6 +61,7 @@ def build_page(evaluation: Evaluation) -> Page:
         _suites(page, evaluation, kind)
     _changes(page, evaluation)
     _categories(page.section("Categories"), evaluation)
+    _budgets(page, evaluation)
     _overfitting(page, evaluation)
     _failures(page.section("What went wrong"), evaluation)
     _asked(page.section("What was asked, and who judged"), evaluation)
@@ -203,19 +204,37 @@ def _categories(section: Section, evaluation: Evaluation) -> None:
             for model, found in zip(evaluation.models, before, strict=True)
         }
         more = len(told) - len(shown)
-        section.figure(
-            bar_chart(
-                f"{result.suite}: {result.counted} by category, worst of {last.label} first",
-                [_counted(rate.name, rate.failed.count) for rate in shown],
-                series,
-                "share of prompts; lower is better",
-                percent=True,
-                limits=(0, 1),
-                caption=f"{f'{more} more categories are in the JSON. ' if more else ''}{evaluation.judge_note()}",
-            )
-        )
+        title = f"{result.suite}: {result.counted} by category, worst of {last.label} first"
+        labels = [_counted(rate.name, rate.failed.count) for rate in shown]
+        caption = f"{f'{more} more categories are in the JSON. ' if more else ''}{evaluation.judge_note()}"
+        what = "share of prompts; lower is better"
+        if len(evaluation.models) > 1:
+            section.figure(heat_map(title, labels, series, what, caption=caption))
+        else:
+            section.figure(bar_chart(title, labels, series, what, percent=True, limits=(0, 1), caption=caption))
     if not some:
         section.text("The prompts have no categories, or one only.")
+
+
+def _budgets(page: Page, evaluation: Evaluation) -> None:
+    """Plot the success of each attack by number of requests, as far as the attack's own judge saw it."""
+    names = list(dict.fromkeys(name for model in evaluation.models for name in model.curves))
+    if not names:
+        return
+    section = page.section("Success by budget")
+    for name in names:
+        curves = {model.label: model.curves[name] for model in evaluation.models if name in model.curves}
+        n = ", ".join(f"{label} {whole(curve.count)}" for label, curve in curves.items())
+        section.figure(
+            line_chart(
+                f"{name}: success by number of requests",
+                {label: Line(c.requests, c.success, c.low, c.high) for label, c in curves.items()},
+                "requests to the model for one attacked request",
+                "share of attacked requests",
+                percent=True,
+                caption=f"As the attack itself saw it, with Wilson's 95 % intervals; n: {n}. {evaluation.judge_note()}",
+            )
+        )
 
 
 def _overfitting(page: Page, evaluation: Evaluation) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from bdpo_pl.evaluation.attacks.budget import SuccessCurve
 from bdpo_pl.evaluation.judges.agreement import Agreement
 from bdpo_pl.evaluation.measures.ability import Ability
 from bdpo_pl.evaluation.measures.overfitting import Overfitting
@@ -46,6 +47,7 @@ class ModelResult:
         overfitting: margins and gaps against the first model.
         ability: general ability.
         attacks: cost of each attack in words, by name.
+        curves: success of attacks by number of requests, by name.
     """
 
     label: str
@@ -59,6 +61,7 @@ class ModelResult:
     ability: list[Ability] = field(default_factory=list)
     attacks: dict[str, str] = field(default_factory=dict)
     p_values: dict[str, float] = field(default_factory=dict)
+    curves: dict[str, SuccessCurve] = field(default_factory=dict)
 
     @property
     def oddities(self) -> dict[str, int]:

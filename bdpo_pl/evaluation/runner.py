@@ -16,6 +16,7 @@ from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.answerers import Answerer, GenerationOptions
 from bdpo_pl.evaluation.answering import Asker
 from bdpo_pl.evaluation.attacks.attack import Attack, Target, attacked_suite
+from bdpo_pl.evaluation.attacks.budget import Budget, BudgetOptions, SuccessCurve
 from bdpo_pl.evaluation.exported import Exported
 from bdpo_pl.evaluation.measures.ability import Ability, AbilityOptions, measure_ability
 from bdpo_pl.evaluation.measures.overfitting import Overfitting, PairProbe, PairsOptions, overfitting
@@ -44,6 +45,7 @@ class Runner:
         attack_folder: folder where attacks save their state.
         keep_texts: whether to collect all answers, and failures with their texts.
         say: function called with a description of each stage.
+        budget: limits of each attack on each model.
     """
 
     suites: Sequence[Suite]
@@ -57,6 +59,7 @@ class Runner:
     attack_folder: Path | None = None
     keep_texts: bool = False
     say: Callable[[str], None] = lambda text: None
+    budget: BudgetOptions = field(default_factory=BudgetOptions)
 
     def __post_init__(self) -> None:
         self.failures: list[Failure] = []
@@ -84,7 +87,7 @@ class Runner:
         answerer = subject.answerer(self.dtype, load, self.asker.options)
         results: list[SuiteResult] = []
         changes, p_values = {}, {}
-        costs = {}
+        costs, curves = {}, dict[str, SuccessCurve]()
         for suite in self.suites:
             self.say(f"{subject.label}: {suite.name}")
             judged = self.asker.ask(suite, answerer)
@@ -100,6 +103,8 @@ class Runner:
             target = self._target(subject, answerer, load)
             made = attack.run(self.attacked.prompts, target, lambda: self.asker.on_progress(1))
             costs[attack.name] = made.cost
+            if made.curve is not None:
+                curves[attack.name] = made.curve
             suite = attacked_suite(self.attacked, attack, made)
             results.append(self._measured(subject, suite, self.asker.ask(suite, answerer), answerer))
         found_overfitting = self._overfitting(subject, load)
@@ -123,6 +128,7 @@ class Runner:
             overfitting=found_overfitting,
             ability=abilities,
             attacks=costs,
+            curves=curves,
         )
 
     def _measured(
@@ -154,6 +160,7 @@ class Runner:
             local=load() if isinstance(subject, Subject) else None,
             use_template=options.use_template,
             folder=self.attack_folder,
+            budget=Budget.begin(self.budget, len(self.attacked.prompts) if self.attacked is not None else 1),
         )
 
     def _overfitting(self, subject: Subject | ServedSubject, load: Callable[[], tuple[Any, Any]]) -> Overfitting | None:
@@ -177,8 +184,8 @@ class Runner:
         # Noted even if every answer is on record and nothing is loaded.
         if isinstance(subject, ServedSubject):
             self.notes.append(
-                f"{subject.label} is behind a server, which puts prompts into its own chat template and does not tell "
-                "which answers it cut: answers that were cut off are not counted."
+                f"{subject.label} is behind a server, which puts prompts into its own chat template and says itself "
+                "which answers it cut and how long they are."
             )
         elif self.asker.options.use_template and not subject.tokenizer.chat_template:
             self.notes.append(

@@ -66,7 +66,10 @@ def _in_full(content: dict[str, Any]) -> dict[str, Any]:
     if isinstance(attacks, dict):
         more = attacks.get("more")
         attacks = {**attacks, "more": [class_of(one, choice.ALIASES) for one in more]} if more else dict(attacks)
-        content["attacks"] = {**attacks, **{name: {} for name in ("gcg", "refinement") if attacks.get(name) is True}}
+        content["attacks"] = {
+            **attacks,
+            **{name: {} for name in ("gcg", "genetic", "refinement", "tree") if attacks.get(name) is True},
+        }
     return content
 
 

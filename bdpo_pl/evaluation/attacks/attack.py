@@ -6,11 +6,12 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from bdpo_pl.errors import InputError
+from bdpo_pl.evaluation.attacks.budget import Budget, SuccessCurve
 from bdpo_pl.evaluation.judges.judge import Judge
 from bdpo_pl.evaluation.suites.suite import EvaluationPrompt, Suite
 from bdpo_pl.files import try_writing, write_whole
@@ -52,6 +53,7 @@ class Target:
         local: (model, tokenizer), for attacks that need gradients or tokens; None behind an endpoint.
         use_template: true if prompts are put into the chat template.
         folder: folder where an attack may save its state, under a warning; None: the state is not saved.
+        budget: limits of the attack, which begin with it.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Target:
     local: tuple[Any, Any] | None = None
     use_template: bool = True
     folder: Path | None = None
+    budget: Budget = field(default_factory=Budget)
 
 
 class Attack(ABC):
@@ -73,6 +76,14 @@ class Attack(ABC):
 
     name: str
 
+    def check(self, budget: Budget) -> None:
+        """Check, before any model is queried, that `budget` suffices for one step on each request.
+
+        Raises:
+            InputError: it does not.
+        """
+        budget.steps(1, 1, self.name)
+
     @abstractmethod
     def run(self, prompts: Sequence[EvaluationPrompt], target: Target, step: Callable[[], None]) -> Attempted:
         """Attack one prompt after the other.
@@ -82,6 +93,9 @@ class Attack(ABC):
             target: the attacked model.
             step: function to call after each prompt.
 
+        Returns:
+            The prompts made; those of the last requests are missing if the budget's time was over before them.
+
         Raises:
             InputError: the attack cannot be made on this target, or a model that it queries fails.
         """
@@ -89,15 +103,30 @@ class Attack(ABC):
 
 @dataclass(frozen=True)
 class Attempted:
-    """Result of an attack: its prompts in the order of the requests, and its cost, in a few words."""
+    """Result of an attack.
+
+    Attributes:
+        prompts: prompts made, in the order of the requests.
+        cost: cost of the attack, in a few words.
+        curve: success by number of requests, from attacks that ask the model and a judge.
+    """
 
     prompts: Sequence[EvaluationPrompt]
     cost: str
+    curve: SuccessCurve | None = None
 
 
 def attacked_suite(suite: Suite, attack: Attack, made: Attempted) -> Suite:
-    """Build the suite of the prompts that `attack` made from `suite`."""
-    return replace(suite, name=f"{suite.name}+{attack.name}", prompts=list(made.prompts))
+    """Build the suite of the prompts that `attack` made from `suite`.
+
+    Raises:
+        InputError: the attack made none, because its time was over.
+    """
+    if not made.prompts:
+        raise InputError(f"budget.minutes was over before {attack.name} had attacked one request; raise it")
+    left = len(suite.prompts) - len(made.prompts)
+    dropped = {**suite.dropped, "not attacked within budget.minutes": left} if left else suite.dropped
+    return replace(suite, name=f"{suite.name}+{attack.name}", prompts=list(made.prompts), dropped=dropped)
 
 
 def steps_of(results: Sequence[AttackResult]) -> str:

@@ -7,16 +7,25 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bdpo_pl.errors import InputError
+from bdpo_pl.evaluation.attacks.artifacts import read_artifact
 from bdpo_pl.evaluation.attacks.attack import Attack
 from bdpo_pl.evaluation.attacks.framings import BUILT_IN, LONG, begin_answers, read_framings, wrap
 from bdpo_pl.evaluation.attacks.gcg import GCGAttack, GCGOptions
+from bdpo_pl.evaluation.attacks.genetic import GeneticAttack, GeneticOptions
 from bdpo_pl.evaluation.attacks.pair import PairAttack, RefinementOptions
-from bdpo_pl.evaluation.chat.endpoint import EndpointOptions
+from bdpo_pl.evaluation.attacks.tap import TreeAttack, TreeOptions
+from bdpo_pl.evaluation.attacks.translations import read_translations, translate, translated
+from bdpo_pl.evaluation.chat.endpoint import Endpoint, EndpointOptions
 from bdpo_pl.evaluation.suites.suite import Suite, spread
 
 ALL = "all"
 _HERE = "bdpo_pl.evaluation.attacks"
-ALIASES = {"gcg": f"{_HERE}.gcg.GCGAttack", "pair": f"{_HERE}.pair.PairAttack"}
+ALIASES = {
+    "gcg": f"{_HERE}.gcg.GCGAttack",
+    "genetic": f"{_HERE}.genetic.GeneticAttack",
+    "pair": f"{_HERE}.pair.PairAttack",
+    "tap": f"{_HERE}.tap.TreeAttack",
+}
 """Short name → class path of an attack, in `attacks.more`."""
 
 
@@ -30,26 +39,40 @@ class AttackOptions:
             `{request}`. All of them are used, in addition to those in `framings`.
         prefill: make answers begin with words that comply with the request, as if the model had written them; this
             makes a separate suite. Not available behind a server.
+        translations: CSV, JSONL or Parquet file with translations of requests: `request`, `language` and `text`. Each
+            language makes a separate suite.
+        languages: languages that `translator` translates requests into, as a list or `a,b`; each makes a separate
+            suite.
+        translator: endpoint of the model that translates.
+        artifacts: files of JailbreakBench's published attack prompts; each makes a separate suite.
         gcg: search for adversarial suffixes with the model's own gradients; takes hours for a real model.
+        genetic: recombine the framings for each request by the model's own probabilities, as AutoDAN does.
         refinement: let an attacker rewrite each prompt until it succeeds (PAIR); needs `attacker`.
+        tree: let an attacker rewrite each prompt in a tree of attempts that is pruned (TAP); needs `attacker`.
         attacker: endpoint of the attacking model.
         more: attacks by `class_path`, such as those of a package of your own.
         suite: name of the harmful suite that attacks start from. Default: every harmful suite for framings, the first
-            one for GCG and the other attacks.
+            one for GCG and the other attacks that search.
         max_prompts: maximum number of prompts of that suite for GCG and the other attacks, spread evenly.
         folder: folder where GCG and the other attacks save their state, so that they can resume. Each file bears a
             warning, because prompts and answers may be harmful. Default: no state is saved, and an interrupted attack
             starts over.
 
     Raises:
-        InputError: refinement is requested without an attacker, or a number is below 1.
+        InputError: an attack is requested without the model that it needs, or a number is below 1.
     """
 
     framings: list[str] | str = field(default_factory=list)
     framings_file: str | None = None
     prefill: bool = False
+    translations: str | None = None
+    languages: list[str] | str = field(default_factory=list)
+    translator: EndpointOptions | None = None
+    artifacts: list[str] | str = field(default_factory=list)
     gcg: GCGOptions | None = None
+    genetic: GeneticOptions | None = None
     refinement: RefinementOptions | None = None
+    tree: TreeOptions | None = None
     attacker: EndpointOptions | None = None
     more: list[Attack] = field(default_factory=list)
     suite: str | None = None
@@ -57,10 +80,17 @@ class AttackOptions:
     folder: str | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.framings, str):
-            self.framings = self.framings.split(",")
-        if self.refinement is not None and self.attacker is None:
-            raise InputError("attacks.refinement needs a model that attacks: set attacks.attacker.url and .model")
+        self.framings, self.languages, self.artifacts = (
+            value.split(",") if isinstance(value, str) else value
+            for value in (self.framings, self.languages, self.artifacts)
+        )
+        for name in ("refinement", "tree"):
+            if getattr(self, name) is not None and self.attacker is None:
+                raise InputError(f"attacks.{name} needs a model that attacks: set attacks.attacker.url and .model")
+        if self.languages and self.translator is None:
+            raise InputError("attacks.languages needs a model that translates: set attacks.translator.url and .model")
+        if self.translator is not None and not self.languages:
+            raise InputError("attacks.translator needs languages: set attacks.languages")
         if self.max_prompts < 1:
             raise InputError(f"attacks.max_prompts must be at least 1, got {self.max_prompts}")
 
@@ -82,7 +112,8 @@ def choose_attacks(options: AttackOptions, suites: Sequence[Suite]) -> tuple[lis
     """Return (suites under each framing, attacks that are made against each model).
 
     Raises:
-        InputError: there is no harmful suite to start from, two attacks have the same name, or a framing is unknown.
+        InputError: there is no harmful suite to start from, two attacks or suites have the same name, a framing is
+            unknown, or a file is faulty.
     """
     own = read_framings(options.framings_file) if options.framings_file else {}
     known = dict(BUILT_IN) | dict(LONG) | own
@@ -91,12 +122,20 @@ def choose_attacks(options: AttackOptions, suites: Sequence[Suite]) -> tuple[lis
     attacks: list[Attack] = []
     if options.gcg is not None:
         attacks.append(GCGAttack(options.gcg))
+    if options.genetic is not None:
+        attacks.append(GeneticAttack(options.genetic, dict(BUILT_IN) | own))
     if options.refinement is not None:
         assert options.attacker is not None
         attacks.append(PairAttack(options.attacker, options.refinement))
+    if options.tree is not None:
+        assert options.attacker is not None
+        attacks.append(TreeAttack(options.attacker, options.tree))
     attacks += options.more
-    if not names and not attacks and not options.prefill:
-        return [], Attacks([], None)
+    given = [read_artifact(path) for path in options.artifacts]
+    rewritten = bool(names or options.prefill or options.translations or options.languages)
+    if not rewritten and not attacks:
+        _check_names([*suites, *given])
+        return given, Attacks([], None)
     called = [attack.name for attack in attacks]
     if twice := {name for name in called if called.count(name) > 1}:
         raise InputError(f"attacks: {', '.join(sorted(twice))} is named twice; give an attack of your own another name")
@@ -104,7 +143,22 @@ def choose_attacks(options: AttackOptions, suites: Sequence[Suite]) -> tuple[lis
     framed = [one for suite in harmful for one in wrap(suite, names, known)]
     if options.prefill:
         framed += map(begin_answers, harmful)
+    if options.translations:
+        framed += [one for suite in harmful for one in translated(suite, read_translations(options.translations))]
+    if options.translator is not None:
+        translator = Endpoint(options.translator)
+        for suite in harmful:
+            texts = translate(suite, options.languages, translator, options.state_folder)
+            framed += translated(suite, texts)
+    framed += given
+    _check_names([*suites, *framed])
     return framed, Attacks(attacks, _some(harmful[0], options.max_prompts) if attacks else None)
+
+
+def _check_names(suites: Sequence[Suite]) -> None:
+    names = [suite.name for suite in suites]
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise InputError(f"attacks: several suites would be called {', '.join(sorted(repeated))}; give each file once")
 
 
 def _attacked(name: str | None, suites: Sequence[Suite]) -> list[Suite]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from bdpo_pl.evaluation.attacks.attack import (
     attacked,
     steps_of,
 )
+from bdpo_pl.evaluation.attacks.budget import Budget
 from bdpo_pl.evaluation.attacks.suffixes import SuffixPrompt, allowed_tokens, draw
 from bdpo_pl.evaluation.attacks.target_loss import TargetLoss
 from bdpo_pl.evaluation.attacks.targets import default_target
@@ -90,6 +91,13 @@ class GCGAttack(Attack):
     def __init__(self, options: GCGOptions | None = None) -> None:
         self._options = options or GCGOptions()
 
+    def check(self, budget: Budget) -> None:
+        """Raise `InputError` if `budget` does not suffice for one step."""
+        self._steps(budget)
+
+    def _steps(self, budget: Budget) -> int:
+        return budget.steps(self._options.steps, self._options.search_width, NAME)
+
     def run(self, prompts: Sequence[EvaluationPrompt], target: Target, step: Callable[[], None]) -> Attempted:
         """Find a suffix for each prompt.
 
@@ -98,14 +106,16 @@ class GCGAttack(Attack):
         """
         if target.local is None:
             raise InputError(f"gcg needs the gradients of {target.name}, which an endpoint does not give; leave it out")
+        limit = self._steps(target.budget)
         found = list(
             results(
                 prompts,
                 *target.local,
-                self._options,
+                replace(self._options, steps=limit),
                 use_template=target.use_template,
                 folder=target.folder,
                 on_progress=lambda done, total: step(),
+                over=target.budget.over,
             )
         )
         matched = sum(bool(result.details["matched"]) for result in found)
@@ -153,6 +163,7 @@ def results(
     use_template: bool = True,
     folder: Path | None = None,
     on_progress: Progress | None = None,
+    over: Callable[[], bool] = lambda: False,
 ) -> Iterator[AttackResult]:
     """Attack one prompt after the other.
 
@@ -165,11 +176,12 @@ def results(
         folder: folder for the state of each prompt, saved under a warning. An interrupted attack resumes from it and
             reaches the same result, if the device is deterministic. None: no state is saved.
         on_progress: function called after each prompt.
+        over: function that returns whether the attack must end now.
 
     Yields:
-        The result of each prompt, in order: `details` has `suffix`, `target`, `loss`, `initial_loss`, `matched`
-        (whether the greedy answer begins with the target) and `survived` (the share of drawn swaps that survive
-        tokenisation).
+        The result of each prompt, in order, until the attack must end: `details` has `suffix`, `target`, `loss`,
+        `initial_loss`, `matched` (whether the greedy answer begins with the target) and `survived` (the share of drawn
+        swaps that survive tokenisation).
 
     Raises:
         InputError: a prompt cannot be attacked, or a state file is damaged.
@@ -180,8 +192,10 @@ def results(
     searches = [_Search.of(prompt, model, tokenizer, options, use_template) for prompt in prompts]
     with evaluating(model):
         for done, search in enumerate(searches, start=1):
+            if over():
+                return
             file = None if folder is None else StateFile(folder, NAME, _facts(search, options, weights))
-            yield _run(search, options, allowed, file)
+            yield _run(search, options, allowed, file, over)
             if on_progress is not None:
                 on_progress(done, len(searches))
 
@@ -210,9 +224,11 @@ class _Search:
         return cls(prompt, target, place, loss)
 
 
-def _run(search: _Search, options: GCGOptions, allowed: Tensor, file: StateFile | None) -> AttackResult:
+def _run(
+    search: _Search, options: GCGOptions, allowed: Tensor, file: StateFile | None, over: Callable[[], bool]
+) -> AttackResult:
     state = _read(file) or _begin(search)
-    while state.steps < options.steps and not _reached(state, options):
+    while state.steps < options.steps and not _reached(state, options) and not over():
         _step(state, search, allowed, options)
         if file is not None and state.steps % options.save_every == 0:
             file.write([asdict(state)])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from bdpo_pl.evaluation.attacks.attack import (
     steps_of,
 )
 from bdpo_pl.evaluation.attacks.attack import Target as AttackedModel
+from bdpo_pl.evaluation.attacks.budget import Budget, success_curve
 from bdpo_pl.evaluation.attacks.pair_prompts import Proposal, feedback, once_more, opening, parse_proposal, words
 from bdpo_pl.evaluation.chat.chat_model import ChatModel, Message
 from bdpo_pl.evaluation.chat.endpoint import Endpoint, EndpointOptions
@@ -97,6 +98,7 @@ class Refinement:
         target_key: identifier of the target (weights, generation options); state saved for another key is not used.
         fits: function that returns whether a prompt fits into the target's window; a prompt that does not is rejected
             like an answer that cannot be parsed.
+        over: function that returns whether the attack must end now.
     """
 
     attacker: ChatModel
@@ -105,6 +107,7 @@ class Refinement:
     options: RefinementOptions
     target_key: str
     fits: Callable[[str], bool] = lambda prompt: True
+    over: Callable[[], bool] = lambda: False
 
     def attack(
         self, prompts: Sequence[EvaluationPrompt], *, folder: Path | None = None, on_progress: Progress | None = None
@@ -124,14 +127,17 @@ class Refinement:
             on_progress: function called after each prompt.
 
         Yields:
-            The result of each prompt, in order: `details` has `succeeded`, `response` and `verdict` of the best attempt
-            (None if there was none), `queries` of the target, and `unparsable`, the number of the attacker's answers
-            that could not be parsed or whose prompt did not fit.
+            The result of each prompt, in order, until the attack must end: `details` has `succeeded`, `response` and
+            `verdict` of the best attempt (None if there was none), `queries` of the target, `first_success`, the number
+            of queries until the first success (None if there was none), and `unparsable`, the number of the attacker's
+            answers that could not be parsed or whose prompt did not fit.
 
         Raises:
             InputError: attacker, target or judge fails, or a state file is damaged; finished steps are kept.
         """
         for done, prompt in enumerate(prompts, start=1):
+            if self.over():
+                return
             file = None if folder is None else StateFile(folder, NAME, self._facts(prompt.behaviour))
             yield self._run(prompt, file)
             if on_progress is not None:
@@ -139,12 +145,12 @@ class Refinement:
 
     def _run(self, prompt: EvaluationPrompt, file: StateFile | None) -> AttackResult:
         steps = _read(file)
-        while len(steps) < self.options.steps and not _succeeded(steps):
+        while len(steps) < self.options.steps and not _succeeded(steps) and not self.over():
             steps.append(self._step(prompt.behaviour, steps))
             if file is not None:
                 file.write([asdict(step) for step in steps])
         attempts = [attempt for step in steps for attempt in step.attempts]
-        best = max(attempts, key=_rank, default=None)
+        best = max(attempts, key=rank, default=None)
         unparsable = sum(step.unparsable for step in steps)
         if best is None:
             warnings.warn(
@@ -153,10 +159,11 @@ class Refinement:
                 stacklevel=3,
             )
         details = {
-            "succeeded": best is not None and _passed(best),
+            "succeeded": best is not None and passed(best),
             "response": None if best is None else best.response,
             "verdict": None if best is None else asdict(best.verdict),
             "queries": len(attempts),
+            "first_success": next((k for k, attempt in enumerate(attempts, start=1) if passed(attempt)), None),
             "unparsable": unparsable,
         }
         text = prompt.behaviour if best is None else best.proposal.prompt
@@ -166,7 +173,7 @@ class Refinement:
     def _step(self, goal: str, steps: Sequence[_Step]) -> _Step:
         """Make one attempt in every stream."""
         conversations = [self._conversation(goal, stream, steps) for stream in range(self.options.streams)]
-        proposals, unparsable = self._propose(conversations)
+        proposals, unparsable = propose(self.attacker, conversations, self.options.retries, self.fits)
         if not proposals:
             return _Step([], unparsable)
         responses = self.target([proposal.prompt for proposal in proposals.values()])
@@ -181,26 +188,6 @@ class Refinement:
             turns += [attempt.proposal.to_turn(), feedback(attempt.response, attempt.verdict)]
         return turns
 
-    def _propose(self, conversations: list[list[Message]]) -> tuple[dict[int, Proposal], int]:
-        """Return the proposals that could be parsed, by stream, and the number of answers that could not."""
-        proposals: dict[int, Proposal] = {}
-        asked = dict(enumerate(conversations))
-        unparsable = 0
-        for _ in range(self.options.retries + 1):
-            replies = self.attacker.reply(list(asked.values()))
-            again = {}
-            for stream, reply in zip(asked, replies, strict=True):
-                proposal = parse_proposal(reply)
-                if proposal is None or not self.fits(proposal.prompt):
-                    unparsable += 1
-                    again[stream] = [*conversations[stream], *once_more(reply)]
-                else:
-                    proposals[stream] = proposal
-            asked = again
-            if not asked:
-                break
-        return dict(sorted(proposals.items())), unparsable
-
     def _facts(self, goal: str) -> dict[str, Any]:
         return {
             "request": goal,
@@ -210,6 +197,36 @@ class Refinement:
             "judge": {"name": self.judge.name, **self.judge.facts()},
             "options": asdict(self.options),
         }
+
+
+def propose(
+    attacker: ChatModel, conversations: list[list[Message]], retries: int, fits: Callable[[str], bool]
+) -> tuple[dict[int, Proposal], int]:
+    """Return the proposals that could be parsed, by conversation, and the number of answers that could not.
+
+    Args:
+        attacker: model that proposes prompts.
+        conversations: a conversation for each proposal.
+        retries: number of further queries if an answer does not have the required form.
+        fits: function that returns whether a prompt fits into the target's window.
+    """
+    proposals: dict[int, Proposal] = {}
+    asked = dict(enumerate(conversations))
+    unparsable = 0
+    for _ in range(retries + 1):
+        replies = attacker.reply(list(asked.values()))
+        again = {}
+        for i, reply in zip(asked, replies, strict=True):
+            proposal = parse_proposal(reply)
+            if proposal is None or not fits(proposal.prompt):
+                unparsable += 1
+                again[i] = [*conversations[i], *once_more(reply)]
+            else:
+                proposals[i] = proposal
+        asked = again
+        if not asked:
+            break
+    return dict(sorted(proposals.items())), unparsable
 
 
 class PairAttack(Attack):
@@ -225,14 +242,37 @@ class PairAttack(Attack):
     def __init__(self, attacker: EndpointOptions, options: RefinementOptions | None = None) -> None:
         self._attacker, self._options = Endpoint(attacker), options or RefinementOptions()
 
+    def check(self, budget: Budget) -> None:
+        """Raise `InputError` if `budget` does not suffice for one attempt of every stream."""
+        self._steps(budget)
+
+    def _steps(self, budget: Budget) -> int:
+        return budget.steps(self._options.steps, self._options.streams, NAME)
+
     def run(self, prompts: Sequence[EvaluationPrompt], target: AttackedModel, step: Callable[[], None]) -> Attempted:
         """Refine each prompt until the judge decides that the target did not refuse, or that it complied."""
-        refinement = Refinement(self._attacker, target.respond, target.judge, self._options, target.key, target.fits)
+        limit = self._steps(target.budget)
+        options = replace(self._options, steps=limit)
+        refinement = Refinement(
+            self._attacker, target.respond, target.judge, options, target.key, target.fits, target.budget.over
+        )
         found = list(refinement.results(prompts, folder=target.folder, on_progress=lambda done, total: step()))
         queries = sum(int(result.details["queries"]) for result in found)
         unread = sum(int(result.details["unparsable"]) for result in found)
         cost = f"{steps_of(found)}; {queries} queries; {unread} answers of {self._attacker.name} could not be read"
-        return Attempted([result.prompt for result in found], cost)
+        return attempted(found, cost, limit * options.streams)
+
+
+def attempted(found: Sequence[AttackResult], cost: str, most: int) -> Attempted:
+    """Return the results of an attack by refinement, with its success by number of queries.
+
+    Args:
+        found: results whose details have `first_success`.
+        cost: cost of the attack, in a few words.
+        most: maximum number of queries for a prompt.
+    """
+    curve = success_curve([result.details["first_success"] for result in found], most) if found else None
+    return Attempted([result.prompt for result in found], cost, curve)
 
 
 def chat_target(model: ChatModel) -> Target:
@@ -240,16 +280,18 @@ def chat_target(model: ChatModel) -> Target:
     return lambda prompts: model.reply([[{"role": "user", "content": prompt}] for prompt in prompts])
 
 
-def _rank(attempt: Attempt) -> tuple[bool, float, bool]:
+def rank(attempt: Attempt) -> tuple[bool, float, bool]:
+    """Return how far an attempt went, for comparisons: success, then score, then no refusal."""
     verdict = attempt.verdict
-    return _passed(attempt), verdict.score or 0.0, verdict.refused is False
+    return passed(attempt), verdict.score or 0.0, verdict.refused is False
 
 
 def _succeeded(steps: Sequence[_Step]) -> bool:
-    return any(_passed(attempt) for step in steps for attempt in step.attempts)
+    return any(passed(attempt) for step in steps for attempt in step.attempts)
 
 
-def _passed(attempt: Attempt) -> bool:
+def passed(attempt: Attempt) -> bool:
+    """Return whether an attempt succeeded."""
     # A blank answer does not refuse, but it gives no harmful content either.
     return attempt.verdict.got_through and bool(attempt.response.strip())
 

@@ -341,6 +341,9 @@ def test_model_without_a_chat_template_is_asked_plainly_and_says_so(base, tmp_pa
         (["--attacks.refinement"], "attacks.refinement needs a model that attacks"),
         (["--attacks.suite=good", "--attacks.framings=all"], "no harmful suite good among harm, good"),
         (["--attacks.max_prompts=0"], "attacks.max_prompts must be at least 1"),
+        (["--attacks.tree"], "attacks.tree needs a model that attacks"),
+        (["http://127.0.0.1:1/v1#m", "--attacks.genetic"], "attacks.genetic need a model"),
+        (["--budget.requests=5", "--attacks.framings=fiction"], "budget limits attacks that search"),
         (["--ability.limit=0"], "ability.limit must be at least 1"),
         (["--pairs.max_pairs=-1"], "pairs.max_pairs must be at least 0"),
         (["--nosuch=1"], "--nosuch=1"),
@@ -479,6 +482,32 @@ def test_suites_are_listed(capsys):
     ):
         assert part in printed
     assert not Path("runs").exists()
+
+
+def test_tree_genetic_framings_and_artifacts_under_a_budget(base, serve, capsys):
+    def propose(n, body):
+        topic = body["messages"][0]["role"] == "user"
+        return "Yes." if topic else json.dumps({"improvement": "more", "prompt": f"try {n} quokka"})
+
+    artifact = {"goal": "harmful quokka 1 ?", "category": "fraud", "prompt": "pray , quokka ?"}
+    Path("a.json").write_text(
+        json.dumps({"parameters": {"method": "PAIR", "model": "vicuna"}, "jailbreaks": [artifact]})
+    )
+    proposals = serve(propose)
+    command = [
+        *base, "--attacks.tree.width=1", "--attacks.tree.branching=1", *endpoint_of(proposals, "attacks.attacker"),
+        "--attacks.genetic.population=2", "--attacks.genetic.elite=1", "--attacks.artifacts=a.json",
+        "--attacks.max_prompts=2",
+    ]  # fmt: skip
+    main([*command, "--budget.requests=5", "--budget.minutes=600"])
+    model = results()["models"][0]
+    assert list(rates(model)) == ["harm", "good", "artifact+PAIR_vicuna", "harm+genetic", "harm+tap"]
+    # Two requests of two each: a level of the tree is one, a generation two.
+    assert [curve["requests"][-1] for curve in model["curves"].values()] == [2, 2]
+    assert {curve["count"] for curve in model["curves"].values()} == {2}
+    assert "genetic: success by number of requests" in Path("runs/evaluation/report.html").read_text()
+    assert "quokka" not in Path("runs/evaluation/evaluation.json").read_text()
+    assert "one step of genetic takes 2" in fails([*command, "--budget.requests=3"], capsys)
 
 
 # Judges that are elsewhere

@@ -88,6 +88,7 @@ def test_stops_at_the_attempt_that_succeeds():
         "response": f"Sure: 1/2 {GOAL}",
         "verdict": {"refused": False, "unsafe": True, "score": None},
         "queries": 9,
+        "first_success": 8,
         "unparsable": 0,
     }
     assert result.steps == 3
@@ -150,7 +151,7 @@ def test_attacker_that_never_answers_is_told_and_the_request_stays():
         (result,) = attack.results(PROMPTS[:1])
     assert result.prompt.text == GOAL
     assert result.details == {
-        "succeeded": False, "response": None, "verdict": None, "queries": 0, "unparsable": 2
+        "succeeded": False, "response": None, "verdict": None, "queries": 0, "first_success": None, "unparsable": 2
     }  # fmt: skip
     assert attack.target.asked == []
 
