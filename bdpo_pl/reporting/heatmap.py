@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from markupsafe import Markup
 
 from bdpo_pl.reporting.elements import Cell, Figure, Table
+from bdpo_pl.reporting.format import fixed, percent, with_ends
 from bdpo_pl.reporting.plots import Estimate
 from bdpo_pl.reporting.svg import WIDTH
 
@@ -64,9 +65,18 @@ def heat_map(
                 Markup(
                     '<rect class="s2 solid" style="fill-opacity: {}" x="{}" y="{}" width="{}" height="{}">'
                     "<title>{}, {}: {}</title></rect>"
-                ).format(f"{shade:.3f}", _at(x), _at(y), _at(width - _GAP), _at(_ROW - _GAP), label, name, told)
+                ).format(
+                    fixed(shade, 3),
+                    fixed(x, 1),
+                    fixed(y, 1),
+                    fixed(width - _GAP, 1),
+                    fixed(_ROW - _GAP, 1),
+                    label,
+                    name,
+                    told,
+                )
             )
-            shown = "–" if value is None else f"{value.value:.0%}"
+            shown = "–" if value is None else percent(value.value, 0)
             parts.append(_text(x + (width - _GAP) / 2, y + _ROW / 2 + 3.5, shown, "middle"))
     for row, label in enumerate(labels):
         parts.append(_text(left - 8.0, _TOP + row * _ROW + _ROW / 2 + 3.5, _shortened(label, _LABEL_LETTERS), "end"))
@@ -75,7 +85,7 @@ def heat_map(
         '<svg viewBox="0 0 {} {}" role="img" aria-label="{}" xmlns="http://www.w3.org/2000/svg">{}</svg>'
     ).format(
         WIDTH,
-        _at(height),
+        fixed(height, 1),
         f"Heat map of {what} for {len(labels)} rows and {len(series)} columns; the numbers follow as a table.",
         Markup("").join(parts),
     )
@@ -83,11 +93,9 @@ def heat_map(
 
 
 def _text(x: float, y: float, text: str, anchor: str) -> Markup:
-    return Markup('<text class="row" x="{}" y="{}" text-anchor="{}">{}</text>').format(_at(x), _at(y), anchor, text)
-
-
-def _at(number: float) -> str:
-    return f"{number:.1f}"
+    return Markup('<text class="row" x="{}" y="{}" text-anchor="{}">{}</text>').format(
+        fixed(x, 1), fixed(y, 1), anchor, text
+    )
 
 
 def _shortened(text: str, letters: int) -> str:
@@ -98,5 +106,5 @@ def _told(value: Estimate | None) -> str:
     if value is None:
         return "–"
     if value.low is None or value.high is None:
-        return f"{value.value:.1%}"
-    return f"{value.value:.1%} ({value.low:.1%} to {value.high:.1%})"
+        return percent(value.value)
+    return with_ends(percent, value.value, value.low, value.high)
