@@ -1,7 +1,7 @@
 """Preference losses: pure functions of per-sequence log-probabilities.
 
-A loss is a small callable, picked in YAML by its `class_path`; the training module knows none by name. Write your own
-by subclassing `PreferenceLoss`.
+A loss is a small callable, selected in YAML by its `class_path`; the training module refers to none by name. To write
+your own, subclass `PreferenceLoss`.
 """
 
 from bdpo_pl.losses.ada_dpo import AdaDPOLoss

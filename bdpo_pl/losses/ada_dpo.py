@@ -1,4 +1,4 @@
-"""AdaDPO: weights of the two sides that need no mutual information."""
+"""AdaDPO: weights of the two sides from the policy alone, without mutual information."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from bdpo_pl.losses.base import PairScores, PreferenceLoss, require_not_negative
 class AdaDPOLoss(PreferenceLoss):
     """AdaDPO, arXiv:2605.28440: L = −log σ(β_w·D_w − β·D_l), β_w = β·clip(exp(ℓ̄_w − ℓ̄_l), 1/C, C).
 
-    ℓ̄ = log π_θ(y|x)/|y|; β_w is a constant in the gradient. Its weights are asymmetric without comprehension, which
-    makes it the control for Balanced DPO. The formula is taken second-hand; its authors' code was not seen.
+    ℓ̄ = log π_θ(y|x)/|y|; β_w is a constant in the gradient. Its weights differ between the two sides but do
+    not depend on comprehension, which makes it the control for Balanced DPO. The formula comes from a secondary source,
+    and was not compared with the authors' code.
 
     Args:
         beta: β > 0.
-        clip: C ≥ 1, the largest factor between the two sides.
+        clip: C ≥ 1, the largest allowed ratio between the two sides.
         sft_weight: weight of the chosen response's mean NLL, added to the loss (RPO, arXiv:2404.19733).
 
     Raises:

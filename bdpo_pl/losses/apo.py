@@ -1,17 +1,18 @@
-"""APO: the chosen and the rejected response each pulled to its own side."""
+"""APO: one term for the chosen response and one for the rejected, instead of their difference alone."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from bdpo_pl.losses.base import PairScores, PreferenceLoss, require_not_negative, require_positive
+from bdpo_pl.losses.base import BetaLoss, PairScores
 
 
-class APOZeroLoss(PreferenceLoss):
+class APOZeroLoss(BetaLoss):
     """APO-zero, arXiv:2408.06266, equation 7: L = 1 − σ(β·D_w) + σ(β·D_l).
 
-    For chosen responses that are better than the policy's own: the chosen gains and the rejected loses likelihood.
+    Meant for chosen responses that are better than the policy's own: it raises the likelihood of the chosen response
+    and lowers that of the rejected one.
 
     Args:
         beta: β > 0.
@@ -21,26 +22,18 @@ class APOZeroLoss(PreferenceLoss):
         InputError: an argument is out of its range.
     """
 
-    two_log_ratios = True
+    start = 1.0
 
-    def __init__(self, beta: float = 0.1, sft_weight: float = 0.0) -> None:
-        require_positive("beta", beta)
-        require_not_negative("sft_weight", sft_weight)
-        self.beta = beta
-        self.sft_weight = sft_weight
-        self.initial_value = 1.0 if sft_weight == 0.0 else None
-
-    def __call__(self, policy_chosen: Tensor, policy_rejected: Tensor, scores: PairScores) -> Tensor:
-        """Compute the loss of each pair, (B,) float32."""
-        chosen, rejected = scores.log_ratios(policy_chosen, policy_rejected)
-        losses = 1.0 - torch.sigmoid(self.beta * chosen) + torch.sigmoid(self.beta * rejected)
-        return self.with_sft(losses, policy_chosen, scores)
+    def preference(self, chosen: Tensor, rejected: Tensor, scores: PairScores) -> Tensor:
+        """Compute 1 − σ(β·D_w) + σ(β·D_l), (B,) float32."""
+        return 1.0 - torch.sigmoid(self.beta * chosen) + torch.sigmoid(self.beta * rejected)
 
 
-class APODownLoss(PreferenceLoss):
+class APODownLoss(BetaLoss):
     """APO-down, arXiv:2408.06266, equation 8: L = σ(β·D_w) + 1 − σ(β·[D_w − D_l]).
 
-    For chosen responses that are worse than the policy's own: both lose likelihood, the rejected more.
+    Meant for chosen responses that are worse than the policy's own: it lowers the likelihood of both responses, that of
+    the rejected one more.
 
     Args:
         beta: β > 0.
@@ -50,17 +43,8 @@ class APODownLoss(PreferenceLoss):
         InputError: an argument is out of its range.
     """
 
-    two_log_ratios = True
+    start = 1.0
 
-    def __init__(self, beta: float = 0.1, sft_weight: float = 0.0) -> None:
-        require_positive("beta", beta)
-        require_not_negative("sft_weight", sft_weight)
-        self.beta = beta
-        self.sft_weight = sft_weight
-        self.initial_value = 1.0 if sft_weight == 0.0 else None
-
-    def __call__(self, policy_chosen: Tensor, policy_rejected: Tensor, scores: PairScores) -> Tensor:
-        """Compute the loss of each pair, (B,) float32."""
-        chosen, rejected = scores.log_ratios(policy_chosen, policy_rejected)
-        losses = torch.sigmoid(self.beta * chosen) + 1.0 - torch.sigmoid(self.beta * (chosen - rejected))
-        return self.with_sft(losses, policy_chosen, scores)
+    def preference(self, chosen: Tensor, rejected: Tensor, scores: PairScores) -> Tensor:
+        """Compute σ(β·D_w) + 1 − σ(β·[D_w − D_l]), (B,) float32."""
+        return torch.sigmoid(self.beta * chosen) + 1.0 - torch.sigmoid(self.beta * (chosen - rejected))

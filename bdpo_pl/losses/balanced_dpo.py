@@ -1,4 +1,4 @@
-"""Balanced DPO in one file: balance weights, scaling factor, and the loss made of them; DPO is its special case.
+"""Balanced DPO in one file: balance weights, scaling factor and the loss built from them; DPO is a special case.
 
 For a pair (x, y_w, y_l), a policy π_θ and its frozen reference π_ref, with the comprehension c of both responses
 (`bdpo_pl.comprehension`), measured before training:
@@ -9,7 +9,7 @@ For a pair (x, y_w, y_l), a policy π_θ and its frozen reference π_ref, with t
 3. Log-ratios: D = log π_θ(y|x) − log π_ref(y|x) of each response (`PairScores.log_ratios`).
 4. Loss: z = β·s·(w_w·D_w − w_l·D_l), L = −log σ(z) (`BalancedDPOLoss`).
 
-Steps 1 and 2 need no policy: they are known as soon as the pairs are scored. The ideas are the paper's
+Steps 1 and 2 do not depend on the policy: they are computed once the pairs are scored. The ideas are the paper's
 (arXiv:2603.22829); the formulas of 1 and 2 are this project's reconstruction.
 
 Shapes: B pairs.
@@ -37,16 +37,16 @@ _EPSILON = 1e-6
 
 
 def imbalance_spread(comprehension_chosen: Tensor, comprehension_rejected: Tensor) -> float:
-    """Measure the spread of the imbalance Δ = c_w − c_l over pairs: τ, where it is `auto`.
+    """Measure the spread of the imbalance Δ = c_w − c_l over pairs, which is τ if τ is `auto`.
 
-    1.4826 · MAD, the median absolute deviation from the median. For a normal distribution this is the standard
-    deviation, and pairs far out do not move it (Huber, Robust Statistics, 1981). It is at least a tenth of the median
-    of |Δ|, for pairs that are all imbalanced alike. Where more than half of the pairs are balanced, both are 0, and the
-    standard deviation takes their place; 1 where every pair is balanced.
+    It is 1.4826 · MAD, the median absolute deviation from the median. For a normal distribution this equals the
+    standard deviation, but outliers do not change it (Huber, Robust Statistics, 1981). Its lower bound is a tenth of
+    the median of |Δ|, which matters if all pairs are imbalanced alike. If more than half of the pairs are balanced,
+    both are 0, and the standard deviation is used instead; if every pair is balanced, the result is 1.
 
     Args:
         comprehension_chosen: (M,) c_w of all training pairs.
-        comprehension_rejected: (M,) c_l.
+        comprehension_rejected: (M,) c_l of all training pairs.
 
     Returns:
         A number above 0, in the estimator's unit.
@@ -67,7 +67,7 @@ def balance_weights(
     weighting: Weighting = "softmax",
     max_ratio: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the balance weights (w_w, w_l): shares of one, the smaller for the better comprehended response.
+    """Compute the balance weights (w_w, w_l), which sum to 1; the better comprehended response gets the smaller one.
 
     - `softmax`: w_w = σ(−d), w_l = σ(d), d = (c_w − c_l)/τ.
     - `ratio`: w_w = c_l/(c_w + c_l), w_l = c_w/(c_w + c_l), inputs clamped to at least 1e-6; for positive estimators.
@@ -75,9 +75,9 @@ def balance_weights(
     Args:
         comprehension_chosen: (B,) c_w.
         comprehension_rejected: (B,) c_l.
-        tau: temperature τ > 0 in the estimator's unit, about the spread of c_w − c_l; only `softmax` reads it.
+        tau: temperature τ > 0 in the estimator's unit, about the spread of c_w − c_l; used by `softmax` alone.
         weighting: `softmax` or `ratio`.
-        max_ratio: cap on the larger weight over the smaller, above 1; None: no cap.
+        max_ratio: upper bound on the ratio of the larger weight to the smaller one, above 1; None: no bound.
 
     Returns:
         Two (B,) float32 tensors that sum to 1, both ½ for a balanced pair; detached.
@@ -99,10 +99,10 @@ def balance_weights(
 
 
 def scaling_factor(weight_chosen: Tensor, weight_rejected: Tensor, scale: float | Literal["norm"]) -> Tensor:
-    """Compute the scaling factor s, which keeps the gradient's magnitude under the balance weights.
+    """Compute the scaling factor s, which makes up for the smaller gradient under balance weights.
 
-    A number is used as it is (2 makes a balanced pair exactly DPO). `norm` is s = √(2/(w_w² + w_l²)), for which
-    ‖s·(w_w, w_l)‖ = √2, DPO's own value, for every pair.
+    A number is used for every pair (with 2, a balanced pair has exactly DPO's loss). `norm` is s = √(2/(w_w² + w_l²)),
+    so that ‖s·(w_w, w_l)‖ = √2 for every pair, the value of DPO.
 
     Args:
         weight_chosen: (B,) w_w.
@@ -130,19 +130,19 @@ class BalancedDPOLoss(PreferenceLoss):
 
     Args:
         beta: β > 0.
-        balance: apply balance weights; without, w = (1, 1).
+        balance: apply balance weights. If false, w = (1, 1).
         tau: temperature of the `softmax` weighting in the estimator's unit (nats per token for `pmi`): a number > 0, or
-            `auto`, the spread of c_w − c_l over the training pairs, known once they are scored.
-        weighting: `softmax`, or `ratio` for the positive estimators `ifd` and `hsic`.
-        estimator: `pmi`, `pmi_sum`, `ifd` or `hsic`; see `bdpo_pl.comprehension.comprehension`.
+            `auto`, the spread of c_w − c_l over the training pairs, measured after they are scored.
+        weighting: formula of the balance weights: `softmax`, or `ratio` for the positive estimators `ifd` and `hsic`.
+        estimator: estimator of comprehension: `pmi`, `pmi_sum`, `ifd` or `hsic` (`bdpo_pl.comprehension`).
         scale: scaling factor s: a number > 0, or `norm` for s = √(2/(w_w² + w_l²)). Default: 2 with balance, 1 without.
         label_smoothing: ε in [0, 0.5): the assumed share of flipped labels (conservative DPO),
             L = −(1−ε)·log σ(z) − ε·log σ(−z).
-        max_weight_ratio: cap on the larger weight of a pair over the smaller, above 1; default none.
+        max_weight_ratio: upper bound on the ratio of a pair's larger weight to its smaller one, above 1. Default: none.
         sft_weight: weight of the chosen response's mean NLL, added to the loss (RPO, arXiv:2404.19733).
 
     Raises:
-        InputError: an argument is out of its range, or `ratio` meets an estimator that can be negative.
+        InputError: an argument is out of its range, or `ratio` is used with an estimator that can be negative.
     """
 
     def __init__(
@@ -190,7 +190,7 @@ class BalancedDPOLoss(PreferenceLoss):
         self.two_log_ratios = not balance
         require_not_negative("sft_weight", sft_weight)
         self.sft_weight = sft_weight
-        # The chosen response's NLL is another for each pair.
+        # The chosen response's NLL differs from pair to pair.
         self.initial_value = math.log(2.0) if sft_weight == 0.0 else None
         self.needs_comprehension = balance
         self.needs_all_pairs = balance and weighting == "softmax" and tau == "auto"
@@ -223,10 +223,10 @@ class BalancedDPOLoss(PreferenceLoss):
         return PairWeights(chosen, rejected, scaling_factor(chosen, rejected, self.scale))
 
     def temperature(self) -> float:
-        """Give τ as a number.
+        """Return τ as a number.
 
         Raises:
-            ValueError: it is `auto`, and no training pairs have been seen.
+            ValueError: τ is `auto`, and `prepare` has not been called.
         """
         if self.tau != "auto":
             return self.tau
@@ -235,21 +235,21 @@ class BalancedDPOLoss(PreferenceLoss):
         return self._spread
 
     def prepare(self, scores: PairScores) -> None:
-        """Find τ, where it is `auto`."""
+        """Measure τ if it is `auto`."""
         if self.needs_all_pairs:
             assert scores.comprehension_chosen is not None
             assert scores.comprehension_rejected is not None
             self._spread = imbalance_spread(scores.comprehension_chosen, scores.comprehension_rejected)
 
     def state_dict(self) -> dict[str, float]:
-        """Give τ, where it was found."""
+        """Return τ if it was measured."""
         return {"tau": self._spread} if self.needs_all_pairs and self._spread is not None else {}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Take up τ, where it is `auto`: a resumed run goes on with the same weights.
+        """Restore τ if it is `auto`, so that a resumed run has the same balance weights.
 
         Raises:
-            InputError: the checkpoint was written with a τ that was given.
+            InputError: the checkpoint was written by a run whose τ was a number.
         """
         if not self.needs_all_pairs:
             return
@@ -264,11 +264,11 @@ class BalancedDPOLoss(PreferenceLoss):
 class DPOLoss(BalancedDPOLoss):
     """DPO, arXiv:2305.18290: L = −log σ(β·[log-ratio of the chosen − log-ratio of the rejected]).
 
-    Balanced DPO with the balance off and no scaling, bit for bit.
+    It equals Balanced DPO without balance weights and scaling, bit for bit.
 
     Args:
         beta: β > 0.
-        label_smoothing: ε in [0, 0.5), conservative DPO.
+        label_smoothing: ε in [0, 0.5), the assumed share of flipped labels (conservative DPO).
         sft_weight: weight of the chosen response's mean NLL, added to the loss (RPO, arXiv:2404.19733).
     """
 

@@ -1,4 +1,4 @@
-"""The interface that every preference loss keeps: what it reads and what it gives.
+"""The interface of a preference loss: what it reads and what it returns.
 
 Shapes: B pairs. All log-probabilities are sums over a response's tokens, in nats.
 """
@@ -19,18 +19,18 @@ from bdpo_pl.errors import InputError
 
 @dataclass(frozen=True)
 class PairScores:
-    """What is known of B pairs before the policy is asked; every tensor is (B,) and carries no gradient.
+    """What is known of B pairs without the policy; every tensor is (B,) and carries no gradient.
 
     Attributes:
-        chosen_length: tokens in the chosen response.
-        rejected_length: tokens in the rejected response.
+        chosen_length: number of tokens in the chosen response.
+        rejected_length: number of tokens in the rejected response.
         reference_chosen: log π_ref(y_w | x), or None without a reference.
         reference_rejected: log π_ref(y_l | x), or None without a reference.
         comprehension_chosen: c(x, y_w) by the loss's estimator, or None if it was not measured.
-        comprehension_rejected: c(x, y_l), likewise.
-        chosen_safe: whether y_w is safe, bool, or None where the data does not say.
-        rejected_safe: whether y_l is safe, likewise.
-        counted: bool, false for a pair that only fills a batch and has no weight in the loss; None: all count.
+        comprehension_rejected: c(x, y_l), or None if it was not measured.
+        chosen_safe: bool, true if y_w is safe; None if the data does not say.
+        rejected_safe: bool, true if y_l is safe; None if the data does not say.
+        counted: bool, false for a pair that only fills up a batch and has no weight in the loss; None: all count.
     """
 
     chosen_length: Tensor
@@ -47,12 +47,12 @@ class PairScores:
         return len(self.chosen_length)
 
     def __getitem__(self, index: Tensor) -> PairScores:
-        """Give the scores of the pairs at `index` (b,)."""
+        """Return the scores of the pairs at `index` (b,)."""
         chosen = {name: tensor[index] for name, tensor in vars(self).items() if tensor is not None}
         return replace(self, **chosen)
 
     def log_ratios(self, policy_chosen: Tensor, policy_rejected: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute log π_θ/π_ref of the chosen and of the rejected: how far each has drifted.
+        """Compute log π_θ/π_ref of the chosen and of the rejected responses: how far each has drifted.
 
         Args:
             policy_chosen: (B,) log π_θ(y_w | x).
@@ -62,7 +62,7 @@ class PairScores:
             Two (B,) float32 tensors.
 
         Raises:
-            ValueError: there are no reference log-probabilities.
+            ValueError: the pairs have no reference log-probabilities.
         """
         if self.reference_chosen is None or self.reference_rejected is None:
             raise ValueError("log-ratios need reference log-probabilities, and these pairs carry none")
@@ -89,18 +89,19 @@ class PreferenceLoss(ABC):
 
     Attributes:
         beta: scale of the implicit reward; β·log(π_θ/π_ref) unless the loss has its own, `rewards`.
-        estimator: the comprehension estimator whose values the loss is given.
-        needs_reference: the loss reads reference log-probabilities.
-        needs_comprehension: the loss reads comprehension.
-        needs_safety: the loss reads whether each response is safe, of pairs put in order by it.
-        needs_all_pairs: the loss is to `prepare` from the scores of all training pairs.
-        two_log_ratios: the loss reads the policy in the two log-ratios alone, which balance weights can scale.
-        mixes_pairs: the loss of a pair depends on the others of its micro-batch, so that it cannot be computed a few
-            pairs at a time, fused with the LM head.
+        estimator: estimator of the comprehension that the loss reads.
+        needs_reference: true if the loss reads reference log-probabilities.
+        needs_comprehension: true if the loss reads comprehension.
+        needs_safety: true if the loss reads whether each response is safe; pairs then have the safer response first.
+        needs_all_pairs: true if `prepare` must see the scores of all training pairs before training.
+        two_log_ratios: true if the loss reads nothing of the policy but the two log-ratios, which balance weights can
+            scale.
+        mixes_pairs: true if the loss of a pair depends on the others in its micro-batch. It then cannot be computed a
+            few pairs at a time, fused with the LM head.
         sft_weight: weight of the chosen response's mean NLL, added to the loss.
         tail_weight: weight of a response's tokens beyond the length of the shorter one of its pair, in the policy's and
             the reference's log-probabilities; None: all tokens count alike, and the loss can be fused.
-        initial_value: the loss of any pair when policy and reference are one model; None if it depends on the pair.
+        initial_value: loss of any pair while policy and reference are the same model; None if it depends on the pair.
     """
 
     beta: float
@@ -135,7 +136,7 @@ class PreferenceLoss(ABC):
 
     @abstractmethod
     def __call__(self, policy_chosen: Tensor, policy_rejected: Tensor, scores: PairScores) -> Tensor:
-        """Compute the loss of each pair; the caller takes the mean.
+        """Compute the loss of each pair; the caller averages them.
 
         Args:
             policy_chosen: (B,) log π_θ(y_w | x), with gradients.
@@ -147,10 +148,10 @@ class PreferenceLoss(ABC):
         """
 
     def with_sft(self, losses: Tensor, policy_chosen: Tensor, scores: PairScores) -> Tensor:
-        """Add `sft_weight` times the chosen response's NLL a token, as RPO does (arXiv:2404.19733).
+        """Add `sft_weight` times the chosen response's NLL per token, as RPO does (arXiv:2404.19733).
 
         Args:
-            losses: (B,) losses of the preference alone.
+            losses: (B,) losses without this term.
             policy_chosen: (B,) log π_θ(y_w | x).
             scores: what is known of the pairs.
         """
@@ -161,9 +162,10 @@ class PreferenceLoss(ABC):
     def rewards(
         self, policy_chosen: Tensor, policy_rejected: Tensor, scores: PairScores
     ) -> tuple[Tensor, Tensor] | None:
-        """Compute the implicit rewards of the chosen and of the rejected, (B,) float32 each, for the logs.
+        """Compute the implicit rewards of the chosen and of the rejected responses, (B,) float32 each, for the logs.
 
-        β·log(π_θ/π_ref), or None where there is no reference. A loss without one says what it compares instead.
+        They are β·log(π_θ/π_ref), or None without reference scores. A loss that reads no reference overrides this with
+        the quantities that it compares.
         """
         if scores.reference_chosen is None:
             return None
@@ -171,22 +173,65 @@ class PreferenceLoss(ABC):
         return self.beta * chosen, self.beta * rejected
 
     def weights(self, scores: PairScores) -> PairWeights | None:
-        """Compute the balance weights that the loss applies to the pairs; None for a loss that has none."""
+        """Compute the balance weights of the pairs; None for a loss without balance weights."""
         return None
 
     def prepare(self, scores: PairScores) -> None:  # noqa: B027 - most losses have nothing to do
-        """Take from the scores of all training pairs what the loss needs to know of them, before training."""
+        """Compute, before training, whatever the loss needs from the scores of all training pairs."""
 
     def state_dict(self) -> dict[str, float]:
-        """Give what `prepare` has found: it goes into checkpoints, the log and the report."""
+        """Return the results of `prepare`, for checkpoints, the log and the report."""
         return {}
 
     def load_state_dict(self, state: dict[str, float]) -> None:  # noqa: B027 - likewise
-        """Take up what a checkpoint holds of `state_dict`.
+        """Restore the results of `prepare` from a checkpoint.
 
         Raises:
-            InputError: this loss needs what the checkpoint lacks.
+            InputError: the checkpoint lacks a value that this loss needs.
         """
+
+
+class BetaLoss(PreferenceLoss):
+    """A loss of the two log-ratios whose arguments are β and the weight of the chosen response's NLL.
+
+    A subclass defines the formula, `preference`, and its value before training, `start`.
+
+    Attributes:
+        start: value of `preference` for any pair while policy and reference are the same model.
+
+    Args:
+        beta: β > 0.
+        sft_weight: weight of the chosen response's mean NLL, added to the loss (RPO, arXiv:2404.19733).
+
+    Raises:
+        InputError: an argument is out of its range.
+    """
+
+    two_log_ratios = True
+    start: float
+
+    def __init__(self, beta: float = 0.1, sft_weight: float = 0.0) -> None:
+        require_positive("beta", beta)
+        require_not_negative("sft_weight", sft_weight)
+        self.beta = beta
+        self.sft_weight = sft_weight
+        # The chosen response's NLL differs from pair to pair.
+        self.initial_value = self.start if sft_weight == 0.0 else None
+
+    @abstractmethod
+    def preference(self, chosen: Tensor, rejected: Tensor, scores: PairScores) -> Tensor:
+        """Compute the loss of each pair without the chosen response's NLL, (B,) float32.
+
+        Args:
+            chosen: (B,) float32, D_w = log π_θ(y_w|x) − log π_ref(y_w|x).
+            rejected: (B,) float32, D_l = log π_θ(y_l|x) − log π_ref(y_l|x).
+            scores: what is known of the pairs.
+        """
+
+    def __call__(self, policy_chosen: Tensor, policy_rejected: Tensor, scores: PairScores) -> Tensor:
+        """Compute the loss of each pair, (B,) float32."""
+        chosen, rejected = scores.log_ratios(policy_chosen, policy_rejected)
+        return self.with_sft(self.preference(chosen, rejected, scores), policy_chosen, scores)
 
 
 def require_positive(name: str, value: float) -> None:
@@ -202,4 +247,4 @@ def require_not_negative(name: str, value: float) -> None:
 
 
 TIE = 1e-3
-"""Closer than this, in nats, two log-ratios differ by rounding: the policy before training equals its reference."""
+"""Difference of two log-ratios in nats below which they are equal: before training, only rounding separates them."""

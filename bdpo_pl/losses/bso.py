@@ -1,4 +1,4 @@
-"""BSO: a generator of the ratio by which a safe response must lead."""
+"""BSO: losses made from a generator function of the ratio between the safe and the unsafe response."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class BSOLoss(PreferenceLoss):
     """BSO, arXiv:2605.12339, of log R = −(β·[D_w − D_l] + C·(s_w − s_l)), s = 1 for an unsafe response, |log R| ≤ 30.
 
     `basu`: L = [λR^(1+λ) − (1+λ)R^(−λ) + 1]/(s·λ(1+λ)), s = 4. `logistic`: L = log(1 + R), SafeDPO's with Δ = C.
-    Pairs are put in order by safety first, as for SafeDPO. The formula is taken from a port; its authors' code was not
-    seen.
+    As for SafeDPO, the safe response of a pair is put first. The formula comes from a reimplementation, and was not
+    compared with the authors' code.
 
     Args:
         beta: β > 0.
-        margin: C ≥ 0, asked of a safe over an unsafe response, in units of reward.
-        lam: λ > 0 of `basu`.
-        generator: `basu` or `logistic`.
+        margin: C ≥ 0, the required lead of a safe response over an unsafe one, in units of reward.
+        lam: λ > 0, exponent of the `basu` generator.
+        generator: generator function, `basu` or `logistic`.
         sft_weight: weight of the chosen response's mean NLL, added to the loss (RPO, arXiv:2404.19733).
 
     Raises:

@@ -1,4 +1,4 @@
-"""Losses made of others: a weighted sum, balance weights on any loss of two log-ratios, and WPO's weights."""
+"""Losses built from other losses: a weighted sum, balance weights on any loss of two log-ratios, and WPO."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bdpo_pl.losses.base import PairScores, PairWeights, PreferenceLoss, require
 
 
 class SFTLoss(PreferenceLoss):
-    """The chosen response's NLL a token, L = −log π_θ(y_w|x)/|y_w|: as a part of a `WeightedSum`, or alone."""
+    """The chosen response's NLL per token, L = −log π_θ(y_w|x)/|y_w|: one part of a `WeightedSum`, or on its own."""
 
     needs_reference = False
     beta = 1.0
@@ -25,7 +25,7 @@ class SFTLoss(PreferenceLoss):
 
 
 class Outer(PreferenceLoss):
-    """A loss that takes what it needs from the losses it is made of."""
+    """A loss built from other losses, which determine what it reads."""
 
     def _take_from(self, losses: Sequence[PreferenceLoss]) -> None:
         self._parts = tuple(losses)
@@ -47,27 +47,27 @@ class Outer(PreferenceLoss):
             loss.prepare(scores)
 
     def state_dict(self) -> dict[str, float]:
-        """Give what each loss has found, by its number where there are several."""
+        """Return the results of `prepare` of each loss, with its number in front if there are several."""
         found = [loss.state_dict() for loss in self._parts]
         if len(found) == 1:
             return found[0]
         return {f"{i}.{name}": value for i, state in enumerate(found) for name, value in state.items()}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Hand each loss its own."""
+        """Restore the results of each loss."""
         for i, loss in enumerate(self._parts):
             prefix = f"{i}." if len(self._parts) > 1 else ""
             loss.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
 
     def weights(self, scores: PairScores) -> PairWeights | None:
-        """Give the balance weights of the first loss that has any."""
+        """Return the balance weights of the first loss that has any."""
         found = (loss.weights(scores) for loss in self._parts)
         return next((weights for weights in found if weights is not None), None)
 
     def rewards(
         self, policy_chosen: Tensor, policy_rejected: Tensor, scores: PairScores
     ) -> tuple[Tensor, Tensor] | None:
-        """Give the rewards of the first loss, for the logs."""
+        """Return the rewards of the first loss, for the logs."""
         return self._parts[0].rewards(policy_chosen, policy_rejected, scores)
 
 
@@ -75,11 +75,11 @@ class WeightedSum(Outer):
     """L = Σ a_i·L_i, as MPO mixes losses (arXiv:2411.10442).
 
     Args:
-        losses: each by its `class_path`.
-        weights: a_i ≥ 0, one for each; default 1 each.
+        losses: losses L_i, each by its `class_path`.
+        weights: weights a_i ≥ 0, one for each loss. Default: 1 each.
 
     Raises:
-        InputError: no losses, or not as many weights.
+        InputError: there are no losses, or not as many weights as losses.
     """
 
     def __init__(self, losses: list[PreferenceLoss], weights: list[float] | None = None) -> None:
@@ -103,20 +103,21 @@ class WeightedSum(Outer):
 
 
 class BalancedLoss(Outer):
-    """Balance weights and scaling factor on any loss of two log-ratios: it is given s·w_w·D_w and s·w_l·D_l.
+    """Balance weights and scaling factor on any loss of two log-ratios, which then reads s·w_w·D_w and s·w_l·D_l.
 
-    With `DPOLoss` it is Balanced DPO.
+    With `DPOLoss` it equals Balanced DPO.
 
     Args:
-        loss: one that reads the policy in its two log-ratios alone (DPO, IPO, hinge, robust, Dr.DPO, APO, SafeDPO, …).
-        tau: as in `BalancedDPOLoss`.
-        weighting: likewise.
-        estimator: likewise.
-        scale: likewise.
-        max_weight_ratio: likewise.
+        loss: loss that reads nothing of the policy but the two log-ratios (DPO, IPO, hinge, robust, Dr.DPO, APO,
+            SafeDPO, …).
+        tau: temperature of the `softmax` weighting, or `auto`, as in `BalancedDPOLoss`.
+        weighting: formula of the balance weights, `softmax` or `ratio`.
+        estimator: estimator of comprehension: `pmi`, `pmi_sum`, `ifd` or `hsic`.
+        scale: scaling factor s: a number > 0, or `norm`.
+        max_weight_ratio: upper bound on the ratio of a pair's larger weight to its smaller one. Default: none.
 
     Raises:
-        InputError: an argument is out of its range, or the loss reads more of the policy.
+        InputError: an argument is out of its range, or the loss reads more of the policy than its two log-ratios.
     """
 
     def __init__(
@@ -154,14 +155,14 @@ class BalancedLoss(Outer):
 
 
 class WPOLoss(Outer):
-    """WPO, arXiv:2406.11827, equation 2 without its alignment: w·L, w = min(1, exp(ℓ̄_w + ℓ̄_l)).
+    """WPO, arXiv:2406.11827, equation 2 without its weight alignment: w·L, w = min(1, exp(ℓ̄_w + ℓ̄_l)).
 
-    A pair counts by how likely the policy is to write it; w is a constant in the gradient. The paper's alignments
-    divide by what the policy writes at each position, for which the kernels would have to keep more than a response's
-    sum; TRL's `use_weighting` does so.
+    A pair that the policy itself is likely to write counts more; w is a constant in the gradient. The paper's weight
+    alignment needs the policy's whole distribution at each position, and the kernels keep only a sum for each
+    response. TRL's `use_weighting` includes it.
 
     Args:
-        loss: the loss that is weighted.
+        loss: loss whose pairs are weighted.
 
     Raises:
         InputError: it weighs tokens.

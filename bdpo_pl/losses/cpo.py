@@ -1,4 +1,4 @@
-"""CPO: DPO with a uniform reference, and the chosen response's likelihood beside it."""
+"""CPO: DPO with a uniform reference, plus the NLL of the chosen response."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ NLL = Literal["mean", "sum"]
 class CPOLoss(PreferenceLoss):
     """CPO, arXiv:2401.08417.
 
-    L = −log σ(β·[log π_θ(y_w|x) − log π_θ(y_l|x)]) + α·NLL(y_w). It reads no reference; the rewards in the logs are
-    β·log π_θ(y|x), as TRL's are.
+    L = −log σ(β·[log π_θ(y_w|x) − log π_θ(y_l|x)]) + α·NLL(y_w). It reads no reference. The rewards in the logs are
+    β·log π_θ(y|x), as in TRL.
 
-    The paper writes NLL(y_w) = −log π_θ(y_w|x), a sum over the response (`nll: sum`). TRL and Liger divide by tokens
-    instead: by all chosen tokens of a micro-batch at once, so that a pair's weight depends on what else is in its
-    micro-batch. Here `mean` divides by the pair's own length, which is the same where the chosen responses are equally
-    long, and keeps the mean over pairs exact under accumulation.
+    The paper writes NLL(y_w) = −log π_θ(y_w|x), a sum over the response (`nll: sum`). TRL and Liger divide
+    instead by the number of all chosen tokens in a micro-batch, so that a pair's weight depends on the other pairs in
+    it. Here `mean` divides by the pair's own length. The two agree if all chosen responses have the same length, and
+    only this one keeps the mean over pairs exact under gradient accumulation.
 
     Args:
         beta: β > 0.
         alpha: α ≥ 0, the weight of the NLL.
-        nll: `mean` over the tokens of the chosen response, or their `sum`.
+        nll: reduction of the NLL over the tokens of the chosen response: `mean` or `sum`.
 
     Raises:
         InputError: an argument is out of its range.

@@ -1,4 +1,4 @@
-"""IPO: a squared distance in place of DPO's sigmoid."""
+"""IPO: a squared distance instead of DPO's log-sigmoid."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ class IPOLoss(PreferenceLoss):
 
     L = (D_w/|y_w| − D_l/|y_l| − 1/(2β))², D = log π_θ(y|x) − log π_ref(y|x); β is the paper's τ.
 
-    The paper writes D without the division. Per token is how its authors computed it, as TRL reports of asking them,
-    and how TRL's `loss_type="ipo"` does. The rewards in the logs are β·D, as for DPO.
+    The paper writes D without the division. TRL, having asked the authors, reports that they computed it per token, as
+    its `loss_type="ipo"` does. The rewards in the logs are β·D, as for DPO.
 
     Args:
-        beta: β > 0. Default: TRL's.
+        beta: β > 0. The default is TRL's.
 
     Raises:
         InputError: β is out of its range.

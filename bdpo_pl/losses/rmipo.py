@@ -1,4 +1,4 @@
-"""RMiPO: SimPO with a margin for each pair, by how well its responses are comprehended."""
+"""RMiPO: SimPO with a target margin for each pair that depends on the comprehension of its responses."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from bdpo_pl.losses.base import PairScores, PreferenceLoss, require_not_negative
 
 
 class RMiPOLoss(PreferenceLoss):
-    """RMiPO, arXiv:2604.24804, the nearest relative of Balanced DPO.
+    """RMiPO, arXiv:2604.24804, the published loss most similar to Balanced DPO.
 
-    L = −log σ(β·[ℓ̄_w − ℓ̄_l − γ]), ℓ̄ = log π_θ(y|x)/|y|, γ = γ₀ + γ₁·exp(−max(0, c_w − c_l)): the target margin
-    shrinks as the chosen response is comprehended better than the rejected. γ is a constant in the gradient. The
-    rewards in the logs are β·ℓ̄.
+    L = −log σ(β·[ℓ̄_w − ℓ̄_l − γ]), ℓ̄ = log π_θ(y|x)/|y|, γ = γ₀ + γ₁·exp(−max(0, c_w − c_l)): the better
+    the chosen response is comprehended than the rejected one, the smaller the target margin. γ is a constant in the
+    gradient. The rewards in the logs are β·ℓ̄.
 
-    c is the comprehension by `pmi`, nats per token. The paper measures it on the policy. Here it is what `PairScores`
-    holds: the reference's, measured once before training, unless `model.reestimate_every` has it measured anew on the
-    policy. The loss reads no log-probabilities of the reference, but it needs a reference for its comprehension.
+    c is the comprehension by `pmi`, nats per token. The paper measures it on the policy. Here it is measured once
+    before training on the reference, unless `model.reestimate_every` is set, which measures it again on the policy. The
+    loss reads no log-probabilities of the reference, but it needs a reference for the comprehension.
 
     Args:
         beta: β > 0.
         gamma_floor: γ₀ ≥ 0, nats per token: the margin of a pair whose chosen response is comprehended far better.
-        gamma_range: γ₁ ≥ 0, nats per token: what is added for a pair whose chosen response is not.
+        gamma_range: γ₁ ≥ 0, nats per token: the largest addition to it, for a pair whose chosen response is not
+            comprehended better.
 
     Raises:
         InputError: an argument is out of its range.
@@ -46,10 +47,10 @@ class RMiPOLoss(PreferenceLoss):
         return -F.logsigmoid(self.beta * (chosen - rejected - self.margins(scores)))
 
     def margins(self, scores: PairScores) -> Tensor:
-        """Target margin γ of each pair, (B,) float32, nats per token, without gradient.
+        """Compute the target margin γ of each pair, (B,) float32, nats per token, without gradient.
 
         Raises:
-            ValueError: there is no comprehension.
+            ValueError: the pairs have no comprehension.
         """
         if scores.comprehension_chosen is None or scores.comprehension_rejected is None:
             raise ValueError("RMiPO's margins need comprehension, and these pairs carry none")

@@ -1,4 +1,4 @@
-"""SafeDPO: DPO that knows which responses are safe."""
+"""SafeDPO: DPO with labels of which responses are safe."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ class SafeDPOLoss(PreferenceLoss):
     """SafeDPO, arXiv:2505.20065.
 
     L = −log σ(β·[D_w − D_l] − (h_l − h_w)·Δ), D = log π_θ(y|x) − log π_ref(y|x), h = 1 for an unsafe response, 0 for a
-    safe one: a pair of two safe responses is DPO's, and an unsafe response must fall Δ further behind.
+    safe one: for a pair of two safe responses the loss is DPO's; an unsafe rejected response must fall
+    behind by Δ more.
 
-    Before that the method exchanges the responses of a pair if only the chosen is unsafe, and drops a pair if both are.
-    This is done as the data is loaded, and counted in its report (`bdpo_pl.data.rows.order_by_safety`), so that scores,
-    metrics and the mean over pairs are those of the pairs trained on. The loss itself expects it done.
+    The method first exchanges the responses of a pair if only the chosen one is unsafe, and drops a pair if both are.
+    This happens when the data are loaded, and is counted in their report (`bdpo_pl.data.rows.order_by_safety`), so that
+    scores, metrics and the mean over pairs refer to the pairs that are trained on. The loss assumes that it was done.
 
-    Whether responses are safe stands in the columns `chosen_safe` and `rejected_safe`, or in PKU-SafeRLHF's own.
+    The labels are in the columns `chosen_safe` and `rejected_safe`, or in PKU-SafeRLHF's own columns.
 
     Args:
         beta: β > 0.
-        delta: Δ ≥ 0, added to the margin asked of a safe over an unsafe response, in units of reward.
+        delta: Δ ≥ 0, the additional required lead of a safe response over an unsafe one, in units of reward.
 
     Raises:
         InputError: an argument is out of its range.
@@ -41,7 +42,7 @@ class SafeDPOLoss(PreferenceLoss):
         """Compute the loss of each pair, (B,) float32.
 
         Raises:
-            ValueError: it is not known which responses are safe.
+            ValueError: the pairs do not say which responses are safe.
         """
         if scores.chosen_safe is None or scores.rejected_safe is None:
             raise ValueError("SafeDPO needs to know which responses are safe, and these pairs do not say")

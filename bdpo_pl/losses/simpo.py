@@ -1,4 +1,4 @@
-"""SimPO: log-probabilities per token, and a target margin between them."""
+"""SimPO: a target margin between log-probabilities per token."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from bdpo_pl.losses.base import PairScores, PreferenceLoss, require_not_negative
 class SimPOLoss(PreferenceLoss):
     """SimPO, arXiv:2405.14734.
 
-    L = −log σ(β·[ℓ̄_w − ℓ̄_l] − γ), ℓ̄ = log π_θ(y|x)/|y|. It reads no reference; the rewards in the logs are β·ℓ̄,
-    the paper's, and TRL's.
+    L = −log σ(β·[ℓ̄_w − ℓ̄_l] − γ), ℓ̄ = log π_θ(y|x)/|y|. It reads no reference. The rewards in the logs are β·ℓ̄,
+    as in the paper and in TRL.
 
     Args:
-        beta: β > 0. Default: the paper's for Mistral-Instruct.
-        gamma_beta_ratio: γ/β ≥ 0, the target margin in nats per token, as the paper tunes it. Default: likewise.
+        beta: β > 0. The default is the paper's for Mistral-Instruct.
+        gamma_beta_ratio: γ/β ≥ 0, the target margin in nats per token, which the paper tunes. The default is the
+            paper's for Mistral-Instruct.
 
     Raises:
         InputError: an argument is out of its range.
