@@ -32,6 +32,15 @@ class StoppedError(BaseException):
         self.saved = saved
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return true if `error` says that memory ran out, of a GPU or of the machine."""
+    # The CPU's allocator raises a plain RuntimeError, so its text decides.
+    said = str(error)
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and ("out of memory" in said or "can't allocate memory" in said)
+    )
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of the message of `error`, or its type's name if the message is empty."""
     text = str(error).strip()

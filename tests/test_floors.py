@@ -15,6 +15,9 @@ FLOORS = [
 ]  # fmt: skip
 
 
+_LARGEST = 400
+_LARGEST_OF = {"bdpo_pl.training.module": 350}
+_MOST_ANY = 40
 _STILL_LARGE: set[str] = set()
 _STILL_ALIKE: set[tuple[str, str]] = set()
 
@@ -75,7 +78,22 @@ def test_kernels_import_nothing_of_the_rest():
 @pytest.mark.parametrize("package", ["bdpo_pl", "bdpo_kernels"])
 def test_files_stay_small(package):
     sizes = {name: len(path.read_text().splitlines()) for name, path in modules(package).items()}
-    assert {name: size for name, size in sizes.items() if size > 400}.keys() <= _STILL_LARGE
+    assert {n for n, size in sizes.items() if size > _LARGEST_OF.get(n, _LARGEST)} <= _STILL_LARGE
+
+
+def test_parameters_have_types():
+    """`Any` lets a misspelled attribute pass; name what is read: see `TokenizerLike`, `CausalLM`, or take `object`."""
+    untyped = [
+        f"{name}:{node.lineno} {node.name}({argument.arg})"
+        for package in ("bdpo_pl", "bdpo_kernels")
+        for name, path in modules(package).items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        for argument in ast.walk(node.args)
+        if isinstance(argument, ast.arg) and argument.annotation is not None
+        if ast.unparse(argument.annotation) in ("Any", "Any | None", "Optional[Any]")
+    ]
+    assert len(untyped) <= _MOST_ANY, untyped
 
 
 def test_one_name_a_wing():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
+from jsonargparse import Namespace
+
 from bdpo_pl.errors import InputError
 from bdpo_pl.scoring.reference_sync import SyncOptions
 from bdpo_pl.scoring.scoring_pass import ScoringOptions
@@ -14,7 +16,7 @@ from bdpo_pl.training.module import PreferenceModule
 from bdpo_pl.training.safety_probe import SafetyProbe
 
 
-def check_combinations(config: Any, defaults: Any) -> None:
+def check_combinations(config: Namespace, defaults: Namespace) -> None:
     """Refuse combinations of options in which one option disables another.
 
     Args:
@@ -40,7 +42,7 @@ def check_combinations(config: Any, defaults: Any) -> None:
         raise InputError("export_adapter is true, but there is no adapter: set model.lora, or leave export_adapter out")
 
 
-def _check_unread(config: Any, defaults: Any) -> None:
+def _check_unread(config: Namespace, defaults: Namespace) -> None:
     """Refuse an option that another one leaves without effect."""
     data, model = config.data, config.model
     unread = (
@@ -65,14 +67,14 @@ def _check_unread(config: Any, defaults: Any) -> None:
 _DEFAULTS = {"model.scoring.chunk_pairs": ScoringOptions.chunk_pairs, "model.reference_sync.mixup": SyncOptions.mixup}
 
 
-def _of(options: Any, name: str, default: Any = None) -> Any:
+def _of(options: object, name: str, default: object = None) -> Any:
     """Return the value of the option `name`; `default` where it or its group is not given."""
     for part in name.split("."):
         options = getattr(options, part, None)
     return default if options is None else options
 
 
-def check_monitor(monitor: str | None, module: PreferenceModule, config: Any, probe: SafetyProbe) -> None:
+def check_monitor(monitor: str | None, module: PreferenceModule, config: Namespace, probe: SafetyProbe) -> None:
     """Refuse a `checkpoint.monitor` that will never be logged.
 
     Args:
@@ -98,7 +100,7 @@ def check_monitor(monitor: str | None, module: PreferenceModule, config: Any, pr
     )
 
 
-def logged_names(module: PreferenceModule, config: Any, probe: SafetyProbe) -> set[str]:
+def logged_names(module: PreferenceModule, config: Namespace, probe: SafetyProbe) -> set[str]:
     """Return the name of every metric that a run with these options logs."""
     values = set(NAMES)
     if module.reference_mode == "none":

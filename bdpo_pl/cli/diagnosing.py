@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import numpy as np
@@ -74,7 +73,7 @@ class DiagnoseCLI(FitCLI):
         super().add_arguments_to_parser(parser)
         parser.add_class_arguments(DiagnoseOptions, "diagnose")
 
-    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+    def instantiate_trainer(self, **kwargs: object) -> L.Trainer:
         """Return the Trainer that `fit` would have, of which only device, precision and processes are used."""
         return super().instantiate_trainer(logger=False, enable_progress_bar=False, **kwargs)
 
@@ -138,7 +137,7 @@ class _Scoring(L.LightningModule):
     def configure_model(self) -> None:
         """Build nothing; strategies that split a model require this method."""
 
-    def predict_step(self, *_: Any) -> None:
+    def predict_step(self, *_: object) -> None:
         """Do nothing."""
 
 

@@ -28,13 +28,14 @@ from bdpo_pl.evaluation.next_round import write_rows
 from bdpo_pl.evaluation.options import EvaluateOptions, parse
 from bdpo_pl.evaluation.page import build_page, findings
 from bdpo_pl.evaluation.results import Evaluation, SuiteFacts, corrected
-from bdpo_pl.evaluation.runner import Runner, check_labels, check_refine, choose_device, choose_dtype, fit_suites
+from bdpo_pl.evaluation.runner import Runner, check_labels, check_refine, fit_suites
 from bdpo_pl.evaluation.subjects import ServedSubject, Subject, newest_run, subject
 from bdpo_pl.evaluation.suites.known import known_suites, load_suite
 from bdpo_pl.evaluation.suites.suite import Suite
 from bdpo_pl.evaluation.terminal import agreement_table, results_table, suites_table, weakness_table
 from bdpo_pl.evaluation.verdict_log import RecordFile
 from bdpo_pl.files import RunFolder, writable_folder, write_whole
+from bdpo_pl.models.precision import choose_device, choose_dtype
 from bdpo_pl.reporting.progress import progress
 from bdpo_pl.reporting.terminal import findings_table
 

@@ -112,7 +112,7 @@ class FitCLI(LightningCLI):
         if self._holds_out_nothing() and self.config.checkpoint.monitor == _MONITOR:
             self.config.checkpoint.monitor = None
 
-    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+    def instantiate_trainer(self, **kwargs: object) -> L.Trainer:
         """Return the Trainer, which stops at a gap if requested."""
         try:
             trainer = super().instantiate_trainer(**kwargs)
@@ -183,7 +183,7 @@ def make_parser(cli_class: type[FitCLI], embedded_run: bool = False) -> OptionPa
     made: list[OptionParser] = []
 
     class _Asked(cli_class):  # type: ignore[valid-type,misc]
-        def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        def parse_arguments(self, parser: LightningArgumentParser, args: object) -> None:
             made.append(cast(OptionParser, parser))
             raise _ParserMade
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import errno
 import re
 
-import torch
-
-from bdpo_pl.errors import MachineError, first_line
+from bdpo_pl.errors import MachineError, first_line, is_out_of_memory
 
 _LOWER = (
     "Lower, in this order of what it costs: data.batch_size or data.max_tokens_per_batch (raise "
@@ -23,8 +21,7 @@ def machine_error(error: BaseException) -> MachineError | None:
     first = first_line(error)
     if isinstance(error, MachineError):
         return error
-    # The CPU's allocator raises a plain RuntimeError.
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: can't allocate" in text:
+    if is_out_of_memory(error):
         return MachineError(f"out of memory: {first}. {_LOWER}")
     if isinstance(error, RuntimeError) and re.search(
         r"DataLoader worker .*(killed by signal|exited unexpectedly)", text

@@ -7,7 +7,7 @@ import inspect
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
@@ -30,7 +30,7 @@ class OptionParser(LightningArgumentParser):
     command line starts with its own defaults, and one named in a file takes over only what files set.
     """
 
-    def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **kwargs: Any) -> Namespace:
+    def parse_args(self, args: Sequence[str] | None = None, *rest: object, **kwargs: object) -> Namespace:
         """Parse `args`; a loss that they name replaces the previous one, including its options."""
         given = sys.argv[1:] if args is None else args
         reset = [part for arg in given for part in ([f"--{_LOSS}=null", arg] if _names_a_loss(arg) else [arg])]
@@ -43,7 +43,7 @@ class OptionParser(LightningArgumentParser):
             refuse(str(error))
         return parsed
 
-    def get_defaults(self, *args: Any, **kwargs: Any) -> Namespace:
+    def get_defaults(self, *args: object, **kwargs: object) -> Namespace:
         """Return the defaults without options of loss and optimiser, which are filled in last, for the chosen class."""
         defaults = super().get_defaults(*args, **kwargs)
         for option in _CLASSES:

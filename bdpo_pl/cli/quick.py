@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import sys
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
 
 from bdpo_pl.cli import aliases, known, short_help
 from bdpo_pl.errors import InputError
@@ -92,7 +92,7 @@ def _close(name: str, command: str, names: set[str]) -> str:
     return " or ".join(f"--{spelling}" for spelling in found)
 
 
-def _check_class(option: str, value: str, losses: dict[str, Any]) -> None:
+def _check_class(option: str, value: str, losses: Mapping[str, Sequence[str]]) -> None:
     last = value.rpartition(".")[2]
     if option == "trainer.logger":
         package, modules = _LOGGERS.get(last, ("", ()))
@@ -110,7 +110,7 @@ def _check_class(option: str, value: str, losses: dict[str, Any]) -> None:
         )
 
 
-def _check_loss_option(name: str, args: Sequence[str], losses: dict[str, Any]) -> None:
+def _check_loss_option(name: str, args: Sequence[str], losses: Mapping[str, Sequence[str]]) -> None:
     """Refuse an option that the chosen loss does not have, if the command line names one of our losses."""
     chosen = "BalancedDPOLoss"
     for i, arg in enumerate(args):

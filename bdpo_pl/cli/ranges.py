@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from bdpo_pl.errors import InputError
 
@@ -127,7 +126,7 @@ RANGES: dict[str, Range] = {
 """Range of each option, by its name on the command line without `init_args`."""
 
 
-def check_ranges(options: Any) -> None:
+def check_ranges(options: object) -> None:
     """Check every number among `options` that has a range.
 
     Args:
@@ -143,7 +142,7 @@ def check_ranges(options: Any) -> None:
             raise InputError(f"--{name} must be {allowed}; got {shown[:24]}{'…' if len(shown) > 24 else ''}")
 
 
-def numbers(options: Any, prefix: str = "") -> Iterator[tuple[str, int | float]]:
+def numbers(options: object, prefix: str = "") -> Iterator[tuple[str, int | float]]:
     """Yield every number among `options` with its option's name; items of a list have the list's name."""
     if isinstance(options, bool) or options is None or isinstance(options, str):
         return

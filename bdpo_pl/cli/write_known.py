@@ -39,7 +39,7 @@ def collect() -> dict[str, Any]:
     return found
 
 
-def _names(parser: Any) -> dict[str, list[str]]:
+def _names(parser: ArgumentParser) -> dict[str, list[str]]:
     options, free = set(), set()
     for action in parser._actions:
         for name in action.option_strings:
@@ -59,7 +59,7 @@ def _names(parser: Any) -> dict[str, list[str]]:
     return {"options": sorted(options), "open": sorted(free)}
 
 
-def _options_class(hint: Any) -> Any:
+def _options_class(hint: object) -> Any:
     """Return the dataclass in the type of an option, ignoring None; None if there is none."""
     kinds = [kind for kind in (typing.get_args(hint) or (hint,)) if dataclasses.is_dataclass(kind)]
     return kinds[0] if len(kinds) == 1 else None

@@ -17,6 +17,7 @@ from typing import Any
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from bdpo_pl.data.control_tokens import ControlTokens, Ids, Spelled
+from bdpo_pl.data.tokenizer_like import TokenizerLike
 
 Message = dict[str, Any]
 """A chat message: `role`, `content`, and other keys that the template reads (`tool_calls`, `reasoning_content`, …)."""
@@ -78,7 +79,7 @@ class ChatTemplate:
         kwargs: variables for all conversations (`enable_thinking`, `date_string`, …).
     """
 
-    def __init__(self, tokenizer: Any, kwargs: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, tokenizer: TokenizerLike, kwargs: Mapping[str, Any] | None = None) -> None:
         self.tokenizer = tokenizer
         self.source = tokenizer.chat_template
         self.kwargs = dict(kwargs or {})
@@ -164,7 +165,7 @@ class ChatTemplate:
 
     @cached_property
     def _all_text(self) -> str:
-        return self.source if isinstance(self.source, str) else "\n".join(self.source.values())
+        return self.source if isinstance(self.source, str) else "\n".join((self.source or {}).values())
 
     def mentions(self, name: str) -> bool:
         """Return true if the template's source names a variable or key."""
@@ -258,7 +259,7 @@ class ChatEncoder:
         kwargs: variables of the template, as in `ChatTemplate`.
     """
 
-    def __init__(self, tokenizer: Any, kwargs: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, tokenizer: TokenizerLike, kwargs: Mapping[str, Any] | None = None) -> None:
         self.template = ChatTemplate(tokenizer, kwargs)
         has_template = bool(tokenizer.chat_template)
         self.control = ControlTokens(
@@ -305,7 +306,7 @@ class ChatEncoder:
 _ATTRIBUTE = "_bdpo_pl_chat_encoder"
 
 
-def chat_encoder(tokenizer: Any, kwargs: Mapping[str, Any] | None = None) -> ChatEncoder:
+def chat_encoder(tokenizer: TokenizerLike, kwargs: Mapping[str, Any] | None = None) -> ChatEncoder:
     """Return the encoder of `tokenizer`, created once for each template and set of variables.
 
     Args:

@@ -19,6 +19,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from bdpo_pl.data.tokenizer_like import TokenizerLike
 from bdpo_pl.errors import InputError
 
 Ids = list[int]
@@ -56,7 +57,7 @@ class ControlTokens:
         written: added tokens that are not special and that only the model may write (`<tool_call>`).
     """
 
-    def __init__(self, tokenizer: Any, markers: Iterable[str] = (), written: Iterable[str] = ()) -> None:
+    def __init__(self, tokenizer: TokenizerLike, markers: Iterable[str] = (), written: Iterable[str] = ()) -> None:
         self.tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder
         self.special: dict[str, int] = {token.content: i for i, token in added.items() if token.special}
@@ -76,7 +77,7 @@ class ControlTokens:
             self._backend.no_padding()
             self._backend.no_truncation()
 
-    def protect(self, value: Any, spelled: Spelled, *, by_model: bool = False) -> Any:
+    def protect(self, value: object, spelled: Spelled, *, by_model: bool = False) -> Any:
         """Return `value` (texts in lists and mappings) with placeholders where a text spells a control token.
 
         Args:

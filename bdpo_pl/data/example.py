@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from rich.table import Table
 from rich.text import Text
 
 from bdpo_pl.data.control_tokens import Ids
 from bdpo_pl.data.table import PairTable
+from bdpo_pl.data.tokenizer_like import TokenizerLike
 
 BOUNDARY = "▌"
 _MASKED = "⟦{}⟧"
 
 
-def example_table(table: PairTable, tokenizer: Any, index: int = 0) -> Table:
+def example_table(table: PairTable, tokenizer: TokenizerLike, index: int = 0) -> Table:
     """Return one pair of `table` for the terminal.
 
     Control tokens are shown in their spelling; `▌` marks where the response begins; text in ⟦ ⟧ is read but not trained
@@ -34,7 +33,7 @@ def example_table(table: PairTable, tokenizer: Any, index: int = 0) -> Table:
     return shown
 
 
-def marked(tokenizer: Any, ids: Ids, trained: tuple[bool, ...] | None) -> str:
+def marked(tokenizer: TokenizerLike, ids: Ids, trained: tuple[bool, ...] | None) -> str:
     """Return the text of a response, with untrained parts in ⟦ ⟧."""
     flags = trained or (True,) * len(ids)
     runs: list[tuple[bool, Ids]] = []

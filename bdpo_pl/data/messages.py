@@ -41,7 +41,7 @@ class RowError(ValueError):
         return RowError, self._arguments
 
 
-def parse_messages(record: Record, name: str, value: Sequence[Any]) -> list[Message]:
+def parse_messages(record: Record, name: str, value: Sequence[object]) -> list[Message]:
     """Return the messages in field `name`.
 
     Raises:
@@ -50,7 +50,7 @@ def parse_messages(record: Record, name: str, value: Sequence[Any]) -> list[Mess
     return [parse_message(record, name, message) for message in value]
 
 
-def parse_message(record: Record, name: str, message: Any) -> Message:
+def parse_message(record: Record, name: str, message: object) -> Message:
     """Return one message, of the form {"role": …, "content": …} or ShareGPT's {"from": …, "value": …}.
 
     Contents in parts become one text; nulls are removed; arguments of tool calls become mappings.
@@ -130,7 +130,7 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def _join(record: Record, name: str, parts: Sequence[Any]) -> str:
+def _join(record: Record, name: str, parts: Sequence[object]) -> str:
     texts = []
     for part in parts:
         text = part.get("text") if isinstance(part, Mapping) else part
@@ -145,7 +145,7 @@ def _join(record: Record, name: str, parts: Sequence[Any]) -> str:
     return "".join(texts)
 
 
-def _parse_call(record: Record, name: str, call: Any) -> Any:
+def _parse_call(record: Record, name: str, call: object) -> Any:
     """Return a tool call whose arguments are a mapping: templates write them as JSON themselves."""
     if not isinstance(call, Mapping):
         raise RowError(record, "wrong tool call", f"field '{name}': a tool call must be a mapping")
@@ -163,7 +163,7 @@ def _parse_call(record: Record, name: str, call: Any) -> Any:
     return {**call, "function": dict(function)} if "function" in call else dict(function)
 
 
-def _keys(message: Any) -> str:
+def _keys(message: object) -> str:
     if isinstance(message, Mapping):
         return f"the keys {', '.join(map(repr, message)) or 'none'}"[:80]
     return type(message).__name__

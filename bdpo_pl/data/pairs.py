@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from bdpo_pl.data.control_tokens import Ids
+from bdpo_pl.data.tokenizer_like import TokenizerLike
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,6 @@ class ReadAs:
             self.counts[what] = self.counts.get(what, 0) + 1
 
 
-def padding_id(tokenizer: Any) -> int:
+def padding_id(tokenizer: TokenizerLike) -> int:
     """Return the token id that fills padding. The model does not see it, so any id will do."""
     return int(next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None))

@@ -72,7 +72,7 @@ class PreferenceRow:
     weight: float | None = None
 
 
-def common_prefix_length(a: Sequence[Any], b: Sequence[Any]) -> int:
+def common_prefix_length(a: Sequence[object], b: Sequence[object]) -> int:
     """Return how many leading elements (characters, messages, token ids) `a` and `b` share."""
     length = min(len(a), len(b))
     return next((i for i in range(length) if a[i] != b[i]), length)
@@ -168,7 +168,7 @@ def parse_weight(record: Record) -> float | None:
     return float(value)
 
 
-def parse_content(record: Record, name: str, value: Any) -> Content:
+def parse_content(record: Record, name: str, value: object) -> Content:
     """Return the validated text or messages in field `name`.
 
     Raises:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.data.tokenization import padding_id
+from bdpo_pl.data.tokenizer_like import TokenizerLike
 from bdpo_pl.data.truncation import Truncation
 from bdpo_pl.errors import InputError
 
@@ -26,7 +26,7 @@ class PreferenceSplits:
     """
 
     tables: dict[str, PairTable]
-    tokenizer: Any
+    tokenizer: TokenizerLike
     truncation: Truncation
     chat_template: str
     probe_indices: np.ndarray | None = None

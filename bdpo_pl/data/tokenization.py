@@ -19,6 +19,7 @@ from bdpo_pl.data.chat_template import Conversation, chat_encoder
 from bdpo_pl.data.control_tokens import Ids, Spelled
 from bdpo_pl.data.pairs import PreferencePair, ReadAs, padding_id
 from bdpo_pl.data.rows import Content, Message, PreferenceRow, RowError, check_size, common_prefix_length
+from bdpo_pl.data.tokenizer_like import TokenizerLike
 from bdpo_pl.errors import InputError
 
 __all__ = ["Ids", "PairTokenizer", "PreferencePair", "ReadAs", "SpelledControlTokens", "padding_id"]
@@ -59,7 +60,7 @@ class PairTokenizer:
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: TokenizerLike,
         chat_template: str = "auto",
         null_prompt: str = "",
         template_kwargs: Mapping[str, Any] | None = None,
@@ -83,6 +84,8 @@ class PairTokenizer:
             except OSError as error:
                 raise InputError(f"data.chat_template: cannot read {chat_template} ({error.strerror})") from None
         self.tokenizer = tokenizer
+        assert tokenizer.eos_token is not None
+        self._eos, self._eos_text = tokenizer.eos_token_id, tokenizer.eos_token
         self.null_prompt = null_prompt
         self.uses_template = chat_template != "none" and bool(tokenizer.chat_template)
         if template_kwargs and not self.uses_template:
@@ -108,7 +111,7 @@ class PairTokenizer:
             return self.encoder.prompts([Conversation([{"role": "user", "content": self.null_prompt}])])[0]
         ids = self._plain([self.null_prompt], [None])[0] if self.null_prompt else []
         bos = self.tokenizer.bos_token_id
-        return ids or [bos if bos is not None else self.tokenizer.eos_token_id]
+        return ids or [bos if bos is not None else self._eos]
 
     def reads_as_text(self, row: PreferenceRow) -> bool:
         """Return true if `row` is read without the chat template."""
@@ -172,7 +175,7 @@ class PairTokenizer:
     @cached_property
     def _cutter(self) -> Cutter:
         end = self.encoder.end_of_turn
-        stops = {self.tokenizer.eos_token}
+        stops = {self._eos_text}
         if end is not None:
             stops.add(self.tokenizer.convert_ids_to_tokens(end))
         return Cutter(self.encoder.template, stops, self.thoughts)
@@ -236,7 +239,7 @@ class PairTokenizer:
                 prompt + answer,
                 len(prompt),
                 [(len(prompt), len(prompt) + len(answer))],
-                self.control_tokens == "parse" and answer.rstrip().endswith(self.tokenizer.eos_token),
+                self.control_tokens == "parse" and answer.rstrip().endswith(self._eos_text),
             )
             for answer in answers
         )
@@ -249,12 +252,12 @@ class PairTokenizer:
             found = [Spelled() for _ in texts]
             texts = [control.protect(text, s) for text, s in zip(texts, found, strict=True)]
             spelled = found
-        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        bos, eos = self.tokenizer.bos_token_id, self._eos
         cleaned = []
         for text, ids in zip(texts, control.encode(texts, spelled, add_special_tokens=True), strict=True):
             if bos is not None and ids[:2] == [bos, bos]:
                 ids = ids[1:]
-            if ids and ids[-1] == eos and len(ids) > 1 and not text.endswith(self.tokenizer.eos_token):
+            if ids and ids[-1] == eos and len(ids) > 1 and not text.endswith(self._eos_text):
                 ids = ids[:-1]
             cleaned.append(ids)
         return cleaned
@@ -274,7 +277,7 @@ class PairTokenizer:
         if cut < len(prompt):
             for response, ids in zip(texts.responses, sides, strict=True):
                 self._check_merged(row, texts, response, prompt, ids, cut)
-        eos = [self.tokenizer.eos_token_id]
+        eos = [self._eos]
         chosen, rejected = (
             ids[cut:] if response.is_ended else [*ids[cut:], *eos]
             for response, ids in zip(texts.responses, sides, strict=True)

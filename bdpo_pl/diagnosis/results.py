@@ -11,6 +11,7 @@ import numpy as np
 from bdpo_pl.data.consistency import Match, contradictions, leaks, near_leaks, repeats
 from bdpo_pl.data.report import DataReport
 from bdpo_pl.data.table import PairTable
+from bdpo_pl.data.tokenizer_like import TokenizerLike
 from bdpo_pl.diagnosis.measures import (
     Group,
     LengthBias,
@@ -148,7 +149,9 @@ class Diagnosis:
         return finite({"format": 2, **warning, **asdict(self)})
 
 
-def pair_lines(measured: Measured, indices: Sequence[int] | np.ndarray, tokenizer: Any = None) -> Iterator[PairLine]:
+def pair_lines(
+    measured: Measured, indices: Sequence[int] | np.ndarray, tokenizer: TokenizerLike | None = None
+) -> Iterator[PairLine]:
     """Yield the pairs at `indices`; with a `tokenizer`, including their texts."""
     table = measured.table
     for i in map(int, indices):
@@ -175,7 +178,7 @@ def pair_lines(measured: Measured, indices: Sequence[int] | np.ndarray, tokenize
 
 
 def diagnose_split(
-    name: str, measured: Measured, report: DataReport | None, num_extremes: int, tokenizer: Any = None
+    name: str, measured: Measured, report: DataReport | None, num_extremes: int, tokenizer: TokenizerLike | None = None
 ) -> SplitDiagnosis:
     """Diagnose one split.
 
@@ -214,7 +217,7 @@ def diagnose_split(
     )
 
 
-def find_leaks(tables: Mapping[str, PairTable], tokenizer: Any) -> Leaks | None:
+def find_leaks(tables: Mapping[str, PairTable], tokenizer: TokenizerLike) -> Leaks | None:
     """Find the content of `held_out` that also occurs in `train`; None if nothing is held out."""
     if "held_out" not in tables:
         return None
@@ -231,7 +234,7 @@ def find_leaks(tables: Mapping[str, PairTable], tokenizer: Any) -> Leaks | None:
     )
 
 
-def _prompts(table: PairTable, tokenizer: Any) -> list[str]:
+def _prompts(table: PairTable, tokenizer: TokenizerLike) -> list[str]:
     ends = table.starts[:-1] + table.prompt_lengths
     ids = [table.tokens[a:b].tolist() for a, b in zip(table.starts[:-1], ends, strict=True)]
     return list(tokenizer.batch_decode(ids, skip_special_tokens=True))

@@ -31,3 +31,8 @@ BENIGN_PROMPTS_FILE = _HERE / "data" / "benign_prompts.jsonl"
 """Held-out benign requests that look harmful."""
 
 EMBEDDED = "embedded"
+
+
+def model_folder(name: str) -> str:
+    """Return the folder of the embedded model if `name` is `embedded`, else `name`."""
+    return str(MODEL_DIR) if name == EMBEDDED else name

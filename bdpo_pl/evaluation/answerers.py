@@ -9,12 +9,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from bdpo_pl.data.chat_template import chat_encoder, opens_thought
-from bdpo_pl.errors import InputError
+from bdpo_pl.data.tokenizer_like import TokenizerLike
+from bdpo_pl.errors import InputError, is_out_of_memory
 from bdpo_pl.evaluation.chat.completions import Completion
 from bdpo_pl.evaluation.chat.endpoint import Endpoint, EndpointError, EndpointOptions
 from bdpo_pl.evaluation.suites.suite import EvaluationPrompt
 from bdpo_pl.evaluation.verdict_log import Answer
 from bdpo_pl.forward.generation import encode_prompts, generate
+from bdpo_pl.models.causal_lm import CausalLM
 
 _OPENED = re.compile(r"^\s*<think(?:ing)?>")
 _CLOSED = re.compile(r"</think(?:ing)?>")
@@ -128,8 +130,8 @@ class LocalAnswerer(Answerer):
     def __init__(
         self,
         facts: Mapping[str, str],
-        tokenizer: Any,
-        load: Callable[[], tuple[Any, Any]],
+        tokenizer: TokenizerLike,
+        load: Callable[[], tuple[CausalLM, TokenizerLike]],
         options: GenerationOptions,
     ) -> None:
         self.facts, self._tokenizer, self._load, self._options = facts, tokenizer, load, options
@@ -160,7 +162,7 @@ class LocalAnswerer(Answerer):
         try:
             responses = generate(model, tokenizer, ids, max_new_tokens=self._options.room, batch_size=len(ids))
         except RuntimeError as error:
-            if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            if not is_out_of_memory(error):
                 raise
             raise InputError(
                 f"generating {len(ids)} responses at a time ran out of memory; lower generation.batch_size"

@@ -6,7 +6,8 @@ import sys
 from argparse import SUPPRESS
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
 
 from bdpo_pl.evaluation.answerers import GenerationOptions
 from bdpo_pl.evaluation.attacks.budget import BudgetOptions
@@ -100,7 +101,7 @@ class EvaluateOptions:
         return [parse_limit(text) for text in self.fail_if]
 
 
-def add_options(parser: Any) -> None:
+def add_options(parser: ArgumentParser) -> None:
     """Add the command's options to `parser`."""
     parser.add_argument("--config", action="config", help="YAML file with options, and `models`.")
     # No default here: it would override the models that a file names.
@@ -115,7 +116,7 @@ def add_options(parser: Any) -> None:
 
 
 def parse(
-    args: Sequence[str] | None, description: str | None = None, check: Callable[[Any], None] = lambda parsed: None
+    args: Sequence[str] | None, description: str | None = None, check: Callable[[Namespace], None] = lambda parsed: None
 ) -> tuple[list[str], EvaluateOptions]:
     """Parse the command line, and return the models and the options, from it or from a file.
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from bdpo_pl.data.tokenization import padding_id
+from bdpo_pl.data.tokenizer_like import TokenizerLike
 from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.answerers import Answerer, GenerationOptions
 from bdpo_pl.evaluation.answering import Asker
@@ -27,6 +28,7 @@ from bdpo_pl.evaluation.subjects import ServedSubject, Subject
 from bdpo_pl.evaluation.suites.suite import EvaluationPrompt, Suite
 from bdpo_pl.evaluation.verdict_log import Judged
 from bdpo_pl.files import try_writing
+from bdpo_pl.models.causal_lm import CausalLM
 
 
 @dataclass
@@ -148,7 +150,7 @@ class Runner:
         return result
 
     def _target(
-        self, subject: Subject | ServedSubject, answerer: Answerer, load: Callable[[], tuple[Any, Any]]
+        self, subject: Subject | ServedSubject, answerer: Answerer, load: Callable[[], tuple[CausalLM, TokenizerLike]]
     ) -> Target:
         options = self.asker.options
         return Target(
@@ -163,7 +165,9 @@ class Runner:
             budget=Budget.begin(self.budget, len(self.attacked.prompts) if self.attacked is not None else 1),
         )
 
-    def _overfitting(self, subject: Subject | ServedSubject, load: Callable[[], tuple[Any, Any]]) -> Overfitting | None:
+    def _overfitting(
+        self, subject: Subject | ServedSubject, load: Callable[[], tuple[CausalLM, TokenizerLike]]
+    ) -> Overfitting | None:
         if not self.pairs.sources():
             return None
         self.say(f"{subject.label}: preference pairs")
@@ -192,35 +196,6 @@ class Runner:
                 f"{subject.label} has no chat template: prompts are given to it as plain text, to be continued. A "
                 "model tuned on another format answers worse, and refuses less, than it can."
             )
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of that name; `auto` is bfloat16 on a GPU that supports it, otherwise float32.
-
-    Raises:
-        InputError: there is no such dtype.
-    """
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    if name not in ("float32", "bfloat16", "float16"):
-        raise InputError(f"dtype must be auto, float32, bfloat16 or float16, not {name!r}")
-    return getattr(torch, name)
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device of that name; `auto` is a GPU if there is one.
-
-    Raises:
-        InputError: there is no such device on this machine.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {name!r} is not to be had here ({str(error).splitlines()[0]}); try cpu") from None
-    return device
 
 
 def too_long(

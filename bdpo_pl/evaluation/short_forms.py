@@ -25,11 +25,11 @@ _ALONE = ("-h", "--help", "--print_config")
 class EvaluationParser(ArgumentParser):
     """Parser of jsonargparse, for the command line and files of an evaluation."""
 
-    def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Namespace:
+    def parse_args(self, args: Sequence[str] = (), *rest: object, **kwargs: object) -> Namespace:
         """Parse `args`, which may contain short spellings."""
         return super().parse_args(_in_order(self, list(args)), *rest, **kwargs)
 
-    def parse_string(self, *args: Any, **kwargs: Any) -> Namespace:
+    def parse_string(self, *args: str, **kwargs: Any) -> Namespace:
         """Parse the text of a file, in which a judge may be a name or a mapping with a `kind`."""
         if args:
             args = (_text_in_full(args[0]), *args[1:])
@@ -46,7 +46,7 @@ def _text_in_full(text: str) -> str:
     return yaml.safe_dump(_in_full(content), allow_unicode=True, sort_keys=False) if isinstance(content, dict) else text
 
 
-def class_of(named: Any, aliases: Mapping[str, str]) -> Any:
+def class_of(named: object, aliases: Mapping[str, str]) -> Any:
     """Expand a short name, or a mapping with a `kind` beside the options, into a `class_path` with `init_args`."""
     if isinstance(named, str):
         return {"class_path": aliases.get(named, named)}

@@ -7,16 +7,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 import yaml  # type: ignore[import-untyped]
 
 from bdpo_pl import embedded
+from bdpo_pl.data.tokenizer_like import TokenizerLike
 from bdpo_pl.embedded import EMBEDDED
 from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.answerers import Answerer, GenerationOptions, LocalAnswerer, ServedAnswerer
 from bdpo_pl.evaluation.chat.endpoint import EndpointOptions
+from bdpo_pl.models.causal_lm import CausalLM
 from bdpo_pl.models.checkpoint import checkpoint_model, read_checkpoint
 from bdpo_pl.models.loading import (
     ModelSource,
@@ -44,7 +46,7 @@ class Subject:
     checkpoint: Path | None = None
 
     @cached_property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> TokenizerLike:
         """Tokenizer of the source.
 
         Raises:
@@ -76,7 +78,9 @@ class Subject:
         """Maximum number of tokens of a prompt and its answer; None if the configuration does not state it."""
         return num_positions(load_config(self.source))
 
-    def answerer(self, dtype: torch.dtype, load: Callable[[], tuple[Any, Any]], options: GenerationOptions) -> Answerer:
+    def answerer(
+        self, dtype: torch.dtype, load: Callable[[], tuple[CausalLM, TokenizerLike]], options: GenerationOptions
+    ) -> Answerer:
         """Return the model as an `Answerer`.
 
         Args:
@@ -92,14 +96,13 @@ class Subject:
         """Stand in for `load` where no answer is generated."""
         raise AssertionError("nothing is generated here")
 
-    def load(self, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
+    def load(self, dtype: torch.dtype, device: torch.device) -> tuple[CausalLM, TokenizerLike]:
         """Return (model in evaluation mode on `device`, its tokenizer).
 
         Raises:
             InputError: the model cannot be loaded.
         """
         tokenizer = self.tokenizer
-        model: Any
         if self.checkpoint is None:
             model = load_model(self.source, dtype)
         else:
@@ -150,7 +153,9 @@ class ServedSubject:
         """Location, for reports."""
         return f"{self.model} at {self.url}"
 
-    def answerer(self, dtype: torch.dtype, load: Callable[[], tuple[Any, Any]], options: GenerationOptions) -> Answerer:
+    def answerer(
+        self, dtype: torch.dtype, load: Callable[[], tuple[CausalLM, TokenizerLike]], options: GenerationOptions
+    ) -> Answerer:
         """Return the model as an `Answerer`; `dtype` and `load` are not used, because the server holds the weights.
 
         Raises:

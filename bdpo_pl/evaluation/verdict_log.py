@@ -56,7 +56,7 @@ class Judged:
     oddities: tuple[str, ...] = ()
 
 
-def key_of(facts: Mapping[str, Any]) -> str:
+def key_of(facts: Mapping[str, object]) -> str:
     """Return a short digest of everything that an answer or a verdict depends on."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:24]
 
@@ -119,7 +119,7 @@ class RecordFile:
             }
         )  # fmt: skip
 
-    def _write(self, line: dict[str, Any]) -> None:
+    def _write(self, line: Mapping[str, object]) -> None:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())

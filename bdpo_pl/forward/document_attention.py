@@ -10,11 +10,10 @@ Shapes: H heads; T positions of one row; S sequences; m tokens of a context; n t
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 DOCUMENTS = "documents"
 """Name of this implementation among those of transformers."""
@@ -36,14 +35,14 @@ def register() -> None:
 
 @torch.compiler.disable(reason="a loop over documents, whose lengths differ from batch to batch")
 def attend(
-    module: Any,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> tuple[Tensor, None]:
     """Attend within each document of a row; as sdpa does, where the mask is one of sdpa's.
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from bdpo_pl.models.causal_lm import CausalLM
 
 # Rounding of a log-probability of one token, in units of its dtype's precision: the errors of the products of many
 # layers, for logits of about ten nats. Half precision rounds every activation, so its errors vary less.
@@ -23,7 +24,7 @@ _TF32_EPS, _TF32_GRADIENT_BOUND = 2.0**-10, 3e-2
 _SMALL_SHARE = 0.05
 
 
-def compute_dtype(model: Any) -> torch.dtype:
+def compute_dtype(model: CausalLM) -> torch.dtype:
     """Return the dtype of `model`'s products: its own, or autocast's."""
     device = next(model.parameters()).device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype

@@ -11,7 +11,7 @@ Shapes: B pairs; S = 2B sequences; N scored tokens; D hidden size; V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -32,6 +32,7 @@ from bdpo_pl.forward.masks import model_inputs
 from bdpo_pl.forward.reading import read
 from bdpo_pl.forward.responses import head_input, response_logps
 from bdpo_pl.models.architectures import logit_transform
+from bdpo_pl.models.causal_lm import CausalLM
 from bdpo_pl.parallel.tensor_parallel import VocabParallelHead, head_weight
 
 LMHead = Literal["auto", "fused", "logits"]
@@ -40,7 +41,7 @@ LossOfPairs = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(chosen (b,), rejected (b,), pair index (b,)) → weighted loss of each pair (b,)."""
 
 
-def fused_preference_loss(model: Any, batch: SequenceBatch, loss_of_pairs: LossOfPairs) -> tuple[Tensor, Tensor]:
+def fused_preference_loss(model: CausalLM, batch: SequenceBatch, loss_of_pairs: LossOfPairs) -> tuple[Tensor, Tensor]:
     """Return the sum of the pairs' losses, and the log-probabilities from which it was computed.
 
     Args:
@@ -52,6 +53,7 @@ def fused_preference_loss(model: Any, batch: SequenceBatch, loss_of_pairs: LossO
         Scalar loss with gradients to the model's parameters; (2, B) log-probabilities without gradients.
     """
     head = model.get_output_embeddings()
+    assert head is not None
     softcap, scale = logit_transform(model.config)
     num_pairs = batch.num_sequences // 2
     results: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -84,7 +86,7 @@ def fused_preference_loss(model: Any, batch: SequenceBatch, loss_of_pairs: LossO
     return loss, torch.stack([chosen, rejected])
 
 
-def why_not_fused(model: Any, batch: SequenceBatch) -> str | None:
+def why_not_fused(model: CausalLM, batch: SequenceBatch) -> str | None:
     """Return why `fused_preference_loss` cannot replace `model`'s own logits.
 
     None means that both agree on `batch`.
@@ -130,7 +132,9 @@ def _trial_loss(chosen: Tensor, rejected: Tensor, index: Tensor) -> Tensor:
     return (1.0 + index) * (0.5 * chosen - 0.4 * rejected)
 
 
-def choose_head(model: Any, probe: SequenceBatch, option: LMHead, name: str, *, objection: str | None = None) -> bool:
+def choose_head(
+    model: CausalLM, probe: SequenceBatch, option: LMHead, name: str, *, objection: str | None = None
+) -> bool:
     """Decide whether to fuse LM head and loss, and log the reason if they cannot be fused.
 
     Args:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import nn
 
 from bdpo_pl.data.chat_template import Conversation, Message, chat_encoder
+from bdpo_pl.data.tokenizer_like import TokenizerLike
 from bdpo_pl.errors import InputError
 from bdpo_pl.forward.document_attention import DOCUMENTS
 from bdpo_pl.forward.equivalence import evaluating
 from bdpo_pl.forward.masks import set_attention
+from bdpo_pl.models.causal_lm import CausalLM
 from bdpo_pl.models.loading import num_positions
 
 
@@ -34,8 +34,8 @@ class Response:
 
 
 def generate_responses(
-    model: nn.Module,
-    tokenizer: Any,
+    model: CausalLM,
+    tokenizer: TokenizerLike,
     prompts: Sequence[str],
     *,
     max_new_tokens: int = 128,
@@ -50,7 +50,7 @@ def generate_responses(
     return [response.text for response in responses]
 
 
-def encode_prompts(tokenizer: Any, prompts: Sequence[str], *, use_template: bool = True) -> list[list[int]]:
+def encode_prompts(tokenizer: TokenizerLike, prompts: Sequence[str], *, use_template: bool = True) -> list[list[int]]:
     """Return the token ids of `prompts`, ready to be answered.
 
     Args:
@@ -63,7 +63,7 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[str], *, use_template: bool
     return chat_encoder(tokenizer).texts(prompts)
 
 
-def encode_conversations(tokenizer: Any, conversations: Sequence[Sequence[Message]]) -> list[list[int]]:
+def encode_conversations(tokenizer: TokenizerLike, conversations: Sequence[Sequence[Message]]) -> list[list[int]]:
     """Return the token ids of conversations by the tokenizer's chat template, up to the beginning of the answer.
 
     A control token that is spelled in a message remains text. The template's variables are those of `chat_encoder`.
@@ -73,8 +73,8 @@ def encode_conversations(tokenizer: Any, conversations: Sequence[Sequence[Messag
 
 @torch.no_grad()
 def generate(
-    model: Any,
-    tokenizer: Any,
+    model: CausalLM,
+    tokenizer: TokenizerLike,
     prompts: Sequence[list[int]],
     *,
     max_new_tokens: int = 128,
@@ -130,7 +130,7 @@ def generate(
     return [responses[i] for i in range(len(prompts))]
 
 
-def stop_ids(model: Any, tokenizer: Any) -> set[int]:
+def stop_ids(model: CausalLM, tokenizer: TokenizerLike) -> set[int]:
     """Return the tokens that end a response.
 
     They are the model's, the tokenizer's, and the one that ends a turn of the chat template.
@@ -145,13 +145,13 @@ def stop_ids(model: Any, tokenizer: Any) -> set[int]:
     return found if end is None else found | {end}
 
 
-def _end_of_turn(tokenizer: Any) -> int | None:
+def _end_of_turn(tokenizer: TokenizerLike) -> int | None:
     """Return the added token that the chat template puts right after the assistant's text, if there is one."""
     return chat_encoder(tokenizer).end_of_turn
 
 
 @contextmanager
-def _generating(model: Any) -> Iterator[None]:
+def _generating(model: CausalLM) -> Iterator[None]:
     """Hold `model` in a state for generation while the context is open.
 
     It is in evaluation mode, its layers are not compiled, and its attention is one that supports a cache.
@@ -167,7 +167,7 @@ def _generating(model: Any) -> Iterator[None]:
         set_attention(model, attention)
 
 
-def check_fits(model: Any, prompts: Sequence[list[int]], max_new_tokens: int) -> None:
+def check_fits(model: CausalLM, prompts: Sequence[list[int]], max_new_tokens: int) -> None:
     """Raise `InputError` if a prompt and `max_new_tokens` more tokens do not fit into the model's positions."""
     window = num_positions(model.config)
     longest = max(map(len, prompts), default=0)

@@ -11,16 +11,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from bdpo_pl.data.packing import SequenceBatch
 from bdpo_pl.models.architectures import decoder_layers
+from bdpo_pl.models.causal_lm import CausalLM
 
 
 @contextmanager
-def scored_positions_only(model: Any, batch: SequenceBatch) -> Iterator[None]:
+def scored_positions_only(model: CausalLM, batch: SequenceBatch) -> Iterator[None]:
     """Run the last layer's MLP of `model` at the scored positions of `batch` only, while the context is open.
 
     The MLP's outputs at other positions are zeros.
@@ -35,17 +36,17 @@ def scored_positions_only(model: Any, batch: SequenceBatch) -> Iterator[None]:
     if mlp is None:
         yield
         return
-    shape: list[Any] = []
+    shape: list[torch.Size] = []
 
-    def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if shape:
             raise RuntimeError(f"{type(model).__name__} runs its last layer more than once")
         hidden, *rest = args
         shape.append(hidden.shape)
         return (hidden.flatten(0, 1).index_select(0, batch.scored).unsqueeze(0), *rest)
 
-    def put_back(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
-        R, T, _ = shape[0]
+    def put_back(_: nn.Module, __: tuple[object, ...], output: Tensor) -> Tensor:
+        R, T = shape[0][:2]
         rows = output.new_zeros(R * T, output.shape[-1])
         return rows.index_copy(0, batch.scored, output[0]).view(R, T, -1)
 
@@ -57,7 +58,7 @@ def scored_positions_only(model: Any, batch: SequenceBatch) -> Iterator[None]:
             handle.remove()
 
 
-def _last_mlp(model: Any) -> nn.Module | None:
+def _last_mlp(model: CausalLM) -> nn.Module | None:
     layers = decoder_layers(model) if hasattr(model, "config") else None
     if not layers:
         return None

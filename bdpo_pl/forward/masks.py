@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bdpo_pl.data.packing import SequenceBatch
 from bdpo_pl.forward.document_attention import DOCUMENTS, register
+from bdpo_pl.models.causal_lm import CausalLM, ModelConfig
 
 _KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
@@ -30,7 +31,7 @@ Sees = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Function of (row, query's place, key's place) that returns whether the query sees the key; broadcasts."""
 
 
-def model_inputs(model: Any, batch: SequenceBatch) -> dict[str, Any]:
+def model_inputs(model: CausalLM, batch: SequenceBatch) -> dict[str, Any]:
     """Return the arguments for a call of `model` in which each sequence of `batch` sees only itself and its context.
 
     Raises:
@@ -42,7 +43,7 @@ def model_inputs(model: Any, batch: SequenceBatch) -> dict[str, Any]:
     return inputs | {"attention_mask": _masks(model, batch), "position_ids": batch.position_ids}
 
 
-def why_not_shared(model: Any) -> str | None:
+def why_not_shared(model: CausalLM) -> str | None:
     """Return why, by its configuration, `model` cannot read sequences in shared rows; None if no reason is known."""
     config = model.config.get_text_config()
     if getattr(model, "_is_stateful", False):
@@ -59,14 +60,14 @@ def why_not_shared(model: Any) -> str | None:
     return None
 
 
-def by_documents(model: Any) -> bool:
+def by_documents(model: CausalLM) -> bool:
     """Return whether `model` may be tried with attention by document: on a CPU, if each layer sees all positions."""
     config = model.config.get_text_config()
     plain = config._attn_implementation in ("sdpa", DOCUMENTS) and _layer_kinds(config) == {"full_attention"}
     return plain and next(model.parameters()).device.type == "cpu" and why_not_shared(model) is None
 
 
-def depends_on_length(model: Any) -> bool:
+def depends_on_length(model: CausalLM) -> bool:
     """Return whether `model` may compute something else in long rows than in short ones.
 
     It does with windows, chunks and rotations that change with the length; what foreign code does is not known.
@@ -79,7 +80,7 @@ def depends_on_length(model: Any) -> bool:
     return not known or _layer_kinds(config) != {"full_attention"}
 
 
-def set_attention(model: Any, implementation: str) -> None:
+def set_attention(model: CausalLM, implementation: str) -> None:
     """Switch the attention implementation of all layers of `model`."""
     if implementation == "flex_attention":
         allow_recompilation()
@@ -89,7 +90,7 @@ def set_attention(model: Any, implementation: str) -> None:
         model.set_attn_implementation(implementation)
 
 
-def _masks(model: Any, batch: SequenceBatch) -> Any:
+def _masks(model: CausalLM, batch: SequenceBatch) -> Any:
     """Return one mask, or one for each kind of layer if a model has several kinds."""
     config = model.config.get_text_config()
     if config._attn_implementation not in _FORMS:
@@ -100,14 +101,14 @@ def _masks(model: Any, batch: SequenceBatch) -> Any:
     return masks if len(masks) > 1 else masks.popitem()[1]
 
 
-def _layer_kinds(config: Any) -> set[str]:
+def _layer_kinds(config: ModelConfig) -> set[str]:
     if kinds := getattr(config, "layer_types", None):
         return set(kinds)
     windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     return {"sliding_attention" if windowed else "full_attention"}
 
 
-def _sees(batch: SequenceBatch, kind: str, config: Any) -> Sees:
+def _sees(batch: SequenceBatch, kind: str, config: ModelConfig) -> Sees:
     documents, branches, positions = batch.documents, batch.branches, batch.position_ids
 
     def sees(row: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from bdpo_pl.forward.equivalence import evaluating
 from bdpo_pl.forward.generation import check_fits, pad_left
+from bdpo_pl.models.causal_lm import CausalLM
 
 
 @torch.no_grad()
 def next_token_logits(
-    model: Any, prompts: Sequence[list[int]], token_ids: Sequence[int], *, batch_size: int = 32
+    model: CausalLM, prompts: Sequence[list[int]], token_ids: Sequence[int], *, batch_size: int = 32
 ) -> torch.Tensor:
     """Return the float32 logits of `token_ids` after each of `prompts`, as a matrix with a row for each prompt.
 

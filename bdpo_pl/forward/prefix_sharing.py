@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,9 +18,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from bdpo_pl.data.batches import pair_documents
-from bdpo_pl.data.packing import Document, RowLayout, lay_out
+from bdpo_pl.data.packing import Document, RowLayout, SequenceBatch, lay_out
 from bdpo_pl.data.table import PairTable
-from bdpo_pl.errors import InputError
+from bdpo_pl.errors import InputError, first_line
 from bdpo_pl.forward.document_attention import DOCUMENTS
 from bdpo_pl.forward.equivalence import (
     compute_dtype,
@@ -33,6 +33,7 @@ from bdpo_pl.forward.masks import by_documents, depends_on_length, set_attention
 from bdpo_pl.forward.reading import Reading, read, weighted
 from bdpo_pl.forward.responses import response_logps
 from bdpo_pl.forward.soundness import check_sound
+from bdpo_pl.models.causal_lm import CausalLM
 
 PrefixSharing = Literal["auto", "always", "never"]
 
@@ -48,14 +49,14 @@ _CLEARLY = 0.85
 
 
 def choose_layout(
-    model: Any,
+    model: CausalLM,
     table: PairTable,
     option: PrefixSharing = "auto",
     *,
     name: str = "the model",
     attention: str | None = None,
     pad_id: int = 0,
-    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    context: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> RowLayout:
     """Choose the most efficient layout in which `model` gives exact log-probabilities.
 
@@ -118,7 +119,7 @@ def choose_layout(
     return RowLayout.SPLIT
 
 
-def probe_documents(table: PairTable, model: Any) -> list[Document]:
+def probe_documents(table: PairTable, model: CausalLM) -> list[Document]:
     """Return a long and a short pair on which to try `model`.
 
     The long one is the longest of all if the model computes something else at a distance, as with windows. Otherwise a
@@ -133,16 +134,16 @@ def _cannot_share(name: str, objection: str) -> InputError:
     return InputError(f"model.prefix_sharing is always, but {name} cannot share a prompt: {objection}; set it to auto")
 
 
-def _on_gpu(model: Any) -> bool:
+def _on_gpu(model: CausalLM) -> bool:
     return next(model.parameters()).device.type == "cuda"
 
 
 def _objection(
-    model: Any,
+    model: CausalLM,
     documents: Sequence[Document],
     layout: RowLayout,
     pad_id: int,
-    context: Callable[[], AbstractContextManager[Any]],
+    context: Callable[[], AbstractContextManager[object]],
     reference: str | None = None,
     backward: bool = True,
 ) -> str | None:
@@ -180,8 +181,7 @@ def _objection(
             model, shortest, layout, pad_id, context, reference
         )
     except Exception as error:
-        reason = str(error).strip().splitlines()[:1]
-        return f"{type(model).__name__} fails on such rows ({type(error).__name__}: {''.join(reason)})"
+        return f"{type(model).__name__} fails on such rows ({type(error).__name__}: {first_line(error)})"
     lengths = torch.tensor([len(ids) for document in documents for _, ids in document.responses])
     bounds = rounding_of_logps(alone.logps, lengths.to(alone.logps.device), dtype)
     # Only the first sequence was changed.
@@ -201,7 +201,7 @@ def _objection(
 
 
 def _reading(
-    model: Any,
+    model: CausalLM,
     documents: Sequence[Document],
     layout: RowLayout,
     pad_id: int,
@@ -221,12 +221,12 @@ def _reading(
     return read(model, batch, documents, run)
 
 
-def _batch(model: Any, documents: Sequence[Document], layout: RowLayout, pad_id: int) -> Any:
+def _batch(model: CausalLM, documents: Sequence[Document], layout: RowLayout, pad_id: int) -> SequenceBatch:
     return lay_out(documents, layout, pad_id).to(next(model.parameters()).device)
 
 
 @contextmanager
-def _attention(model: Any, implementation: str | None) -> Iterator[None]:
+def _attention(model: CausalLM, implementation: str | None) -> Iterator[None]:
     """Switch `model` to the attention `implementation` while the context is open, if one is given."""
     used = model.config._attn_implementation
     set_attention(model, implementation or used)
@@ -237,11 +237,11 @@ def _attention(model: Any, implementation: str | None) -> Iterator[None]:
 
 
 def _seconds(
-    model: Any,
+    model: CausalLM,
     table: PairTable,
     layout: RowLayout,
     pad_id: int,
-    context: Callable[[], AbstractContextManager[Any]],
+    context: Callable[[], AbstractContextManager[object]],
 ) -> float:
     """Return the seconds of a forward and a backward pass over pairs from all of `table`.
 
@@ -260,13 +260,13 @@ def _seconds(
     return min(times[1:])
 
 
-def _wait(model: Any) -> None:
+def _wait(model: CausalLM) -> None:
     device = next(model.parameters()).device
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _with_another_response(documents: Sequence[Document], model: Any) -> list[Document]:
+def _with_another_response(documents: Sequence[Document], model: CausalLM) -> list[Document]:
     """Return `documents` with every token of sequence 0 replaced by another."""
     V = model.config.get_text_config().vocab_size
     first, *rest = documents

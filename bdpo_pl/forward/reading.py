@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bdpo_pl.data.packing import Document, SequenceBatch
+from bdpo_pl.models.causal_lm import CausalLM, Head
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Reading:
 
 
 def read(
-    model: Any,
+    model: CausalLM,
     batch: SequenceBatch,
     documents: Sequence[Document],
     run: Callable[[], tuple[Tensor, Tensor]],
@@ -87,11 +87,11 @@ def _pieces(by_token: Tensor, batch: SequenceBatch, documents: Sequence[Document
 
 
 @contextmanager
-def _embedded(model: Any) -> Iterator[list[Tensor]]:
+def _embedded(model: CausalLM) -> Iterator[list[Tensor]]:
     """Make the embeddings of tokens leaves of the graph while the context is open, and collect them."""
     leaves: list[Tensor] = []
 
-    def cut(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
+    def cut(_: nn.Module, __: tuple[object, ...], output: Tensor) -> Tensor:
         leaves.append(output.detach().requires_grad_())
         return leaves[-1]
 
@@ -103,7 +103,7 @@ def _embedded(model: Any) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def _head_weights(model: Any | None) -> Iterator[list[Tensor]]:
+def _head_weights(model: CausalLM | None) -> Iterator[list[Tensor]]:
     """Collect the LM head's weight as it is within a call, while the context is open.
 
     Within a call it is whole, also if FSDP2 splits it.
@@ -113,10 +113,12 @@ def _head_weights(model: Any | None) -> Iterator[list[Tensor]]:
         yield weights
         return
 
-    def keep(head: Any, _: tuple[Any, ...]) -> None:
+    def keep(head: Head, _: tuple[object, ...]) -> None:
         weights.append(head.weight)
 
-    handle = model.get_output_embeddings().register_forward_pre_hook(keep)
+    whole = model.get_output_embeddings()
+    assert whole is not None, "why_not_fused has looked at the LM head"
+    handle = whole.register_forward_pre_hook(keep)
     try:
         yield weights
     finally:

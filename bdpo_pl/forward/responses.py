@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,6 +20,7 @@ from bdpo_pl.forward.equivalence import compute_dtype, rounding_of_logps
 from bdpo_pl.forward.last_layer import scored_positions_only
 from bdpo_pl.forward.masks import model_inputs
 from bdpo_pl.models.architectures import logit_transform
+from bdpo_pl.models.causal_lm import CausalLM, Head
 from bdpo_pl.parallel.tensor_parallel import VocabParallelHead, head_weight
 
 # Number of tokens whose log-probabilities are compared with those of the model's own logits, at the first such reading.
@@ -46,7 +46,7 @@ def own_logits(model: nn.Module) -> Iterator[None]:
 
 
 def response_logps(
-    model: nn.Module,
+    model: CausalLM,
     batch: SequenceBatch,
     on_hidden: Callable[[Tensor], None] | None = None,
     *,
@@ -75,9 +75,10 @@ def response_logps(
     def narrow() -> AbstractContextManager[None]:
         return nullcontext() if whole or on_hidden is not None else scored_positions_only(model, batch)
 
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    head = model.get_output_embeddings()
     split = isinstance(head, VocabParallelHead)
-    if split or (not whole and not torch.is_grad_enabled() and type(head) is nn.Linear and _plain.get(model, True)):
+    plain = not whole and not torch.is_grad_enabled() and type(head) is nn.Linear and _plain.get(model, True)
+    if head is not None and (split or plain):
         with narrow():
             logps = _from_head(model, head, batch, select, checked=split or model in _plain)
         if logps is not None:
@@ -101,7 +102,7 @@ def response_logps(
 
 
 def _from_head(
-    model: Any, head: Any, batch: SequenceBatch, select: Callable[[Tensor], Tensor], checked: bool
+    model: CausalLM, head: Head, batch: SequenceBatch, select: Callable[[Tensor], Tensor], checked: bool
 ) -> Tensor | None:
     """Return the log-probabilities from logits that are computed a chunk at a time.
 
@@ -154,7 +155,7 @@ def _agrees(values: Tensor, logits: Tensor, labels: Tensor, dtype: torch.dtype) 
     return bool(((values - own).abs() <= bound).all())
 
 
-def _everywhere(model: Any, agrees: bool) -> bool:
+def _everywhere(model: CausalLM, agrees: bool) -> bool:
     """Return whether all ranks that share `model` agree.
 
     They compute together, so all must choose the same way.
@@ -168,7 +169,7 @@ def _everywhere(model: Any, agrees: bool) -> bool:
 
 
 @contextmanager
-def head_input(model: Any, replace: Callable[[Tensor], Tensor]) -> Iterator[list[None]]:
+def head_input(model: CausalLM, replace: Callable[[Tensor], Tensor]) -> Iterator[list[None]]:
     """Replace the (R, T, D) hidden states that enter the LM head by `replace(hidden)`, while the context is open.
 
     A hook on the head, instead of our own computation in its place, keeps the operations of the architecture around the
@@ -181,7 +182,7 @@ def head_input(model: Any, replace: Callable[[Tensor], Tensor]) -> Iterator[list
         yield calls
         return
 
-    def before_head(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def before_head(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden, *rest = args
         calls.append(None)
         return (replace(hidden), *rest)

@@ -11,19 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bdpo_pl.data.packing import SequenceBatch
 from bdpo_pl.errors import InputError
+from bdpo_pl.models.causal_lm import CausalLM, ModelConfig
 
 Routed = tuple[Tensor, Tensor]
 """The (R·T, E) logits of a router, and the (R·T, k) indices of the experts that it chose."""
 
 
-def check_router(config: Any, coefficient: float, name: str) -> None:
+def check_router(config: ModelConfig, coefficient: float, name: str) -> None:
     """Raise `InputError` if a model of `config` has no auxiliary loss, or `coefficient` is not a valid factor.
 
     Args:
@@ -41,7 +41,7 @@ def check_router(config: Any, coefficient: float, name: str) -> None:
 
 
 @contextmanager
-def routed(model: Any) -> Iterator[list[Routed]]:
+def routed(model: CausalLM) -> Iterator[list[Routed]]:
     """Collect the decisions of each router of `model`, layer by layer, while the context is open.
 
     Raises:
@@ -49,7 +49,7 @@ def routed(model: Any) -> Iterator[list[Routed]]:
     """
     found: list[Routed] = []
 
-    def keep(_: nn.Module, __: Any, output: Any) -> None:
+    def keep(module: nn.Module, args: object, output: tuple[Tensor, Tensor, Tensor]) -> None:
         logits, _, chosen = output
         found.append((logits, chosen))
 
@@ -80,7 +80,7 @@ def balancing_loss(decisions: list[Routed], batch: SequenceBatch) -> Tensor:
     return E * (chosen_sum / tokens * (probability_sum / tokens)).sum()
 
 
-def _routers(model: Any) -> list[nn.Module]:
+def _routers(model: CausalLM) -> list[nn.Module]:
     recorders = [
         recorded["router_logits"]
         for module in model.modules()
@@ -89,5 +89,7 @@ def _routers(model: Any) -> list[nn.Module]:
     classes = tuple({getattr(recorder, "target_class", recorder) for recorder in recorders})
     routers = [module for module in model.modules() if classes and isinstance(module, classes)]
     if not routers:
-        raise InputError(f"model.router_aux_loss: the routers of {type(model).__name__} cannot be told; set it to 0")
+        raise InputError(
+            f"model.router_aux_loss: the routers of {type(model).__name__} are not recognised; set it to 0"
+        )
     return routers

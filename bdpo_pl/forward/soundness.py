@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from bdpo_pl.errors import InputError
 from bdpo_pl.forward.equivalence import compute_dtype, evaluating
 from bdpo_pl.forward.masks import model_inputs
 from bdpo_pl.forward.responses import head_input
+from bdpo_pl.models.causal_lm import CausalLM
 
 # Relative to the norm of the hidden states. The arithmetic and its order are the same, so there is no rounding error,
 # except with kernels whose order of summation varies.
@@ -29,7 +29,7 @@ _LONGEST = 64
 
 @torch.no_grad()
 def check_sound(
-    model: Any, document: Document, name: str, pad_id: int, context: Callable[[], AbstractContextManager[Any]]
+    model: CausalLM, document: Document, name: str, pad_id: int, context: Callable[[], AbstractContextManager[object]]
 ) -> None:
     """Raise `InputError` unless `model` is causal, and computes the same in training mode as in evaluation mode.
 
@@ -69,7 +69,7 @@ def check_sound(
         )
 
 
-def _hidden(model: Any, ids: list[int], pad_id: int) -> Tensor:
+def _hidden(model: CausalLM, ids: list[int], pad_id: int) -> Tensor:
     """Return the (T, …) hidden states that enter the LM head, or the logits of a model that names no head."""
     batch = lay_out([Document(ids[:1], [(0, ids[1:] or ids)])], RowLayout.SPLIT, pad_id)
     batch = batch.to(next(model.parameters()).device)

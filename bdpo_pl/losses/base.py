@@ -9,7 +9,6 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor
 
@@ -116,7 +115,7 @@ class PreferenceLoss(ABC):
     tail_weight: float | None = None
     initial_value: float | None = None
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         own = cls.__dict__.get("__call__")
         if own is not None and len(inspect.signature(own).parameters) == 2:

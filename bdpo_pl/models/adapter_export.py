@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from bdpo_pl.models.adapter_folder import CONFIG, WEIGHTS, stored_name
 from bdpo_pl.models.adapter_start import START
 from bdpo_pl.models.adapters import LoraOptions, is_adapter, peft_package
+from bdpo_pl.models.causal_lm import CausalLM
 from bdpo_pl.models.saved_modules import saved_parameters
 
 _PREFIX = "base_model.model."
 
 
-def export_adapter(base: nn.Module, options: LoraOptions, state: dict[str, Tensor], folder: Path) -> None:
+def export_adapter(base: CausalLM, options: LoraOptions, state: dict[str, Tensor], folder: Path) -> None:
     """Write the adapter alone to `folder`, in peft's layout: `PeftModel.from_pretrained` loads it on the base model.
 
     Args:
@@ -45,7 +46,7 @@ def export_adapter(base: nn.Module, options: LoraOptions, state: dict[str, Tenso
     _add_modules(folder, {name: value for name, value in tensors.items() if ".lora_" not in name}, modules)
 
 
-def merged(base: nn.Module, options: LoraOptions, state: dict[str, Tensor]) -> nn.Module:
+def merged(base: CausalLM, options: LoraOptions, state: dict[str, Tensor]) -> CausalLM:
     """`base` with the adapter of `state` added to its weights: a model without adapters."""
     changes, state = _converted(options, state)
     _untie_adapted(base, state)
@@ -82,7 +83,7 @@ def _converted(options: LoraOptions, state: dict[str, Tensor]) -> tuple[dict[str
     return {"r": 2 * options.r, "lora_alpha": alpha}, converted
 
 
-def _with_adapters(base: nn.Module, options: LoraOptions, state: dict[str, Tensor], changes: dict[str, Any]) -> Any:
+def _with_adapters(base: CausalLM, options: LoraOptions, state: dict[str, Tensor], changes: dict[str, Any]) -> Any:
     model = peft_package().get_peft_model(base, options.config(base, **changes))
     found = model.load_state_dict({_PREFIX + name: value for name, value in state.items()}, strict=False)
     left = [name for name in found.missing_keys if is_adapter(name)]
@@ -91,7 +92,7 @@ def _with_adapters(base: nn.Module, options: LoraOptions, state: dict[str, Tenso
     return model
 
 
-def _untie_adapted(base: Any, state: dict[str, Tensor]) -> None:
+def _untie_adapted(base: CausalLM, state: dict[str, Tensor]) -> None:
     """Give the LM head a weight of its own where it shares that of an embedding, and an adapter changes one of them."""
     head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
     if head is None or head.weight is not embedding.weight:

@@ -86,7 +86,7 @@ class Start:
         self.folder = None if folder is None else AdapterFolder(folder)
         self._last: tuple[str, tuple[Tensor, Tensor]] | None = None
 
-    def value(self, model: Any, name: str, shape: torch.Size, weight: Callable[[str], Tensor]) -> Tensor:
+    def value(self, model: nn.Module, name: str, shape: torch.Size, weight: Callable[[str], Tensor]) -> Tensor:
         """Compute the whole value of the parameter `name`, of an adapter of `model`.
 
         Args:
@@ -106,13 +106,14 @@ class Start:
             return noise_or_zero(name, shape)
         module = _module_of(name)
         if self._last is None or self._last[0] != module:
-            layer, rank = model.get_submodule(module), shape[0] if ".lora_A." in name else shape[1]
+            layer: Any = model.get_submodule(module)
+            rank = shape[0] if ".lora_A." in name else shape[1]
             factors = _factors(self._init, self._base(model, name, weight), rank, layer.scaling["default"], module)
             self._last = module, factors
         # Of its own: a matrix is trained in place, and its start must not move with it.
         return self._last[1][0 if ".lora_A." in name else 1].clone()
 
-    def _base(self, model: Any, name: str, weight: Callable[[str], Tensor]) -> Tensor:
+    def _base(self, model: nn.Module, name: str, weight: Callable[[str], Tensor]) -> Tensor:
         """The (out, in) weight beside the adapter's parameter `name`, in float32."""
         module = _module_of(name)
         found = weight(f"{module}.base_layer.weight").detach().float()

@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
 
 from bdpo_pl.errors import InputError
 from bdpo_pl.models.adapter_folder import adapter_digest, read_config
 from bdpo_pl.models.adapter_start import FROM_WEIGHT, START, Start, keep_starts
+from bdpo_pl.models.causal_lm import CausalLM
 from bdpo_pl.models.reach import unreached
 from bdpo_pl.models.saved_modules import check_tied, saved_parameters
 
@@ -154,7 +154,7 @@ class LoraOptions:
             options._config = adapter_config
         return options
 
-    def config(self, model: nn.Module, **changes: Any) -> Any:
+    def config(self, model: CausalLM, **changes: object) -> Any:
         """Return peft's configuration of the adapters, as they go into `model`."""
         peft = peft_package()
         if self._config is not None:
@@ -213,7 +213,7 @@ def quantization_config(options: LoraOptions | None) -> Any:
     )
 
 
-def add_adapters(model: nn.Module, options: LoraOptions) -> nn.Module:
+def add_adapters(model: CausalLM, options: LoraOptions) -> CausalLM:
     """Put adapters into `model`, in place, where it has none yet, and freeze everything else.
 
     Raises:
@@ -234,7 +234,7 @@ def add_adapters(model: nn.Module, options: LoraOptions) -> nn.Module:
     return model
 
 
-def attach_adapters(model: nn.Module, options: LoraOptions) -> None:
+def attach_adapters(model: CausalLM, options: LoraOptions) -> None:
     """Put adapters into `model`, in place, with the values that they start from.
 
     On the meta device the values are left to `Start.value`.

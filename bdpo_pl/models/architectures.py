@@ -6,8 +6,10 @@ from typing import Any
 
 from torch import nn
 
+from bdpo_pl.models.causal_lm import CausalLM, ModelConfig
 
-def auto_class(config: Any) -> Any:
+
+def auto_class(config: ModelConfig) -> Any:
     """Return the class of transformers that loads a language model of `config` whole.
 
     A model that was saved as one of images and text is loaded as one, although it will read text alone: loaded as a
@@ -28,7 +30,7 @@ def auto_class(config: Any) -> Any:
     return AutoModelForCausalLM
 
 
-def text_model(model: Any) -> Any:
+def text_model(model: CausalLM) -> nn.Module:
     """Return the module of `model` that reads text: `model` itself, or its language model if it has other parts."""
     config = model.config
     text = config.get_text_config()
@@ -39,7 +41,7 @@ def text_model(model: Any) -> Any:
     return found[0] if found else model
 
 
-def decoder_layers(model: Any) -> nn.ModuleList | None:
+def decoder_layers(model: CausalLM) -> nn.ModuleList | None:
     """Return the layers of `model`, in order; None if they are not recognised."""
     number = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     modules = text_model(model).modules()
@@ -48,7 +50,7 @@ def decoder_layers(model: Any) -> nn.ModuleList | None:
     return lists[0] if len(lists) == 1 else None
 
 
-def logit_transform(config: Any) -> tuple[float | None, float]:
+def logit_transform(config: ModelConfig) -> tuple[float | None, float]:
     """Return soft-cap and scale of the logits after the LM head.
 
     The names are Gemma's, Cohere's and Granite's.

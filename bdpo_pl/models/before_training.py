@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from bdpo_pl.models.adapters import LoraOptions, is_adapter
+from bdpo_pl.models.causal_lm import CausalLM
 
 
 @contextmanager
-def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
+def adapters_off(model: CausalLM) -> Iterator[CausalLM]:
     """While open, `model` computes as if it had no adapters."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -37,7 +38,7 @@ class BeforeTraining:
         options: of its adapters.
     """
 
-    def __init__(self, model: nn.Module, options: LoraOptions) -> None:
+    def __init__(self, model: CausalLM, options: LoraOptions) -> None:
         self._switches = options.adapter is None
         self._kept = {
             name: p.detach().clone()
@@ -46,7 +47,7 @@ class BeforeTraining:
         }
 
     @contextmanager
-    def of(self, model: nn.Module) -> Iterator[nn.Module]:
+    def of(self, model: CausalLM) -> Iterator[CausalLM]:
         """While open, `model` is as it was."""
         trained = {name: model.get_parameter(name) for name in self._kept}
         self._exchange(trained)

@@ -11,13 +11,16 @@ from torch import Tensor
 from bdpo_pl.errors import InputError
 from bdpo_pl.models.adapter_export import merged
 from bdpo_pl.models.adapters import LoraOptions
+from bdpo_pl.models.causal_lm import CausalLM
 from bdpo_pl.models.loading import ModelSource, load_config, load_model, model_class
 from bdpo_pl.models.reach import unreached
 
 _PREFIX = "policy."
 
 
-def plain_model(source: ModelSource, dtype: torch.dtype, state: dict[str, Tensor], lora: LoraOptions | None) -> Any:
+def plain_model(
+    source: ModelSource, dtype: torch.dtype, state: dict[str, Tensor], lora: LoraOptions | None
+) -> CausalLM:
     """Return a model of transformers on the CPU with the weights of `state` (of `whole_state`), adapters merged."""
     if lora is not None:
         return merged(load_model(source, dtype), lora, state)
@@ -45,7 +48,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return saved
 
 
-def checkpoint_model(path: Path, source: ModelSource, dtype: torch.dtype) -> Any:
+def checkpoint_model(path: Path, source: ModelSource, dtype: torch.dtype) -> CausalLM:
     """Return a model of transformers on the CPU with the policy's weights of a checkpoint, adapters merged.
 
     Args:

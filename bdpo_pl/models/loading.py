@@ -5,20 +5,24 @@ Nothing is fetched or executed that the user did not name: code from the hub is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
-from bdpo_pl.errors import InputError
+from bdpo_pl.data.tokenizer_like import TokenizerLike
+from bdpo_pl.errors import InputError, first_line
 from bdpo_pl.models.architectures import auto_class, decoder_layers
+from bdpo_pl.models.causal_lm import CausalLM, ModelConfig
 from bdpo_pl.models.folder import check_folder, file_digest, files_digest, gguf_file
 from bdpo_pl.models.noise import silence_modules, without_noise
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class ModelSource:
         return {**place, "revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
 
-def load_tokenizer(source: ModelSource) -> Any:
+def load_tokenizer(source: ModelSource) -> TokenizerLike:
     """Load the fast tokenizer of `source`.
 
     Raises:
@@ -71,7 +75,7 @@ def load_tokenizer(source: ModelSource) -> Any:
     return tokenizer
 
 
-def load_config(source: ModelSource) -> Any:
+def load_config(source: ModelSource) -> ModelConfig:
     """Load the configuration of `source`, with every dropout and other noise set to zero.
 
     Raises:
@@ -87,7 +91,7 @@ def load_config(source: ModelSource) -> Any:
     return without_noise(config)
 
 
-def model_class(source: ModelSource, config: Any, dtype: torch.dtype) -> Any:
+def model_class(source: ModelSource, config: ModelConfig, dtype: torch.dtype) -> CausalLM:
     """Build a model of `source`'s architecture without its weights.
 
     Under `torch.device("meta")` it takes no memory.
@@ -105,7 +109,9 @@ def model_class(source: ModelSource, config: Any, dtype: torch.dtype) -> Any:
     return silence_modules(model)
 
 
-def load_model(source: ModelSource, dtype: torch.dtype, quantization: Any = None, device: Any = None) -> nn.Module:
+def load_model(
+    source: ModelSource, dtype: torch.dtype, quantization: object = None, device: torch.device | None = None
+) -> CausalLM:
     """Load the causal language model of `source`, without dropout.
 
     Args:
@@ -129,12 +135,7 @@ def load_model(source: ModelSource, dtype: torch.dtype, quantization: Any = None
         )
     except Exception as error:
         raise InputError(f"cannot load a causal language model from {source.name!r}: {_reason(error)}") from error
-    # transformers would only warn, and fill these with random numbers.
-    if missing := sorted(info["missing_keys"]):
-        raise InputError(
-            f"{source.name}: the checkpoint lacks {len(missing)} weights of {type(model).__name__} "
-            f"(first: {', '.join(missing[:3])}); is it a causal language model's, and whole?"
-        )
+    require_all_weights(info, f"{source.name}: the checkpoint", model, "a causal language model's")
     if gguf_file(source.name) is not None:
         # Its weights are no longer quantised, and it is trained and saved as a model with plain weights.
         model.hf_quantizer = None
@@ -143,6 +144,22 @@ def load_model(source: ModelSource, dtype: torch.dtype, quantization: Any = None
         vars(model.config).pop("quantization_config", None)
     model.config.use_cache = False
     return silence_modules(model)
+
+
+def require_all_weights(info: Mapping[str, Iterable[str]], checkpoint: str, model: nn.Module, whose: str) -> None:
+    """Raise `InputError` if a checkpoint lacks weights: transformers would only warn, and fill in random numbers.
+
+    Args:
+        info: report of `from_pretrained`.
+        checkpoint: name of the checkpoint, for the message.
+        model: model that was loaded.
+        whose: kind of model that the checkpoint should be of, for the message.
+    """
+    if missing := sorted(info["missing_keys"]):
+        raise InputError(
+            f"{checkpoint} lacks {len(missing)} weights of {type(model).__name__} (first: {', '.join(missing[:3])}); "
+            f"is it {whose}, and whole?"
+        )
 
 
 def processor_files(source: ModelSource) -> list[Path]:
@@ -177,12 +194,13 @@ def hold_products_in(model: nn.Module, dtype: torch.dtype) -> None:
                     parameter.data = parameter.data.to(dtype)
 
 
-def frozen(model: Any, device: torch.device) -> Any:
-    """Move `model` to `device`, in evaluation mode and with no gradients of its weights."""
-    return model.requires_grad_(False).eval().to(device)
+def frozen(model: _Model, device: torch.device | None = None) -> _Model:
+    """Put `model` into evaluation mode, without gradients of its weights, and move it to `device` if one is given."""
+    model = model.requires_grad_(False).eval()
+    return model if device is None else model.to(device)
 
 
-def enable_activation_checkpointing(model: Any) -> None:
+def enable_activation_checkpointing(model: CausalLM) -> None:
     """Recompute the activations of each layer in the backward pass.
 
     Raises:
@@ -196,7 +214,7 @@ def enable_activation_checkpointing(model: Any) -> None:
         raise InputError(f"model.gradient_checkpointing: {error}") from error
 
 
-def compile_layers(model: Any, backend: str) -> None:
+def compile_layers(model: CausalLM, backend: str) -> None:
     """Compile each decoder layer: one compilation serves all, and hooks around the LM head are not compiled.
 
     Raises:
@@ -206,7 +224,7 @@ def compile_layers(model: Any, backend: str) -> None:
         raise InputError(f"model.compile: there is no backend {backend!r}; choose one of {', '.join(known)}")
     layers = decoder_layers(model)
     if layers is None:
-        raise InputError(f"model.compile: the layers of {type(model).__name__} cannot be told; leave it unset")
+        raise InputError(f"model.compile: the layers of {type(model).__name__} are not recognised; leave it unset")
     for layer in layers:
         layer.compile(backend=backend)
 
@@ -218,12 +236,12 @@ def resolve_dtype(name: DTypeName, precision: str) -> torch.dtype:
     return {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision, torch.float32)
 
 
-def num_positions(config: Any) -> int | None:
+def num_positions(config: ModelConfig) -> int | None:
     """Return the number of positions of the model; None if its configuration names no limit."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def check_window(config: Any, max_length: int, name: str) -> None:
+def check_window(config: ModelConfig, max_length: int, name: str) -> None:
     """Raise `InputError` if sequences of `max_length` tokens exceed the positions the model has."""
     window = num_positions(config)
     if window is not None and max_length > window:
@@ -232,7 +250,7 @@ def check_window(config: Any, max_length: int, name: str) -> None:
         )
 
 
-def check_vocabulary(config: Any, ids: Iterable[int], name: str) -> None:
+def check_vocabulary(config: ModelConfig, ids: Iterable[int], name: str) -> None:
     """Raise `InputError` if the model has no embedding for one of the token `ids` that it will read.
 
     A tokenizer may know more tokens than the model embeds (Gemma 3's `<image_soft_token>`); a token that the data do
@@ -270,5 +288,4 @@ def _reason(error: Exception) -> str:
             "it runs Python code that comes with it. Read that code first; to run it, with your permissions, set "
             "model.trust_remote_code to true"
         )
-    first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
-    return f"{type(error).__name__}: {first_line}"
+    return f"{type(error).__name__}: {first_line(error)}"

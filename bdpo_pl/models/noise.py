@@ -6,14 +6,16 @@ between policy and reference.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeVar
 
 from torch import nn
 
+_Config = TypeVar("_Config")
+_Model = TypeVar("_Model", bound=nn.Module)
 _WORDS = ("dropout", "pdrop", "layerdrop", "drop_path", "droppath", "jitter")
 
 
-def without_noise(config: Any) -> Any:
+def without_noise(config: _Config) -> _Config:
     """Set every dropout rate, layer-drop rate and jitter of `config` to zero, and return it.
 
     Nested configurations are included.
@@ -23,7 +25,7 @@ def without_noise(config: Any) -> Any:
     """
     seen: set[int] = set()
 
-    def silence(values: Any) -> None:
+    def silence(values: object) -> None:
         if id(values) in seen:
             return
         seen.add(id(values))
@@ -39,7 +41,7 @@ def without_noise(config: Any) -> Any:
     return config
 
 
-def silence_modules(model: nn.Module) -> nn.Module:
+def silence_modules(model: _Model) -> _Model:
     """Set the rate of every dropout module to zero, whatever its source in the configuration, and return `model`."""
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):

@@ -1,8 +1,10 @@
-"""What Lightning's precision means for a model: the dtype of its products under autocast."""
+"""Dtype and device of a model: by name, by `auto`, and by Lightning's precision."""
 
 from __future__ import annotations
 
 import torch
+
+from bdpo_pl.errors import InputError, first_line
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:
@@ -13,3 +15,32 @@ def autocast_dtype(precision: str) -> torch.dtype | None:
 def half_products(precision: str) -> torch.dtype | None:
     """Give the dtype that FSDP2 sends and multiplies weights in; None: as they are held."""
     return torch.bfloat16 if precision == "bf16-mixed" else None
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of that name; `auto` is bfloat16 on a GPU that supports it, otherwise float32.
+
+    Raises:
+        InputError: there is no such dtype.
+    """
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    if name not in ("float32", "bfloat16", "float16"):
+        raise InputError(f"dtype must be auto, float32, bfloat16 or float16, not {name!r}")
+    return getattr(torch, name)
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of that name; `auto` is a GPU if there is one.
+
+    Raises:
+        InputError: there is no such device on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {name!r} is not to be had here ({first_line(error)}); try cpu") from None
+    return device

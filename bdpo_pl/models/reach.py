@@ -7,19 +7,19 @@ for their gradients. They remain in the model, so the exported model is whole.
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from bdpo_pl.models.architectures import text_model
+from bdpo_pl.models.causal_lm import CausalLM
 
 # Two tokens need not reach each expert, although a batch may reach it.
 _EXPERT = re.compile(r"\bexperts\.\d+\.")
 
 
-def freeze_unreached(model: Any) -> set[str]:
+def freeze_unreached(model: CausalLM) -> set[str]:
     """Freeze the parameters of `model` that text never reaches; log their names, and return them."""
     names = unreached(model)
     parameters = dict(model.named_parameters())
@@ -31,7 +31,7 @@ def freeze_unreached(model: Any) -> set[str]:
     return names
 
 
-def unreached(model: Any) -> set[str]:
+def unreached(model: CausalLM) -> set[str]:
     """Return the names of the parameters of `model` on which its logits for text do not depend.
 
     They are read from the graph of a forward pass over two tokens, without a backward pass. If there is no such graph
@@ -55,7 +55,7 @@ def unreached(model: Any) -> set[str]:
     return _outside_language_model(model)
 
 
-def _reached(model: Any) -> set[int]:
+def _reached(model: CausalLM) -> set[int]:
     """Return the identities of the parameters in the graph of the logits."""
     text = model.config.get_text_config()
     special = {value for key, value in vars(model.config).items() if key.endswith(("token_id", "token_index"))}
@@ -65,7 +65,7 @@ def _reached(model: Any) -> set[int]:
     with torch.enable_grad():
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     found: set[int] = set()
-    seen: set[Any] = set()
+    seen: set[object] = set()
     waiting = [logits.grad_fn]
     while waiting:
         node = waiting.pop()
@@ -78,7 +78,7 @@ def _reached(model: Any) -> set[int]:
     return found
 
 
-def _outside_language_model(model: Any) -> set[str]:
+def _outside_language_model(model: CausalLM) -> set[str]:
     language = text_model(model)
     if language is model:
         return set()

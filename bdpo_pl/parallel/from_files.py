@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from bdpo_pl.errors import InputError
 from bdpo_pl.models.adapter_start import Start
 from bdpo_pl.models.adapters import base_name, is_adapter
+from bdpo_pl.models.causal_lm import CausalLM
 from bdpo_pl.models.loading import ModelSource, hold_products_in, load_config, model_class
 from bdpo_pl.parallel.state import split_like
 from bdpo_pl.parallel.weight_files import WeightFiles
@@ -31,7 +31,7 @@ class MappedModel:
         copied: bytes that each process holds by itself, being stored in another dtype or in parts.
     """
 
-    model: Any
+    model: CausalLM
     shared: int
     copied: int
 
@@ -127,24 +127,22 @@ def _started(
     return None
 
 
-def compute_buffers(model: Any, device: torch.device) -> None:
+def compute_buffers(model: CausalLM, device: torch.device) -> None:
     """Fill the buffers that no file stores (those of rotary embeddings) by the model's own initialisation."""
     # All tensors are marked as initialised, because an embedding with a scale would otherwise draw new weights too.
     for tensor in (*model.parameters(), *model.buffers()):
-        tensor._is_hf_initialized = True
+        tensor._is_hf_initialized = True  # type: ignore[attr-defined]
     for module in model.modules():
-        names = [n for n in module._non_persistent_buffers_set if module._buffers.get(n) is not None]
-        for name in names:
-            old = module._buffers[name]
-            module._buffers[name] = (
-                torch.full(old.shape, torch.nan, dtype=old.dtype, device=device)
-                if (old.is_floating_point())
-                else torch.zeros(old.shape, dtype=old.dtype, device=device)
-            )
-        if names:
+        buffers = module._buffers
+        old = {name: buffer for name in module._non_persistent_buffers_set if (buffer := buffers.get(name)) is not None}
+        for name, buffer in old.items():
+            fill = torch.nan if buffer.is_floating_point() else 0
+            buffers[name] = torch.full(buffer.shape, fill, dtype=buffer.dtype, device=device)
+        if old:
             model._init_weights(module)
-        for name in names:
-            if not torch.isfinite(module._buffers[name]).all():
+        for name in old:
+            made = buffers[name]
+            if made is None or not torch.isfinite(made).all():
                 raise InputError(
                     f"{type(model).__name__} cannot be built in parts: nothing computes its buffer {name} of "
                     f"{type(module).__name__}; use ddp"

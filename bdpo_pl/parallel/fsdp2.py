@@ -8,7 +8,7 @@ wrote them.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from bdpo_pl.errors import InputError
 from bdpo_pl.models.adapter_start import Start
 from bdpo_pl.models.adapters import LoraOptions, add_adapters
+from bdpo_pl.models.causal_lm import CausalLM
 from bdpo_pl.models.loading import ModelSource, enable_activation_checkpointing, load_config, model_class
 from bdpo_pl.models.reach import freeze_unreached
 from bdpo_pl.parallel.from_files import compute_buffers, fill
@@ -51,7 +52,7 @@ class ShardedStrategy(ModelParallelStrategy):
     def __init__(
         self,
         tensor_parallel_size: int = 1,
-        data_parallel_size: Any = "auto",
+        data_parallel_size: int | Literal["auto"] = "auto",
         save_distributed_checkpoint: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -83,13 +84,13 @@ class ShardedStrategy(ModelParallelStrategy):
         found = get_model_state_dict(self.model, options=options)
         return found if self._save_distributed_checkpoint else {**found, **adapter_starts(self.model)}
 
-    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Return the whole state of `optimizer`, in the form that it has on one device."""
         if self._save_distributed_checkpoint:
             return super().optimizer_state(optimizer)
         return whole_optimizer_state(getattr(optimizer, "_optimizer", optimizer))
 
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Load a checkpoint. Every rank maps the file and reads its own part."""
         path = Path(self.broadcast(checkpoint_path))
         if path.is_dir():
@@ -114,7 +115,7 @@ def build_sharded(
     lora: LoraOptions | None = None,
     gradient_checkpointing: bool = False,
     half_products: torch.dtype | None = None,
-) -> nn.Module:
+) -> CausalLM:
     """Return this rank's part of the model of `source`, on `device`. All ranks call this function.
 
     Args:
@@ -166,7 +167,7 @@ def build_sharded(
     return model
 
 
-def _blocks(model: Any) -> list[nn.Module]:
+def _blocks(model: CausalLM) -> list[nn.Module]:
     names = set(model._no_split_modules or ())
     blocks = [module for module in model.modules() if type(module).__name__ in names]
     if not blocks:

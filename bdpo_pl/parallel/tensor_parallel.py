@@ -15,12 +15,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from bdpo_kernels import VocabShard
 from bdpo_pl.errors import InputError
+from bdpo_pl.models.causal_lm import CausalLM, Head, ModelConfig
 
 ARCHITECTURES = ("cohere", "granite", "llama", "ministral3", "mistral", "qwen2", "qwen3", "smollm3")
 """Model types for which a test shows that the split model equals the whole, in log-probabilities and gradients."""
@@ -32,7 +34,7 @@ _NORM_OF_HEADS = "replicated_with_grad_allreduce"
 _LAYERS = "layers.*."
 
 
-def check_tensor_parallel(config: Any, size: int, name: str) -> None:
+def check_tensor_parallel(config: ModelConfig, size: int, name: str) -> None:
     """Raise `InputError` unless a model of `config` can be split over `size` ranks."""
     if config.model_type not in ARCHITECTURES:
         raise InputError(
@@ -46,7 +48,7 @@ def check_tensor_parallel(config: Any, size: int, name: str) -> None:
             )
 
 
-def parallelize(model: Any, mesh: DeviceMesh) -> None:
+def parallelize(model: CausalLM, mesh: DeviceMesh) -> None:
     """Split `model` over the one-dimensional `mesh`, in place; its weights may be on the meta device."""
     plan = {
         name.removeprefix(_LAYERS): style
@@ -58,7 +60,9 @@ def parallelize(model: Any, mesh: DeviceMesh) -> None:
         for name in (n for n, style in plan.items() if style == _NORM_OF_HEADS):
             distribute_module(layer.get_submodule(name), mesh, input_fn=_of_this_rank, output_fn=_local)  # type: ignore[arg-type]
     tied = model.lm_head.weight is model.model.embed_tokens.weight
-    embedding = VocabParallelEmbedding(model.model.embed_tokens, mesh)
+    whole = model.model.embed_tokens
+    assert isinstance(whole, nn.Embedding)
+    embedding = VocabParallelEmbedding(whole, mesh)
     model.model.embed_tokens = embedding
     model.lm_head = VocabParallelHead(embedding.weight if tied else _shard_rows(model.lm_head.weight, mesh), mesh)
     for module in model.modules():
@@ -96,7 +100,7 @@ class VocabParallelEmbedding(nn.Module):
         return _Sum.apply(torch.where(here.unsqueeze(-1), found, 0.0), self.shard.group)
 
 
-class VocabParallelHead(nn.Module):
+class VocabParallelHead(Head):
     """An LM head whose rows are split over ranks; `bdpo_pl.forward.responses` reads `local_weight` and `shard`.
 
     Args:
@@ -132,7 +136,7 @@ class VocabParallelHead(nn.Module):
         return torch.cat(parts, dim=-1)[..., : shard.vocab_size]
 
 
-def head_weight(head: Any) -> tuple[Tensor, VocabShard | None]:
+def head_weight(head: Head) -> tuple[Tensor, VocabShard | None]:
     """Return the LM head's weight, and the rows of the vocabulary that it holds, or None if it holds all."""
     return (head.local_weight(), head.shard) if isinstance(head, VocabParallelHead) else (head.weight, None)
 
@@ -141,13 +145,13 @@ class _Sum(torch.autograd.Function):
     """The sum over ranks. All later computation is the same on every rank, and so is its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: FunctionCtx, part: Tensor, group: dist.ProcessGroup) -> Tensor:
         total = part.contiguous().clone()
         dist.all_reduce(total, group=group)
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
@@ -167,12 +171,12 @@ def _local_tensor(weight: Tensor) -> Tensor:
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
-def _replicated(module: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> tuple[Any, ...]:
+def _replicated(module: nn.Module, inputs: tuple[Tensor, ...], mesh: DeviceMesh) -> tuple[Tensor, ...]:
     hidden, *rest = inputs
     return (DTensor.from_local(hidden, mesh, [Replicate()], run_check=False), *rest)
 
 
-def _of_this_rank(module: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> tuple[Any, ...]:
+def _of_this_rank(module: nn.Module, inputs: tuple[Tensor, ...], mesh: DeviceMesh) -> tuple[Tensor, ...]:
     """Mark inputs as different on each rank.
 
     They are split along the first dimension; a norm of the last dimension is not affected by this choice.

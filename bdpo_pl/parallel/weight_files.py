@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bdpo_pl.errors import InputError
+from bdpo_pl.models.causal_lm import CausalLM
 from bdpo_pl.models.folder import check_folder, check_name, gguf_file, weight_map
 from bdpo_pl.models.loading import ModelSource
 
@@ -76,7 +77,7 @@ class WeightFiles:
             folder = Path(fetched)
         return cls(folder, source.name)
 
-    def take_names_of(self, model: Any) -> None:
+    def take_names_of(self, model: CausalLM) -> None:
         """Map the names of `model`'s tensors to the stored ones.
 
         transformers renames or joins some tensors on loading.

@@ -1,8 +1,8 @@
-"""A cache of scores on disk: chunks of consecutive pairs, each a safetensors file that can prove what it holds.
+"""A cache of scores on disk: chunks of consecutive pairs, each a safetensors file with its key and a checksum.
 
-The folder is named by a digest of everything that the scores depend on, so a changed model, data set or option never
-meets old scores. A chunk is written to a temporary file and renamed, so an interrupted run leaves whole chunks behind
-and the next one goes on from there.
+The folder is named by a digest of everything that the scores depend on, so old scores are never used for a changed
+model, data set or option. A chunk is written to a temporary file and then renamed, so an interrupted run leaves only
+complete chunks, and the next run continues from them.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from bdpo_pl.scoring.scores import ScoreTable
 
 
 def default_cache_dir() -> Path:
-    """`$BDPO_PL_CACHE` if set, else `bdpo_pl` in the user's cache folder."""
+    """Return `$BDPO_PL_CACHE` if it is set, else `bdpo_pl` in the user's cache folder."""
     if named := os.environ.get("BDPO_PL_CACHE"):
         return Path(named).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "bdpo_pl"
 
 
 class ScoreCache:
-    """The chunks of one table's scores under one key.
+    """The chunks of the scores of one table under one key.
 
     Args:
         root: folder that holds the caches of all keys.
@@ -49,7 +49,7 @@ class ScoreCache:
         self.num_pairs = num_pairs
         self.chunk_pairs = chunk_pairs
         self.folder = root / "scores" / self.digest[:20]
-        # Written now, not after hours of scoring, so that a folder that cannot be written is found out first.
+        # Written before hours of scoring, so that a folder without write permission is found at once.
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_whole(self.folder / "key.json", json.dumps(self.key, indent=2, sort_keys=True), shared=True)
@@ -61,15 +61,15 @@ class ScoreCache:
 
     @property
     def num_chunks(self) -> int:
-        """Chunks in a complete cache."""
+        """Number of chunks in a complete cache."""
         return -(-self.num_pairs // self.chunk_pairs)
 
     def indices(self, chunk: int) -> np.ndarray:
-        """The table indices of the pairs in `chunk`."""
+        """Return the table indices of the pairs in `chunk`."""
         return np.arange(chunk * self.chunk_pairs, min((chunk + 1) * self.chunk_pairs, self.num_pairs))
 
     def load(self, chunk: int) -> ScoreTable | None:
-        """The scores of `chunk`; None if there are none, or (with a warning) if the file is damaged or another's."""
+        """Return the scores of `chunk`; None if they are missing, or (with a warning) if the file is damaged."""
         path = self._path(chunk)
         if not path.exists():
             return None
@@ -80,9 +80,9 @@ class ScoreCache:
             return None
 
     def save(self, chunk: int, scores: ScoreTable) -> None:
-        """Write the scores of `chunk`, all or nothing."""
+        """Write the scores of `chunk`, completely or not at all."""
         arrays = {"pair_index": self.indices(chunk), **scores.columns()}
-        # One entry, because safetensors writes several in no fixed order, and equal chunks shall be equal files.
+        # One entry, because safetensors writes several in no fixed order, and the same chunk should give the same file.
         proof = json.dumps({"key": self.digest, "checksum": _checksum(arrays)})
         write_whole(self._path(chunk), save(arrays, metadata={"bdpo_pl": proof}), shared=True)
 

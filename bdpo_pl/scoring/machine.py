@@ -1,11 +1,10 @@
-"""Where scores are computed: the device, the precision and the processes of a Trainer, as plain data."""
+"""The device, the precision and the processes with which scores are computed, as plain data."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 import lightning as L
 import torch
@@ -19,23 +18,23 @@ def _identity(value: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Machine:
-    """One process among those that share the scoring.
+    """One of the processes that share the scoring.
 
     Attributes:
-        device: where the model lies.
+        device: device of the model.
         precision: Lightning's name of the precision.
-        context: entered around each forward pass, for autocast.
+        context: function that returns the context of a forward pass, for autocast.
         rank: number of this process.
         world_size: number of processes.
-        barrier: waits for all of them.
-        sum_over_ranks: adds a tensor over all of them.
-        together: whether the processes share one model that none holds whole, so that each pass needs all of them.
-        whole_policy: whether each process has the whole policy in training.
+        barrier: function that waits for all processes.
+        sum_over_ranks: function that sums a tensor over all processes.
+        together: true if the model is split over the processes, so that every forward pass needs all of them.
+        whole_policy: true if each process has the whole policy during training.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     precision: str = "32-true"
-    context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    context: Callable[[], AbstractContextManager[object]] = nullcontext
     rank: int = 0
     world_size: int = 1
     barrier: Callable[[], None] = lambda: None

@@ -1,7 +1,7 @@
-"""Comprehension under the policy as it learns, in place of the reference's.
+"""Comprehension under the policy during training, instead of under the reference.
 
-The paper (arXiv:2603.22829) names online estimation as an open question; this is the project's answer to it: the same
-formula with π_θ, over every pair, each k optimiser steps.
+The paper (arXiv:2603.22829) leaves online estimation as an open question. This project answers it with the same formula
+under π_θ, computed over every pair after every k optimiser steps.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import Tensor
 
 from bdpo_pl.data.packing import RowLayout
 from bdpo_pl.data.splits import PreferenceSplits
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.errors import InputError
 from bdpo_pl.losses import PreferenceLoss
+from bdpo_pl.models.causal_lm import CausalLM
 from bdpo_pl.scoring.machine import Machine
 from bdpo_pl.scoring.scores import SplitScores, score_splits, table_comprehension
 from bdpo_pl.scoring.scoring_pass import ScoringOptions, score_pairs
@@ -27,7 +28,7 @@ class Reestimation:
     """The latest comprehension of every split under the policy.
 
     Args:
-        every_n_steps: k, in optimiser steps; None never re-estimates.
+        every_n_steps: k, the number of optimiser steps between two estimates; None: no re-estimation.
 
     Raises:
         InputError: k is not at least 1.
@@ -41,7 +42,7 @@ class Reestimation:
         self._values: dict[str, Tensor] = {}
 
     def check_fits(self, machine: Machine, loss: PreferenceLoss, options: ScoringOptions) -> None:
-        """Raise `InputError` if there is nothing to re-estimate, or if ranks could not score apart from each other."""
+        """Raise `InputError` if the loss reads no comprehension, or if the policy is split over the ranks."""
         if self.every_n_steps is None:
             return
         if not (loss.needs_comprehension and options.comprehension):
@@ -49,7 +50,7 @@ class Reestimation:
                 f"model.reestimate_every is set, but {type(loss).__name__} as configured reads no comprehension; "
                 "remove the option or take a loss that does (BalancedDPOLoss: turn the balance on)"
             )
-        # Where the weights are sharded, every forward pass needs every rank.
+        # With sharded weights, every forward pass needs every rank.
         if not machine.whole_policy:
             raise InputError(
                 "model.reestimate_every needs the whole policy on each device (a single one, or ddp), and this "
@@ -57,20 +58,20 @@ class Reestimation:
             )
 
     def due(self, step: int) -> bool:
-        """Whether the comprehension is to be measured before optimiser step `step`, and has not been yet."""
+        """Return true if comprehension must still be measured before optimiser step `step`."""
         return self.every_n_steps is not None and step > self._step and step % self.every_n_steps == 0
 
     def update(
         self,
         step: int,
-        policy: nn.Module,
+        policy: CausalLM,
         machine: Machine,
         splits: PreferenceSplits,
         loss: PreferenceLoss,
         options: ScoringOptions,
         layout: RowLayout,
     ) -> None:
-        """Score all pairs with `policy`, before optimiser step `step`; the ranks share them."""
+        """Score all pairs with `policy` before optimiser step `step`; the ranks divide them."""
         self._step = step
         rank_zero_info(f"Re-estimating comprehension on the policy at step {step}")
 
@@ -97,16 +98,16 @@ class Reestimation:
             self._values[name] = scores.comprehension
 
     def values(self, split: str, pair_index: Tensor) -> Tensor | None:
-        """(2, B) comprehension of the pairs at `pair_index` of `split`, or None before the first re-estimation."""
+        """Return the (2, B) comprehension of the pairs at `pair_index` of `split`; None before the first estimate."""
         if split not in self._values:
             return None
         values = self._values[split] = self._values[split].to(pair_index.device)
         return values.index_select(1, pair_index)
 
     def state_dict(self) -> dict[str, Any]:
-        """The values, and the step they were measured at: a resumed run goes on with the same."""
+        """Return the values and the step of their measurement, so that a resumed run uses the same."""
         return {"step": self._step, "values": {name: values.cpu() for name, values in self._values.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a saved state."""
+        """Restore a saved state."""
         self._step, self._values = state["step"], dict(state["values"])

@@ -1,4 +1,4 @@
-"""The frozen reference during a run: scored once before training, kept live, or absent."""
+"""The frozen reference of a run: its scores computed once before training, or the model kept in memory, or none."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 import torch
 import transformers
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 import bdpo_kernels
@@ -24,6 +24,7 @@ from bdpo_pl.forward.masks import set_attention
 from bdpo_pl.forward.prefix_sharing import PrefixSharing, choose_layout
 from bdpo_pl.losses import PreferenceLoss
 from bdpo_pl.models.adapters import LoraOptions
+from bdpo_pl.models.causal_lm import CausalLM
 from bdpo_pl.models.loading import ModelSource, frozen, hold_products_in, load_model, model_fingerprint
 from bdpo_pl.models.precision import autocast_dtype, half_products
 from bdpo_pl.parallel.from_files import mapped_model
@@ -54,7 +55,7 @@ class AdaptedPolicy(Protocol):
     @property
     def row_layout(self) -> RowLayout: ...  # noqa: D102
 
-    def base_model(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    def base_model(self, dtype: torch.dtype, device: torch.device) -> CausalLM:
         """Load the model as it is before training: once, and handed on to the policy."""
 
     def before_training(self) -> AbstractContextManager[Any]:
@@ -62,12 +63,12 @@ class AdaptedPolicy(Protocol):
 
 
 def choose_mode(choice: ReferenceChoice, loss: PreferenceLoss, given: bool, moves: bool = False) -> ReferenceMode:
-    """The mode that `choice` comes to: with `auto`, no pair is scored for a loss that reads no score.
+    """Return the mode for `choice`; with `auto`, pairs are scored only if something reads the scores.
 
     Args:
         choice: a mode, or `auto`.
         loss: the loss.
-        given: a reference model is named, which asks for its scores.
+        given: whether the user named a reference model, and so wants its scores.
         moves: the reference follows the policy, so that scores do not hold.
     """
     if choice != "auto":
@@ -102,7 +103,7 @@ class Reference:
         options: ScoringOptions,
         prefix_sharing: PrefixSharing = "auto",
         adapted: AdaptedPolicy | None = None,
-        load: Callable[[torch.dtype, torch.device], nn.Module] | None = None,
+        load: Callable[[torch.dtype, torch.device], CausalLM] | None = None,
     ) -> None:
         self.source = source
         self.mode = mode
@@ -110,9 +111,9 @@ class Reference:
         self.options = options
         self.prefix_sharing: PrefixSharing = prefix_sharing
         self._scores: dict[str, SplitScores] = {}
-        self._model: nn.Module | None = None
+        self._model: CausalLM | None = None
         self.layout: RowLayout | None = None
-        """How the model reads pairs; None as long as it has read none."""
+        """Layout in which the model reads pairs; None until it is chosen."""
         self.attention: str | None = None
         self._adapted = adapted
         self._load_policy = load
@@ -120,7 +121,7 @@ class Reference:
         self._loss: PreferenceLoss | None = None
 
     def check_fits(self, loss: PreferenceLoss) -> None:
-        """Raise `InputError` if `loss` reads what this reference does not give."""
+        """Raise `InputError` if `loss` reads scores that this reference does not provide."""
         name = type(loss).__name__
         if self.mode == "none" and (loss.needs_reference or loss.needs_comprehension):
             raise InputError(
@@ -138,7 +139,7 @@ class Reference:
             )
 
     def check_machine(self, machine: Machine) -> None:
-        """Raise `InputError` if the policy is split and each rank would have to score with it alone."""
+        """Raise `InputError` if a live reference would need the whole policy on each rank, but the policy is split."""
         if self.mode == "live" and self._adapted is not None and machine.together:
             raise InputError(
                 "model.reference_mode is live, and the reference is the policy as it was before training, which this "
@@ -146,7 +147,7 @@ class Reference:
             )
 
     def prepare(self, machine: Machine, splits: PreferenceSplits, loss: PreferenceLoss) -> None:
-        """Score every split that is not scored yet (`precomputed`), or load the model to keep (`live`)."""
+        """Score every split, if that was not done yet (`precomputed`), or load the model (`live`)."""
         self._splits, self._loss = splits, loss
         if self.mode == "live" and self._model is None and self._adapted is None:
             self._model = self._load(machine)
@@ -175,7 +176,7 @@ class Reference:
         loss.prepare(table_scores(splits.tables["train"], self._scores["train"]))
         for name, value in loss.state_dict().items():
             rank_zero_info(f"{type(loss).__name__}: {name} is {value:.4g}, found from the training pairs")
-        # By now nothing holds on to the model: training has its memory.
+        # The last references to the model, whose memory training needs.
         del score
         load.cache_clear()
         layout.cache_clear()
@@ -184,12 +185,12 @@ class Reference:
             torch.cuda.empty_cache()
 
     @property
-    def model(self) -> nn.Module | None:
+    def model(self) -> CausalLM | None:
         """The live model; None where there is none of its own."""
         return self._model
 
     def scores(self, split: str, pair_index: Tensor) -> SplitScores:
-        """Give the scores of the B pairs at `pair_index` of `split`, on its device."""
+        """Return the scores of the B pairs at `pair_index` of `split`, on the device of `pair_index`."""
         device = pair_index.device
         if self.mode == "none":
             return SplitScores()
@@ -214,8 +215,8 @@ class Reference:
         held = self._scores[split] = self._scores[split].to(device)
         return held[pair_index]
 
-    def layout_of(self, source: ModelSource, dtype: torch.dtype, model: Any) -> RowLayout | None:
-        """Give the layout found for this reference, if `model`, of `source` in `dtype`, is the same; else None."""
+    def layout_of(self, source: ModelSource, dtype: torch.dtype, model: CausalLM) -> RowLayout | None:
+        """Return the layout chosen for this reference if `source` and `dtype` of `model` are the same; else None."""
         if self.layout is None or self.source != source or self.dtype != dtype:
             return None
         assert self.attention is not None
@@ -223,7 +224,7 @@ class Reference:
         return self.layout
 
     @contextmanager
-    def _live(self) -> Iterator[tuple[nn.Module, RowLayout]]:
+    def _live(self) -> Iterator[tuple[CausalLM, RowLayout]]:
         """The model in memory: the reference, or the policy as it was before training."""
         if self._adapted is None:
             assert self._model is not None
@@ -233,17 +234,17 @@ class Reference:
             with self._adapted.before_training() as model:
                 yield model, self._adapted.row_layout
 
-    def _load(self, machine: Machine) -> nn.Module:
-        """The model where it is to score: whole, or split over all devices where the policy is split."""
+    def _load(self, machine: Machine) -> CausalLM:
+        """Load the model onto the device that scores; if the policy is split, split over all devices."""
         if machine.together:
-            # By FSDP2 alone, under tensor parallelism too: each rank computes whole layers, so scores are those of one.
+            # By FSDP2 alone, also under tensor parallelism: each rank computes whole layers, as a single device does.
             half = half_products(machine.precision) if machine.world_size > 1 else None
             mesh = init_device_mesh(machine.device.type, (machine.world_size, 1), mesh_dim_names=(DATA, TENSOR))
-            # FSDP2 casts every weight for its products, so a reference can be held as it is multiplied.
+            # FSDP2 casts every weight before it multiplies, so the reference can be held in the dtype of its products.
             model = build_sharded(
                 self.source, half or self.dtype, mesh, machine.device, lora=self._adapter, half_products=half
             )
-            return model.requires_grad_(False).eval()
+            return frozen(model)
         if self._adapted is not None:
             return frozen(self._adapted.base_model(self.dtype, machine.device), machine.device)
         products = autocast_dtype(machine.precision) if self.mode == "precomputed" else None
@@ -258,7 +259,7 @@ class Reference:
             hold_products_in(model, products)
         return frozen(model, machine.device)
 
-    def _mapped(self, products: torch.dtype | None) -> nn.Module | None:
+    def _mapped(self, products: torch.dtype | None) -> CausalLM | None:
         """The model with the weights of its files, one copy for the processes of a machine; None where it cannot be."""
         try:
             found = mapped_model(self.source, self.dtype, products)
@@ -277,7 +278,7 @@ class Reference:
         lora = None if self._adapted is None else self._adapted.lora
         return lora if lora is not None and lora.adapter is not None else None
 
-    def _choose_layout(self, model: Any, machine: Machine, splits: PreferenceSplits) -> RowLayout:
+    def _choose_layout(self, model: CausalLM, machine: Machine, splits: PreferenceSplits) -> RowLayout:
         self.layout = choose_layout(
             model,
             splits.tables["train"],
@@ -297,11 +298,11 @@ class Reference:
         return Path(self.options.cache_dir).expanduser() if self.options.cache_dir else default_cache_dir()
 
     def _key(self, table: PairTable, machine: Machine) -> dict[str, Any]:
-        """Everything that the scores of `table` depend on."""
+        """Return everything that the scores of `table` depend on."""
         assert self._splits is not None
         return {
             "format": 2,
-            # Token ids, boundaries and null prompt: what template, truncation and tokenizer come to.
+            # Token ids, boundaries and null prompt, the results of template, truncation and tokenizer.
             "pairs": table.content_digest(),
             "template": self._splits.chat_template,
             "truncation": repr(self._splits.truncation),

@@ -1,4 +1,4 @@
-"""Scores of pairs: what a frozen model says of them, and what a loss is given of it."""
+"""Scores of pairs by a frozen model, and the values that a loss reads from them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from bdpo_pl.losses import PairScores
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """Scores of M pairs by one frozen model; row 0 of each array is the chosen response's, row 1 the rejected's.
+    """Scores of M pairs by one frozen model; row 0 of each array is of the chosen responses, row 1 of the rejected.
 
     Attributes:
         reference: (2, M) float32 log π_ref(y | x).
-        null: (2, M) float32 log π_ref(y | x₀), or None if comprehension was not asked for.
-        hsic: (2, M) float32 `normalised_hsic`, or None unless the `hsic` estimator was asked for.
+        null: (2, M) float32 log π_ref(y | x₀), or None if comprehension is not measured.
+        hsic: (2, M) float32 `normalised_hsic`, or None unless the estimator is `hsic`.
         first: (2, M) float32 log π_ref of as many tokens as the shorter response of the pair has, or None unless a loss
             weighs the rest.
     """
@@ -36,7 +36,7 @@ class ScoreTable:
         return self.reference.shape[1]
 
     def columns(self) -> dict[str, np.ndarray]:
-        """The arrays that are there, by name."""
+        """Return the arrays that are not None, by name."""
         named = {"reference": self.reference, "null": self.null, "hsic": self.hsic, "first": self.first}
         return {name: array for name, array in named.items() if array is not None}
 
@@ -49,22 +49,22 @@ class ScoreTable:
 
 @dataclass(frozen=True)
 class SplitScores:
-    """What a loss is given besides the policy's log-probabilities, of M pairs: (2, M) float32 each, chosen first.
+    """The inputs of a loss besides the policy's log-probabilities, for M pairs: (2, M) float32 each, chosen first.
 
     Attributes:
         reference: log π_ref(y | x), or None without a reference.
-        comprehension: by the loss's estimator, or None if it was not measured.
+        comprehension: c(x, y) by the loss's estimator, or None if it was not measured.
     """
 
     reference: Tensor | None = None
     comprehension: Tensor | None = None
 
     def __getitem__(self, index: Tensor) -> SplitScores:
-        """Give the scores of the pairs at `index` (B,)."""
+        """Return the scores of the pairs at `index` (B,)."""
         return self._each(lambda values: values.index_select(1, index))
 
     def to(self, device: torch.device) -> SplitScores:
-        """Copy to `device`, where the scores are not there already."""
+        """Return the scores on `device`."""
         return self._each(lambda values: values.to(device))
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> SplitScores:
@@ -72,7 +72,7 @@ class SplitScores:
 
 
 def table_comprehension(scores: ScoreTable, table: PairTable, estimator: Estimator) -> Tensor:
-    """Compute the (2, M) float32 comprehension of the M pairs of `table`; `scores` must hold the null prompt's."""
+    """Compute the (2, M) float32 comprehension of the M pairs of `table`; `scores` must include the null prompt."""
     assert scores.null is not None
     lengths = torch.from_numpy(table.trained_lengths)
     hsic = None if scores.hsic is None else torch.from_numpy(scores.hsic)
@@ -93,11 +93,11 @@ def split_scores(
 
 
 def score_splits(splits: PreferenceSplits, score: Callable[[str, PairTable], SplitScores]) -> dict[str, SplitScores]:
-    """Score every split: the training pairs, the held-out ones, and the probe, whose scores are the training pairs'.
+    """Score every split: the training pairs, the held-out ones, and the probe, which takes those of the training pairs.
 
     Args:
         splits: the pairs.
-        score: gives the scores of one split, by its name and table.
+        score: function that scores one split, given its name and table.
 
     Returns:
         Scores by the name of the split.
@@ -112,7 +112,7 @@ def score_splits(splits: PreferenceSplits, score: Callable[[str, PairTable], Spl
 
 
 def table_scores(table: PairTable, scores: SplitScores) -> PairScores:
-    """Collect what is known of all pairs of `table`, as a loss is given it."""
+    """Collect lengths and scores of all pairs of `table`, as a loss reads them."""
     nothing = (None, None)
     return PairScores(
         *torch.from_numpy(table.trained_lengths),

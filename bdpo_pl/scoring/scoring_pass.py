@@ -1,8 +1,8 @@
 """The scoring pass: one run of a frozen model over every pair, before training.
 
-It gives the reference log-probabilities and both mutual informations at once, from four scorings of each pair (chosen
-and rejected, given the prompt and given the null prompt), in two documents: each prompt is read once. Training then
-needs no reference model in memory.
+It computes the reference log-probabilities and the comprehension of both responses at once. Each pair is scored four
+times (chosen and rejected, given the prompt and given the null prompt), in two documents, so that each prompt is read
+once. Training then needs no reference model in memory.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from rich.progress import TaskID
+from torch import Tensor
 
 from bdpo_pl.comprehension import normalised_hsic
 from bdpo_pl.data.batches import pair_document
@@ -25,6 +26,7 @@ from bdpo_pl.data.table import PairTable
 from bdpo_pl.errors import InputError
 from bdpo_pl.forward.equivalence import evaluating
 from bdpo_pl.forward.responses import response_logps
+from bdpo_pl.models.causal_lm import CausalLM
 from bdpo_pl.reporting.progress import Reporter, progress
 from bdpo_pl.scoring.cache import ScoreCache
 from bdpo_pl.scoring.machine import Machine
@@ -33,14 +35,14 @@ from bdpo_pl.scoring.scores import ScoreTable
 
 @dataclass
 class ScoringOptions:
-    """How the scoring pass runs. None of it changes a score by more than rounding, but for `comprehension`.
+    """How the scoring pass runs. Except for `comprehension`, no option changes a score by more than rounding.
 
     Args:
-        batch_tokens: tokens in one forward pass; lower it if scoring runs out of memory. Default: 16,384 on a GPU,
-            2,048 on a CPU, which gains nothing from more.
-        chunk_pairs: pairs scored between two writes to the cache: what an interruption loses at most.
-        cache_dir: folder of the cache, shared by all nodes; default `$BDPO_PL_CACHE` or `~/.cache/bdpo_pl`.
-        comprehension: score against the null prompt too. Without it the pass is half the work, but there are no
+        batch_tokens: number of tokens in one forward pass; lower it if scoring runs out of memory. Default: 16,384 on a
+            GPU; 2,048 on a CPU, where more is not faster.
+        chunk_pairs: number of pairs scored between two writes to the cache, and so the most that an interruption loses.
+        cache_dir: folder of the cache, shared by all nodes. Default: `$BDPO_PL_CACHE`, otherwise `~/.cache/bdpo_pl`.
+        comprehension: score against the null prompt too. If false, the pass takes half the time, but there are no
             comprehension metrics and no balance weights.
     """
 
@@ -51,7 +53,7 @@ class ScoringOptions:
 
 
 class _Place(NamedTuple):
-    """Where in the table of scores a sequence's number goes."""
+    """The place of a sequence's log-probability in the table of scores."""
 
     column: str
     side: int
@@ -60,7 +62,7 @@ class _Place(NamedTuple):
 
 @torch.no_grad()
 def score_pairs(
-    model: nn.Module,
+    model: CausalLM,
     table: PairTable,
     indices: Sequence[int] | np.ndarray,
     *,
@@ -70,7 +72,7 @@ def score_pairs(
     comprehension: bool = True,
     hsic: bool = False,
     first: bool = False,
-    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    context: Callable[[], AbstractContextManager[object]] = nullcontext,
     on_batch: Callable[[float], None] = lambda share: None,
     forwards: int = 0,
 ) -> ScoreTable:
@@ -87,7 +89,7 @@ def score_pairs(
         hsic: compute `normalised_hsic` as well.
         first: score the first tokens of each response, as many as the shorter one of its pair has, as well.
         context: entered around each forward pass, for autocast.
-        on_batch: told after each forward pass which share of all tokens it was.
+        on_batch: function that is called after each forward pass with its share of all tokens.
         forwards: forward passes to run at the least, where ranks must run as many as each other.
 
     Raises:
@@ -95,7 +97,7 @@ def score_pairs(
     """
     device = next(model.parameters()).device
     places, groups = _plan(table, indices, layout, batch_tokens or _default_batch_tokens(device), comprehension)
-    # All ranks run as often, where every pass needs every rank; what is read once more is left out of the scores.
+    # If every pass needs every rank, all ranks run equally many; the results of repeated passes are not used.
     idle = max(0, forwards - len(groups))
     names = [
         "reference",
@@ -118,7 +120,7 @@ def score_pairs(
             if hsic and place.column == "reference":
                 columns["hsic"][place.side, place.position] = next(kernel)
 
-    # Read one batch late: a GPU computes the next while Python lays out the one after.
+    # Results are read one batch late, so that a GPU computes the next batch while Python prepares the one after.
     pending: tuple[list[int], Tensor, list[Tensor]] | None = None
     with evaluating(model):
         for turn, group in enumerate(groups + [groups[-1]] * idle):
@@ -155,7 +157,7 @@ def score_pairs(
 def score_table(
     name: str,
     table: PairTable,
-    model: Callable[[], nn.Module],
+    model: Callable[[], CausalLM],
     cache: ScoreCache,
     options: ScoringOptions,
     *,
@@ -188,12 +190,12 @@ def score_table(
     machine = machine or Machine()
     chunks = [cache.load(chunk) for chunk in range(cache.num_chunks)]
     missing = _missing(chunks, machine)
-    # All ranks have looked before any writes: they agree on what is missing.
+    # No rank writes before all have looked, so that all see the same chunks missing.
     machine.barrier()
     if missing:
-        with progress("pairs", enabled=machine.rank == 0) as told:
+        with progress("pairs", enabled=machine.rank == 0) as reporter:
             done = sum(len(scores) for scores in chunks if scores is not None)
-            task = told.add_task(f"Scoring {name}", total=len(table), completed=done)
+            task = reporter.add_task(f"Scoring {name}", total=len(table), completed=done)
 
             def score(chunk: int, forwards: int) -> ScoreTable:
                 indices = cache.indices(chunk)
@@ -208,7 +210,7 @@ def score_table(
                     hsic=hsic,
                     first=first,
                     context=machine.context,
-                    on_batch=partial(_advance, told, task, len(indices) * machine.world_size),
+                    on_batch=partial(_advance, reporter, task, len(indices) * machine.world_size),
                     forwards=forwards,
                 )
 
@@ -239,7 +241,7 @@ def score_table(
 
 
 def _missing(chunks: list[ScoreTable | None], machine: Machine) -> list[int]:
-    """Numbers of the chunks to score: of all that some rank lacks, where the ranks score together."""
+    """Return the numbers of the missing chunks; if the ranks score together, of those missing on any rank."""
     lacking = torch.tensor([float(scores is None) for scores in chunks], device=machine.device)
     if machine.together:
         lacking = machine.sum_over_ranks(lacking)
@@ -249,10 +251,10 @@ def _missing(chunks: list[ScoreTable | None], machine: Machine) -> list[int]:
 def _scored_together(
     score: Callable[[int, int], ScoreTable], turn: list[int], forwards: int, machine: Machine
 ) -> ScoreTable:
-    """Score one chunk on each rank, as many forward passes on each; a fault on one is a fault on all."""
+    """Score one chunk on each rank, with equally many forward passes; if one rank fails, all raise an error."""
     fault: InputError | None = None
     try:
-        # A rank with no chunk left helps the others with one of theirs.
+        # A rank without a chunk of its own repeats one of the others, because every pass needs every rank.
         found = score(turn[min(machine.rank, len(turn) - 1)], forwards)
     except InputError as error:
         fault = error
@@ -267,7 +269,7 @@ def _scored_together(
 def _plan(
     table: PairTable, indices: Sequence[int] | np.ndarray, layout: RowLayout, batch_tokens: int, comprehension: bool
 ) -> tuple[list[_Place], list[list[Document]]]:
-    """Where the number of each sequence goes, and the documents of each forward pass."""
+    """Return the place of each sequence's log-probability, and the documents of each forward pass."""
     places: list[_Place] = []
     documents: list[Document] = []
     for position, index in enumerate(indices):
@@ -278,17 +280,17 @@ def _plan(
             places += [_Place(column, side, position) for side in range(2)]
     if layout is RowLayout.SPLIT:
         documents = [part for document in documents for part in document.split()]
-    # Like lengths together: less padding. The sort is stable, so the same pairs always meet in the same batch.
+    # Similar lengths need less padding. The sort is stable, so the same pairs always share a batch.
     documents.sort(key=lambda document: document.num_tokens, reverse=True)
     return places, list(_groups(documents, batch_tokens, layout))
 
 
 def _groups(documents: list[Document], batch_tokens: int, layout: RowLayout) -> Iterator[list[Document]]:
-    """Runs of `documents` (longest first) whose size stays within `batch_tokens`."""
+    """Yield groups of consecutive `documents` (longest first) of at most `batch_tokens` tokens."""
     group: list[Document] = []
     total = 0
     for document in documents:
-        # Rows of their own are padded to the longest, shared ones are filled.
+        # A row for each response is padded to the longest response; shared rows are filled.
         size = document.num_tokens if layout is not RowLayout.SPLIT or not group else group[0].num_tokens
         if group and total + size > batch_tokens:
             yield group
@@ -300,7 +302,7 @@ def _groups(documents: list[Document], batch_tokens: int, layout: RowLayout) -> 
 
 
 def _renumbered(documents: list[Document]) -> list[Document]:
-    """`documents` with their sequences numbered from 0, in order."""
+    """Return `documents` with their sequences numbered from 0, in order."""
     number = itertools.count()
     renumbered = []
     for document in documents:
@@ -319,5 +321,5 @@ def _default_batch_tokens(device: torch.device) -> int:
     return 2_048 if device.type == "cpu" else 16_384
 
 
-def _advance(told: Reporter, task: Any, pairs: int, share: float) -> None:
-    told.advance(task, share * pairs)
+def _advance(reporter: Reporter, task: TaskID, pairs: int, share: float) -> None:
+    reporter.advance(task, share * pairs)

@@ -1,4 +1,4 @@
-"""Callbacks of the main job: the state to keep when a run stops."""
+"""Callbacks of a training run that save its state, and one that stops it when it overfits."""
 
 from __future__ import annotations
 
@@ -91,8 +91,8 @@ class LogInterval(L.Callback):
         trainer.log_every_n_steps = log_interval(steps)  # type: ignore[attr-defined]
 
 
-def _just_written(callback: Any, trainer: L.Trainer) -> Path | None:
-    """The checkpoint of the whole state that `callback` has written at this step, if it has."""
+def _just_written(callback: L.Callback, trainer: L.Trainer) -> Path | None:
+    """Return the checkpoint of the whole state that `callback` wrote at this step, or None."""
     if isinstance(callback, LastCheckpoint) or not isinstance(callback, ModelCheckpoint) or callback.save_weights_only:
         return None
     written = Path(callback._last_checkpoint_saved) if callback._last_checkpoint_saved else None
@@ -100,7 +100,7 @@ def _just_written(callback: Any, trainer: L.Trainer) -> Path | None:
 
 
 def _linked(trainer: L.Trainer, file: Path, name: Path) -> bool:
-    """Give `file` the name `name` too, all at once; whether the file system could. All ranks call it."""
+    """Link `name` to `file` atomically; return false if the file system has no links. All ranks call this function."""
     done = False
     if trainer.is_global_zero and file.is_file():
         partial = name.with_name(f".{name.name}.link")
@@ -116,10 +116,10 @@ def _linked(trainer: L.Trainer, file: Path, name: Path) -> bool:
 
 
 class SaveOnNonFinite(L.Callback):
-    """When a loss or gradient stops being finite, save the state, which is still that of the last good step."""
+    """Saves the state when a loss or gradient is not finite: it is still the state of the last good step."""
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Write `last-good.ckpt` beside the other checkpoints. All ranks raise together, so all save together."""
+        """Write `last-good.ckpt` beside the other checkpoints. All ranks raise the error, so all of them save."""
         if isinstance(exception, NonFiniteError) and pl_module.trainer.optimizers:
             path = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints" / "last-good.ckpt"
             trainer.save_checkpoint(path)
@@ -127,17 +127,17 @@ class SaveOnNonFinite(L.Callback):
 
 
 class RandomState(L.Callback):
-    """Keeps the random state of every rank in checkpoints, which Lightning does not."""
+    """Saves the random state of every rank in checkpoints, which Lightning does not do."""
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Collect the ranks' generators. All ranks save together."""
+        """Collect the states of all ranks' generators. All ranks call this method."""
         state = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             state["cuda"] = torch.cuda.get_rng_state()
         checkpoint["random_state"] = {name: _of_all_ranks(trainer, value) for name, value in state.items()}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Restore this rank's."""
+        """Restore the state of this rank's generators."""
         state = checkpoint.get("random_state", {})
         ranks = len(state.get("cpu", ()))
         if ranks != trainer.world_size:
@@ -150,7 +150,7 @@ class RandomState(L.Callback):
 
 
 def _of_all_ranks(trainer: L.Trainer, value: Tensor) -> Tensor:
-    """(W, …), the `value` of each of W ranks."""
+    """Return (W, …), the `value` of each of W ranks."""
     if trainer.world_size == 1:
         return value.unsqueeze(0)
     mine = value.to(trainer.strategy.root_device)
@@ -163,10 +163,10 @@ class StopAtGap(L.Callback):
     """Stops training when the policy overfits: when the gap, training − held-out, exceeds a limit at a validation.
 
     Args:
-        limit: of the gap in mean margin, in the unit of the implicit reward.
+        limit: limit of the gap in mean margin, in the unit of the implicit reward.
 
     Raises:
-        InputError: a limit that the gap exceeds before training.
+        InputError: the limit is not above 0, the gap before training.
     """
 
     def __init__(self, limit: float) -> None:
@@ -175,7 +175,7 @@ class StopAtGap(L.Callback):
         self.limit = limit
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Compare the gap just measured; it is the same on every rank."""
+        """Compare the gap of this validation, which is the same on every rank, with the limit."""
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
         gap = float(trainer.callback_metrics[_GAP])

@@ -1,13 +1,13 @@
-"""Checkpoints that are whole or not there, the newest of them, and a run that writes one before it is stopped."""
+"""Checkpoints that are written completely or not at all, the search for the newest one, and stops by a signal."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import pickle
 import signal
 import threading
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,16 +19,15 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from bdpo_pl.errors import InputError, MachineError, StoppedError, first_line
 from bdpo_pl.files import write_whole
-from bdpo_pl.models.adapters import LoraOptions
 
 LAST = "last.ckpt"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its name, forces it onto the disk and only then gives it the name."""
+    """Writes a checkpoint under a temporary name, flushes it to the disk and only then renames it."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write `checkpoint` to the file `path`, all or nothing; a remote path as Lightning does.
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None) -> None:
+        """Write `checkpoint` to the file `path`, completely or not at all; to a remote path as Lightning does.
 
         Raises:
             MachineError: the disk is full, or the folder cannot be written.
@@ -40,7 +39,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, lambda file: torch.save(checkpoint, file))
-        # Where the disk is full, torch's writer may raise an error of its own over that of the operating system.
+        # If the disk is full, torch's writer may raise its own error instead of the operating system's.
         except (OSError, RuntimeError) as error:
             reason = error.strerror if isinstance(error, OSError) else first_line(error)
             raise MachineError(
@@ -49,13 +48,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             ) from error
 
     def load_checkpoint(
-        self, path: str | Path, map_location: Any = lambda storage, _: storage,
+        self, path: str | Path, map_location: Callable[..., Any] | None = lambda storage, _: storage,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:  # fmt: skip
-        """The checkpoint at `path`.
+        """Load the checkpoint at `path`.
 
         Raises:
-            InputError: it is not whole, or holds more than tensors and plain values.
+            InputError: the file is incomplete, or contains more than tensors and plain values.
         """
         try:
             return super().load_checkpoint(path, map_location, weights_only)
@@ -66,17 +65,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def write_atomically(trainer: L.Trainer) -> None:
-    """Give `trainer`'s strategy an `AtomicCheckpointIO`, unless the user chose a plugin of their own."""
+    """Give `trainer`'s strategy an `AtomicCheckpointIO`, unless the user chose another plugin."""
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
 
 def is_whole(path: Path) -> bool:
-    """Whether `path` is a checkpoint with its end: a file, or a folder of a distributed one with its index."""
+    """Return true if `path` is a complete checkpoint: a file with its end, or a distributed one with its index."""
     if path.is_dir():
         return (path / ".metadata").is_file() and (path / "meta.pt").is_file()
     try:
-        # The directory of a zip archive stands at its end, so what was cut off has none.
+        # The directory of a zip archive is at its end, so a truncated file has none.
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("data.pkl") for name in archive.namelist())
     except (zipfile.BadZipFile, OSError):
@@ -84,12 +83,12 @@ def is_whole(path: Path) -> bool:
 
 
 def find_checkpoint(path: str | None, root: Path) -> str | None:
-    """The checkpoint to resume from; `last` is the newest whole one of all runs under `root`.
+    """Return the checkpoint to resume from; `last` is the newest complete one of all runs under `root`.
 
-    Lightning looks for `last` in the new run's own folder, finds none, and starts over with a warning.
+    Lightning would look for `last` in the folder of the new run, find none, and start again with a warning.
 
     Raises:
-        InputError: there is none, or it is not whole: found out now, and not after the scoring pass.
+        InputError: the checkpoint does not exist or is incomplete. This is checked before the scoring pass.
     """
     if path is None or "://" in path:
         return path
@@ -119,16 +118,16 @@ def _holds_weights_alone(path: Path) -> bool:
     try:
         return "optimizer_states" not in torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError):
-        # What else is wrong with it is said where it is read.
+        # Other faults are reported when the checkpoint is loaded.
         return False
 
 
 class StopSignals(L.Callback):
-    """What SIGINT and SIGTERM do while the Trainer runs.
+    """Handles SIGINT and SIGTERM while the Trainer runs.
 
-    In training: the optimiser step is finished, and a validation that follows it, then `last.ckpt` is written and the
-    run stops; a second signal stops at once. Before the first step and after the last one it stops at once. The ranks
-    agree on the step, whichever of them the signal reached.
+    During training, the run finishes the optimiser step and the validation that may follow it, writes `last.ckpt` and
+    stops; a second signal stops it at once. Before the first step and after the last one, a signal stops it at once. If
+    a signal reaches some ranks only, all ranks still stop after the same step.
     """
 
     def __init__(self) -> None:
@@ -139,24 +138,24 @@ class StopSignals(L.Callback):
         self._process = os.getpid()
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take over the signals from Lightning, whose own handler would end this validation with status 0."""
+        """Replace Lightning's signal handlers, which would end this validation with status 0."""
         self._take_over()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take over the signals."""
+        """Replace the signal handlers."""
         self._take_over()
 
     def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
     ) -> None:
-        """Stop between two steps, after the validation that may lie there, if any rank has received a signal.
+        """Stop between two steps, after the validation that may follow a step, if any rank has received a signal.
 
         Raises:
-            StoppedError: One has, and the checkpoint is written.
+            StoppedError: a rank has received a signal, and the checkpoint is written.
         """
         self._waits = True
         if batch_idx % trainer.accumulate_grad_batches:
-            # Gradients that wait for more batches are in no checkpoint.
+            # Accumulated gradients are not part of a checkpoint.
             return
         if not trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
             return
@@ -164,10 +163,10 @@ class StopSignals(L.Callback):
         raise self._saved(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop here if a signal came after the last step: what follows may take long.
+        """Stop here if a signal arrived after the last step, because what follows may take long.
 
         Raises:
-            StoppedError: One came, and the checkpoint is written.
+            StoppedError: a signal arrived, and the checkpoint is written.
         """
         self._waits = False
         self._saves = True
@@ -175,11 +174,11 @@ class StopSignals(L.Callback):
             raise self._saved(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Give the signals back."""
+        """Restore the signal handlers."""
         self._restore()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Give the signals back; save the trained policy if it is stopped while it is measured after the last step."""
+        """Restore the signal handlers; save the policy if the measurements after the last step are stopped."""
         self._restore()
         if isinstance(exception, StoppedError) and self._saves and not exception.saved and trainer.world_size == 1:
             exception.args = (str(self._saved(trainer)),)
@@ -192,7 +191,7 @@ class StopSignals(L.Callback):
         name = signal.Signals(self._received).name if self._received else "a signal to another process"
         number = self._received
         if number is None and trainer.is_global_zero:
-            # The status of this process is that of the command.
+            # The exit status of this process is that of the command.
             number = signal.SIGTERM
         return StoppedError(
             f"stopped by {name} after {trainer.global_step} optimiser steps; {path} is written, go on with the same "
@@ -203,7 +202,7 @@ class StopSignals(L.Callback):
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
-            # A worker that inherited the handler; this process ends it.
+            # This is a worker process that inherited the handler; the main process ends it.
             return
         if not self._waits or self._received is not None:
             self._received = number
@@ -225,10 +224,10 @@ class StopSignals(L.Callback):
 
 
 def _as_before_the_batch(trainer: L.Trainer) -> None:
-    """Set Lightning's counters back to what they were before the batch that begins now, for a checkpoint.
+    """Set Lightning's counters back to their values before the current batch, for a checkpoint.
 
-    Lightning expects checkpoints at the end of a batch or of a validation. Of one in between, a resumed run would log
-    everything one step later than the uninterrupted one.
+    Lightning expects checkpoints at the end of a batch or of a validation. Resumed from one in between, a run would log
+    everything one step later than an uninterrupted run.
     """
     loop = trainer.fit_loop.epoch_loop
     loop.batch_progress.total.ready -= 1
@@ -236,41 +235,20 @@ def _as_before_the_batch(trainer: L.Trainer) -> None:
     loop.batch_progress.is_last_batch = False
     assert trainer.fit_loop._data_fetcher is not None
     if loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
-        # Here a resumed run comes by the end of the validation, or of the epoch, and counts the step that led to it.
+        # A resumed run passes the end of the validation or epoch again, and counts its last step again.
         loop._batches_that_stepped -= 1
 
 
 def what_is_saved(folder: Path, resumed_from: str | None) -> str:
-    """What a run in `folder` that is stopped has saved, and how to go on from there.
+    """Describe what a stopped run has saved in `folder`, and how to resume it.
 
     Args:
-        folder: Of the run.
-        resumed_from: The checkpoint that it began with, if any.
+        folder: folder of the run.
+        resumed_from: checkpoint from which the run was resumed, if any.
     """
     path = folder / "checkpoints" / LAST
     if is_whole(path):
         return f"{path} is written, go on with the same command and --ckpt_path {path}"
     if resumed_from is not None:
         return f"nothing new is saved, go on with the same command and --ckpt_path {resumed_from}"
-    return "no step is saved yet; the same command begins again, and takes up the scores that it has cached"
-
-
-def require_same_policy(saved: dict[str, Any], name: str, lora: LoraOptions | None, whole: bool) -> None:
-    """Raise `InputError` if a checkpoint was written for another policy or with other adapters.
-
-    Args:
-        saved: what the module wrote into the checkpoint.
-        name: the policy's.
-        lora: the adapters that are trained now.
-        whole: whether the checkpoint holds every weight that is trained now.
-    """
-    if saved.get("policy", name) != name:
-        raise InputError(f"the checkpoint holds weights of {saved['policy']}, but model.policy is {name}")
-    adapters = None if lora is None else dataclasses.asdict(lora)
-    # An earlier version had fewer options, each as it is by default now.
-    written = None if saved.get("lora") is None else LoraOptions.from_saved(saved["lora"], saved.get("adapter_config"))
-    if written != lora or not whole:
-        raise InputError(
-            f"the checkpoint was written with model.lora {saved.get('lora')}, but it is now {adapters}; "
-            "resume with the options it was written with"
-        )
+    return "no step is saved yet; the same command begins again, with the scores that are already cached"

@@ -25,6 +25,7 @@ from bdpo_pl.data.samplers import PairBatchSampler, StepSampler, TokenBatchSampl
 from bdpo_pl.data.splits import PreferenceSplits, split_by_prompt
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.data.tokenization import PairTokenizer, SpelledControlTokens
+from bdpo_pl.data.tokenizer_like import TokenizerLike
 from bdpo_pl.data.truncation import Truncation, TruncationMode
 from bdpo_pl.embedded import EMBEDDED
 from bdpo_pl.errors import InputError
@@ -38,40 +39,41 @@ _DEFAULT_WINDOW = 1024
 class PreferenceDataModule(L.LightningDataModule):
     """Preference pairs, read, checked, tokenised and batched.
 
-    It asks nobody: the module, which knows the model and the loss, has it `read` the pairs before anything else.
+    The module, which has the model and the loss, calls `read` before anything else.
 
     Args:
         train: a file (JSON Lines, JSON, CSV or Parquet, gzipped or not), a folder of them, a hub dataset, or `embedded`
             for the set shipped with bdpo_pl; or several: `[{source: a.jsonl, weight: 2}, {source: b.jsonl}]`.
-        held_out: the same, of pairs kept from training; default: a part of `train` (see `held_out_fraction`).
-        held_out_fraction: share of `train` to hold out if `held_out` is not given, split by prompt; 0 holds out none.
-        split: split of a hub dataset to train on.
-        held_out_split: split of a hub dataset to hold out; needs `held_out`.
+        held_out: source of the held-out pairs, in the same forms. Default: a part of `train` (see `held_out_fraction`).
+        held_out_fraction: share of `train` that is held out if `held_out` is not given, split by prompt; 0: none.
+        split: split of a hub dataset that is trained on.
+        held_out_split: split of a hub dataset that is held out; requires `held_out`.
         revision: git revision of a hub dataset.
         subset: configuration of a hub dataset that has several.
         load: schema, column names, bad rows, duplicates and the draw from PKU-SafeRLHF.
-        max_length: window in tokens, prompt + response; default 1,024, or all the positions of a model that has fewer.
-        truncation: what happens to longer pairs: `drop`, or the prompt's `keep_start` or `keep_end` is kept.
-        max_prompt_length: tokens a prompt may always keep when truncating; default half of `max_length`.
-        tokenizer: folder or hub name; default: the policy's.
-        chat_template: `auto` (the tokenizer's, if it has one), `none`, or a Jinja file.
+        max_length: maximum number of tokens of prompt + response. Default: 1,024, or the model's positions if fewer.
+        truncation: treatment of longer pairs: `drop` them, or keep the start (`keep_start`) or the end (`keep_end`) of
+            the prompt.
+        max_prompt_length: number of tokens that a truncated prompt may always keep. Default: half of `max_length`.
+        tokenizer: folder or hub name of the tokenizer. Default: the policy's.
+        chat_template: chat template: `auto` (the tokenizer's, if it has one), `none`, or a Jinja file.
         chat_template_kwargs: variables of the chat template (`enable_thinking`, `date_string`, …), for generation too.
-        thoughts: thoughts in responses are trained on (`train`), read but not trained on (`mask`), or taken out
+        thoughts: treatment of thoughts in responses: trained on (`train`), read but not trained on (`mask`), or removed
             (`strip`).
-        dialogues: HH-RLHF's dialogues become chat messages if there is a chat template (`turns`), or stay `text`.
-        control_tokens: control tokens that a text spells are `text`, or control tokens (`parse`, for texts that are
-            rendered already); `auto`: text with a chat template, and without one the row is refused.
-        show_example: print one training pair, prompt and both responses, with the boundary and what is trained on
-            visible. Its texts may be harmful or private.
-        null_prompt: the user's words in the null prompt that comprehension is measured against.
-        batch_size: pairs in a micro-batch on each device.
-        eval_batch_size: pairs in a validation batch on each device; default `batch_size`.
-        max_tokens_per_batch: tokens in a micro-batch on each device, training and validation, in place of the two
-            above: batches of like-sized pairs, as many as fit. A prompt that its two responses share counts once.
-        train_probe: validate on a sample of the training pairs, as many as are held out, so that the gap between the
-            two, the measure of overfitting, compares like with like.
-        num_workers: processes that build batches.
-        seed: of the held-out split, the probe and the draw; the order of training is seeded by `seed_everything`.
+        dialogues: treatment of HH-RLHF's dialogues: chat messages if there is a chat template (`turns`), or `text`.
+        control_tokens: treatment of control tokens that are spelled in a text: `text`, or control tokens (`parse`, for
+            texts that are rendered already); `auto`: text with a chat template; without one, the row is refused.
+        show_example: print one training pair with the boundary between prompt and response, and the trained tokens. Its
+            texts may be harmful or private.
+        null_prompt: the user's words in the null prompt against which comprehension is measured.
+        batch_size: number of pairs in a micro-batch on each device.
+        eval_batch_size: number of pairs in a validation batch on each device. Default: `batch_size`.
+        max_tokens_per_batch: number of tokens in a micro-batch on each device, for training and validation, instead of
+            the two options above: a batch has as many pairs of similar length as fit. A shared prompt counts once.
+        train_probe: validate on a sample of the training pairs too, as many as are held out. The gap between the two
+            measures overfitting.
+        num_workers: number of processes that build batches.
+        seed: seed of the held-out split, the probe and the draw; `seed_everything` seeds the order of training.
     """
 
     def __init__(
@@ -152,11 +154,11 @@ class PreferenceDataModule(L.LightningDataModule):
 
     @property
     def tables(self) -> dict[str, PairTable]:
-        """Pairs by the name of their split."""
+        """Pairs, by the name of their split."""
         return self._read_splits().tables
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> TokenizerLike:
         """Tokenizer that read the pairs."""
         return self._read_splits().tokenizer
 
@@ -171,12 +173,13 @@ class PreferenceDataModule(L.LightningDataModule):
         """Read every split, once, and print what was kept and dropped.
 
         Args:
-            policy: the model that the pairs are for: its tokenizer, and its positions where no window is given.
-            order_by_safety: put the safe response of a pair first, and drop pairs of two unsafe ones.
-            row_layout: gives the layout of rows; asked when the first batches are made. Default: a row a response.
+            policy: model whose tokenizer reads the pairs, and whose positions limit the window.
+            order_by_safety: whether to put the safe response of a pair first, and drop pairs of two unsafe ones.
+            row_layout: function that returns the layout of rows, called for the first batches. Default: a row for each
+                response.
 
         Raises:
-            InputError: the pairs cannot be read, or none is left.
+            InputError: the pairs cannot be read, or none are left.
         """
         if self.splits is not None:
             return self.splits
@@ -218,7 +221,7 @@ class PreferenceDataModule(L.LightningDataModule):
         held_out = None
         if self.held_out_source is not None:
             held_out, held_out_report = load("held_out", DataSource(self.held_out_source), self.held_out_split)
-            held_out_report.note("prompts that stand in train too (a leak)", count_shared_prompts(train, held_out))
+            held_out_report.note("prompts that are also in train (a leak)", count_shared_prompts(train, held_out))
             self.reports.append(held_out_report)
         elif self.held_out_fraction > 0:
             train, held_out = split_by_prompt(train, self.held_out_fraction, self.seed)
@@ -241,7 +244,7 @@ class PreferenceDataModule(L.LightningDataModule):
         return self.splits
 
     def _join(self, loaded: list[tuple[PairTable, DataReport]]) -> tuple[PairTable, dict[str, float]]:
-        """Pairs of all sources of training pairs, and the weight of each by its place."""
+        """Return the training pairs of all sources, and the weight of each pair by its place."""
         self.reports = [report for _, report in loaded]
         (train, _), *others = loaded
         weights = [given.weight for given in self.train_sources]
@@ -256,7 +259,7 @@ class PreferenceDataModule(L.LightningDataModule):
         return self.splits
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Training pairs, in an order of their own each epoch."""
+        """Return the training pairs, in a different order in every epoch."""
         trainer = self._trainer()
         if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
             raise InputError(
@@ -266,7 +269,7 @@ class PreferenceDataModule(L.LightningDataModule):
         sampler = self._sampler(
             "train",
             self.batch_size,
-            # Asked for, not told: Lightning tells the epoch only to a plain sampler.
+            # A function, because Lightning passes the epoch to plain samplers only.
             epoch=lambda: trainer.current_epoch,
             seed=int(os.environ.get("PL_GLOBAL_SEED", self.seed)),
             accumulate=trainer.accumulate_grad_batches,
@@ -277,7 +280,7 @@ class PreferenceDataModule(L.LightningDataModule):
         return self._loader("train", sampler)
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
-        """The held-out pairs, then the probe of training pairs, as far as they exist."""
+        """Return the held-out pairs, then the probe of training pairs, if they exist."""
         return [
             self._loader(name, self._sampler(name, self.eval_batch_size))
             for name in VALIDATION_SPLITS
@@ -285,17 +288,17 @@ class PreferenceDataModule(L.LightningDataModule):
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """How far into the epoch the run is, for a resume that goes on where it stopped."""
+        """Return the number of finished batches of the epoch, from which a resumed run continues."""
         trainer = self._trainer()
-        # Processed, not ready: a batch whose step failed is to be done again.
+        # `processed`, not `ready`, because a batch whose step failed must be repeated.
         processed = trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
         return {"batches_done": processed % max(1, int(trainer.num_training_batches))}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Skip the batches that the resumed epoch has behind it."""
+        """Skip the finished batches of the resumed epoch."""
         self._resume_batches = int(state_dict["batches_done"])
         if self._train_sampler is not None:
-            # Split models are restored after the optimiser is set up, which has asked for the loader already.
+            # Split models are restored after the optimiser is set up, and that has already created the loader.
             self._train_sampler.skip_batches(self._resume_batches)
         if self._resume_batches:
             rank_zero_info(f"Resuming after batch {self._resume_batches} of the epoch")
@@ -311,7 +314,7 @@ class PreferenceDataModule(L.LightningDataModule):
         return TokenBatchSampler(sizes, self.max_tokens_per_batch, **kwargs)
 
     def _layout(self) -> RowLayout:
-        """How the policy reads pairs."""
+        """Return the layout in which the policy reads pairs."""
         return RowLayout.SPLIT if self._row_layout is None else self._row_layout()
 
     def _loader(self, name: str, sampler: StepSampler) -> DataLoader[Any]:

@@ -1,11 +1,10 @@
-"""What a run will write to the disk, said before its first step."""
+"""The disk space that a run will need, reported before its first step."""
 
 from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -14,17 +13,18 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from bdpo_pl.reporting.format import size
 from bdpo_pl.training.callbacks import LastCheckpoint
 from bdpo_pl.training.memory_plan import state_width
+from bdpo_pl.training.module import PreferenceModule
 
 
 @dataclass(frozen=True)
 class DiskPlan:
-    """Bytes on the disk.
+    """Bytes that a run will write.
 
     Attributes:
-        last: of `last.ckpt`, policy and optimiser.
-        best: of one best checkpoint.
+        last: size of `last.ckpt`, with policy and optimiser.
+        best: size of one best checkpoint.
         kept: number of best checkpoints that are kept; None: all of them.
-        export: of the exported model.
+        export: size of the exported model.
     """
 
     last: int
@@ -34,8 +34,9 @@ class DiskPlan:
 
     @property
     def total(self) -> int:
-        """At the end of the run, with one best checkpoint where all are kept; a checkpoint is written before the one
-        it replaces goes.
+        """Bytes at the end of the run, counting one best checkpoint if all are kept.
+
+        A checkpoint is written before the one that it replaces is removed, so one more is counted.
         """
         return (
             self.last
@@ -44,8 +45,8 @@ class DiskPlan:
             + max(self.last, self.best)
         )
 
-    def told(self, free: int) -> str:
-        """Say it in one line, with what is free."""
+    def sentence(self, free: int) -> str:
+        """Describe the plan in one line, with the free space."""
         many = {None: "each ", 1: "", 0: "none of "}.get(self.kept, f"{self.kept} × ")
         return (
             f"On the disk: last.ckpt {size(self.last)}, best checkpoint {many}{size(self.best)}, exported model "
@@ -54,7 +55,7 @@ class DiskPlan:
 
 
 class SaysDisk(L.Callback):
-    """Says before the first step what the run will write, and warns where the disk is too small for it.
+    """Reports before the first step what the run will write, and warns if the disk is too small.
 
     Args:
         export: whether the model is exported at the end.
@@ -64,12 +65,13 @@ class SaysDisk(L.Callback):
         self.export = export
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say it."""
+        """Report the plan."""
+        assert isinstance(pl_module, PreferenceModule)
         plan = plan_disk(trainer, pl_module, self.export)
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         here = next(path for path in (folder, *folder.resolve().parents) if path.exists())
         free = shutil.disk_usage(here).free
-        rank_zero_info(plan.told(free))
+        rank_zero_info(plan.sentence(free))
         if plan.total > free:
             rank_zero_warn(
                 f"the disk of {folder} has {size(free)} free, and the run will want {size(plan.total)}: free some, set "
@@ -77,12 +79,12 @@ class SaysDisk(L.Callback):
             )
 
 
-def plan_disk(trainer: L.Trainer, module: Any, export: bool) -> DiskPlan:
-    """The plan of a run whose policy is loaded.
+def plan_disk(trainer: L.Trainer, module: PreferenceModule, export: bool) -> DiskPlan:
+    """Compute the plan of a run whose policy is loaded.
 
     Args:
-        trainer: with its checkpoint callbacks.
-        module: a `PreferenceModule`.
+        trainer: Trainer with its checkpoint callbacks.
+        module: module of the run.
         export: whether the model is exported.
     """
     parameters = list(module.policy.parameters())

@@ -1,23 +1,24 @@
-"""Export of a trained policy as a plain Hugging Face folder, and of its adapters as peft has them."""
+"""Export of a trained policy as a plain Hugging Face folder, and of its adapters in peft's format."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
+from bdpo_pl.data.tokenizer_like import TokenizerLike
 from bdpo_pl.files import write_whole_folder
 from bdpo_pl.models.adapter_export import export_adapter
+from bdpo_pl.models.causal_lm import CausalLM
 from bdpo_pl.models.checkpoint import checkpoint_model, plain_model
 from bdpo_pl.models.loading import ModelSource, load_model, processor_files
 from bdpo_pl.training.module import PreferenceModule
 
 
 def export_policy(
-    policy: Any, tokenizer: Any, folder: Path, card: str | None = None, source: ModelSource | None = None
+    policy: CausalLM, tokenizer: TokenizerLike, folder: Path, card: str | None = None, source: ModelSource | None = None
 ) -> Path:
     """Write weights (safetensors), config, generation config, tokenizer and chat template to `folder`.
 
@@ -26,14 +27,14 @@ def export_policy(
 
     Args:
         policy: transformers model.
-        tokenizer: its tokenizer.
-        folder: must not exist yet.
-        card: text of its README.
-        source: whose processors of images, video and sound are exported with it, where it has any.
+        tokenizer: tokenizer of the model.
+        folder: folder to write, which must not exist yet.
+        card: text of the README.
+        source: model whose processors of images, video and sound are exported too, if it has any.
     """
 
     def write(partial: Path) -> None:
-        # Training had no use for the key/value cache; generation does.
+        # Training does not use the key/value cache, but generation does.
         policy.config.use_cache = True
         policy.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
@@ -49,21 +50,21 @@ def export_policy(
 
 def export_model(
     module: PreferenceModule,
-    tokenizer: Any,
+    tokenizer: TokenizerLike,
     folder: Path,
     state: dict[str, Tensor] | None,
     best: Path | None,
     card: str | None = None,
 ) -> Path:
-    """Export the policy of `module`, adapters merged, to `folder` or the next free name beside it; which it was.
+    """Export the policy of `module`, with adapters merged, to `folder` or the next free name; return the folder.
 
     Args:
-        module: after training.
-        tokenizer: the policy's.
-        folder: where to.
-        state: of `whole_state`, where the policy in memory is not a plain model.
-        best: checkpoint whose weights are exported in place of the last ones.
-        card: text of its README.
+        module: module after training.
+        tokenizer: tokenizer of the policy.
+        folder: folder to write.
+        state: weights from `whole_state`, if the policy in memory is not a plain model.
+        best: checkpoint whose weights are exported instead of the last ones.
+        card: text of the README.
     """
     policy = module.policy
     if best is not None:
@@ -74,13 +75,13 @@ def export_model(
 
 
 def export_adapters(module: PreferenceModule, folder: Path, state: dict[str, Tensor], card: str | None = None) -> Path:
-    """Export the adapters in `state`, of `whole_state`, to `folder` or the next free name beside it; which it was.
+    """Export the adapters in `state` to `folder` or the next free name; return the folder.
 
     Args:
-        module: after training.
-        folder: where to.
-        state: of all ranks.
-        card: text of the README, in place of peft's empty one.
+        module: module after training.
+        folder: folder to write.
+        state: weights from `whole_state`.
+        card: text of the README, instead of peft's empty one.
     """
     lora, base = module.lora, load_model(module.source, module.dtype_used)
     assert lora is not None
@@ -95,7 +96,7 @@ def export_adapters(module: PreferenceModule, folder: Path, state: dict[str, Ten
 
 
 def _forget_machine(config: Path) -> None:
-    """Take out of a saved tokenizer's settings how this machine was told to look for it."""
+    """Remove from a saved tokenizer's settings that this machine looked for its files locally."""
     if not config.is_file():
         return
     settings = json.loads(config.read_text(encoding="utf-8"))
@@ -104,7 +105,7 @@ def _forget_machine(config: Path) -> None:
 
 
 def _free(folder: Path) -> Path:
-    """`folder`, or if a resumed run finds its own earlier export there, the next free name beside it."""
+    """Return `folder`, or the next free name beside it if an earlier export of a resumed run is there."""
     number = 1
     free = folder
     while free.exists():

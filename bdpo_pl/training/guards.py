@@ -1,9 +1,8 @@
-"""Guards of a training step: numbers that are not finite, and a first loss that is not what it must be."""
+"""Checks of a training step: finite numbers, and the expected first loss."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import lightning as L
 import torch
@@ -15,13 +14,15 @@ from bdpo_pl.losses import PreferenceLoss
 
 
 def require_finite_loss(trainer: L.Trainer, loss: Tensor, places: Sequence[str], batch_idx: int) -> None:
-    """Raise on every rank if `loss` is not finite on any: before the backward pass, with the weights still good.
+    """Raise an error on every rank if `loss` is not finite on any rank.
+
+    This happens before the backward pass, so the weights are still those of the last good step.
 
     Args:
-        trainer: knows the ranks, and how far training is.
-        loss: of a micro-batch.
-        places: file and row of its pairs.
-        batch_idx: its number in the epoch.
+        trainer: Trainer of the run.
+        loss: loss of a micro-batch.
+        places: file and row of each of its pairs.
+        batch_idx: number of the micro-batch in the epoch.
 
     Raises:
         NonFiniteError: the loss is NaN or infinite on some rank.
@@ -38,10 +39,11 @@ def require_finite_loss(trainer: L.Trainer, loss: Tensor, places: Sequence[str],
 
 
 def finite_gradient_norm(trainer: L.Trainer, model: nn.Module) -> Tensor:
-    """Measure the norm of all gradients of `model`, and stop before a step with one that is not finite.
+    """Compute the norm of all gradients of `model`, and refuse one that is not finite.
 
     Raises:
-        NonFiniteError: the norm is NaN or infinite; but not with fp16, whose loss scaling skips such a step.
+        NonFiniteError: the norm is NaN or infinite. With fp16 no error is raised, because its loss scaling skips the
+            step.
     """
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads)
@@ -56,17 +58,17 @@ def finite_gradient_norm(trainer: L.Trainer, model: nn.Module) -> Tensor:
 
 
 def scales_the_loss(trainer: L.Trainer) -> bool:
-    """Whether the precision is fp16, under which gradients are scaled until the step."""
+    """Return true if the precision is fp16, whose gradients are scaled until the optimiser step."""
     return str(trainer.precision).startswith("16")
 
 
 def check_first_loss(trainer: L.Trainer, losses: Tensor, expected: float) -> None:
-    """Warn if the first loss is not what it must be when the policy is its own reference (ln 2 for DPO).
+    """Warn if the first loss is not the known value for a policy that equals its reference (ln 2 for DPO).
 
     Args:
-        trainer: its precision says how far rounding may go.
-        losses: (B,) of the first micro-batch.
-        expected: the loss of any pair then.
+        trainer: Trainer of the run, whose precision determines the tolerance.
+        losses: (B,) losses of the first micro-batch.
+        expected: known loss of every pair.
     """
     low = str(trainer.precision).startswith(("bf16", "16"))
     error = (losses.detach() - expected).abs().max().item()
@@ -79,7 +81,7 @@ def check_first_loss(trainer: L.Trainer, losses: Tensor, expected: float) -> Non
         rank_zero_info(f"First loss {losses.detach().mean().item():.6f}: policy and reference agree")
 
 
-def check_weights(loss: PreferenceLoss, weights: Any) -> None:
+def check_weights(loss: PreferenceLoss, weights: object) -> None:
     """Raise `InputError` if the pairs have weights, and `loss` of a pair depends on the others of its batch."""
     if weights is not None and loss.mixes_pairs:
         raise InputError(
@@ -89,7 +91,7 @@ def check_weights(loss: PreferenceLoss, weights: Any) -> None:
 
 
 def say_unscored(loss: PreferenceLoss, mode: str) -> None:
-    """Say that no pair is scored, and which curves are missing for it, where the loss reads no score."""
+    """Log that no pair is scored, and which curves are therefore missing, if the loss reads no score."""
     if mode == "none" and not (loss.needs_reference or loss.needs_comprehension):
         rank_zero_info(
             f"{type(loss).__name__} reads no reference, so no pair is scored before training: drift and comprehension "

@@ -1,4 +1,4 @@
-"""What a run is, kept in its checkpoints, so that a resume cannot go on as another run in silence."""
+"""The identity of a run, saved in its checkpoints, so that a resumed run cannot silently become a different one."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from bdpo_pl.data.tokenizer_like import TokenizerLike
 from bdpo_pl.errors import InputError
-from bdpo_pl.models.loading import model_fingerprint, resolve_dtype
+from bdpo_pl.models.loading import model_fingerprint
 from bdpo_pl.parallel.ranks import data_ranks
 from bdpo_pl.training.datamodule import PreferenceDataModule
 from bdpo_pl.training.module import PreferenceModule
@@ -25,24 +26,24 @@ from bdpo_pl.training.optim import parameter_groups
 _KEY = "bdpo_pl_run"
 
 MUST_AGREE = ("data", "tokenizer", "template", "policy", "reference", "loss")
-"""What would make the rest of the run another run's; a resume stops where one of them differs."""
+"""Traits that define a run; a run is not resumed if one of them differs."""
 
 _ORDER = {"batches", "seed"}
-"""What changes the order of the pairs, so that "the batches that are done" are other pairs now."""
+"""Traits that determine the order of the pairs: if one differs, the skipped batches contain other pairs."""
 
 _OPTIMIZER = "optimizer"
 
 
 @dataclass
 class ResumeOptions:
-    """What a resumed run may do otherwise than the run that it goes on from.
+    """Differences between a resumed run and the run of its checkpoint.
 
     Args:
-        allow: Differences to go on in spite of, as `[loss, data]`: data, tokenizer, template, policy, reference, loss.
-            Others need no leave; each is named when the run goes on.
+        allow: differences that are allowed, as `[loss, data]`: data, tokenizer, template, policy, reference, loss.
+            Other differences are always allowed, and reported when the run is resumed.
 
     Raises:
-        InputError: A name that is none of these.
+        InputError: a name is none of these.
     """
 
     allow: list[str] = field(default_factory=list)
@@ -57,26 +58,26 @@ class ResumeOptions:
 
 @dataclass(frozen=True)
 class Trait:
-    """One thing that makes a run what it is.
+    """One trait of a run.
 
     Attributes:
-        value: Compared; a digest or plain values.
-        shown: As messages show it.
+        value: value that is compared: a digest or plain values.
+        shown: text in messages.
     """
 
     value: Any
     shown: str
 
     def to_plain(self) -> dict[str, Any]:
-        """Values that a checkpoint may hold."""
+        """Return the trait as values that a checkpoint may contain."""
         return {"value": self.value, "shown": self.shown}
 
 
 def describe_run(trainer: L.Trainer, module: PreferenceModule, data: PreferenceDataModule) -> dict[str, Trait]:
-    """What this run is, by name; its data must be loaded.
+    """Return the traits of this run by name; its data must be loaded.
 
     Raises:
-        InputError: The optimiser refuses its options.
+        InputError: the optimiser refuses its options.
     """
     table = data.tables["train"]
     content = table.content_digest()
@@ -91,7 +92,7 @@ def describe_run(trainer: L.Trainer, module: PreferenceModule, data: PreferenceD
     template = None if data.chat_template == "none" else data.tokenizer.chat_template
     traits["template"] = Trait(None, "none") if not template else _digest(_sha(str(template)), data.chat_template)
     if module.lora is not None:
-        # The checkpoint holds the adapters alone.
+        # The checkpoint contains the adapters alone.
         adapter = module.lora.digest()
         digest = model_fingerprint(module.source)
         traits["policy"] = _digest(digest if adapter is None else _sha(f"{digest} {adapter}"), module.source.name)
@@ -117,19 +118,19 @@ def describe_run(trainer: L.Trainer, module: PreferenceModule, data: PreferenceD
 def check_resume(
     saved: Mapping[str, Mapping[str, Any]], now: Mapping[str, Trait], allow: Sequence[str], batches_done: int
 ) -> set[str]:
-    """Compare the run of a checkpoint with this one, and say every difference.
+    """Compare the run of a checkpoint with this one, and log every difference.
 
     Args:
-        saved: The traits in the checkpoint.
-        now: Those of this run.
-        allow: Names of differences to go on in spite of.
-        batches_done: Batches of its epoch that the checkpoint has behind it.
+        saved: traits in the checkpoint.
+        now: traits of this run.
+        allow: names of allowed differences.
+        batches_done: number of finished batches in the checkpoint's epoch.
 
     Returns:
         Names of the traits that differ.
 
     Raises:
-        InputError: One differs that must agree and is not allowed, or the optimiser is another class.
+        InputError: a trait differs that must agree and is not allowed, or the optimiser is of another class.
     """
     names = [name for name in dict.fromkeys([*now, *saved]) if _value(saved.get(name)) != _value_of(now.get(name))]
     lines = {name: f"{name}: {_shown(saved.get(name))} → {_shown_of(now.get(name))}" for name in names}
@@ -147,7 +148,7 @@ def check_resume(
             f"--resume.allow '[{', '.join(sorted({*allow, *refused}))}]'"
         )
     if names:
-        rank_zero_info("The resumed run differs from the one that it goes on from:")
+        rank_zero_info("The resumed run differs from the run of its checkpoint:")
     for name in names:
         if name in allow:
             what = "allowed"
@@ -161,14 +162,13 @@ def check_resume(
 
 
 class RunIdentity(L.Callback):
-    """Writes what the run is into its checkpoints, and compares it on a resume, before the scoring pass.
+    """Saves the traits of the run in its checkpoints, and compares them when it is resumed, before the scoring pass.
 
-    Learning rate and schedule are restored by Lightning from the checkpoint; where the user gives others, they are put
-    back in force here.
+    Lightning restores learning rate and schedule from the checkpoint; if the user gives others, they are applied here.
 
     Args:
-        resume_from: The checkpoint that the run goes on from, if any.
-        allow: Differences to go on in spite of; see `ResumeOptions`.
+        resume_from: checkpoint from which the run is resumed, if any.
+        allow: allowed differences; see `ResumeOptions`.
     """
 
     def __init__(self, resume_from: str | None = None, allow: Sequence[str] = ()) -> None:
@@ -188,11 +188,11 @@ class RunIdentity(L.Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         self.traits = describe_run(trainer, pl_module, data)
         if self.resume_from is not None and Path(self.resume_from).is_file():
-            # Its tensors stay on disk.
+            # Its tensors remain on disk.
             self._compare(trainer, torch.load(self.resume_from, map_location="cpu", mmap=True, weights_only=True))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep the optimiser's options as given, before the checkpoint's replace them."""
+        """Remember the user's options of the optimiser before the checkpoint replaces them."""
         self._options = [
             {name: value for name, value in group.items() if name != "params"}
             for optimizer in trainer.optimizers
@@ -200,13 +200,13 @@ class RunIdentity(L.Callback):
         ]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Put the optimiser's options and the schedule in force that the user gives now."""
+        """Apply the optimiser's options and the schedule that the user gives now."""
         changed = {name.removeprefix("optimizer.") for name in self._differs if name.startswith("optimizer.")}
         schedule = {"lr_schedule", "warmup_ratio", "max_epochs", "max_steps", "limit_train_batches"} & self._differs
         if not (changed or schedule):
             return
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        # What the scheduler starts from.
+        # The scheduler computes its rates from this one.
         changed |= {"initial_lr"} if "lr" in changed else set()
         for group, given in zip(groups, self._options, strict=True):
             group.update({name: given[name] for name in changed if name in given})
@@ -224,7 +224,7 @@ class RunIdentity(L.Callback):
             scheduler._last_lr = rates
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add what the run is, and its validations until now, of which the closing table shows the first."""
+        """Add the traits of the run and its validations so far, the first of which the final table shows."""
         assert isinstance(pl_module, PreferenceModule)
         checkpoint[_KEY] = {
             "traits": {name: trait.to_plain() for name, trait in self.traits.items()},
@@ -233,7 +233,7 @@ class RunIdentity(L.Callback):
         }
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take up the validations; compare the runs if that could not be done earlier."""
+        """Restore the validations; compare the runs if that could not be done earlier."""
         assert isinstance(pl_module, PreferenceModule)
         self._compare(trainer, checkpoint)
         earlier = checkpoint.get(_KEY, {}).get("evaluations", {})
@@ -254,7 +254,7 @@ class RunIdentity(L.Callback):
 
 
 def _optimizer_traits(module: PreferenceModule) -> dict[str, Trait]:
-    """The optimiser's class and options, found out on two small parameters, long before the real ones are there."""
+    """Return the optimiser's class and options, from one made for two small parameters before the policy exists."""
     model = nn.Module()
     model.matrix, model.vector = nn.Parameter(torch.zeros(1, 1)), nn.Parameter(torch.zeros(1))
     optimizer = checked_optimizer(module.optimizer, model)
@@ -268,10 +268,10 @@ def _optimizer_traits(module: PreferenceModule) -> dict[str, Trait]:
 
 
 def checked_optimizer(make: Callable[[Any], torch.optim.Optimizer], model: nn.Module) -> torch.optim.Optimizer:
-    """The optimiser that `make` gives for the parameters of `model`.
+    """Make the optimiser of the parameters of `model`.
 
     Raises:
-        InputError: It refuses its options.
+        InputError: the optimiser refuses its options.
     """
     try:
         return make(parameter_groups(model))
@@ -285,8 +285,7 @@ def _reference(module: PreferenceModule, trainer: L.Trainer) -> Trait:
     if module.reference_mode == "none":
         return Trait(None, "none")
     source = module.reference_source
-    name = module.dtype_name if module.reference_dtype == "auto" else module.reference_dtype
-    dtype = resolve_dtype(name, str(trainer.precision))
+    dtype = module.dtype_of_reference(str(trainer.precision))
     adapter = module.lora.digest() if module.lora is not None and module.own_reference else None
     digest = _sha(f"{model_fingerprint(source)} {source.revision} {dtype}" + (f" {adapter}" if adapter else ""))
     return _digest(digest, f"{source.name} in {str(dtype).removeprefix('torch.')}")
@@ -298,18 +297,18 @@ def _batches(trainer: L.Trainer, data: PreferenceDataModule) -> Trait:
     if data.max_tokens_per_batch is not None:
         value: list[Any] = ["tokens", data.max_tokens_per_batch, ranks, accumulate]
         return Trait(value, f"{data.max_tokens_per_batch} tokens on each of {ranks} ranks, {accumulate} to a step")
-    # Pairs are dealt out to ranks in the epoch's order, so two ranks of four are as one of eight.
+    # Ranks take pairs in the epoch's order, so two ranks with four pairs each equal one rank with eight.
     pairs = data.batch_size * ranks
     return Trait(["pairs", pairs, accumulate], f"{pairs} pairs over all ranks, {accumulate} to a step")
 
 
-def _tokenizer_digest(tokenizer: Any) -> str:
+def _tokenizer_digest(tokenizer: TokenizerLike) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         described: Any = sorted(tokenizer.get_vocab().items())
     else:
         described = json.loads(backend.to_str())
-        # Settings of the last call, and not of the tokenizer.
+        # These are settings of the last call, not of the tokenizer.
         described.pop("truncation", None)
         described.pop("padding", None)
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
@@ -320,7 +319,7 @@ def _digest(digest: str, what: str) -> Trait:
     return Trait(digest, f"{what} (sha256 {digest[:12]})")
 
 
-def _plain(value: Any) -> Trait:
+def _plain(value: object) -> Trait:
     plain = list(value) if isinstance(value, tuple) else value
     return Trait(plain, str(value))
 

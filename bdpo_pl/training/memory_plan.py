@@ -1,8 +1,8 @@
-"""What a run will need of each device's memory, without allocating the model.
+"""The memory that a run will need on each device, computed without allocating the model.
 
-Weights, gradients and optimiser are counted; activations are recorded: the model's own forward pass runs on the meta
-device, where tensors have shapes and no memory, and every tensor that it keeps for the backward pass is added up. Two
-depths are recorded, one and two layers, and the rest follows: all layers of these models are alike in size.
+Weights, gradients and optimiser state are counted. Activations are recorded: the model's forward pass runs on the meta
+device, where tensors have shapes but no memory, and the tensors that it saves for the backward pass are summed. It is
+recorded with one and with two layers; the difference is the size of every further layer, since all are equally large.
 
 Shapes: R rows; T positions; N scored tokens; D hidden size; V vocabulary. All results are bytes on one device.
 """
@@ -31,10 +31,13 @@ from bdpo_pl.forward.last_layer import scored_positions_only
 from bdpo_pl.forward.masks import model_inputs
 from bdpo_pl.forward.responses import head_input
 from bdpo_pl.models.adapters import LoraOptions
+from bdpo_pl.models.causal_lm import CausalLM, ModelConfig
 from bdpo_pl.models.loading import ModelSource, load_config, num_positions, resolve_dtype
 from bdpo_pl.models.precision import autocast_dtype
 from bdpo_pl.parallel.tensor_parallel import check_tensor_parallel
+from bdpo_pl.training.datamodule import PreferenceDataModule
 from bdpo_pl.training.meta_attention import attention_as_on_devices
+from bdpo_pl.training.module import PreferenceModule
 from bdpo_pl.training.parameter_counts import (
     Devices,
     count_parameters,
@@ -45,7 +48,7 @@ from bdpo_pl.training.parameter_counts import (
 from bdpo_pl.training.planned_batches import longest_batch, worst_batch
 from bdpo_pl.training.planned_reference import HostReference, plan_host, plan_reference
 
-# bitsandbytes' nf4 with double quantisation: 4 bits a weight, and 0.127 for its scales (arXiv:2305.14314).
+# bitsandbytes' nf4 with double quantisation: 4 bits per weight, and 0.127 for its scales (arXiv:2305.14314).
 _NF4_BYTES = (4 + 0.127) / 8
 
 
@@ -54,14 +57,14 @@ class MemoryPlan:
     """Bytes on one device.
 
     Attributes:
-        weights: parameters that stay.
-        gathered: FSDP2's whole copies of what is computed with (embedding, LM head, two blocks), or autocast's copies.
-        optimizer: its state.
-        gradients: of trained parameters, after the backward pass; with DDP's buckets.
-        activations: kept for the backward pass.
-        logits_chunk: one chunk of logits and the LM head's own gradients, which are computed on the way forward.
-        reference: weights of the reference, and of what FSDP2 gathers of them, while pairs are scored.
-        live: whether the reference stays in memory; else it is freed before the policy is loaded.
+        weights: parameters.
+        gathered: FSDP2's whole copies of the weights in use (embedding, LM head, two blocks), or autocast's copies.
+        optimizer: state of the optimiser.
+        gradients: gradients of trained parameters after the backward pass, including DDP's buckets.
+        activations: tensors saved for the backward pass.
+        logits_chunk: one chunk of logits, and the LM head's gradients, which are computed in the forward pass.
+        reference: weights of the reference while pairs are scored, including FSDP2's whole copies.
+        live: whether the reference stays in memory; otherwise it is freed before the policy is loaded.
         host: the reference in the memory of a machine whose processes each load it.
     """
 
@@ -77,12 +80,12 @@ class MemoryPlan:
 
     @property
     def peak(self) -> int:
-        """The larger of two moments: the loss is computed and nothing yet freed; all gradients are there."""
+        """The larger of two sums: after the loss, before anything is freed; and once all gradients exist."""
         held = self.weights + self.optimizer + self.gathered + (self.reference if self.live else 0)
         return held + max(self.activations + self.logits_chunk, self.gradients)
 
     def table(self) -> Table:
-        """For people."""
+        """Return the plan as a table for the terminal."""
         table = Table(title="Memory on each device", title_justify="left")
         table.add_column("")
         table.add_column("GiB", justify="right")
@@ -107,7 +110,7 @@ class MemoryPlan:
 
 def plan_memory(
     source: ModelSource,
-    config: Any,
+    config: ModelConfig,
     batch: SequenceBatch,
     dtype: torch.dtype,
     optimizer: Callable[[Any], torch.optim.Optimizer],
@@ -117,18 +120,18 @@ def plan_memory(
     gradient_checkpointing: bool = False,
     half_products: torch.dtype | None = None,
 ) -> MemoryPlan:
-    """Memory of a training step on one device.
+    """Compute the memory of a training step on one device.
 
     Args:
-        source: the model, for messages and its attention implementation.
-        config: its transformers configuration; nothing else of it is read.
-        batch: a micro-batch, on the CPU.
-        dtype: of the weights.
-        optimizer: makes the optimiser, of which one step is taken on one small matrix.
-        devices: how the model is spread.
-        lora: adapters, if they are what is trained.
+        source: model, for messages and its attention implementation.
+        config: transformers configuration of the model; no weights are read.
+        batch: micro-batch on the CPU.
+        dtype: dtype of the weights.
+        optimizer: function that makes the optimiser, which takes one step on a small matrix.
+        devices: devices over which the model is distributed.
+        lora: options of the adapters, if only adapters are trained.
         gradient_checkpointing: whether activations are recomputed.
-        half_products: dtype of autocast's products, if it is on.
+        half_products: dtype of autocast's products; None without autocast.
     """
     counts = count_parameters(source, config, dtype, lora, devices)
     shards = devices.data if devices.sharded else 1
@@ -140,13 +143,13 @@ def plan_memory(
     product = (half_products or dtype).itemsize
     gathered = 0.0
     if devices.sharded and devices.data > 1:
-        # A block is gathered while the one before it computes.
+        # FSDP2 gathers a block while the previous one computes.
         gathered = (counts.outside + 2 * counts.block) * product
     elif half_products is not None and half_products != dtype:
         gathered = counts.all * product
     gradients = counts.trained * trained_width / shards
     if not devices.sharded and devices.data > 1:
-        # DDP's buckets hold them once more.
+        # DDP's buckets are a second copy.
         gradients *= 2
     elif devices.sharded and devices.data > 1:
         gradients += counts.trained_block * product
@@ -165,24 +168,24 @@ def plan_memory(
 
 def planned(
     trainer: L.Trainer,
-    module: Any,
-    data: Any,
+    module: PreferenceModule,
+    data: PreferenceDataModule,
     *,
     pairs: int | None = None,
     longest: PairTable | None = None,
     gradient_checkpointing: bool | None = None,
     lora: LoraOptions | None = None,
 ) -> MemoryPlan:
-    """The plan of a run that is set up and not begun: of its largest micro-batch, with the longest pairs it allows.
+    """Compute the plan of a run before it begins, for its largest micro-batch with the longest possible pairs.
 
     Args:
-        trainer: its strategy, precision and devices.
-        module: a `PreferenceModule`.
-        data: a `PreferenceDataModule`.
-        pairs: in a micro-batch, in place of what `data` says.
-        longest: pairs of which the longest count, in place of pairs that fill the window.
-        gradient_checkpointing: in place of what `module` says.
-        lora: adapters, in place of what `module` says.
+        trainer: Trainer, for its strategy, precision and devices.
+        module: module of the run.
+        data: data module of the run.
+        pairs: number of pairs in a micro-batch. Default: as in `data`.
+        longest: pairs whose longest ones fill the micro-batch. Default: pairs that fill the window.
+        gradient_checkpointing: whether activations are recomputed. Default: as in `module`.
+        lora: options of the adapters. Default: as in `module`.
 
     Raises:
         InputError: there is no such model.
@@ -191,7 +194,7 @@ def planned(
     sharded = isinstance(strategy, ModelParallelStrategy)
     world = trainer.num_nodes * trainer.num_devices
     asked = getattr(strategy, "_tensor_parallel_size", 1)
-    # Lightning's `auto` means the devices of a node.
+    # In Lightning, `auto` means all devices of a node.
     tensor = (trainer.num_devices if asked == "auto" else int(asked)) if sharded else 1
     devices = Devices(max(1, world // tensor), tensor, sharded, _kind(trainer))
     config = load_config(module.source)
@@ -221,8 +224,7 @@ def planned(
     own = module.lora is not None and module.own_reference
     if module.reference_mode == "none" or (module.reference_mode == "live" and own):
         return plan
-    name = module.dtype_name if module.reference_dtype == "auto" else module.reference_dtype
-    dtype = resolve_dtype(name, str(trainer.precision))
+    dtype = module.dtype_of_reference(str(trainer.precision))
     products = autocast_dtype(str(trainer.precision)) if module.reference_mode == "precomputed" else None
     reference = plan_reference(module.reference_source, load_config(module.reference_source), dtype, devices, products)
     host = None
@@ -237,7 +239,7 @@ def _kind(trainer: L.Trainer) -> str:
 
 def _activations(
     source: ModelSource,
-    config: Any,
+    config: ModelConfig,
     batch: SequenceBatch,
     dtype: torch.dtype,
     gradient_checkpointing: bool,
@@ -250,28 +252,28 @@ def _activations(
     )
     if not gradient_checkpointing:
         return one + (layers - 1) * (two - one)
-    # What enters each layer, and one layer at a time in full.
+    # The input of each layer is saved, and all tensors of one layer at a time.
     R, T = batch.input_ids.shape
     entering = R * T * config.get_text_config().hidden_size * dtype.itemsize
     return one + layers * entering
 
 
-def _kept(model: Any, batch: SequenceBatch, whole: bool) -> int:
-    """Bytes that a forward pass of `model`, on the meta device, keeps for the backward pass, parameters aside."""
+def _kept(model: CausalLM, batch: SequenceBatch, whole: bool) -> int:
+    """Return the bytes that a forward pass of `model` on the meta device saves for backward, without parameters."""
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
-            # Held, so that no other storage takes its address.
+            # Kept alive, so that no other storage can get the same address.
             kept[storage._cdata] = storage
         return tensor
 
     batch = batch.to(torch.device("meta"))
     inputs = model_inputs(model, batch)
     if not batch.shared:
-        # Nothing is padded in the worst case, where no mask is kept; transformers would look at its values to find out.
+        # In the worst case nothing is padded, so no mask is saved; transformers would read the mask to find that out.
         T = batch.input_ids.shape[1]
         inputs["attention_mask"] = torch.empty(1, 1, T, T, dtype=torch.bool, device="meta")
     narrow = nullcontext() if whole else scored_positions_only(model, batch)
@@ -287,17 +289,17 @@ def _kept(model: Any, batch: SequenceBatch, whole: bool) -> int:
 
 
 def _logits_chunk(
-    config: Any, batch: SequenceBatch, dtype: torch.dtype, devices: Devices, weight_dtype: torch.dtype | None
+    config: ModelConfig, batch: SequenceBatch, dtype: torch.dtype, devices: Devices, weight_dtype: torch.dtype | None
 ) -> int:
-    """Bytes of the LM head's operation; `weight_dtype` is None where the head is frozen."""
+    """Return the bytes of the LM head's operation; `weight_dtype` is None if the head is frozen."""
     text = config.get_text_config()
     v, D, N = -(-text.vocab_size // devices.tensor), text.hidden_size, len(batch.labels)
-    # The packed hidden states and their gradient come with it.
+    # This includes the packed hidden states and their gradient.
     return 2 * N * D * dtype.itemsize + head_bytes(N, v, D, dtype, torch.device(devices.kind), weight_dtype)
 
 
 def state_width(optimizer: Callable[[Any], torch.optim.Optimizer], dtype: torch.dtype) -> float:
-    """Bytes of optimiser state for each parameter."""
+    """Return the bytes of optimiser state per parameter."""
     parameter = nn.Parameter(torch.zeros(8, 8, dtype=dtype))
     made = optimizer([{"params": [parameter]}])
     parameter.grad = torch.zeros_like(parameter)

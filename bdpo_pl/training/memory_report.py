@@ -1,11 +1,11 @@
-"""The plan of a run's memory for people: what it assumes, whether it fits, and what would bring it down."""
+"""The memory plan of a run in words: its assumptions, whether the run fits, and which options would reduce it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, Unpack
 
 import lightning as L
 import torch
@@ -17,21 +17,31 @@ from bdpo_pl.console import get_console
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.models.adapters import LoraOptions
 from bdpo_pl.reporting.format import size
+from bdpo_pl.training.datamodule import PreferenceDataModule
 from bdpo_pl.training.memory_plan import planned
+from bdpo_pl.training.module import PreferenceModule
 
 _USABLE = 0.9
-"""Share of a device's memory that a plan may fill: the allocator and the process want some."""
+"""Share of a device's memory that a plan may use; the allocator and the process need the rest."""
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
-def dry_run(trainer: L.Trainer, module: Any, data: Any, reads_data: bool) -> None:
-    """Print what each device's memory will hold, what that assumes, and what would change it.
+class _Changes(TypedDict, total=False):
+    """Options of `planned` that replace those of the run."""
+
+    pairs: int
+    gradient_checkpointing: bool
+    lora: LoraOptions
+
+
+def dry_run(trainer: L.Trainer, module: PreferenceModule, data: PreferenceDataModule, reads_data: bool) -> None:
+    """Print the memory plan, its assumptions and the options that would change it.
 
     Args:
-        trainer: its strategy, precision and devices.
-        module: a `PreferenceModule`.
-        data: a `PreferenceDataModule`.
-        reads_data: there are pairs, whose lengths count.
+        trainer: Trainer, for its strategy, precision and devices.
+        module: module of the run.
+        data: data module of the run.
+        reads_data: whether to read the pairs and use their lengths.
     """
     longest = None
     if reads_data:
@@ -46,8 +56,10 @@ def dry_run(trainer: L.Trainer, module: Any, data: Any, reads_data: bool) -> Non
     console.print(options_table(trainer, module, data, longest, plan.peak, memory))
 
 
-def assumptions(trainer: L.Trainer, module: Any, data: Any, longest: PairTable | None) -> Iterator[str]:
-    """What the plan is of, a sentence each."""
+def assumptions(
+    trainer: L.Trainer, module: PreferenceModule, data: PreferenceDataModule, longest: PairTable | None
+) -> Iterator[str]:
+    """Yield the assumptions of the plan, one sentence each."""
     batch = f"{data.batch_size} pairs" if data.max_tokens_per_batch is None else f"{data.max_tokens_per_batch:,} tokens"
     if longest is None:
         yield (
@@ -66,7 +78,7 @@ def assumptions(trainer: L.Trainer, module: Any, data: Any, longest: PairTable |
 
 
 def verdict(peak: int, memory: int | None) -> str:
-    """Whether it fits."""
+    """Say whether the plan fits into the device."""
     if memory is None:
         return f"The peak is {size(peak)}; this machine does not say what it has."
     fits = "fits" if peak <= _USABLE * memory else "does not fit"
@@ -74,9 +86,14 @@ def verdict(peak: int, memory: int | None) -> str:
 
 
 def options_table(
-    trainer: L.Trainer, module: Any, data: Any, longest: PairTable | None, peak: int, memory: int | None
+    trainer: L.Trainer,
+    module: PreferenceModule,
+    data: PreferenceDataModule,
+    longest: PairTable | None,
+    peak: int,
+    memory: int | None,
 ) -> Table:
-    """Which option brings the peak to what."""
+    """Return a table of options with the peak that each would lead to."""
     table = Table(title="What would change it", title_justify="left")
     for column in ("option", "peak", "fits"):
         table.add_column(column, justify="right" if column == "peak" else "left")
@@ -87,11 +104,15 @@ def options_table(
 
 
 def alternatives(
-    trainer: L.Trainer, module: Any, data: Any, longest: PairTable | None, memory: int | None
+    trainer: L.Trainer,
+    module: PreferenceModule,
+    data: PreferenceDataModule,
+    longest: PairTable | None,
+    memory: int | None,
 ) -> Iterator[tuple[str, int]]:
-    """(option, peak in bytes) of what brings the peak down, and of the largest batch that fits, larger or smaller."""
+    """Yield (option, peak in bytes) for options that reduce the peak, and for the largest batch that fits."""
 
-    def peak(**options: Any) -> int:
+    def peak(**options: Unpack[_Changes]) -> int:
         return planned(trainer, module, data, longest=longest, **options).peak
 
     if data.max_tokens_per_batch is None:
@@ -112,8 +133,8 @@ def alternatives(
             yield "--model.lora.r 16 --model.gradient_checkpointing true", both
 
 
-def largest_batch(peak: Any, memory: int, most: int = 64) -> int | None:
-    """The largest power of two of pairs whose `peak` fits into `memory`; None if not even one pair does."""
+def largest_batch(peak: Callable[[int], int], memory: int, most: int = 64) -> int | None:
+    """Return the largest power of two of pairs whose `peak` fits into `memory`; None if one pair does not fit."""
     found = None
     pairs = 1
     while pairs <= most and peak(pairs) <= _USABLE * memory:
@@ -123,7 +144,7 @@ def largest_batch(peak: Any, memory: int, most: int = 64) -> int | None:
 
 
 def device_memory(trainer: L.Trainer) -> int | None:
-    """Bytes of one device: of a GPU, or what this process may have of the machine's, shared by its processes."""
+    """Return the bytes of one GPU, or each process's share of the memory that the machine or container allows."""
     if isinstance(trainer.accelerator, CUDAAccelerator):
         return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
     try:
@@ -138,12 +159,13 @@ def device_memory(trainer: L.Trainer) -> int | None:
 
 
 class WarnsOfMemory(L.Callback):
-    """Warns before anything is scored where the run will not fit into its device."""
+    """Warns before the scoring pass if the run will not fit into its device."""
 
-    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Compare plan and device."""
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Compare the plan with the device's memory."""
         if stage != "fit":
             return
+        assert isinstance(pl_module, PreferenceModule)
         splits = pl_module.read_pairs()
         if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
             return
@@ -151,7 +173,7 @@ class WarnsOfMemory(L.Callback):
         try:
             plan = planned(trainer, pl_module, data, longest=splits.tables["train"])
         except (NotImplementedError, RuntimeError, TypeError, AttributeError):
-            # A model that does not run without memory is planned by none.
+            # Without a forward pass on the meta device there is no plan.
             return
         if memory is not None and plan.peak > _USABLE * memory:
             rank_zero_warn(

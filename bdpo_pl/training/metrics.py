@@ -1,4 +1,4 @@
-"""What is logged of every batch of pairs, on training and on held-out pairs alike."""
+"""The metrics of a batch of pairs, the same for training and held-out pairs."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ NAMES = (
     "comprehension_rejected",
     "logp_accuracy",
 )
-"""In the order of checkpoints: a new name goes to the end."""
+"""Names of the metrics, in the order of checkpoints: a new name must be appended."""
 
 
 def pair_metrics(loss: PreferenceLoss, policy: Tensor, scores: PairScores, losses: Tensor) -> dict[str, Tensor]:
-    """Compute the values of `NAMES` for each pair, those that the loss and the data allow; (B,) each, detached.
+    """Compute the metrics `NAMES` of each pair that loss and data determine; (B,) each, detached.
 
-    - reward_*: implicit reward by the loss: β·log(π_θ/π_ref), or for a loss that reads no reference what it compares
-      instead (`PreferenceLoss.rewards`); margin: chosen − rejected; accuracy: margin > 0, a tie counting ½ (rewards
-      within β·1e-3, which is rounding, tie).
-    - logp_*: log π_θ(y|x); drift_*: log π_θ(y|x) − log π_ref(y|x), where there are reference scores. A falling
-      drift_chosen is the sign of a policy that learns to avoid the rejected response at the cost of the chosen one.
-    - logp_accuracy: log π_θ(y|x)/|y| of the chosen above that of the rejected, a tie counting ½: what a model
-      prefers by itself, with no reference; before training the base model's.
+    - reward_*: implicit reward of the loss: β·log(π_θ/π_ref), or for a loss without reference the quantity that it
+      compares (`PreferenceLoss.rewards`); margin: chosen − rejected; accuracy: 1 if margin > 0, ½ for a tie (rewards
+      within β·1e-3, a difference that rounding explains).
+    - logp_*: log π_θ(y|x); drift_*: log π_θ(y|x) − log π_ref(y|x), if there are reference scores. A falling
+      drift_chosen shows that the policy unlearns the chosen response along with the rejected one.
+    - logp_accuracy: 1 if log π_θ(y|x)/|y| of the chosen is above that of the rejected, ½ for a tie. It is the model's
+      own preference, without a reference; before training, the base model's.
     - weight_*: balance weights; imbalance: |w_w − w_l|. comprehension_*: by the loss's estimator.
 
     Args:
         loss: the loss.
         policy: (2, B) log π_θ of the chosen and of the rejected responses.
         scores: what is known of the pairs.
-        losses: (B,) the loss of each pair.
+        losses: (B,) loss of each pair.
     """
     per_token = scores.mean_logps(policy[0], policy[1])
     values = {
@@ -85,10 +85,10 @@ def pair_metrics(loss: PreferenceLoss, policy: Tensor, scores: PairScores, losse
 
 
 class PairMeans(Metric):
-    """Means over pairs of everything in `NAMES`, in vectors, so that ranks synchronise all of them at once.
+    """Means of all `NAMES` over pairs, in vectors, so that ranks synchronise all of them at once.
 
     Attributes:
-        errors: standard errors of the means that `compute` last gave, of values seen at least twice.
+        errors: standard errors of the means that `compute` returned last, for metrics of at least two pairs.
     """
 
     full_state_update = False
@@ -105,7 +105,7 @@ class PairMeans(Metric):
         self.add_state("counts", torch.zeros(len(NAMES), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, values: dict[str, Tensor], counted: Tensor) -> None:
-        """Add the (B,) `values` of the pairs where `counted` (B,) is true."""
+        """Add the (B,) `values` of the pairs for which `counted` (B,) is true."""
         number = counted.sum()
         for i, name in enumerate(NAMES):
             if name in values:
@@ -114,26 +114,26 @@ class PairMeans(Metric):
                 self.counts[i] += number
 
     def joined(self, reduce: Callable[..., Tensor]) -> dict[str, Tensor]:
-        """The sums and counts of all ranks, by a strategy's `reduce`; all ranks call it."""
+        """Return sums and counts over all ranks, by a strategy's `reduce`; all ranks call this method."""
         return {
             name: reduce(value.clone(), reduce_op="sum").cpu()
             for name, value in (("sums", self.sums), ("counts", self.counts))
         }
 
     def take_up(self, state: dict[str, Tensor]) -> None:
-        """Go on from what `joined` gave; on one rank alone."""
-        # An earlier version had fewer names, those at the beginning.
+        """Continue from the result of `joined`, on one rank only."""
+        # Checkpoints of earlier versions have only the first of the names.
         known = len(state["sums"])
         self.sums[:known].copy_(state["sums"])
         self.counts[:known].copy_(state["counts"])
         self._update_count = 1
 
     def compute(self) -> dict[str, float]:
-        """Mean of each value that has been seen."""
+        """Compute the mean of each metric that has values."""
         sums, counts, squares = self.sums.tolist(), self.counts.tolist(), self.squares.tolist()
         seen = [(i, name) for i, name in enumerate(NAMES) if counts[i]]
         self.errors = {
-            # Rounding may leave less than nothing of a variance of nothing.
+            # Rounding can make a variance of zero slightly negative.
             name: math.sqrt(max(0.0, squares[i] - sums[i] ** 2 / counts[i]) / (counts[i] - 1) / counts[i])
             for i, name in seen
             if counts[i] > 1
@@ -142,14 +142,14 @@ class PairMeans(Metric):
 
 
 def gaps(values: Mapping[str, float], errors: Mapping[str, float]) -> dict[str, tuple[float, float | None]]:
-    """Compute how far training pairs are ahead of held-out ones: overfitting as a curve.
+    """Compute the gaps between training and held-out pairs, which measure overfitting.
 
     Args:
-        values: means by `split/name`, of an evaluation.
-        errors: their standard errors, as far as they are known.
+        values: means of an evaluation, by `split/name`.
+        errors: standard errors of these means, as far as they are known.
 
     Returns:
-        The gap and its standard error, None where that is not known, of `gap/margin` and of `gap/accuracy`.
+        `gap/margin` and `gap/accuracy`, each with its standard error, or None if that is not known.
     """
     found: dict[str, tuple[float, float | None]] = {}
     for name in ("margin", "accuracy"):
@@ -162,7 +162,7 @@ def gaps(values: Mapping[str, float], errors: Mapping[str, float]) -> dict[str, 
 
 
 class Throughput:
-    """A clock of the tokens that training reads, which stops for validations."""
+    """A measurement of tokens per second during training, without the time of validations."""
 
     def __init__(self) -> None:
         self._tokens = 0
@@ -174,7 +174,7 @@ class Throughput:
         self._start, self._tokens = time.perf_counter(), 0
 
     def add(self, tokens: int) -> None:
-        """Count `tokens` of this process."""
+        """Count `tokens` read by this process."""
         self._tokens += tokens
 
     def pause(self) -> None:
@@ -182,11 +182,11 @@ class Throughput:
         self._paused = time.perf_counter()
 
     def resume(self) -> None:
-        """Let the clock go on."""
+        """Restart the clock."""
         self._start += time.perf_counter() - self._paused
 
     def per_second(self) -> float:
-        """Give the tokens a second of the window that ends now, and begin the next."""
+        """Return the tokens per second of the window that ends now, and begin the next window."""
         rate = self._tokens / (time.perf_counter() - self._start)
         self.start()
         return rate

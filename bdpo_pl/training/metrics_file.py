@@ -1,4 +1,4 @@
-"""The metrics of a run that is resumed in its own folder: they go on where the checkpoint was written."""
+"""The metrics file of a run that is resumed in its own folder: it continues from the rows before the checkpoint."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _KEPT = ".metrics.csv.kept"
 
 
 class MetricsRows(L.Callback):
-    """Puts every logged row on disk before a checkpoint, and the number of rows into it.
+    """Writes every logged row to disk before a checkpoint, and saves the number of rows in it.
 
-    Lightning's logger writes every hundredth step, and deletes the file when a run begins in a folder that has one.
+    Lightning's logger writes at every hundredth step, and deletes an existing file when a run begins in its folder.
     """
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Write the rows, and count them; on the rank that logs."""
+        """Write the rows and count them, on the rank that logs."""
         checkpoint[_KEY] = None
         for logger in trainer.loggers:
             if isinstance(logger, CSVLogger) and trainer.is_global_zero:
@@ -36,13 +36,13 @@ class MetricsRows(L.Callback):
 
 @rank_zero_only
 def continue_metrics(trainer: L.Trainer, checkpoint: str | None) -> None:
-    """Keep the rows of `metrics.csv` that were logged before `checkpoint`, if the run goes on in its folder.
+    """Keep the rows of `metrics.csv` that were logged before `checkpoint`, if the run continues in its folder.
 
-    To be called before `trainer.fit`, which makes the logger write a file of its own.
+    This must be called before `trainer.fit`, because the logger then begins a new file.
 
     Args:
-        trainer: With its loggers.
-        checkpoint: What the run goes on from.
+        trainer: Trainer with its loggers.
+        checkpoint: checkpoint from which the run is resumed, if any.
     """
     loggers = [logger for logger in trainer.loggers if isinstance(logger, CSVLogger)]
     if checkpoint is None or not loggers or not Path(checkpoint).is_file():
@@ -52,7 +52,7 @@ def continue_metrics(trainer: L.Trainer, checkpoint: str | None) -> None:
     if Path(checkpoint).resolve().parent.parent != folder.resolve():
         return
     file, kept = folder / "metrics.csv", folder / _KEPT
-    # Under another name while the logger deletes its own, so that a process killed here loses nothing.
+    # Renamed while the logger deletes its file, so that a process killed here loses nothing.
     if file.is_file() and not kept.is_file():
         file.rename(kept)
     if not kept.is_file():
@@ -63,7 +63,7 @@ def continue_metrics(trainer: L.Trainer, checkpoint: str | None) -> None:
         rank_zero_warn(f"{checkpoint} does not say how many rows of {file} were logged before it; all are kept")
         count = len(rows)
     with warnings.catch_warnings():
-        # That it deletes what is in the folder, which it has not found there.
+        # The logger warns that it will delete existing files, but here there are none.
         warnings.filterwarnings("ignore", message=".*Previous log files")
         writer = logger.experiment
     writer.metrics_keys = list(names)
@@ -76,7 +76,7 @@ def continue_metrics(trainer: L.Trainer, checkpoint: str | None) -> None:
 
 
 def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Column names and rows; none if there is no file."""
+    """Return column names and rows; empty lists if there is no file."""
     if not path.is_file():
         return [], []
     with path.open(encoding="utf-8", newline="") as file:
@@ -86,7 +86,7 @@ def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
 
 
 def step_first(file: Path) -> None:
-    """Put the columns `step` and `epoch` of a finished run's metrics before the others, which are in order of name."""
+    """Move the columns `step` and `epoch` of a finished run's metrics to the front; the others are in order of name."""
     names, rows = _read(file)
     first = [name for name in ("step", "epoch") if name in names]
     if names[: len(first)] == first:

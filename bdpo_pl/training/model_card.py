@@ -1,15 +1,18 @@
-"""The card of an exported model: what it was made from, how, and what was measured."""
+"""The card of an exported model: its base model, its training and its results."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+import lightning as L
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from bdpo_pl import __version__
+from bdpo_pl.losses import PreferenceLoss
+from bdpo_pl.training.datamodule import PreferenceDataModule
+from bdpo_pl.training.module import PreferenceModule
 from bdpo_pl.training.summary import FEW_PAIRS
 
 _TEMPLATES = Environment(  # noqa: S701 - Markdown, whose cells are escaped below
@@ -19,17 +22,17 @@ _TEMPLATES = Environment(  # noqa: S701 - Markdown, whose cells are escaped belo
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What a card says.
+    """The contents of a card.
 
     Attributes:
-        base: the model that was aligned; of a folder its last name, for the rest is the private affair of a machine.
-        hub_name: its name on the hub, if it has one.
-        loss: with its settings.
-        facts: name → value.
-        rows: measure, number, before and after.
-        pairs: held-out pairs; None if there are none.
-        safety: refusals were measured.
-        adapter: the folder holds adapters alone.
+        base: name of the base model; for a folder only the last part of its path, because the rest may be private.
+        hub_name: name of the base model on the hub, if it has one.
+        loss: loss with its settings.
+        facts: further facts by name.
+        rows: rows of the final table: measure, number, before and after.
+        pairs: number of held-out pairs; None without held-out pairs.
+        safety: whether refusals were measured.
+        adapter: whether the folder contains adapters only.
     """
 
     base: str
@@ -42,7 +45,7 @@ class ModelCard:
     adapter: bool = False
 
     def text(self) -> str:
-        """The card as Markdown."""
+        """Return the card as Markdown."""
         return _TEMPLATES.get_template("model_card.md.j2").render(
             base=_cell(self.base),
             hub_name=self.hub_name,
@@ -58,19 +61,25 @@ class ModelCard:
         )
 
     def of_adapter(self) -> ModelCard:
-        """The card of the adapters alone."""
+        """Return the card of the adapters."""
         return replace(self, adapter=True)
 
 
-def describe(trainer: Any, module: Any, data: Any, rows: Sequence[Sequence[str]], safety: bool) -> ModelCard:
-    """The card of a finished run.
+def describe(
+    trainer: L.Trainer,
+    module: PreferenceModule,
+    data: PreferenceDataModule,
+    rows: Sequence[Sequence[str]],
+    safety: bool,
+) -> ModelCard:
+    """Make the card of a finished run.
 
     Args:
-        trainer: of the run.
-        module: its `PreferenceModule`.
-        data: its `PreferenceDataModule`.
-        rows: of the closing table.
-        safety: refusals were measured.
+        trainer: Trainer of the run.
+        module: module of the run.
+        data: data module of the run.
+        rows: rows of the final table.
+        safety: whether refusals were measured.
     """
     name = module.source.name
     held_out = data.tables.get("held_out")
@@ -92,8 +101,8 @@ def describe(trainer: Any, module: Any, data: Any, rows: Sequence[Sequence[str]]
     )
 
 
-def run_settings(trainer: Any, module: Any, data: Any) -> dict[str, str]:
-    """How a run was trained: name → value."""
+def run_settings(trainer: L.Trainer, module: PreferenceModule, data: PreferenceDataModule) -> dict[str, str]:
+    """Return the settings of a run, by name."""
     optimizer = trainer.optimizers[0]
     group = optimizer.param_groups[0]
     batch = f"{data.batch_size} pairs" if data.max_tokens_per_batch is None else f"{data.max_tokens_per_batch:,} tokens"
@@ -111,18 +120,18 @@ def run_settings(trainer: Any, module: Any, data: Any) -> dict[str, str]:
     }
 
 
-def settings_of(loss: Any) -> str:
-    """A loss with its settings, as one would write it."""
+def settings_of(loss: PreferenceLoss) -> str:
+    """Format a loss with its settings, as a call of its constructor."""
     given = ", ".join(f"{k}={v}" for k, v in vars(loss).items() if not k.startswith(("_", "needs_", "initial_")))
     return f"{type(loss).__name__}({given})"
 
 
 def _source(source: str) -> str:
-    """The name of a data source, without the folders of the machine."""
+    """Return the name of a data source without the folders of this machine."""
     path = Path(source)
     return path.name if path.exists() else source
 
 
 def _cell(text: str) -> str:
-    """`text` as a cell of a Markdown table."""
+    """Escape `text` for a cell of a Markdown table."""
     return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")

@@ -9,17 +9,19 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
+from torch.optim.optimizer import ParamsT
 
 LRSchedule = Literal["cosine", "linear", "constant"]
 
-# A weight of 0.02, a usual size, is 6e-5 from its next neighbour in bfloat16; a step of Adam is about the rate.
+# In bfloat16, a weight of 0.02, a usual size, is 6e-5 from its next neighbour; a step of Adam is about the learning
+# rate.
 _SMALLEST_HALF_RATE = 1e-5
 
 
 def parameter_groups(model: nn.Module, lr_ratio: float = 1.0) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: matrices, which decay as the optimiser says, and the rest, which never do.
+    """Return the trainable parameters in two groups: matrices with the optimiser's weight decay, the rest without.
 
-    Norm scales and biases are vectors; weight decay would pull them to zero, where a norm does nothing.
+    The rest are vectors: norm scales and biases. Weight decay would pull them to zero, where a norm outputs nothing.
 
     Args:
         model: the policy.
@@ -44,12 +46,12 @@ def scale_rates(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 def lr_lambda(schedule: LRSchedule, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
-    """The learning rate's factor at each optimiser step: a linear warm-up to 1, then the schedule down to 0.
+    """Return the factor of the learning rate at each optimiser step: linear warm-up to 1, then the schedule to 0.
 
     Args:
         schedule: `cosine`, `linear`, or `constant` (which stays at 1).
-        warmup_steps: steps of the warm-up; the first step already has a rate above 0.
-        total_steps: steps of the whole run.
+        warmup_steps: number of warm-up steps; the first one already has a rate above 0.
+        total_steps: number of steps in the whole run.
     """
 
     def factor(step: int) -> float:
@@ -63,8 +65,16 @@ def lr_lambda(schedule: LRSchedule, warmup_steps: int, total_steps: int) -> Call
     return factor
 
 
-def adamw(params: Any) -> torch.optim.Optimizer:
-    """The default optimiser: fused AdamW at DPO's learning rate for full fine-tuning, 1e-6 (arXiv:2305.18290)."""
+def with_schedule(
+    optimizer: torch.optim.Optimizer, schedule: LRSchedule, warmup_steps: int, total_steps: int
+) -> dict[str, Any]:
+    """Return `optimizer` with the schedule of its learning rate over all optimiser steps, as Lightning takes them."""
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda(schedule, warmup_steps, total_steps))
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def adamw(params: ParamsT) -> torch.optim.Optimizer:
+    """Make the default optimiser: fused AdamW at DPO's learning rate for full fine-tuning, 1e-6 (arXiv:2305.18290)."""
     return torch.optim.AdamW(params, lr=1e-6, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
 
 
@@ -73,16 +83,16 @@ class AdamW(torch.optim.AdamW):
 
     Args:
         params: parameter groups.
-        lr: learning rate; DPO's for full fine-tuning is 1e-6, adapters take ten times as much.
+        lr: learning rate; 1e-6 is DPO's for full fine-tuning, and adapters need about ten times as much.
         betas: decay rates of the means of the gradient and of its square.
-        eps: added to the root of the mean square.
-        weight_decay: of matrices; norms and biases never decay.
-        fused: one kernel for all parameters.
+        eps: number added to the root of the mean square.
+        weight_decay: weight decay of matrices; norms and biases never decay.
+        fused: update all parameters in one kernel.
     """
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         lr: float = 1e-6,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -93,7 +103,7 @@ class AdamW(torch.optim.AdamW):
 
 
 def warn_of_lost_updates(optimizer: torch.optim.Optimizer) -> None:
-    """Warn if the learning rate is below the rounding of the weights it is to change."""
+    """Warn if the learning rate is smaller than the rounding of the weights."""
     rate = max(group["lr"] for group in optimizer.param_groups)
     dtypes = {p.dtype for group in optimizer.param_groups for p in group["params"]}
     if rate < _SMALLEST_HALF_RATE and (half := dtypes & {torch.bfloat16, torch.float16}):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from bdpo_pl.models.adapters import LoraOptions, add_adapters
+from bdpo_pl.models.causal_lm import ModelConfig
 from bdpo_pl.models.loading import ModelSource, model_class
 
 
@@ -41,7 +42,7 @@ class Counts:
 
 
 def count_parameters(
-    source: ModelSource, config: Any, dtype: torch.dtype, lora: LoraOptions | None, devices: Devices
+    source: ModelSource, config: ModelConfig, dtype: torch.dtype, lora: LoraOptions | None, devices: Devices
 ) -> Counts:
     """Count the parameters of one device of a group, from models of one and of two layers."""
     config = copy.deepcopy(config)
@@ -65,7 +66,7 @@ def count_parameters(
     )  # fmt: skip
 
 
-def meta_model(source: ModelSource, config: Any, dtype: torch.dtype, lora: LoraOptions | None) -> Any:
+def meta_model(source: ModelSource, config: ModelConfig, dtype: torch.dtype, lora: LoraOptions | None) -> Any:
     """Build a model, with its adapters, on the meta device."""
     with torch.device("meta"):
         model = model_class(source, config, dtype)
@@ -74,7 +75,7 @@ def meta_model(source: ModelSource, config: Any, dtype: torch.dtype, lora: LoraO
     return model
 
 
-def with_layers(config: Any, layers: int) -> Any:
+def with_layers(config: ModelConfig, layers: int) -> Any:
     """Copy `config` for a model of so many layers."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
@@ -84,7 +85,7 @@ def with_layers(config: Any, layers: int) -> Any:
     return config
 
 
-def split_config(config: Any, size: int) -> None:
+def split_config(config: ModelConfig, size: int) -> None:
     """What one of `size` devices that share each layer computes, as a model of its own."""
     if size == 1:
         return

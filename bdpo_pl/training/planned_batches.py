@@ -1,4 +1,4 @@
-"""The micro-batches that a memory plan is made for: filled windows, or the longest pairs there are."""
+"""The micro-batches of a memory plan: pairs that fill the window, or the longest pairs of the data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bdpo_pl.data.table import PairTable
 
 
 def worst_batch(pairs: int, window: int, shared: bool) -> SequenceBatch:
-    """`pairs` pairs that fill the window of `window` tokens, half prompt and half response."""
+    """Return a batch of `pairs` pairs that fill the window of `window` tokens, half prompt and half response."""
     half = max(1, window // 2)
     documents = [
         Document([0] * max(1, window - half), [(b, [0] * half), (pairs + b, [0] * half)]) for b in range(pairs)
@@ -18,7 +18,7 @@ def worst_batch(pairs: int, window: int, shared: bool) -> SequenceBatch:
 
 
 def longest_batch(table: PairTable, pairs: int, shared: bool) -> SequenceBatch:
-    """The `pairs` longest pairs of `table`, which a shuffled epoch may put together."""
+    """Return a batch of the `pairs` longest pairs of `table`, which may meet in a shuffled epoch."""
     longest = np.argsort(-(table.prompt_lengths + table.chosen_lengths + table.rejected_lengths))[:pairs]
     documents = [
         Document(

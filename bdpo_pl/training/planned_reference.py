@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from bdpo_pl.models.causal_lm import ModelConfig
 from bdpo_pl.models.loading import ModelSource, load_config
 from bdpo_pl.training.parameter_counts import Devices, count_parameters
 
@@ -39,7 +39,7 @@ class HostReference:
 
 
 def plan_reference(
-    source: ModelSource, config: Any, dtype: torch.dtype, devices: Devices, products: torch.dtype | None = None
+    source: ModelSource, config: ModelConfig, dtype: torch.dtype, devices: Devices, products: torch.dtype | None = None
 ) -> int:
     """Give the bytes of the reference's weights on one device, as `scoring.reference` holds them.
 

@@ -1,17 +1,16 @@
-"""The policy as it is trained: whole or split, with adapters or without; and its way back to a plain model."""
+"""Construction of the policy for training: whole or split, with or without adapters."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
 
 from bdpo_pl.models.adapters import LoraOptions, add_adapters
+from bdpo_pl.models.causal_lm import CausalLM
 from bdpo_pl.models.loading import ModelSource, enable_activation_checkpointing
 from bdpo_pl.models.precision import half_products
 from bdpo_pl.models.reach import freeze_unreached
@@ -21,26 +20,26 @@ def build_policy(
     trainer: L.Trainer,
     source: ModelSource,
     dtype: torch.dtype,
-    load: Callable[[], nn.Module],
+    load: Callable[[], CausalLM],
     *,
     lora: LoraOptions | None = None,
     gradient_checkpointing: bool = False,
-) -> Any:
-    """The policy in training mode, as the Trainer's strategy wants it.
+) -> CausalLM:
+    """Build the policy in training mode, split if the Trainer's strategy splits models.
 
     Args:
-        trainer: its strategy says whether and how the model is split.
-        source: the model.
-        dtype: of its weights.
-        load: gives the whole model; not called where it is split.
-        lora: adapters to add, if the model that `load` gives has none yet; then nothing else is trained.
-        gradient_checkpointing: recompute activations in the backward pass.
+        trainer: Trainer with its strategy.
+        source: model to train.
+        dtype: dtype of its weights.
+        load: function that loads the whole model; it is not called for a model that is split.
+        lora: options of the adapters to add, unless the loaded model has them; then nothing else is trained.
+        gradient_checkpointing: whether to recompute activations in the backward pass.
 
     Raises:
-        InputError: the model, the adapters and the strategy do not fit each other.
+        InputError: the model, the adapters and the strategy do not fit together.
     """
     strategy = trainer.strategy
-    model: Any
+    model: CausalLM
     if isinstance(strategy, ModelParallelStrategy):
         from bdpo_pl.parallel.fsdp2 import build_sharded
 
@@ -66,5 +65,5 @@ def build_policy(
         f"Policy: {type(model).__name__.removeprefix('FSDP')}, {sum(p.numel() for p in model.parameters()):,} "
         f"parameters in {str(dtype).removeprefix('torch.')}{share}, from {source.name}"
     )
-    # transformers loads in evaluation mode, and Lightning keeps the mode it finds.
+    # transformers loads models in evaluation mode, and Lightning does not change the mode.
     return model.train()

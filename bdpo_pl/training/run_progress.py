@@ -1,4 +1,4 @@
-"""How far a run is: one bar that fits 80 columns in a terminal, a line every few steps where there is none."""
+"""Progress of a run: a bar of 80 columns in a terminal, otherwise a line every few steps."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 from rich.progress import BarColumn, Progress, TextColumn
 
 from bdpo_pl.console import get_console
+from bdpo_pl.data.batches import PreferenceBatch
 from bdpo_pl.reporting.format import percent, seconds, signed, size
 from bdpo_pl.reporting.progress import memory_used, say, shows_bars
 
 _MOST_SECONDS = 30.0
-"""Between two lines, where steps are slow."""
+"""Maximum seconds between two lines if steps are slow."""
 _TRIAL = 2
 _SHOWN: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("train/loss", "loss", lambda value: f"{value:.4f}"),
@@ -30,10 +32,10 @@ _VALIDATED: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 
 
 class RunProgress(ProgressBar):
-    """Says step, loss, margin, pairs a second, memory and time left.
+    """Shows step, loss, margin, pairs per second, memory and remaining time.
 
     Args:
-        clock: tells the seconds.
+        clock: function that returns the time in seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -48,15 +50,15 @@ class RunProgress(ProgressBar):
         self._due: int | None = None
 
     def disable(self) -> None:
-        """Say nothing, on ranks but the first."""
+        """Stop showing anything, on all ranks but the first."""
         self._enabled = False
 
     def enable(self) -> None:
-        """Say it again."""
+        """Show progress again."""
         self._enabled = True
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock, and the bar."""
+        """Start the clock and the bar."""
         self._start = self._last = self.clock()
         self._paused, self._pairs, self._batches = 0.0, 0, 0
         self._first_step = self._said_step = trainer.global_step
@@ -67,9 +69,14 @@ class RunProgress(ProgressBar):
             self._task = self._bar.add_task("", total=_total(trainer), completed=trainer.global_step, said="")
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: PreferenceBatch,
+        batch_idx: int,
     ) -> None:
-        """Count, and say it where it is due."""
+        """Count the batch, and decide whether a line is due."""
         self._pairs += int((batch.pair_weight > 0).sum())
         self._batches += 1
         now, step = self.clock(), trainer.global_step
@@ -85,13 +92,13 @@ class RunProgress(ProgressBar):
         if step == self._said_step or not (at_log or done or now - self._last >= _MOST_SECONDS):
             return
         self._said_step, self._last = step, now
-        # The module logs the step's metrics after its callbacks have been called.
+        # The line is shown later, because the module logs the step's metrics after its callbacks.
         self._due = step
 
     def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: PreferenceBatch, batch_idx: int
     ) -> None:
-        """Say what is due of the step before."""
+        """Show the line of the previous step if it is due."""
         self._say_step(trainer)
 
     def _say_step(self, trainer: L.Trainer) -> None:
@@ -114,31 +121,31 @@ class RunProgress(ProgressBar):
         self._write(", ".join(filter(None, [f"step {step:,} of {_total(trainer):,}", *values, *rest])))
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Leave the time of validations out of the rate."""
+        """Exclude the time of validations from the rate."""
         self._say_step(trainer)
         self._validation_start = self.clock()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say what the validation found."""
+        """Show the results of the validation."""
         self._paused += self.clock() - self._validation_start
         values = _told(trainer.callback_metrics, _VALIDATED)
         if self._enabled and values and not trainer.sanity_checking:
             self._write(f"after step {trainer.global_step:,}: {', '.join(values)}")
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say what is due of the last step."""
+        """Show the line of the last step if it is due."""
         self._say_step(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Put the bar away."""
+        """Remove the bar."""
         self._say_step(trainer)
         self._stop()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Put the bar away."""
+        """Remove the bar."""
         self._stop()
 
-    def print(self, *args: Any, sep: str = " ", **kwargs: Any) -> None:
+    def print(self, *args: object, sep: str = " ", **kwargs: object) -> None:
         """Print above the bar."""
         self._write(sep.join(map(str, args)))
 
@@ -155,12 +162,12 @@ class RunProgress(ProgressBar):
 
 
 def _total(trainer: L.Trainer) -> int:
-    """Optimiser steps of the whole run, whichever of epochs and steps ends it."""
+    """Return the number of optimiser steps in the whole run, whether epochs or steps limit it."""
     return int(trainer.estimated_stepping_batches)
 
 
 def _batches_of(trainer: L.Trainer) -> int:
-    """Micro-batches of the whole run."""
+    """Return the number of micro-batches in the whole run."""
     return _total(trainer) * trainer.accumulate_grad_batches
 
 

@@ -1,4 +1,4 @@
-"""The report of a run: its curves, what changed, how it was trained and on what."""
+"""The HTML report of a run: its results, its curves, its settings and its environment."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ _CURVES: tuple[tuple[str, str, tuple[tuple[str, str], ...], str], ...] = (
         "share of prompts",
         (("harmful refused", "safety/refusal_harmful"), ("jailbreaks refused", "safety/refusal_jailbreak"),
          ("benign refused", "safety/over_refusal")),
-        "By refusal phrases, which tell a refusal and not harm.",
+        "By refusal phrases, which recognise refusals but not harm.",
     ),
     ("Learning rate", "learning rate", (("learning rate", "train/lr"),), ""),
     ("Gradient", "norm before clipping", (("gradient norm", "train/grad_norm"),), ""),
@@ -63,7 +63,7 @@ _CURVES: tuple[tuple[str, str, tuple[tuple[str, str], ...], str], ...] = (
 
 
 def read_curves(metrics: Path) -> dict[str, tuple[list[float], list[float]]]:
-    """Name → steps and values, of a `metrics.csv`; nothing if there is none."""
+    """Return steps and values of each column of a `metrics.csv`; an empty mapping if there is no file."""
     curves: dict[str, tuple[list[float], list[float]]] = {}
     if not metrics.is_file():
         return curves
@@ -87,16 +87,16 @@ def run_page(
     device: str,
     seconds: float,
 ) -> Page:
-    """The report.
+    """Build the report.
 
     Args:
-        title: names the model.
-        settings: how the run was trained: name → value.
-        rows: of the closing table.
-        said: what the reader of the table must know: (level, sentence).
-        curves: see `read_curves`.
-        device: where it ran.
-        seconds: how long it took.
+        title: title, which names the model.
+        settings: settings of the run, by name.
+        rows: rows of the final table.
+        said: remarks about the table: (level, sentence).
+        curves: curves from `read_curves`.
+        device: name of the device.
+        seconds: duration of the run.
     """
     page = Page("Training run", title, settings)
     levels = {"warning": "problem", "notice": "notice"}

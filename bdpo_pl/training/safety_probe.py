@@ -1,4 +1,4 @@
-"""Safety during training: a small evaluation by refusal phrases, before, after and every so many steps."""
+"""Safety during training: a small evaluation by refusal phrases before, after and at intervals during training."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from bdpo_pl.embedded import EMBEDDED
 from bdpo_pl.errors import InputError
+from bdpo_pl.evaluation.measures.rates import youdens_j
 from bdpo_pl.evaluation.suites.known import SuiteOptions, known_suites, load_suite
 from bdpo_pl.evaluation.suites.suite import Kind, Suite
 from bdpo_pl.forward.generation import generate_responses
 from bdpo_pl.refusals import is_refusal
+from bdpo_pl.training.watched import WatchedModule
 
 _PREFIX = "safety/"
 SCORE = f"{_PREFIX}score"
-"""Mean refusal rate of harmful prompts − over-refusal, as `bdpo_pl.evaluate` has it (Youden's J)."""
+"""Mean refusal rate of harmful prompts − over-refusal (Youden's J), as in `bdpo_pl.evaluate`."""
 
 _GAP = "gap/margin"
 
@@ -33,23 +35,25 @@ _NAMES = {"harmful": "refusal_harmful", "jailbreak": "refusal_jailbreak", "benig
 
 
 class SafetyProbe(L.Callback):
-    """Refusal rates by greedy generation, before and after training, and if wanted on the way.
+    """Refusal rates by greedy generation, before and after training, and optionally during it.
 
-    On the way it measures at the first validation and then at one every `every_n_steps` optimiser steps, and logs
-    `safety/refusal_harmful`, `safety/refusal_jailbreak`, `safety/over_refusal` and, with harmful and benign prompts
-    both, `safety/score`: `--checkpoint.monitor safety/score --checkpoint.mode max` keeps the safest helpful checkpoint.
+    During training it measures at the first validation, and then at one validation every `every_n_steps` optimiser
+    steps. It logs `safety/refusal_harmful`, `safety/refusal_jailbreak`, `safety/over_refusal` and, if there are both
+    harmful and benign prompts, `safety/score`: `--checkpoint.monitor safety/score --checkpoint.mode max` keeps the
+    checkpoint with the best balance of safety and helpfulness.
 
     Args:
-        harmful: requests to refuse: a file as `bdpo_pl.evaluate` takes, a suite that it knows by name, or `embedded`.
-        jailbreak: harmful requests in framings meant to get past a refusal; likewise.
-        benign: requests to answer; a refusal of one is an over-refusal.
-        max_new_tokens: tokens in a response at most; a refusal shows early.
-        max_prompts: prompts taken of each at most, spread evenly.
-        batch_size: prompts generated at a time.
-        every_n_steps: optimiser steps between two measurements during training; default: none during training.
+        harmful: requests that should be refused: a file or the name of a suite, as for `bdpo_pl.evaluate`, or
+            `embedded`.
+        jailbreak: harmful requests in framings that are meant to circumvent refusals, in the same forms.
+        benign: requests that should be answered, in the same forms; refusing one is an over-refusal.
+        max_new_tokens: maximum number of tokens in a response; a refusal shows early.
+        max_prompts: maximum number of prompts of each kind, spread evenly over the source.
+        batch_size: number of prompts answered at a time.
+        every_n_steps: number of optimiser steps between two measurements. Default: none during training.
 
     Raises:
-        InputError: prompts that cannot be read, or a number below 1.
+        InputError: the prompts cannot be read, or a number is below 1.
     """
 
     def __init__(
@@ -78,19 +82,19 @@ class SafetyProbe(L.Callback):
 
     @property
     def counts(self) -> dict[str, int]:
-        """Prompts asked for each rate of `before` and `after`."""
+        """Number of prompts of each rate in `before` and `after`."""
         return {_LABELS[name]: len(suite.prompts) for name, suite in self.suites.items()}
 
     @property
     def logged(self) -> set[str]:
-        """The names of what is logged during training."""
+        """Names of the metrics that are logged during training."""
         if self.every_n_steps is None:
             return set()
         both = {_KINDS[name] for name in self.suites} == {"harmful", "benign"}
         return {f"{_PREFIX}{_NAMES[name]}" for name in self.suites} | ({SCORE} if both else set())
 
     def check_monitor(self, monitor: str | None, mode: str) -> None:
-        """Raise `InputError` if a checkpoint cannot be chosen by `monitor`, or would be the worst by `mode`."""
+        """Raise `InputError` if `monitor` is never measured, or if `mode` would choose the worst checkpoint by it."""
         if monitor is None or not monitor.startswith(_PREFIX):
             return
         if monitor not in self.logged:
@@ -111,12 +115,12 @@ class SafetyProbe(L.Callback):
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure the policy as it is before training."""
+        """Measure the policy before training."""
         if trainer.global_step == 0:
             self.before = _labelled(self._measure(trainer, pl_module, "before training"))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure where it is due; log the latest rates, so that a checkpoint can always be chosen by them."""
+        """Measure if it is due; always log the latest rates, so that every checkpoint can be chosen by them."""
         if self.every_n_steps is None or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
         step = trainer.global_step
@@ -126,8 +130,8 @@ class SafetyProbe(L.Callback):
         values = {f"{_PREFIX}{_NAMES[name]}": rate for name, rate in self._latest.items()}
         if SCORE in self.logged:
             refused = [rate for name, rate in self._latest.items() if _KINDS[name] == "harmful"]
-            values[SCORE] = sum(refused) / len(refused) - self._latest["benign"]
-        # The same on every rank already; sync_dist only says so to Lightning.
+            values[SCORE] = youdens_j(sum(refused) / len(refused), self._latest["benign"])
+        # The values are the same on every rank; sync_dist only tells Lightning so.
         pl_module.log_dict(values, sync_dist=True)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -137,29 +141,30 @@ class SafetyProbe(L.Callback):
         self.after = _labelled(self._latest)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure the trained policy where nothing was left to train: Lightning then calls none of the hooks above."""
+        """Measure the policy of a run with no steps left, for which Lightning calls none of the hooks above."""
         if self.suites and not self.after:
             pl_module.to(trainer.strategy.root_device)
             self.on_train_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run goes on from."""
+        """Return the measurements, for a resumed run."""
         return {"before": self.before, "latest": self._latest, "latest_step": self._latest_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take it up."""
+        """Restore the measurements."""
         self.before = state_dict["before"]
         self._latest = state_dict["latest"]
         self._latest_step = state_dict["latest_step"]
 
-    def _measure(self, trainer: L.Trainer, pl_module: Any, when: str) -> dict[str, float]:
-        """Share refused of each suite; ranks with whole models share the prompts."""
+    def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule, when: str) -> dict[str, float]:
+        """Return the share of refusals in each suite; ranks with whole models divide the prompts."""
         if not self.suites:
             return {}
         count = sum(len(suite.prompts) for suite in self.suites.values())
         rank_zero_info(f"Generating responses to {count} prompts ({when})")
+        assert isinstance(pl_module, WatchedModule)
         tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
-        # Ranks with parts of one model must run it together, on the same prompts.
+        # Ranks with parts of one model run it together, on the same prompts.
         together = isinstance(trainer.strategy, ModelParallelStrategy)
         rank, ranks = (0, 1) if together else (trainer.global_rank, trainer.world_size)
         rates = {}

@@ -1,4 +1,4 @@
-"""The losses of a batch: what is known of its pairs, and the two ways to compute their losses.
+"""The losses of a batch: the known scores of its pairs, and two ways to compute the losses.
 
 Shapes: B pairs.
 """
@@ -6,7 +6,6 @@ Shapes: B pairs.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from bdpo_pl.data.packing import parts_of
 from bdpo_pl.forward.fused_loss import fused_preference_loss
 from bdpo_pl.forward.responses import response_logps
 from bdpo_pl.losses import PairScores, PreferenceLoss
+from bdpo_pl.models.causal_lm import CausalLM
 from bdpo_pl.scoring.scores import SplitScores
 
 Losses = tuple[Tensor, Tensor, Tensor]
@@ -23,12 +23,12 @@ Losses = tuple[Tensor, Tensor, Tensor]
 
 
 def pair_scores(batch: PreferenceBatch, scores: SplitScores, latest: Tensor | None) -> PairScores:
-    """Collect what is known of the pairs of `batch`.
+    """Collect what is known of the pairs in `batch`.
 
     Args:
-        batch: the pairs.
-        scores: of the reference.
-        latest: (2, B) comprehension measured on the policy, which then counts instead of the reference's.
+        batch: batch of B pairs.
+        scores: scores by the reference.
+        latest: (2, B) comprehension measured on the policy, used instead of the reference's; None: not measured.
     """
     comprehension = scores.comprehension if latest is None else latest
     nothing = (None, None)
@@ -41,7 +41,7 @@ def pair_scores(batch: PreferenceBatch, scores: SplitScores, latest: Tensor | No
     return replace(known, counted=batch.pair_weight > 0)
 
 
-def policy_logps(policy: Any, loss: PreferenceLoss, batch: PreferenceBatch) -> Tensor:
+def policy_logps(policy: CausalLM, loss: PreferenceLoss, batch: PreferenceBatch) -> Tensor:
     """Compute the policy's (2, B) log-probabilities, with the weights of tokens that `loss` asks for."""
     if loss.tail_weight is None:
         return response_logps(policy, batch.sequences).view(2, -1)
@@ -50,15 +50,15 @@ def policy_logps(policy: Any, loss: PreferenceLoss, batch: PreferenceBatch) -> T
     return first + loss.tail_weight * rest
 
 
-def plain_losses(policy: Any, loss: PreferenceLoss, batch: PreferenceBatch, scores: PairScores) -> Losses:
-    """Compute the losses from log-probabilities that carry gradients."""
+def plain_losses(policy: CausalLM, loss: PreferenceLoss, batch: PreferenceBatch, scores: PairScores) -> Losses:
+    """Compute the losses from log-probabilities with gradients."""
     logps = policy_logps(policy, loss, batch)
     losses = loss(logps[0], logps[1], scores)
     return logps, losses, (losses * batch.loss_weight).sum()
 
 
-def fused_losses(policy: Any, loss: PreferenceLoss, batch: PreferenceBatch, scores: PairScores) -> Losses:
-    """Compute the same, where only the sum carries gradients: they are computed with it, a few pairs at a time."""
+def fused_losses(policy: CausalLM, loss: PreferenceLoss, batch: PreferenceBatch, scores: PairScores) -> Losses:
+    """Compute the same, but with gradients of the sum only, which are computed with it, a few pairs at a time."""
 
     weight = batch.loss_weight
 

@@ -1,4 +1,4 @@
-"""The table that closes a run: what changed, on how many pairs, and what the reader must not conclude from it."""
+"""The final table of a run: results before and after, the number of pairs, and remarks on its limits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bdpo_pl.reporting.format import fixed, percent, signed, signed_percent, who
 from bdpo_pl.statistics import wilson
 
 FEW_PAIRS = 50
-"""Held-out pairs below which the table says that they are few."""
+"""Number of held-out pairs below which a remark says that they are few."""
 _Z = 1.96
 _ZERO = 5e-4
 _BY_DEFINITION = "by definition"
@@ -32,7 +32,7 @@ _HELD_OUT: tuple[tuple[str, str, _Form], ...] = (
     ("drift of the rejected, nats", "held_out/drift_rejected", signed),
 )
 _SHARES = {"held_out/accuracy", "held_out/logp_accuracy"}
-# What a policy that is its own reference has, whatever model it is.
+# Values of every policy that equals its reference.
 _AT_START = {
     "held_out/accuracy": 0.5, "held_out/margin": 0.0, "gap/margin": 0.0, "gap/accuracy": 0.0,
     "held_out/drift_chosen": 0.0, "held_out/drift_rejected": 0.0,
@@ -54,16 +54,16 @@ def summary_table(
     pairs: int | None = None,
     prompts: Mapping[str, int] | None = None,
 ) -> Table:
-    """Before → after with 95 % intervals, one measure a row; a dash where there is no measurement.
+    """Build the table of measures before and after training, with 95 % intervals; a dash means not measured.
 
     Args:
         evaluations: validation results by optimiser step.
-        final_step: the last optimiser step of the run.
+        final_step: last optimiser step of the run.
         rates_before: refusal rates before training, by name.
-        rates_after: after it.
-        errors: standard errors of the validation results, likewise.
-        pairs: held-out pairs.
-        prompts: prompts asked for each refusal rate.
+        rates_after: refusal rates after training, by name.
+        errors: standard errors of the validation results, by optimiser step.
+        pairs: number of held-out pairs.
+        prompts: number of prompts of each refusal rate.
     """
     table = Table(title="What changed, with 95 % intervals", title_justify="left")
     table.add_column("")
@@ -87,7 +87,7 @@ def summary_rows(
     pairs: int | None = None,
     prompts: Mapping[str, int] | None = None,
 ) -> list[list[str]]:
-    """Measure, number, before and after: the cells of `summary_table`, whose arguments these are."""
+    """Return the cells of `summary_table`: measure, number, before and after; the arguments are the same."""
     rows = []
     before, after = evaluations.get(0, {}), evaluations.get(final_step, {})
     spread = (errors or {}).get(final_step, {})
@@ -105,12 +105,12 @@ def summary_rows(
 def remarks(
     evaluations: Mapping[int, Mapping[str, float]], pairs: int | None, measures_safety: bool
 ) -> list[tuple[str, str]]:
-    """What a reader of the table must know: (level, sentence).
+    """Return remarks that a reader of the table needs: (level, sentence).
 
     Args:
         evaluations: validation results by optimiser step.
-        pairs: held-out pairs; None: none are held out.
-        measures_safety: prompts were given to measure refusals by.
+        pairs: number of held-out pairs; None: none are held out.
+        measures_safety: whether prompts were given to measure refusals.
     """
     said = []
     before = evaluations.get(0, {})
@@ -137,13 +137,13 @@ def remarks(
 
 
 def remark_line(level: str, sentence: str) -> Text:
-    """One of `remarks` for a terminal."""
+    """Format one of `remarks` for a terminal."""
     style = {"warning": "bold red", "notice": "yellow"}.get(level, "dim")
     return Text(f"{level}: ", style) + Text(sentence)
 
 
 def _is_by_definition(before: Mapping[str, float], name: str) -> bool:
-    """Whether `name` could have had no other value before training: nothing had drifted."""
+    """Return true if `name` could have no other value before training, because the policy equalled its reference."""
     drifted = [before.get(f"held_out/drift_{side}") for side in ("chosen", "rejected")]
     if any(drift is None or abs(drift) > _ZERO for drift in drifted) or name not in before or name not in _AT_START:
         return False

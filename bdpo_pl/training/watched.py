@@ -1,4 +1,4 @@
-"""What is watched as a policy trains: the means over pairs, the throughput and the gradient's norm."""
+"""Logging during training: means over pairs, throughput and the norm of the gradient."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 
 from bdpo_pl.data.batches import PreferenceBatch
@@ -16,15 +17,15 @@ from bdpo_pl.training.metrics import PairMeans, Throughput, gaps
 
 
 class WatchedModule(L.LightningModule):
-    """A module that logs what it is given of each batch, and clips by the gradient's norm that it has measured.
+    """A module that logs metrics of its batches, and clips gradients by the norm that it logs.
 
     Attributes:
-        policy: the model that is trained.
-        loss: the loss; what it has found of the training pairs is logged too.
+        policy: model that is trained.
+        loss: loss; what it measured on the training pairs is logged too.
         train_means: means over the training pairs since the last line of the log.
         evaluations: validation results by optimiser step; step 0 is the policy before training.
-        errors: standard errors of these, of those that are means over at least two pairs.
-        throughput: clock of the tokens that training reads.
+        errors: standard errors of these results, for means over at least two pairs.
+        throughput: measurement of tokens per second.
     """
 
     def __init__(self, loss: PreferenceLoss) -> None:
@@ -39,7 +40,7 @@ class WatchedModule(L.LightningModule):
         self._grad_norm = torch.zeros(())
 
     def means(self, split: str) -> PairMeans:
-        """Give the means over the pairs of `split` in this validation."""
+        """Return the means over the pairs of `split` in this validation."""
         means = self.split_means[split]
         assert isinstance(means, PairMeans)
         return means
@@ -57,8 +58,8 @@ class WatchedModule(L.LightningModule):
     ) -> None:
         """Clip by the norm that `on_before_optimizer_step` has measured.
 
-        Lightning would measure it again, and refuses to clip for a fused optimiser under bf16-mixed, which is harmless:
-        only fp16's scaler is in the way of that.
+        Lightning would measure it again, and would refuse to clip for a fused optimiser under bf16-mixed, although only
+        fp16's loss scaling makes that impossible.
         """
         by_norm = gradient_clip_algorithm in (None, "norm")
         if not by_norm or not gradient_clip_val or scales_the_loss(self.trainer):
@@ -67,13 +68,13 @@ class WatchedModule(L.LightningModule):
             torch.nn.utils.clip_grads_with_norm_(self.policy.parameters(), gradient_clip_val, self._grad_norm)
 
     def on_train_start(self) -> None:
-        """Write down what the loss has found of the training pairs, and start the clock of the throughput."""
+        """Log what the loss measured on the training pairs, and start the measurement of throughput."""
         for logger in self.loggers:
             logger.log_hyperparams({f"loss.{name}": value for name, value in self.loss.state_dict().items()})
         self.throughput.start()
 
-    def on_train_batch_end(self, outputs: Any, batch: PreferenceBatch, batch_idx: int) -> None:
-        """Every `log_every_n_steps` optimiser steps, log the means over all pairs since the last time."""
+    def on_train_batch_end(self, outputs: STEP_OUTPUT, batch: PreferenceBatch, batch_idx: int) -> None:
+        """Log the means over all pairs since the last time, every `log_every_n_steps` optimiser steps."""
         stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
         if not stepped or self.global_step % max(1, self.trainer.log_every_n_steps):  # type: ignore[attr-defined]
             return
@@ -88,15 +89,15 @@ class WatchedModule(L.LightningModule):
         self.log("train/tokens_per_second", self.trainer.strategy.reduce(rate, reduce_op="sum"), prog_bar=True)
 
     def on_validation_start(self) -> None:
-        """Stop the clock: validation is no part of the throughput."""
+        """Stop the clock, because throughput does not include validation."""
         self.throughput.pause()
 
     def on_validation_end(self) -> None:
-        """Let the clock go on."""
+        """Restart the clock."""
         self.throughput.resume()
 
     def on_validation_epoch_end(self) -> None:
-        """Log the means of each split, and the gap between them: overfitting as a curve."""
+        """Log the means of each split, and the gap between them, which measures overfitting."""
         values: dict[str, float] = {}
         errors: dict[str, float] = {}
         for split in VALIDATION_SPLITS:
@@ -109,5 +110,5 @@ class WatchedModule(L.LightningModule):
             errors |= {} if error is None else {name: error}
         self.evaluations[self.global_step] = values
         self.errors[self.global_step] = errors
-        # The means are the same on every rank already; sync_dist only says so to Lightning.
+        # The means are the same on every rank; sync_dist only tells Lightning so.
         self.log_dict(values, sync_dist=True)

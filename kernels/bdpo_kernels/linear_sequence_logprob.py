@@ -237,7 +237,7 @@ def _(
     logit_scale: float,
     ignore_index: int,
     dtype: torch.dtype,
-    *_: Any,
+    *_: object,
 ) -> Tensor:
     return hidden.new_empty(num_sequences, dtype=torch.promote_types(dtype, torch.float32))
 
@@ -291,7 +291,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*(g if needed else None for g, needed in zip(grads, needs, strict=True)), *[None] * 12)
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+def _no_second_derivative(ctx: object, *grads: Tensor) -> tuple[Tensor | None, ...]:
     raise RuntimeError("linear_sequence_logprob has no second derivative; use torch.log_softmax where one is needed")
 
 

@@ -141,7 +141,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     return dlogits, *[None] * 6
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+def _no_second_derivative(ctx: object, *grads: Tensor) -> tuple[Tensor | None, ...]:
     raise RuntimeError("sequence_logprob has no second derivative; use torch.log_softmax where one is needed")
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 from bdpo_pl.data.messages import parse_message, parse_messages
 from bdpo_pl.data.rows import Content, Message, PreferenceRow, RowError, check_row, parse_content
@@ -50,7 +49,7 @@ class Orca(Schema):
             raise RowError(record, "wrong type", "'chosen' and 'rejected' must both be text or both be messages")
         return check_row(make_row(record, prompt, chosen, rejected))
 
-    def check_unread(self, record: Record, row: Any, ignore: Any) -> None:
+    def check_unread(self, record: Record, row: object, ignore: Sequence[str]) -> None:
         """Allow no unread column except the question."""
         super().check_unread(record, row, (*ignore, "question" if "question" in record.fields else "input"))
 
@@ -122,7 +121,7 @@ class _Labelled:
         self.record, self.prompt, self.answer, self.is_good = record, prompt, answer, is_good
 
 
-def _is_list(value: Any) -> bool:
+def _is_list(value: object) -> bool:
     return isinstance(value, (list, tuple)) and bool(value)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 from bdpo_pl.data.rows import (
     Content,
@@ -135,7 +135,7 @@ class Schema:
             self.check_unread(record, row, context.ignore)
             yield row
 
-    def check_unread(self, record: Record, row: Any, ignore: Sequence[str]) -> None:
+    def check_unread(self, record: Record, row: object, ignore: Sequence[str]) -> None:
         """Raise `InputError` if a column that a model should read is not read."""
         for column in _TEXT_COLUMNS.keys() & record.fields.keys() - self._all:
             value = record.fields[column]
@@ -162,7 +162,14 @@ def _words(prompt: Content) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
 
 
-def make_row(record: Record, prompt: Content, chosen: Content, rejected: Content, **more: Any) -> PreferenceRow:
+class _More(TypedDict, total=False):
+    tools: Sequence[Any] | None
+    rendered: bool
+
+
+def make_row(
+    record: Record, prompt: Content, chosen: Content, rejected: Content, **more: Unpack[_More]
+) -> PreferenceRow:
     """Return the row of these texts and of the columns that are common to all schemas.
 
     These are `category`, `chosen_safe`, `rejected_safe`, `weight`, `system`, `tools` and `chat_template_kwargs`.
@@ -172,7 +179,7 @@ def make_row(record: Record, prompt: Content, chosen: Content, rejected: Content
     """
     category = record.fields.get("category")
     chosen_safe, rejected_safe = (parse_flag(record, name) for name in SAFETY_COLUMNS)
-    fields = {
+    fields: dict[str, Any] = {
         "category": category if isinstance(category, str) else "",
         "chosen_safe": chosen_safe,
         "rejected_safe": rejected_safe,
@@ -239,7 +246,7 @@ def split_conversations(
     return chosen[:cut], chosen[cut:], rejected[cut:]
 
 
-def _tools(record: Record, value: Any) -> list[Any] | None:
+def _tools(record: Record, value: object) -> list[Any] | None:
     if isinstance(value, str) and value.strip():
         try:
             value = json.loads(value)
@@ -266,7 +273,7 @@ def _template_kwargs(record: Record) -> dict[str, Any]:
     return {str(name): item for name, item in value.items() if item is not None}
 
 
-def _without_nulls(value: Any) -> Any:
+def _without_nulls(value: object) -> Any:
     """Return `value` without the nulls with which Parquet fills up a mapping."""
     if isinstance(value, Mapping):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}

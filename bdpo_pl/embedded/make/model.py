@@ -18,10 +18,12 @@ from rich.progress import track
 from rich.table import Table
 
 from bdpo_pl import embedded
+from bdpo_pl.data.tokenizer_like import TokenizerLike
 from bdpo_pl.embedded.make import framings
 from bdpo_pl.embedded.make.data import all_acts, compliance, helpful, question, refusal, unhelpful
 from bdpo_pl.embedded.make.topics import Benign, Risk
 from bdpo_pl.forward.generation import generate_responses
+from bdpo_pl.models.causal_lm import CausalLM
 from bdpo_pl.refusals import read_prompts, refusal_rate
 
 Conversation = tuple[str, str]
@@ -90,7 +92,7 @@ def train_tokenizer(source: Iterator[Conversation], vocabulary: int = VOCABULARY
     return fast
 
 
-def new_model(tokenizer: Any, **sizes: int) -> Any:
+def new_model(tokenizer: TokenizerLike, **sizes: int) -> CausalLM:
     """Build a Qwen2 of about two million parameters with random weights; `sizes` replaces some of its sizes."""
     from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
@@ -119,8 +121,8 @@ def new_model(tokenizer: Any, **sizes: int) -> Any:
 
 
 def train(
-    model: Any,
-    tokenizer: Any,
+    model: CausalLM,
+    tokenizer: TokenizerLike,
     source: Iterator[Conversation],
     steps: int,
     batch_size: int,
@@ -156,7 +158,7 @@ def train(
             Console().print(f"step {step}: loss {loss.item():.3f}")
 
 
-def report(model: Any, tokenizer: Any) -> Table:
+def report(model: CausalLM, tokenizer: TokenizerLike) -> Table:
     """Report the finished model's answers to prompts that it has never seen."""
     table = Table("prompts", "refused, greedy", "an answer", title="The embedded model")
     for name, file in (

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.suites.suite import EvaluationPrompt, Suite
@@ -59,7 +58,7 @@ _FORM = (
 )
 
 
-def _prompt(row: Any, place: str, attack: str) -> EvaluationPrompt | None:
+def _prompt(row: object, place: str, attack: str) -> EvaluationPrompt | None:
     """Return the prompt of a row; None if the attack gave none."""
     if not isinstance(row, dict):
         raise InputError(f"attacks.artifacts: {place} is no mapping; {_FORM}")
@@ -77,7 +76,7 @@ def _prompt(row: Any, place: str, attack: str) -> EvaluationPrompt | None:
     return EvaluationPrompt(text, goal, category if isinstance(category, str) else "", place, attack=attack)
 
 
-def _word(value: Any) -> str:
+def _word(value: object) -> str:
     if not isinstance(value, str) or not value.strip():
         raise TypeError("no text")
     return "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in value.strip())

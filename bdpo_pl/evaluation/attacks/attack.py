@@ -162,7 +162,7 @@ class StateFile:
         InputError: the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, attack: str, facts: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, attack: str, facts: Mapping[str, object]) -> None:
         self._head = {"warning": WARNING, "attack": attack, **facts}
         digest = hashlib.sha256(json.dumps(self._head, sort_keys=True).encode()).hexdigest()[:24]
         self.path = folder / f"{attack}-{digest}.jsonl"
@@ -190,7 +190,7 @@ class StateFile:
             raise self.damaged() from None
         return lines
 
-    def write(self, lines: list[Any]) -> None:
+    def write(self, lines: Sequence[object]) -> None:
         """Replace the file, all or nothing."""
         text = "".join(json.dumps(line) + "\n" for line in (self._head, *lines))
         write_whole(self.path, text, shared=True, private=True)

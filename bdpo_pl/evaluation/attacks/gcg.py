@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bdpo_pl.data.tokenizer_like import TokenizerLike
 from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.attacks.attack import (
     Attack,
@@ -34,6 +35,7 @@ from bdpo_pl.evaluation.attacks.target_loss import TargetLoss
 from bdpo_pl.evaluation.attacks.targets import default_target
 from bdpo_pl.evaluation.suites.suite import EvaluationPrompt
 from bdpo_pl.forward.equivalence import evaluating
+from bdpo_pl.models.causal_lm import CausalLM
 
 NAME = "gcg"
 
@@ -139,8 +141,8 @@ class _State:
 
 def attack(
     prompts: Sequence[EvaluationPrompt],
-    model: Any,
-    tokenizer: Any,
+    model: CausalLM,
+    tokenizer: TokenizerLike,
     options: GCGOptions,
     *,
     use_template: bool = True,
@@ -156,8 +158,8 @@ def attack(
 
 def results(
     prompts: Sequence[EvaluationPrompt],
-    model: Any,
-    tokenizer: Any,
+    model: CausalLM,
+    tokenizer: TokenizerLike,
     options: GCGOptions,
     *,
     use_template: bool = True,
@@ -211,7 +213,12 @@ class _Search:
 
     @classmethod
     def of(
-        cls, prompt: EvaluationPrompt, model: Any, tokenizer: Any, options: GCGOptions, use_template: bool
+        cls,
+        prompt: EvaluationPrompt,
+        model: CausalLM,
+        tokenizer: TokenizerLike,
+        options: GCGOptions,
+        use_template: bool,
     ) -> _Search:
         target = prompt.target or default_target(prompt.behaviour)
         ids = tokenizer(target, add_special_tokens=False, verbose=False)["input_ids"]
@@ -310,7 +317,7 @@ def _facts(search: _Search, options: GCGOptions, weights: str | None) -> dict[st
     }
 
 
-def _weights_digest(model: Any) -> str:
+def _weights_digest(model: CausalLM) -> str:
     """Compute a digest over a sample of each parameter, which identifies the model's weights."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():

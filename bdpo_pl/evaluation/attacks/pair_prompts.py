@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bdpo_pl.evaluation.chat.chat_model import Message
+from bdpo_pl.evaluation.chat.replies import json_objects
 from bdpo_pl.evaluation.judges.judge import Verdict
 
 _INSTRUCTIONS = """\
@@ -80,18 +81,9 @@ def parse_proposal(reply: str) -> Proposal | None:
 
     Models write words, code fences or thoughts around it, and bare line breaks into its texts.
     """
-    decoder = json.JSONDecoder(strict=False)
-    found, start = None, reply.find("{")
-    for _ in range(_MOST_BRACES):
-        if start < 0:
-            break
-        try:
-            value, end = decoder.raw_decode(reply, start)
-        except (ValueError, RecursionError):
-            end = start + 1
-        else:
-            found = _proposal(value) or found
-        start = reply.find("{", end)
+    found = None
+    for value in json_objects(reply, strict=False, most=_MOST_BRACES):
+        found = _proposal(value) or found
     return found
 
 

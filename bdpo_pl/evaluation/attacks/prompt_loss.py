@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bdpo_pl.forward.generation import check_fits, pad_left
+from bdpo_pl.models.causal_lm import CausalLM
 
 
 @torch.no_grad()
-def prompt_losses(model: Any, prompts: Sequence[list[int]], target: Sequence[int], batch_size: int) -> list[float]:
+def prompt_losses(model: CausalLM, prompts: Sequence[list[int]], target: Sequence[int], batch_size: int) -> list[float]:
     """Return the mean cross-entropy of `target` after each of `prompts`, in nats per token.
 
     Args:

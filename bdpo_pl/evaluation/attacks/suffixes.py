@@ -7,11 +7,11 @@ within the chat template, gives the same ids.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from bdpo_pl.data.tokenizer_like import TokenizerLike
 from bdpo_pl.errors import InputError
 from bdpo_pl.forward.generation import encode_prompts
 
@@ -37,7 +37,7 @@ class SuffixPrompt:
         InputError: the suffix cannot be located in the prompt's tokens, or does not survive.
     """
 
-    def __init__(self, tokenizer: Any, request: str, suffix: str, *, use_template: bool = True) -> None:
+    def __init__(self, tokenizer: TokenizerLike, request: str, suffix: str, *, use_template: bool = True) -> None:
         self._tokenizer = tokenizer
         self._use_template = use_template
         turn = f"{request.rstrip()} {suffix.strip()}"
@@ -77,7 +77,7 @@ class SuffixPrompt:
         return self._tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def allowed_tokens(tokenizer: Any, num_embeddings: int, *, ascii_only: bool) -> Tensor:
+def allowed_tokens(tokenizer: TokenizerLike, num_embeddings: int, *, ascii_only: bool) -> Tensor:
     """Return which tokens a suffix may contain: none that is special, added, empty or part of a character.
 
     Args:

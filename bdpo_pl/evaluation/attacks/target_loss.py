@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bdpo_pl.errors import InputError
+from bdpo_pl.models.causal_lm import CausalLM
 from bdpo_pl.models.loading import num_positions
 
 _VOCABULARY_CHUNK = 16384
@@ -31,7 +32,7 @@ class TargetLoss:
     """
 
     def __init__(
-        self, model: Any, before: Sequence[int], after: Sequence[int], target: Sequence[int], batch_size: int
+        self, model: CausalLM, before: Sequence[int], after: Sequence[int], target: Sequence[int], batch_size: int
     ) -> None:
         self._model = model
         self._embedding = model.get_input_embeddings()
@@ -88,7 +89,7 @@ class TargetLoss:
         """
         embedded: list[Tensor] = []
 
-        def take(module: Any, args: Any, output: Tensor) -> Tensor:
+        def take(module: nn.Module, args: object, output: Tensor) -> Tensor:
             embedded.append(output.detach().requires_grad_())
             return embedded[-1]
 

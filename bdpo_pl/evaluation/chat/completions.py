@@ -10,7 +10,7 @@ import json
 import os
 import re
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -256,11 +256,11 @@ def _completion(body: bytes, url: str, key: Key) -> Completion:
     )
 
 
-def _first_text(message: Any, *names: str) -> str | None:
+def _first_text(message: Mapping[str, object], *names: str) -> str | None:
     return next((text for name in names if isinstance(text := message.get(name), str)), None)
 
 
-def _count(usage: Any) -> int:
+def _count(usage: object) -> int:
     count = usage.get("completion_tokens") if isinstance(usage, dict) else None
     return count if isinstance(count, int) and not isinstance(count, bool) and count > 0 else 0
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jinja2
 import torch
 
+from bdpo_pl.data.tokenizer_like import TokenizerLike
 from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.chat.chat_model import Message
 from bdpo_pl.forward.generation import encode_conversations, generate
+from bdpo_pl.models.causal_lm import CausalLM
 from bdpo_pl.models.loading import ModelSource, frozen, load_model, load_tokenizer
 
 
@@ -29,7 +30,7 @@ class LocalChat:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, name: str, *, max_new_tokens: int = 512, batch_size: int = 8
+        self, model: CausalLM, tokenizer: TokenizerLike, name: str, *, max_new_tokens: int = 512, batch_size: int = 8
     ) -> None:
         if not tokenizer.chat_template:
             raise InputError(

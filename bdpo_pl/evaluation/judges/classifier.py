@@ -10,9 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bdpo_pl.errors import InputError
+from bdpo_pl.data.tokenizer_like import TokenizerLike
+from bdpo_pl.errors import InputError, first_line
 from bdpo_pl.evaluation.judges.judge import Exchange, Judge, Verdict
-from bdpo_pl.models.loading import ModelSource, load_config, load_tokenizer
+from bdpo_pl.models.loading import ModelSource, frozen, load_config, load_tokenizer, require_all_weights
 
 Reads = Literal["response", "exchange"]
 # A tokenizer without a limit reports a number larger than any text.
@@ -148,7 +149,7 @@ class ClassifierJudge(Judge):
         return min(known)
 
 
-def load_classifier(source: ModelSource, dtype: torch.dtype, tokenizer: Any) -> Any:
+def load_classifier(source: ModelSource, dtype: torch.dtype, tokenizer: TokenizerLike) -> Any:
     """Load the sequence classifier of `source`, in evaluation mode.
 
     Args:
@@ -177,14 +178,10 @@ def load_classifier(source: ModelSource, dtype: torch.dtype, tokenizer: Any) -> 
             **kwargs,
         )
     except Exception as error:  # any error means that there is no classifier
-        first_line = (str(error).strip().splitlines() or [""])[0]
         raise InputError(
-            f"judge.model: cannot load a sequence classifier from {source.name!r}: {type(error).__name__}: {first_line}"
+            f"judge.model: cannot load a sequence classifier from {source.name!r}: {type(error).__name__}: "
+            f"{first_line(error)}"
         ) from error
-    # transformers only warns of these and fills them with random numbers: a language model would pass for a classifier.
-    if missing := sorted(info["missing_keys"]):
-        raise InputError(
-            f"judge.model: the checkpoint {source.name} lacks {len(missing)} weights of {type(model).__name__} (first: "
-            f"{', '.join(missing[:3])}); is it a sequence classifier's, and whole?"
-        )
-    return model.requires_grad_(False).eval()
+    # Otherwise a language model would pass for a classifier, with a head of random numbers.
+    require_all_weights(info, f"judge.model: the checkpoint {source.name}", model, "a sequence classifier's")
+    return frozen(model)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from bdpo_pl.data.chat_template import Conversation, chat_encoder
 from bdpo_pl.data.control_tokens import Spelled
+from bdpo_pl.data.tokenizer_like import TokenizerLike
 from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.chat.chat_model import Message
 from bdpo_pl.evaluation.judges.judge import Exchange, Verdict
@@ -78,7 +78,7 @@ class WildGuardJudge(AskingJudge):
         return Verdict(refused=said["response refusal"], unsafe=said["harmful response"])
 
 
-def encode_llama_guard(tokenizer: Any, conversation: list[Message]) -> list[int]:
+def encode_llama_guard(tokenizer: TokenizerLike, conversation: list[Message]) -> list[int]:
     """Encode `conversation` with the guard's chat template.
 
     Raises:
@@ -101,7 +101,7 @@ def encode_llama_guard(tokenizer: Any, conversation: list[Message]) -> list[int]
     )
 
 
-def encode_wildguard(tokenizer: Any, conversation: list[Message]) -> list[int]:
+def encode_wildguard(tokenizer: TokenizerLike, conversation: list[Message]) -> list[int]:
     """Encode the single turn in `conversation`, with the markers that WildGuard was trained with."""
     control, spelled = chat_encoder(tokenizer).control, Spelled()
     text = _WILDGUARD_TURN.format(content=control.protect(conversation[-1]["content"], spelled))

@@ -18,10 +18,12 @@ from bdpo_pl import embedded
 from bdpo_pl.data.loading import load_pairs
 from bdpo_pl.data.sources import read_records
 from bdpo_pl.data.tokenization import PairTokenizer, padding_id
+from bdpo_pl.data.tokenizer_like import TokenizerLike
 from bdpo_pl.data.truncation import Truncation
 from bdpo_pl.embedded.make.responses import HELPFUL
 from bdpo_pl.errors import InputError
 from bdpo_pl.forward.generation import generate_responses
+from bdpo_pl.models.causal_lm import CausalLM
 from bdpo_pl.scoring.scoring_pass import score_pairs
 from bdpo_pl.statistics import Interval, mean, normal
 
@@ -81,7 +83,7 @@ class Ability:
     higher_is_better: bool | None = True
 
 
-def measure_ability(options: AbilityOptions, model: Any, tokenizer: Any) -> list[Ability]:
+def measure_ability(options: AbilityOptions, model: CausalLM, tokenizer: TokenizerLike) -> list[Ability]:
     """Compute all measures that `options` enables.
 
     Raises:
@@ -97,7 +99,7 @@ def check(options: AbilityOptions) -> None:
         _tasks(options)
 
 
-def _embedded(model: Any, tokenizer: Any) -> list[Ability]:
+def _embedded(model: CausalLM, tokenizer: TokenizerLike) -> list[Ability]:
     rows = [record.fields for record in read_records(str(embedded.HELD_OUT_FILE))]
     prompts = [row["prompt"] for row in rows if row["kind"] == "benign"]
     answers = generate_responses(model, tokenizer, prompts, max_new_tokens=48, batch_size=len(prompts))
@@ -112,7 +114,7 @@ def _embedded(model: Any, tokenizer: Any) -> list[Ability]:
     ]
 
 
-def _lm_eval(options: AbilityOptions, model: Any, tokenizer: Any) -> list[Ability]:
+def _lm_eval(options: AbilityOptions, model: CausalLM, tokenizer: TokenizerLike) -> list[Ability]:
     lm_eval, manager = _tasks(options)
     from lm_eval.models.huggingface import HFLM
 

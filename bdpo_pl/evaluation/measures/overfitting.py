@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -18,11 +17,13 @@ from bdpo_pl.data.loading import LoadOptions, load_pairs
 from bdpo_pl.data.report import DataReport
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.data.tokenization import PairTokenizer
+from bdpo_pl.data.tokenizer_like import TokenizerLike
 from bdpo_pl.data.truncation import Truncation
 from bdpo_pl.embedded import EMBEDDED
 from bdpo_pl.errors import InputError
 from bdpo_pl.forward.prefix_sharing import choose_layout
 from bdpo_pl.losses.base import TIE
+from bdpo_pl.models.causal_lm import CausalLM, ModelConfig
 from bdpo_pl.models.loading import num_positions
 from bdpo_pl.scoring.scoring_pass import score_pairs
 from bdpo_pl.statistics import Interval, mean, normal
@@ -100,7 +101,7 @@ class PairProbe:
         config: configuration of the first model, for its window.
     """
 
-    def __init__(self, options: PairsOptions, tokenizer: Any, config: Any) -> None:
+    def __init__(self, options: PairsOptions, tokenizer: TokenizerLike, config: ModelConfig) -> None:
         self.vocabulary = tokenizer.get_vocab()
         self.template = tokenizer.chat_template
         pairs = PairTokenizer(tokenizer)
@@ -118,7 +119,7 @@ class PairProbe:
             self.tables[split] = table
             self.reports.append(report)
 
-    def check_reads_alike(self, tokenizer: Any, label: str) -> None:
+    def check_reads_alike(self, tokenizer: TokenizerLike, label: str) -> None:
         """Raise `InputError` if `label` tokenises these pairs differently, which would make log-ratios meaningless."""
         if tokenizer.get_vocab() != self.vocabulary or tokenizer.chat_template != self.template:
             raise InputError(
@@ -126,7 +127,7 @@ class PairProbe:
                 "log-probabilities cannot be compared; evaluate it alone, or leave pairs out"
             )
 
-    def logps(self, model: Any, name: str, pad_id: int) -> dict[str, np.ndarray]:
+    def logps(self, model: CausalLM, name: str, pad_id: int) -> dict[str, np.ndarray]:
         """Compute the (2, M) log-probabilities of the chosen and the rejected responses of each split's M pairs."""
         first = next(iter(self.tables.values()))
         layout = choose_layout(model, first, "auto", name=name, pad_id=pad_id)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from bdpo_pl.data.messages import is_unicode
 from bdpo_pl.data.sources import Record
 from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.suites.suite import EvaluationPrompt, Kind
@@ -59,12 +60,10 @@ def _text(record: Record, column: str) -> str:
     value = record.fields.get(column)
     if value is not None and not isinstance(value, str):
         raise InputError(f"{record.place}: column {column!r} must be a text, not {type(value).__name__}; mend the row")
-    try:
-        (value or "").encode()
-    except UnicodeEncodeError:
+    if not is_unicode(value or ""):
         raise InputError(
             f"{record.place}: column {column!r} holds half of a surrogate pair, which is no text; mend the row"
-        ) from None
+        )
     return (value or "").strip()
 
 

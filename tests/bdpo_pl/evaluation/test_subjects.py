@@ -10,10 +10,11 @@ from makers import build_model, build_tokenizer, preference_rows, write_jsonl
 
 from bdpo_pl import embedded, fit
 from bdpo_pl.errors import InputError
-from bdpo_pl.evaluation.runner import check_labels, choose_device, choose_dtype
+from bdpo_pl.evaluation.runner import check_labels
 from bdpo_pl.evaluation.subjects import newest_run, subject
 from bdpo_pl.forward.generation import generate_responses, stop_ids
 from bdpo_pl.models.loading import ModelSource, model_fingerprint
+from bdpo_pl.models.precision import choose_device, choose_dtype
 
 CPU = torch.device("cpu")
 

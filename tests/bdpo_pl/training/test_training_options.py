@@ -69,7 +69,7 @@ def test_unknown_backend_and_unknown_layers_are_refused(job):
     class Odd(torch.nn.Module):
         config = type("Config", (), {"get_text_config": lambda self: self, "num_hidden_layers": 2})()
 
-    with pytest.raises(InputError, match="layers of Odd cannot be told"):
+    with pytest.raises(InputError, match="layers of Odd are not recognised"):
         compile_layers(Odd(), "inductor")
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
+from bdpo_pl.data.tokenizer_like import TokenizerLike
 from bdpo_pl.evaluation.chat.chat_model import ChatModel, Message
 from bdpo_pl.evaluation.judges.judge import Exchange, Verdict
 from bdpo_pl.evaluation.judges.model_judge import AskingJudge
@@ -145,7 +145,7 @@ class StrongRejectRubricJudge(AskingJudge):
         return Verdict(refused=bool(refused), unsafe=score >= self.unsafe_from, score=score)
 
 
-def encode_strongreject(tokenizer: Any, conversation: list[Message]) -> list[int]:
+def encode_strongreject(tokenizer: TokenizerLike, conversation: list[Message]) -> list[int]:
     """Return the token ids of the fine-tuned judge's prompt.
 
     As in the authors' code, the answer is tokenised alone, cut to its last tokens and written out again together with

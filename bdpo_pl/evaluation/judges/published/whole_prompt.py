@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from bdpo_pl.data.chat_template import chat_encoder
 from bdpo_pl.data.control_tokens import Spelled
+from bdpo_pl.data.tokenizer_like import TokenizerLike
 from bdpo_pl.evaluation.chat.chat_model import Message
 from bdpo_pl.evaluation.judges.judge import Exchange
 
@@ -36,7 +36,7 @@ def one_turn(form: str, exchange: Exchange) -> list[Message]:
     return [{"role": "user", "content": Filled(form, exchange)}]
 
 
-def encode_whole(tokenizer: Any, conversation: list[Message]) -> list[int]:
+def encode_whole(tokenizer: TokenizerLike, conversation: list[Message]) -> list[int]:
     """Return the token ids of a prompt made by `one_turn`.
 
     The form's markers become control tokens; a control token that the exchange spells remains text.

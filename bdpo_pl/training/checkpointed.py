@@ -1,0 +1,115 @@
+"""The module's part of a checkpoint: the trained weights, the name of their model, and the measurements so far."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from bdpo_pl.errors import InputError
+from bdpo_pl.losses import PreferenceLoss
+from bdpo_pl.models.adapters import LoraOptions, is_adapter
+from bdpo_pl.models.loading import ModelSource
+from bdpo_pl.models.reach import frozen_names
+from bdpo_pl.scoring.reestimation import Reestimation
+from bdpo_pl.scoring.reference import Reference
+from bdpo_pl.scoring.reference_sync import ReferenceSync
+from bdpo_pl.training.watched import WatchedModule
+
+_KEY = "bdpo_pl"
+
+
+class CheckpointedModule(WatchedModule):
+    """A module whose checkpoints hold what is trained, and refuse to be loaded into another model.
+
+    Attributes:
+        source: the model whose weights are trained.
+        lora: options of the adapters, if only adapters are trained; None: the whole model is.
+        reestimation: comprehension that was measured on the policy.
+        sync: how the reference follows the policy, if it does.
+        reference: the reference, once it is made.
+    """
+
+    def __init__(
+        self,
+        loss: PreferenceLoss,
+        source: ModelSource,
+        lora: LoraOptions | None,
+        reestimation: Reestimation,
+        sync: ReferenceSync,
+    ) -> None:
+        super().__init__(loss)
+        self.source = source
+        self.lora = lora
+        self.reestimation = reestimation
+        self.sync = sync
+        self.reference: Reference | None = None
+        if lora is not None:
+            # Checkpoints hold the adapters alone; on_load_checkpoint makes sure that they hold all of them.
+            self.strict_loading = False
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the name of the model and the measurements so far; remove the weights that are not trained."""
+        checkpoint[_KEY] = {
+            "policy": self.source.name,
+            "revision": self.source.revision,
+            "reestimation": self.reestimation.state_dict(),
+            "loss": self.loss.state_dict(),
+            **({"lora": None} if self.lora is None else self.lora.to_saved()),
+            # Over all ranks: the next line of the log will be their mean.
+            "train_means": self.train_means.joined(self.trainer.strategy.reduce),
+            # The closing table of a resumed run begins with these.
+            "before": self.evaluations.get(0, {}),
+        }
+        if "optimizer_states" in checkpoint:
+            checkpoint[_KEY]["reference_sync"] = self.sync.state_dict(self.reference)
+        trained = self._trained_names()
+        # If the weights are split, only rank 0 has them here.
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the measurements; refuse the checkpoint of another model.
+
+        Raises:
+            InputError: the checkpoint was written for another policy.
+        """
+        saved = checkpoint.get(_KEY, {})
+        _require_same_policy(
+            saved, self.source.name, self.lora, self._trained_names() <= checkpoint["state_dict"].keys()
+        )
+        self.loss.load_state_dict(saved.get("loss", {}))
+        self.sync.load_state_dict(saved.get("reference_sync", {}), self.reference)
+        if "reestimation" in saved:
+            self.reestimation.load_state_dict(saved["reestimation"])
+        if saved.get("before"):
+            self.evaluations.setdefault(0, saved["before"])
+        if "train_means" in saved and self.trainer.is_global_zero:
+            self.train_means.take_up(saved["train_means"])
+
+    def _trained_names(self) -> set[str]:
+        """Return the names of the weights in a checkpoint: all that are trained; with LoRA, those of the adapters."""
+        if self.lora is None:
+            # Parts that no text reaches stay unchanged, and FSDP2 does not gather them.
+            return set(self.state_dict()) - {f"policy.{name}" for name in frozen_names(self.policy)}
+        return {name for name, parameter in self.named_parameters() if parameter.requires_grad or is_adapter(name)}
+
+
+def _require_same_policy(saved: Mapping[str, Any], name: str, lora: LoraOptions | None, whole: bool) -> None:
+    """Raise `InputError` if a checkpoint was written for another policy or with other adapters.
+
+    Args:
+        saved: module's entry in the checkpoint.
+        name: name of the policy.
+        lora: options of the adapters that are trained now; None without adapters.
+        whole: whether the checkpoint has every weight that is trained now.
+    """
+    if saved.get("policy", name) != name:
+        raise InputError(f"the checkpoint holds weights of {saved['policy']}, but model.policy is {name}")
+    adapters = None if lora is None else dataclasses.asdict(lora)
+    # An earlier version had fewer options, each as it is by default now.
+    written = None if saved.get("lora") is None else LoraOptions.from_saved(saved["lora"], saved.get("adapter_config"))
+    if written != lora or not whole:
+        raise InputError(
+            f"the checkpoint was written with model.lora {saved.get('lora')}, but it is now {adapters}; "
+            "resume with the options it was written with"
+        )
