@@ -14,7 +14,6 @@ import argparse
 import datetime
 import json
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,30 +23,15 @@ from benchmarks.kernels.contenders import LINEAR, LOGITS, OTHER_LOSS, missing_pa
 from benchmarks.kernels.growth import CONTENDER, measure_growth
 from benchmarks.kernels.growth import markdown as growth_markdown
 from benchmarks.kernels.problem import SHAPES, Shape
+from benchmarks.kernels.processes import child
 from benchmarks.kernels.report import markdown, plot
 from benchmarks.machine import machine
 
 _RESULTS = Path(__file__).parents[1] / "results"
 _ON_GPU = ("qwen2-7b", "llama-3-8b", "mistral-7b", "gemma-2-9b")
-_TIMEOUT_S = 900
-# Without contenders that compile first or import for long: the whole run takes at most two minutes.
-_ON_LAPTOP = (
-    "naive", "ours, fused loss", "ours, linear logprob", "ours", "TRL selective_log_softmax",
-    "torch linear_cross_entropy",
-)  # fmt: skip
-
-
-def child(task: str, shape: str, contender: str, device: str, repeats: int) -> dict[str, Any]:
-    """Measure in a separate process."""
-    command = [sys.executable, "-m", "benchmarks.kernels.measure", task, shape, contender, device, str(repeats)]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
-    except subprocess.TimeoutExpired:
-        return {"not_run": f"not done after {_TIMEOUT_S} s"}
-    if result.returncode != 0:
-        lines = result.stderr.strip().splitlines()
-        return {"not_run": f"failed: {lines[-1] if lines else f'exit status {result.returncode}'}"[:200]}
-    return json.loads(result.stdout.strip().splitlines()[-1])
+# Without contenders that compile first, import for long or need ten times as long as the others (PyTorch's own
+# `linear_cross_entropy`, whose chunks are small): the whole run takes at most two minutes.
+_ON_LAPTOP = ("naive", "ours, fused loss", "ours, linear logprob", "ours", "TRL selective_log_softmax")
 
 
 def measured(task: str, shape: Shape, contender: str, device: str, repeats: int) -> dict[str, Any]:
@@ -71,7 +55,10 @@ def race(task: str, shape: Shape, names: list[str], device: str, rounds: int, re
     for _ in range(rounds):
         for name in names:
             if not any("not_run" in run for run in runs[name]):
-                runs[name].append(measured(task, shape, name, device, repeats))
+                run = measured(task, shape, name, device, repeats)
+                runs[name].append(run)
+                took = run.get("not_run") or f"{statistics.median(run['forward_backward_s']):.4g} s"
+                print(f"{task:7} {shape.name:18} {name:28} {took}", flush=True)
     rows = []
     for name, results in runs.items():
         row: dict[str, Any] = {"task": task, "shape": shape.name, "contender": name}
@@ -93,7 +80,6 @@ def race(task: str, shape: Shape, names: list[str], device: str, rounds: int, re
                 "deviation": deviation(results[0], reference) if agrees else None,
             }
         )
-        print(f"{task:7} {shape.name:18} {name:28} {rows[-1]['time_s']:.4g} s", flush=True)
     return rows
 
 

@@ -67,6 +67,8 @@ def markdown(growth: list[dict[str, Any]]) -> str:
         if "not_run" in row:
             lines.append(f"| {row['axis']} | not run: {row['not_run']} | | |")
             continue
-        slopes = [f"{row[name]:.2f}{'' if row[name] <= GOAL else ' > goal'}" for name in ("time_slope", "memory_slope")]
+        # Noise is in the third digit.
+        found = [round(row[name], 2) for name in ("time_slope", "memory_slope")]
+        slopes = [f"{value:.2f}{'' if value <= GOAL else ' > goal'}" for value in found]
         lines.append(f"| {row['axis']} | {', '.join(f'{size:,}' for size in row['sizes'])} | {' | '.join(slopes)} |")
     return "\n".join(lines)

@@ -1,6 +1,6 @@
 """One contender in its own process: `python -m benchmarks.kernels.measure TASK SHAPE CONTENDER DEVICE REPEATS`.
 
-Prints JSON. Each measurement has a fresh process, so that no contender's memory is hidden in another's.
+Prints JSON. `processes` starts one for each measurement.
 """
 
 from __future__ import annotations
@@ -116,23 +116,26 @@ def ceilings(problem: Problem, device: str, repeats: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Run the command line."""
-    task, shape, contender, device, repeats = sys.argv[1:6]
+def measured(task: str, shape: str, contender: str, device: str, repeats: int) -> dict[str, Any]:
+    """Measure `contender` at a shape, or at several for "growth"; the result has `not_run` if it cannot run."""
     try:
         problems = (make_problem(find_shape(name), device) for name in shape.split(","))
         if task == "growth":
-            result = {"points": [linear_task(problem, contender, device, int(repeats)) for problem in problems]}
-        elif task == "ceilings":
-            result = ceilings(next(problems), device, int(repeats))
-        else:
-            run = linear_task if task == "linear" else logits_task
-            result = run(next(problems), contender, device, int(repeats))
+            return {"points": [linear_task(problem, contender, device, repeats) for problem in problems]}
+        if task == "ceilings":
+            return ceilings(next(problems), device, repeats)
+        run = linear_task if task == "linear" else logits_task
+        return run(next(problems), contender, device, repeats)
     except (NotRunError, ImportError) as error:
-        result = {"not_run": f"{error}"}
+        return {"not_run": f"{error}"}
     except torch.OutOfMemoryError:
-        result = {"not_run": "out of memory"}
-    print(json.dumps(result))
+        return {"not_run": "out of memory"}
+
+
+def main() -> None:
+    """Run the command line."""
+    task, shape, contender, device, repeats = sys.argv[1:6]
+    print(json.dumps(measured(task, shape, contender, device, int(repeats))))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The benchmark itself, end to end at a shape of no consequence."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -81,3 +82,17 @@ def test_the_plot_shows_ratio_memory_and_growth(tmp_path):
     one = {"sizes": [1, 2], "time_s": [1.0, 2.0], "extra_bytes": [5, 5], "time_slope": 1.0, "memory_slope": 0.0}
     assert plot(rows, [one | {"axis": "tokens", "contender": "ours"}], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_a_measurement_that_dies_or_fails_is_listed_with_its_reason(monkeypatch):
+    """In a process of its own: neither its end nor its error is that of the run."""
+    from benchmarks.kernels import processes
+
+    def failing(task, *rest):
+        if task == "dies":
+            os._exit(9)
+        raise ZeroDivisionError("no tokens")
+
+    monkeypatch.setattr(processes, "measured", failing)
+    assert processes.child("dies", "tiny", "naive", "cpu", 1) == {"not_run": "failed: exit status 9"}
+    assert processes.child("raises", "tiny", "naive", "cpu", 1) == {"not_run": "failed: ZeroDivisionError: no tokens"}
