@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -79,6 +79,7 @@ class SequenceBatch:
         sequence_ids: (N,) int64, sequence number of each scored token.
         spans: (S, 4) int64, start and end of each sequence's context, start and end of its response, in flattened
             positions.
+        scored_lengths: number of scored tokens of each sequence. Numbers of Python, so that no device is waited for.
         shared: true if a row contains more than one sequence, so that it needs its own mask.
     """
 
@@ -91,6 +92,7 @@ class SequenceBatch:
     labels: Tensor
     sequence_ids: Tensor
     spans: Tensor
+    scored_lengths: tuple[int, ...]
     shared: bool
 
     @property
@@ -110,8 +112,12 @@ class SequenceBatch:
 
     def to(self, device: torch.device) -> SequenceBatch:
         """Return the batch on `device`."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "shared"}
-        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+        moved: dict[str, Any] = {
+            f.name: value.to(device, non_blocking=True)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved)
 
 
 def parts_of(batch: SequenceBatch, lengths: Tensor) -> SequenceBatch:
@@ -178,7 +184,7 @@ def lay_out(documents: Sequence[Document], layout: RowLayout, pad_id: int) -> Se
                     index[s] = index[s][np.array(trained[s])]
                     labels[s] = [token for token, is_trained in zip(ids, trained[s], strict=True) if is_trained]
     input_ids, position_ids, document_ids, branches = torch.from_numpy(grid)
-    lengths = torch.tensor([len(ids) for ids in labels])
+    lengths = tuple(len(ids) for ids in labels)
     score_index = np.concatenate(index)
     return SequenceBatch(
         input_ids=input_ids,
@@ -188,8 +194,9 @@ def lay_out(documents: Sequence[Document], layout: RowLayout, pad_id: int) -> Se
         score_index=torch.from_numpy(score_index),
         scored=torch.from_numpy(np.unique(score_index)),
         labels=torch.tensor([token for ids in labels for token in ids]),
-        sequence_ids=torch.repeat_interleave(torch.arange(S), lengths),
+        sequence_ids=torch.repeat_interleave(torch.arange(S), torch.tensor(lengths)),
         spans=torch.from_numpy(spans),
+        scored_lengths=lengths,
         shared=layout is not RowLayout.SPLIT,
     )
 

@@ -75,6 +75,8 @@ def fused_preference_loss(model: CausalLM, batch: SequenceBatch, loss_of_pairs: 
                 logit_scale=scale,
                 check_labels=False,
                 shard=shard,
+                # The collate function has counted them: with Python's numbers, nobody waits for the device.
+                lengths=batch.scored_lengths,
             )
         )
         # The head itself gets no positions, so it computes nothing.

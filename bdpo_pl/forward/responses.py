@@ -5,7 +5,7 @@ Shapes: S sequences; R rows of T positions; N scored tokens; D hidden size; V vo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from weakref import WeakKeyDictionary
 
@@ -120,20 +120,20 @@ def _from_head(
     n = min(_COMPARED, len(batch.labels))
     results: list[Tensor] = []
 
-    def logps(packed: Tensor, labels: Tensor, sequences: Tensor, number: int) -> Tensor:
+    def logps(packed: Tensor, labels: Tensor, sequences: Tensor, lengths: Sequence[int]) -> Tensor:
         weight, shard = head_weight(head)
         return linear_sequence_logprob(
-            packed, weight, labels, sequences, number, bias=head.bias, softcap=softcap, logit_scale=scale,
-            shard=shard, check_labels=False,
+            packed, weight, labels, sequences, len(lengths), bias=head.bias, softcap=softcap, logit_scale=scale,
+            shard=shard, check_labels=False, lengths=lengths,
         )  # fmt: skip
 
     def compute(hidden: Tensor) -> Tensor:
         packed = select(hidden).squeeze(0)
-        results.append(logps(packed, batch.labels, batch.sequence_ids, batch.num_sequences))
+        results.append(logps(packed, batch.labels, batch.sequence_ids, batch.scored_lengths))
         if checked:
             return hidden[:, :0]
         each = torch.arange(n, device=packed.device)
-        results.append(logps(packed[:n], batch.labels[:n], each, n))
+        results.append(logps(packed[:n], batch.labels[:n], each, [1] * n))
         return packed[:n].unsqueeze(0)
 
     with head_input(model, compute):

@@ -68,10 +68,12 @@ class Counted:
         mixed: true for float32 weights under bfloat16 autocast, false for bfloat16 weights.
         trains_head: true if the head's weight needs a gradient.
         wide_gradient: true if the weight's gradient is accumulated in float32 and cast at the end.
-        row_passes: number of passes over the logits by kernels (reads and writes), beyond those of the products.
+        row_bytes: bytes of each logit that kernels over rows read and write, beyond those of the products.
+        logits_bytes: bytes of each logit that the first product writes.
         scaling_pass: true if the weight's gradient is multiplied by the gradient of the loss.
         launches: number of kernel launches.
         waits: number of times that the host waits for the device.
+        blocks: number of tokens in each block of logits, if that is not a chunk.
     """
 
     chunks: tuple[int, ...]
@@ -80,10 +82,12 @@ class Counted:
     mixed: bool = False
     trains_head: bool = True
     wide_gradient: bool = True
-    row_passes: int = 3
+    row_bytes: int = 3 * _HALF
+    logits_bytes: int = _HALF
     scaling_pass: bool = True
     launches: int = 90
     waits: int = 4
+    blocks: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -159,10 +163,10 @@ def predict(gpu: GPU, step: Counted) -> Prediction:
     owned = _SINGLE if step.mixed else _HALF
     scaled = step.scaling_pass and step.trains_head
     return Prediction(
-        logits=sum(product_seconds(gpu, n, V, D) for n in step.chunks),
+        logits=sum(product_seconds(gpu, n, V, D, step.logits_bytes) for n in step.blocks or step.chunks),
         grad_hidden=sum(product_seconds(gpu, n, D, V) for n in step.chunks),
         grad_weight=sum(grad_weight),
-        rows=step.row_passes * step.tokens * V * _HALF / gpu.bandwidth / ROW_KERNELS,
+        rows=step.row_bytes * step.tokens * V / gpu.bandwidth / ROW_KERNELS,
         casts=casts,
         scaling=2 * V * D * owned / gpu.bandwidth if scaled else 0.0,
         overhead=step.launches * LAUNCH_S + step.waits * WAIT_S,
@@ -175,14 +179,22 @@ def ideal_seconds(gpu: GPU, step: Counted) -> float:
 
 
 QWEN2_7B = Counted((3072, 1024), D=3584, V=152_064)
+_ONE = replace(QWEN2_7B, chunks=(4096,))
+_UNSCALED = replace(_ONE, scaling_pass=False)
+_NARROW = replace(_UNSCALED, wide_gradient=False)
+ROUNDED = replace(_NARROW, row_bytes=2 * _HALF, waits=0)
+"""The same with `exact=False`: logits rounded to bfloat16."""
+PRESENT = replace(ROUNDED, row_bytes=_SINGLE + _HALF, logits_bytes=_SINGLE, blocks=(1408, 1408, 1280))
+"""What the code does today: float32 logits in blocks, read once and replaced by a gradient in bfloat16."""
 STEPS = {
-    "two chunks, accumulated in float32, scaled": QWEN2_7B,
+    "0.1.0: two chunks, accumulated in float32, scaled": QWEN2_7B,
     "the same, bf16-mixed": replace(QWEN2_7B, mixed=True),
-    "one chunk": replace(QWEN2_7B, chunks=(4096,)),
-    "+ no scaling pass": replace(QWEN2_7B, chunks=(4096,), scaling_pass=False),
-    "+ gradient in the weight's dtype": replace(QWEN2_7B, chunks=(4096,), scaling_pass=False, wide_gradient=False),
-    "+ rows in one kernel": replace(QWEN2_7B, chunks=(4096,), scaling_pass=False, wide_gradient=False, row_passes=2),
-    "+ no waits": replace(QWEN2_7B, chunks=(4096,), scaling_pass=False, wide_gradient=False, row_passes=2, waits=0),
+    "one chunk": _ONE,
+    "+ no scaling pass": _UNSCALED,
+    "+ gradient in the weight's dtype": _NARROW,
+    "+ rows in one kernel": replace(_NARROW, row_bytes=2 * _HALF),
+    "+ no waits: today with `exact=False`": ROUNDED,
+    "today: logits in float32": PRESENT,
 }
 """Qwen2-7B's head over 4,096 tokens, change by change."""
 

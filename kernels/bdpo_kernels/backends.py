@@ -30,8 +30,7 @@ class PackedRows(Protocol):
     ) -> Tensor:
         """Return the (n,) log-probabilities, and write a gradient into (n, V) `gradient`.
 
-        The gradient is that of −log p(label) over `transform.scale`. `gradient` may share the memory of the logits,
-        each row at the start of its own logits, and may be half as wide.
+        The gradient is that of −log p(label) over `transform.scale`. `gradient` may be the logits themselves.
         """
         ...
 

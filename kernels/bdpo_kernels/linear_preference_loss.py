@@ -58,8 +58,9 @@ def linear_preference_loss(
 
     The loss may be multiplied by any factor, and its backward runs once. The factor is applied after the gradients are
     computed, so it cannot keep float16 gradients from vanishing, which is the purpose of a gradient scaler. A pair with
-    more tokens than a chunk is projected twice. Memory besides inputs and gradients: one chunk of logits, and a float32
-    copy of the weight's gradient if that is in half precision and there is more than one chunk.
+    more tokens than a chunk is projected twice, unless weight and bias are frozen. Memory besides inputs and gradients:
+    one chunk of logits' gradients, a block of float32 logits, and a float32 copy of the weight's gradient if that is in
+    half precision and there is more than one chunk.
 
     Args:
         hidden: (N, D) hidden states that enter the LM head.
@@ -111,9 +112,10 @@ def linear_preference_loss(
     chosen = resolve_backend(backend, hidden.device)
     options = HeadOptions(transform, ignore_index, dtype, exact, chosen, shard)
     needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias))
-    width = pitch(widest, padded=chosen == "triton")
+    gradient_dtype = options.gradient_dtype(hidden.device)
     sizes = chunk_sizes(
-        chunk_bytes, width, hidden.shape[1], dtype, options.logits_dtype, hidden.device, weight.dtype
+        chunk_bytes, widest, hidden.shape[1], dtype, options.logits_dtype, gradient_dtype, hidden.device, weight.dtype,
+        width=pitch(widest, padded=chosen == "triton"),
     )  # fmt: skip
     return _LinearPreferenceLoss.apply(
         hidden, weight, bias, labels, sequence_ids, loss_fn, num_pairs, lengths, options, sizes, needs
@@ -127,7 +129,7 @@ class _Chunk(NamedTuple):
     last: int
     tokens: Tensor
     parts: tuple[Tensor, ...]
-    """The same tokens, in more than one part if the only pair is too long for a chunk."""
+    """The same tokens, in more than one part if they are too many: a long pair alone, or the head is frozen."""
 
 
 class _LinearPreferenceLoss(torch.autograd.Function):
@@ -147,10 +149,13 @@ class _LinearPreferenceLoss(torch.autograd.Function):
         needs: tuple[bool, bool, bool],
     ) -> tuple[Tensor, Tensor, Tensor]:
         with without_autocast(hidden.device):
-            chunks = _chunks(labels, sequence_ids, num_pairs, lengths, options.ignore_index, sizes, needs[1])
+            frozen = not (needs[1] or needs[2])
+            order, counts = _tokens_by_pair(labels, sequence_ids, num_pairs, lengths, options.ignore_index)
+            division = sizes.of(sum(counts), needs[1])
+            chunks = _chunks(order, counts, division.tokens, hidden.shape[1] if frozen else None)
             largest = max(len(part) for chunk in chunks for part in chunk.parts)
             parts = sum(len(chunk.parts) for chunk in chunks)
-            head = LinearHead(hidden, weight, bias, labels, options, largest, needs, parts)
+            head = LinearHead(hidden, weight, bias, labels, options, sizes, division, largest, needs, parts)
             total = torch.zeros((), dtype=options.wide, device=hidden.device)
             logps = torch.zeros(2, num_pairs, dtype=options.wide, device=hidden.device)
             for chunk in chunks:
@@ -182,30 +187,35 @@ class _LinearPreferenceLoss(torch.autograd.Function):
         return (*wanted, *[None] * 8)
 
 
-def _chunks(
-    labels: Tensor,
-    sequence_ids: Tensor,
-    num_pairs: int,
-    lengths: Sequence[int] | None,
-    ignore_index: int,
-    sizes: ChunkSizes,
-    weight_grad: bool,
-) -> list[_Chunk]:
-    """Return the tokens that count, grouped by pair, in the fewest chunks of about equal size."""
+def _tokens_by_pair(
+    labels: Tensor, sequence_ids: Tensor, num_pairs: int, lengths: Sequence[int] | None, ignore_index: int
+) -> tuple[Tensor, list[int]]:
+    """Return the indices of all tokens, grouped by pair, ignored ones last, and the number that count in each pair."""
     # Ignored tokens come last, as if they belonged to one more pair.
     pairs = torch.where(labels == ignore_index, num_pairs, sequence_ids.long() % num_pairs)
     order = torch.argsort(pairs, stable=True)
-    if lengths is None:
-        # This is the only synchronisation with the GPU.
-        counts = pairs.new_zeros(num_pairs + 1).index_add_(0, pairs, torch.ones_like(pairs)).tolist()[:num_pairs]
-    else:
-        counts = [lengths[pair] + lengths[num_pairs + pair] for pair in range(num_pairs)]
-    most = sizes.of(sum(counts), weight_grad)
+    if lengths is not None:
+        return order, [lengths[pair] + lengths[num_pairs + pair] for pair in range(num_pairs)]
+    # This is the only synchronisation with the GPU.
+    counts = pairs.new_zeros(num_pairs + 1).index_add_(0, pairs, torch.ones_like(pairs)).tolist()
+    return order, counts[:num_pairs]
+
+
+def _chunks(order: Tensor, counts: list[int], most: int, columns: int | None) -> list[_Chunk]:
+    """Return the tokens that count, in the fewest chunks of at most `most` tokens, of about equal size.
+
+    Args:
+        order: indices of the tokens, grouped by pair.
+        counts: (B,) numbers of tokens of the pairs.
+        most: maximum number of tokens in a chunk.
+        columns: hidden size if weight and bias are frozen, else None. If they are, all pairs make one chunk in parts,
+            whose sizes do not depend on the pairs.
+    """
     chunks, start = [], 0
-    for first, last in pairs_evenly(counts, most):
+    for first, last in pairs_evenly(counts, most) if columns is None else [(0, len(counts))]:
         end = start + sum(counts[first:last])
         tokens = order[start:end]
-        chunks.append(_Chunk(first, last, tokens, split_evenly(tokens, most) or (tokens,)))
+        chunks.append(_Chunk(first, last, tokens, split_evenly(tokens, most, columns or 0) or (tokens,)))
         start = end
     return chunks
 
@@ -224,7 +234,13 @@ def _walk(
     rejected = global_ids >= num_pairs
     ids = global_ids - chunk.first - torch.where(rejected, num_pairs - b, 0)
     whole = len(chunk.parts) == 1
-    token_logps = [head.logps(part, for_backward=needs_grad and whole) for part in chunk.parts]
+    # The loss scales rows of the hidden states' gradient, which can be done when all parts are known.
+    deferred = needs_grad and not whole and head.grad_weight is None and head.grad_bias is None
+    token_logps = []
+    for part in chunk.parts:
+        token_logps.append(head.logps(part, for_backward=needs_grad and (whole or deferred)))
+        if deferred:
+            head.backward_to_hidden()
     flat = token_logps[0] if whole else torch.cat(token_logps)
     sums = load(head.options.backend).sum_by_sequence(flat, ids, 2 * b).view(2, b)
     pair_index = torch.arange(chunk.first, chunk.last, device=ids.device)
@@ -232,6 +248,9 @@ def _walk(
     if needs_grad:
         token_grads = grads.flatten().index_select(0, ids).split([len(part) for part in chunk.parts])
         for part, of_part in zip(chunk.parts, token_grads, strict=True):
+            if deferred:
+                head.scale_hidden(part, of_part)
+                continue
             if not whole:
                 # The logits of a pair that is too long for a chunk were overwritten, so they are computed again.
                 head.logps(part, for_backward=True)

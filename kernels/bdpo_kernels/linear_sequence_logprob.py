@@ -95,8 +95,11 @@ def linear_sequence_logprob(
     if lengths is not None:
         check_lengths(lengths, S, labels)
     options = HeadOptions(transform, ignore_index, dtype, exact, chosen, shard)
-    width = pitch(widest, padded=chosen == "triton")
-    sizes = chunk_sizes(chunk_bytes, width, D, dtype, options.logits_dtype, hidden.device, weight.dtype)
+    gradient_dtype = options.gradient_dtype(hidden.device)
+    sizes = chunk_sizes(
+        chunk_bytes, widest, D, dtype, options.logits_dtype, gradient_dtype, hidden.device, weight.dtype,
+        width=pitch(widest, padded=chosen == "triton"),
+    )  # fmt: skip
     if shard is None:
         numbers = (softcap, logit_scale, ignore_index, dtype, exact, chosen, list(astuple(sizes)), lengths)
         return _op(hidden, weight, bias, labels, sequence_ids, S, *numbers, check_labels)
@@ -141,8 +144,11 @@ def _forward(
 ) -> Tensor:
     """Return (S,) log-probabilities, in one pass over the tokens."""
     logps = torch.zeros(len(labels), dtype=options.wide, device=hidden.device)
-    chunks = split_evenly(_kept(labels, options.ignore_index, lengths), sizes.plain)
-    head = LinearHead(hidden, weight, bias, labels, options, max(map(len, chunks), default=0))
+    kept = _kept(labels, options.ignore_index, lengths)
+    division = sizes.scored(len(kept))
+    chunks = split_evenly(kept, division.tokens)
+    largest = max(map(len, chunks), default=0)
+    head = LinearHead(hidden, weight, bias, labels, options, sizes, division, largest)
     for tokens in chunks:
         logps.index_copy_(0, tokens, head.logps(tokens))
     return load(options.backend).sum_by_sequence(logps, sequence_ids, num_sequences)
@@ -161,9 +167,10 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of hidden, weight and bias, in another pass: forward and backward for each chunk."""
     kept = _kept(labels, options.ignore_index, lengths)
-    chunks = split_evenly(kept, sizes.of(len(kept), needs[1]))
+    division = sizes.of(len(kept), needs[1])
+    chunks = split_evenly(kept, division.tokens, hidden.shape[1])
     largest = max(map(len, chunks), default=0)
-    head = LinearHead(hidden, weight, bias, labels, options, largest, needs, len(chunks))
+    head = LinearHead(hidden, weight, bias, labels, options, sizes, division, largest, needs, len(chunks))
     for tokens in chunks:
         head.logps(tokens, for_backward=True)
         head.backward(token_grads.index_select(0, tokens))

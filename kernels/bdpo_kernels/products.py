@@ -3,7 +3,8 @@
 Products of half-precision numbers are exact in float32, so their sums are kept in float32 where precision matters: for
 the logits, whose rounding to bfloat16 would change a response's log-probability by tenths of a nat, and for gradients
 that several chunks contribute to. GPUs do this in one step (`out_dtype`). Most CPUs have no fast half-precision
-product, so there float32 copies of one slab of the vocabulary at a time are multiplied.
+product, so there float32 copies of one slab of the vocabulary at a time are multiplied. On those that have one (AMX or
+AVX512-BF16), the products whose result is in half precision use it.
 
 Shapes: n tokens; D hidden size; V vocabulary.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,9 +101,22 @@ def has_wide_products(device: torch.device) -> bool:
     return bool((total[:, :15] == 32).all()) and bool((total[:, 15] == 17).all()) and bool((total[:, 16:] == 1).all())
 
 
+# What a CPU calls its instructions for half-precision products that add up in float32.
+_CPU_PRODUCTS = {torch.bfloat16: ("amx_bf16", "avx512_bf16"), torch.float16: ("amx_fp16",)}
+# oneDNN has the products. PyTorch 2.11 does not yet tell what a CPU can do. Asked at import: torch.compile cannot ask.
+_TELLS = hasattr(torch.cpu, "get_capabilities") and torch.backends.mkldnn.is_available()
+_CPU_CAPABILITIES: dict[str, Any] = dict(torch.cpu.get_capabilities()) if _TELLS else {}
+
+
+def has_fast_half(dtype: torch.dtype) -> bool:
+    """Return whether this CPU multiplies matrices of `dtype` (bfloat16 or float16) by instructions of its own."""
+    return any(_CPU_CAPABILITIES.get(name, False) for name in _CPU_PRODUCTS.get(dtype, ()))
+
+
 def _by_slabs(tensor: Tensor) -> bool:
-    """Return whether products with `tensor` need float32 copies: half precision on any device but a GPU."""
-    return not tensor.is_cuda and tensor.dtype in (torch.bfloat16, torch.float16)
+    """Return whether products with `tensor` need float32 copies: half precision, but on a GPU or a CPU that has it."""
+    is_half = tensor.dtype in (torch.bfloat16, torch.float16)
+    return is_half and not tensor.is_cuda and not has_fast_half(tensor.dtype)
 
 
 def _slabs(matrix: Tensor) -> Iterator[slice]:

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from counting import Operators, products_of_a_gpu, recorded_launches
 
 from bdpo_kernels import linear_preference_loss, linear_sequence_logprob
+from bdpo_kernels.chunks import head_bytes
 
 pytest.importorskip("triton")
 
@@ -68,12 +69,39 @@ def test_no_number_is_an_argument_in_float32(device, dtype):
 def test_rows_of_an_odd_vocabulary_begin_at_multiples_of_16(device, V):
     with recorded_launches(run=False) as launches:
         step(*problem(torch.bfloat16, V=V), backend="triton")
-    (args,) = [args for name, args, _ in launches if name == "softmax_gradient"]
-    logits, gradient, strides = args[0], args[5], args[7:9]
-    assert (logits.dtype, gradient.dtype) == (torch.float32, torch.bfloat16)
-    assert gradient.address == logits.address
-    assert all(stride % 16 == 0 for stride in strides)
-    assert strides[1] == 2 * strides[0]
+    for args in (args for name, args, _ in launches if name == "softmax_gradient"):
+        logits, gradient, strides = args[0], args[5], args[7:9]
+        assert (logits.dtype, gradient.dtype) == (torch.float32, torch.bfloat16)
+        assert strides[0] == strides[1]
+        assert strides[0] % 16 == 0
+
+
+def test_logits_of_a_single_chunk_take_the_memory_of_the_weights_gradient(device):
+    """It is written after the last block of logits, so float32 logits cost no memory."""
+    tensors = problem(torch.bfloat16)
+    with recorded_launches(run=False) as launches:
+        step(*tensors, backend="triton")
+    addresses = {args[0].address for name, args, _ in launches if name == "softmax_gradient"}
+    assert addresses == {tensors[1].grad.data_ptr()}
+
+
+def test_a_frozen_head_projects_a_pair_that_is_too_long_for_a_chunk_once(device, backend):
+    """The pair's factor multiplies rows of its hidden states' gradient when it is known."""
+    hidden, weight, labels, _ = problem()
+    ids = torch.arange(N) % 2
+    results = []
+    for chunk_bytes in (None, 5 * 336 * 4):
+        h, w = hidden.detach().clone().requires_grad_(), weight.detach()
+        with Operators() as operators:
+            loss, *_ = linear_preference_loss(
+                h, w, labels, ids, losses, num_pairs=1, chunk_bytes=chunk_bytes, backend=backend
+            )
+            loss.backward()
+        results.append((loss.detach(), h.grad))
+        parts = 1 if chunk_bytes is None else 5
+        assert sum(name in PRODUCTS for name in operators.names()) == 2 * parts
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -167,27 +195,46 @@ def test_lengths_change_nothing(device, backend):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize(
-    ("D", "V", "tokens", "chunks"),
-    [(3584, 152_064, 4096, 1), (3584, 152_064, 8192, 4), (4096, 128_256, 8192, 2), (4096, 32_768, 8192, 1)],
-)
-def test_peak_memory_at_real_shapes_is_no_more_than_with_half_precision_logits(device, D, V, tokens, chunks):
-    """On meta tensors of the benchmark's shapes: logits, gradients and temporaries, counted as they come and go.
+def before(N, V, D, weight_dtype):
+    """Bytes of logits and the weight's gradient at the peak of version 0.1.0, whose logits were bfloat16.
 
-    Before: 1 GiB of bfloat16 logits, the weight's gradient in float32 and bfloat16, all at once; the hidden states'
-    gradient, and a chunk of hidden states and of their product.
+    Its memory plan left out that a sum in float32 is cast to a weight's bfloat16 while both exist.
     """
+    logits = min(N, max(512, (1 << 30) // (2 * V))) * V * 2
+    return logits + {None: 0, torch.float32: 4, torch.bfloat16: 6}[weight_dtype] * V * D
+
+
+@pytest.mark.parametrize(
+    ("D", "V", "tokens", "trains_head", "chunks"),
+    [
+        (3584, 152_064, 4096, True, 1),
+        (3584, 152_064, 8192, True, 1),
+        (3584, 152_064, 16_384, True, 8),
+        (4096, 128_256, 8192, True, 1),
+        (4096, 32_768, 8192, True, 1),
+        (3584, 256_000, 8192, True, 1),
+        (3584, 152_064, 1000, False, 2),
+        (3584, 152_064, 8192, False, 3),
+        (4096, 32_000, 2048, False, 2),
+    ],
+)
+def test_peak_memory_at_real_shapes_is_what_is_planned_and_no_more_than_with_half_precision_logits(
+    device, D, V, tokens, trains_head, chunks
+):
+    """On meta tensors of the benchmark's shapes: logits, gradients and temporaries, counted as they come and go."""
     pairs = 4
     hidden, weight, labels, ids = problem(torch.bfloat16, tokens, D, V, pairs, "meta")
-    with recorded_launches(run=False) as launches, products_of_a_gpu(), Operators() as operators:
+    weight.requires_grad_(trains_head)
+    with recorded_launches(run=False), products_of_a_gpu() as products, Operators() as operators:
         loss, *_ = linear_preference_loss(
             hidden, weight, labels, ids, losses, num_pairs=pairs, backend="triton", check_labels=False,
             lengths=[tokens // (2 * pairs)] * (2 * pairs),
         )  # fmt: skip
         loss.backward()
-    chunk = (1 << 30) // (2 * V)
-    before = (1 << 30) + 6 * V * D + (tokens + 2 * min(tokens, chunk)) * D * 2
-    # Indices and sums, a few numbers a token.
-    before += 1 << 20
-    assert operators.peak <= before
-    assert [name for name, *_ in launches].count("softmax_gradient") == chunks
+    dtype = weight.dtype if trains_head else None
+    planned = head_bytes(tokens, V, D, torch.bfloat16, torch.device("cuda"), dtype)
+    assert planned <= before(tokens, V, D, dtype)
+    assert products["hidden_product"] == chunks
+    # The hidden states' gradient, their copies in a chunk, indices and sums: a few numbers a token.
+    others = (2 * tokens + 2 * -(-tokens // chunks)) * D * 2 + (1 << 20)
+    assert operators.peak <= planned + others

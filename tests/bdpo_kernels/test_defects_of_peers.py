@@ -4,12 +4,14 @@ The oracle is float64 autograd on the same, already rounded inputs.
 """
 
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
 import torch.nn.functional as F
+from counting import recorded_launches
 
-from bdpo_kernels import linear_preference_loss, linear_sequence_logprob
+from bdpo_kernels import linear_preference_loss, linear_sequence_logprob, sequence_logprob
 
 HALF = torch.bfloat16
 
@@ -291,6 +293,54 @@ def test_a_scale_that_float32_does_not_hold_is_right_in_float64(backend, device,
         torch.testing.assert_close(loss, -logps, rtol=1e-13, atol=1e-13)
         for leaf, right in zip(leaves, expected, strict=True):
             torch.testing.assert_close(leaf.grad, right, rtol=1e-11, atol=1e-12)
+
+
+def test_nothing_is_made_on_another_device_than_the_tensors(backend, device):
+    """Unsloth #4162 used the current device's memory. Here that is a device without any: what lands there raises."""
+    hidden, weight, bias = torch.randn(8, 16), torch.randn(50, 16), torch.randn(50)
+    labels, ids = torch.randint(50, (8,)), torch.arange(8) % 2
+    options = {"backend": backend, "chunk_bytes": 3 * 64 * 4, "softcap": 5.0, "logit_scale": 0.5}
+    results = []
+    for current in (hidden.device, torch.device("meta")):
+        with torch.device(current):
+            leaves = leaves_of(hidden, weight, bias)
+            loss, *both = linear_preference_loss(
+                *leaves[:2], labels, ids, lambda c, r, i: r - c, num_pairs=1, bias=leaves[2], **options
+            )
+            sums = linear_sequence_logprob(*leaves[:2], labels, ids, 2, bias=leaves[2], **options)
+            whole = sequence_logprob(hidden @ weight.t(), labels, ids, 2, backend=backend)
+            (loss + sums.sum()).backward()
+        results.append([loss, *both, sums, whole, *(leaf.grad for leaf in leaves)])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(device, monkeypatch):
+    """Triton launches on the current device: each launch stands in a guard of the device of its tensors."""
+    pytest.importorskip("triton")
+    from bdpo_kernels.rows import triton as rows
+
+    guards = []
+
+    @contextmanager
+    def guarded(tensor):
+        guards.append(tensor.device)
+        yield
+        guards.pop()
+
+    monkeypatch.setattr(rows, "_on_device", guarded)
+    hidden, weight = torch.randn(8, 16), torch.randn(50, 16)
+    labels, ids = torch.randint(50, (8,)), torch.arange(8) % 2
+    inside = []
+    with recorded_launches(run=False, on_launch=lambda: inside.append(list(guards))):
+        leaves = leaves_of(hidden, weight)
+        loss, *_ = linear_preference_loss(
+            *leaves, labels, ids, lambda c, r, i: r - c, num_pairs=1, backend="triton"
+        )  # fmt: skip
+        loss.backward()
+        sequence_logprob(hidden @ weight.t(), labels, ids, 2, backend="triton")
+    assert len(inside) > 4
+    assert all(found == [hidden.device] for found in inside)
 
 
 @pytest.mark.gpu

@@ -1,6 +1,7 @@
 """Counts of what an operation does: launches of Triton kernels, operators on large tensors, memory at its peak."""
 
 import weakref
+from collections import Counter
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 from unittest import mock
@@ -27,11 +28,12 @@ def _described(value):
 class _Recorded:
     """A Triton kernel that notes its launches; `run` says whether they are also carried out."""
 
-    def __init__(self, name, kernel, launches, run):
-        self.name, self.kernel, self.launches, self.run = name, kernel, launches, run
+    def __init__(self, name, kernel, launches, run, on_launch):
+        self.name, self.kernel, self.launches, self.run, self.on_launch = name, kernel, launches, run, on_launch
 
     def __getitem__(self, grid):
         def launch(*args, **kwargs):
+            self.on_launch()
             self.launches.append((self.name, [_described(value) for value in args], kwargs))
             if self.run:
                 self.kernel[grid](*args, **kwargs)
@@ -40,15 +42,18 @@ class _Recorded:
 
 
 @contextmanager
-def recorded_launches(run=True):
-    """While open, a list of (name, args, kwargs) grows by each launch; without `run` nothing is computed."""
+def recorded_launches(run=True, on_launch=lambda: None):
+    """While open, a list of (name, args, kwargs) grows by each launch; without `run` nothing is computed.
+
+    `on_launch` is called before each.
+    """
     from bdpo_kernels.rows import triton_kernels
 
     launches = []
     names = [name for name, value in vars(triton_kernels).items() if hasattr(value, "fn") and not name.startswith("_")]
     with ExitStack() as stack:
         for name in names:
-            kernel = _Recorded(name, getattr(triton_kernels, name), launches, run)
+            kernel = _Recorded(name, getattr(triton_kernels, name), launches, run, on_launch)
             stack.enter_context(mock.patch.object(triton_kernels, name, kernel))
         yield launches
 
@@ -92,18 +97,28 @@ class Operators(TorchDispatchMode):
 
 @contextmanager
 def products_of_a_gpu():
-    """While open, products allocate what they do on a GPU, which takes one step for each: their results."""
+    """While open, products allocate what they do on a GPU, which takes one step for each: their results.
+
+    Gives the number of calls of each.
+    """
     from bdpo_kernels import linear_head
 
-    def in_place(*args):
-        """Nothing; not a mock, which would hold its arguments."""
+    calls = Counter()
 
-    def hidden_product(gradient, weight):
-        return gradient.new_empty(len(gradient), weight.shape[1])
+    def counted(name, product):
+        def call(*args):
+            calls[name] += 1
+            return product(*args)
 
-    with (
-        mock.patch.object(linear_head, "write_logits", in_place),
-        mock.patch.object(linear_head, "hidden_product", hidden_product),
-        mock.patch.object(linear_head, "add_weight_product", in_place),
-    ):
-        yield
+        return call
+
+    # Not mocks, which would hold their arguments.
+    products = {
+        "write_logits": lambda *args: None,
+        "hidden_product": lambda gradient, weight: gradient.new_empty(len(gradient), weight.shape[1]),
+        "add_weight_product": lambda *args: None,
+    }
+    with ExitStack() as stack:
+        for name, product in products.items():
+            stack.enter_context(mock.patch.object(linear_head, name, counted(name, product)))
+        yield calls

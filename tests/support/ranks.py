@@ -12,6 +12,12 @@ def run_ranks(function, folder, *args, world_size=2):
     mp.spawn(_start, (function, world_size, str(folder / f"rendezvous-{function.__name__}"), args), nprocs=world_size)
 
 
+def each(rank, *functions):
+    """Call each of `functions` in turn."""
+    for function in functions:
+        function(rank)
+
+
 def _start(rank, function, world_size, rendezvous, args):
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)

@@ -67,8 +67,8 @@ def logprobs(logits: Tensor, labels: Tensor, transform: LogitTransform) -> Tenso
 def logprobs_and_gradient(logits: Tensor, labels: Tensor, transform: LogitTransform, gradient: Tensor) -> Tensor:
     """Return the (n,) log-probabilities, and write a gradient into (n, V) `gradient`.
 
-    The gradient is that of −log p(label) over `transform.scale`. `gradient` may share the memory of the logits; see
-    `rows.triton.logprobs_and_gradient`. One exponential per logit serves both results.
+    The gradient is that of −log p(label) over `transform.scale`. `gradient` may be the logits themselves. One
+    exponential per logit serves both results.
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     index = labels.long().unsqueeze(-1)
@@ -186,6 +186,10 @@ def _kept_blocks(logits: Tensor, labels: Tensor, ignore_index: int) -> Iterator[
     """
     B, T, _ = logits.shape
     size = _block_rows(logits)
+    if ignore_index == NONE_IGNORED:
+        # Counting the rows that count would wait for the device.
+        yield from ((b, slice(t, t + size)) for b in range(B) for t in range(0, T, size))
+        return
     kept = (labels != ignore_index).nonzero()
     if kept.shape[0] == B * T and size < T:
         yield from ((b, slice(t, t + size)) for b in range(B) for t in range(0, T, size))

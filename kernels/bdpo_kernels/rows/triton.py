@@ -136,8 +136,7 @@ def logprobs_and_gradient(logits: Tensor, labels: Tensor, transform: LogitTransf
         logits: (n, V) logits, with strides (any, 1).
         labels: (n,) labels.
         transform: function that turns the raw logits into those of the distribution.
-        gradient: (n, V) result, with strides (any, 1). It may share the memory of the logits, each row at the start of
-            its own logits, and may be half as wide.
+        gradient: (n, V) result, with strides (any, 1); it may be the logits themselves.
     """
     logps = torch.empty(len(labels), dtype=_accumulator(logits), device=logits.device)
     # The statistics are neither read nor written, so any pointer is valid.
@@ -221,7 +220,6 @@ def _softmax_gradient(
             logits.stride(0),
             gradient.stride(0),
             KNOWN=known,
-            NARROWS=gradient.element_size() < logits.element_size(),
             **_constants(transform, _accumulator(logits)),
             # float64 needs more registers than the threads of such a large program have.
             **_blocks(logits, _LARGE_BLOCK_BYTES if logits.element_size() < 8 else _LARGE_BLOCK_BYTES // 2),

@@ -214,7 +214,6 @@ def softmax_gradient(
     INNER: tl.constexpr,
     ACC: tl.constexpr,
     KNOWN: tl.constexpr,
-    NARROWS: tl.constexpr,
     ROWS: tl.constexpr,
     LANE: tl.constexpr,
 ):
@@ -224,9 +223,8 @@ def softmax_gradient(
     there. No gradient of a loss is needed: it is one number per row, which multiplies rows of the hidden states before
     one product and rows of the other product's result.
 
-    `out_ptr` may be `logits_ptr`, each row of the gradient at the start of its own logits. With KNOWN, the statistics
-    are read and no log-probability is written; a label below zero matches no column. With NARROWS, the gradient is
-    narrower than the logits and shares their memory: all threads read a block before any writes to it.
+    `out_ptr` may be `logits_ptr`. With KNOWN, the statistics are read and no log-probability is written; a label below
+    zero matches no column.
     """
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * logits_stride
@@ -250,16 +248,12 @@ def softmax_gradient(
         x = tl.load(row_ptr + start + at).to(ACC)
         t = _capped(x, INNER, ACC)
         gradient = tl.exp2(tl.fma(t, factor, -top) - log_sum) * _slope(t, INNER)
-        if NARROWS:
-            tl.debug_barrier()
         tl.store(row_out + start + at, gradient.to(out_ptr.dtype.element_ty))
     if whole < V:
         columns = whole + at
         x = tl.load(row_ptr + columns, mask=columns < V, other=0.0).to(ACC)
         t = _capped(x, INNER, ACC)
         gradient = tl.exp2(tl.fma(t, factor, -top) - log_sum) * _slope(t, INNER)
-        if NARROWS:
-            tl.debug_barrier()
         tl.store(row_out + columns, gradient.to(out_ptr.dtype.element_ty), mask=columns < V)
     # The label's element is written last, which avoids a comparison for every logit.
     tl.debug_barrier()

@@ -16,7 +16,16 @@ def test_rows_of_their_own_by_hand():
     assert batch.score_index.tolist() == [1, 2, 4]
     assert batch.labels.tolist() == [7, 8, 9]
     assert batch.sequence_ids.tolist() == [0, 0, 1]
+    assert batch.scored_lengths == (2, 1)
     assert not batch.shared
+
+
+def test_lengths_count_the_scored_tokens_alone_and_stay_in_python():
+    documents = [Document([5, 6], [(1, [7, 8, 9]), (0, [3, 4])], {1: [True, False, True]})]
+    batch = lay_out(documents, RowLayout.SHARED, 0)
+    assert batch.scored_lengths == (2, 2)
+    assert batch.scored_lengths == tuple(torch.bincount(batch.sequence_ids, minlength=2).tolist())
+    assert batch.to(torch.device("meta")).scored_lengths == (2, 2)
 
 
 def test_shared_row_by_hand():

@@ -1,11 +1,15 @@
 """Training with LM head and loss in one operation, against training on the model's own logits."""
 
+import importlib
+
 import pytest
 import torch
+from counting import Operators
 from makers import build_model, large, rows_alone
 from torch import nn
 from training import fit, same, weights
 
+import bdpo_kernels
 from bdpo_kernels import linear_preference_loss
 from bdpo_pl.errors import InputError
 from bdpo_pl.forward.fused_loss import fused_preference_loss, why_not_fused
@@ -44,6 +48,41 @@ def test_loss_and_gradients_are_those_of_the_models_own_logits(architecture):
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-5)
     for name, grad, other in zip(names, torch.autograd.grad(loss, parameters), grads, strict=True):
         torch.testing.assert_close(grad, other, rtol=1e-3, atol=1e-5, msg=name)
+
+
+WAITS = {"_local_scalar_dense", "nonzero", "bincount", "masked_select", "is_nonzero", "equal"}
+
+
+@pytest.mark.parametrize("pass_", ["training", "scoring"])
+def test_no_device_is_waited_for_at_the_head(monkeypatch, pass_):
+    """The collate function has counted the tokens of each response: nobody reads a number from the device."""
+    function = {"training": "linear_preference_loss", "scoring": "linear_sequence_logprob"}[pass_]
+    module = f"bdpo_pl.forward.{'fused_loss' if pass_ == 'training' else 'responses'}"
+    called = importlib.import_module(f"bdpo_kernels.{function}")
+    # On a CPU the lengths are checked, because it costs nothing there.
+    monkeypatch.setattr(called, "check_length_values", lambda *args: None)
+    waits, reads = [], []
+    for name in ("tolist", "item", "nonzero"):
+        whole = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda t, n=name, whole=whole: reads.append(n) or whole(t))
+    operation = getattr(bdpo_kernels, function)
+
+    def watched(*args, **kwargs):
+        before = len(reads)
+        with Operators() as operators:
+            result = operation(*args, **kwargs)
+        waits.append((len(reads) - before, WAITS & set(operators.names())))
+        return result
+
+    monkeypatch.setattr(f"{module}.{function}", watched)
+    model = large(build_model()).eval()
+    if pass_ == "training":
+        fused_preference_loss(model, batch(), loss_of_pairs)[0].backward()
+    else:
+        with torch.no_grad():
+            response_logps(model, batch())
+    assert waits
+    assert all(found == (0, set()) for found in waits)
 
 
 def test_unknown_change_of_the_logits_is_noticed():
