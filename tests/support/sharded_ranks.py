@@ -23,6 +23,13 @@ RUNS = {
     "fsdp2-pissa": {"lora": LoraOptions(r=4, init="pissa")},
     "fsdp2-dora": {"lora": LoraOptions(r=4, dora=True, modules_to_save=["lm_head"]), "trainer": {"max_epochs": 1}},
 }
+RESUMED = {
+    "fsdp2": {},
+    "tp": {},
+    "fsdp2-lora": {"lora": LORA},
+    "ddp-lora": {"lora": LORA},
+    "fsdp2-vision": {"model": "vision", "trainer": {"max_epochs": 1}},
+}
 FROM_ADAPTER = ("ddp-adapter", "fsdp2-adapter")
 
 
@@ -68,12 +75,13 @@ class StopAt(L.Callback):
 
 
 def interrupted_and_resumed(rank, folder):
-    """In the middle of the second epoch: 4 steps an epoch."""
-    for name, options in {"fsdp2": {}, "tp": {}, "fsdp2-lora": {"lora": LORA}, "ddp-lora": {"lora": LORA}}.items():
+    """In the middle of the last epoch: 4 steps an epoch."""
+    for name, options in RESUMED.items():
+        done = 2 if "trainer" in options else 6
         every = ModelCheckpoint(folder / f"{name}-steps", every_n_train_steps=1, save_top_k=-1, filename="{step}")
         with pytest.raises(RuntimeError, match="machine is gone"):
-            train(folder, name + "-part", 2, callbacks=[every, StopAt(7)], **options)
-        path = str(folder / f"{name}-steps" / "step=6.ckpt")
+            train(folder, name + "-part", 2, callbacks=[every, StopAt(done + 1)], **options)
+        path = str(folder / f"{name}-steps" / f"step={done}.ckpt")
         keep(rank, folder, name + "-resumed", train(folder, name + "-again", 2, ckpt_path=path, **options))
     path = str(folder / "fsdp2-steps" / "step=6.ckpt")
     keep(rank, folder, "tp-from-fsdp2", train(folder, "tp-from-fsdp2", 2, ckpt_path=path))
