@@ -263,6 +263,10 @@ def _tool_name(tool: object) -> str | None:
     return name if isinstance(name, str) else None
 
 
+def _thought_of_prompt(after: str) -> str:
+    return after[after.rindex("<") :]
+
+
 def _otherwise(after: str, template: ChatTemplate, has_thought: bool = False) -> tuple[str, str]:
     """Return reason and detail for a conversation that continues differently from its generation prompt."""
     if has_thought:
@@ -274,7 +278,12 @@ def _otherwise(after: str, template: ChatTemplate, has_thought: bool = False) ->
         )
     if opens_thought(after):
         switch = next((name for name in ("enable_thinking", "thinking") if template.mentions(name)), None)
-        remedy = f"data.chat_template_kwargs='{{{switch}: false}}'" if switch else "data.chat_template=FILE"
+        remedy = (
+            f"data.chat_template_kwargs='{{{switch}: false}}'"
+            if switch
+            else "data.chat_template=FILE, a copy of the template whose generation prompt does not end with "
+            f"{_thought_of_prompt(after)!r}"
+        )
         return (
             "the generation prompt opens a thought",
             "the chat template's generation prompt opens a thought, and the response has none, so generation would "

@@ -55,6 +55,11 @@ DEEPSEEK = (
     "{% if add_generation_prompt %}<｜Assistant｜>"
     "{% if thinking is defined and not thinking %}</think>{% else %}<think>\n{% endif %}{% endif %}"
 )
+R1_DISTILL = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<｜User｜>{{ m.content }}"
+    "{% else %}<｜Assistant｜>{{ m.content.split('</think>')[-1] }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<｜Assistant｜><think>\n{% endif %}"
+)
 GPT_OSS = (
     "{% for m in messages %}{% if m.role == 'assistant' %}<|start|>assistant"
     "{% if m.thinking %}<|channel|>analysis<|message|>{{ m.thinking }}<|end|><|start|>assistant{% endif %}"

@@ -157,6 +157,19 @@ def test_thought_that_only_generation_opens_is_refused_with_the_option_that_mend
     assert tokenizer.decode(pair.chosen_ids) == "so .<|im_end|>"
 
 
+def test_without_such_a_variable_the_remedy_is_a_copy_of_the_template_and_it_works(tmp_path):
+    error, _ = encode(tokenizer_for(T.R1_DISTILL), [USER], say("so ."), say("no ."))
+    assert isinstance(error, RowError)
+    remedy = "data.chat_template=FILE, a copy of the template whose generation prompt does not end with '<think>\\n'"
+    assert remedy in str(error)
+    copy = tmp_path / "copy.jinja"
+    copy.write_text(T.R1_DISTILL.replace("<｜Assistant｜><think>\n", "<｜Assistant｜>"), encoding="utf-8")
+    tokenizer = tokenizer_for(T.R1_DISTILL)
+    pair, _ = encode(tokenizer, [USER], say("so ."), say("no ."), chat_template=str(copy))
+    check(tokenizer, [USER], pair, "so .", "no .")
+    assert tokenizer.decode(pair.prompt_ids).endswith("<｜Assistant｜>")
+
+
 @pytest.mark.parametrize("inline", [False, True])
 @pytest.mark.parametrize(
     ("thoughts", "seen", "learnt"),
