@@ -22,7 +22,13 @@ REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
 _SHAREGPT = {"human": "user", "gpt": "assistant", "observation": "tool", "chatgpt": "assistant", "bot": "assistant"}
 _THOUGHT = re.compile(r"\s*<(think(?:ing)?)>(?P<thought>.*?)</\1>\s*", re.DOTALL)
-_INVISIBLE = re.compile("[\\s\u200b-\u200f\u2060-\u2064\ufeff\u00ad]+")
+# Unicode's characters that are shown as nothing (Default_Ignorable_Code_Point), control characters, blanks, and two
+# letters that are drawn blank.
+_VISIBLE = re.compile(
+    "[^\\s\\x00-\\x1f\\x7f-\\x9f\\u00ad\\u034f\\u061c\\u115f\\u1160\\u17b4\\u17b5\\u180b-\\u180f\\u200b-\\u200f\\u202a-\\u202e"
+    "\\u2060-\\u206f\\u2800\\u3164\\ufe00-\\ufe0f\\ufeff\\uffa0\\ufff0-\\ufffb\\U0001bca0-\\U0001bca3\\U0001d173-\\U0001d17a"
+    "\\U000e0000-\\U000e0fff]"
+)
 
 
 class RowError(ValueError):
@@ -113,7 +119,7 @@ def thought_of(message: Message) -> str:
 
 def is_blank(text: str) -> bool:
     """Return true if nothing in `text` is visible."""
-    return not _INVISIBLE.sub("", text)
+    return _VISIBLE.search(text) is None
 
 
 def says_nothing(message: Message) -> bool:

@@ -172,6 +172,10 @@ def test_column_left_out_on_purpose_or_said_again_is_no_fault(load, tokenizer):
         ({"prompt": "how ?", "chosen": [{**YES, "role": "narrator"}], "rejected": [NO]}, "has the role 'narrator'"),
         ({"prompt": "why ?", "chosen": [USER, YES], "rejected": [USER, NO]}, "not the one in 'prompt'"),
         ({"prompt": "how ?", "chosen": "so .", "rejected": "\u200b\u200d"}, "field 'rejected' is empty"),
+        (
+            {"prompt": "how ?", "chosen": "so .", "rejected": "\u202e\u3164\u2800\ufe0f\U000e0001\x00"},
+            "'rejected' is empty",
+        ),
         ({"system": "a", "prompt": [SYSTEM, USER], "chosen": [YES], "rejected": [NO]}, "differs from the prompt's"),
         (
             {"prompt": [{"role": "user", "content": [{"type": "image"}]}], "chosen": [YES], "rejected": [NO]},
