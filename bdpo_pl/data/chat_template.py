@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property
 from typing import Any
 
+from transformers.utils import chat_template_utils
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from bdpo_pl.data.control_tokens import ControlTokens, Ids, Spelled
@@ -29,6 +30,8 @@ PINNED_DATE = date(2024, 7, 26)
 _SENTINEL = "zqsentinel{}qz"
 _OPEN_THOUGHT = re.compile(r"<think(?:ing)?>\s*$")
 _THOUGHT = re.compile(r"</?think(?:ing)?>")
+_PLAIN = (str, bool, int, float, type(None))
+_NO_KEY = ""
 _DATE = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<format>.*?)(?P=quote)\s*\)""")
 
 
@@ -85,6 +88,10 @@ class ChatTemplate:
         self.kwargs = dict(kwargs or {})
         self.special_tokens: dict[str, Any] = dict(tokenizer.special_tokens_map)
         self._templates: dict[bool, str] = {}
+        # Gives the template compiled, in transformers' sandbox; None in a version that keeps it elsewhere.
+        self._compile: Callable[[str], Any] | None = getattr(chat_template_utils, "_compile_jinja_template", None)
+        self._variables = {**self.special_tokens, **self.kwargs}
+        self._is_plain = all(map(_is_plain, self._variables.values()))
         self._facts: dict[str, TurnFacts | None] = {}
 
     def render(self, conversation: Conversation, *, generation: bool = False) -> str:
@@ -99,6 +106,17 @@ class ChatTemplate:
         messages = conversation.messages
         if in_parts:
             messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+        elif self._compile is not None and self._is_plain and _is_simple(conversation):
+            # Plain texts need none of what transformers prepares, which takes longer than the rendering itself.
+            return str(
+                self._compile(self._template(False)).render(
+                    messages=list(messages),
+                    tools=None,
+                    documents=None,
+                    add_generation_prompt=generation,
+                    **self._variables,
+                )
+            )
         # Equals `apply_chat_template` for messages that are plain data already, in half the time.
         (text,), _ = render_jinja_template(
             conversations=[list(messages)],
@@ -122,7 +140,9 @@ class ChatTemplate:
     def facts(self, conversation: Conversation) -> TurnFacts | None:
         """Return the text around an answer, measured once for each set of variables; None if the template refuses."""
         tools = conversation.tools
-        key = json.dumps([conversation.kwargs, bool(tools)], sort_keys=True, default=str)
+        key = _NO_KEY
+        if tools or conversation.kwargs:
+            key = json.dumps([conversation.kwargs, bool(tools)], sort_keys=True, default=str)
         if key not in self._facts:
             self._facts[key] = self._probe(Conversation([], tools, conversation.kwargs))
         return self._facts[key]
@@ -244,6 +264,19 @@ class ChatTemplate:
         before, found_answer, end = whole.rpartition(answer)
         _, found_again, between = before.rpartition(question)
         return (after, between, end) if found and found_answer and found_again else None
+
+
+def _is_plain(value: Any) -> bool:
+    return type(value) in _PLAIN or (type(value) is list and all(type(item) in _PLAIN for item in value))
+
+
+def _is_simple(conversation: Conversation) -> bool:
+    """Return true if a conversation is texts of roles and nothing else."""
+    if conversation.tools or conversation.kwargs:
+        return False
+    return all(
+        len(m) == 2 and type(m.get("role")) is str and type(m.get("content")) is str for m in conversation.messages
+    )
 
 
 def opens_thought(prompt: str) -> bool:

@@ -20,9 +20,13 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from bdpo_pl.data.tokenizer_like import TokenizerLike
+from bdpo_pl.data.words import Words, added_around, cuts_before_words
 from bdpo_pl.errors import InputError
 
 Ids = list[int]
+
+_MANY = 256
+"""Number of texts from which encoding them word by word pays off."""
 
 # No author of a data set can guess it; the ids do not depend on it.
 _NONCE = secrets.token_hex(8)
@@ -163,6 +167,24 @@ class ControlTokens:
         return spelled.restore(self._pattern.sub(lambda match: _private(self.ids[match[0]]), text))
 
     def _encode(self, texts: list[str], add_special_tokens: bool) -> list[Ids]:
+        if len(texts) < _MANY or self._words is None or (add_special_tokens and self._around is None):
+            return self._encode_whole(texts, add_special_tokens)
+        ids = self._words.encode(texts)
+        before, after = self._around if add_special_tokens and self._around else ([], [])
+        return [[*before, *row, *after] for row in ids] if before or after else ids
+
+    @cached_property
+    def _words(self) -> Words | None:
+        """Word-wise encoder, if the tokenizer gives the same ids word by word."""
+        if self._backend is None or not cuts_before_words(self._backend):
+            return None
+        return Words(lambda texts: self._encode_whole(texts, False))
+
+    @cached_property
+    def _around(self) -> tuple[Ids, Ids] | None:
+        return added_around(self._encode_whole)
+
+    def _encode_whole(self, texts: list[str], add_special_tokens: bool) -> list[Ids]:
         if not texts:
             return []
         if self._backend is None:

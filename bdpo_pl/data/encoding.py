@@ -6,6 +6,7 @@ work. Only few chunks are in progress at a time, so memory stays bounded whateve
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -24,6 +25,8 @@ from bdpo_pl.errors import MachineError
 
 CHUNK = 512
 """Number of rows in a chunk."""
+_BETWEEN_COLLECTIONS = 100_000
+"""Number of new objects after which a process looks for garbage; rows leave hardly any."""
 MIN_ROWS = 16 * CHUNK
 """Number of rows from which starting processes pays off."""
 
@@ -107,6 +110,9 @@ def _start() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    # What is inherited is never garbage here: looking through it would take time, and copy its pages.
+    gc.freeze()
+    gc.set_threshold(_BETWEEN_COLLECTIONS)
     global _worker
     _worker = _inherited
 

@@ -10,6 +10,7 @@ import os
 import stat
 import zlib
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -27,6 +28,7 @@ Rows = Iterator[tuple[int, dict[str, Any]]]
 """Pairs of (number of the line or row, its fields)."""
 
 
+@lru_cache(maxsize=1024)
 def suffix_of(path: Path | str) -> str:
     """Return the suffix that determines how `path` is read, in lower case and without `.gz`."""
     path = Path(str(path).lower())

@@ -75,6 +75,8 @@ class PreferenceRow:
 def common_prefix_length(a: Sequence[object], b: Sequence[object]) -> int:
     """Return how many leading elements (characters, messages, token ids) `a` and `b` share."""
     length = min(len(a), len(b))
+    if a[:length] == b[:length]:
+        return length
     return next((i for i in range(length) if a[i] != b[i]), length)
 
 

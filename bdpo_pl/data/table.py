@@ -114,13 +114,46 @@ class PairTable:
 
     def select(self, indices: np.ndarray) -> PairTable:
         """Return the table of the pairs at `indices`, in that order."""
-        return PairTable.from_pairs(
-            (self[int(i)] for i in indices),
+        indices = np.asarray(indices, dtype=np.int64)
+        sizes = self.starts[indices + 1] - self.starts[indices]
+        starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        # Position of each token: where its pair begins, and its place in the pair.
+        taken = np.arange(starts[-1]) + np.repeat(self.starts[indices] - starts[:-1], sizes)
+        trained = None if self.trained is None else self.trained[taken]
+        return PairTable(
+            self.tokens[taken],
+            starts,
+            self.prompt_lengths[indices],
+            self.chosen_lengths[indices],
+            self.rejected_lengths[indices],
             self.null_prompt_ids,
-            [self.places[int(i)] for i in indices],
-            [self.categories[int(i)] for i in indices],
+            [self.places[i] for i in indices.tolist()],
+            [self.categories[i] for i in indices.tolist()],
             None if self.safe is None else self.safe[:, indices],
+            None if trained is None or trained.all() else trained,
             None if self.weights is None else self.weights[indices],
+        )
+
+    @classmethod
+    def concatenate(cls, tables: Sequence[PairTable]) -> PairTable:
+        """Return the pairs of all `tables`, which have one null prompt, one after the other."""
+        starts = np.concatenate([[0], *(np.diff(table.starts) for table in tables)]).cumsum()
+        safe = [table.safe for table in tables if table.safe is not None]
+        trained = [
+            np.ones(len(table.tokens), dtype=bool) if table.trained is None else table.trained for table in tables
+        ]
+        return cls(
+            np.concatenate([table.tokens for table in tables]),
+            starts.astype(np.int64),
+            np.concatenate([table.prompt_lengths for table in tables]),
+            np.concatenate([table.chosen_lengths for table in tables]),
+            np.concatenate([table.rejected_lengths for table in tables]),
+            tables[0].null_prompt_ids,
+            [place for table in tables for place in table.places],
+            [category for table in tables for category in table.categories],
+            np.concatenate(safe, axis=1) if len(safe) == len(tables) else None,
+            None if all(table.trained is None for table in tables) else np.concatenate(trained),
+            joined_weights(tables),
         )
 
     @property
@@ -136,26 +169,32 @@ class PairTable:
     def prompt_digests(self) -> list[bytes]:
         """Return a digest of each pair's prompt tokens: equal digests mean equal prompts."""
         ends = self.starts[:-1] + self.prompt_lengths
-        return [_digest(self.tokens[a:b]) for a, b in zip(self.starts[:-1], ends, strict=True)]
+        tokens = _bytes_of(self.tokens)
+        return [_digest(tokens[4 * a : 4 * b]) for a, b in zip(self.starts[:-1].tolist(), ends.tolist(), strict=True)]
 
     def response_digests(self) -> tuple[list[bytes], list[bytes]]:
         """Return a digest of each pair's chosen tokens, and one of its rejected tokens."""
         middles = self.starts[:-1] + self.prompt_lengths
         cuts = middles + self.chosen_lengths
-        chosen = [self._digest(a, b) for a, b in zip(middles, cuts, strict=True)]
-        rejected = [self._digest(a, b) for a, b in zip(cuts, self.starts[1:], strict=True)]
-        return chosen, rejected
+        return self._digests(middles, cuts), self._digests(cuts, self.starts[1:])
 
     def pair_digests(self) -> list[bytes]:
         """Return a digest of each whole pair, including its boundaries."""
-        return [
-            self._digest(self.starts[i], self.starts[i + 1], self.prompt_lengths[i], self.chosen_lengths[i])
-            for i in range(len(self))
-        ]
+        lengths = _bytes_of(np.stack([self.prompt_lengths, self.chosen_lengths], axis=1))
+        return self._digests(self.starts[:-1], self.starts[1:], lengths)
 
-    def _digest(self, start: int, stop: int, *parts: np.integer) -> bytes:
-        masks = () if self.trained is None else (self.trained[start:stop],)
-        return _digest(self.tokens[start:stop], *masks, *parts)
+    def _digests(self, starts: np.ndarray, stops: np.ndarray, more: memoryview | None = None) -> list[bytes]:
+        """Return a digest of each range of tokens, with what is trained on, and of the 8 bytes of `more` beside it."""
+        tokens, trained = _bytes_of(self.tokens), None if self.trained is None else _bytes_of(self.trained)
+        found = []
+        for i, (a, b) in enumerate(zip(starts.tolist(), stops.tolist(), strict=True)):
+            parts = [tokens[4 * a : 4 * b]]
+            if trained is not None:
+                parts.append(trained[a:b])
+            if more is not None:
+                parts.append(more[8 * i : 8 * i + 8])
+            found.append(_digest(*parts))
+        return found
 
     def content_digest(self) -> str:
         """Return the SHA-256 of all that a model would read: token ids, boundaries and null prompt."""
@@ -182,5 +221,13 @@ def joined_weights(tables: Sequence[PairTable]) -> np.ndarray | None:
     )
 
 
-def _digest(*parts: np.ndarray | np.integer) -> bytes:
-    return hashlib.blake2b(b"".join(part.tobytes() for part in parts), digest_size=16).digest()
+def _bytes_of(array: np.ndarray) -> memoryview:
+    """Return the bytes of `array`, of which slices are no copies."""
+    return np.ascontiguousarray(array).view(np.uint8).reshape(-1).data
+
+
+def _digest(first: memoryview, *parts: memoryview) -> bytes:
+    digest = hashlib.blake2b(first, digest_size=16)
+    for part in parts:
+        digest.update(part)
+    return digest.digest()
