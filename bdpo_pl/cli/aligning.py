@@ -6,6 +6,7 @@ import json
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -71,9 +72,10 @@ def _align(cli: FitCLI, checkpoint: str | None, start: float) -> None:
     if not trainer.is_global_zero:
         return
     probe: SafetyProbe = cli.config_init.safety
-    pairs = len(data.tables["held_out"]) if "held_out" in data.tables else None
+    sets = module.splits.held_out_pairs
+    pairs = next(iter(sets.values()), None)
     results = module.evaluations, module.global_step, probe.before, probe.after
-    counted = {"errors": module.errors, "pairs": pairs, "prompts": probe.counts}
+    counted: Any = {"errors": module.errors, "pairs": pairs, "prompts": probe.counts, "sets": sets}
     rows = summary_rows(*results, **counted)
     card = describe(trainer, module, data, rows, bool(probe.suites))
     paths = {"report of the run": folder / "report.html", "configuration": folder / "config.yaml"}
@@ -97,7 +99,9 @@ def _align(cli: FitCLI, checkpoint: str | None, start: float) -> None:
     taken = time.perf_counter() - start
     curves = read_curves(paths["metrics"])
     device = str(trainer.strategy.root_device)
-    run_page(f"{card.base}, {card.loss}", card.facts, rows, said, curves, device, taken).write(folder / "report.html")
+    title = f"{card.base}, {card.loss}"
+    page = run_page(title, card.facts, rows, said, curves, device, taken, list(sets))
+    page.write(folder / "report.html")
     console = get_console()
     console.print(summary_table(*results, **counted))
     for level, sentence in said:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from typing import Any
 
 from jsonargparse import Namespace
 
+from bdpo_pl.data.held_out import HELD_OUT
 from bdpo_pl.errors import InputError
 from bdpo_pl.scoring.reference_sync import SyncOptions
 from bdpo_pl.scoring.scoring_pass import ScoringOptions
-from bdpo_pl.training.datamodule import VALIDATION_SPLITS
 from bdpo_pl.training.metrics import NAMES
 from bdpo_pl.training.module import PreferenceModule
 from bdpo_pl.training.safety_probe import SafetyProbe
@@ -109,7 +110,9 @@ def logged_names(module: PreferenceModule, config: Namespace, probe: SafetyProbe
         values -= {"comprehension_chosen", "comprehension_rejected"}
     splits = {"train"}
     if config.data.held_out is not None or config.data.held_out_fraction > 0:
-        splits |= set(VALIDATION_SPLITS) - (set() if config.data.train_probe else {"train_probe"})
+        splits |= {HELD_OUT} | ({"train_probe"} if config.data.train_probe else set())
+    if isinstance(config.data.held_out, Mapping):
+        splits |= {f"{HELD_OUT}/{name}" for name in config.data.held_out}
     logged = {f"{split}/{value}" for split in splits for value in values}
     logged |= {"train/grad_norm", "train/lr", "train/tokens_per_second", "epoch", "step"} | probe.logged
     if "train_probe" in splits:

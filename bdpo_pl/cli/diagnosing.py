@@ -130,9 +130,8 @@ class _Scoring(L.LightningModule):
         reference = module.make_reference("precomputed", machine.precision)
         reference.check_fits(module.loss)
         reference.prepare(machine, self.splits, module.loss)
-        for name in ("train", "held_out"):
-            if name in self.splits.tables:
-                self.scores[name] = reference.scores(name, torch.arange(len(self.splits.tables[name])))
+        for name in self.splits.scored:
+            self.scores[name] = reference.scores(name, torch.arange(len(self.splits.tables[name])))
 
     def configure_model(self) -> None:
         """Build nothing; strategies that split a model require this method."""

@@ -1,4 +1,4 @@
-"""Training pairs of several sources, each repeated according to its weight."""
+"""Sources of pairs: training pairs of several sources, each repeated according to its weight."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from bdpo_pl.data.report import DataReport
-from bdpo_pl.data.table import PairTable, joined_weights
+from bdpo_pl.data.table import PairTable
 from bdpo_pl.errors import InputError
 
 
 @dataclass
 class DataSource:
-    """One of several sources of training pairs.
+    """One of several sources of pairs.
 
     Args:
         source: file, folder or hub dataset, as in `data.train`.
@@ -24,9 +24,10 @@ class DataSource:
         split: split of a hub dataset; default `data.split`.
         revision: git revision of a hub dataset; default `data.revision`.
         subset: configuration of a hub dataset that has several; default `data.subset`.
+        limit: number of its pairs that are used at most, drawn by `data.seed`; default all.
 
     Raises:
-        InputError: a weight that is not a positive number.
+        InputError: a weight that is not a positive number, or a limit below 1.
     """
 
     source: str
@@ -34,10 +35,27 @@ class DataSource:
     split: str | None = None
     revision: str | None = None
     subset: str | None = None
+    limit: int | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 < self.weight < math.inf:
             raise InputError(f"data.train: the weight of {self.source} must be above 0, got {self.weight}")
+        if self.limit is not None and self.limit < 1:
+            raise InputError(f"the limit of {self.source} must be at least 1 pair, got {self.limit}")
+
+    def __str__(self) -> str:
+        said = [f"weight {self.weight:g}"] if self.weight != 1.0 else []
+        said += [f"at most {self.limit:,} pairs"] if self.limit is not None else []
+        return f"{self.source} ({', '.join(said)})" if said else self.source
+
+
+def limited(table: PairTable, limit: int | None, seed: int, report: DataReport) -> PairTable:
+    """Return at most `limit` pairs of `table`, drawn by `seed`, in the same order; the others are counted."""
+    if limit is None or len(table) <= limit:
+        return table
+    report.note("left out by the limit of the source", len(table) - limit)
+    report.kept = limit
+    return table.select(np.sort(np.random.default_rng(seed).choice(len(table), limit, replace=False)))
 
 
 def join(
@@ -74,19 +92,11 @@ def join(
             table = table.select(np.flatnonzero(new))
             report.kept = len(table)
         kept.append(table)
-    safe = [table.safe for table in kept]
-    joined = PairTable.from_pairs(
-        (table[i] for table in kept for i in range(len(table))),
-        null_prompt,
-        [place for table in kept for place in table.places],
-        [category for table in kept for category in table.categories],
-        None if any(flags is None for flags in safe) else np.concatenate([f for f in safe if f is not None], axis=1),
-        joined_weights(kept),
-    )
+    joined = PairTable.concatenate(kept)
     return joined, np.repeat(np.array(weights, dtype=np.float64), [len(table) for table in kept])
 
 
-def repeat(table: PairTable, weights: np.ndarray, seed: int) -> PairTable:
+def repeat(table: PairTable, weights: np.ndarray, seed: int, of: str = "data.train") -> PairTable:
     """Return `table` with each pair repeated by its weight, fractions drawn by `seed`, in the same order."""
     if np.all(weights == 1.0):
         return table
@@ -99,5 +109,5 @@ def repeat(table: PairTable, weights: np.ndarray, seed: int) -> PairTable:
         extra = round((weight - math.floor(weight)) * len(places))
         times[generator.permutation(places)[:extra]] += 1
     if not times.any():
-        raise InputError("data.train: the weights leave no pair to train on; raise them")
+        raise InputError(f"{of}: the weights leave no pair; raise them")
     return table.select(np.repeat(np.arange(len(table)), times))

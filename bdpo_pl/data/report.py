@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -31,6 +30,7 @@ class DataReport:
         notes: counts of what was changed or noticed but not dropped.
         files_left_out: unread files in the source's folder.
         templated: number of rows rendered with the chat template.
+        label: name of the held-out set, if it has one.
     """
 
     name: str
@@ -41,6 +41,7 @@ class DataReport:
     notes: dict[str, str] = field(default_factory=dict)
     files_left_out: list[str] = field(default_factory=list)
     templated: int = 0
+    label: str = ""
 
     def drop(self, reason: str, place: str) -> None:
         """Count one dropped row."""
@@ -50,6 +51,11 @@ class DataReport:
         """Count something worth knowing; a zero is not reported."""
         if count:
             self.notes[what] = f"{count:,}"
+
+    @property
+    def title(self) -> str:
+        """Name of the split, with the name of the held-out set."""
+        return f"{self.name.partition('/')[0]} ({self.label})" if self.label else self.name
 
     @property
     def num_dropped(self) -> int:
@@ -105,14 +111,17 @@ class DataReport:
 
 def alike(table: PairTable, size: int = 4) -> tuple[float, int]:
     """Return the share of responses that begin with the most common first `size` trained tokens, and `size`."""
-    beginnings: Counter[tuple[int, ...]] = Counter()
-    for i in range(len(table)):
-        pair = table[i]
-        for ids, trained in ((pair.chosen_ids, pair.chosen_trained), (pair.rejected_ids, pair.rejected_trained)):
-            said = ids if trained is None else [t for t, flag in zip(ids, trained, strict=True) if flag]
-            beginnings[tuple(said[:size])] += 1
-    total = 2 * len(table)
-    return (max(beginnings.values()) / total if total else 0.0), size
+    if not len(table):
+        return 0.0, size
+    cuts = table.starts[:-1] + table.prompt_lengths
+    middles = cuts + table.chosen_lengths
+    starts, stops = np.concatenate([cuts, middles]), np.concatenate([middles, table.starts[1:]])
+    said = np.arange(len(table.tokens)) if table.trained is None else np.flatnonzero(table.trained)
+    first = np.searchsorted(said, starts)[:, None] + np.arange(size)
+    inside = (first < len(said)) & (said[np.minimum(first, len(said) - 1)] < stops[:, None])
+    beginnings = np.where(inside, table.tokens[said[np.minimum(first, len(said) - 1)]], -1)
+    _, counts = np.unique(beginnings, axis=0, return_counts=True)
+    return float(counts.max() / len(beginnings)), size
 
 
 def report_table(reports: Sequence[DataReport]) -> Table:
@@ -124,7 +133,7 @@ def report_table(reports: Sequence[DataReport]) -> Table:
     for report in reports:
         table.add_section()
         table.add_row(
-            f"[bold]{report.name}[/bold]", f"{report.kept:,} pairs", f"of {report.read:,} rows in {report.source}"
+            f"[bold]{report.title}[/bold]", f"{report.kept:,} pairs", f"of {report.read:,} rows in {report.source}"
         )
         for reason, places in report.dropped.items():
             examples = "; ".join(place.removeprefix(f"{report.source}, ") for place in places[:_EXAMPLES])

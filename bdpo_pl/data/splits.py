@@ -18,11 +18,12 @@ class PreferenceSplits:
     """Tokenised pairs of all splits of a job, and how they were read.
 
     Attributes:
-        tables: pairs, by the name of their split (`train`, `held_out`, `train_probe`).
+        tables: pairs, by the name of their split (`train`, `held_out`, `held_out/NAME`, `train_probe`).
         tokenizer: the tokenizer that read them.
         truncation: treatment of pairs that are longer than the window.
         chat_template: name of the chat template (`auto`, `none` or a file).
         probe_indices: indices in `train` of the pairs of `train_probe`; None without a probe.
+        monitored: name of the set in `held_out`, the first of several; "" if it has none.
     """
 
     tables: dict[str, PairTable]
@@ -30,6 +31,23 @@ class PreferenceSplits:
     truncation: Truncation
     chat_template: str
     probe_indices: np.ndarray | None = None
+    monitored: str = ""
+
+    @property
+    def scored(self) -> list[str]:
+        """Splits with pairs of their own: all but the probe, whose pairs are training pairs."""
+        return [name for name in self.tables if name != "train_probe"]
+
+    @property
+    def validation(self) -> list[str]:
+        """Splits that are validated on, in order."""
+        return [name for name in self.tables if name != "train"]
+
+    @property
+    def held_out_pairs(self) -> dict[str, int]:
+        """Numbers of pairs in the held-out sets by their name, the monitored one first; its name may be ""."""
+        sizes = {name: len(table) for name, table in self.tables.items() if name.startswith("held_out")}
+        return {name.partition("/")[2] or self.monitored: size for name, size in sizes.items()}
 
     @property
     def pad_id(self) -> int:

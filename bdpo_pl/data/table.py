@@ -153,7 +153,7 @@ class PairTable:
             [category for table in tables for category in table.categories],
             np.concatenate(safe, axis=1) if len(safe) == len(tables) else None,
             None if all(table.trained is None for table in tables) else np.concatenate(trained),
-            joined_weights(tables),
+            _joined_weights(tables),
         )
 
     @property
@@ -212,7 +212,7 @@ class PairTable:
         return digest.hexdigest()
 
 
-def joined_weights(tables: Sequence[PairTable]) -> np.ndarray | None:
+def _joined_weights(tables: Sequence[PairTable]) -> np.ndarray | None:
     """Return the weights of the pairs of all `tables`, 1 in a table without; None if there are no others."""
     if all(table.weights is None for table in tables):
         return None

@@ -188,4 +188,5 @@ def _pairs(count: int) -> str:
 
 
 def _named(split: str) -> str:
-    return {"train": "Training pairs", "held_out": "Held-out pairs"}.get(split, split)
+    first, _, name = split.partition("/")
+    return {"train": "Training pairs", "held_out": "Held-out pairs"}[first] + (f" ({name})" if name else "")

@@ -13,7 +13,6 @@ from bdpo_pl.statistics import Interval
 
 _MOST_LISTED = 50
 _MOST_CATEGORIES = 30
-NAMES = {"train": "training", "held_out": "held-out"}
 _HOW_TO_READ = (
     "Comprehension is the mutual information of prompt and response under the reference model: how much better it "
     "predicts the response when it has seen the prompt than when it has seen the null prompt. It can be negative.",
@@ -79,13 +78,19 @@ def _overview(section: Section, diagnosis: Diagnosis) -> None:
     caption = "Means over pairs, ± their 95 % intervals" + (
         f"; comprehension in {diagnosis.unit}" if diagnosis.unit else ""
     )
-    section.table(Table(["", *(NAMES[name] for name in splits)], rows, caption))
+    section.table(Table(["", *(called(name) for name in splits)], rows, caption))
     loaded: list[list[Cell]] = []
     for report in diagnosis.loading:
-        loaded.append([f"{NAMES[report.name]}: rows read", report.read])
-        loaded += [[f"{NAMES[report.name]}: dropped, {reason}", len(p)] for reason, p in report.dropped.items()]
-        loaded += [[f"{NAMES[report.name]}: {what}", value] for what, value in report.notes.items()]
+        loaded.append([f"{called(report.name)}: rows read", report.read])
+        loaded += [[f"{called(report.name)}: dropped, {reason}", len(p)] for reason, p in report.dropped.items()]
+        loaded += [[f"{called(report.name)}: {what}", value] for what, value in report.notes.items()]
     section.table(Table(["", ""], loaded, "What loading kept and dropped"))
+
+
+def called(split: str) -> str:
+    """Return what a split is called in reports."""
+    first, _, name = split.partition("/")
+    return {"train": "training", "held_out": "held-out"}[first] + (f" ({name})" if name else "")
 
 
 def _comprehension(section: Section, diagnosis: Diagnosis, measured: Mapping[str, Measured]) -> None:
@@ -106,7 +111,7 @@ def _comprehension(section: Section, diagnosis: Diagnosis, measured: Mapping[str
     section.figure(
         histogram(
             "Imbalance of pairs",
-            {NAMES[name]: m.imbalance for name, m in measured.items()},
+            {called(name): m.imbalance for name, m in measured.items()},
             f"comprehension of the chosen − of the rejected{unit}",
             marks=marks,
             caption="Right of zero the chosen response is the better comprehended one. Beyond the outer lines a pair "
@@ -134,7 +139,7 @@ def _weights(section: Section, diagnosis: Diagnosis, measured: Mapping[str, Meas
     section.figure(
         histogram(
             "Balance weight of the chosen response",
-            {NAMES[name]: m.weights[0] for name, m in measured.items()},
+            {called(name): m.weights[0] for name, m in measured.items()},
             "share of the pair's weight that the chosen response gets",
             marks={"balanced": 0.5},
             caption="The rejected response gets the rest. The smaller share goes to the better comprehended side; the "
@@ -248,10 +253,10 @@ def _consistency(section: Section, diagnosis: Diagnosis) -> None:
         ("rejected response stands in an earlier pair", lambda s: s.repeated_rejected),
     ):
         rows.append([label, *(count(split) for split in splits.values())])
-    section.table(Table(["pairs that …", *(NAMES[name] for name in splits)], rows, "Agreement of pairs"))
+    section.table(Table(["pairs that …", *(called(name) for name in splits)], rows, "Agreement of pairs"))
     for name, split in splits.items():
-        _listed(section, diagnosis, split.swapped, "contradicted by", f"Swapped sides, {NAMES[name]}")
-        _listed(section, diagnosis, split.conflicting, "conflicts with", f"Conflicting, {NAMES[name]}")
+        _listed(section, diagnosis, split.swapped, "contradicted by", f"Swapped sides, {called(name)}")
+        _listed(section, diagnosis, split.conflicting, "conflicts with", f"Conflicting, {called(name)}")
     if leaks is None:
         section.text("Nothing is held out, so there is nothing to compare with training.")
         return

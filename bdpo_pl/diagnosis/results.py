@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from bdpo_pl.data.consistency import Match, contradictions, leaks, near_leaks, repeats
+from bdpo_pl.data.held_out import HELD_OUT
 from bdpo_pl.data.report import DataReport
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.data.tokenizer_like import TokenizerLike
@@ -218,20 +219,24 @@ def diagnose_split(
 
 
 def find_leaks(tables: Mapping[str, PairTable], tokenizer: TokenizerLike) -> Leaks | None:
-    """Find the content of `held_out` that also occurs in `train`; None if nothing is held out."""
-    if "held_out" not in tables:
+    """Find the content of the held-out sets that also occurs in `train`; None if nothing is held out."""
+    sets = [table for name, table in tables.items() if name.startswith(HELD_OUT)]
+    if not sets:
         return None
-    train, held_out = tables["train"], tables["held_out"]
-    exact = leaks(train, held_out)
-    known = {match.at for match in exact}
-    near = near_leaks(_prompts(train, tokenizer), _prompts(held_out, tokenizer))
-    chosen = set(train.response_digests()[0])
-    return Leaks(
-        _places(exact, held_out, train),
-        _places([match for match in near if match.at not in known], held_out, train),
-        sum(digest in chosen for digest in held_out.response_digests()[0]),
-        len(held_out),
-    )
+    train = tables["train"]
+    found = Leaks([], [], 0, sum(map(len, sets)))
+    prompts, chosen = _prompts(train, tokenizer), set(train.response_digests()[0])
+    for held_out in sets:
+        exact = leaks(train, held_out)
+        known = {match.at for match in exact}
+        near = near_leaks(prompts, _prompts(held_out, tokenizer))
+        found = Leaks(
+            found.prompts + _places(exact, held_out, train),
+            found.near_prompts + _places([match for match in near if match.at not in known], held_out, train),
+            found.chosen + sum(digest in chosen for digest in held_out.response_digests()[0]),
+            found.pairs,
+        )
+    return found
 
 
 def _prompts(table: PairTable, tokenizer: TokenizerLike) -> list[str]:

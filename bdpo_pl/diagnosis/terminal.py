@@ -6,7 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bdpo_pl.diagnosis.measures import Group
-from bdpo_pl.diagnosis.page import NAMES, told
+from bdpo_pl.diagnosis.page import called, told
 from bdpo_pl.diagnosis.results import Diagnosis
 from bdpo_pl.reporting.format import fixed, general, percent, ratio, whole
 
@@ -23,7 +23,7 @@ def numbers_table(diagnosis: Diagnosis) -> Table:
     for column in ("", "pairs", "chosen", "rejected", "imbalance", "spread", "strong"):
         table.add_column(column, justify="right" if column else "left", overflow="fold")
     for name, split in diagnosis.splits.items():
-        table.add_row(*_row(Text(NAMES[name], "bold"), split.overall))
+        table.add_row(*_row(Text(called(name), "bold"), split.overall))
     categories = diagnosis.splits["train"].categories
     if categories:
         table.add_section()

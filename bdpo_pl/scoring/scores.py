@@ -93,7 +93,7 @@ def split_scores(
 
 
 def score_splits(splits: PreferenceSplits, score: Callable[[str, PairTable], SplitScores]) -> dict[str, SplitScores]:
-    """Score every split: the training pairs, the held-out ones, and the probe, which takes those of the training pairs.
+    """Score every split: training pairs, every held-out set, and the probe, which takes those of the training pairs.
 
     Args:
         splits: the pairs.
@@ -103,7 +103,7 @@ def score_splits(splits: PreferenceSplits, score: Callable[[str, PairTable], Spl
         Scores by the name of the split.
     """
     found: dict[str, SplitScores] = {}
-    found |= {name: score(name, splits.tables[name]) for name in ("train", "held_out") if name in splits.tables}
+    found |= {name: score(name, splits.tables[name]) for name in splits.scored}
     if splits.probe_indices is not None:
         probe = torch.from_numpy(splits.probe_indices)
         device = next(t.device for t in vars(found["train"]).values() if t is not None)

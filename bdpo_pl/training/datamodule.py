@@ -17,8 +17,9 @@ from bdpo_pl.data.batches import PairDataset
 from bdpo_pl.data.boundary import Thoughts
 from bdpo_pl.data.consistency import count_shared_prompts
 from bdpo_pl.data.example import example_table
+from bdpo_pl.data.held_out import HELD_OUT, HeldOut, held_out_sources, split_names
 from bdpo_pl.data.loading import LoadOptions, load_pairs
-from bdpo_pl.data.mixture import DataSource, join, repeat
+from bdpo_pl.data.mixture import DataSource, join, limited, repeat
 from bdpo_pl.data.packing import RowLayout
 from bdpo_pl.data.report import DataReport, report_table
 from bdpo_pl.data.samplers import PairBatchSampler, StepSampler, TokenBatchSampler, check_budget
@@ -32,7 +33,6 @@ from bdpo_pl.errors import InputError
 from bdpo_pl.models.loading import ModelSource, load_config, load_tokenizer, num_positions
 from bdpo_pl.parallel.ranks import data_ranks
 
-VALIDATION_SPLITS = ("held_out", "train_probe")
 _DEFAULT_WINDOW = 1024
 
 
@@ -45,6 +45,8 @@ class PreferenceDataModule(L.LightningDataModule):
         train: a file (JSON Lines, JSON, CSV or Parquet, gzipped or not), a folder of them, a hub dataset, or `embedded`
             for the set shipped with bdpo_pl; or several: `[{source: a.jsonl, weight: 2}, {source: b.jsonl}]`.
         held_out: source of the held-out pairs, in the same forms. Default: a part of `train` (see `held_out_fraction`).
+            Several sets by name: `{hh: a.jsonl, pku: {source: b.jsonl, limit: 500}}`, each with its own metrics
+            (`held_out/pku/loss`). The first is the monitored one, `held_out/loss`.
         held_out_fraction: share of `train` that is held out if `held_out` is not given, split by prompt; 0: none.
         split: split of a hub dataset that is trained on.
         held_out_split: split of a hub dataset that is held out; requires `held_out`.
@@ -79,7 +81,7 @@ class PreferenceDataModule(L.LightningDataModule):
     def __init__(
         self,
         train: str | list[DataSource] = EMBEDDED,
-        held_out: str | None = None,
+        held_out: HeldOut = None,
         held_out_fraction: float = 0.05,
         split: str = "train",
         held_out_split: str = "test",
@@ -120,10 +122,8 @@ class PreferenceDataModule(L.LightningDataModule):
         self.train_sources = [DataSource(train)] if isinstance(train, str) else train
         if not self.train_sources:
             raise InputError("data.train: the list of sources is empty")
-        self.train_source = ", ".join(
-            s.source if s.weight == 1.0 else f"{s.source} (weight {s.weight:g})" for s in self.train_sources
-        )
-        self.held_out_source = held_out
+        self.train_source = ", ".join(map(str, self.train_sources))
+        self.held_out_sources = held_out_sources(held_out)
         self.held_out_fraction = held_out_fraction
         self.split = split
         self.held_out_split = held_out_split
@@ -151,6 +151,11 @@ class PreferenceDataModule(L.LightningDataModule):
         self._row_layout: Callable[[], RowLayout] | None = None
         self._resume_batches = 0
         self._train_sampler: StepSampler | None = None
+
+    @property
+    def held_out_source(self) -> str | None:
+        """Sources of the held-out pairs, with the names of several sets; None if there are none."""
+        return ", ".join(f"{n}: {s}" if n else str(s) for n, s in self.held_out_sources.items()) or None
 
     @property
     def tables(self) -> dict[str, PairTable]:
@@ -203,7 +208,7 @@ class PreferenceDataModule(L.LightningDataModule):
         )
 
         def load(name: str, given: DataSource, split: str) -> tuple[PairTable, DataReport]:
-            return load_pairs(
+            table, report = load_pairs(
                 name,
                 given.source,
                 pairs,
@@ -215,28 +220,33 @@ class PreferenceDataModule(L.LightningDataModule):
                 order_by_safety,
                 given.subset or self.subset,
             )
+            return limited(table, given.limit, self.seed, report), report
 
         train, weights = self._join([load("train", given, self.split) for given in self.train_sources])
         report = self.reports[-1]
-        held_out = None
-        if self.held_out_source is not None:
-            held_out, held_out_report = load("held_out", DataSource(self.held_out_source), self.held_out_split)
-            held_out_report.note("prompts that are also in train (a leak)", count_shared_prompts(train, held_out))
-            self.reports.append(held_out_report)
-        elif self.held_out_fraction > 0:
-            train, held_out = split_by_prompt(train, self.held_out_fraction, self.seed)
-            report.note("held out for validation, by prompt", len(held_out))
+        held_out: dict[str, PairTable] = {}
+        for split, (label, given) in zip(
+            split_names(self.held_out_sources), self.held_out_sources.items(), strict=True
+        ):
+            pairs_held, report_held = load(split, given, self.held_out_split)
+            pairs_held = repeat(pairs_held, np.full(len(pairs_held), given.weight), self.seed, of=label or split)
+            report_held.label, report_held.kept = label, len(pairs_held)
+            report_held.note("prompts that are also in train (a leak)", count_shared_prompts(train, pairs_held))
+            self.reports.append(report_held)
+            held_out[split] = pairs_held
+        if not held_out and self.held_out_fraction > 0:
+            train, held_out[HELD_OUT] = split_by_prompt(train, self.held_out_fraction, self.seed)
+            report.note("held out for validation, by prompt", len(held_out[HELD_OUT]))
         train = repeat(train, np.array([weights[place] for place in train.places]), self.seed)
         if any(given.weight != 1.0 for given in self.train_sources):
             report.note("pairs in an epoch, by the weights of the sources", len(train))
-        tables, probe = {"train": train}, None
-        if held_out is not None:
-            tables["held_out"] = held_out
-            if self.train_probe:
-                size = min(len(train), len(held_out))
-                probe = np.sort(np.random.default_rng(self.seed).choice(len(train), size, replace=False))
-                tables["train_probe"] = train.select(probe)
-        self.splits = PreferenceSplits(tables, tokenizer, self.truncation, self.chat_template, probe)
+        tables, probe = {"train": train, **held_out}, None
+        if held_out and self.train_probe:
+            size = min(len(train), len(held_out[HELD_OUT]))
+            probe = np.sort(np.random.default_rng(self.seed).choice(len(train), size, replace=False))
+            tables["train_probe"] = train.select(probe)
+        monitored = next(iter(self.held_out_sources), "")
+        self.splits = PreferenceSplits(tables, tokenizer, self.truncation, self.chat_template, probe, monitored)
         if self.trainer is None or self.trainer.is_global_zero:
             get_console().print(report_table(self.reports))
             if self.show_example:
@@ -280,12 +290,9 @@ class PreferenceDataModule(L.LightningDataModule):
         return self._loader("train", sampler)
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
-        """Return the held-out pairs, then the probe of training pairs, if they exist."""
-        return [
-            self._loader(name, self._sampler(name, self.eval_batch_size))
-            for name in VALIDATION_SPLITS
-            if name in self.tables
-        ]
+        """Return each held-out set, then the probe of training pairs, if they exist."""
+        names = self._read_splits().validation
+        return [self._loader(name, self._sampler(name, self.eval_batch_size)) for name in names]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of finished batches of the epoch, from which a resumed run continues."""

@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from bdpo_pl.data.held_out import HELD_OUT
 from bdpo_pl.data.tokenizer_like import TokenizerLike
 from bdpo_pl.errors import InputError
 from bdpo_pl.models.loading import model_fingerprint
@@ -84,10 +85,12 @@ def describe_run(trainer: L.Trainer, module: PreferenceModule, data: PreferenceD
     if table.weights is not None:
         content = _sha(f"{content} {hashlib.sha256(table.weights.tobytes()).hexdigest()}")
     traits = {"data": _digest(content, f"{len(table):,} pairs of {data.train_source}")}
-    held_out = data.tables.get("held_out")
-    traits["held-out data"] = (
-        Trait(None, "none") if held_out is None else _digest(held_out.content_digest(), f"{len(held_out):,} pairs")
-    )
+    traits["held-out data"] = Trait(None, "none")
+    for split, held_out in data.tables.items():
+        if split.startswith(HELD_OUT):
+            _, _, name = split.partition("/")
+            called = f"held-out data, {name}" if name else "held-out data"
+            traits[called] = _digest(held_out.content_digest(), f"{len(held_out):,} pairs")
     traits["tokenizer"] = _digest(_tokenizer_digest(data.tokenizer), str(data.tokenizer.name_or_path))
     template = None if data.chat_template == "none" else data.tokenizer.chat_template
     traits["template"] = Trait(None, "none") if not template else _digest(_sha(str(template)), data.chat_template)

@@ -92,7 +92,8 @@ def describe(
         {
             "base model": base + (f", revision {module.source.revision}" if module.source.revision else ""),
             "training pairs": f"{len(data.tables['train']):,} of {_source(data.train_source)}",
-            "held-out pairs": "none" if held_out is None else f"{len(held_out):,}",
+            "held-out pairs": ", ".join(f"{n} {size:,}".strip() for n, size in module.splits.held_out_pairs.items())
+            or "none",
             **run_settings(trainer, module, data),
         },
         rows,

@@ -41,7 +41,7 @@ from bdpo_pl.scoring.reference import Reference, ReferenceChoice, ReferenceMode,
 from bdpo_pl.scoring.reference_sync import ReferenceSync, SyncOptions
 from bdpo_pl.scoring.scoring_pass import ScoringOptions
 from bdpo_pl.training.checkpointed import CheckpointedModule
-from bdpo_pl.training.datamodule import VALIDATION_SPLITS, PreferenceDataModule
+from bdpo_pl.training.datamodule import PreferenceDataModule
 from bdpo_pl.training.guards import check_first_loss, check_weights, require_finite_loss, say_unscored
 from bdpo_pl.training.metrics import pair_metrics
 from bdpo_pl.training.optim import LRSchedule, adamw, parameter_groups, scale_rates, warn_of_lost_updates, with_schedule
@@ -154,6 +154,7 @@ class PreferenceModule(CheckpointedModule):
     def setup(self, stage: str) -> None:
         """Read the pairs, check that model, data and loss fit together, and score the pairs."""
         splits = self.read_pairs()
+        self.watch(splits.validation, splits.monitored)
         self._machine = machine = Machine.of(self.trainer)
         check_weights(self.loss, splits.tables["train"].weights)
         config = load_config(self.source)
@@ -317,8 +318,8 @@ class PreferenceModule(CheckpointedModule):
         self.sync.follow(self.global_step, self.policy, self.reference)
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Collect the metrics of held-out pairs and of the probe of training pairs."""
-        split = VALIDATION_SPLITS[dataloader_idx]
+        """Collect the metrics of each held-out set, and of the probe of training pairs."""
+        split = self.splits.validation[dataloader_idx]
         scores = self._scores(batch, split)
         logps, losses, _ = plain_losses(self.policy, self.loss, batch, scores)
         self.means(split).update(pair_metrics(self.loss, logps, scores, losses), batch.pair_weight > 0)

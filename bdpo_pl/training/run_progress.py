@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from bdpo_pl.console import get_console
 from bdpo_pl.data.batches import PreferenceBatch
+from bdpo_pl.data.held_out import HELD_OUT, further_sets
 from bdpo_pl.reporting.format import percent, seconds, signed, size
 from bdpo_pl.reporting.progress import memory_used, say, shows_bars
 
@@ -128,7 +129,10 @@ class RunProgress(ProgressBar):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show the results of the validation."""
         self._paused += self.clock() - self._validation_start
-        values = _told(trainer.callback_metrics, _VALIDATED)
+        metrics = trainer.callback_metrics
+        values = _told(metrics, _VALIDATED)
+        others = further_sets(metrics, getattr(pl_module, "monitored", ""))
+        values += _told(metrics, tuple((f"{HELD_OUT}/{n}/loss", f"{n} loss", lambda x: f"{x:.4f}") for n in others))
         if self._enabled and values and not trainer.sanity_checking:
             self._write(f"after step {trainer.global_step:,}: {', '.join(values)}")
 

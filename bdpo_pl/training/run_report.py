@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from bdpo_pl import __version__
+from bdpo_pl.data.held_out import HELD_OUT
 from bdpo_pl.reporting import Finding, Line, Page, Section, Table, line_chart
 
 _CURVES: tuple[tuple[str, str, tuple[tuple[str, str], ...], str], ...] = (
@@ -86,6 +87,7 @@ def run_page(
     curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     device: str,
     seconds: float,
+    sets: Sequence[str] = (),
 ) -> Page:
     """Build the report.
 
@@ -97,13 +99,14 @@ def run_page(
         curves: curves from `read_curves`.
         device: name of the device.
         seconds: duration of the run.
+        sets: names of the held-out sets, the monitored one first.
     """
     page = Page("Training run", title, settings)
     levels = {"warning": "problem", "notice": "notice"}
     page.findings([Finding(levels.get(level, "fine"), sentence) for level, sentence in said])  # type: ignore[arg-type]
     section = page.section("What changed")
     section.table(Table(["", "n", "before", "after"], [list(row) for row in rows], "With 95 % intervals"))
-    _curves(page.section("Curves", "By optimiser step."), curves)
+    _curves(page.section("Curves", "By optimiser step."), curves, sets)
     facts = {
         "bdpo-pl": __version__,
         "torch": torch.__version__,
@@ -119,9 +122,14 @@ def run_page(
     return page
 
 
-def _curves(section: Section, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> None:
+def _curves(
+    section: Section, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], sets: Sequence[str]
+) -> None:
     drawn = False
     for title, y_label, names, caption in _CURVES:
+        metrics = [name.partition("/")[2] for _, name in names if name.startswith(f"{HELD_OUT}/")][:1]
+        if title != "Drift from the reference":
+            names += tuple((f"held-out, {one}", f"{HELD_OUT}/{one}/{metric}") for metric in metrics for one in sets[1:])
         lines = {label: Line(*curves[name]) for label, name in names if len(curves.get(name, ((),))[0]) > 1}
         if lines:
             section.figure(line_chart(title, lines, "optimiser step", y_label, caption=caption))

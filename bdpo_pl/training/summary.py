@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
@@ -31,7 +32,14 @@ _HELD_OUT: tuple[tuple[str, str, _Form], ...] = (
     ("drift of the chosen, nats", "held_out/drift_chosen", signed),
     ("drift of the rejected, nats", "held_out/drift_rejected", signed),
 )
-_SHARES = {"held_out/accuracy", "held_out/logp_accuracy"}
+_FURTHER: tuple[tuple[str, str, _Form], ...] = (
+    ("preference accuracy", "accuracy", percent),
+    ("the same by log-prob. a token", "logp_accuracy", percent),
+    ("margin", "margin", _three),
+    ("drift of the chosen, nats", "drift_chosen", signed),
+    ("drift of the rejected, nats", "drift_rejected", signed),
+)
+_SHARES = ("/accuracy", "/logp_accuracy")
 # Values of every policy that equals its reference.
 _AT_START = {
     "held_out/accuracy": 0.5, "held_out/margin": 0.0, "gap/margin": 0.0, "gap/accuracy": 0.0,
@@ -53,6 +61,7 @@ def summary_table(
     errors: Mapping[int, Mapping[str, float]] | None = None,
     pairs: int | None = None,
     prompts: Mapping[str, int] | None = None,
+    sets: Mapping[str, int] | None = None,
 ) -> Table:
     """Build the table of measures before and after training, with 95 % intervals; a dash means not measured.
 
@@ -64,12 +73,14 @@ def summary_table(
         errors: standard errors of the validation results, by optimiser step.
         pairs: number of held-out pairs.
         prompts: number of prompts of each refusal rate.
+        sets: number of pairs of each held-out set by its name, the monitored one first.
     """
     table = Table(title="What changed, with 95 % intervals", title_justify="left")
     table.add_column("")
     for column in ("n", "before", "after"):
         table.add_column(column, justify="right")
-    rows = summary_rows(evaluations, final_step, rates_before, rates_after, errors=errors, pairs=pairs, prompts=prompts)
+    counted: Any = {"errors": errors, "pairs": pairs, "prompts": prompts, "sets": sets}
+    rows = summary_rows(evaluations, final_step, rates_before, rates_after, **counted)
     for row in rows:
         table.add_row(*row)
     if rates_before or rates_after:
@@ -86,15 +97,26 @@ def summary_rows(
     errors: Mapping[int, Mapping[str, float]] | None = None,
     pairs: int | None = None,
     prompts: Mapping[str, int] | None = None,
+    sets: Mapping[str, int] | None = None,
 ) -> list[list[str]]:
     """Return the cells of `summary_table`: measure, number, before and after; the arguments are the same."""
     rows = []
     before, after = evaluations.get(0, {}), evaluations.get(final_step, {})
     spread = (errors or {}).get(final_step, {})
-    for label, name, form in _HELD_OUT:
+    monitored, *others = sets or {"": 0}
+    shown = [
+        (label.replace("held-out", f"held-out ({monitored})") if monitored else label, name, form, pairs)
+        for label, name, form in _HELD_OUT
+    ]
+    shown += [
+        (f"{other}: {label}", f"held_out/{other}/{name}", form, (sets or {})[other])
+        for other in others
+        for label, name, form in _FURTHER
+    ]
+    for label, name, form, count in shown:
         if name in before or name in after:
-            first = _BY_DEFINITION if _is_by_definition(before, name) else _cell(before, name, form, {}, pairs)
-            rows.append([label, "" if pairs is None else whole(pairs), first, _cell(after, name, form, spread, pairs)])
+            first = _BY_DEFINITION if _is_by_definition(before, name) else _cell(before, name, form, {}, count)
+            rows.append([label, "" if count is None else whole(count), first, _cell(after, name, form, spread, count)])
     for name in dict.fromkeys([*rates_before, *rates_after]):
         count = (prompts or {}).get(name)
         cells = (_rate(rates, name, count) for rates in (rates_before, rates_after))
@@ -144,10 +166,13 @@ def remark_line(level: str, sentence: str) -> Text:
 
 def _is_by_definition(before: Mapping[str, float], name: str) -> bool:
     """Return true if `name` could have no other value before training, because the policy equalled its reference."""
-    drifted = [before.get(f"held_out/drift_{side}") for side in ("chosen", "rejected")]
-    if any(drift is None or abs(drift) > _ZERO for drift in drifted) or name not in before or name not in _AT_START:
+    split, _, metric = name.rpartition("/")
+    of = "held_out" if split == "gap" else split
+    drifted = [before.get(f"{of}/drift_{side}") for side in ("chosen", "rejected")]
+    start = _AT_START.get(name if split == "gap" else f"held_out/{metric}")
+    if any(drift is None or abs(drift) > _ZERO for drift in drifted) or name not in before or start is None:
         return False
-    return abs(before[name] - _AT_START[name]) <= _ZERO
+    return abs(before[name] - start) <= _ZERO
 
 
 def _cell(values: Mapping[str, float], name: str, form: _Form, errors: Mapping[str, float], pairs: int | None) -> str:
@@ -155,7 +180,7 @@ def _cell(values: Mapping[str, float], name: str, form: _Form, errors: Mapping[s
         return "–"
     value = values[name]
     text = form(value if abs(value) >= _ZERO else 0.0)
-    if name in _SHARES and pairs:
+    if name.startswith("held_out/") and name.endswith(_SHARES) and pairs:
         low, high = wilson(value * pairs, pairs)
     elif name in errors:
         low, high = value - _Z * errors[name], value + _Z * errors[name]

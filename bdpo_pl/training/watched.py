@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -10,8 +11,8 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 
 from bdpo_pl.data.batches import PreferenceBatch
+from bdpo_pl.data.held_out import HELD_OUT
 from bdpo_pl.losses import PreferenceLoss
-from bdpo_pl.training.datamodule import VALIDATION_SPLITS
 from bdpo_pl.training.guards import finite_gradient_norm, scales_the_loss
 from bdpo_pl.training.metrics import PairMeans, Throughput, gaps
 
@@ -26,6 +27,7 @@ class WatchedModule(L.LightningModule):
         evaluations: validation results by optimiser step; step 0 is the policy before training.
         errors: standard errors of these results, for means over at least two pairs.
         throughput: measurement of tokens per second.
+        monitored: name of the first of several held-out sets, whose metrics are logged under it too.
     """
 
     def __init__(self, loss: PreferenceLoss) -> None:
@@ -33,11 +35,24 @@ class WatchedModule(L.LightningModule):
         self.policy: Any = None
         self.loss = loss
         self.train_means = PairMeans()
-        self.split_means = nn.ModuleDict({split: PairMeans() for split in VALIDATION_SPLITS})
+        self.split_means = nn.ModuleDict()
+        self.monitored = ""
         self.evaluations: dict[int, dict[str, float]] = {}
         self.errors: dict[int, dict[str, float]] = {}
         self.throughput = Throughput()
         self._grad_norm = torch.zeros(())
+
+    def watch(self, splits: Sequence[str], monitored: str) -> None:
+        """Keep means of each split that is validated on.
+
+        Args:
+            splits: their names.
+            monitored: as the attribute.
+        """
+        self.monitored = monitored
+        for split in splits:
+            if split not in self.split_means:
+                self.split_means[split] = PairMeans()
 
     def means(self, split: str) -> PairMeans:
         """Return the means over the pairs of `split` in this validation."""
@@ -100,10 +115,13 @@ class WatchedModule(L.LightningModule):
         """Log the means of each split, and the gap between them, which measures overfitting."""
         values: dict[str, float] = {}
         errors: dict[str, float] = {}
-        for split in VALIDATION_SPLITS:
+        for split in self.split_means:
             means = self.means(split)
-            values |= {f"{split}/{name}": value for name, value in means.compute().items()}
-            errors |= {f"{split}/{name}": value for name, value in means.errors.items()}
+            called = [split] + ([f"{split}/{self.monitored}"] if split == HELD_OUT and self.monitored else [])
+            computed = means.compute()
+            for prefix in called:
+                values |= {f"{prefix}/{name}": value for name, value in computed.items()}
+                errors |= {f"{prefix}/{name}": value for name, value in means.errors.items()}
             means.reset()
         for name, (gap, error) in gaps(values, errors).items():
             values[name] = gap
