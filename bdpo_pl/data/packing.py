@@ -79,7 +79,8 @@ class SequenceBatch:
         sequence_ids: (N,) int64, sequence number of each scored token.
         spans: (S, 4) int64, start and end of each sequence's context, start and end of its response, in flattened
             positions.
-        scored_lengths: number of scored tokens of each sequence. Numbers of Python, so that no device is waited for.
+        scored_lengths: number of scored tokens of each sequence, in Python's numbers, so that no device is waited for;
+            None if only the device knows.
         shared: true if a row contains more than one sequence, so that it needs its own mask.
     """
 
@@ -92,7 +93,7 @@ class SequenceBatch:
     labels: Tensor
     sequence_ids: Tensor
     spans: Tensor
-    scored_lengths: tuple[int, ...]
+    scored_lengths: tuple[int, ...] | None
     shared: bool
 
     @property
@@ -136,7 +137,12 @@ def parts_of(batch: SequenceBatch, lengths: Tensor) -> SequenceBatch:
     rank = torch.empty_like(ids)
     rank[order] = torch.arange(len(ids), device=ids.device) - (counts.cumsum(0) - counts)[ids[order]]
     rest = rank >= lengths[ids]
-    return replace(batch, sequence_ids=ids + S * rest, spans=torch.cat([batch.spans, batch.spans]))
+    known = None
+    if batch.scored_lengths is not None and lengths.device.type == "cpu":
+        first = tuple(map(min, batch.scored_lengths, lengths.tolist()))
+        known = first + tuple(whole - part for whole, part in zip(batch.scored_lengths, first, strict=True))
+    spans = torch.cat([batch.spans, batch.spans])
+    return replace(batch, sequence_ids=ids + S * rest, spans=spans, scored_lengths=known)
 
 
 def lay_out(documents: Sequence[Document], layout: RowLayout, pad_id: int) -> SequenceBatch:

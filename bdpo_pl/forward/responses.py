@@ -120,20 +120,20 @@ def _from_head(
     n = min(_COMPARED, len(batch.labels))
     results: list[Tensor] = []
 
-    def logps(packed: Tensor, labels: Tensor, sequences: Tensor, lengths: Sequence[int]) -> Tensor:
+    def logps(packed: Tensor, labels: Tensor, sequences: Tensor, number: int, lengths: Sequence[int] | None) -> Tensor:
         weight, shard = head_weight(head)
         return linear_sequence_logprob(
-            packed, weight, labels, sequences, len(lengths), bias=head.bias, softcap=softcap, logit_scale=scale,
+            packed, weight, labels, sequences, number, bias=head.bias, softcap=softcap, logit_scale=scale,
             shard=shard, check_labels=False, lengths=lengths,
         )  # fmt: skip
 
     def compute(hidden: Tensor) -> Tensor:
         packed = select(hidden).squeeze(0)
-        results.append(logps(packed, batch.labels, batch.sequence_ids, batch.scored_lengths))
+        results.append(logps(packed, batch.labels, batch.sequence_ids, batch.num_sequences, batch.scored_lengths))
         if checked:
             return hidden[:, :0]
         each = torch.arange(n, device=packed.device)
-        results.append(logps(packed[:n], batch.labels[:n], each, [1] * n))
+        results.append(logps(packed[:n], batch.labels[:n], each, n, [1] * n))
         return packed[:n].unsqueeze(0)
 
     with head_input(model, compute):

@@ -72,6 +72,7 @@ def test_sequences_are_taken_apart_at_the_shorter_length(layout):
     assert parts.num_sequences == 16
     counts = torch.bincount(parts.sequence_ids, minlength=16).tolist()
     assert counts == [2, 2, 3, 3, 2, 2, 3, 3, 3, 0, 0, 0, 0, 4, 0, 0]
+    assert parts.scored_lengths == tuple(counts)
 
 
 @pytest.mark.parametrize("layout", [RowLayout.SPLIT, RowLayout.SHARED])
