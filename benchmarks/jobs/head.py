@@ -154,6 +154,7 @@ def main() -> None:
     parser.add_argument("--tag", default="", help="goes into the result's name")
     options = parser.parse_args()
     started = datetime.datetime.now(datetime.UTC)
+    told = machine(options.device)  # now, because the commit may be another one at the end
     table = read_pairs(options)
     model = load_model(ModelSource(options.model), _DTYPES[options.dtype]).to(options.device)
     layout = choose_layout(model, table)
@@ -180,7 +181,7 @@ def main() -> None:
         # Of files the names alone: where they lie says nothing to anyone else.
         "command": ["python", "-m", "benchmarks.jobs.head", *(Path(word).name for word in sys.argv[1:])],
         "date": f"{started:%Y-%m-%dT%H:%M:%SZ}",
-        "machine": machine(options.device),
+        "machine": told | {"threads": torch.get_num_threads()},
         "rows": [row],
     }
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
