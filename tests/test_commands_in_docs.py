@@ -16,8 +16,9 @@ PAGES = [
 # Pages that also speak of options that are gone, or of other programs.
 HISTORY = {"CHANGELOG.md"}
 STARTS = ("python -m ", "bdpo ", "make ", "pytest ", "srun python ", "--")
-# Programs of others, and what stands for a name.
+# Programs of others, and options of theirs.
 FOREIGN = ("pytest", "pip")
+FOREIGN_OPTIONS = {"chat-template"}  # vLLM
 
 
 def commands(text):
@@ -47,7 +48,7 @@ def complaint(line):
     if missing:
         return f"no file {missing}"
     options = [word.partition("=")[0][2:].removesuffix("+") for word in words if re.match(r"--[a-z]", word)]
-    options = [option for option in options if not option.endswith(".")]
+    options = [option for option in options if not option.endswith(".") and option not in FOREIGN_OPTIONS]
     if words[0].startswith("--"):
         found = [name for name in options if not any(takes(command, name) for command in ("fit", "evaluate"))]
         found = [name for name in found if f'"--{name}"' not in _ALL_SOURCES]
