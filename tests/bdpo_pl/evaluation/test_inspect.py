@@ -9,7 +9,7 @@ pytest.importorskip("inspect_ai", reason='no inspect-ai here: pip install "bdpo-
 
 from inspect_ai import eval as run_eval
 from inspect_ai.log import read_eval_log
-from inspect_ai.model import ModelOutput, get_model
+from inspect_ai.model import ModelOutput, ModelUsage, get_model
 
 from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.inspect_tasks import make_judge, outcome, safety
@@ -22,6 +22,8 @@ def ask(tmp_path, kind, answers, **options):
     rows = [{"prompt": f"quokka {i} ?", "category": f"c{i % 2}"} for i in range(len(answers))]
     suite = write_jsonl(tmp_path / "suite.jsonl", rows)
     outputs = [ModelOutput.from_content("m", text, stop_reason=reason) for text, reason in answers]
+    for output in outputs:
+        output.usage = ModelUsage()  # or else tokens are counted by a tokenizer from the network
     (log,) = run_eval(
         safety(f"mine:{kind}={suite}", **options), model=get_model("mockllm/model", custom_outputs=outputs),
         log_dir=str(tmp_path / "logs"), display="none", max_samples=1, log_format="json",
