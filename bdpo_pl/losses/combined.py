@@ -89,7 +89,7 @@ class WeightedSum(Outer):
         for factor in factors:
             require_not_negative("weights", factor)
         self._take_from(losses)
-        self._factors = factors
+        self.factors = factors
         values = [loss.initial_value for loss in losses]
         if None not in values:
             self.initial_value = sum(a * v for a, v in zip(factors, values, strict=True) if v is not None)
@@ -97,7 +97,7 @@ class WeightedSum(Outer):
     def __call__(self, policy_chosen: Tensor, policy_rejected: Tensor, scores: PairScores) -> Tensor:
         """Compute the loss of each pair, (B,) float32."""
         total = policy_chosen.new_zeros(()).float()
-        for factor, loss in zip(self._factors, self._parts, strict=True):
+        for factor, loss in zip(self.factors, self._parts, strict=True):
             total = total + factor * loss(policy_chosen, policy_rejected, scores)
         return total
 

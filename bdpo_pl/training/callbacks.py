@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from bdpo_pl.errors import InputError, NonFiniteError
+from bdpo_pl.training.checkpoints import before_the_batch, is_amid_accumulation
 from bdpo_pl.training.safety_probe import _GAP
 
 # A checkpoint whose weights have more bytes is written at most every so many seconds, and at the end.
@@ -26,7 +27,9 @@ _LARGE_BYTES, _BETWEEN_LARGE_S = 1 << 27, 300.0
 class LastCheckpoint(ModelCheckpoint):
     """Writes `last.ckpt` at validations, to resume from: at every one, or every five minutes if it is large.
 
-    `ModelCheckpoint(monitor=..., save_last=True)` writes one only when the monitored value has improved.
+    `ModelCheckpoint(monitor=..., save_last=True)` writes one only when the monitored value has improved. Where a
+    validation lies amid an accumulation, the file is written at the end of the optimiser step: gradients that wait for
+    more batches are in no checkpoint, so a resume would lose them.
     """
 
     NAME = "last"
@@ -36,11 +39,30 @@ class LastCheckpoint(ModelCheckpoint):
         self._clock = clock
         self._written_at = 0.0
         self._put_off: str | None = None
+        self._is_due = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock: what was trained before is in the checkpoint that it was read from."""
         self._written_at = self._clock()
         super().on_train_start(trainer, pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the file, or wait for the end of the step."""
+        self._is_due = is_amid_accumulation(trainer)
+        if not self._is_due:
+            super().on_validation_end(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Write the file that waits, between two steps."""
+        if self._is_due and batch_idx % trainer.accumulate_grad_batches == 0:
+            with before_the_batch(trainer):
+                self._write_what_waits(trainer)
+
+    def _write_what_waits(self, trainer: L.Trainer) -> None:
+        self._is_due = False
+        self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         """Write the file, or make it one with a checkpoint of the whole state that this validation has written.
@@ -62,11 +84,17 @@ class LastCheckpoint(ModelCheckpoint):
         self._last_checkpoint_saved = filepath
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write what was put off."""
+        """Write what was put off, or waits for the end of a step."""
+        if self._is_due:
+            self._write_what_waits(trainer)
         if self._put_off is not None:
-            super()._save_checkpoint(trainer, self._put_off)
-            self._put_off = None
+            self.write_now(trainer, Path(self._put_off))
         super().on_train_end(trainer, pl_module)
+
+    def write_now(self, trainer: L.Trainer, path: Path) -> None:
+        """Write the file as `path`, whatever was put off."""
+        self._is_due, self._put_off = False, None
+        super()._save_checkpoint(trainer, str(path))
 
 
 def _state_bytes(trainer: L.Trainer) -> int:

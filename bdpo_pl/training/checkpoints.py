@@ -7,7 +7,8 @@ import pickle
 import signal
 import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from bdpo_pl.errors import InputError, MachineError, StoppedError, first_line
@@ -159,8 +161,9 @@ class StopSignals(L.Callback):
             return
         if not trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
             return
-        _as_before_the_batch(trainer)
-        raise self._saved(trainer)
+        with before_the_batch(trainer):
+            stopped = self._saved(trainer)
+        raise stopped
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop here if a signal arrived after the last step, because what follows may take long.
@@ -172,6 +175,10 @@ class StopSignals(L.Callback):
         self._saves = True
         if trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
             raise self._saved(trainer)
+        for callback in trainer.checkpoint_callbacks if trainer.world_size > 1 else ():
+            # One rank that is stopped later cannot save alone, and the others may never hear of it.
+            if hasattr(callback, "write_now") and callback._last_global_step_saved < trainer.global_step:
+                callback.write_now(trainer, self._path(trainer))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Restore the signal handlers."""
@@ -185,7 +192,7 @@ class StopSignals(L.Callback):
             exception.saved = True
 
     def _saved(self, trainer: L.Trainer) -> StoppedError:
-        path = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints" / LAST
+        path = self._path(trainer)
         trainer.save_checkpoint(path)
         self._saves = False
         name = signal.Signals(self._received).name if self._received else "a signal to another process"
@@ -199,6 +206,10 @@ class StopSignals(L.Callback):
             number,
             saved=True,
         )
+
+    @staticmethod
+    def _path(trainer: L.Trainer) -> Path:
+        return Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints" / LAST
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
@@ -223,20 +234,36 @@ class StopSignals(L.Callback):
         self._before.clear()
 
 
-def _as_before_the_batch(trainer: L.Trainer) -> None:
+@contextmanager
+def before_the_batch(trainer: L.Trainer) -> Iterator[None]:
     """Set Lightning's counters back to their values before the current batch, for a checkpoint.
 
     Lightning expects checkpoints at the end of a batch or of a validation. Resumed from one in between, a run would log
     everything one step later than an uninterrupted run.
     """
     loop = trainer.fit_loop.epoch_loop
-    loop.batch_progress.total.ready -= 1
-    loop.batch_progress.current.ready -= 1
-    loop.batch_progress.is_last_batch = False
+    progress = loop.batch_progress
+    was_last = progress.is_last_batch
+    progress.total.ready -= 1
+    progress.current.ready -= 1
+    progress.is_last_batch = False
     assert trainer.fit_loop._data_fetcher is not None
-    if loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
-        # A resumed run passes the end of the validation or epoch again, and counts its last step again.
-        loop._batches_that_stepped -= 1
+    # A resumed run passes the end of the validation or epoch again, and counts its last step again.
+    counted_again = int(loop._should_check_val_fx(trainer.fit_loop._data_fetcher))
+    loop._batches_that_stepped -= counted_again
+    try:
+        yield
+    finally:
+        loop._batches_that_stepped += counted_again
+        progress.is_last_batch = was_last
+        progress.current.ready += 1
+        progress.total.ready += 1
+
+
+def is_amid_accumulation(trainer: L.Trainer) -> bool:
+    """Whether gradients of training wait for more batches before they become a step."""
+    under_way = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+    return under_way and trainer.fit_loop.epoch_loop._should_accumulate()
 
 
 def what_is_saved(folder: Path, resumed_from: str | None) -> str:

@@ -12,14 +12,16 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from bdpo_pl.data.held_out import HELD_OUT
 from bdpo_pl.data.tokenizer_like import TokenizerLike
 from bdpo_pl.errors import InputError
+from bdpo_pl.losses import PreferenceLoss
 from bdpo_pl.models.loading import model_fingerprint
 from bdpo_pl.parallel.ranks import data_ranks
+from bdpo_pl.training.checkpoints import is_amid_accumulation
 from bdpo_pl.training.datamodule import PreferenceDataModule
 from bdpo_pl.training.module import PreferenceModule
 from bdpo_pl.training.optim import parameter_groups
@@ -100,10 +102,7 @@ def describe_run(trainer: L.Trainer, module: PreferenceModule, data: PreferenceD
         digest = model_fingerprint(module.source)
         traits["policy"] = _digest(digest if adapter is None else _sha(f"{digest} {adapter}"), module.source.name)
     traits["reference"] = _reference(module, trainer)
-    traits["loss"] = _plain(f"{type(module.loss).__module__}.{type(module.loss).__qualname__}")
-    for name, value in sorted(vars(module.loss).items()):
-        if not name.startswith("_") and (value is None or isinstance(value, bool | int | float | str)):
-            traits[f"loss.{name}"] = _plain(value)
+    traits |= _loss_traits(module.loss, "loss")
     traits |= _optimizer_traits(module)
     traits["lr_schedule"] = _plain(module.lr_schedule)
     traits["warmup_ratio"] = _plain(module.warmup_ratio)
@@ -233,6 +232,7 @@ class RunIdentity(L.Callback):
             "traits": {name: trait.to_plain() for name, trait in self.traits.items()},
             "evaluations": {step: dict(values) for step, values in pl_module.evaluations.items()},
             "batches_done": trainer.datamodule.state_dict()["batches_done"],  # type: ignore[attr-defined]
+            "amid_accumulation": is_amid_accumulation(trainer),
         }
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -254,6 +254,40 @@ class RunIdentity(L.Callback):
             )
             return
         self._differs = check_resume(saved["traits"], self.traits, self.allow, saved["batches_done"])
+        if saved.get("amid_accumulation"):
+            rank_zero_warn(
+                "The checkpoint was written at a validation amid an accumulation, whose gradients are not in it: the "
+                "run goes on without them. last.ckpt is written between steps, and goes on exactly"
+            )
+
+
+def _loss_traits(loss: PreferenceLoss, name: str) -> dict[str, Trait]:
+    """The classes of the loss and of those that it is made of, in one trait, and the options of each."""
+    inner = _inner_losses(loss)
+    parts: dict[str, Trait] = {}
+    for place, part in inner.items():
+        parts |= _loss_traits(part, f"{name}.{place}")
+    made_of = ", ".join(str(parts.pop(f"{name}.{place}").value) for place in inner)
+    kind = f"{type(loss).__module__}.{type(loss).__qualname__}"
+    traits = {name: _plain(f"{kind}({made_of})" if inner else kind)}
+    for option, value in sorted(vars(loss).items()):
+        values = value if isinstance(value, list | tuple) else [value]
+        if not option.startswith("_") and all(isinstance(v, None | bool | int | float | str) for v in values):
+            traits[f"{name}.{option}"] = _plain(value)
+    return traits | parts
+
+
+def _inner_losses(loss: PreferenceLoss) -> dict[str, PreferenceLoss]:
+    """The losses that `loss` keeps in its attributes, alone or in a sequence, each once, by their place."""
+    found: dict[str, PreferenceLoss] = {}
+    kept = [(name.lstrip("_"), value) for name, value in vars(loss).items()]
+    # Alone first: a name says more than a number.
+    for name, value in sorted(kept, key=lambda item: isinstance(item[1], list | tuple)):
+        places = enumerate(value) if isinstance(value, list | tuple) else [("", value)]
+        for i, part in places:
+            if isinstance(part, PreferenceLoss) and all(part is not other for other in found.values()):
+                found[name if i == "" else str(i)] = part
+    return found
 
 
 def _optimizer_traits(module: PreferenceModule) -> dict[str, Trait]:

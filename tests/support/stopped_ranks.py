@@ -31,15 +31,23 @@ class SignalAt(L.Callback):
             os.kill(os.getpid(), self.number)
 
 
+class SignalAfterTraining(L.Callback):
+    """Sends every process a signal where the policy is measured after the last step, and keeps what was trained."""
+
+    def on_train_end(self, trainer, pl_module):
+        self.trained = {name: value.detach().clone() for name, value in pl_module.state_dict().items()}
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 class Atomic(L.Callback):
     def setup(self, trainer, *_, **__):
         write_atomically(trainer)
 
 
-def run(folder, name, world_size, *callbacks, ckpt_path=None):
+def run(folder, name, world_size, *callbacks, ckpt_path=None, **trainer):
     identity = [RunIdentity(ckpt_path), MetricsRows()]
     callbacks = [Atomic(), LastCheckpoint(), StopSignals(), *identity, *callbacks]
-    options = {**OPTIONS, "sharing": 2 * world_size}
+    options = {**OPTIONS, "sharing": 2 * world_size, "trainer": {**OPTIONS["trainer"], **trainer}}
     return train(folder, name, world_size, callbacks=callbacks, ckpt_path=ckpt_path, **options)
 
 
@@ -60,6 +68,11 @@ def signalled_and_killed(rank, folder):
         with pytest.raises(StoppedError, match="after 5 optimiser steps"):
             run(folder, f"ddp-{int(number)}", 2, SignalAt(number, receiver))
         keep(rank, folder, f"resumed-{int(number)}", resume(folder, str(int(number)), 2, "ddp"))
+    after = SignalAfterTraining()
+    # A step after the last validation.
+    with pytest.raises(StoppedError, match=r"stopped by SIGTERM$"):
+        run(folder, "ddp-after", 2, after, max_steps=7)
+    keep(rank, folder, "after", (after.trained, 7))
     killed(rank, folder, "ddp-killed", 2)
 
 

@@ -83,10 +83,46 @@ def test_killed_run_goes_on_from_its_last_checkpoint(folder, whole):
     same(stopped_ranks.resume(folder, "killed", 1, "one")[:2], whole)
 
 
+class Crash(stopped_ranks.L.Callback):
+    """Ends the process, as far as the run can tell, at a batch of the second epoch."""
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def on_before_backward(self, trainer, *_):
+        progress = trainer.fit_loop.epoch_loop.batch_progress.current
+        if trainer.current_epoch == 1 and progress.ready == self.batch:
+            raise RuntimeError("killed")
+
+
+# Two batches to a step, a validation after every third: amid an accumulation, and at the end of a step.
+@pytest.mark.parametrize("batch", [4, 5, 7])
+def test_a_validation_amid_an_accumulation_loses_no_gradient(folder, batch):
+    if not (folder / "one-amid").exists():
+        torch.save(stopped_ranks.run(folder, "one-amid", 1, val_check_interval=3)[:2], folder / "amid.pt")
+    expected = torch.load(folder / "amid.pt", weights_only=True)
+    name = f"amid-{batch}"
+    with pytest.raises(RuntimeError, match="killed"):
+        stopped_ranks.run(folder, f"one-{name}", 1, Crash(batch), val_check_interval=3)
+    path = find_checkpoint("last", folder / f"one-{name}")
+    same(stopped_ranks.run(folder, f"one-{name}-resumed", 1, ckpt_path=path, val_check_interval=3)[:2], expected)
+    rows = logged(folder, f"one-{name}-resumed")
+    assert rows == logged(folder, "one-amid")[-len(rows) :]
+
+
 @pytest.mark.parametrize("how", [int(signal.SIGTERM), int(signal.SIGINT), "killed"])
 def test_two_ranks_go_on_exactly_too(two_ranks, how):
     expected = torch.load(two_ranks / "whole.pt", weights_only=True)
     same(torch.load(two_ranks / f"resumed-{how}.pt", weights_only=True), expected)
+
+
+def test_what_two_ranks_have_trained_is_saved_before_it_is_measured(two_ranks):
+    """Of several ranks one that is stopped in the generation after training cannot save alone."""
+    trained, step = torch.load(two_ranks / "after.pt", weights_only=True)
+    saved = torch.load(two_ranks / "ddp-after" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == step
+    assert saved["state_dict"].keys() == trained.keys()
+    assert all(torch.equal(saved["state_dict"][name], value) for name, value in trained.items())
 
 
 def full_disk(monkeypatch):

@@ -13,9 +13,9 @@ from sharded_jobs import train
 from stopped_ranks import SignalAt
 
 from bdpo_pl.errors import InputError, StoppedError
-from bdpo_pl.losses import BalancedDPOLoss, SimPOLoss
+from bdpo_pl.losses import BalancedDPOLoss, BalancedLoss, DPOLoss, SFTLoss, SimPOLoss, WeightedSum, WPOLoss
 from bdpo_pl.training.checkpoints import StopSignals
-from bdpo_pl.training.identity import ResumeOptions, RunIdentity
+from bdpo_pl.training.identity import ResumeOptions, RunIdentity, _loss_traits, check_resume
 from bdpo_pl.training.metrics_file import MetricsRows, continue_metrics
 
 ROWS = preference_rows(24)
@@ -62,6 +62,10 @@ def run(folder, name, *callbacks, ckpt_path=None, allow=(), **options):
         ({"data": {"chat_template": "none"}}, r"template: auto .* → none"),
         ({"data": {"max_length": 40}}, r"data: "),
         ({"reference": "reference"}, r"reference: .*model in float32 .* → .*reference in float32"),
+        (
+            {"loss": WeightedSum([BalancedDPOLoss(), SimPOLoss()])},
+            r"loss: \S+\.BalancedDPOLoss → \S+\.WeightedSum\(\S+\.BalancedDPOLoss, \S+\.SimPOLoss\)",
+        ),
         ({"loss": SimPOLoss()}, r"loss: bdpo_pl\.losses\.\S+BalancedDPOLoss → bdpo_pl\.losses\.\S+SimPOLoss"),
         (
             {"optimizer": lambda params: torch.optim.SGD(params, lr=1e-3)},
@@ -125,6 +129,32 @@ def test_the_same_run_says_nothing_and_an_older_checkpoint_says_that(folder, che
     with caplog.at_level(logging.INFO):
         run(folder, "one-older", ckpt_path=tmp_path / "older.ckpt")
     assert "an earlier version wrote it" in caplog.text
+
+
+def losses(**changed):
+    options = {"tau": 0.5, "gamma_beta_ratio": 0.3, "weights": [1.0, 0.5], **changed}
+    parts = [BalancedLoss(DPOLoss(), options["tau"]), SimPOLoss(gamma_beta_ratio=options["gamma_beta_ratio"])]
+    return WPOLoss(WeightedSum(parts, options["weights"]))
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"tau": 0.7}, {"loss.0.0.balance.tau"}),
+        ({"gamma_beta_ratio": 0.4}, {"loss.0.1.gamma_beta_ratio"}),
+        ({"weights": [1.0, 0.7]}, {"loss.0.factors"}),
+    ],
+)
+def test_options_of_losses_within_losses_are_compared(changed, named, caplog):
+    saved = {name: trait.to_plain() for name, trait in _loss_traits(losses(), "loss").items()}
+    assert check_resume(saved, _loss_traits(losses(), "loss"), [], 0) == set()
+    with caplog.at_level(logging.INFO):
+        assert check_resume(saved, _loss_traits(losses(**changed), "loss"), [], 0) == named
+    assert next(iter(named)) in caplog.text
+    # Another class within is another loss.
+    other = WPOLoss(WeightedSum([BalancedLoss(DPOLoss(), 0.5), SFTLoss()], [1.0, 0.5]))
+    with pytest.raises(InputError, match=r"another run: loss: \S+WPOLoss\(\S+WeightedSum\(.*SimPOLoss.* → .*SFTLoss"):
+        check_resume(saved, _loss_traits(other, "loss"), [], 0)
 
 
 def test_unknown_name_to_allow_is_refused():
