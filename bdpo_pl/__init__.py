@@ -1,6 +1,6 @@
 """Balanced DPO (arXiv:2603.22829) for open language models, on PyTorch Lightning.
 
-`PreferenceModule` and `PreferenceDataModule` are loaded when they are first used, so that a command's help and its
+What it offers is loaded when it is first used, so that a command's help and its
 option errors do not wait for torch.
 """
 
@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bdpo_pl.training.datamodule import PreferenceDataModule
     from bdpo_pl.training.module import PreferenceModule
+    from bdpo_pl.training.resumable import resumable
 
 __version__ = metadata.version("bdpo-pl")
-__all__ = ["PreferenceDataModule", "PreferenceModule", "__version__"]
+__all__ = ["PreferenceDataModule", "PreferenceModule", "__version__", "resumable"]
 
 _HOMES = {
     "PreferenceDataModule": "bdpo_pl.training.datamodule",
     "PreferenceModule": "bdpo_pl.training.module",
+    "resumable": "bdpo_pl.training.resumable",
 }
 
 

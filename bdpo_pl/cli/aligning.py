@@ -22,14 +22,14 @@ from bdpo_pl.files import RunFolder
 from bdpo_pl.parallel.state import whole_state
 from bdpo_pl.reporting.format import seconds
 from bdpo_pl.training.callbacks import LastCheckpoint
-from bdpo_pl.training.checkpoints import find_checkpoint, what_is_saved, write_atomically
+from bdpo_pl.training.checkpoints import find_checkpoint, what_is_saved
 from bdpo_pl.training.disk import SaysDisk
 from bdpo_pl.training.export import export_adapters, export_model
-from bdpo_pl.training.identity import RunIdentity
 from bdpo_pl.training.memory_report import WarnsOfMemory, dry_run
-from bdpo_pl.training.metrics_file import MetricsRows, continue_metrics, step_first
+from bdpo_pl.training.metrics_file import step_first
 from bdpo_pl.training.model_card import describe
 from bdpo_pl.training.module import PreferenceModule
+from bdpo_pl.training.resumable import resumable
 from bdpo_pl.training.run_report import read_curves, run_page
 from bdpo_pl.training.safety_probe import SafetyProbe
 from bdpo_pl.training.summary import remark_line, remarks, summary_rows, summary_table
@@ -44,7 +44,6 @@ def run(args: list[str], description: str | None) -> None:
         dry_run(trainer, cli.model, cli.datamodule, reads_data=cli.gives_data)
         return
     checkpoint = find_checkpoint(cli.config.ckpt_path, Path(trainer.default_root_dir))
-    write_atomically(trainer)
     # Only rank 0 knows the folder and writes it; the other ranks wait for it where the strategy sets up.
     first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
     with RunFolder(Path(trainer.log_dir or trainer.default_root_dir)) if first else nullcontext():
@@ -59,11 +58,11 @@ def run(args: list[str], description: str | None) -> None:
 
 def _align(cli: FitCLI, checkpoint: str | None, start: float) -> None:
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
-    resumed = RunIdentity(checkpoint, cli.config_init.resume.allow)
-    trainer.callbacks += [resumed, MetricsRows(), WarnsOfMemory(), SaysDisk(cli.config.export)]  # type: ignore[attr-defined]
-    continue_metrics(trainer, checkpoint)
+    trainer.callbacks += [WarnsOfMemory(), SaysDisk(cli.config.export)]  # type: ignore[attr-defined]
+    resumable(trainer, checkpoint, cli.config_init.resume.allow)
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
-    if module.global_step not in module.evaluations and "held_out" in data.tables:
+    measured = module.evaluations.keys() - module.unlogged
+    if module.global_step not in measured and "held_out" in data.tables:
         trainer.validate(module, data, verbose=False)
     # Computed on every rank, because Lightning broadcasts it.
     folder = Path(trainer.log_dir or trainer.default_root_dir)

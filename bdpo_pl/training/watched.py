@@ -25,6 +25,7 @@ class WatchedModule(L.LightningModule):
         loss: loss; what it measured on the training pairs is logged too.
         train_means: means over the training pairs since the last line of the log.
         evaluations: validation results by optimiser step; step 0 is the policy before training.
+        unlogged: steps whose evaluation is in no log, because a resumed run measured them before it went on.
         errors: standard errors of these results, for means over at least two pairs.
         throughput: measurement of tokens per second.
         monitored: name of the first of several held-out sets, whose metrics are logged under it too.
@@ -38,6 +39,7 @@ class WatchedModule(L.LightningModule):
         self.split_means = nn.ModuleDict()
         self.monitored = ""
         self.evaluations: dict[int, dict[str, float]] = {}
+        self.unlogged: set[int] = set()
         self.errors: dict[int, dict[str, float]] = {}
         self.throughput = Throughput()
         self._grad_norm = torch.zeros(())
@@ -126,6 +128,10 @@ class WatchedModule(L.LightningModule):
         for name, (gap, error) in gaps(values, errors).items():
             values[name] = gap
             errors |= {} if error is None else {name: error}
+        if not self.trainer.sanity_checking:
+            self.unlogged.discard(self.global_step)
+        elif self.global_step > 0 and self.global_step not in self.evaluations:
+            self.unlogged.add(self.global_step)
         self.evaluations[self.global_step] = values
         self.errors[self.global_step] = errors
         # The means are the same on every rank; sync_dist only tells Lightning so.

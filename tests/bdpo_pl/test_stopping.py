@@ -107,6 +107,20 @@ def test_before_the_first_step(runs, monkeypatch, tmp_path, capfd, place, number
     assert f"stopped by {number.name}; no step is saved yet; the same command begins again" in printed(capfd)
 
 
+def test_a_last_step_that_no_validation_follows_is_measured_and_logged_after_the_resume(runs, monkeypatch):
+    """Stopped once the last step is done, the run measures it before it goes on, which no log would hold."""
+    short, version = "--trainer.max_steps=3", "--trainer.logger.init_args.version"
+    assert runs(short, f"{version}=three") is None
+    expected = rows(runs.folder / "runs" / "three" / "metrics.csv")
+    assert [row["step"] for row in expected if "held_out/loss" in row][-1] == "3"
+    with monkeypatch.context() as patch:
+        signal_in(patch, "bdpo_pl.training.safety_probe.generate_responses", signal.SIGTERM, 2)
+        assert runs(short, f"{version}=stopped-three") == 143
+    folder = runs.folder / "runs" / "stopped-three"
+    assert runs(short, f"{version}=stopped-three", f"--ckpt_path={folder / 'checkpoints' / 'last.ckpt'}") is None
+    assert rows(folder / "metrics.csv") == expected
+
+
 @pytest.mark.parametrize(
     ("place", "number", "times", "when"),
     [

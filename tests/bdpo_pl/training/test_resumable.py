@@ -1,0 +1,74 @@
+"""A Trainer built in Python resumes as exactly as the command's, with one line."""
+
+import csv
+import signal
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from makers import build_model, build_tokenizer, preference_rows, write_jsonl
+from stopped_ranks import SignalAt
+from training import adamw
+
+import bdpo_pl
+from bdpo_pl.errors import InputError, StoppedError
+from bdpo_pl.losses import SimPOLoss
+from bdpo_pl.scoring.scoring_pass import ScoringOptions
+from bdpo_pl.training.checkpoints import AtomicCheckpointIO, StopSignals
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("python")
+    build_model().save_pretrained(folder / "model")
+    build_tokenizer().save_pretrained(folder / "model")
+    write_jsonl(folder / "pairs.jsonl", preference_rows(24))
+    return folder
+
+
+def fit(folder, name, *callbacks, ckpt_path=None, loss=None):
+    """Six steps, as a caller in Python would write it."""
+    L.seed_everything(0)
+    module = bdpo_pl.PreferenceModule(
+        str(folder / "model"), loss, optimizer=adamw, scoring=ScoringOptions(cache_dir=str(folder / "cache"))
+    )
+    data = bdpo_pl.PreferenceDataModule(str(folder / "pairs.jsonl"), held_out_fraction=0.2, batch_size=8)
+    trainer = L.Trainer(
+        accelerator="cpu", max_epochs=2, num_sanity_val_steps=-1, log_every_n_steps=2, use_distributed_sampler=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=list(callbacks),
+        logger=CSVLogger(folder / name, name="", version=""),
+    )  # fmt: skip
+    bdpo_pl.resumable(trainer, ckpt_path).fit(module, data, ckpt_path=ckpt_path, weights_only=True)
+    return trainer, {name: value.clone() for name, value in module.policy.state_dict().items()}
+
+
+def rows(folder, name):
+    with (folder / name / "metrics.csv").open() as file:
+        return [{k: v for k, v in row.items() if v and "second" not in k} for row in csv.DictReader(file)]
+
+
+def test_a_stopped_run_goes_on_exactly_and_as_no_other(folder, monkeypatch):
+    trainer, expected = fit(folder, "whole")
+    assert isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO)
+    with pytest.raises(StoppedError, match=r"stopped by SIGTERM after 2 optimiser steps; .*last\.ckpt is written"):
+        fit(folder, "stopped", SignalAt(signal.SIGTERM, 0, 1))
+    last = folder / "stopped" / "checkpoints" / "last.ckpt"
+    with monkeypatch.context() as patch:
+        patch.setattr("bdpo_pl.scoring.reference.score_table", lambda *_, **__: pytest.fail("scored"))
+        with pytest.raises(InputError, match=r"another run: loss: \S+BalancedDPOLoss → \S+SimPOLoss"):
+            fit(folder, "other", ckpt_path=last, loss=SimPOLoss())
+    _, found = fit(folder, "stopped", ckpt_path=last)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    # In the folder of the stopped run its rows go on.
+    assert rows(folder, "stopped") == rows(folder, "whole")
+
+
+def test_what_the_trainer_has_already_stays(folder):
+    mine = StopSignals()
+    trainer = L.Trainer(accelerator="cpu", logger=False, callbacks=[mine], enable_progress_bar=False)
+    kinds = [type(callback) for callback in bdpo_pl.resumable(trainer).callbacks]
+    assert [callback for callback in trainer.callbacks if isinstance(callback, StopSignals)] == [mine]
+    assert [type(callback) for callback in bdpo_pl.resumable(trainer).callbacks] == kinds
+    with pytest.raises(InputError, match="no checkpoint at"):
+        bdpo_pl.resumable(trainer, folder / "nowhere.ckpt")
