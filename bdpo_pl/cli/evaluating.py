@@ -8,7 +8,9 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, get_type_hints
 
+from bdpo_pl.cli.misfits import check_nulls, refuse_misfit
 from bdpo_pl.cli.ranges import check_ranges
 from bdpo_pl.console import get_console, paths_table
 from bdpo_pl.data.report import report_table
@@ -45,10 +47,27 @@ LIMIT_STATUS = 1
 OWN_SUITES = ("embedded_harmful", "embedded_jailbreak", "embedded_benign")
 
 
+def parse_options(args: list[str], description: str | None) -> tuple[list[str], EvaluateOptions]:
+    """Parse the command line, and return the models and the options.
+
+    Raises:
+        InputError: A number out of its range, `null` where an option has no such value, or options that do not fit.
+    """
+
+    def check(parsed: Any) -> None:
+        check_nulls(parsed, get_type_hints(EvaluateOptions))
+        check_ranges(parsed)
+
+    try:
+        return parse(args, description, check)
+    except ValueError as error:
+        refuse_misfit(error)
+
+
 def run(args: list[str], description: str | None) -> None:
     """Run the job that `args` describe; `description` is the first text of the help."""
     start = time.perf_counter()
-    names, options = parse(args, description, check_ranges)
+    names, options = parse_options(args, description)
     if options.list_suites:
         get_console().print(suites_table(known_suites()))
         return

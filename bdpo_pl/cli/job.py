@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from bdpo_pl import embedded
 from bdpo_pl.cli.combinations import check_combinations, check_monitor
+from bdpo_pl.cli.misfits import refuse_misfit
 from bdpo_pl.cli.parser import OptionParser
 from bdpo_pl.embedded import EMBEDDED
 from bdpo_pl.errors import InputError, first_line
@@ -168,14 +169,7 @@ def parse_options(cli_class: type[FitCLI], args: list[str] | None, description: 
     try:
         return cli_class(args=args, **_settings(description, is_embedded))
     except ValueError as error:
-        if isinstance(error, InputError) or isinstance(error.__cause__, InputError):
-            raise
-        # For an optional group of options, the parser lists its attempts, with the reason in the middle.
-        reasons = [line.strip(" -") for line in str(error).splitlines() if line.startswith("  - ")]
-        given = [line for line in str(error).splitlines() if line.startswith("Given value: ")]
-        raise InputError(
-            "; ".join([f"these options do not fit: {(reasons or [first_line(error)])[0]}", *given])
-        ) from error
+        refuse_misfit(error)
 
 
 def make_parser(cli_class: type[FitCLI], embedded_run: bool = False) -> OptionParser:

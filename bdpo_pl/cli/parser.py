@@ -7,11 +7,12 @@ import inspect
 import re
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
+from bdpo_pl.cli.misfits import check_nulls
 from bdpo_pl.cli.quick import refuse
 from bdpo_pl.cli.ranges import check_ranges
 from bdpo_pl.errors import InputError
@@ -36,6 +37,9 @@ class OptionParser(LightningArgumentParser):
         reset = [part for arg in given for part in ([f"--{_LOSS}=null", arg] if _names_a_loss(arg) else [arg])]
         parsed = super().parse_args(reset, *rest, **kwargs)
         try:
+            # What is null by default may be null, whatever its type says.
+            given = [action for action in self._actions if action.default is not None]
+            check_nulls(parsed, {action.dest: getattr(action, "_typehint", Any) for action in given})
             check_ranges(parsed)
         except InputError as error:
             if not self.exit_on_error:
@@ -65,6 +69,8 @@ class OptionParser(LightningArgumentParser):
 
 def _shortened(message: str) -> str:
     """Return the parser's message: the option, the given value and the expected one, in at most five lines."""
+    if misfit := _misfit(message):
+        return misfit
     found = re.search(r'Parser key "([^"]+)"', message)
     given = re.search(r"(?:Expected a dot import path string|Given value): (.*)", message)
     base = _BASE_CLASSES.get(found[1].rpartition(".")[2]) if found else None
@@ -80,6 +86,31 @@ def _shortened(message: str) -> str:
     if len(text) > _LONGEST_ERROR:
         text = text[:_LONGEST_ERROR].rsplit(" ", 1)[0] + " …"
     return text + "\n--help shows the options one needs, --help_all all of them."
+
+
+_TYPES = {
+    "int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "list": "a list",
+    "tuple": "a list", "dict": "a mapping", "NoneType": "null",
+}  # fmt: skip
+
+
+def _misfit(message: str) -> str | None:
+    """Return which option takes what, and what it was given, if the parser says so in the middle of its attempts."""
+    keys = re.findall(r'Parser key "([^"]+)"', message)
+    option = ".".join(key for i, key in enumerate(keys) if i == 0 or key != keys[i - 1])
+    if keys and (unknown := re.search(r"Option '([\w.]+)' is not accepted", message)):
+        return f"--{option}.{unknown[1]}: there is no such option"
+    # What the innermost option says; the outer ones go on behind it.
+    own = message.rpartition('Parser key "')[2]
+    expected = re.split("Got value|Given value", own)[0]
+    kinds = [
+        _TYPES.get(kind, kind) if kind else choices.replace("'", "")
+        for kind, choices in re.findall(r"Expected an? (?:<class '([\w.]+)'>|typing\.Literal\[([^\]]*)\])", expected)
+    ]
+    given = re.search(r"(?:Got|Given) value: (.*?)(?=\.? Got value|\n|$)", own)
+    if not keys or not given or not set(kinds) - {"null"}:
+        return None
+    return f"--{option} must be {' or '.join(dict.fromkeys(kinds))}; got {given[1][:60]}"
 
 
 def _names_a_loss(argument: str) -> bool:

@@ -136,18 +136,43 @@ def test_right_options_pass():
     assert answer_early("fit", ["--help_all"]) == ["--help"]
 
 
+@pytest.fixture(scope="module")
+def fit_parser():
+    return make_parser(FitCLI)
+
+
+def test_an_option_that_is_null_by_default_may_be_left_out(fit_parser):
+    assert fit_parser.parse_args(["--model.policy=x"]).data.train is None
+
+
 @pytest.mark.parametrize(
     ("given", "kept"),
     [
         (["--model.optimizer", "Adamm"], "There are ASGD, Adadelta"),
-        (["--model.optimizer.lr", "fast"], "fast"),
-        (["--model.lr_schedule", "round"], "cosine"),
+        (["--model.optimizer.lr", "fast"], "error: --model.optimizer.lr must be a number; got fast\n"),
+        (
+            ["--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=fast"],
+            "error: --model.optimizer.lr must be a number; got fast\n",
+        ),
+        (
+            ["--model.optimizer=torch.optim.AdamW", "--model.optimizer.x=1"],
+            "--model.optimizer.x: there is no such option",
+        ),
+        (["--model.loss.beta=some"], "error: --model.loss.beta must be a number; got some\n"),
+        (["--model.loss.tau=some"], "error: --model.loss.tau must be a number or auto; got some\n"),
+        (["--model.lora.r=some"], "error: --model.lora.r must be a whole number; got some\n"),
+        (["--data.load.safe_rlhf.num_safe=x"], "data.load.safe_rlhf.num_safe must be a whole number or null; got x\n"),
+        (["--data.load.bad_rows=x"], "error: --data.load.bad_rows must be auto, error, drop; got x\n"),
+        (["--trainer.max_epochs=some"], "error: --trainer.max_epochs must be a whole number or null; got some\n"),
+        (["--model.lora=3"], 'Parser key "model.lora"'),
+        (["--model.lr_schedule", "round"], "--model.lr_schedule must be cosine, linear, constant; got round"),
+        (["--data.batch_size=null"], "--data.batch_size must be a whole number; got None"),
         (["--trainer.nonsense_of_mine", "1"], "unrecognized arguments: --trainer.nonsense_of_mine"),
     ],
 )
-def test_what_the_parser_refuses_takes_a_few_lines_too(given, kept, capsys):
+def test_what_the_parser_refuses_takes_a_few_lines_too(fit_parser, given, kept, capsys):
     with pytest.raises(SystemExit) as stopped:
-        make_parser(FitCLI).parse_args(["--model.policy=x", "--data.train=y", *given])
+        fit_parser.parse_args(["--model.policy=x", "--data.train=y", *given])
     assert stopped.value.code == 2
     printed = capsys.readouterr().err
     assert kept in printed
