@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bdpo_pl.evaluation.chat.chat_model import Message
+from bdpo_pl.evaluation.chat.completions import whole_characters
 from bdpo_pl.evaluation.chat.replies import json_objects
 from bdpo_pl.evaluation.judges.judge import Verdict
 
@@ -91,7 +92,9 @@ def _proposal(value: dict[str, Any]) -> Proposal | None:
     prompt, improvement = value.get("prompt"), value.get("improvement")
     if not isinstance(prompt, str) or not prompt.strip():
         return None
-    return Proposal(prompt.strip(), improvement if isinstance(improvement, str) else "")
+    # JSON within the reply can spell half of a surrogate pair, which no tokenizer accepts.
+    text = improvement if isinstance(improvement, str) else ""
+    return Proposal(whole_characters(prompt.strip()), whole_characters(text))
 
 
 def words() -> list[str]:

@@ -248,11 +248,11 @@ def _completion(body: bytes, url: str, key: Key) -> Completion:
             f"{remedy}"
         )
     return Completion(
-        key.redact(_whole_characters(text or "")),
+        key.redact(whole_characters(text or "")),
         # Anything else, such as a tool call or a stop sequence, is the model's own end.
         choice.get("finish_reason") not in ("length", "content_filter"),
         _count(answer.get("usage")),
-        key.redact(_whole_characters(thought or "")),
+        key.redact(whole_characters(thought or "")),
     )
 
 
@@ -265,7 +265,7 @@ def _count(usage: object) -> int:
     return count if isinstance(count, int) and not isinstance(count, bool) and count > 0 else 0
 
 
-def _whole_characters(text: str) -> str:
+def whole_characters(text: str) -> str:
     """Replace each unpaired surrogate in `text`, which no tokenizer accepts, by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 

@@ -1,5 +1,6 @@
 """Refinement with an attacker, a target and a judge that go by simple rules."""
 
+import dataclasses
 import json
 
 import pytest
@@ -135,6 +136,23 @@ def test_answers_that_cannot_be_read_are_asked_for_again_and_counted():
     assert attack.target.asked == [[f"0/0 {GOAL}", f"1/0 {GOAL}"]]
     assert [len(asked) for asked in attacker.seen] == [2, 1, 1]
     assert attacker.seen[1][0][-2]["content"] == "I would rather not."
+
+
+def test_a_prompt_that_does_not_fit_costs_that_prompt():
+    words = {0: "w " * 5000}
+    attacker = Attacker(lambda stream, turn, goal: say(f"0/{turn} {words.pop(len(attacker.seen) - 1, '')}{goal}"))
+    attack = refinement(attacker, streams=1, steps=1, retries=1)
+    (result,) = dataclasses.replace(attack, fits=lambda prompt: len(prompt) < 1000).results(PROMPTS[:1])
+    assert (result.details["unparsable"], attack.target.asked) == (1, [[f"0/0 {GOAL}"]])
+
+
+def test_half_a_surrogate_pair_of_an_attacker_costs_that_answer():
+    replies = ['{"improvement": "x", "prompt": "a \\ud800 b"}', say("0/0 whole")]
+    attack = refinement(Attacker(lambda *_: replies.pop(0)), streams=1, steps=1, retries=1)
+    (result,) = attack.results(PROMPTS[:1])
+    for prompt in attack.target.asked[0]:
+        prompt.encode("utf-8")
+    assert result.details["queries"] == 1
 
 
 def test_stream_that_says_nothing_sits_out_and_the_others_go_on():
