@@ -1,21 +1,15 @@
 """Random cases until the time is over; what fails is made smaller and printed with its seed.
 
-`python -m tests.soak --minutes N [--seed S] [--only KIND]`; `--only KIND --case JSON` tries one case again. Each batch
-of cases runs in a process of its own, forked from this one, which has imported everything. No part of `make test`.
+`python -m tests.soak --minutes N [--seed S] [--only KIND …] [--ledger FOLDER]`; `--only KIND --case JSON` tries one
+case again, `--total FOLDER` adds up what the runs of a ledger have counted. Each batch of cases runs in a process of
+its own, forked from this one, which has imported everything. No part of `make test`.
 """
 
 import argparse
 import json
 import os
 import random
-import resource
-import select
-import shutil
-import signal
 import sys
-import tempfile
-import time
-import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -26,58 +20,11 @@ os.environ.setdefault("PL_GLOBAL_SEED", "0")
 import torch
 
 from tests.soak import architectures, options, rows, stops
+from tests.soak.ledger import Ledger, total
+from tests.soak.process import in_a_process, running
 
 KINDS = {"rows": rows, "options": options, "architectures": architectures, "stops": stops}
 _MOST_TRIES = 40
-_PATIENCE = 10
-
-
-def in_a_process(kind, cases, seconds):
-    """(what was wrong, its position), or None; a process that takes too long is ended, and that is a fault.
-
-    `seconds` a case are of the processor, since a busy machine is no fault; of the clock it may take ten times as long.
-    """
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reader)
-        said = None
-        log = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        folder = Path(tempfile.mkdtemp(prefix="soak-"))
-        position = -1
-        resource.setrlimit(resource.RLIMIT_CPU, (int(seconds * len(cases)) + 1,) * 2)
-        try:
-            os.chdir(folder)
-            while said is None and (position := position + 1) < len(cases):
-                said = kind.check(cases[position], folder)
-        except BaseException:
-            said = traceback.format_exc()
-        shutil.rmtree(folder, ignore_errors=True)
-        with os.fdopen(writer, "w") as pipe:
-            json.dump([said, position], pipe)
-        os._exit(0)
-    os.close(writer)
-    text = b""
-    end = time.monotonic() + _PATIENCE * seconds * len(cases)
-    while True:
-        ready, _, _ = select.select([reader], [], [], max(0.0, end - time.monotonic()))
-        if not ready:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            os.close(reader)
-            return f"no answer within {_PATIENCE * seconds} s a case", 0
-        part = os.read(reader, 65536)
-        if not part:
-            break
-        text += part
-    os.close(reader)
-    status = os.waitpid(child, 0)[1]
-    if not text:
-        return f"the process ended with status {status} and said nothing", 0
-    said, position = json.loads(text)
-    return (said, position) if said else None
 
 
 def smallest(kind, case):
@@ -88,7 +35,7 @@ def smallest(kind, case):
         found = False
         for candidate in kind.smaller(case):
             tries += 1
-            if in_a_process(kind, [candidate], kind.SECONDS):
+            if in_a_process(kind, [candidate])[0] is not None:
                 case, found = candidate, True
                 break
             if tries >= _MOST_TRIES:
@@ -100,42 +47,45 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=None)
-    parser.add_argument("--only", choices=KINDS, default=None)
+    parser.add_argument("--only", choices=KINDS, default=None, nargs="+")
     parser.add_argument("--case", default=None)
+    parser.add_argument("--ledger", type=Path, default=None)
+    parser.add_argument("--total", type=Path, default=None)
     chosen = parser.parse_args()
+    if chosen.total is not None:
+        print(total(chosen.total))
+        return 0
     torch.set_num_threads(1)
+    kinds = {name: kind for name, kind in KINDS.items() if chosen.only is None or name in chosen.only}
+    for kind in kinds.values():
+        kind.prepare()
     if chosen.case is not None:
-        failed = in_a_process(KINDS[chosen.only], [json.loads(chosen.case)], KINDS[chosen.only].SECONDS)
-        print(failed[0] if failed else "nothing wrong")
-        return 1 if failed else 0
+        said, _, counts = in_a_process(kinds[chosen.only[0]], [json.loads(chosen.case)])
+        print(said or "nothing wrong", dict(counts))
+        return 1 if said else 0
     seed = random.randrange(10**6) if chosen.seed is None else chosen.seed
     print(f"seed {seed}", flush=True)
-    kinds = {name: kind for name, kind in KINDS.items() if chosen.only in (None, name)}
-    done, failures, spent = Counter(), [], Counter()
-    start = time.monotonic()
-    used = sum(os.times()[:4])
+    ledger = Ledger(chosen.ledger, seed)
+    spent = Counter()
     number = 0
-    while time.monotonic() - start < 60 * chosen.minutes:
+    while ledger.seconds < 60 * chosen.minutes:
         # Each kind has the same share of the time.
         name = min(kinds, key=lambda name: spent[name])
         kind = kinds[name]
-        began = time.monotonic()
+        began = running[0]
         cases = [kind.draw(random.Random(f"{seed}:{name}:{number + i}")) for i in range(kind.BATCH)]
-        failed = in_a_process(kind, cases, kind.SECONDS)
-        done[name] += kind.BATCH if failed is None else failed[1] + 1
-        spent[name] += time.monotonic() - began
-        if failed is not None:
-            said, position = failed
+        said, position, counts = in_a_process(kind, cases)
+        spent[name] += running[0] - began
+        ledger.add(name, counts)
+        if said is not None and ledger.is_new(name, said):
             print(f"\n{name}, seed {seed}, case {number + position}:\n{said.strip()[-3000:]}", flush=True)
             case = smallest(kind, cases[position])
             print(f"--only {name} --case '{json.dumps(case)}'", flush=True)
-            failures.append((name, number + position))
+            ledger.found(name, number + position, said, case)
         number += kind.BATCH
-    minutes, used = (time.monotonic() - start) / 60, (sum(os.times()[:4]) - used) / 60
-    print(f"\n{minutes:.1f} minutes ({used:.1f} of the processor), seed {seed}: {dict(done)}, {len(failures)} failed")
-    for name, position in failures:
-        print(f"  {name}, case {position}")
-    return 1 if failures else 0
+    ledger.write()
+    print(ledger)
+    return 1 if ledger.findings else 0
 
 
 if __name__ == "__main__":

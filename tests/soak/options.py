@@ -2,15 +2,16 @@
 
 import json
 
-from bdpo_pl.cli import known
+from bdpo_pl.cli import evaluating, known
 from bdpo_pl.cli.command import run_command
 from bdpo_pl.cli.diagnosing import DiagnoseCLI
 from bdpo_pl.cli.job import FitCLI, parse_options
 from bdpo_pl.cli.quick import answer_early
-from bdpo_pl.cli.ranges import check_ranges
-from bdpo_pl.evaluation.options import parse
+from bdpo_pl.evaluation import options as evaluation
 
-BATCH, SECONDS = 10, 10
+BATCH, SECONDS = 50, 10
+
+_PARSERS = {}
 
 _VALUES = (
     "-1", "0", "1", "2", "7", "0.5", "-0.5", "1e-6", "1e30", ".nan", ".inf", "1" + "0" * 25, "true", "false",
@@ -18,6 +19,7 @@ _VALUES = (
     "auto", "none", "torch.optim.SGD", "SimPOLoss", "/nowhere", "../x",
     "cpu", "bf16-mixed", "ddp", "fsdp2", "@x", "---", "[", "{", "*",
 )  # fmt: skip
+_JOB = ("--model.policy=nowhere", "--data.train=nowhere.jsonl", "--trainer.accelerator=cpu")
 # Help and the printing of a configuration end the process as they should.
 _LEAVE_OUT = ("help", "print_config", "config")
 
@@ -31,23 +33,53 @@ def draw(rng):
     }
 
 
-def check(case, folder):
+class _Kept:
+    """A command line that builds its parser, which takes most of the time, only once."""
+
+    def setup_parser(self, *args):
+        if type(self) not in _PARSERS:
+            super().setup_parser(*args)
+            _PARSERS[type(self)] = self.parser
+        self.parser = _PARSERS[type(self)]
+
+
+class _Fit(_Kept, FitCLI):
+    pass
+
+
+class _Diagnose(_Kept, DiagnoseCLI):
+    pass
+
+
+def prepare():
+    """Build the parsers, before any process is forked."""
+    for cli in (_Fit, _Diagnose):
+        parse_options(cli, [*_JOB], None)
+    kept = evaluation.EvaluationParser()
+    evaluation.add_options(kept)
+    evaluation.EvaluationParser = lambda **_: kept
+    evaluation.add_options = lambda _: None
+
+
+def check(case, folder, counts):
     args = case["options"]
     if case["command"] != "evaluate":
-        args = ["--model.policy=nowhere", "--data.train=nowhere.jsonl", "--trainer.accelerator=cpu", *args]
-    cli = {"fit": FitCLI, "diagnose": DiagnoseCLI}.get(case["command"])
+        args = [*_JOB, *args]
+    cli = {"fit": _Fit, "diagnose": _Diagnose}.get(case["command"])
 
     def parsed():
         given = answer_early(case["command"], args)
         if cli is None:
-            parse(given, None, check_ranges)
+            evaluating.parse_options(given, None)
         else:
             parse_options(cli, given, None)
 
     try:
         run_command(parsed)
     except SystemExit as ended:
+        counts["refused" if ended.code == 2 else "ended with 0"] += 1
         return None if ended.code in (0, 2) else f"status {ended.code}: {json.dumps(args)}"
+    counts["taken"] += 1
     return None
 
 

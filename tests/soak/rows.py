@@ -9,7 +9,7 @@ from bdpo_pl.data.tokenization import PairTokenizer
 from bdpo_pl.data.truncation import Truncation
 from bdpo_pl.errors import InputError
 
-BATCH, SECONDS = 40, 10
+BATCH, SECONDS = 50, 10
 
 _TEMPLATES = (
     None,
@@ -44,8 +44,8 @@ def _conversation(rng):
     return turns
 
 
-def _row(rng):
-    kind = rng.randrange(6)
+def _row(rng, kind, odd=0.15):
+    """A row of one of six layouts, and whether nothing is wrong with it."""
     if kind == 0:
         row = {"prompt": _text(rng), "chosen": _text(rng), "rejected": _text(rng)}
     elif kind == 1:
@@ -62,68 +62,104 @@ def _row(rng):
     else:
         row = {
             "conversations": _conversation(rng),
-            "chosen": _message(rng),
-            "rejected": _message(rng),
+            "chosen": _message(rng, rng.choice(["assistant", "assistant", None])),
+            "rejected": _message(rng, "assistant"),
             "system": _text(rng),
         }
-    if rng.random() < 0.2:
+    if rng.random() < odd:
         row[rng.choice([*row, "extra", "tools", "label"])] = rng.choice(_ODD)
-    if rng.random() < 0.1:
+        return row, False
+    if rng.random() < odd / 3:
         row.pop(rng.choice(list(row)))
-    return row
+        return row, False
+    return row, kind == 0
 
 
 def draw(rng):
-    same = rng.random() < 0.7
-    rows = []
-    for _ in range(rng.randrange(1, 6)):
-        rows.append(_row(rng))
-        if same:
-            # Rows of the first one's schema, with other words.
-            rows += [{**rows[0], "chosen": _text(rng)} if isinstance(rows[0].get("chosen"), str) else rows[0]]
+    kind = rng.randrange(6)
+    # Most files are long and leave out bad rows, so that each of their rows is looked at.
+    count = rng.choice([1, 2, 5]) if rng.random() < 0.3 else 80
+    # A file is what its first row is, and an odd one may end it there.
+    rows = [_row(rng, kind, odd=0.05)]
+    rows += [_row(rng, kind if rng.random() < 0.95 else rng.randrange(6)) for _ in range(count - 1)]
     return {
-        "rows": rows,
+        "rows": [row for row, _ in rows],
+        "plain": [plain for _, plain in rows],
         "template": rng.randrange(len(_TEMPLATES)),
         "truncation": rng.choice(["drop", "keep_start", "keep_end"]),
         "window": rng.choice([16, 64, 512]),
-        "bad_rows": rng.choice(["auto", "drop", "error"]),
+        "bad_rows": rng.choice(["auto", "drop", "error"]) if count < 80 else "drop",
     }
 
 
-def check(case, folder):
+def prepare():
+    for number, template in enumerate(_TEMPLATES):
+        tokenizer = build_tokenizer(chat=template is not None)
+        tokenizer.chat_template = template
+        _TOKENIZERS[number] = PairTokenizer(tokenizer)
+
+
+def _written(template, prompt, response):
+    """The text that a model reads of a plain row, and the response's end, by rules written again for each template."""
+    if template == 0:
+        return f"{prompt}{response}</s>"
+    if template == 1:
+        return f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n{response}<|im_end|>"
+    return f"[user] {prompt.strip()}</s>[assistant] {response.strip()}</s>"
+
+
+def check(case, folder, counts):
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in case["rows"]), encoding="utf-8")
-    number = case["template"]
-    if number not in _TOKENIZERS:
-        tokenizer = build_tokenizer(chat=_TEMPLATES[number] is not None)
-        tokenizer.chat_template = _TEMPLATES[number]
-        _TOKENIZERS[number] = PairTokenizer(tokenizer)
-    tokenizer = _TOKENIZERS[number]
+    tokenizer = _TOKENIZERS[case["template"]]
     truncation = Truncation(case["window"], case["truncation"])
     try:
         table, report = load_pairs("train", str(path), tokenizer, truncation, LoadOptions(bad_rows=case["bad_rows"]))
     except InputError as error:
+        # Of rows that are left out, none was kept; otherwise the first bad one has ended it.
+        counts["rows"] += len(case["rows"]) if "nothing left" in str(error) else 1
+        counts["files refused"] += 1
         return None if str(path) in str(error) else f"the error does not name the file: {error}"
+    counts["rows"] += len(case["rows"])
+    counts["pairs kept"] += len(table)
     if len(table) != report.kept:
         return f"the report says {report.kept} kept, the table has {len(table)}"
     for i in range(len(table)):
         pair = table[i]
         if not (pair.prompt_ids and pair.chosen_ids and pair.rejected_ids):
             return f"pair {i} has an empty part"
-        if max(map(len, (pair.prompt_ids + pair.chosen_ids, pair.prompt_ids + pair.rejected_ids))) > case["window"]:
+        longest = max(len(pair.prompt_ids + pair.chosen_ids), len(pair.prompt_ids + pair.rejected_ids))
+        if longest > case["window"]:
             return f"pair {i} is longer than the window"
         if pair.chosen_ids == pair.rejected_ids:
             return f"pair {i} has two equal responses"
+        number = int(table.places[i].rpartition(" ")[2]) - 1
+        if case["plain"][number] and longest < case["window"]:
+            row = case["rows"][number]
+            for side, ids in (("chosen", pair.chosen_ids), ("rejected", pair.rejected_ids)):
+                found = tokenizer.tokenizer.decode(pair.prompt_ids + ids)
+                wanted = _written(case["template"], row["prompt"], row[side])
+                if found != wanted:
+                    return f"pair {i}, {side}: {found!r} for {wanted!r}"
+            counts["texts read back"] += 2
     return None
 
 
 def smaller(case):
     rows = case["rows"]
-    for i in range(len(rows)):
-        if len(rows) > 1:
-            yield {**case, "rows": rows[:i] + rows[i + 1 :]}
-    for i, row in enumerate(rows):
-        for name, value in row.items():
-            yield {**case, "rows": [*rows[:i], {k: v for k, v in row.items() if k != name}, *rows[i + 1 :]]}
-            if isinstance(value, str | list) and len(value) > 1:
-                yield {**case, "rows": [*rows[:i], {**row, name: value[: len(value) // 2]}, *rows[i + 1 :]]}
+
+    def of(kept):
+        return {**case, "rows": [rows[i] for i in kept], "plain": [case["plain"][i] for i in kept]}
+
+    every = range(len(rows))
+    if len(rows) > 3:
+        yield of(every[: len(rows) // 2])
+        yield of(every[len(rows) // 2 :])
+    if len(rows) > 1:
+        for i in every:
+            yield of([k for k in every if k != i])
+        return
+    for name, value in rows[0].items():
+        yield {**case, "rows": [{k: v for k, v in rows[0].items() if k != name}], "plain": [False]}
+        if isinstance(value, str | list) and len(value) > 1:
+            yield {**case, "rows": [{**rows[0], name: value[: len(value) // 2]}]}
