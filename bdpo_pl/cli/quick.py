@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 from bdpo_pl.cli import aliases, known, short_help
+from bdpo_pl.cli.ranges import RANGES
 from bdpo_pl.errors import InputError
 
 _LOGGERS = {
@@ -23,6 +24,14 @@ _LOGGERS = {
 # A file may name the data; a memory plan and help need none.
 _WANTS_NO_DATA = {"--config", "-c", "--data", "--data.train", "--dry_run", "--model.loss.help", "--help_all"}
 _TRAINS = ("fit", "diagnose")
+
+_NUMBERS = frozenset({
+    "model.optimizer.lr", "model.optimizer.weight_decay", "model.loss.beta", "model.lora.r", "data.batch_size",
+    "data.eval_batch_size", "data.max_length", "trainer.max_steps", "trainer.max_epochs",
+    "trainer.accumulate_grad_batches", "trainer.gradient_clip_val", "max_prompts", "generation.max_new_tokens",
+})  # fmt: skip
+"""Options that people set by hand, and that no word is a value of; the parser would refuse a word after its imports."""
+_WORDS = ("null", "none", "auto", "inf")
 
 
 def answer_early(command: str, args: Sequence[str] | None) -> list[str]:
@@ -64,6 +73,8 @@ def _check(command: str, args: Sequence[str]) -> None:
         name, _, value = arg[2:].partition("=")
         value = value or (args[i + 1] if i + 1 < len(args) else "")
         name = name.removesuffix("+")
+        if name in _NUMBERS and value.isalpha() and value.lower() not in _WORDS:
+            raise InputError(f"--{name} must be a number {RANGES[name]}, got {value}")
         if name in ("model.loss", "trainer.logger"):
             _check_class(name, value, table["losses"])
         if name.startswith("model.loss.") and name != "model.loss.help":

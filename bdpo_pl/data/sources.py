@@ -74,6 +74,11 @@ def read_records(
         yield from _file(path)
     elif suffix_of(path) in FILE_SUFFIXES or source.startswith(("/", ".", "~")):
         raise InputError(f"{source}: no such file or folder (looked from {Path.cwd()})")
+    elif "/" not in source and path.suffix[1:].isalpha():
+        raise InputError(
+            f"{source}: no such file (looked from {Path.cwd()}), and its kind is not read; "
+            f"give {', '.join(FILE_SUFFIXES)}, or OWNER/NAME of a dataset on the hub"
+        )
     else:
         yield from _hub_dataset(source, split, revision, subset)
 

@@ -99,6 +99,8 @@ def test_settings_of_the_default_optimiser_are_not_handed_to_another():
         ("fit", ["--model.loss=DPOLoss", "--model.loss.tau=1"], "DPOLoss has no option tau"),
         ("fit", ["--model.loss", "BDPO"], "There are APODownLoss, APOZeroLoss"),
         ("fit", ["--report_to", "wanbd"], "csv, tensorboard, wandb"),
+        ("fit", ["--lr", "fast"], "--model.optimizer.lr must be a number at least 0, and finite, got fast"),
+        ("evaluate", ["x", "--max_prompts=all"], "--max_prompts must be a number at least 1, got all"),
         ("fit", ["--model.policy", "x"], "add --data.train FILE"),
         ("fit", ["--model.policy=x", "--trainer.max_steps=1"], "add --data.train FILE"),
         ("diagnose", ["--diagnose.show_text", "true"], "did you mean --diagnose.show_texts?"),

@@ -173,6 +173,12 @@ def test_broken_parquet_missing_file_and_unknown_suffix_are_named(load, tmp_path
             load(tmp_path / source)
 
 
+def test_missing_file_of_a_kind_that_is_not_read_is_not_sought_on_the_hub(load, monkeypatch):
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("the hub was asked"))
+    with pytest.raises(InputError, match=r"pairs\.doc: no such file .* its kind is not read; give \.jsonl"):
+        load("pairs.doc")
+
+
 def test_hub_dataset_that_cannot_be_had_is_named(load):
     with pytest.raises(InputError, match="nobody/nothing: neither a file here nor a dataset"):
         load("nobody/nothing")
