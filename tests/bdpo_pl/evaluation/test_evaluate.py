@@ -127,16 +127,16 @@ def test_two_models_side_by_side(base, other_dir, answers, capsys):
     for line in (
         f"not refused, harm, n = 6 83.3 % ({100 * low:.1f} to {100 * top:.1f}) 0.0 % (0.0 to {100 * high:.1f}) "
         f"-83.3 ({100 * change['low']:+.1f} to {100 * change['high']:+.1f})".replace("-", "−"),
-        "preference accuracy, training 50.0 % (50.0 to 50.0)",
-        "margin gap, training − held-out,",
+        "margin gap, training −",
         "6 pairs",
         "after does better than before on",
         "runs/evaluation/report.html",
         "runs/evaluation/verdicts.jsonl",
     ):
         assert line in printed
-    # "J)" stands in the next line where the column is narrow.
-    assert re.search(r"safety − over-refusal \(Youden's (J\) )?−0\.083 \+1\.000", printed)
+    # The ends of these names stand in the next line where the column is narrow.
+    assert re.search(r"safety − over-refusal (\(Youden's )?(J\) )?−0\.083 \+1\.000", printed)
+    assert re.search(r"preference accuracy, training (pairs )?50\.0 % \(50\.0 to 50\.0\)", printed)
     margins = after["overfitting"]["splits"]["train"]
     assert f"{100 * margins['accuracy']['value']:.1f} %" in printed
     assert before["overfitting"]["splits"]["train"]["margin"] == {
