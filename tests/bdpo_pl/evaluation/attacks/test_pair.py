@@ -143,7 +143,8 @@ def test_a_prompt_that_does_not_fit_costs_that_prompt():
     attacker = Attacker(lambda stream, turn, goal: say(f"0/{turn} {words.pop(len(attacker.seen) - 1, '')}{goal}"))
     attack = refinement(attacker, streams=1, steps=1, retries=1)
     (result,) = dataclasses.replace(attack, fits=lambda prompt: len(prompt) < 1000).results(PROMPTS[:1])
-    assert (result.details["unparsable"], attack.target.asked) == (1, [[f"0/0 {GOAL}"]])
+    # The try after the long one.
+    assert (result.details["unparsable"], attack.target.asked) == (1, [[f"0/1 {GOAL}"]])
 
 
 def test_half_a_surrogate_pair_of_an_attacker_costs_that_answer():
