@@ -299,7 +299,7 @@ def test_weights_by_ratio_have_no_threshold_of_the_imbalance(base):
     [
         (["--model.policy=/nowhere/at/all"], "no model folder at '/nowhere/at/all'"),
         (["--data.train=nowhere.jsonl"], "nowhere.jsonl"),
-        (["--data.held_out=nowhere.jsonl"], "nowhere.jsonl"),
+        (["--data.held_out=nowhere.jsonl", "--data.held_out_fraction=0"], "nowhere.jsonl"),
         (["--diagnose.strong_ratio=1"], "strong_ratio must be above 1"),
         (["--diagnose.extremes=-1"], "diagnose.extremes"),
         (["--diagnose.show_txts=true"], "show_txts"),
