@@ -96,7 +96,7 @@ def test_numbers_are_those_of_the_model_alone(base, tmp_path, capsys):
         imbalance = [line["imbalance"] for line in pairs if line["split"] == name]
         overall = report["splits"][name]["overall"]
         assert overall["pairs"] == len(imbalance) == size
-        assert overall["imbalance"]["mean"] == pytest.approx(np.mean(imbalance), abs=1e-6)
+        assert overall["imbalance"]["value"] == pytest.approx(np.mean(imbalance), abs=1e-6)
     assert report["splits"]["train"]["highest"][0]["imbalance"] == max(
         line["imbalance"] for line in pairs if line["split"] == "train"
     )
