@@ -14,7 +14,7 @@ import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -178,7 +178,7 @@ class ControlTokens:
         """Word-wise encoder, if the tokenizer gives the same ids word by word."""
         if self._backend is None or not cuts_before_words(self._backend):
             return None
-        return Words(lambda texts: self._encode_whole(texts, False))
+        return Words(partial(self._encode_whole, add_special_tokens=False))
 
     @cached_property
     def _around(self) -> tuple[Ids, Ids] | None:

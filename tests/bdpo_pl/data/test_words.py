@@ -1,6 +1,7 @@
 """Encoding word by word: the very ids of whole texts, for tokenizers that cut before words, and for no others."""
 
 import json
+import pickle
 
 import pytest
 from hypothesis import given, settings
@@ -112,9 +113,12 @@ def test_many_texts_are_encoded_so_and_get_what_the_tokenizer_adds(monkeypatch):
     for added in (False, True):
         expected = tokenizer(texts, add_special_tokens=added)["input_ids"]
         assert control.encode(texts, add_special_tokens=added) == expected
+    expected_without = tokenizer(texts, add_special_tokens=False)["input_ids"]
     assert control._words is not None
     assert control._words._agrees
     assert control._around == ([1], [])
+    # Processes that are spawned get a copy.
+    assert pickle.loads(pickle.dumps(control._words)).encode(texts) == expected_without
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     assert state["pre_tokenizer"]["type"] == "ByteLevel"
 
