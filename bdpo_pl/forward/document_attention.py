@@ -114,5 +114,6 @@ def _documents(spans: Tensor) -> list[tuple[int, list[int]]]:
 @lru_cache(maxsize=64)
 def _behind(m: int, n: int, dtype: torch.dtype) -> Tensor:
     """Return the (n, m + n) mask of a response behind its context: 0 where it sees, −∞ elsewhere."""
-    hidden = torch.full((n, m + n), float("-inf"), dtype=dtype)
-    return hidden.triu_(diagonal=m + 1)
+    # Kept for training too, which takes no tensor of inference mode.
+    with torch.inference_mode(False):
+        return torch.full((n, m + n), float("-inf"), dtype=dtype).triu_(diagonal=m + 1)

@@ -104,6 +104,17 @@ def test_spans_that_do_not_fill_the_row_and_what_is_not_supported_are_refused():
             attend(None, states, states, states, spans, **kwargs)
 
 
+def test_lengths_first_met_in_validation_can_be_trained_on():
+    """Lightning validates in inference mode, whose tensors no backward pass takes."""
+    document_attention._behind.cache_clear()
+    states = torch.randn(1, 2, 7, 4, requires_grad=True)
+    spans = torch.tensor([[0, 2, 2, 4], [0, 2, 4, 7]]).view(1, 1, 2, 4)
+    with torch.inference_mode():
+        attend(None, states, states, states, spans)
+    attend(None, states, states, states, spans)[0].sum().backward()
+    assert states.grad is not None
+
+
 def test_a_model_that_reads_by_document_still_generates(model_dir):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
