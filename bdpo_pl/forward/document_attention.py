@@ -102,7 +102,8 @@ def _documents(spans: Tensor) -> list[tuple[int, list[int]]]:
     documents, at = [], 0
     for (start, end), found in sorted(responses.items()):
         lengths = []
-        for first, last in [(start, end), *sorted(found)]:
+        # A response that is scored in two parts (`parts_of`) has its span twice.
+        for first, last in [(start, end), *sorted(set(found))]:
             if first != at:
                 raise ValueError(f"a span begins at {first}, not at {at}")
             lengths.append(last - first)
