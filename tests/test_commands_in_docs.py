@@ -82,7 +82,7 @@ def takes(command, name):
 
 _ALL_SOURCES = "".join(
     path.read_text(encoding="utf-8")
-    for folder in ("benchmarks", "bdpo_pl/cli")
+    for folder in ("benchmarks", "bdpo_pl/cli", "tests/soak")
     for path in (ROOT / folder).rglob("*.py")
 )
 
