@@ -153,4 +153,6 @@ def test_what_depends_on_length_is_tried_on_the_longest_pair(name):
 def test_documents_of_a_batch_are_those_of_its_spans():
     spans = lay_out(pair_documents(PAIRS), RowLayout.PACKED, 0).spans
     found = document_attention._documents(spans)
+    # Also where each response is read as two sequences, as a loss of parts does.
+    assert found == document_attention._documents(torch.cat([spans, spans]))
     assert found == [(len(p.prompt_ids), [len(p.chosen_ids), len(p.rejected_ids)]) for p in PAIRS]
