@@ -37,6 +37,9 @@ from bdpo_pl.models.causal_lm import CausalLM
 
 PrefixSharing = Literal["auto", "always", "never"]
 
+BY_DOCUMENT = False
+"""Whether attention by document is tried on CPUs. Off: a resumed run was seen to differ in the last bits."""
+
 # A correct mask contributes exact zeros, so a change of one response must not change another at all. Only experts that
 # receive different tokens besides may round differently, so the bound is a share of the rounding tolerance.
 _LEAK_SHARE = 0.25
@@ -102,7 +105,7 @@ def choose_layout(
             set_attention(model, "flex_attention")
             return RowLayout.ONE_ROW
         rank_zero_info(f"Block-sparse attention is not used: {objection}")
-    if not on_gpu and attention is None and by_documents(model):
+    if BY_DOCUMENT and not on_gpu and attention is None and by_documents(model):
         set_attention(model, DOCUMENTS)
         objection = _objection(model, documents, RowLayout.PACKED, pad_id, context, reference="sdpa")
         if objection is None:

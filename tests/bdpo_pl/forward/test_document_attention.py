@@ -80,6 +80,7 @@ def blind(m, n, dtype):
     ("name", "make"), [("_documents", lambda: swapped(document_attention._documents)), ("_behind", lambda: blind)]
 )
 def test_a_fault_is_noticed_and_dense_masks_are_taken(monkeypatch, name, make):
+    monkeypatch.setattr(prefix_sharing, "BY_DOCUMENT", True)
     model = large(build_model("llama")).eval()
     assert choose_layout(model, TABLE) is RowLayout.PACKED
     set_attention(model, "sdpa")

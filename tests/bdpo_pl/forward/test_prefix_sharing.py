@@ -87,8 +87,7 @@ def test_log_probabilities_and_gradients_are_those_of_two_rows(name, layout):
     for ours, expected in zip(shared_grads, alone_grads, strict=True):
         # float32 rounding, of sums over some hundred positions.
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=2e-5 * expected.abs().max().item())
-    by_document = set(attention._layer_kinds(model.config.get_text_config())) == {"full_attention"}
-    assert choose_layout(model, table()) is (RowLayout.PACKED if by_document else RowLayout.SHARED)
+    assert choose_layout(model, table()) is RowLayout.SHARED
 
 
 def test_windows_are_those_of_positions_not_of_places_in_the_row():
@@ -232,7 +231,7 @@ def test_the_trial_leaves_no_gradient_behind():
     choose_layout(model, table())
     assert all(parameter.grad is None for parameter in model.parameters())
     # And a frozen model is tried as well.
-    assert choose_layout(model.requires_grad_(False), table(), "always") is RowLayout.PACKED
+    assert choose_layout(model.requires_grad_(False), table(), "always") is RowLayout.SHARED
 
 
 def test_a_frozen_model_without_room_for_a_backward_pass_is_tried_on_the_shortest_pair(monkeypatch):
@@ -248,7 +247,7 @@ def test_a_frozen_model_without_room_for_a_backward_pass_is_tried_on_the_shortes
     model = model_named("qwen2")
     with pytest.raises(torch.OutOfMemoryError):
         choose_layout(model, table())
-    assert choose_layout(model.requires_grad_(False), table(), "always") is RowLayout.PACKED
+    assert choose_layout(model.requires_grad_(False), table(), "always") is RowLayout.SHARED
     assert tried == [2, 2, 1, 1]
 
 
@@ -376,7 +375,7 @@ def test_on_a_real_gpu_gradients_of_twenty_row_lengths_are_those_of_rows_alone(d
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_half_precision_shares_too(dtype):
-    assert choose_layout(model_named("llama").to(dtype), table()) is RowLayout.PACKED
+    assert choose_layout(model_named("llama").to(dtype), table()) is RowLayout.SHARED
     assert choose_layout(model_named("llama").to(dtype), table(), attention="sdpa") is RowLayout.SHARED
 
 
@@ -407,7 +406,7 @@ def test_shared_scoring_reads_every_prompt_once():
 
 def test_training_on_shared_rows_is_training_on_two(job):
     shared, split = fit(job("shared")), fit(job("split", prefix_sharing="never"))
-    assert shared.row_layout is RowLayout.PACKED
+    assert shared.row_layout is RowLayout.SHARED
     assert split.row_layout is RowLayout.SPLIT
     for (name, a), b in zip(shared.policy.named_parameters(), split.policy.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)

@@ -31,7 +31,7 @@ def test_our_jobs_run_and_learn(tmp_path):
     assert "| balanced 96/96, σ 0.5 | ours, B-DPO |" in printed
     (report,) = (json.loads(path.read_text()) for path in tmp_path.glob("*-cpu-end-to-end.json"))
     (row,) = report["rows"]
-    assert row["row_layout"] == "packed"
+    assert row["row_layout"] == "shared"
     assert row["losses"][0] == pytest.approx(0.6931, abs=1e-3)
     assert len(row["curve"]) == 3
     assert row["curve"][-1][1] < row["curve"][0][1]
@@ -56,7 +56,7 @@ def test_scoring_benchmark_runs(tmp_path):
     )
     assert "× an epoch's forward" in printed
     (report,) = (json.loads(path.read_text()) for path in tmp_path.glob("*-cpu-scoring.json"))
-    assert report["rows"][0]["layout"] == "packed"
+    assert report["rows"][0]["layout"] == "shared"
 
 
 def test_published_pairs_are_messages_that_fit_the_window(tmp_path):
