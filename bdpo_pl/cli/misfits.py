@@ -86,7 +86,7 @@ def _arguments(path: Any) -> dict[str, Any]:
     module, _, name = str(path).rpartition(".")
     try:
         made = getattr(importlib.import_module(module), name)
-        function = made.__init__ if isinstance(made, type) else made
+        function = made.__init__ if isinstance(made, type) else made  # type: ignore[misc]  # a class, no instance
         hints = typing.get_type_hints(function)
         parameters = inspect.signature(function).parameters
     except (ImportError, AttributeError, NameError, TypeError, ValueError):

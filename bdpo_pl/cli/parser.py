@@ -38,8 +38,8 @@ class OptionParser(LightningArgumentParser):
         parsed = super().parse_args(reset, *rest, **kwargs)
         try:
             # What is null by default may be null, whatever its type says.
-            given = [action for action in self._actions if action.default is not None]
-            check_nulls(parsed, {action.dest: getattr(action, "_typehint", Any) for action in given})
+            filled = [action for action in self._actions if action.default is not None]
+            check_nulls(parsed, {action.dest: getattr(action, "_typehint", Any) for action in filled})
             check_ranges(parsed)
         except InputError as error:
             if not self.exit_on_error:

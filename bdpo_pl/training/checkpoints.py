@@ -177,7 +177,8 @@ class StopSignals(L.Callback):
             raise self._saved(trainer)
         for callback in trainer.checkpoint_callbacks if trainer.world_size > 1 else ():
             # One rank that is stopped later cannot save alone, and the others may never hear of it.
-            if hasattr(callback, "write_now") and callback._last_global_step_saved < trainer.global_step:
+            step = getattr(callback, "_last_global_step_saved", trainer.global_step)
+            if hasattr(callback, "write_now") and step < trainer.global_step:
                 callback.write_now(trainer, self._path(trainer))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
