@@ -162,7 +162,7 @@ def test_an_option_that_is_null_by_default_may_be_left_out(fit_parser):
         ),
         (["--model.loss.beta=some"], "error: --model.loss.beta must be a number; got some\n"),
         (["--model.loss.tau=some"], "error: --model.loss.tau must be a number or auto; got some\n"),
-        (["--model.lora.r=some"], "error: --model.lora.r must be a whole number; got some\n"),
+        (["--model.lora.r=some"], "error: --model.lora.r must be a whole number or null; got some\n"),
         (["--data.load.safe_rlhf.num_safe=x"], "data.load.safe_rlhf.num_safe must be a whole number or null; got x\n"),
         (["--data.load.bad_rows=x"], "error: --data.load.bad_rows must be auto, error, drop; got x\n"),
         (["--trainer.max_epochs=some"], "error: --trainer.max_epochs must be a whole number or null; got some\n"),
