@@ -8,12 +8,14 @@ The last two take a `VocabShard` if the LM head is split over ranks. `backends` 
 for all of them; both implement the same contract.
 """
 
+from importlib import metadata
+
 from bdpo_kernels.linear_preference_loss import linear_preference_loss
 from bdpo_kernels.linear_sequence_logprob import linear_sequence_logprob
 from bdpo_kernels.rows.sharded import VocabShard
 from bdpo_kernels.sequence_logprob import sequence_logprob
 
-__version__ = "0.1.0"
+__version__ = metadata.version("bdpo-pl")
 __all__ = [
     "VocabShard",
     "__version__",
