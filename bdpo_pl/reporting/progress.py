@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.text import Text
 
 from bdpo_pl.console import get_console
@@ -26,10 +26,10 @@ class Reporter(Protocol):
     def add_task(self, description: str, *, total: float, completed: float = 0) -> Any:
         """Begin a task of `total` units, of which `completed` are already done."""
 
-    def advance(self, task: Any, advance: float = 1) -> None:
+    def advance(self, task: TaskID, advance: float = 1) -> None:
         """Count `advance` units more."""
 
-    def update(self, task: Any, *, description: str) -> None:
+    def update(self, task: TaskID, *, description: str) -> None:
         """Change the description of the task."""
 
 
@@ -78,7 +78,7 @@ class Lines:
         self._last = self._start
         return 0
 
-    def advance(self, task: Any, advance: float = 1) -> None:
+    def advance(self, task: TaskID, advance: float = 1) -> None:
         """Count units; print a line at intervals, after the second batch, and at the end."""
         self._done += advance
         if advance <= 0:
@@ -94,7 +94,7 @@ class Lines:
         self._last = now
         self.write(self._line(now))
 
-    def update(self, task: Any, *, description: str) -> None:
+    def update(self, task: TaskID, *, description: str) -> None:
         """Change the description of the task."""
         self._name = description
 
@@ -117,10 +117,10 @@ class _Silent:
     def add_task(self, description: str, *, total: float, completed: float = 0) -> int:
         return 0
 
-    def advance(self, task: Any, advance: float = 1) -> None:
+    def advance(self, task: TaskID, advance: float = 1) -> None:
         pass
 
-    def update(self, task: Any, *, description: str) -> None:
+    def update(self, task: TaskID, *, description: str) -> None:
         pass
 
 

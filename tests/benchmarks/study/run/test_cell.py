@@ -1,6 +1,7 @@
 """A miniature of the study: cells come out the same to the last digit, in any process, and finished ones are kept."""
 
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -18,6 +19,16 @@ from benchmarks.study.world.texts import preference_pairs
 
 STEPS = 6
 SMALL = {"num_pairs": 48, "evaluate": "validation", "reference_steps": STEPS}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loggers_as_before():
+    """A cell silences Lightning for its process, which here has other tests to run."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="module")
