@@ -3,7 +3,7 @@
 import os
 
 # One thread a process: test processes share the cores already, and threads that spin while they wait take the cores
-# from the others. With two threads each the suite ran beyond 80 minutes on two cores.
+# from the others.
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
 
