@@ -60,8 +60,6 @@ class RowLayout(Enum):
     """
     ONE_ROW = "one_row"
     """All documents in one row: for block-sparse attention, which skips masked blocks."""
-    PACKED = "packed"
-    """All documents in one row without padding: for attention that reads one document at a time."""
 
 
 @dataclass
@@ -157,11 +155,9 @@ def lay_out(documents: Sequence[Document], layout: RowLayout, pad_id: int) -> Se
         parts = [part for document in documents for part in document.split()]
         rows = [[part] for part in sorted(parts, key=lambda part: part.responses[0][0])]
         T = max(row[0].num_tokens for row in rows)
-    elif layout in (RowLayout.ONE_ROW, RowLayout.PACKED):
+    elif layout is RowLayout.ONE_ROW:
         rows = [list(documents)]
-        T = sum(document.num_tokens for document in documents)
-        if layout is RowLayout.ONE_ROW:
-            T = _row_length(T)
+        T = _row_length(sum(document.num_tokens for document in documents))
     else:
         T = max(document.num_tokens for document in documents)
         rows = _first_fit(documents, T)

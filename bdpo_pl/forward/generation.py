@@ -11,7 +11,6 @@ import torch
 from bdpo_pl.data.chat_template import Conversation, Message, chat_encoder
 from bdpo_pl.data.tokenizer_like import TokenizerLike
 from bdpo_pl.errors import InputError
-from bdpo_pl.forward.document_attention import DOCUMENTS
 from bdpo_pl.forward.equivalence import evaluating
 from bdpo_pl.forward.masks import set_attention
 from bdpo_pl.models.causal_lm import CausalLM
@@ -158,8 +157,8 @@ def _generating(model: CausalLM) -> Iterator[None]:
     """
     attention = model.config._attn_implementation
     try:
-        # Block masks, spans and compiled layers are for the shapes of training; here shapes change with every token.
-        if attention in ("flex_attention", DOCUMENTS):
+        # Block masks and compiled layers are for the shapes of training; here shapes change with every token.
+        if attention == "flex_attention":
             set_attention(model, "sdpa")
         with evaluating(model), torch.compiler.set_stance("force_eager"):
             yield

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from bdpo_pl.data.packing import SequenceBatch
-from bdpo_pl.forward.document_attention import DOCUMENTS, register
 from bdpo_pl.models.causal_lm import CausalLM, ModelConfig
 
 _KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
@@ -60,13 +59,6 @@ def why_not_shared(model: CausalLM) -> str | None:
     return None
 
 
-def by_documents(model: CausalLM) -> bool:
-    """Return whether `model` may be tried with attention by document: on a CPU, if each layer sees all positions."""
-    config = model.config.get_text_config()
-    plain = config._attn_implementation in ("sdpa", DOCUMENTS) and _layer_kinds(config) == {"full_attention"}
-    return plain and next(model.parameters()).device.type == "cpu" and why_not_shared(model) is None
-
-
 def depends_on_length(model: CausalLM) -> bool:
     """Return whether `model` may compute something else in long rows than in short ones.
 
@@ -84,8 +76,6 @@ def set_attention(model: CausalLM, implementation: str) -> None:
     """Switch the attention implementation of all layers of `model`."""
     if implementation == "flex_attention":
         allow_recompilation()
-    if implementation == DOCUMENTS:
-        register()
     if model.config._attn_implementation != implementation:
         model.set_attn_implementation(implementation)
 
@@ -153,13 +143,6 @@ def _blocks(sees: Sees, batch: SequenceBatch, dtype: torch.dtype) -> Any:
     return make(lambda row, _, query, key: sees(row, query, key), R, None, T, T, str(device))
 
 
-def _spans(sees: Sees, batch: SequenceBatch, dtype: torch.dtype) -> Tensor:
-    """Return (1, 1, S, 4) spans, with the axes of a mask; for rows that they do not fill, a dense mask."""
-    if len(batch.input_ids) > 1 or (batch.documents < 0).any():
-        return _dense(sees, batch, dtype)
-    return batch.spans.view(1, 1, -1, 4)
-
-
 @cache
 def _compiled_block_mask() -> Callable[..., Any]:
     """Return PyTorch's `create_block_mask`, compiled once: compiled, it never stores a mask of all places."""
@@ -185,6 +168,5 @@ _FORMS: dict[str, Callable[[Sees, SequenceBatch, torch.dtype], Any]] = {
     "sdpa": _dense,
     "eager": _additive,
     "flex_attention": _blocks,
-    DOCUMENTS: _spans,
 }
 """Functions that build masks, by the name of the attention implementation."""

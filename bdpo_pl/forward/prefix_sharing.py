@@ -21,7 +21,6 @@ from bdpo_pl.data.batches import pair_documents
 from bdpo_pl.data.packing import Document, RowLayout, SequenceBatch, lay_out
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.errors import InputError, first_line
-from bdpo_pl.forward.document_attention import DOCUMENTS
 from bdpo_pl.forward.equivalence import (
     compute_dtype,
     evaluating,
@@ -29,16 +28,13 @@ from bdpo_pl.forward.equivalence import (
     rounding_of_gradients,
     rounding_of_logps,
 )
-from bdpo_pl.forward.masks import by_documents, depends_on_length, set_attention, why_not_shared
+from bdpo_pl.forward.masks import depends_on_length, set_attention, why_not_shared
 from bdpo_pl.forward.reading import Reading, read, weighted
 from bdpo_pl.forward.responses import response_logps
 from bdpo_pl.forward.soundness import check_sound
 from bdpo_pl.models.causal_lm import CausalLM
 
 PrefixSharing = Literal["auto", "always", "never"]
-
-BY_DOCUMENT = False
-"""Whether attention by document is tried on CPUs. Off: a resumed run was seen to differ in the last bits."""
 
 # A correct mask contributes exact zeros, so a change of one response must not change another at all. Only experts that
 # receive different tokens besides may round differently, so the bound is a share of the rounding tolerance.
@@ -105,13 +101,6 @@ def choose_layout(
             set_attention(model, "flex_attention")
             return RowLayout.ONE_ROW
         rank_zero_info(f"Block-sparse attention is not used: {objection}")
-    if BY_DOCUMENT and not on_gpu and attention is None and by_documents(model):
-        set_attention(model, DOCUMENTS)
-        objection = _objection(model, documents, RowLayout.PACKED, pad_id, context, reference="sdpa")
-        if objection is None:
-            return RowLayout.PACKED
-        set_attention(model, "sdpa")
-        rank_zero_info(f"Attention is not computed by document: {objection}")
     layout = RowLayout.ONE_ROW if attention == "flex_attention" and on_gpu else RowLayout.SHARED
     objection = _objection(model, documents, layout, pad_id, context)
     if objection is None:

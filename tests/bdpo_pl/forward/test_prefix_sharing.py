@@ -15,7 +15,6 @@ from bdpo_pl.data.tokenization import PreferencePair
 from bdpo_pl.errors import InputError
 from bdpo_pl.forward import masks as attention
 from bdpo_pl.forward import prefix_sharing as row_layout
-from bdpo_pl.forward.document_attention import DOCUMENTS
 from bdpo_pl.forward.masks import model_inputs, set_attention
 from bdpo_pl.forward.prefix_sharing import choose_layout
 from bdpo_pl.forward.reading import read
@@ -379,14 +378,12 @@ def test_half_precision_shares_too(dtype):
     assert choose_layout(model_named("llama").to(dtype), table(), attention="sdpa") is RowLayout.SHARED
 
 
-@pytest.mark.parametrize("layout", [RowLayout.SHARED, RowLayout.ONE_ROW, RowLayout.PACKED])
+@pytest.mark.parametrize("layout", [RowLayout.SHARED, RowLayout.ONE_ROW])
 @pytest.mark.parametrize("batch_tokens", [1, 90, 10_000])
 def test_scores_are_those_of_rows_of_their_own(layout, batch_tokens):
     model, data = model_named("qwen2"), table(n=7)
     indices = [6, 0, 3, 2]
     alone = score_pairs(model, data, indices, hsic=True)
-    if layout is RowLayout.PACKED:
-        set_attention(model, DOCUMENTS)
     shared = score_pairs(model, data, indices, layout=layout, batch_tokens=batch_tokens, hsic=True)
     for name, values in alone.columns().items():
         torch.testing.assert_close(torch.tensor(shared.columns()[name]), torch.tensor(values), rtol=1e-4, atol=1e-4)
