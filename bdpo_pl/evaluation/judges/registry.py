@@ -19,6 +19,7 @@ from bdpo_pl.evaluation.chat.local import LocalChat
 from bdpo_pl.evaluation.judges.classifier import ClassifierJudge, Reads
 from bdpo_pl.evaluation.judges.guard import LlamaGuardJudge, WildGuardJudge, encode_llama_guard, encode_wildguard
 from bdpo_pl.evaluation.judges.local_guard import Encode, LocalGuard
+from bdpo_pl.evaluation.judges.model_judge import check_threshold
 from bdpo_pl.evaluation.judges.published.harmbench import HarmBenchJudge, HarmBenchMistralJudge
 from bdpo_pl.evaluation.judges.published.jailbreakbench import JailbreakBenchJudge
 from bdpo_pl.evaluation.judges.published.shieldgemma import POLICIES, ShieldGemmaJudge
@@ -29,7 +30,6 @@ from bdpo_pl.evaluation.judges.published.strongreject import (
 )
 from bdpo_pl.evaluation.judges.published.whole_prompt import encode_whole
 from bdpo_pl.evaluation.judges.rubric import ChatJudge
-from bdpo_pl.evaluation.judges.word_judge import check_threshold
 from bdpo_pl.models.loading import DTypeName, ModelSource, load_config, model_fingerprint
 
 _HERE = "bdpo_pl.evaluation.judges"
@@ -127,10 +127,7 @@ def strongreject(unsafe_from: float = 0.5, **options: Any) -> StrongRejectJudge:
     Raises:
         InputError: a number is out of range.
     """
-    check_threshold(unsafe_from)
-    judge = _asking(StrongRejectJudge, encode_strongreject, "qylu4156/strongreject-15k-v1", **options)
-    judge.set_threshold(unsafe_from)
-    return judge
+    return _scoring(StrongRejectJudge, encode_strongreject, "qylu4156/strongreject-15k-v1", unsafe_from, **options)
 
 
 def strongreject_rubric(unsafe_from: float = 0.5, **options: Any) -> StrongRejectRubricJudge:
@@ -142,10 +139,7 @@ def strongreject_rubric(unsafe_from: float = 0.5, **options: Any) -> StrongRejec
     Raises:
         InputError: a number is out of range.
     """
-    check_threshold(unsafe_from)
-    judge = _asking(StrongRejectRubricJudge, None, "an instruction-tuned model", **options)
-    judge.set_threshold(unsafe_from)
-    return judge
+    return _scoring(StrongRejectRubricJudge, None, "an instruction-tuned model", unsafe_from, **options)
 
 
 def shieldgemma(policies: list[str] | str = "all", unsafe_from: float = 0.5, **options: Any) -> ShieldGemmaJudge:
@@ -174,10 +168,7 @@ def chat(unsafe_from: float = 0.5, **options: Any) -> ChatJudge:
     Raises:
         InputError: a number is out of range.
     """
-    check_threshold(unsafe_from)
-    judge = _asking(ChatJudge, None, "an instruction-tuned model", **options)
-    judge.set_threshold(unsafe_from)
-    return judge
+    return _scoring(ChatJudge, None, "an instruction-tuned model", unsafe_from, **options)
 
 
 class _Later:
@@ -193,6 +184,14 @@ class _Later:
         if self._model is None:
             self._model = self._load()
         return self._model.reply(conversations)
+
+
+def _scoring(kind: type[Any], encode: Encode | None, example: str, unsafe_from: float, **options: Any) -> Any:
+    """Build a judge that is a language model and gives scores; see `_asking`."""
+    check_threshold(unsafe_from)
+    judge = _asking(kind, encode, example, **options)
+    judge.set_threshold(unsafe_from)
+    return judge
 
 
 def _asking(
