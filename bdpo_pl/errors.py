@@ -45,3 +45,17 @@ def first_line(error: BaseException) -> str:
     """Return the first line of the message of `error`, or its type's name if the message is empty."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def require_at_least(group: str, options: object, **least: int) -> None:
+    """Raise `InputError` if a number of `options` is below its bound; None is no number.
+
+    Args:
+        group: name of the options, for messages.
+        options: the options.
+        least: smallest value of each.
+    """
+    for name, bound in least.items():
+        value = getattr(options, name)
+        if value is not None and value < bound:
+            raise InputError(f"{group}.{name} must be at least {bound}, got {value}")

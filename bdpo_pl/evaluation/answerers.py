@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from bdpo_pl.data.chat_template import chat_encoder, opens_thought
 from bdpo_pl.data.tokenizer_like import TokenizerLike
-from bdpo_pl.errors import InputError, is_out_of_memory
+from bdpo_pl.errors import InputError, is_out_of_memory, require_at_least
 from bdpo_pl.evaluation.chat.completions import Completion
 from bdpo_pl.evaluation.chat.endpoint import Endpoint, EndpointError, EndpointOptions
 from bdpo_pl.evaluation.suites.suite import EvaluationPrompt
@@ -50,9 +50,7 @@ class GenerationOptions:
     too_long: Literal["stop", "leave_out"] = "stop"
 
     def __post_init__(self) -> None:
-        for name, least in (("max_new_tokens", 1), ("batch_size", 1), ("max_thought_tokens", 0)):
-            if getattr(self, name) < least:
-                raise InputError(f"generation.{name} must be at least {least}, got {getattr(self, name)}")
+        require_at_least("generation", self, max_new_tokens=1, batch_size=1, max_thought_tokens=0)
 
     @property
     def room(self) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.attacks.budget import Budget, SuccessCurve
-from bdpo_pl.evaluation.judges.judge import Judge
+from bdpo_pl.evaluation.judges.judge import Judge, Verdict
 from bdpo_pl.evaluation.suites.suite import EvaluationPrompt, Suite
 from bdpo_pl.files import try_writing, write_whole
 
@@ -127,6 +127,40 @@ def attacked_suite(suite: Suite, attack: Attack, made: Attempted) -> Suite:
     left = len(suite.prompts) - len(made.prompts)
     dropped = {**suite.dropped, "not attacked within budget.minutes": left} if left else suite.dropped
     return replace(suite, name=f"{suite.name}+{attack.name}", prompts=list(made.prompts), dropped=dropped)
+
+
+def attack_each(
+    prompts: Sequence[EvaluationPrompt],
+    target: Target,
+    name: str,
+    facts: Callable[[EvaluationPrompt], Mapping[str, object]],
+    run: Callable[[EvaluationPrompt, StateFile | None], AttackResult],
+    step: Callable[[], None],
+) -> list[AttackResult]:
+    """Attack one prompt after the other, until the budget's time is over.
+
+    Args:
+        prompts: bare requests.
+        target: the attacked model.
+        name: name of the attack.
+        facts: function that returns everything that the attack on a prompt depends on.
+        run: function that attacks a prompt, and keeps its state in the file if there is one.
+        step: function to call after each prompt.
+    """
+    found: list[AttackResult] = []
+    for prompt in prompts:
+        if target.budget.over():
+            break
+        file = None if target.folder is None else StateFile(target.folder, name, facts(prompt))
+        found.append(run(prompt, file))
+        step()
+    return found
+
+
+def succeeded(verdict: Verdict, response: str) -> bool:
+    """Return whether an answer is what an attack wants."""
+    # A blank answer does not refuse, but it gives no harmful content either.
+    return verdict.got_through and bool(response.strip())
 
 
 def steps_of(results: Sequence[AttackResult]) -> str:

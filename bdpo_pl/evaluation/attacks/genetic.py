@@ -13,12 +13,22 @@ import json
 import math
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from bdpo_pl.errors import InputError
-from bdpo_pl.evaluation.attacks.attack import Attack, AttackResult, Attempted, StateFile, Target, attacked, steps_of
+from bdpo_pl.errors import InputError, require_at_least
+from bdpo_pl.evaluation.attacks.attack import (
+    Attack,
+    AttackResult,
+    Attempted,
+    StateFile,
+    Target,
+    attack_each,
+    attacked,
+    steps_of,
+    succeeded,
+)
 from bdpo_pl.evaluation.attacks.budget import Budget, success_curve
 from bdpo_pl.evaluation.attacks.framings import BUILT_IN, SLOT, Framing
 from bdpo_pl.evaluation.attacks.prompt_loss import prompt_losses
@@ -60,9 +70,7 @@ class GeneticOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("population", 2), ("generations", 1), ("elite", 1), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"genetic.{name} must be at least {least}, got {getattr(self, name)}")
+        require_at_least("genetic", self, population=2, generations=1, elite=1, batch_size=1)
         if self.elite >= self.population:
             raise InputError(f"genetic.elite must be below genetic.population, got {self.elite} of {self.population}")
         for name in ("crossover", "mutation"):
@@ -126,21 +134,17 @@ class GeneticAttack(Attack):
         limit = self._generations(target.budget)
         options = replace(self._options, generations=limit)
         with evaluating(target.local[0]):
-            found = list(self._results(prompts, target, options, step))
+            found = attack_each(
+                prompts,
+                target,
+                NAME,
+                lambda prompt: self._facts(prompt, target, options),
+                lambda prompt, file: self._run(prompt, target, options, file),
+                step,
+            )
         cost = f"{steps_of(found)} of {options.population} framings each"
         curve = success_curve([result.details["first_success"] for result in found], limit * options.population)
         return Attempted([result.prompt for result in found], cost, curve if found else None)
-
-    def _results(
-        self, prompts: Sequence[EvaluationPrompt], target: Target, options: GeneticOptions, step: Callable[[], None]
-    ) -> Iterator[AttackResult]:
-        for prompt in prompts:
-            if target.budget.over():
-                return
-            facts = self._facts(prompt, target, options)
-            file = None if target.folder is None else StateFile(target.folder, NAME, facts)
-            yield self._run(prompt, target, options, file)
-            step()
 
     def _run(
         self, prompt: EvaluationPrompt, target: Target, options: GeneticOptions, file: StateFile | None
@@ -202,8 +206,7 @@ class GeneticAttack(Attack):
         best = min(fitting, key=lambda i: _finite(losses[i]))
         (response,) = target.respond([texts[best]])
         (verdict,) = target.judge.judge([Exchange(prompt.behaviour, response)])
-        # A blank answer does not refuse, but it gives no harmful content either.
-        return _Generation(population, losses, response, verdict.got_through and bool(response.strip()))
+        return _Generation(population, losses, response, succeeded(verdict, response))
 
     def _facts(self, prompt: EvaluationPrompt, target: Target, options: GeneticOptions) -> dict[str, Any]:
         founders = json.dumps(self._founders).encode()

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from bdpo_pl.errors import InputError
+from bdpo_pl.errors import require_at_least
 from bdpo_pl.evaluation.attacks.attack import (
     Attack,
     AttackResult,
@@ -22,6 +22,7 @@ from bdpo_pl.evaluation.attacks.attack import (
     StateFile,
     attacked,
     steps_of,
+    succeeded,
 )
 from bdpo_pl.evaluation.attacks.attack import Target as AttackedModel
 from bdpo_pl.evaluation.attacks.budget import Budget, success_curve
@@ -57,9 +58,7 @@ class RefinementOptions:
     retries: int = 2
 
     def __post_init__(self) -> None:
-        for name, least in (("streams", 1), ("steps", 1), ("history", 1), ("retries", 0)):
-            if getattr(self, name) < least:
-                raise InputError(f"refinement.{name} must be at least {least}, got {getattr(self, name)}")
+        require_at_least("refinement", self, streams=1, steps=1, history=1, retries=0)
 
 
 @dataclass(frozen=True)
@@ -71,6 +70,16 @@ class Attempt:
     response: str
     verdict: Verdict
 
+    @property
+    def passed(self) -> bool:
+        """Whether the attempt succeeded."""
+        return succeeded(self.verdict, self.response)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Attempt:
+        """Make the attempt of a state file's line again."""
+        return cls(value["stream"], Proposal(**value["proposal"]), value["response"], Verdict(**value["verdict"]))
+
 
 @dataclass(frozen=True)
 class _Step:
@@ -79,11 +88,7 @@ class _Step:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> _Step:
-        attempts = [
-            Attempt(a["stream"], Proposal(**a["proposal"]), a["response"], Verdict(**a["verdict"]))
-            for a in value["attempts"]
-        ]
-        return cls(attempts, value["unparsable"])
+        return cls(list(map(Attempt.from_json, value["attempts"])), value["unparsable"])
 
 
 @dataclass(frozen=True)
@@ -149,8 +154,7 @@ class Refinement:
             steps.append(self._step(prompt.behaviour, steps))
             if file is not None:
                 file.write([asdict(step) for step in steps])
-        attempts = [attempt for step in steps for attempt in step.attempts]
-        best = max(attempts, key=rank, default=None)
+        best, details = outcome([attempt for step in steps for attempt in step.attempts])
         unparsable = sum(step.unparsable for step in steps)
         if best is None:
             warnings.warn(
@@ -158,14 +162,7 @@ class Refinement:
                 f"{unparsable} could be read, so the request stays as it is; choose another attacker",
                 stacklevel=3,
             )
-        details = {
-            "succeeded": best is not None and passed(best),
-            "response": None if best is None else best.response,
-            "verdict": None if best is None else asdict(best.verdict),
-            "queries": len(attempts),
-            "first_success": next((k for k, attempt in enumerate(attempts, start=1) if passed(attempt)), None),
-            "unparsable": unparsable,
-        }
+        details["unparsable"] = unparsable
         text = prompt.behaviour if best is None else best.proposal.prompt
         # The attacker starts from the bare request, so an earlier framing of the prompt is dropped.
         return AttackResult(attacked(prompt, text, NAME, alone=True), len(steps), details)
@@ -263,6 +260,18 @@ class PairAttack(Attack):
         return attempted(found, cost, limit * options.streams)
 
 
+def outcome(attempts: Sequence[Attempt]) -> tuple[Attempt | None, dict[str, Any]]:
+    """Return the best of the attempts on a prompt, if there is one, and the details of all of them for its result."""
+    best = max(attempts, key=rank, default=None)
+    return best, {
+        "succeeded": best is not None and best.passed,
+        "response": None if best is None else best.response,
+        "verdict": None if best is None else asdict(best.verdict),
+        "queries": len(attempts),
+        "first_success": next((k for k, attempt in enumerate(attempts, start=1) if attempt.passed), None),
+    }
+
+
 def attempted(found: Sequence[AttackResult], cost: str, most: int) -> Attempted:
     """Return the results of an attack by refinement, with its success by number of queries.
 
@@ -283,17 +292,11 @@ def chat_target(model: ChatModel) -> Target:
 def rank(attempt: Attempt) -> tuple[bool, float, bool]:
     """Return how far an attempt went, for comparisons: success, then score, then no refusal."""
     verdict = attempt.verdict
-    return passed(attempt), verdict.score or 0.0, verdict.refused is False
+    return attempt.passed, verdict.score or 0.0, verdict.refused is False
 
 
 def _succeeded(steps: Sequence[_Step]) -> bool:
-    return any(passed(attempt) for step in steps for attempt in step.attempts)
-
-
-def passed(attempt: Attempt) -> bool:
-    """Return whether an attempt succeeded."""
-    # A blank answer does not refuse, but it gives no harmful content either.
-    return attempt.verdict.got_through and bool(attempt.response.strip())
+    return any(attempt.passed for step in steps for attempt in step.attempts)
 
 
 def _read(file: StateFile | None) -> list[_Step]:

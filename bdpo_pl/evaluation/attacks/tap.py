@@ -9,18 +9,27 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from bdpo_pl.errors import InputError
-from bdpo_pl.evaluation.attacks.attack import Attack, AttackResult, Attempted, StateFile, Target, attacked, steps_of
+from bdpo_pl.errors import require_at_least
+from bdpo_pl.evaluation.attacks.attack import (
+    Attack,
+    AttackResult,
+    Attempted,
+    StateFile,
+    Target,
+    attack_each,
+    attacked,
+    steps_of,
+)
 from bdpo_pl.evaluation.attacks.budget import Budget
-from bdpo_pl.evaluation.attacks.pair import Attempt, attempted, passed, propose, rank
+from bdpo_pl.evaluation.attacks.pair import Attempt, attempted, outcome, propose, rank
 from bdpo_pl.evaluation.attacks.pair_prompts import Proposal, feedback, opening, words
 from bdpo_pl.evaluation.chat.chat_model import ChatModel, Message
 from bdpo_pl.evaluation.chat.endpoint import Endpoint, EndpointOptions
-from bdpo_pl.evaluation.judges.judge import Exchange, Verdict
+from bdpo_pl.evaluation.judges.judge import Exchange
 from bdpo_pl.evaluation.suites.suite import EvaluationPrompt
 
 NAME = "tap"
@@ -58,9 +67,7 @@ class TreeOptions:
     retries: int = 2
 
     def __post_init__(self) -> None:
-        for name, least in (("width", 1), ("branching", 1), ("depth", 1), ("history", 1), ("retries", 0)):
-            if getattr(self, name) < least:
-                raise InputError(f"tree.{name} must be at least {least}, got {getattr(self, name)}")
+        require_at_least("tree", self, width=1, branching=1, depth=1, history=1, retries=0)
 
 
 @dataclass(frozen=True)
@@ -73,11 +80,7 @@ class _Level:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> _Level:
-        attempts = [
-            Attempt(a["stream"], Proposal(**a["proposal"]), a["response"], Verdict(**a["verdict"]))
-            for a in value["attempts"]
-        ]
-        return cls(attempts, value["off_topic"], value["unparsable"])
+        return cls(list(map(Attempt.from_json, value["attempts"])), value["off_topic"], value["unparsable"])
 
 
 class TreeAttack(Attack):
@@ -108,7 +111,14 @@ class TreeAttack(Attack):
             InputError: attacker, target or judge fails, or a state file is damaged; finished levels are kept.
         """
         options = replace(self._options, depth=self._depth(target.budget))
-        found = list(self._results(prompts, target, options, step))
+        found = attack_each(
+            prompts,
+            target,
+            NAME,
+            lambda prompt: self._facts(prompt.behaviour, target, options),
+            lambda prompt, file: self._run(prompt, target, options, file),
+            step,
+        )
         queries, off_topic, unread = (
             sum(int(result.details[name]) for result in found) for name in ("queries", "off_topic", "unparsable")
         )
@@ -118,17 +128,6 @@ class TreeAttack(Attack):
         )
         return attempted(found, cost, options.width * options.branching * options.depth)
 
-    def _results(
-        self, prompts: Sequence[EvaluationPrompt], target: Target, options: TreeOptions, step: Callable[[], None]
-    ) -> Iterator[AttackResult]:
-        for prompt in prompts:
-            if target.budget.over():
-                return
-            facts = self._facts(prompt.behaviour, target, options)
-            file = None if target.folder is None else StateFile(target.folder, NAME, facts)
-            yield self._run(prompt, target, options, file)
-            step()
-
     def _run(
         self, prompt: EvaluationPrompt, target: Target, options: TreeOptions, file: StateFile | None
     ) -> AttackResult:
@@ -137,14 +136,8 @@ class TreeAttack(Attack):
             levels.append(self._level(prompt.behaviour, _leaves(levels, options.width), target, options))
             if file is not None:
                 file.write([asdict(level) for level in levels])
-        attempts = [attempt for level in levels for attempt in level.attempts]
-        best = max(attempts, key=rank, default=None)
-        details = {
-            "succeeded": best is not None and passed(best),
-            "response": None if best is None else best.response,
-            "verdict": None if best is None else asdict(best.verdict),
-            "queries": len(attempts),
-            "first_success": next((k for k, attempt in enumerate(attempts, start=1) if passed(attempt)), None),
+        best, details = outcome([attempt for level in levels for attempt in level.attempts])
+        details |= {
             "off_topic": sum(level.off_topic for level in levels),
             "unparsable": sum(level.unparsable for level in levels),
         }
@@ -214,7 +207,7 @@ def _leaves(levels: Sequence[_Level], width: int) -> list[list[Attempt]]:
 
 
 def _succeeded(levels: Sequence[_Level]) -> bool:
-    return any(passed(attempt) for level in levels for attempt in level.attempts)
+    return any(attempt.passed for level in levels for attempt in level.attempts)
 
 
 def _read(file: StateFile | None) -> list[_Level]:

@@ -21,7 +21,7 @@ from bdpo_pl.data.tokenization import PairTokenizer, padding_id
 from bdpo_pl.data.tokenizer_like import TokenizerLike
 from bdpo_pl.data.truncation import Truncation
 from bdpo_pl.embedded.make.responses import HELPFUL
-from bdpo_pl.errors import InputError
+from bdpo_pl.errors import InputError, require_at_least
 from bdpo_pl.forward.generation import generate_responses
 from bdpo_pl.models.causal_lm import CausalLM
 from bdpo_pl.scoring.scoring_pass import score_pairs
@@ -60,10 +60,7 @@ class AbilityOptions:
     def __post_init__(self) -> None:
         if isinstance(self.lm_eval, str):
             self.lm_eval = self.lm_eval.split(",")
-        for name, least in (("limit", 1), ("num_fewshot", 0), ("batch_size", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"ability.{name} must be at least {least}, got {value}")
+        require_at_least("ability", self, limit=1, num_fewshot=0, batch_size=1)
 
 
 @dataclass(frozen=True)
