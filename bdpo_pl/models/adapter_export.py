@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bdpo_pl.models.adapter_folder import CONFIG, WEIGHTS, stored_name
+from bdpo_pl.models.adapter_folder import CONFIG, PREFIX, WEIGHTS, stored_name
 from bdpo_pl.models.adapter_start import START
 from bdpo_pl.models.adapters import LoraOptions, is_adapter, peft_package
 from bdpo_pl.models.causal_lm import CausalLM
 from bdpo_pl.models.saved_modules import saved_parameters
-
-_PREFIX = "base_model.model."
+from bdpo_pl.models.tied import parameters_with_names
 
 
 def export_adapter(base: CausalLM, options: LoraOptions, state: dict[str, Tensor], folder: Path) -> None:
@@ -31,15 +30,12 @@ def export_adapter(base: CausalLM, options: LoraOptions, state: dict[str, Tensor
     changes, state = _converted(options, state)
     whole = saved_parameters(base, options.saved_modules)
     # An embedding and an LM head of one weight are written as two, which peft loads as such.
-    named: dict[int, list[str]] = {}
-    for name, p in base.named_parameters(remove_duplicate=False):
-        if name in whole:
-            named.setdefault(id(p), []).append(name)
+    named = [names for names, _ in parameters_with_names(base).values() if names[0] in whole]
     tensors = {stored_name(name): value for name, value in state.items() if is_adapter(name)}
     modules = set(options.saved_modules)
-    for names in named.values():
+    for names in named:
         value = next(state[name] for name in names if name in state)
-        tensors |= {_PREFIX + name: value.clone() for name in names}
+        tensors |= {PREFIX + name: value.clone() for name in names}
         modules |= {name.rpartition(".")[0] for name in names} if len(names) > 1 else set()
     model = _with_adapters(base, options, {k: v for k, v in state.items() if is_adapter(k)}, changes)
     model.save_pretrained(folder, save_embedding_layers=False)
@@ -85,7 +81,7 @@ def _converted(options: LoraOptions, state: dict[str, Tensor]) -> tuple[dict[str
 
 def _with_adapters(base: CausalLM, options: LoraOptions, state: dict[str, Tensor], changes: dict[str, Any]) -> Any:
     model = peft_package().get_peft_model(base, options.config(base, **changes))
-    found = model.load_state_dict({_PREFIX + name: value for name, value in state.items()}, strict=False)
+    found = model.load_state_dict({PREFIX + name: value for name, value in state.items()}, strict=False)
     left = [name for name in found.missing_keys if is_adapter(name)]
     assert not found.unexpected_keys, found.unexpected_keys
     assert not left, left

@@ -13,7 +13,8 @@ from bdpo_pl.errors import InputError
 from bdpo_pl.models.folder import check_links, file_digest
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
+"""What peft puts before a name of the base model."""
 
 # Values with which the option of peft changes nothing; what else is given would not be carried over.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -97,13 +98,13 @@ class AdapterFolder:
         key = stored_name(name)
         if name not in self:
             raise InputError(
-                f"{self.folder} has no weights for {key.removeprefix(_PREFIX)}: it belongs to another model, or was "
+                f"{self.folder} has no weights for {key.removeprefix(PREFIX)}: it belongs to another model, or was "
                 "written for other modules than its configuration names"
             )
         tensor = self._file.get_tensor(key)
         if tuple(tensor.shape) != tuple(shape):
             raise InputError(
-                f"{self.folder}: {key.removeprefix(_PREFIX)} has shape {tuple(tensor.shape)}, and the policy needs "
+                f"{self.folder}: {key.removeprefix(PREFIX)} has shape {tuple(tensor.shape)}, and the policy needs "
                 f"{tuple(shape)}: it belongs to another model"
             )
         self._unread.discard(key)
@@ -114,7 +115,7 @@ class AdapterFolder:
         if self._unread:
             raise InputError(
                 f"{self.folder} has {len(self._unread)} weights for which the policy has no place (first: "
-                f"{min(self._unread).removeprefix(_PREFIX)}); is it an adapter of this model?"
+                f"{min(self._unread).removeprefix(PREFIX)}); is it an adapter of this model?"
             )
 
 
@@ -124,7 +125,7 @@ def stored_name(name: str) -> str:
         name = name.replace(f".{part}.default.", f".{part}.")
     for part in ("lora_magnitude_vector.default.weight", "lora_embedding_A.default", "lora_embedding_B.default"):
         name = name.replace(f".{part}", f".{part.split('.')[0]}")
-    return _PREFIX + name
+    return PREFIX + name
 
 
 def adapter_digest(folder: str) -> str:

@@ -20,6 +20,7 @@ from bdpo_pl.models.adapter_start import FROM_WEIGHT, START, Start, keep_starts
 from bdpo_pl.models.causal_lm import CausalLM
 from bdpo_pl.models.reach import unreached
 from bdpo_pl.models.saved_modules import check_tied, saved_parameters
+from bdpo_pl.models.tied import parameters_with_names
 
 Quantization = Literal["none", "nf4"]
 
@@ -256,11 +257,9 @@ def attach_adapters(model: CausalLM, options: LoraOptions) -> None:
     whole = saved_parameters(model, options.saved_modules)
     if start.folder is not None:
         check_tied(model, whole, start.folder, options.keeps_tied)
-    aliases: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        aliases.setdefault(id(parameter), []).append(name)
     with torch.no_grad():
-        for name, parameter in list(model.named_parameters()):
+        for names, parameter in parameters_with_names(model).values():
+            name = names[0]
             if is_adapter(name):
                 # Adapters are small, and their updates are lost in half precision.
                 parameter.data = parameter.data.float()
@@ -272,7 +271,7 @@ def attach_adapters(model: CausalLM, options: LoraOptions) -> None:
                 parameter.copy_(start.value(model, name, parameter.shape, model.get_parameter))
             elif start.folder is not None and name in whole:
                 # A tied weight may be stored under any of its names.
-                held = next((one for one in aliases[id(parameter)] if one in start.folder), name)
+                held = next((one for one in names if one in start.folder), name)
                 parameter.copy_(start.folder.read(held, tuple(parameter.shape)))
     if start.folder is not None and not any(p.is_meta for p in model.parameters()):
         for name in whole:

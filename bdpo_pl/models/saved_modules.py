@@ -7,6 +7,7 @@ from torch import nn
 
 from bdpo_pl.errors import InputError
 from bdpo_pl.models.adapter_folder import AdapterFolder
+from bdpo_pl.models.tied import parameters_with_names
 
 
 def saved_parameters(model: nn.Module, modules: list[str]) -> set[str]:
@@ -30,13 +31,11 @@ def saved_parameters(model: nn.Module, modules: list[str]) -> set[str]:
 
 def check_tied(model: nn.Module, whole: set[str], adapter: AdapterFolder, keeps_tied: bool) -> None:
     """Raise `InputError` if an adapter trained one of two modules that share a weight in `model`."""
-    shared: dict[int, list[str]] = {}
-    for name, p in model.named_parameters(remove_duplicate=False):
-        if name in whole:
-            shared.setdefault(id(p), []).append(name)
-    for names in shared.values():
+    for names, parameter in parameters_with_names(model).values():
+        if names[0] not in whole:
+            continue
         held = [name for name in names if name in adapter]
-        values = [adapter.read(name, tuple(model.get_parameter(name).shape)) for name in held]
+        values = [adapter.read(name, tuple(parameter.shape)) for name in held]
         apart = len(held) < len(names) and not keeps_tied
         if held and (apart or any(not torch.equal(values[0], value) for value in values)):
             raise InputError(

@@ -17,6 +17,7 @@ from bdpo_pl.models.adapter_start import Start
 from bdpo_pl.models.adapters import base_name, is_adapter
 from bdpo_pl.models.causal_lm import CausalLM
 from bdpo_pl.models.loading import ModelSource, hold_products_in, load_config, model_class
+from bdpo_pl.models.tied import parameters_with_names
 from bdpo_pl.parallel.state import split_like
 from bdpo_pl.parallel.weight_files import WeightFiles
 
@@ -58,7 +59,7 @@ def mapped_model(source: ModelSource, dtype: torch.dtype, products: torch.dtype 
     shared, copied = 0, 0
     with files:
         fill(model, files, cpu, None)
-        for names, parameter in named_with_aliases(model).values():
+        for names, parameter in parameters_with_names(model).values():
             size = parameter.numel() * parameter.element_size()
             # What is stored as it is held is not copied.
             if files.stored_dtype(names) == parameter.dtype:
@@ -67,14 +68,6 @@ def mapped_model(source: ModelSource, dtype: torch.dtype, products: torch.dtype 
                 copied += size
     compute_buffers(model, cpu)
     return MappedModel(model.requires_grad_(False).eval(), shared, copied)
-
-
-def named_with_aliases(model: nn.Module) -> dict[int, tuple[list[str], nn.Parameter]]:
-    """Return each parameter of `model` with all its names, by its identity."""
-    found: dict[int, tuple[list[str], nn.Parameter]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        found.setdefault(id(parameter), ([], parameter))[0].append(name)
-    return found
 
 
 def fill(model: nn.Module, files: WeightFiles, device: torch.device, start: Start | None) -> None:
