@@ -1,6 +1,7 @@
 """Limits of attacks in requests and minutes, and success by number of requests."""
 
 import pytest
+from judging import Says
 
 from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.attacks.attack import Attack, Attempted, Target, attacked_suite
@@ -8,7 +9,6 @@ from bdpo_pl.evaluation.attacks.budget import Budget, BudgetOptions, success_cur
 from bdpo_pl.evaluation.attacks.pair import PairAttack, RefinementOptions
 from bdpo_pl.evaluation.attacks.pair_prompts import Proposal
 from bdpo_pl.evaluation.chat.endpoint import EndpointOptions
-from bdpo_pl.evaluation.judges.judge import Judge, Verdict
 from bdpo_pl.evaluation.suites.suite import EvaluationPrompt, Suite
 from bdpo_pl.statistics import wilson
 
@@ -60,16 +60,6 @@ def test_curve():
 # An attack under a budget
 
 PROMPTS = [EvaluationPrompt(f"how {i} ?", f"how {i} ?", place=f"line {i}") for i in range(4)]
-
-
-class Says(Judge):
-    name = "says"
-
-    def judge(self, exchanges):
-        return [Verdict(unsafe=e.response.startswith("Sure")) for e in exchanges]
-
-    def facts(self):
-        return {}
 
 
 class Attacker:

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from judging import Says
 from makers import build_model, build_tokenizer, large
 
 from bdpo_pl.errors import InputError
@@ -22,7 +23,6 @@ from bdpo_pl.evaluation.attacks.genetic import (
     split_sentences,
 )
 from bdpo_pl.evaluation.attacks.prompt_loss import prompt_losses
-from bdpo_pl.evaluation.judges.judge import Judge, Verdict
 from bdpo_pl.evaluation.suites.suite import EvaluationPrompt
 from bdpo_pl.forward.generation import encode_prompts
 
@@ -36,16 +36,6 @@ KNOWN = {
 @pytest.fixture(scope="module")
 def local():
     return large(build_model(max_position_embeddings=1024)).eval(), build_tokenizer()
-
-
-class Says(Judge):
-    name = "says"
-
-    def judge(self, exchanges):
-        return [Verdict(unsafe=e.response.startswith("Sure")) for e in exchanges]
-
-    def facts(self):
-        return {}
 
 
 class Model:

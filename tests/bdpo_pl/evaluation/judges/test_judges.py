@@ -6,6 +6,7 @@ import typing
 
 import pytest
 import torch
+from judging import Script
 from makers import build_model, build_tokenizer, large
 
 from bdpo_pl.errors import InputError
@@ -30,20 +31,6 @@ from bdpo_pl.models.loading import ModelSource
 
 EXCHANGE = Exchange("how ?", "first water it")
 CPU = {"dtype": torch.float32, "device": torch.device("cpu")}
-
-
-class Script:
-    """Says its lines in turn, and keeps what it was asked."""
-
-    name = "script"
-
-    def __init__(self, *lines):
-        self.lines = list(lines)
-        self.asked = []
-
-    def reply(self, conversations):
-        self.asked += [list(conversation) for conversation in conversations]
-        return [self.lines.pop(0) for _ in conversations]
 
 
 def judge_one(kind, *lines, **options):

@@ -4,6 +4,7 @@ import hashlib
 
 import pytest
 import torch
+from judging import Script
 from makers import build_model, build_tokenizer, large
 
 from bdpo_pl.errors import InputError
@@ -21,20 +22,6 @@ from bdpo_pl.evaluation.judges.published.strongreject import (
 from bdpo_pl.evaluation.judges.published.whole_prompt import encode_whole
 
 EXCHANGE = Exchange("how ?", "first water it")
-
-
-class Script:
-    """Says its lines in turn, and keeps what it was asked."""
-
-    name = "script"
-
-    def __init__(self, *lines):
-        self.lines = list(lines)
-        self.asked = []
-
-    def reply(self, conversations):
-        self.asked += [list(conversation) for conversation in conversations]
-        return [self.lines.pop(0) for _ in conversations]
 
 
 def asked(kind, exchange=EXCHANGE):
