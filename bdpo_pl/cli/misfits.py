@@ -11,7 +11,8 @@ from typing import Any, NoReturn
 
 from bdpo_pl.errors import InputError, first_line
 
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list"}
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list"}
+"""What an option takes, in words, by its type."""
 
 
 def check_nulls(options: Any, hints: Mapping[str, Any]) -> None:
@@ -98,8 +99,8 @@ def _shown(hint: Any) -> str:
     allowed = typing.get_args(hint)
     if typing.get_origin(hint) is typing.Literal:
         return " or ".join(map(str, allowed))
-    if hint in _KINDS or typing.get_origin(hint) in _KINDS:
-        return _KINDS[hint if hint in _KINDS else typing.get_origin(hint)]
-    if allowed and all(kind in _KINDS for kind in allowed):
-        return " or ".join(dict.fromkeys(_KINDS[kind] for kind in allowed))
+    if hint in KINDS or typing.get_origin(hint) in KINDS:
+        return KINDS[hint if hint in KINDS else typing.get_origin(hint)]
+    if allowed and all(kind in KINDS for kind in allowed):
+        return " or ".join(dict.fromkeys(KINDS[kind] for kind in allowed))
     return str(getattr(hint, "__name__", hint)).replace("typing.", "")

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
-from bdpo_pl.cli.misfits import check_nulls
+from bdpo_pl.cli.misfits import KINDS, check_nulls
 from bdpo_pl.cli.quick import refuse
 from bdpo_pl.cli.ranges import check_ranges
 from bdpo_pl.errors import InputError
@@ -88,8 +88,7 @@ def _shortened(message: str) -> str:
     return text + "\n--help shows the options one needs, --help_all all of them."
 
 
-_TYPES = {
-    "int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "list": "a list",
+_TYPES = {kind.__name__: text for kind, text in KINDS.items()} | {
     "tuple": "a list", "dict": "a mapping", "NoneType": "null",
 }  # fmt: skip
 

@@ -52,6 +52,12 @@ def split_names(names: Iterable[str]) -> list[str]:
     return [HELD_OUT if i == 0 else f"{HELD_OUT}/{name}" for i, name in enumerate(names)]
 
 
+def called(split: str, train: str = "training", held_out: str = "held-out") -> str:
+    """Return what a split is called in reports: one of the two words, and the name of a further set."""
+    first, _, name = split.partition("/")
+    return {"train": train, HELD_OUT: held_out}[first] + (f" ({name})" if name else "")
+
+
 def further_sets(metrics: Mapping[str, object] | Iterable[str], monitored: str) -> list[str]:
     """Return the names of the held-out sets, except the monitored one, that `metrics` are named after."""
     found = dict.fromkeys(name.split("/")[1] for name in metrics if re.fullmatch(rf"{HELD_OUT}/[^/]+/[^/]+", name))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from bdpo_pl.data.held_out import called
 from bdpo_pl.diagnosis.results import Diagnosis, SplitDiagnosis
 from bdpo_pl.reporting import Finding
 from bdpo_pl.reporting.format import fixed, general, percent, ratio, signed, whole
@@ -188,5 +189,4 @@ def _pairs(count: int) -> str:
 
 
 def _named(split: str) -> str:
-    first, _, name = split.partition("/")
-    return {"train": "Training pairs", "held_out": "Held-out pairs"}[first] + (f" ({name})" if name else "")
+    return called(split, "Training pairs", "Held-out pairs")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from bdpo_pl.data.held_out import called
 from bdpo_pl.diagnosis.findings import find
 from bdpo_pl.diagnosis.measures import Group, Measured
 from bdpo_pl.diagnosis.results import TEXTS_WARNING, Diagnosis, Places, SplitDiagnosis
@@ -85,12 +86,6 @@ def _overview(section: Section, diagnosis: Diagnosis) -> None:
         loaded += [[f"{called(report.name)}: dropped, {reason}", len(p)] for reason, p in report.dropped.items()]
         loaded += [[f"{called(report.name)}: {what}", value] for what, value in report.notes.items()]
     section.table(Table(["", ""], loaded, "What loading kept and dropped"))
-
-
-def called(split: str) -> str:
-    """Return what a split is called in reports."""
-    first, _, name = split.partition("/")
-    return {"train": "training", "held_out": "held-out"}[first] + (f" ({name})" if name else "")
 
 
 def _comprehension(section: Section, diagnosis: Diagnosis, measured: Mapping[str, Measured]) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from rich.table import Table
 from rich.text import Text
 
+from bdpo_pl.data.held_out import called
 from bdpo_pl.diagnosis.measures import Group
-from bdpo_pl.diagnosis.page import called, told
+from bdpo_pl.diagnosis.page import told
 from bdpo_pl.diagnosis.results import Diagnosis
 from bdpo_pl.reporting.format import fixed, general, percent, ratio, whole
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from markupsafe import Markup
 
 from bdpo_pl.reporting.elements import Cell, Figure, Table
-from bdpo_pl.reporting.format import fixed, percent, with_ends
-from bdpo_pl.reporting.plots import Estimate
+from bdpo_pl.reporting.format import fixed, percent
+from bdpo_pl.reporting.plots import Estimate, described
 from bdpo_pl.reporting.svg import WIDTH
 
 _TOP, _ROW, _GAP, _RIGHT = 24.0, 24.0, 2.0, 6.0
@@ -58,8 +58,8 @@ def heat_map(
         parts.append(_text(x + width / 2, _TOP - 8.0, head, "middle"))
         for row, (label, value) in enumerate(zip(labels, values, strict=True)):
             y = _TOP + row * _ROW
-            told = _told(value)
-            rows[row].append(told)
+            text = described(value, percent=True)
+            rows[row].append(text)
             shade = 0.0 if value is None else _DARKEST * value.value
             parts.append(
                 Markup(
@@ -73,7 +73,7 @@ def heat_map(
                     fixed(_ROW - _GAP, 1),
                     label,
                     name,
-                    told,
+                    text,
                 )
             )
             shown = "–" if value is None else percent(value.value, 0)
@@ -100,11 +100,3 @@ def _text(x: float, y: float, text: str, anchor: str) -> Markup:
 
 def _shortened(text: str, letters: int) -> str:
     return text if len(text) <= letters else text[: max(1, letters - 1)] + "…"
-
-
-def _told(value: Estimate | None) -> str:
-    if value is None:
-        return "–"
-    if value.low is None or value.high is None:
-        return percent(value.value)
-    return with_ends(percent, value.value, value.low, value.high)

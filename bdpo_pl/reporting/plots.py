@@ -143,7 +143,7 @@ def bar_chart(
         frame.text(left - 8.0, at + (group - 10) / 2 + 4.0, short, "row", "end")
         row = [label]
         for i, values in enumerate(bars.values()):
-            row.append(_told(values[g], percent))
+            row.append(described(values[g], percent))
             if values[g] is not None:
                 _bar(frame, values[g], at + i * _ROW_HEIGHT, i, f"{label}, {list(bars)[i]}: {row[-1]}")
         rows.append(row)
@@ -228,7 +228,7 @@ def line_chart(
         frame.path(places, f"s{colour(i)} line")
         for k, (x, y) in enumerate(places):
             bounds = (line.low[k], line.high[k]) if line.low is not None and line.high is not None else (None, None)
-            told = _told(Estimate(line.y[k], *bounds), percent)
+            told = described(Estimate(line.y[k], *bounds), percent)
             frame.add('<circle class="s{} dot" cx="{}" cy="{}" r="3"><title>{}, {}: {}</title></circle>',
                       colour(i), float(x), float(y), name, general(line.x[k]), told)  # fmt: skip
             rows.append([name, general(line.x[k]), told])
@@ -253,7 +253,8 @@ def _estimate(value: Estimate | float | None) -> Estimate | None:
     return value if value is None or isinstance(value, Estimate) else Estimate(float(value))
 
 
-def _told(bar: Estimate | None, percent: bool) -> str:
+def described(bar: Estimate | None, percent: bool) -> str:
+    """Return an estimate with its interval, as text; a dash if there is none."""
     if bar is None:
         return "–"
     form = in_percent if percent else partial(general, digits=3)
