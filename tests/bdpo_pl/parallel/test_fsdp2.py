@@ -11,8 +11,9 @@ from sharded_jobs import spawn, train
 # float32, 8 steps at a rate that moves weights of 0.02 by up to 0.016: orders of summation differ, nothing else does.
 VISION = tuple(VISION_PARTS["Gemma 3 (vision)"])
 WEIGHTS = {"rtol": 1e-4, "atol": 5e-6}
-# A drift sums the rounding of a response's tokens after six steps: up to 1.2e-5 nats were seen.
-LOSSES = {"rel": 1e-5, "abs": 3e-5}
+LOSSES = {"rel": 1e-5, "abs": 1e-5}
+# Log-probabilities and drifts sum the rounding of a response's tokens: up to 1.2e-5 nats were seen.
+SUMS = {"rel": 1e-5, "abs": 2e-5}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,11 @@ def test_two_processes_equal_one(runs, one, name):
         torch.testing.assert_close(state[key], value, **WEIGHTS, msg=lambda m, key=key: f"{key}: {m}")
     assert evaluations.keys() == expected_evaluations.keys()
     for step, values in expected_evaluations.items():
-        assert evaluations[step] == pytest.approx(values, **LOSSES)
+        assert evaluations[step].keys() == values.keys()
+        sums = {key for key in values if "/logp_" in key or "/drift_" in key}
+        for keys, bounds in ((sums, SUMS), (values.keys() - sums, LOSSES)):
+            found = {key: evaluations[step][key] for key in keys}
+            assert found == pytest.approx({key: values[key] for key in keys}, **bounds)
     # And the runs went somewhere.
     first, last = min(evaluations), max(evaluations)
     assert evaluations[last]["held_out/loss"] < evaluations[first]["held_out/loss"] - 0.01
