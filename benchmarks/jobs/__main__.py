@@ -14,7 +14,6 @@ import itertools
 import json
 import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.child import result_of
 from benchmarks.jobs.problem import MIXES, MODELS, REAL, DPOProblem, build
 from benchmarks.jobs.real import build_real
 from benchmarks.jobs.trainers import CONTENDERS
@@ -40,14 +40,7 @@ _LIVE, _PRECOMPUTED = "TRL DPO, live reference", "TRL DPO, precomputed reference
 def child(contender: str, folder: Path, prefix: Sequence[str] = ()) -> dict[str, Any]:
     """Run one job in its own process; `prefix` is the command that starts it, as `taskset` does."""
     command = [*prefix, sys.executable, "-m", "benchmarks.jobs.trainers", contender, str(folder)]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
-    except subprocess.TimeoutExpired:
-        return {"not_run": f"not done after {_TIMEOUT_S} s"}
-    if result.returncode != 0:
-        lines = result.stderr.strip().splitlines()
-        return {"not_run": f"failed: {lines[-1] if lines else f'exit status {result.returncode}'}"[:300]}
-    return json.loads(result.stdout.strip().splitlines()[-1])
+    return result_of(command, _TIMEOUT_S, 300)
 
 
 def compare(

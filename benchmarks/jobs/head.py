@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import datetime
-import gzip
 import json
 import random
 import statistics
@@ -28,6 +27,7 @@ import torch
 from torch import nn
 
 from bdpo_pl import embedded
+from bdpo_pl.data.files import read_file
 from bdpo_pl.data.loading import load_pairs
 from bdpo_pl.data.packing import RowLayout
 from bdpo_pl.data.table import PairTable
@@ -53,13 +53,11 @@ def read_pairs(options: argparse.Namespace) -> PairTable:
     """Draw pairs that fit the window, the same for the same file, model and number."""
     tokenizer = PairTokenizer(load_tokenizer(ModelSource(options.model)))
     with tempfile.TemporaryDirectory() as folder:
-        opened = gzip.open if options.data.suffix == ".gz" else open
-        with opened(options.data, "rt", encoding="utf-8") as file:
-            lines = file.readlines()
+        rows = [row for _, row in read_file(options.data)]
         drawn = Path(folder) / "pairs.jsonl"
-        random.Random(0).shuffle(lines)  # noqa: S311 - a sample, no secret
+        random.Random(0).shuffle(rows)  # noqa: S311 - a sample, no secret
         # More than needed, because some do not fit the window.
-        drawn.write_text("".join(lines[: 8 * options.pairs]), encoding="utf-8")
+        drawn.write_text("".join(json.dumps(row) + "\n" for row in rows[: 8 * options.pairs]), encoding="utf-8")
         table, _ = load_pairs("train", str(drawn), tokenizer, Truncation(options.max_length, "drop"))
     return table.select(np.arange(min(options.pairs, len(table))))
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
-import subprocess
 import sys
 import traceback
 from multiprocessing.connection import Connection
 from typing import Any
 
+from benchmarks.child import result_of
 from benchmarks.kernels.measure import measured
 
 TIMEOUT_S = 900
+_LETTERS = 200
 
 
 def child(task: str, shape: str, contender: str, device: str, repeats: int) -> dict[str, Any]:
@@ -22,19 +22,10 @@ def child(task: str, shape: str, contender: str, device: str, repeats: int) -> d
     would be the import. A process that uses a GPU cannot be forked.
     """
     arguments = (task, shape, contender, device, repeats)
-    return _started(*arguments) if device == "cuda" or sys.platform != "linux" else _forked(*arguments)
-
-
-def _started(*arguments: str | int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.kernels.measure", *map(str, arguments)]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-    except subprocess.TimeoutExpired:
-        return {"not_run": f"not done after {TIMEOUT_S} s"}
-    if result.returncode != 0:
-        lines = result.stderr.strip().splitlines()
-        return {"not_run": f"failed: {lines[-1] if lines else f'exit status {result.returncode}'}"[:200]}
-    return json.loads(result.stdout.strip().splitlines()[-1])
+    if device == "cuda" or sys.platform != "linux":
+        command = [sys.executable, "-m", "benchmarks.kernels.measure", *map(str, arguments)]
+        return result_of(command, TIMEOUT_S, _LETTERS)
+    return _forked(*arguments)
 
 
 def _forked(*arguments: str | int) -> dict[str, Any]:
@@ -57,5 +48,5 @@ def _send(send: Connection, arguments: tuple[Any, ...]) -> None:
     try:
         result = measured(*arguments)
     except Exception as error:
-        result = {"not_run": f"failed: {traceback.format_exception_only(error)[-1].strip()}"[:200]}
+        result = {"not_run": f"failed: {traceback.format_exception_only(error)[-1].strip()}"[:_LETTERS]}
     send.send(result)
