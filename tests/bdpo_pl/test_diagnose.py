@@ -31,8 +31,6 @@ EVIL = "<script>document.title='taken'</script><img src=http://127.0.0.1:8/x.png
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BDPO_PL_CACHE", str(tmp_path / "cache"))
-    # Seeds the whole process, as fit does.
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
 
 
 @pytest.fixture

@@ -23,7 +23,6 @@ def run(model_dir, preference_file, tmp_path, monkeypatch, capfd):
     """The command in this process; its exit status and what it said on stderr, in one line."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BDPO_PL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
 
     def run(*options):
         with pytest.raises(SystemExit) as stopped:

@@ -24,8 +24,6 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BDPO_PL_CACHE", str(tmp_path / "cache"))
-    # fit seeds the whole process.
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
 
 
 @pytest.fixture

@@ -41,7 +41,6 @@ class Runs:
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(self.folder)
             patch.setenv("BDPO_PL_CACHE", str(self.folder / "cache"))
-            patch.setenv("PL_GLOBAL_SEED", "0")
             try:
                 main([*self.options, *options])
             except SystemExit as ended:

@@ -108,7 +108,6 @@ def test_metrics_of_a_set_are_those_that_it_has_alone(files, job):
 def test_the_command_line_names_monitors_and_reports_each_set(files, model_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BDPO_PL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     options = [
         f"--model.policy={model_dir}",
         f"--data.train={files['pairs']}",

@@ -84,7 +84,6 @@ def test_file_that_cannot_be_written_is_found_out_first(tmp_path):
 def test_fit_refuses_rows_until_they_are_filled_in_and_then_trains_on_them(tmp_path, model_dir, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BDPO_PL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     path = tmp_path / "rows.jsonl"
     write_rows(failures(), path)
     command = [

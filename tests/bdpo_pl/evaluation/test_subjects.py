@@ -32,7 +32,6 @@ def runs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         patch.setenv("BDPO_PL_CACHE", str(root / "cache"))
-        patch.setenv("PL_GLOBAL_SEED", "0")
         for options in ([], ["--model.lora.r=4"]):
             fit.main([
                 f"--model.policy={root / 'base'}", f"--data.train={pairs}", "--data.held_out_fraction=0.25",

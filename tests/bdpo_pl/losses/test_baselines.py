@@ -388,7 +388,6 @@ def sgd(params):
 def base(model_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BDPO_PL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     pairs = write_jsonl(tmp_path / "pairs.jsonl", flagged(preference_rows(24)))
     return [
         f"--model.policy={model_dir}", f"--data.train={pairs}", "--data.held_out_fraction=0.2", "--export=false",

@@ -204,7 +204,6 @@ def test_dry_run_prints_the_plan_and_does_nothing(model_dir, tmp_path, monkeypat
     from bdpo_pl.fit import main
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     monkeypatch.setattr("bdpo_pl.training.module.load_model", lambda *_: pytest.fail("weights were read"))
     main(
         [

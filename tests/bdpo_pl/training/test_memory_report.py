@@ -38,7 +38,6 @@ def dry_run(model_dir, preference_file, tmp_path, monkeypatch, capsys):
         from bdpo_pl.fit import main
 
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setenv("PL_GLOBAL_SEED", "0")
         main([f"--model.policy={model_dir}", "--trainer.accelerator=cpu", "--dry_run=true", *options])
         return " ".join(capsys.readouterr().out.split())
 

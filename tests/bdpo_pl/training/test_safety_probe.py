@@ -40,7 +40,6 @@ def command(folder, tmp_path, monkeypatch):
     """8 steps in two epochs, validated after every second one."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BDPO_PL_CACHE", str(folder / "cache"))
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     return [
         f"--model.policy={folder / 'model'}", f"--data.train={folder / 'pairs.jsonl'}", "--data.held_out_fraction=0.2",
         "--model.optimizer=torch.optim.AdamW", "--model.optimizer.init_args.lr=2e-3", "--trainer.accelerator=cpu",
