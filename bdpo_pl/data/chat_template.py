@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property
@@ -88,11 +88,13 @@ class ChatTemplate:
         self.kwargs = dict(kwargs or {})
         self.special_tokens: dict[str, Any] = dict(tokenizer.special_tokens_map)
         self._templates: dict[bool, str] = {}
-        # Gives the template compiled, in transformers' sandbox; None in a version that keeps it elsewhere.
-        self._compile: Callable[[str], Any] | None = getattr(chat_template_utils, "_compile_jinja_template", None)
         self._variables = {**self.special_tokens, **self.kwargs}
         self._is_plain = all(map(_is_plain, self._variables.values()))
         self._facts: dict[str, TurnFacts | None] = {}
+
+    @cached_property
+    def _compiled(self) -> Any:
+        return _compiled(self._template(False))
 
     def render(self, conversation: Conversation, *, generation: bool = False) -> str:
         """Return the conversation as the template writes it; with `generation`, only up to where the answer begins.
@@ -106,10 +108,10 @@ class ChatTemplate:
         messages = conversation.messages
         if in_parts:
             messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
-        elif self._compile is not None and self._is_plain and _is_simple(conversation):
+        elif self._is_plain and _is_simple(conversation) and self._compiled is not None:
             # Plain texts need none of what transformers prepares, which takes longer than the rendering itself.
             return str(
-                self._compile(self._template(False)).render(
+                self._compiled.render(
                     messages=list(messages),
                     tools=None,
                     documents=None,
@@ -264,6 +266,29 @@ class ChatTemplate:
         before, found_answer, end = whole.rpartition(answer)
         _, found_again, between = before.rpartition(question)
         return (after, between, end) if found and found_answer and found_again else None
+
+
+def _compiled(source: str) -> Any:
+    """Return a template compiled in transformers' sandbox; None in a version that keeps the sandbox elsewhere.
+
+    The sandbox asks of each attribute that a template reads whether it is safe, which takes a third of the rendering.
+    The answer follows from the name and the type of the object, so it is kept by these.
+    """
+    compile_ = getattr(chat_template_utils, "_compile_jinja_template", None)
+    if compile_ is None:
+        return None
+    environment = compile_(source).environment.overlay()
+    ask = environment.is_safe_attribute
+    known: dict[tuple[type, str], bool] = {}
+
+    def is_safe_attribute(obj: Any, attribute: str, value: Any) -> bool:
+        key = type(obj), attribute
+        if key not in known:
+            known[key] = ask(obj, attribute, value)
+        return known[key]
+
+    environment.is_safe_attribute = is_safe_attribute
+    return environment.from_string(source)
 
 
 def _is_plain(value: Any) -> bool:

@@ -17,8 +17,8 @@ from typing import Any
 
 Ids = list[int]
 
-# A space between two printable ASCII characters.
-_CUT = re.compile(r"(?<=[!-~]) (?=[!-~])")
+# A space between two printable ASCII characters. The space comes first because a search for one character is fast.
+_CUT = re.compile(r" (?<=[!-~] )(?=[!-~])")
 _BEFORE = ("a", "7", ".", " ", "\n")
 _PRINTABLE = [chr(code) for code in range(ord("!"), ord("~") + 1)]
 # What a word may begin with; the longer ones are contractions, which some tokenizers treat apart.
@@ -95,24 +95,7 @@ class Words:
 
 def cut_at_words(text: str) -> list[str]:
     """Return the parts of `text` between single spaces that stand between printable ASCII characters."""
-    parts = text.split(" ")
-    if (
-        text.isascii()
-        and text.replace("\n", "").isprintable()
-        and "  " not in text
-        and " \n" not in text
-        and "\n " not in text
-        and text[:1] != " "
-        and text[-1:] != " "
-    ):
-        return parts
-    cut = parts[:1]
-    for part in parts[1:]:
-        if part and "!" <= part[0] <= "~" and "!" <= cut[-1][-1:] <= "~":
-            cut.append(part)
-        else:
-            cut[-1] = f"{cut[-1]} {part}"
-    return cut
+    return _CUT.split(text)
 
 
 def cuts_before_words(backend: Any) -> bool:
