@@ -32,6 +32,7 @@ _OPEN_THOUGHT = re.compile(r"<think(?:ing)?>\s*$")
 _THOUGHT = re.compile(r"</?think(?:ing)?>")
 _PLAIN = (str, bool, int, float, type(None))
 _NO_KEY = ""
+_OF_DICTS = frozenset(dir(dict))
 _DATE = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<format>.*?)(?P=quote)\s*\)""")
 
 
@@ -272,7 +273,8 @@ def _compiled(source: str) -> Any:
     """Return a template compiled in transformers' sandbox; None in a version that keeps the sandbox elsewhere.
 
     The sandbox asks of each attribute that a template reads whether it is safe, which takes a third of the rendering.
-    The answer follows from the name and the type of the object, so it is kept by these.
+    The answer follows from the name and the type of the object, so it is kept by these. A key of a message is no
+    attribute, so it is read at once.
     """
     compile_ = getattr(chat_template_utils, "_compile_jinja_template", None)
     if compile_ is None:
@@ -287,7 +289,14 @@ def _compiled(source: str) -> Any:
             known[key] = ask(obj, attribute, value)
         return known[key]
 
-    environment.is_safe_attribute = is_safe_attribute
+    read = environment.getattr
+
+    def read_attribute(obj: Any, name: str) -> Any:
+        if type(obj) is dict and name not in _OF_DICTS:
+            return obj[name] if name in obj else environment.undefined(obj=obj, name=name)
+        return read(obj, name)
+
+    environment.is_safe_attribute, environment.getattr = is_safe_attribute, read_attribute
     return environment.from_string(source)
 
 
