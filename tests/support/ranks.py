@@ -4,12 +4,12 @@ import os
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from children import start
 
 
 def run_ranks(function, folder, *args, world_size=2):
     """Call `function(rank, *args)`, of an importable module, in `world_size` processes; raises if one of them does."""
-    mp.spawn(_start, (function, world_size, str(folder / f"rendezvous-{function.__name__}"), args), nprocs=world_size)
+    start(_start, (function, world_size, str(folder / f"rendezvous-{function.__name__}"), args), world_size)
 
 
 def each(rank, *functions):

@@ -5,7 +5,7 @@ import socket
 
 import lightning as L
 import torch
-import torch.multiprocessing as mp
+from children import start
 from lightning.pytorch.loggers import CSVLogger
 from training import adamw
 
@@ -86,7 +86,7 @@ def spawn(function, *args, world_size=2):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = mp.spawn(_start, (function, port, args), nprocs=world_size, join=False)
+    processes = start(_start, (function, port, args), world_size, join=False)
     # A rank whose peer is gone waits for it, and minds no signal.
     while not processes.join(grace_period=1):
         pass
