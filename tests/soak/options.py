@@ -12,6 +12,7 @@ from bdpo_pl.evaluation import options as evaluation
 BATCH, SECONDS = 50, 10
 
 _PARSERS = {}
+_DEFAULTS = {}
 
 _VALUES = (
     "-1", "0", "1", "2", "7", "0.5", "-0.5", "1e-6", "1e30", ".nan", ".inf", "1" + "0" * 25, "true", "false",
@@ -19,18 +20,23 @@ _VALUES = (
     "auto", "none", "torch.optim.SGD", "SimPOLoss", "/nowhere", "../x",
     "cpu", "bf16-mixed", "ddp", "fsdp2", "@x", "---", "[", "{", "*",
 )  # fmt: skip
+_FITTING = {bool: ("true", "false"), int: ("0", "1", "2", "7"), float: ("0", "1e-6", "0.5", "1", "2")}
 _JOB = ("--model.policy=nowhere", "--data.train=nowhere.jsonl", "--trainer.accelerator=cpu")
 # Help and the printing of a configuration end the process as they should.
 _LEAVE_OUT = ("help", "print_config", "config")
 
 
 def draw(rng):
-    command = rng.choice(["fit", "diagnose", "evaluate"])
+    """Draw a command and some of its options, half of them with a value of the kind that the option has."""
+    command = rng.choice(list(_DEFAULTS))
     names = [name for name in known.read()[command]["options"] if not name.rstrip("+").endswith(_LEAVE_OUT)]
-    return {
-        "command": command,
-        "options": [f"--{rng.choice(names)}={rng.choice(_VALUES)}" for _ in range(rng.randrange(1, 5))],
-    }
+    chosen = [rng.choice(names) for _ in range(rng.randrange(1, 5))]
+    return {"command": command, "options": [f"--{name}={_value(rng, _DEFAULTS[command].get(name))}" for name in chosen]}
+
+
+def _value(rng, default):
+    fitting = _FITTING.get(type(default), _VALUES)
+    return rng.choice(fitting if rng.random() < 0.5 else _VALUES)
 
 
 class _Kept:
@@ -53,12 +59,14 @@ class _Diagnose(_Kept, DiagnoseCLI):
 
 def prepare():
     """Build the parsers, before any process is forked."""
-    for cli in (_Fit, _Diagnose):
+    for command, cli in (("fit", _Fit), ("diagnose", _Diagnose)):
         parse_options(cli, [*_JOB], None)
+        _DEFAULTS[command] = vars(_PARSERS[cli].get_defaults().as_flat())
     kept = evaluation.EvaluationParser()
     evaluation.add_options(kept)
     evaluation.EvaluationParser = lambda **_: kept
     evaluation.add_options = lambda _: None
+    _DEFAULTS["evaluate"] = vars(kept.get_defaults().as_flat())
 
 
 def check(case, folder, counts):

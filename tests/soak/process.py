@@ -28,7 +28,8 @@ def in_a_process(kind, cases):
     """What was wrong (or None), its position, and what was counted.
 
     A case that takes more than `kind.SECONDS` of the processor is a fault, since a busy machine is none, and one that
-    is stopped by hand does not count that time. A process that says nothing at all is ended after many times as long.
+    is stopped by hand does not count that time. A process that waits for something that never comes is ended after
+    many times as long.
     """
     at = mmap.mmap(-1, 8)
     reader, writer = os.pipe()
@@ -95,8 +96,16 @@ def _read(reader, child, at, seconds):
             text += part
             continue
         now = struct.unpack("q", at[:])[0]
-        waited = 0 if now != position else waited + min(time.monotonic() - began, 2.0)
+        if now != position:
+            waited = 0
+        elif not _is_starved(child):
+            waited += min(time.monotonic() - began, 2.0)
         position = now
         if waited > _PATIENCE * seconds:
             os.kill(child, signal.SIGKILL)
             return b""
+
+
+def _is_starved(child):
+    """Whether the process would run if the machine gave it a processor, or has been stopped by hand."""
+    return Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] in "RT"

@@ -11,6 +11,11 @@ from bdpo_pl.errors import InputError
 
 BATCH, SECONDS = 50, 10
 
+_LONG = 400
+_KINDS = 9
+_MESSAGES = (1, 2, 5, 6, 7)
+_MORE = ("extra", "label", "tools")
+
 _TEMPLATES = (
     None,
     CHATML,
@@ -44,8 +49,8 @@ def _conversation(rng):
     return turns
 
 
-def _row(rng, kind, odd=0.15):
-    """A row of one of six layouts, and whether nothing is wrong with it."""
+def _row(rng, kind, odd=0.15, more=_MORE):
+    """A row of one of nine layouts, and whether nothing is wrong with it."""
     if kind == 0:
         row = {"prompt": _text(rng), "chosen": _text(rng), "rejected": _text(rng)}
     elif kind == 1:
@@ -59,15 +64,24 @@ def _row(rng, kind, odd=0.15):
     elif kind == 4:
         safe = [rng.random() < 0.5, rng.random() < 0.5]
         row = safe_rlhf_row(_text(rng), [_text(rng), _text(rng)], safe, rng.randrange(2))
-    else:
+    elif kind == 5:
         row = {
             "conversations": _conversation(rng),
             "chosen": _message(rng, rng.choice(["assistant", "assistant", None])),
             "rejected": _message(rng, "assistant"),
             "system": _text(rng),
         }
+    elif kind == 6:
+        row = {"system": _text(rng), rng.choice(["question", "input"]): _text(rng)}
+        row |= {"chosen": _text(rng), "rejected": _text(rng)}
+    elif kind == 7:
+        row = {"input": {"messages": _conversation(rng)}} | {
+            name: [_message(rng, "assistant")] for name in ("preferred_output", "non_preferred_output")
+        }
+    else:
+        row = {"prompt": rng.choice(_WORDS), "completion": _text(rng), "label": rng.random() < 0.5}
     if rng.random() < odd:
-        row[rng.choice([*row, "extra", "tools", "label"])] = rng.choice(_ODD)
+        row[rng.choice([*row, *more])] = rng.choice(_ODD)
         return row, False
     if rng.random() < odd / 3:
         row.pop(rng.choice(list(row)))
@@ -76,19 +90,29 @@ def _row(rng, kind, odd=0.15):
 
 
 def draw(rng):
-    kind = rng.randrange(6)
+    """Draw a file of rows of one layout and a few of others, and how it is read."""
+    kind, template = rng.randrange(_KINDS), rng.randrange(len(_TEMPLATES))
+    others, more = range(_KINDS), _MORE
     # Most files are long and leave out bad rows, so that each of their rows is looked at.
-    count = rng.choice([1, 2, 5]) if rng.random() < 0.3 else 80
+    count = rng.choice([1, 2, 5]) if rng.random() < 0.3 else _LONG
+    if count == _LONG and rng.random() < 0.9:
+        # Most of these have no row that ends the file whatever it leaves out: messages that no template writes, or a
+        # column that nothing reads.
+        if template == 0 and kind in _MESSAGES:
+            template = rng.randrange(1, len(_TEMPLATES))
+        if kind < 3:
+            others = [k for k in others if k != 6 and (template or k not in _MESSAGES)]
+        more = _MORE if kind not in (3, 4) else _MORE[:2]
     # A file is what its first row is, and an odd one may end it there.
-    rows = [_row(rng, kind, odd=0.05)]
-    rows += [_row(rng, kind if rng.random() < 0.95 else rng.randrange(6)) for _ in range(count - 1)]
+    rows = [_row(rng, kind, 0.05 if count < _LONG else 0.0, more)]
+    rows += [_row(rng, kind if rng.random() < 0.95 else rng.choice(others), 0.15, more) for _ in range(count - 1)]
     return {
         "rows": [row for row, _ in rows],
         "plain": [plain for _, plain in rows],
-        "template": rng.randrange(len(_TEMPLATES)),
+        "template": template,
         "truncation": rng.choice(["drop", "keep_start", "keep_end"]),
         "window": rng.choice([16, 64, 512]),
-        "bad_rows": rng.choice(["auto", "drop", "error"]) if count < 80 else "drop",
+        "bad_rows": rng.choice(["auto", "drop", "error"]) if count < _LONG else "drop",
     }
 
 
@@ -116,14 +140,17 @@ def check(case, folder, counts):
     try:
         table, report = load_pairs("train", str(path), tokenizer, truncation, LoadOptions(bad_rows=case["bad_rows"]))
     except InputError as error:
-        # Of rows that are left out, none was kept; otherwise the first bad one has ended it.
-        counts["rows"] += len(case["rows"]) if "nothing left" in str(error) else 1
+        # Where no row is left, all were read; otherwise one has ended the file.
+        counts["rows"] += len(case["rows"]) if "rows can be used" in str(error) else 1
         counts["files refused"] += 1
         return None if str(path) in str(error) else f"the error does not name the file: {error}"
     counts["rows"] += len(case["rows"])
     counts["pairs kept"] += len(table)
     if len(table) != report.kept:
         return f"the report says {report.kept} kept, the table has {len(table)}"
+    if report.kept + report.num_dropped != report.read or report.read != len(case["rows"]):
+        return f"{report.kept} kept and {report.num_dropped} dropped of {report.read}, and {len(case['rows'])} rows"
+    counts[f"rows of {report.notes['schema']}"] += len(case["rows"])
     for i in range(len(table)):
         pair = table[i]
         if not (pair.prompt_ids and pair.chosen_ids and pair.rejected_ids):

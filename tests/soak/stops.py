@@ -27,10 +27,10 @@ _INPUTS = []
 def draw(rng):
     return {
         "command": rng.choice(["fit", "fit", "diagnose", "evaluate"]),
-        # Some are stopped again as they go on.
+        # Most are stopped again as they go on.
         "stops": [
             [rng.choice(["SIGKILL", "SIGKILL", "SIGTERM", "SIGINT"]), round(rng.uniform(0.0, 1.02), 4)]
-            for _ in range(rng.choice([1, 1, 2]))
+            for _ in range(rng.choice([1, 2, 3, 4]))
         ],
         "accumulate": rng.choice([1, 2]),
     }
