@@ -1,8 +1,9 @@
 """Random cases until the time is over; what fails is made smaller and printed with its seed.
 
 `python -m tests.soak --minutes N [--seed S] [--only KIND …] [--ledger FOLDER]`; `--only KIND --case JSON` tries one
-case again, `--total FOLDER` adds up what the runs of a ledger have counted. Each batch of cases runs in a process of
-its own, forked from this one, which has imported everything. No part of `make test`.
+case again, `--total FOLDER` adds up what the runs of a ledger have counted. The kinds of cases share the time, and
+those that have reached their goal over all runs of the ledger leave it to the others. Each batch of cases runs in a
+process of its own, forked from this one, which has imported everything. No part of `make test`.
 """
 
 import argparse
@@ -69,8 +70,8 @@ def main():
     spent = Counter()
     number = 0
     while ledger.seconds < 60 * chosen.minutes:
-        # Each kind has the same share of the time.
-        name = min(kinds, key=lambda name: spent[name])
+        behind = [name for name, kind in kinds.items() if ledger.is_behind(name, kind.GOAL)]
+        name = min(behind or kinds, key=lambda name: spent[name])
         kind = kinds[name]
         began = running[0]
         cases = [kind.draw(random.Random(f"{seed}:{name}:{number + i}")) for i in range(kind.BATCH)]

@@ -20,6 +20,9 @@ class Ledger:
             folder.mkdir(parents=True, exist_ok=True)
         self.seed = seed
         self.counts = Counter()
+        self._before = (
+            Counter() if folder is None else sum((Counter(run["counts"]) for run in _runs(folder)), Counter())
+        )
         self.findings = []
         self._signatures = Counter()
         self._began = self._written = time.monotonic()
@@ -45,6 +48,12 @@ class Ledger:
         self.counts.update({f"{kind}: {what}": count for what, count in counts.items()})
         if time.monotonic() - self._written > self._EVERY:
             self.write()
+
+    def is_behind(self, kind, goal):
+        """Whether any count of `goal` is not reached yet by all runs of the ledger together."""
+        return any(
+            self._before[f"{kind}: {what}"] + self.counts[f"{kind}: {what}"] < wanted for what, wanted in goal.items()
+        )
 
     def is_new(self, kind, said):
         """Whether nothing that ends alike has been found before; others are counted alone."""
@@ -76,9 +85,13 @@ class Ledger:
         return f"{self.minutes:.1f} minutes ({self.processor / 60:.1f} of the processor), seed {self.seed}: {counts}"
 
 
+def _runs(folder):
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+
+
 def total(folder):
     """The sum of the runs in `folder`, as a table of Markdown."""
-    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    runs = _runs(folder)
     counts = sum((Counter(run["counts"]) for run in runs), Counter())
     minutes, processor = (sum(run[name] for run in runs) for name in ("minutes", "processor_minutes"))
     found = [

@@ -9,7 +9,8 @@ from bdpo_pl.cli.job import FitCLI, parse_options
 from bdpo_pl.cli.quick import answer_early
 from bdpo_pl.evaluation import options as evaluation
 
-BATCH, SECONDS = 50, 10
+BATCH, SECONDS = 200, 10
+GOAL = {"cases": 10_000}
 
 _PARSERS = {}
 _DEFAULTS = {}
@@ -39,13 +40,19 @@ def _value(rng, default):
     return rng.choice(fitting if rng.random() < 0.5 else _VALUES)
 
 
+def _keep_defaults(parser):
+    defaults = parser.get_defaults()
+    parser.get_defaults = lambda *_, **__: defaults.clone()
+
+
 class _Kept:
-    """A command line that builds its parser, which takes most of the time, only once."""
+    """A command line that builds its parser, and finds its defaults, which takes most of the time, only once."""
 
     def setup_parser(self, *args):
         if type(self) not in _PARSERS:
             super().setup_parser(*args)
             _PARSERS[type(self)] = self.parser
+            _keep_defaults(self.parser)
         self.parser = _PARSERS[type(self)]
 
 
@@ -64,6 +71,7 @@ def prepare():
         _DEFAULTS[command] = vars(_PARSERS[cli].get_defaults().as_flat())
     kept = evaluation.EvaluationParser()
     evaluation.add_options(kept)
+    _keep_defaults(kept)
     evaluation.EvaluationParser = lambda **_: kept
     evaluation.add_options = lambda _: None
     _DEFAULTS["evaluate"] = vars(kept.get_defaults().as_flat())

@@ -10,6 +10,7 @@ from bdpo_pl.data.truncation import Truncation
 from bdpo_pl.errors import InputError
 
 BATCH, SECONDS = 50, 10
+GOAL = {"rows": 1_000_000}
 
 _LONG = 400
 _KINDS = 9

@@ -17,6 +17,7 @@ from bdpo_pl.cli import aligning, diagnosing, evaluating  # noqa: F401 - importe
 from bdpo_pl.training.checkpoints import is_whole
 
 BATCH, SECONDS = 1, 120
+GOAL = {"kills": 50, "signals": 50}
 
 _SIGNALS = {"SIGKILL": {-9}, "SIGTERM": {143, -15}, "SIGINT": {130, -2}}
 _IGNORED = ("train/tokens_per_second",)
@@ -187,6 +188,7 @@ def check(case, folder, counts):
         if not reached or status not in _SIGNALS[name]:
             return f"{name}, which it {'met' if reached else 'did not meet'}, ended it with {status}: {_log(stopped)}"
         counts[f"{name} {command}"] += 1
+        counts["kills" if name == "SIGKILL" else "signals"] += 1
     else:
         more = [f"--ckpt_path={last}"] if is_whole(last) else []
         if status := _status(_start(command, [*options, *more], stopped)):
