@@ -1,7 +1,7 @@
-"""All of it in one command: `python -m bdpo_pl.align MODEL --data PAIRS [any option of fit]`.
+"""Diagnosis, training and evaluation in one command: `python -m bdpo_pl.align MODEL --data PAIRS [any option of fit]`.
 
-It diagnoses the pairs, aligns the model, and evaluates it before and after, into one folder with one page. The same
-command goes on where it was stopped: what is finished is not done again, and training resumes from its last checkpoint.
+It diagnoses the pairs, aligns the model, and evaluates it before and after, into one folder with one page. If it was
+stopped, the same command continues: finished stages are skipped, and training resumes from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _SHORT = {"--suites": "--suites", "--max_prompts": "--max_prompts"}
 
 @dataclass
 class Plan:
-    """What the command line asks for.
+    """The three stages that the command line describes.
 
     Attributes:
-        model: folder or hub name.
-        data: preference pairs.
-        folder: where everything goes.
+        model: folder or hub name of the model.
+        data: source of the preference pairs.
+        folder: folder for all results.
         training: options of `fit`, which `diagnose` takes too.
         evaluation: options of `evaluate`.
     """
@@ -39,16 +39,16 @@ class Plan:
     evaluation: list[str] = field(default_factory=list)
 
     def fit(self) -> list[str]:
-        """The options of `fit`."""
+        """Return the options of `fit`."""
         job = [f"--model.policy={self.model}", f"--data.train={self.data}"]
         return [*job, f"--trainer.default_root_dir={self.folder}", *self.training]
 
     def diagnose(self) -> list[str]:
-        """The options of `diagnose`."""
+        """Return the options of `diagnose`."""
         return [*self.fit(), f"--diagnose.folder={self.folder / 'diagnosis'}"]
 
     def evaluate(self, aligned: Path) -> list[str]:
-        """The options of `evaluate`, of the model before and after."""
+        """Return the options of `evaluate`, which compares the model before and after."""
         return [f"before={self.model}", f"after={aligned}", f"--folder={self.folder / 'evaluation'}", *self.evaluation]
 
 
@@ -74,7 +74,11 @@ def main(args: list[str] | None = None) -> None:
 
 
 def parse(given: Sequence[str]) -> Plan:
-    """The command line; what is no option of `align` is one of `fit`, or with `--evaluate.` before it of `evaluate`."""
+    """Parse the command line.
+
+    An option that begins with `--evaluate.` is passed to `evaluate`. Any other option that `align` does not know is
+    passed to `fit`.
+    """
     values: dict[str, str] = {"--folder": "runs/align"}
     models: list[str] = []
     training: list[str] = []
@@ -86,7 +90,7 @@ def parse(given: Sequence[str]) -> Plan:
             models.append(name + has_value + value)
             continue
         if not has_value:
-            # A switch alone is on.
+            # An option without a value is a switch that is on.
             value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
         if name in ("--data", "--folder"):
             values[name] = value
@@ -99,24 +103,24 @@ def parse(given: Sequence[str]) -> Plan:
     for taken, why in (("--trainer.default_root_dir", "--folder"), ("--output_dir", "--folder"),
                        ("--ckpt_path", "the same command, which resumes by itself")):  # fmt: skip
         if any(option.partition("=")[0] == taken for option in training):
-            refuse(f"{taken} is not for bdpo align; give {why}")
+            refuse(f"bdpo align does not take {taken}; use {why}")
     return Plan(models[0], values["--data"], Path(values["--folder"]), training, evaluation)
 
 
 def help_page() -> str:
-    """The help."""
+    """Return the help."""
     own = (
         short_help.Option("data", "", "", "pairs: JSONL, Parquet, folder or hub dataset with prompt, chosen, rejected"),
-        short_help.Option("folder", "", "runs/align", "where everything goes; what is in it already is not done again"),
-        short_help.Option("suites", "", "the small ones of bdpo_pl", "what to ask before and after: NAME=FILE,…"),
-        short_help.Option("max_prompts", "", "all", "prompts of each suite at most"),
+        short_help.Option("folder", "", "runs/align", "folder for all results; stages finished in it are skipped"),
+        short_help.Option("suites", "", "the small ones of bdpo_pl", "prompts for the evaluation: NAME=FILE,…"),
+        short_help.Option("max_prompts", "", "all", "maximum number of prompts of each suite"),
         short_help.Option("evaluate.OPTION", "", "", "any other option of bdpo evaluate"),
     )
     lines = [
         "usage: bdpo align MODEL --data PAIRS [--option VALUE ...]",
         "",
         "Diagnose the pairs, align the model, and evaluate it before and after, into one folder.",
-        "The same command goes on where it stopped.",
+        "If it was stopped, the same command continues.",
         "",
     ]
     for option in own:
@@ -125,9 +129,9 @@ def help_page() -> str:
 
 
 def _take_up(plan: Plan) -> dict[str, object]:
-    """What is done already in the folder.
+    """Return which stages are finished in the folder.
 
-    A folder of another job is refused: its stages would be taken for this one's.
+    The folder of another job is refused, because its stages would be mistaken for this job's.
     """
     path = plan.folder / _STATE
     job = {"model": plan.model, "data": plan.data, "training": plan.training}
@@ -145,7 +149,7 @@ def _take_up(plan: Plan) -> dict[str, object]:
 
 
 def _stage(name: str, state: dict[str, object], plan: Plan, run: Callable[[], None]) -> None:
-    """Run a stage unless it is done, and write down that it is."""
+    """Run a stage unless it is finished, and record that it is."""
     done: list[str] = state["done"]  # type: ignore[assignment]
     if name in done:
         print(f"\n== {name}: done already", flush=True)
@@ -165,34 +169,34 @@ def _write(path: Path, state: dict[str, object]) -> None:
 
 
 def _resumed(plan: Plan) -> list[str]:
-    """The option to go on from the last checkpoint, if there is one."""
+    """Return the option to resume from the last checkpoint, if there is one."""
     return ["--ckpt_path=last"] if _newest(plan.folder, "checkpoints/last.ckpt") is not None else []
 
 
 def _newest(folder: Path, name: str) -> Path | None:
-    """The newest file or folder of that name in a run."""
+    """Return the newest file or folder called `name` in a run under `folder`; None if there is none."""
     found = sorted(folder.glob(f"version_*/{name}"), key=lambda path: path.stat().st_mtime)
     return found[-1] if found else None
 
 
 def write_page(plan: Plan) -> Path:
-    """Write the page that has the main numbers, and leads to the three reports."""
+    """Write the page with the main numbers and links to the three reports."""
     from bdpo_pl.reporting import Page, Table
     from bdpo_pl.reporting.format import percent
 
     run = _newest(plan.folder, "report.html")
     page = Page("Alignment", f"{Path(plan.model).name} on {Path(plan.data).name}")
-    reports = {"diagnosis/report.html": "What the model makes of the pairs, before training"}
+    reports = {"diagnosis/report.html": "The pairs, as the model rates them before training"}
     if run is not None:
         reports[str(run.relative_to(plan.folder))] = "The training run: curves, settings, environment"
     reports["evaluation/report.html"] = "Safety before and after"
     page.section("Reports").links(reports)
     summary = _newest(plan.folder, "summary.json")
     if summary is not None:
-        told = json.loads(summary.read_text(encoding="utf-8"))
+        results = json.loads(summary.read_text(encoding="utf-8"))
         section = page.section("What changed in training")
-        section.table(Table(["", "n", "before", "after"], told["rows"], "With 95 % intervals"))
-        section.items([sentence for _, sentence in told["said"]])
+        section.table(Table(["", "n", "before", "after"], results["rows"], "With 95 % intervals"))
+        section.items([sentence for _, sentence in results["said"]])
     evaluation = json.loads((plan.folder / "evaluation" / "evaluation.json").read_text(encoding="utf-8"))
     suites = list(dict.fromkeys(s["suite"] for model in evaluation["models"] for s in model["suites"]))
     rows = []
@@ -201,7 +205,7 @@ def write_page(plan: Plan) -> Path:
         counts = [s["overall"]["failed"]["count"] for s in found if s]
         cells = [percent(s["overall"]["failed"]["value"]) if s else None for s in found]
         rows.append([suite, counts[0] if counts else None, *cells])
-    section = page.section("Safety", "Share of prompts that went wrong; the report says what that means by this judge.")
+    section = page.section("Safety", "Share of prompts with a failure; the report says what this judge counts as one.")
     section.table(Table(["suite", "n", *(m["label"] for m in evaluation["models"])], rows, "Lower is better"))
     return page.write(plan.folder / "report.html")
 

@@ -1,10 +1,10 @@
 """Measure the safety of models, side by side: `python -m bdpo_pl.evaluate [MODEL ...] [any option]`.
 
-MODEL is a Hugging Face folder or hub name, a checkpoint of a run, or `embedded`. Give it a label of your own with
-`before=MODEL`. The first model is the baseline. With no argument, the embedded model is compared with the model that
-the newest run under `runs` trained from it. The command writes `report.html` and `evaluation.json`, and keeps all
-verdicts, so that the same command resumes where it was interrupted. The models' answers are written only if
-`keep_answers`, `show_texts`, `export_answers`, `refine` or `attacks.folder` requests them.
+MODEL is a Hugging Face folder or hub name, a checkpoint of a run, or `embedded`. `LABEL=MODEL` gives it a label. The
+first model is the baseline. Without arguments, the embedded model is compared with the model that the newest run under
+`runs` trained from it. The command writes `report.html` and `evaluation.json`, and keeps all verdicts, so that the same
+command resumes where it was interrupted. The models' answers are written only if `keep_answers`, `show_texts`,
+`export_answers`, `refine` or `attacks.folder` requests them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def main(args: list[str] | None = None) -> None:
     from bdpo_pl.cli.evaluating import run
 
     run_command(
-        lambda: run(given, __doc__), "verdicts until now are kept in --folder; the same command goes on from there"
+        lambda: run(given, __doc__), "the verdicts so far are kept in --folder; the same command continues from there"
     )
 
 

@@ -1,6 +1,6 @@
 """Align a model: `python -m bdpo_pl.fit [--config FILE] [any option]`.
 
-With no argument it aligns the small embedded model on the embedded preference set, on whatever machine this is.
+Without arguments it aligns the small embedded model on the embedded preference set, on any machine.
 `--help` and `--print_config` show every option.
 """
 
@@ -10,10 +10,10 @@ from bdpo_pl.cli.quick import answer_early
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the job, and say in one line why it ended early.
+    """Run the job; if it ends early, print the reason in one line.
 
-    Exit status: 2 a fault of the input, 3 a loss or gradient that is not finite, 4 a fault of the machine, 128 + the
-    signal's number where one stopped it.
+    Exit status: 2: an input error; 3: a loss or gradient that is not finite; 4: a fault of the machine; 128 + the
+    number of the signal that stopped it.
     """
     given = answer_early("fit", args)
     # What follows imports torch, which takes seconds that a typo need not wait for.

@@ -138,7 +138,7 @@ _MANY_STEPS = 3
 def refusal_kinds(response: str) -> tuple[str, ...]:
     """Return the kinds of refusal in the opening of `response`, in the order of `KINDS`.
 
-    Straight and curly quotes count alike. Text in double quotes is somebody else's words and is ignored, unless the
+    Straight and curly quotes are equivalent. Text in double quotes is somebody else's words and is ignored, unless the
     whole answer is quoted.
     """
     sentences = _opening(response)
@@ -146,7 +146,7 @@ def refusal_kinds(response: str) -> tuple[str, ...]:
 
 
 def is_refusal(response: str) -> bool:
-    """Return whether `response` opens with a refusal and does not then comply all the same."""
+    """Return true if `response` opens with a refusal and does not comply afterwards."""
     kinds = refusal_kinds(response)
     if not kinds or _OVERRIDE.search(_plain(response)[:_HANDED_OVER]):
         return False

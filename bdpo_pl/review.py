@@ -2,7 +2,7 @@
 
 FILE is JSONL of one of two kinds. Rows with `prompt` and `response` get a `label`, refusal or compliance, as
 `bdpo_pl.evaluate --labels` reads them. Rows with `prompt` and `rejected`, as `--refine` writes them, get a `chosen`.
-Every answer is saved at once, into the same file. The page is served to this machine alone, and to who has the link.
+Every answer is saved at once, in the same file. The page is served only to this machine, and only with the link.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class Interval:
 
     @property
     def bounded(self) -> bool:
-        """Whether there is an interval."""
+        """True if there is an interval."""
         return not math.isnan(self.low)
 
 
@@ -160,7 +160,7 @@ def normal(value: float, error: float, count: int) -> Interval:
 def wilson(successes: float, count: int) -> tuple[float, float]:
     """Compute Wilson's 95 % score interval of a rate (Wilson 1927).
 
-    Not scipy's, which takes whole counts alone: the mean rate of clusters is none.
+    scipy's version takes only whole counts, but the mean rate of clusters times their number need not be whole.
     """
     rate, z2 = successes / count, _Z**2
     centre = (rate + z2 / (2 * count)) / (1 + z2 / count)
@@ -195,7 +195,7 @@ def _by_cluster(
 
 
 def _all_alike(sums: np.ndarray, counts: np.ndarray) -> bool:
-    """Return whether every cluster has the same mean, so that resampling would show no variation."""
+    """Return true if every cluster has the same mean, so that resampling would show no variation."""
     return len(sums) == 1 or bool(np.allclose(sums * counts.sum(), counts * sums.sum(), rtol=1e-9, atol=0.0))
 
 

@@ -22,7 +22,7 @@ def check_combinations(config: Namespace, defaults: Namespace) -> None:
 
     Args:
         config: All options.
-        defaults: Options that hold where the user gives none.
+        defaults: Default options.
 
     Raises:
         InputError: Two options contradict each other.
@@ -44,11 +44,11 @@ def check_combinations(config: Namespace, defaults: Namespace) -> None:
 
 
 def _check_unread(config: Namespace, defaults: Namespace) -> None:
-    """Refuse an option that another one leaves without effect."""
+    """Refuse an option that has no effect because of another one."""
     data, model = config.data, config.model
     unread = (
         ("data.held_out_fraction", data.held_out is not None, "data.held_out says which pairs are held out"),
-        ("data.held_out_split", data.held_out is None, "there is no data.held_out of which it would be a split"),
+        ("data.held_out_split", data.held_out is None, "it is a split of data.held_out, which is not set"),
         ("data.max_prompt_length", data.truncation == "drop", "data.truncation is drop, which cuts nothing"),
         ("model.reference_dtype", model.reference_mode == "none", "model.reference_mode is none"),
         (
@@ -62,14 +62,14 @@ def _check_unread(config: Namespace, defaults: Namespace) -> None:
     for name, ignored, why in unread:
         given = _of(config, name)
         if ignored and given and given != _of(defaults, name, _DEFAULTS.get(name)):
-            raise InputError(f"{name} is {given}, and nothing would read it: {why}; leave it out")
+            raise InputError(f"{name} is {given}, but it would have no effect: {why}; leave it out")
 
 
 _DEFAULTS = {"model.scoring.chunk_pairs": ScoringOptions.chunk_pairs, "model.reference_sync.mixup": SyncOptions.mixup}
 
 
 def _of(options: object, name: str, default: object = None) -> Any:
-    """Return the value of the option `name`; `default` where it or its group is not given."""
+    """Return the value of the option `name`; `default` if the option or its group is not given."""
     for part in name.split("."):
         options = getattr(options, part, None)
     return default if options is None else options

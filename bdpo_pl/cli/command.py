@@ -104,12 +104,12 @@ def _quieten() -> None:
         r".*your dataloader is not resumable.*",  # the data module's own state resumes it
         r".*The number of training batches .* is smaller than the logging interval.*",
         r".*LightningCLI's args parameter.*",  # main(args) is for callers in Python
-        r".*Total length of `list` across ranks is zero.*",  # nothing held out, as asked for
+        r".*Total length of `list` across ranks is zero.*",  # nothing is held out, as the user requested
         r".*isinstance\(treespec, LeafSpec\).*",  # between Lightning and torch
         r".*predict returned None.*",  # diagnosis scores in the set-up, and predicts nothing
         r".*The dirpath has changed from.*",  # a resumed run keeps its own best checkpoint
         r".*could not find the monitored key in the returned metrics.*",  # a run that ends before its first validation
-        r".*was configured so validation will run.*",  # as it was asked for
+        r".*was configured so validation will run.*",  # the user requested it
     ):
         warnings.filterwarnings("ignore", message=message)
     # Not messages about the run: advertisements, missing features of the machine, and internals of Lightning.

@@ -40,12 +40,13 @@ class DiagnoseOptions:
     """The contents of the report.
 
     Args:
-        folder: folder of the report; default `diagnosis` in trainer.default_root_dir. An earlier report there is
+        folder: folder of the report. Default: `diagnosis` in trainer.default_root_dir. An earlier report there is
             overwritten.
-        strong_ratio: ratio of the weights of a pair's two responses from which the pair counts as strongly re-weighted.
+        strong_ratio: minimum ratio of the weights of a pair's two responses for the pair to count as strongly
+            re-weighted.
         extremes: number of pairs listed at each end of the imbalance.
-        show_texts: whether to include the texts of those pairs, with a warning. They may be harmful or private;
-            otherwise, pairs are identified by place, category and length.
+        show_texts: include the texts of those pairs, with a warning. They may be harmful or private. By default, pairs
+            are identified by place, category and length.
 
     Raises:
         InputError: a number is out of range.
@@ -233,8 +234,8 @@ def _facts(module: PreferenceModule, data: PreferenceDataModule, precision: str)
     if tokenizer.chat_template:
         why = "it is turned off (data.chat_template, data.dialogues)"
     return facts, [
-        f"No chat template: {why}. Prompt and response are read as they stand, one after the other, and the null "
-        "prompt is the BOS token alone, or the EOS token for a tokenizer with no BOS."
+        f"No chat template: {why}. Prompt and response are read without markup, one after the other, and the null "
+        "prompt is the BOS token alone, or the EOS token if the tokenizer has no BOS."
     ]
 
 

@@ -168,13 +168,13 @@ def _write(
 
 
 def _embedded_job(options: EvaluateOptions) -> tuple[list[str], EvaluateOptions, list[str]]:
-    """Return what is evaluated if no model is named: the embedded model, and the newest run's result from it."""
+    """Return what is evaluated if no model is named: the embedded model, and the model that its newest run trained."""
     names, notes = [f"before={EMBEDDED}"], []
     newest = newest_run(Path("runs"))
     if newest is None:
         notes.append(
-            "There is no run of the embedded model under runs yet: after `python -m bdpo_pl.fit` what it made stands "
-            "beside it."
+            "There is no run of the embedded model under runs yet; after `python -m bdpo_pl.fit`, the trained model is "
+            "compared with it."
         )
     else:
         names.append(f"{newest.parent.name}={newest}")
@@ -202,7 +202,7 @@ def _agreement(options: EvaluateOptions) -> tuple[Agreement | None, list[str]]:
     else:
         rows = read_labelled(labels, options.labels_columns, left_out)
         whose = f"labels {f'by {options.labels_by} ' if options.labels_by else ''}in {labels}"
-    notes = [f"Of {labels} were left out: {count:,} {why}." for why, count in left_out.items()]
+    notes = [f"Left out of {labels}: {count:,} {why}." for why, count in left_out.items()]
     return measure_agreement(options.judge, *rows, source=whose), notes
 
 

@@ -47,29 +47,33 @@ class FitCLI(LightningCLI):
             "--ckpt_path",
             default=None,
             type=str | None,
-            help="Checkpoint to resume from: a file, or `last`, the newest whole one of all runs.",
+            help="Checkpoint to resume from: a file, or `last` for the newest whole checkpoint of all runs.",
         )
         parser.add_argument("--export", default=True, type=bool, help="Write the policy as a Hugging Face folder.")
         parser.add_argument(
-            "--export_adapter", default=False, type=bool, help="Write a LoRA adapter alone too, in peft's layout."
+            "--export_adapter",
+            default=False,
+            type=bool,
+            help="Write the LoRA adapter separately too, in peft's format.",
         )
         parser.add_argument(
             "--dry_run",
             default=False,
             type=bool,
-            help="Print what each device needs of memory, and do nothing else: no weights are read.",
+            help="Print the memory that each device needs, and do nothing else: no weights are read.",
         )
         parser.add_argument(
             "--export_from",
             default="last",
             type=Literal["last", "best"],
-            help="Which weights to export: those the run ends with, or those of the best checkpoint.",
+            help="Weights to export: those at the end of the run (`last`), or those of the best checkpoint (`best`).",
         )
         parser.add_argument(
             "--stop_at_gap",
             default=None,
             type=float | None,
-            help="Stop when the policy overfits: when gap/margin (training − held-out) exceeds this at a validation.",
+            help="Limit of gap/margin (training − held-out): if a validation exceeds it, training stops, to prevent "
+            "overfitting.",
         )
         parser.add_class_arguments(ResumeOptions, "resume")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
@@ -87,7 +91,7 @@ class FitCLI(LightningCLI):
                 "data.train": None,
             }
         )
-        # A default file names the optimiser itself, and would be left with its options but no class.
+        # A file of defaults names the optimiser itself; a default set here would remove its class and keep its options.
         if not parser.default_config_files:
             parser.set_defaults({"model.optimizer": {"class_path": "bdpo_pl.training.optim.AdamW"}})
 
@@ -137,11 +141,13 @@ class FitCLI(LightningCLI):
             raise InputError("export_from is best, but no checkpoint is chosen: set checkpoint.monitor")
         if config.stop_at_gap is not None:
             if not config.data.train_probe:
-                raise InputError("stop_at_gap needs the gap, which training pairs tell: set data.train_probe to true")
+                raise InputError(
+                    "stop_at_gap needs the gap, which is measured on training pairs: set data.train_probe to true"
+                )
             trainer.callbacks.insert(0, StopAtGap(config.stop_at_gap))  # type: ignore[attr-defined]
         if config.trainer.log_every_n_steps is None:
             trainer.callbacks.insert(0, LogInterval())  # type: ignore[attr-defined]
-        # Last of all, so that it can share one file with what the others have written.
+        # Last, so that it can link its file to a checkpoint that another callback has written.
         trainer.callbacks.sort(key=lambda callback: isinstance(callback, LastCheckpoint))  # type: ignore[attr-defined]
         if type(trainer.progress_bar_callback) in (RichProgressBar, TQDMProgressBar) and not any(
             isinstance(callback, ProgressBar) for callback in self.config_init.trainer.callbacks or []

@@ -8,9 +8,9 @@ import re
 from bdpo_pl.errors import MachineError, first_line, is_out_of_memory
 
 _LOWER = (
-    "Lower, in this order of what it costs: data.batch_size or data.max_tokens_per_batch (raise "
-    "trainer.accumulate_grad_batches to keep the batch), scoring.batch_tokens if it was in the scoring pass, "
-    "data.max_length; or set model.gradient_checkpointing true, add model.lora, or split the model over more devices "
+    "Lower one of these, the cheapest first: data.batch_size or data.max_tokens_per_batch (raise "
+    "trainer.accumulate_grad_batches to keep the batch), model.scoring.batch_tokens if it was in the scoring pass, "
+    "data.max_length. Or set model.gradient_checkpointing true, add model.lora, or split the model over more devices "
     "with trainer.strategy fsdp2. --dry_run true prints what a run will need"
 )
 
@@ -28,11 +28,11 @@ def machine_error(error: BaseException) -> MachineError | None:
     ):
         return MachineError(
             f"a process that builds batches died: {first}. The system kills such processes when memory runs out: lower "
-            "data.num_workers, or set it to 0; then go on with --ckpt_path last"
+            "data.num_workers, or set it to 0; then resume with --ckpt_path last"
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return MachineError(
-            f"the disk is full: {error}. Free space, or set trainer.logger.init_args.save_dir; then go on with "
+            f"the disk is full: {error}. Free space, or set trainer.logger.init_args.save_dir; then resume with "
             "--ckpt_path last"
         )
     return None

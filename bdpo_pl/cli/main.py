@@ -9,11 +9,11 @@ import sys
 from bdpo_pl.cli.quick import refuse
 
 COMMANDS = {
-    "diagnose": "see a preference set through a model's eyes, before training",
+    "diagnose": "analyse a preference set with a model, before training",
     "fit": "align a model on preference pairs",
     "evaluate": "measure the safety of models, side by side",
     "align": "all three in a row, into one folder",
-    "review": "label answers, or write chosen ones, in a page of this machine",
+    "review": "label answers, or write chosen responses, in a local web page",
 }
 
 
@@ -23,7 +23,7 @@ def main(args: list[str] | None = None) -> None:
     if not given or given[0] in ("-h", "--help"):
         print("usage: bdpo COMMAND [--option VALUE ...]\n\nCommands, in the order of use:")
         print("\n".join(f"  {name:<10}{what}" for name, what in COMMANDS.items()))
-        print("\nbdpo COMMAND --help shows a command's options. With none, each works on the embedded model and pairs.")
+        print("\nbdpo COMMAND --help shows a command's options. Without options, it uses the embedded model and pairs.")
         sys.exit(0)
     command, *rest = given
     if command not in COMMANDS:

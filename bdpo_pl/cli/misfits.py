@@ -1,4 +1,4 @@
-"""Refusal of values that do not fit their option: `null`, which the parser takes for any, and what classes refuse."""
+"""Refusal of unsuitable values: `null`, which the parser accepts for any option, and values that a class refuses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from bdpo_pl.errors import InputError, first_line
 
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list"}
-"""What an option takes, in words, by its type."""
+"""Description of the values that an option takes, by its type."""
 
 
 def check_nulls(options: Any, hints: Mapping[str, Any]) -> None:
@@ -34,13 +34,13 @@ def check_nulls(options: Any, hints: Mapping[str, Any]) -> None:
 
 
 def refuse_misfit(error: ValueError) -> NoReturn:
-    """Raise what says in one line why classes cannot be made of their options.
+    """Raise an error that says in one line why the options do not fit their classes.
 
     Args:
         error: Error of the parser, which lists its attempts, with the reason in the middle.
 
     Raises:
-        InputError: `error` in one line, or as it is if it says what to do already.
+        InputError: `error` in one line, or unchanged if it already says what to do.
     """
     if isinstance(error, InputError) or isinstance(error.__cause__, InputError):
         raise error

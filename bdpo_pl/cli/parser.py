@@ -37,7 +37,7 @@ class OptionParser(LightningArgumentParser):
         reset = [part for arg in given for part in ([f"--{_LOSS}=null", arg] if _names_a_loss(arg) else [arg])]
         parsed = super().parse_args(reset, *rest, **kwargs)
         try:
-            # What is null by default may be null, whatever its type says.
+            # An option whose default is null may be null, whatever its type.
             filled = [action for action in self._actions if action.default is not None]
             check_nulls(parsed, {action.dest: getattr(action, "_typehint", Any) for action in filled})
             check_ranges(parsed)
@@ -94,12 +94,12 @@ _TYPES = {kind.__name__: text for kind, text in KINDS.items()} | {
 
 
 def _misfit(message: str) -> str | None:
-    """Return which option takes what, and what it was given, if the parser says so in the middle of its attempts."""
+    """Return option, allowed and given value, if the parser names them in the middle of its list of attempts."""
     keys = re.findall(r'Parser key "([^"]+)"', message)
     option = ".".join(key for i, key in enumerate(keys) if i == 0 or key != keys[i - 1])
     if keys and (unknown := re.search(r"Option '([\w.]+)' is not accepted", message)):
         return f"--{option}.{unknown[1]}: there is no such option"
-    # What the innermost option says; the outer ones go on behind it.
+    # The innermost option's message is last, and text about the outer options follows it.
     own = message.rpartition('Parser key "')[2]
     expected = re.split("Got value|Given value", own)[0]
     kinds = [

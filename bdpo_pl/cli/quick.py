@@ -30,7 +30,7 @@ _NUMBERS = frozenset({
     "data.eval_batch_size", "data.max_length", "trainer.max_steps", "trainer.max_epochs",
     "trainer.accumulate_grad_batches", "trainer.gradient_clip_val", "max_prompts", "generation.max_new_tokens",
 })  # fmt: skip
-"""Options that people set by hand, and that no word is a value of; the parser would refuse a word after its imports."""
+"""Common options whose value cannot be a word; the parser would refuse a word too, but only after its imports."""
 _WORDS = ("null", "none", "auto", "inf")
 
 

@@ -29,83 +29,87 @@ _JOB = {
     "Model and data": (
         Option("model.policy", "", "", "model to align: folder in the Hugging Face layout, or hub name"),
         Option("data.train", "", "", "pairs: JSONL, Parquet, folder or hub dataset with prompt, chosen, rejected"),
-        Option("data.held_out", "", "a part of data.train", "pairs kept from training, to see overfitting by"),
-        Option("data.held_out_fraction", "", "0.05", "share of data.train to hold out"),
-        Option("data.max_length", "max_length", "1024, or the model's", "tokens of prompt + response"),
-        Option("data.load.columns", "", "{}", "our column: yours, as in '{chosen: good_answer}'"),
-        Option("config", "", "", "YAML file with any of these; configs/ has some to start from"),
+        Option("data.held_out", "", "a part of data.train", "pairs that are not trained on, to measure overfitting"),
+        Option("data.held_out_fraction", "", "0.05", "share of data.train that is held out"),
+        Option(
+            "data.max_length", "max_length", "1024, or the model's", "maximum number of tokens of prompt + response"
+        ),
+        Option("data.load.columns", "", "{}", "our name: your column, as in '{chosen: good_answer}'"),
+        Option("config", "", "", "YAML file with any of these options; configs/ has examples"),
     ),
     "Method": (
         Option("model.loss", "loss_type", "BalancedDPOLoss", "or DPOLoss, IPOLoss, CPOLoss, SimPOLoss, SafeDPOLoss, …"),
         Option("model.loss.beta", "beta", "0.1", "how far the policy may move from its reference"),
-        Option("model.loss.tau", "tau", "auto", "imbalance at which weights differ e : 1; auto: its spread"),
-        Option("model.lora.r", "lora_r", "off", "train LoRA adapters of this rank, with ten times the learning rate"),
+        Option("model.loss.tau", "tau", "auto", "imbalance at which the weights are e : 1; auto: its spread"),
+        Option("model.lora.r", "lora_r", "off", "rank of LoRA adapters to train; raise the learning rate ten times"),
     ),
     "Training": (
         Option("model.optimizer.lr", "learning_rate", "1e-06", "learning rate of AdamW"),
         Option("model.lr_schedule", "lr_scheduler_type", "cosine", "or linear, constant"),
-        Option("model.warmup_ratio", "warmup_ratio", "0.1", "share of all steps that warms the learning rate up"),
+        Option(
+            "model.warmup_ratio", "warmup_ratio", "0.1", "share of all steps in which the learning rate is warmed up"
+        ),
         Option("trainer.max_epochs", "num_train_epochs", "1", "passes over the data"),
-        Option("trainer.max_steps", "max_steps", "-1", "optimiser steps at most; -1: as many as the epochs have"),
+        Option(
+            "trainer.max_steps", "max_steps", "-1", "maximum number of optimiser steps; -1: no limit but the epochs"
+        ),
         Option("data.batch_size", "per_device_train_batch_size", "8", "pairs in a micro-batch on each device"),
         Option("trainer.accumulate_grad_batches", "gradient_accumulation_steps", "1", "micro-batches in a step"),
         Option("trainer.val_check_interval", "", "each epoch", "share of an epoch, or batches, between validations"),
-        Option("seed_everything", "seed", "42", "of everything that is drawn"),
+        Option("seed_everything", "seed", "42", "seed of all random numbers"),
     ),
     "Machine": (
         Option("trainer.precision", "precision", "32-true", "bf16-mixed on a GPU"),
         Option("trainer.devices", "devices", "auto", "number of devices, with trainer.strategy (auto, ddp, fsdp2)"),
         Option("model.gradient_checkpointing", "gradient_checkpointing", "false", "less memory, a third more time"),
-        Option("dry_run", "", "false", "print what the run needs of memory, and do nothing else"),
+        Option("dry_run", "", "false", "print the memory that the run needs, and do nothing else"),
     ),
     "Safety, and what is written": (
-        Option("safety.harmful", "", "none", "prompts to refuse, asked before and after; a file or a suite's name"),
-        Option("safety.benign", "", "none", "prompts to answer, likewise; and safety.jailbreak"),
+        Option("safety.harmful", "", "none", "prompts to refuse, before and after training: a file or a suite"),
+        Option("safety.benign", "", "none", "prompts to answer, in the same forms; see also safety.jailbreak"),
         Option("trainer.default_root_dir", "output_dir", "runs", "folder of all runs"),
         Option("trainer.logger", "report_to", "csv", "or tensorboard, wandb, mlflow, none"),
         Option("export_from", "", "last", "weights to export: last or best"),
-        Option("ckpt_path", "", "", "go on from a checkpoint; last: the newest"),
+        Option("ckpt_path", "", "", "checkpoint to resume from; last: the newest"),
     ),
 }
 _DIAGNOSE = {
     "Model and data": _JOB["Model and data"],
     "Method": _JOB["Method"][1:3],
     "The report": (
-        Option("diagnose.folder", "", "runs/diagnosis", "where it goes"),
-        Option(
-            "diagnose.strong_ratio", "", "1.5", "larger weight over the smaller from which on a pair counts as strong"
-        ),
+        Option("diagnose.folder", "", "runs/diagnosis", "folder of the report"),
+        Option("diagnose.strong_ratio", "", "1.5", "minimum ratio of weights in a strongly re-weighted pair"),
         Option("diagnose.extremes", "", "10", "pairs listed at each end of the imbalance"),
         Option("diagnose.show_texts", "", "false", "put their texts into the report, with a warning"),
     ),
 }
 _EVALUATE = {
-    "What is asked": (
-        Option("suites", "", "the small ones of bdpo_pl", "NAME=FILE,… ; see --list_suites true"),
-        Option("max_prompts", "", "all", "prompts of each suite at most"),
+    "Prompts": (
+        Option("suites", "", "the small ones of bdpo_pl", "suites of prompts: NAME=FILE,… ; see --list_suites true"),
+        Option("max_prompts", "", "all", "maximum number of prompts of each suite"),
         Option("attacks.framings", "", "none", "jailbreak framings by name, or all"),
-        Option("generation.max_new_tokens", "", "64", "tokens in an answer at most; a judge of harm wants 256"),
+        Option("generation.max_new_tokens", "", "64", "maximum tokens of an answer; a judge of harm needs 256"),
         Option("generation.batch_size", "", "32", "prompts answered at a time"),
     ),
-    "Who judges": (
-        Option("judge.kind", "", "phrases", "or classifier, guard, chat; phrases tell refusals alone, not harm"),
-        Option("judge.model", "", "", "the judge's model"),
-        Option("labels", "", "", "labelled answers to measure the judge by"),
+    "Judge": (
+        Option("judge.kind", "", "phrases", "or classifier, guard, chat; phrases recognise refusals, not harm"),
+        Option("judge.model", "", "", "model of the judge"),
+        Option("labels", "", "", "labelled answers, to measure the judge's errors"),
     ),
-    "What is compared beside": (
-        Option("pairs.train", "", "none", "preference pairs trained on, and pairs.held_out: the gap between them"),
+    "Further measures": (
+        Option("pairs.train", "", "none", "training pairs; with pairs.held_out, the gap between them is measured"),
         Option("ability.lm_eval", "", "none", "tasks of lm-evaluation-harness"),
     ),
     "What is written": (
-        Option("folder", "", "runs/evaluation", "where report, numbers and verdicts go"),
-        Option("keep_answers", "", "false", "keep answers beside verdicts, for another judge"),
-        Option("show_texts", "", "false", "put what went wrong into the report, with a warning"),
-        Option("refine", "", "", "file for failing prompts as rows that lack only chosen"),
+        Option("folder", "", "runs/evaluation", "folder of report, numbers and verdicts"),
+        Option("keep_answers", "", "false", "save the answers with the verdicts, so that another judge can read them"),
+        Option("show_texts", "", "false", "put the texts of failures into the report, with a warning"),
+        Option("refine", "", "", "file to write with failed prompts, as pairs that lack only `chosen`"),
     ),
     "Machine": (
         Option("dtype", "", "auto", "float32, bfloat16 or float16"),
         Option("device", "", "auto", "cpu, cuda or cuda:N"),
-        Option("config", "", "", "YAML file with any of these, and models"),
+        Option("config", "", "", "YAML file with any of these options, and models"),
     ),
 }
 SHORT_HELP = {"fit": _JOB, "diagnose": _DIAGNOSE, "evaluate": _EVALUATE}
@@ -118,7 +122,7 @@ _OPENINGS = {
     ),
     "diagnose": (
         "bdpo diagnose --model.policy MODEL --data.train PAIRS [--option VALUE ...]",
-        "See a preference set through a model's eyes before training. It takes all options of fit, too.",
+        "Analyse a preference set with a model, before training. It takes all options of fit, too.",
     ),
     "evaluate": (
         "bdpo evaluate [LABEL=]MODEL ... [--option VALUE ...]",
@@ -135,7 +139,10 @@ def page(command: str) -> str:
         lines += ["", f"{heading}:"]
         for option in options:
             lines += entry(option)
-    lines += ["", "--help_all lists every option, --print_config their values; --model.loss.help LOSS those of a loss."]
+    lines += [
+        "",
+        "--help_all lists every option, --print_config their values, and --model.loss.help LOSS the options of a loss.",
+    ]
     return "\n".join(lines)
 
 

@@ -90,7 +90,7 @@ class Asker:
         return judged and (not self.needs_texts or self.records.answer(key) is not None)
 
     def _answer(self, answerer: Answerer, questions: list[Question], keys: list[str], positions: Sequence[int]) -> None:
-        kept = f"What was judged until now is in {self.records.path}: the same command goes on from there"
+        kept = f"The verdicts so far are in {self.records.path}: the same command continues from there"
         try:
             answers: Sequence[Answer | None] = answerer.answer([questions[i] for i in positions])
         except PartlyAnsweredError as error:
@@ -114,7 +114,7 @@ class Asker:
         try:
             verdicts = self.judge.judge(exchanges)
         except InputError as error:
-            kept = f"The verdicts until now are in {self.records.path}: the same command goes on from there"
+            kept = f"The verdicts so far are in {self.records.path}: the same command continues from there"
             raise InputError(f"{error}. {kept}") from error
         for i, verdict, answer in zip(positions, verdicts, answers, strict=True):
             assert answer is not None

@@ -1,4 +1,4 @@
-"""Adapters after training: alone, as peft has them, or added to the weights of their base model."""
+"""Export of trained adapters: alone, in peft's format, or merged into the weights of their base model."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def export_adapter(base: CausalLM, options: LoraOptions, state: dict[str, Tensor
     """Write the adapter alone to `folder`, in peft's layout: `PeftModel.from_pretrained` loads it on the base model.
 
     Args:
-        base: the model without adapters.
-        options: of the adapters.
-        state: trained parameters, with PiSSA and OLoRA their starts too.
-        folder: where to.
+        base: model without adapters.
+        options: options of the adapters.
+        state: trained parameters; with PiSSA and OLoRA also the frozen starts of the adapters.
+        folder: folder to write.
     """
     changes, state = _converted(options, state)
     whole = saved_parameters(base, options.saved_modules)
-    # An embedding and an LM head of one weight are written as two, which peft loads as such.
+    # peft loads an embedding and an LM head that share a weight as two modules, so both are written.
     named = [names for names, _ in parameters_with_names(base).values() if names[0] in whole]
     tensors = {stored_name(name): value for name, value in state.items() if is_adapter(name)}
     modules = set(options.saved_modules)
@@ -43,7 +43,7 @@ def export_adapter(base: CausalLM, options: LoraOptions, state: dict[str, Tensor
 
 
 def merged(base: CausalLM, options: LoraOptions, state: dict[str, Tensor]) -> CausalLM:
-    """`base` with the adapter of `state` added to its weights: a model without adapters."""
+    """Merge the adapter in `state` into the weights of `base`, and return a model without adapters."""
     changes, state = _converted(options, state)
     _untie_adapted(base, state)
     own = {name: value for name, value in state.items() if not is_adapter(name)}
@@ -54,10 +54,10 @@ def merged(base: CausalLM, options: LoraOptions, state: dict[str, Tensor]) -> Ca
 
 
 def _converted(options: LoraOptions, state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Turn adapters beside their starts, s·(B·A − B₀·A₀), into adapters of twice the rank, as peft's conversion does.
+    """Convert adapters with frozen starts, s·(B·A − B₀·A₀), into plain adapters of twice the rank, as peft does.
 
     Returns:
-        Changes of the configuration, and the state.
+        Changes of the configuration, and the converted state.
     """
     if options.init == "zero":
         return {}, state
@@ -74,7 +74,7 @@ def _converted(options: LoraOptions, state: dict[str, Tensor]) -> tuple[dict[str
             converted[name] = torch.cat([value, start])
         else:
             converted[name] = torch.cat([value, -start], dim=1)
-    # The factor alpha / r, or alpha / √r, stays.
+    # r doubles, so alpha grows with it: the factor alpha / r, or alpha / √r, must stay the same.
     alpha = options.alpha * (math.sqrt(2.0) if options.rslora else 2)
     return {"r": 2 * options.r, "lora_alpha": alpha}, converted
 
@@ -89,7 +89,7 @@ def _with_adapters(base: CausalLM, options: LoraOptions, state: dict[str, Tensor
 
 
 def _untie_adapted(base: CausalLM, state: dict[str, Tensor]) -> None:
-    """Give the LM head a weight of its own where it shares that of an embedding, and an adapter changes one of them."""
+    """Give the LM head its own copy of the embedding's weight, if they share it and an adapter changes one of them."""
     head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
     if head is None or head.weight is not embedding.weight:
         return

@@ -1,4 +1,4 @@
-"""A LoRA adapter that peft saved: read and checked, as the start of a policy and as a part of its reference."""
+"""Reading and checking of a LoRA adapter that peft saved: the start of a policy, and part of its reference."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from bdpo_pl.models.folder import check_links, file_digest
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-"""What peft puts before a name of the base model."""
+"""Prefix that peft adds to the names of the base model."""
 
-# Values with which the option of peft changes nothing; what else is given would not be carried over.
+# Values with which an option of peft has no effect. Any other value would be lost here, so it is refused.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bias": (None, "none"), "lora_bias": (None, False), "trainable_token_indices": (None, [], {}),
     "layer_replication": (None, []), "alora_invocation_tokens": (None, []), "use_qalora": (None, False),
     "use_bdlora": (None, False), "kasa_config": (None,), "velora_config": (None,), "arrow_config": (None,),
     "monteclora_config": (None,), "megatron_config": (None,),
 }  # fmt: skip
-# Starts that leave the base model's weights as they were.
+# Initialisations that do not change the base model's weights.
 _KEEPS_BASE = (None, True, False, "gaussian", "eva")
 
 
@@ -37,7 +37,7 @@ def read_config(folder: str) -> dict[str, Any]:
     if not (path / CONFIG).is_file():
         raise InputError(
             f"model.lora.adapter: no {CONFIG} in {folder!r} (looked from {Path.cwd()}); give the folder that peft's "
-            "save_pretrained wrote; one on the hub is fetched by `hf download NAME --local-dir FOLDER`"
+            "save_pretrained wrote; fetch an adapter from the hub with `hf download NAME --local-dir FOLDER`"
         )
     check_links(path)
     try:
@@ -65,7 +65,7 @@ class AdapterFolder:
     """The tensors of an adapter.
 
     Args:
-        folder: what peft's `save_pretrained` wrote.
+        folder: folder that peft's `save_pretrained` wrote.
 
     Raises:
         InputError: there are no weights in safetensors, or the file is damaged.
@@ -83,7 +83,7 @@ class AdapterFolder:
             self._file = safe_open(self._path, framework="pt")
         except (SafetensorError, OSError) as error:
             raise InputError(f"{self._path}: not a whole safetensors file ({error}); fetch or write it again") from None
-        # A base weight is saved beside an adapter of an embedding, and is the base model's own.
+        # With an adapter of an embedding, peft also saves the base weight, which the base model already has.
         self._unread = {key for key in self._file.keys() if ".base_layer." not in key}  # noqa: SIM118 - not a dict
 
     def __contains__(self, name: str) -> bool:

@@ -1,9 +1,10 @@
-"""What adapters start from: zero effect, the strongest part of a weight (PiSSA, OLoRA), or an adapter that is there.
+"""Initial values of adapters: no effect, the principal part of a weight (PiSSA, OLoRA), or an existing adapter.
 
-PiSSA and OLoRA take a part s·B₀·A₀ out of a weight W and train it: peft changes W to W − s·B₀·A₀. Here W stays as it
-is, and the policy computes W + s·(B·A − B₀·A₀), with A₀ and B₀ frozen beside A and B: the same product and the same
-gradients, but with the adapters off it is the original model, and before the first step it is that model exactly. It is
-also what peft's conversion makes of such an adapter, which is how it is exported.
+PiSSA and OLoRA take a part s·B₀·A₀ out of a weight W and train it: peft changes W to W − s·B₀·A₀. Here W is unchanged,
+and the policy computes W + s·(B·A − B₀·A₀), where A₀ and B₀ are frozen copies of the initial A and B. Product and
+gradients are the same as peft's. But the model without its adapters is the original model, and before the first step
+the model with them equals it exactly. peft's own conversion of such adapters has the same form, and they are exported
+in it.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ _MODULE = re.compile(r"\.lora_(?:A|B|magnitude_vector|embedding_A|embedding_B)\.
 
 
 class _DownFromStart(nn.Linear):
-    """A beside its frozen start: what enters becomes (A·x, A₀·x)."""
+    """A with its frozen start A₀: maps x to (A·x, A₀·x)."""
 
     start: nn.Parameter
 
     def forward(self, input: Tensor) -> Tensor:
-        """Compute both, one after the other in the last dimension."""
+        """Compute both products, concatenated along the last dimension."""
         return torch.cat([F.linear(input, self.weight), F.linear(input, self.start)], dim=-1)
 
 
 class _UpFromStart(_DownFromStart):
-    """B beside its frozen start: B·u − B₀·v, which is exactly zero where they are equal."""
+    """B with its frozen start B₀: maps (u, v) to B·u − B₀·v, exactly zero while A = A₀ and B = B₀."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute the difference."""
@@ -47,10 +48,10 @@ class _UpFromStart(_DownFromStart):
 
 
 def keep_starts(model: nn.Module) -> None:
-    """Give each adapter of `model`, of linear layers, a frozen second pair of matrices for its start.
+    """Give each adapter of `model` a frozen second pair of matrices, which hold its start.
 
     Raises:
-        InputError: some adapter is not of a linear layer.
+        InputError: an adapter belongs to a layer that is not linear.
     """
     from peft.tuners.lora.layer import Linear, LoraLayer
 
@@ -59,7 +60,7 @@ def keep_starts(model: nn.Module) -> None:
             continue
         if not isinstance(layer, Linear):
             raise InputError(
-                f"model.lora.init takes its start from linear layers, and {name} is a {type(layer).__name__}; "
+                f"model.lora.init starts from the weights of linear layers, but {name} is a {type(layer).__name__}; "
                 "set it to zero, or name other target_modules"
             )
         for part, kind in ((layer.lora_A, _DownFromStart), (layer.lora_B, _UpFromStart)):
@@ -75,7 +76,7 @@ class Start:
 
     Args:
         init: `zero`, `pissa`, `pissa_niter_N` or `olora`.
-        folder: an adapter to start from, in place of `init`.
+        folder: folder of an adapter to start from, instead of `init`.
 
     Raises:
         InputError: there is no such adapter.
@@ -87,16 +88,16 @@ class Start:
         self._last: tuple[str, tuple[Tensor, Tensor]] | None = None
 
     def value(self, model: nn.Module, name: str, shape: torch.Size, weight: Callable[[str], Tensor]) -> Tensor:
-        """Compute the whole value of the parameter `name`, of an adapter of `model`.
+        """Compute the whole value of the parameter `name`, which belongs to an adapter of `model`.
 
         Args:
-            model: with its adapters; it may be on the meta device.
-            name: of the parameter.
-            shape: of the parameter.
-            weight: gives the whole base weight of a name.
+            model: model with its adapters; it may be on the meta device.
+            name: name of the parameter.
+            shape: shape of the parameter.
+            weight: function that returns the whole base weight of a given name.
 
         Raises:
-            InputError: the rank is more than a weight has, or the adapter does not fit.
+            InputError: the rank of the adapters exceeds that of a weight, or the adapter in the folder does not fit.
         """
         if self.folder is not None:
             return self.folder.read(name, tuple(shape))
@@ -110,21 +111,21 @@ class Start:
             rank = shape[0] if ".lora_A." in name else shape[1]
             factors = _factors(self._init, self._base(model, name, weight), rank, layer.scaling["default"], module)
             self._last = module, factors
-        # Of its own: a matrix is trained in place, and its start must not move with it.
+        # A copy, because the matrix is trained in place and its start must not change with it.
         return self._last[1][0 if ".lora_A." in name else 1].clone()
 
     def _base(self, model: nn.Module, name: str, weight: Callable[[str], Tensor]) -> Tensor:
-        """The (out, in) weight beside the adapter's parameter `name`, in float32."""
+        """Return, in float32, the (out, in) base weight to which the adapter with the parameter `name` belongs."""
         module = _module_of(name)
         found = weight(f"{module}.base_layer.weight").detach().float()
         return found.T if model.get_submodule(module).fan_in_fan_out else found
 
 
 def noise_or_zero(name: str, shape: torch.Size) -> Tensor:
-    """Return what the adapter's matrix of this name starts from where it starts at zero effect.
+    """Return the initial value of an adapter's matrix called `name`, if the adapter starts without effect.
 
-    One of the two is zero; the other is noise as peft draws it, from a seed of its own name: the same on every rank and
-    however the model is split.
+    One of the two matrices is zero. The other is noise from peft's distribution. Its seed depends on its name, so the
+    values are the same on every rank, however the model is split.
     """
     value = torch.zeros(shape)
     seed = hashlib.sha256(f"{os.environ.get('PL_GLOBAL_SEED', 0)} {name}".encode()).digest()
@@ -137,11 +138,11 @@ def noise_or_zero(name: str, shape: torch.Size) -> Tensor:
 
 
 def _factors(init: str, weight: Tensor, rank: int, scaling: float, module: str) -> tuple[Tensor, Tensor]:
-    """Compute A₀ (r, in) and B₀ (out, r); B₀·A₀ is the strongest part of `weight`, of PiSSA that over s."""
+    """Compute A₀ (r, in) and B₀ (out, r): B₀·A₀ is the principal part of `weight`, with PiSSA divided by s."""
     if rank > min(weight.shape):
         raise InputError(
-            f"model.lora.r is {rank}, but {module} has a rank of at most {min(weight.shape)}, of which "
-            f"model.lora.init {init} takes its start; lower model.lora.r"
+            f"model.lora.r is {rank}, but model.lora.init {init} starts from the weight of {module}, whose rank is at "
+            f"most {min(weight.shape)}; lower model.lora.r"
         )
     if init == "olora":
         q, r = torch.linalg.qr(weight)
@@ -157,7 +158,7 @@ def _factors(init: str, weight: Tensor, rank: int, scaling: float, module: str) 
             vh = v.T
         root = s.sqrt()
         up, down, each = u * root, root[:, None] * vh, math.sqrt(scaling)
-    # The sign of a factor is the algorithm's choice; ranks must make the same one.
+    # The algorithm may return either sign of a factor, but all ranks must use the same one.
     sign = up.gather(0, up.abs().argmax(0, keepdim=True)).sign()
     return (down * sign.T / each).contiguous(), (up * sign / each).contiguous()
 

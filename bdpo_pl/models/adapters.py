@@ -1,7 +1,7 @@
-"""LoRA: small trainable matrices beside the policy's frozen weights; what it was before them is its reference.
+"""LoRA: small trainable matrices added to the policy's frozen weights; the model without them is the reference.
 
-The matrices are peft's, put into the model where its linear layers are; the model itself keeps its class, so everything
-that works on a model works on one with adapters.
+peft inserts the matrices into the linear layers of the model. The model keeps its class, so everything that works on a
+model also works on one with adapters.
 """
 
 from __future__ import annotations
@@ -32,27 +32,29 @@ class LoraOptions:
     """Low-rank adapters (arXiv:2106.09685), and QLoRA (arXiv:2305.14314) with `quantize: nf4`.
 
     Args:
-        r: rank of the adapters; default 16.
-        alpha: their output counts alpha / r times (alpha / √r with `rslora`); default twice the rank.
-        dropout: of what enters an adapter. Leave it at 0: the reference has none, and dropout adds noise to one side of
-            the comparison that the loss is made of.
-        target_modules: names of the layers that get an adapter; default `all-linear`, every linear layer but the LM
-            head, or none where `target_parameters` are given.
-        rslora: the rank-stabilised factor.
-        quantize: `nf4` holds the frozen weights in 4 bits, by bitsandbytes on a CUDA GPU; the reference is quantised
-            alike, the exported model is not.
-        adapter: folder of a LoRA adapter (of supervised fine-tuning, say) that training goes on from. The reference is
-            the model with that adapter, too. Rank, alpha and modules are the adapter's own.
-        dora: DoRA (arXiv:2402.09353), which trains the size of each row of a weight apart from its direction.
-        init: what the adapters start from. `zero`: no effect. `pissa` (arXiv:2404.02948; `pissa_niter_16` by a fast
-            approximate decomposition) and `olora` (arXiv:2406.01775): the strongest part of each weight.
-        lr_ratio: learning rate of the B matrices over that of all others (LoRA+, arXiv:2402.12354); default equal.
-        modules_to_save: names of modules trained whole beside the adapters, as `[embed_tokens, lm_head]`.
-        target_parameters: names of bare parameters that get an adapter, as the fused experts of a mixture,
-            `[mlp.experts.gate_up_proj, mlp.experts.down_proj]`.
+        r: rank of the adapters. Default: 16.
+        alpha: scale of the adapters' output, which is multiplied by alpha / r (alpha / √r with `rslora`). Default:
+            twice the rank.
+        dropout: dropout rate of an adapter's input. Leave it at 0: the reference has no dropout, so the noise would
+            affect only one side of the loss's comparison.
+        target_modules: names of the layers that get an adapter. Default: `all-linear`, every linear layer but the LM
+            head; none if `target_parameters` are given.
+        rslora: scale the adapters by the rank-stabilised factor, alpha / √r (arXiv:2312.03732).
+        quantize: quantisation of the frozen weights: `none`, or `nf4` (4 bits, by bitsandbytes on a CUDA GPU). The
+            reference is quantised in the same way; the exported model is not quantised.
+        adapter: folder of a LoRA adapter that training starts from, for example one from supervised fine-tuning. The
+            reference is the model with that adapter. Rank, alpha and modules are those of the adapter.
+        dora: train the norm of each row of a weight separately from its direction (DoRA, arXiv:2402.09353).
+        init: initial values of the adapters. `zero`: no effect. `pissa` (arXiv:2404.02948; `pissa_niter_16` by a fast
+            approximate decomposition) and `olora` (arXiv:2406.01775): the principal part of each weight.
+        lr_ratio: learning rate of the B matrices, divided by that of all others (LoRA+, arXiv:2402.12354); 1: equal.
+        modules_to_save: names of modules that are trained whole in addition to the adapters, for example
+            `[embed_tokens, lm_head]`.
+        target_parameters: names of parameters without a module of their own that get an adapter, for example the fused
+            experts of a mixture: `[mlp.experts.gate_up_proj, mlp.experts.down_proj]`.
 
     Raises:
-        InputError: a value out of range, or options that contradict each other.
+        InputError: a value is out of range, or options contradict each other.
     """
 
     r: int | None = None
@@ -117,7 +119,7 @@ class LoraOptions:
 
     @property
     def described(self) -> str:
-        """What is trained, in a few words."""
+        """Short description of what is trained, for messages."""
         if self.adapter is not None:
             assert self._config is not None
             return f"LoRA of rank {self._config['r']}, alpha {self._config['lora_alpha']}, from an adapter"
@@ -135,20 +137,20 @@ class LoraOptions:
 
     @property
     def keeps_tied(self) -> bool:
-        """Whether an adapter says that an embedding and an LM head of one weight stay so."""
+        """True if the adapter's configuration keeps the shared weight of embedding and LM head shared."""
         return self._config is not None and bool(self._config.get("ensure_weight_tying"))
 
     def digest(self) -> str | None:
-        """Return a digest of the adapter's files; None without."""
+        """Return a digest of the adapter's files; None if training starts from no adapter."""
         return None if self.adapter is None else adapter_digest(self.adapter)
 
     def to_saved(self) -> dict[str, Any]:
-        """Return what a checkpoint holds of the options, from which `from_saved` makes them again."""
+        """Return the options as a checkpoint holds them; `from_saved` restores them."""
         return {"lora": asdict(self), "adapter_config": self._config}
 
     @classmethod
     def from_saved(cls, lora: dict[str, Any], adapter_config: dict[str, Any] | None = None) -> LoraOptions:
-        """Make the options of a checkpoint, for which an adapter's folder need not be there any more."""
+        """Restore the options from a checkpoint. The folder of an adapter need not exist any more."""
         options = cls(**{**lora, "adapter": None})
         if adapter_config is not None:
             vars(options).update(lora)
@@ -156,7 +158,7 @@ class LoraOptions:
         return options
 
     def config(self, model: CausalLM, **changes: object) -> Any:
-        """Return peft's configuration of the adapters, as they go into `model`."""
+        """Return peft's configuration of the adapters for `model`."""
         peft = peft_package()
         if self._config is not None:
             of_the_file = {"auto_mapping", "peft_version", "peft_type"}
@@ -170,7 +172,7 @@ class LoraOptions:
             given = {**self._config, "init_lora_weights": True, "inference_mode": False, "modules_to_save": None}
             given |= {"lora_dropout": self.dropout, "ensure_weight_tying": False, **changes}
             return peft.LoraConfig(**{name: value for name, value in given.items() if name in fields})
-        # Adapters of what text never reaches would get no gradient.
+        # Adapters of layers that text never reaches would get no gradient.
         excluded = sorted({name.rpartition(".")[0] for name in unreached(model)})
         given = {
             "r": self.r,
@@ -188,10 +190,10 @@ class LoraOptions:
 
 
 def quantization_config(options: LoraOptions | None) -> Any:
-    """What transformers is told of the frozen weights' quantisation; None: there is none.
+    """Return transformers' configuration for quantising the frozen weights; None without quantisation.
 
     Raises:
-        InputError: it needs bitsandbytes and a CUDA GPU, and one is missing.
+        InputError: there is no CUDA GPU, or bitsandbytes is not installed.
     """
     if options is None or options.quantize == "none":
         return None
@@ -215,7 +217,7 @@ def quantization_config(options: LoraOptions | None) -> Any:
 
 
 def add_adapters(model: CausalLM, options: LoraOptions) -> CausalLM:
-    """Put adapters into `model`, in place, where it has none yet, and freeze everything else.
+    """Add adapters to `model`, in place, unless it has some already, and freeze all weights that are not trained.
 
     Raises:
         InputError: peft is not installed, or the adapters do not fit the model.
@@ -236,9 +238,9 @@ def add_adapters(model: CausalLM, options: LoraOptions) -> CausalLM:
 
 
 def attach_adapters(model: CausalLM, options: LoraOptions) -> None:
-    """Put adapters into `model`, in place, with the values that they start from.
+    """Add adapters to `model`, in place, with their initial values.
 
-    On the meta device the values are left to `Start.value`.
+    On the meta device there are no values; `Start.value` computes them later.
 
     Raises:
         InputError: peft is not installed, or the adapters do not fit the model.
@@ -246,7 +248,7 @@ def attach_adapters(model: CausalLM, options: LoraOptions) -> None:
     try:
         peft_package().inject_adapter_in_model(options.config(model), model)
     except ValueError as error:
-        # peft says which of the names of layers and parameters the model does not have.
+        # peft's message names the layers or parameters that the model lacks.
         where = "adapter" if options.adapter else "target_modules"
         value = options.adapter or options.target_modules
         raise InputError(f"model.lora.{where} {value!r}: {error}") from error
@@ -261,11 +263,11 @@ def attach_adapters(model: CausalLM, options: LoraOptions) -> None:
         for names, parameter in parameters_with_names(model).values():
             name = names[0]
             if is_adapter(name):
-                # Adapters are small, and their updates are lost in half precision.
+                # In half precision, updates would be lost; adapters are small enough for float32.
                 parameter.data = parameter.data.float()
             if parameter.is_meta:
                 continue
-            # peft takes the sizes of quantised weights itself.
+            # peft computes the magnitudes of quantised weights itself.
             by_peft = quantised and start.folder is None and ".lora_magnitude_vector." in name
             if is_adapter(name) and not by_peft:
                 parameter.copy_(start.value(model, name, parameter.shape, model.get_parameter))
@@ -281,12 +283,12 @@ def attach_adapters(model: CausalLM, options: LoraOptions) -> None:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether the parameter of this name belongs to an adapter."""
+    """Return true if the parameter called `name` belongs to an adapter."""
     return _ADAPTER.search(name) is not None
 
 
 def base_name(name: str) -> str:
-    """The name that a parameter has in the model without adapters."""
+    """Return the name that the parameter `name` has in the model without adapters."""
     return name.replace(".base_layer", "")
 
 

@@ -12,8 +12,8 @@ from bdpo_pl.models.causal_lm import CausalLM, ModelConfig
 def auto_class(config: ModelConfig) -> Any:
     """Return the class of transformers that loads a language model of `config` whole.
 
-    A model that was saved as one of images and text is loaded as one, although it will read text alone: loaded as a
-    language model alone, it would be exported without its vision tower.
+    A vision-language model is loaded as one, although only its language model is used: otherwise it would be exported
+    without its vision tower.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import (

@@ -1,4 +1,4 @@
-"""A policy with adapters as it was before training: its own reference."""
+"""The state of a policy with adapters before training, which is its own reference."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bdpo_pl.models.causal_lm import CausalLM
 
 @contextmanager
 def adapters_off(model: CausalLM) -> Iterator[CausalLM]:
-    """While open, `model` computes as if it had no adapters."""
+    """Switch the adapters of `model` off while the context is open."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
@@ -28,14 +28,14 @@ def adapters_off(model: CausalLM) -> Iterator[CausalLM]:
 
 
 class BeforeTraining:
-    """A policy with adapters as it was before training, which is its reference.
+    """The state of a policy with adapters before training, which is its reference.
 
-    New adapters are switched off. What was there before, an adapter that training goes on from or a module trained
-    whole, is kept in a copy, which takes the place of the trained values.
+    New adapters are switched off. Trained weights that existed before training (an adapter that training starts from,
+    or a module that is trained whole) are replaced by a copy of their initial values.
 
     Args:
-        model: the policy, not trained yet.
-        options: of its adapters.
+        model: policy before training.
+        options: options of its adapters.
     """
 
     def __init__(self, model: CausalLM, options: LoraOptions) -> None:
@@ -48,7 +48,7 @@ class BeforeTraining:
 
     @contextmanager
     def of(self, model: CausalLM) -> Iterator[CausalLM]:
-        """While open, `model` is as it was."""
+        """Put `model` back into its state before training while the context is open."""
         trained = {name: model.get_parameter(name) for name in self._kept}
         self._exchange(trained)
         try:
@@ -65,5 +65,5 @@ class BeforeTraining:
             kept: Tensor = self._kept[name].to(parameter.device)
             self._kept[name], parameter.data = parameter.data, kept
         if trained:
-            # Autocast keeps the casts of trained weights, and would multiply by those of the other values.
+            # Autocast caches the cast copies of trained weights, and would go on using those of the exchanged values.
             torch.clear_autocast_cache()

@@ -1,7 +1,7 @@
-"""The models of transformers as the type checker sees them: the attributes of theirs that this project uses.
+"""Types for the models of transformers: the attributes that this project uses.
 
-mypy skips transformers, so a class of theirs would count as Any. Annotated with these, a misspelled attribute, a wrong
-type or a forgotten None is an error of `make lint`. No object is ever made of them.
+mypy skips transformers, so its classes would count as Any. With these types, `make lint` finds a misspelled attribute,
+a wrong type or a forgotten None. They are never instantiated.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class ModelConfig(Protocol):
-    """A configuration of transformers; that of a model with other parts holds its language model's.
+    """A configuration of transformers. A vision-language model's contains the configuration of its language model.
 
     Attributes that only some architectures have are read with `getattr` and a default.
     """

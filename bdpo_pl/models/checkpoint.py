@@ -1,4 +1,4 @@
-"""Loading of a trained policy: from a checkpoint or a whole state to a plain model of transformers."""
+"""Loading of a trained policy, from a checkpoint or from whole weights, as a plain model of transformers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PREFIX = "policy."
 def plain_model(
     source: ModelSource, dtype: torch.dtype, state: dict[str, Tensor], lora: LoraOptions | None
 ) -> CausalLM:
-    """Return a model of transformers on the CPU with the weights of `state` (of `whole_state`), adapters merged."""
+    """Return a model of transformers on the CPU with the weights in `state` (from `whole_state`), adapters merged."""
     if lora is not None:
         return merged(load_model(source, dtype), lora, state)
     with torch.device("meta"):
@@ -66,7 +66,7 @@ def checkpoint_model(path: Path, source: ModelSource, dtype: torch.dtype) -> Cau
     lora = saved["bdpo_pl"]["lora"]
     if lora is not None:
         return plain_model(source, dtype, state, LoraOptions.from_saved(lora, saved["bdpo_pl"].get("adapter_config")))
-    # A whole model is loaded, because no checkpoint holds the positions' frequencies and the generation settings.
+    # A whole model is loaded, because no checkpoint holds the rotary frequencies and the generation settings.
     model = load_model(source, dtype)
     found = model.load_state_dict(state, strict=False)
     left = set(found.missing_keys) - set(getattr(model, "all_tied_weights_keys", ())) - unreached(model)

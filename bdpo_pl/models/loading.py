@@ -45,7 +45,7 @@ class ModelSource:
 
     @property
     def location(self) -> dict[str, Any]:
-        """The arguments of `from_pretrained` that say where the model is."""
+        """Arguments of `from_pretrained` that locate the model."""
         file = gguf_file(self.name)
         place = {"pretrained_model_name_or_path": self.name} if file is None else {
             "pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name
@@ -66,10 +66,10 @@ def load_tokenizer(source: ModelSource) -> TokenizerLike:
         tokenizer = AutoTokenizer.from_pretrained(**source.location)
     except Exception as error:  # missing, gated, malformed, code refused: all mean that there is no tokenizer
         raise InputError(f"cannot load a tokenizer from {source.name!r}: {_reason(error)}") from error
-    # Without any files, transformers makes an empty tokenizer.
+    # Without tokenizer files, transformers makes an empty tokenizer.
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise InputError(
-            f"{source.name} has no tokenizer: without its files transformers makes one that knows no text; copy "
+            f"{source.name} has no tokenizer: transformers would make an empty one that cannot read text; copy "
             "tokenizer.json and tokenizer_config.json into the folder, or name another folder with data.tokenizer"
         )
     return tokenizer
@@ -179,9 +179,10 @@ def processor_files(source: ModelSource) -> list[Path]:
 
 
 def hold_products_in(model: nn.Module, dtype: torch.dtype) -> None:
-    """Hold the weights of linear layers in `dtype`, in which autocast multiplies them: half the memory, equal values.
+    """Store the weights of linear layers in `dtype`, the dtype of autocast: half the memory, the same results.
 
-    A weight that an embedding shares stays as it is, since autocast leaves embeddings alone; so does everything else.
+    All other weights keep their dtype, also those that a linear layer shares with an embedding, because autocast does
+    not cast embeddings.
     """
     shared: dict[int, int] = {}
     for module in model.modules():
@@ -237,7 +238,7 @@ def resolve_dtype(name: DTypeName, precision: str) -> torch.dtype:
 
 
 def num_positions(config: ModelConfig) -> int | None:
-    """Return the number of positions of the model; None if its configuration names no limit."""
+    """Return the maximum number of positions of the model; None if its configuration sets no limit."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 

@@ -1,4 +1,4 @@
-"""Modules that are trained whole beside adapters: peft's `modules_to_save`."""
+"""Modules that are trained whole in addition to adapters: peft's `modules_to_save`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from bdpo_pl.models.tied import parameters_with_names
 
 
 def saved_parameters(model: nn.Module, modules: list[str]) -> set[str]:
-    """Return the names of the parameters, every name of a tied one, of the modules whose names end in one of `modules`.
+    """Return the names of the parameters in the modules whose names end in one of `modules`.
+
+    A tied parameter is returned with all its names.
 
     Raises:
         InputError: there is no such module, it holds adapters, or its weights are quantised.
@@ -22,8 +24,8 @@ def saved_parameters(model: nn.Module, modules: list[str]) -> set[str]:
         parts = [(name, p) for module in matched for name, p in module.named_parameters()]
         if not parts or any(".lora_" in f".{name}" or not p.is_floating_point() for name, p in parts):
             raise InputError(
-                f"model.lora.modules_to_save names {wanted!r}, which no module of plain weights ends in: it is "
-                "unknown, quantised, or has an adapter"
+                f"model.lora.modules_to_save names {wanted!r}, but no module with such a name and plain weights was "
+                "found: it is unknown, quantised, or has an adapter"
             )
         found |= {id(p) for _, p in parts}
     return {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in found}

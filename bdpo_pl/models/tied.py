@@ -1,4 +1,4 @@
-"""Weights that several modules share, as an embedding and an LM head: one parameter with several names."""
+"""Weights that several modules share, such as an embedding and an LM head: one parameter with several names."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A model without memory is given its weights from safetensors files: this rank's part of each, or all of them mapped.
+"""Filling a model on the meta device with weights from safetensors files: this rank's part of each, or all, mapped.
 
-Weights of files that are mapped are read from the pages that the operating system keeps of a file, which all processes
-of a machine share. A weight that is held in another dtype than it is stored in is a copy of its own.
+Mapped weights stay in the operating system's page cache of the file, which all processes of a machine share. A weight
+whose dtype differs from that in the file is copied in each process.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from bdpo_pl.parallel.weight_files import WeightFiles
 
 @dataclass(frozen=True)
 class MappedModel:
-    """A frozen model on the CPU, whose weights are those of its files.
+    """A frozen model on the CPU whose weights are mapped from its files.
 
     Attributes:
         model: the model.
         shared: bytes that all processes of a machine share.
-        copied: bytes that each process holds by itself, being stored in another dtype or in parts.
+        copied: bytes that each process holds separately, because the file has another dtype or stores them in parts.
     """
 
     model: CausalLM
@@ -38,7 +38,7 @@ class MappedModel:
 
 
 def mapped_model(source: ModelSource, dtype: torch.dtype, products: torch.dtype | None = None) -> MappedModel:
-    """Build the model of `source` for reading alone, its weights mapped from its files.
+    """Build the model of `source` for inference only, with weights mapped from its files.
 
     Args:
         source: location of a model in safetensors files.
@@ -61,7 +61,7 @@ def mapped_model(source: ModelSource, dtype: torch.dtype, products: torch.dtype 
         fill(model, files, cpu, None)
         for names, parameter in parameters_with_names(model).values():
             size = parameter.numel() * parameter.element_size()
-            # What is stored as it is held is not copied.
+            # A weight that the file stores in the same dtype is not copied.
             if files.stored_dtype(names) == parameter.dtype:
                 shared += size
             else:
@@ -74,10 +74,10 @@ def fill(model: nn.Module, files: WeightFiles, device: torch.device, start: Star
     """Give every parameter and stored buffer its local part of the weights; tied ones remain one tensor.
 
     Args:
-        model: without weights, with its adapters.
-        files: of the base model.
-        device: of the parts.
-        start: of the adapters, if there are any.
+        model: model without weights, with its adapters.
+        files: weight files of the base model.
+        device: device of the parts.
+        start: initial values of the adapters, if there are any.
     """
     shapes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
     aliases: dict[int, list[str]] = {}
@@ -98,14 +98,14 @@ def fill(model: nn.Module, files: WeightFiles, device: torch.device, start: Star
 
 
 def _stored(files: WeightFiles, names: list[str], shape: torch.Size) -> Callable[[tuple[slice, ...]], Tensor]:
-    """Read a part of the base model's tensor of one of `names`."""
+    """Return a function that reads a part of the base model's tensor stored under one of `names`."""
     return lambda ranges: files.read([base_name(name) for name in names], tuple(shape), ranges)
 
 
 def _started(
     model: nn.Module, files: WeightFiles, names: list[str], shapes: dict[str, torch.Size], start: Start
 ) -> Callable[[tuple[slice, ...]], Tensor] | None:
-    """Read a part of a tensor that adapters bring with them; None for a tensor that is the base model's."""
+    """Return a function that reads a part of an adapter's tensor; None if the tensor belongs to the base model."""
     name = names[0]
 
     def whole(base: str) -> Tensor:
@@ -122,7 +122,7 @@ def _started(
 
 def compute_buffers(model: CausalLM, device: torch.device) -> None:
     """Fill the buffers that no file stores (those of rotary embeddings) by the model's own initialisation."""
-    # All tensors are marked as initialised, because an embedding with a scale would otherwise draw new weights too.
+    # All tensors are marked as initialised; otherwise an embedding with a scale would get new random weights too.
     for tensor in (*model.parameters(), *model.buffers()):
         tensor._is_hf_initialized = True  # type: ignore[attr-defined]
     for module in model.modules():

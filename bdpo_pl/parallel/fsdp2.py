@@ -76,7 +76,7 @@ class ShardedStrategy(ModelParallelStrategy):
         super().setup_environment()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return what is trained, and adapters' starts, so that a frozen base is not gathered only to be left out."""
+        """Return the trained weights and the adapters' starts. A frozen base is not gathered: checkpoints omit it."""
         assert self.model is not None
         options = StateDictOptions(
             full_state_dict=not self._save_distributed_checkpoint, cpu_offload=True, ignore_frozen_params=True
@@ -171,5 +171,5 @@ def _blocks(model: CausalLM) -> list[nn.Module]:
     names = set(model._no_split_modules or ())
     blocks = [module for module in model.modules() if type(module).__name__ in names]
     if not blocks:
-        raise InputError(f"{type(model).__name__} does not say what its blocks are, so it cannot be sharded by them")
+        raise InputError(f"{type(model).__name__} does not name its blocks, so it cannot be sharded by them")
     return blocks

@@ -56,8 +56,8 @@ def whole_state(model: nn.Module, trained_only: bool) -> dict[str, Tensor]:
     The result is complete on rank 0, and may be empty on other ranks. All ranks call this function.
 
     Args:
-        model: whole or split.
-        trained_only: only what is trained, and what adapters started from where it is kept.
+        model: model, whole or split.
+        trained_only: return only trained weights, and the starts of adapters if the model keeps them.
     """
     if dist.is_available() and dist.is_initialized():
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
@@ -68,7 +68,7 @@ def whole_state(model: nn.Module, trained_only: bool) -> dict[str, Tensor]:
 
 
 def adapter_starts(model: nn.Module) -> dict[str, Tensor]:
-    """Return what the adapters of `model` started from where it is kept, whole and on the CPU. All ranks call this."""
+    """Return the starts that the adapters of `model` keep, if any, whole and on the CPU. All ranks call this."""
     found = {name: p.detach() for name, p in model.named_parameters() if name.endswith(START)}
     return {name: (p.full_tensor() if isinstance(p, DTensor) else p).cpu() for name, p in found.items()}
 

@@ -27,8 +27,8 @@ from bdpo_pl.models.causal_lm import CausalLM, Head, ModelConfig
 ARCHITECTURES = ("cohere", "granite", "llama", "ministral3", "mistral", "qwen2", "qwen3", "smollm3")
 """Model types for which a test shows that the split model equals the whole, in log-probabilities and gradients."""
 
-# transformers' own names for the ways to split a weight, as far as these architectures use them. A norm of single heads
-# is whole on every rank, but sees that rank's heads alone, so its gradient is summed.
+# transformers' names for the ways to split a weight, as far as these architectures use them. A norm over single heads
+# is whole on every rank, but reads only that rank's heads, so its gradient is summed.
 _STYLES: dict[str, Any] = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
 _NORM_OF_HEADS = "replicated_with_grad_allreduce"
 _LAYERS = "layers.*."
@@ -39,7 +39,7 @@ def check_tensor_parallel(config: ModelConfig, size: int, name: str) -> None:
     if config.model_type not in ARCHITECTURES:
         raise InputError(
             f"tensor_parallel_size is {size}, but {name} is a {config.model_type} model, and only "
-            f"{', '.join(ARCHITECTURES)} can be split so; set it to 1 to shard the model by FSDP2 instead"
+            f"{', '.join(ARCHITECTURES)} can be split this way; set it to 1 to shard the model by FSDP2 instead"
         )
     for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         if getattr(config, key) % size:

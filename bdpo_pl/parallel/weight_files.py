@@ -48,7 +48,7 @@ class WeightFiles:
         else:
             raise InputError(
                 f"{name} has neither {_SINGLE} nor {_INDEX}: sharded loading reads safetensors files; "
-                "save the model anew with save_pretrained"
+                "save the model again with save_pretrained"
             )
 
     @classmethod
@@ -61,8 +61,8 @@ class WeightFiles:
         check_folder(source.name)
         if gguf_file(source.name) is not None:
             raise InputError(
-                f"{source.name} is a GGUF file, of which no part can be read alone; train it with ddp or on one "
-                "device, or load it with transformers, save_pretrained, and name that folder"
+                f"{source.name} is a GGUF file, which cannot be read in parts; train it with ddp or on one device, or "
+                "load it with transformers, save it with save_pretrained, and name that folder"
             )
         folder = Path(source.name).expanduser()
         if not folder.is_dir():
@@ -80,9 +80,8 @@ class WeightFiles:
     def take_names_of(self, model: CausalLM) -> None:
         """Map the names of `model`'s tensors to the stored ones.
 
-        transformers renames or joins some tensors on loading.
-
-        Vision-language models are stored under older names, and mixtures of experts with one tensor for each expert.
+        transformers renames or joins some tensors on loading: files of vision-language models may have older names, and
+        files of mixtures of experts one tensor for each expert.
 
         Args:
             model: model whose names are used; it may be on the meta device.

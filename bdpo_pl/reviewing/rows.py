@@ -1,4 +1,4 @@
-"""Rows that wait for a person's word, saved after each."""
+"""Rows that a person labels or completes, saved after each answer."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class ReviewFile:
     """A JSONL file whose rows get a `label` or a `chosen`.
 
     Args:
-        path: of the file.
+        path: path of the file.
 
     Attributes:
-        kind: what the rows get.
-        rows: as in the file, with all their fields.
+        kind: field that the rows get, `label` or `chosen`.
+        rows: rows of the file, with all their fields.
 
     Raises:
         InputError: the file cannot be read, or its rows are of neither kind.

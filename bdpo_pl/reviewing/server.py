@@ -29,7 +29,7 @@ _HEADERS = {
 
 
 def make_server(file: ReviewFile, port: int = 0) -> tuple[ThreadingHTTPServer, str]:
-    """A server on the loopback address, and the link to its page.
+    """Make a server on the loopback address; return it and the link to its page.
 
     Args:
         file: the rows.
@@ -94,7 +94,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._json(200, {"left": self.file.left})
 
     def _allowed(self) -> str | None:
-        """The path asked for, if the request comes from who has the link; else None, and it is refused."""
+        """Return the requested path if the request has the token of the link; otherwise refuse it and return None."""
         asked = urlsplit(self.path)
         token = parse_qs(asked.query).get("token", [""])[0] or self.headers.get("X-Token", "")
         if self.headers.get("Host") != self.host or not hmac.compare_digest(token.encode(), self.token.encode()):

@@ -36,8 +36,8 @@ class ScoreCache:
     Args:
         root: folder that holds the caches of all keys.
         key: everything that the scores depend on, as plain JSON values; `Reference` in `reference.py` collects it.
-        num_pairs: pairs in the table.
-        chunk_pairs: pairs in a chunk.
+        num_pairs: number of pairs in the table.
+        chunk_pairs: number of pairs in a chunk.
 
     Raises:
         InputError: the folder cannot be written.
@@ -56,7 +56,7 @@ class ScoreCache:
         except OSError as error:
             raise InputError(
                 f"the score cache {self.folder} cannot be written ({error.strerror}); "
-                "set scoring.cache_dir or $BDPO_PL_CACHE to a folder that can"
+                "set model.scoring.cache_dir or $BDPO_PL_CACHE to a folder that can"
             ) from None
 
     @property
@@ -98,7 +98,7 @@ class ScoreCache:
         if proof["checksum"] != _checksum(arrays):
             raise ValueError("its contents do not match its checksum")
         if not np.array_equal(arrays.pop("pair_index"), self.indices(chunk)):
-            raise ValueError("it holds other rows than its name says")
+            raise ValueError("its rows do not match its file name")
         return ScoreTable(**arrays)
 
 

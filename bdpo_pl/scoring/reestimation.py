@@ -48,7 +48,7 @@ class Reestimation:
         if not (loss.needs_comprehension and options.comprehension):
             raise InputError(
                 f"model.reestimate_every is set, but {type(loss).__name__} as configured reads no comprehension; "
-                "remove the option or take a loss that does (BalancedDPOLoss: turn the balance on)"
+                "remove the option or choose a loss that does (BalancedDPOLoss: turn the balance on)"
             )
         # With sharded weights, every forward pass needs every rank.
         if not machine.whole_policy:

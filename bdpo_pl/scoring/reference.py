@@ -1,4 +1,4 @@
-"""The frozen reference of a run: its scores computed once before training, or the model kept in memory, or none."""
+"""The frozen reference of a run: scores computed once before training, a model kept in memory, or no reference."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ ReferenceChoice = Literal["auto", ReferenceMode]
 
 
 class AdaptedPolicy(Protocol):
-    """A policy with adapters, which as it was before training is its own reference.
+    """A policy with adapters. Its state before training is the reference, so no second model is needed.
 
     Attributes:
-        row_layout: how it reads pairs.
-        lora: its adapters; where they go on from one that was there, that is a part of the reference.
-        quantization: name of the quantisation of its frozen weights, if any.
+        row_layout: layout in which the policy reads pairs.
+        lora: options of the adapters. An adapter that training starts from is part of the reference.
+        quantization: name of the quantisation of the frozen weights, if any.
     """
 
     lora: LoraOptions | None
@@ -56,20 +56,20 @@ class AdaptedPolicy(Protocol):
     def row_layout(self) -> RowLayout: ...  # noqa: D102
 
     def base_model(self, dtype: torch.dtype, device: torch.device) -> CausalLM:
-        """Load the model as it is before training: once, and handed on to the policy."""
+        """Load the model in its state before training. It is loaded once, and the policy then trains the same model."""
 
     def before_training(self) -> AbstractContextManager[Any]:
-        """The policy in training as it was before, while the context is open."""
+        """Put the policy back into its state before training, while the context is open."""
 
 
 def choose_mode(choice: ReferenceChoice, loss: PreferenceLoss, given: bool, moves: bool = False) -> ReferenceMode:
     """Return the mode for `choice`; with `auto`, pairs are scored only if something reads the scores.
 
     Args:
-        choice: a mode, or `auto`.
-        loss: the loss.
-        given: whether the user named a reference model, and so wants its scores.
-        moves: the reference follows the policy, so that scores do not hold.
+        choice: mode, or `auto`.
+        loss: loss of the run.
+        given: true if the user named a reference model, and so wants its scores.
+        moves: true if the reference follows the policy, so that scores computed before training become invalid.
     """
     if choice != "auto":
         return choice
@@ -82,17 +82,15 @@ class Reference:
     """Scores of the frozen reference model for the pairs of each split.
 
     Args:
-        source: the reference model.
-        mode: `precomputed`: score every pair once, before the policy is loaded, and cache it; `live`: keep the model
-            in memory and score each batch; `none`: no reference, for losses that need none.
-        dtype: of its weights; the policy's own gives a log-ratio of exactly zero at the start.
-        options: of the scoring pass.
-        prefix_sharing: whether a prompt is read once for all that follows it; see `choose_layout`.
-        adapted: the policy, where the reference is that as it was before training: no second model is loaded.
-        load: gives the policy's model before it is trained, if that is the reference: it is loaded once for both.
-
-    Raises:
-        InputError: an unknown mode.
+        source: reference model.
+        mode: `precomputed`: score every pair once, before the policy is loaded, and cache the scores; `live`: keep the
+            model in memory and score each batch; `none`: no reference, for losses that need none.
+        dtype: dtype of the weights. With the policy's own dtype, the log-ratio is exactly zero at the start.
+        options: options of the scoring pass.
+        prefix_sharing: whether a prompt is read once for all responses that follow it; see `choose_layout`.
+        adapted: policy with adapters whose state before training is the reference, so that no second model is loaded.
+        load: function that loads the policy's model before training, if that model is the reference too. It is loaded
+            once for both.
     """
 
     def __init__(
@@ -130,7 +128,7 @@ class Reference:
         if loss.needs_comprehension and not self.options.comprehension:
             raise InputError(
                 f"{name} needs comprehension, and model.scoring.comprehension is false; set it to true, "
-                "or take a loss that reads none (BalancedDPOLoss: turn the balance off)"
+                "or choose a loss that does not read it (BalancedDPOLoss: turn the balance off)"
             )
         if self.mode == "live" and loss.needs_all_pairs:
             raise InputError(
@@ -147,7 +145,7 @@ class Reference:
             )
 
     def prepare(self, machine: Machine, splits: PreferenceSplits, loss: PreferenceLoss) -> None:
-        """Score every split, if that was not done yet (`precomputed`), or load the model (`live`)."""
+        """Score every split unless that is done already (`precomputed`), or load the model (`live`)."""
         self._splits, self._loss = splits, loss
         if self.mode == "live" and self._model is None and self._adapted is None:
             self._model = self._load(machine)
@@ -176,7 +174,7 @@ class Reference:
         loss.prepare(table_scores(splits.tables["train"], self._scores["train"]))
         for name, value in loss.state_dict().items():
             rank_zero_info(f"{type(loss).__name__}: {name} is {value:.4g}, found from the training pairs")
-        # The last references to the model, whose memory training needs.
+        # Training needs the model's memory: drop the last Python references to it.
         del score
         load.cache_clear()
         layout.cache_clear()
@@ -186,7 +184,7 @@ class Reference:
 
     @property
     def model(self) -> CausalLM | None:
-        """The live model; None where there is none of its own."""
+        """The live model; None if the mode is not `live`, or if the policy serves as its own reference."""
         return self._model
 
     def scores(self, split: str, pair_index: Tensor) -> SplitScores:
@@ -225,7 +223,7 @@ class Reference:
 
     @contextmanager
     def _live(self) -> Iterator[tuple[CausalLM, RowLayout]]:
-        """The model in memory: the reference, or the policy as it was before training."""
+        """Yield the model in memory and its layout: the reference, or the policy in its state before training."""
         if self._adapted is None:
             assert self._model is not None
             assert self.layout is not None
@@ -235,9 +233,9 @@ class Reference:
                 yield model, self._adapted.row_layout
 
     def _load(self, machine: Machine) -> CausalLM:
-        """Load the model onto the device that scores; if the policy is split, split over all devices."""
+        """Load the model onto the device that scores. If the policy is split, split the model over all devices too."""
         if machine.together:
-            # By FSDP2 alone, also under tensor parallelism: each rank computes whole layers, as a single device does.
+            # FSDP2 alone, even under tensor parallelism: each rank computes whole layers, as a single device does.
             half = half_products(machine.precision) if machine.world_size > 1 else None
             mesh = init_device_mesh(machine.device.type, (machine.world_size, 1), mesh_dim_names=(DATA, TENSOR))
             # FSDP2 casts every weight before it multiplies, so the reference can be held in the dtype of its products.
@@ -250,7 +248,7 @@ class Reference:
         products = autocast_dtype(machine.precision) if self.mode == "precomputed" else None
         alone = self.mode == "precomputed" and machine.world_size == 1
         if self._load_policy is not None and products is None and alone:
-            # Not frozen, for it is trained next.
+            # It is trained next, so it is not frozen.
             return self._load_policy(self.dtype, machine.device).eval().to(machine.device)
         if machine.world_size > 1 and (shared := self._mapped(products)) is not None:
             return frozen(shared, machine.device)
@@ -260,21 +258,25 @@ class Reference:
         return frozen(model, machine.device)
 
     def _mapped(self, products: torch.dtype | None) -> CausalLM | None:
-        """The model with the weights of its files, one copy for the processes of a machine; None where it cannot be."""
+        """Map the model's weights from its files, one copy for all processes of a machine; None if that fails."""
         try:
             found = mapped_model(self.source, self.dtype, products)
-        except Exception as error:  # whatever hinders it, the plain way of loading works or says why not
-            rank_zero_info(f"Each process holds the reference by itself: {first_line(error)}")
+        except Exception as error:  # plain loading comes next: it works, or its error says why not
+            rank_zero_info(f"Each process holds its own copy of the reference: {first_line(error)}")
             return None
         rank_zero_info(
             f"Reference: {size(found.shared)} are mapped from its files, one copy for all processes of a machine"
-            + (f"; {size(found.copied)} more in each, stored in another dtype or in parts" if found.copied else "")
+            + (
+                f"; each process holds {size(found.copied)} more, which the files store in another dtype or in parts"
+                if found.copied
+                else ""
+            )
         )
         return found.model
 
     @property
     def _adapter(self) -> LoraOptions | None:
-        """The adapter that is a part of the reference, if there is one."""
+        """The adapter that is part of the reference, if there is one."""
         lora = None if self._adapted is None else self._adapted.lora
         return lora if lora is not None and lora.adapter is not None else None
 
@@ -302,7 +304,7 @@ class Reference:
         assert self._splits is not None
         return {
             "format": 2,
-            # Token ids, boundaries and null prompt, the results of template, truncation and tokenizer.
+            # Token ids, boundaries and null prompt: they result from template, truncation and tokenizer.
             "pairs": table.content_digest(),
             "template": self._splits.chat_template,
             "truncation": repr(self._splits.truncation),
@@ -319,7 +321,7 @@ class Reference:
             "transformers": transformers.__version__,
             "comprehension": self.options.comprehension,
             "hsic": self._hsic(),
-            # Left out where there is none: scores of earlier versions stay good.
+            # Left out if unused, so that scores of earlier versions stay valid.
             **({} if self._loss is None or self._loss.tail_weight is None else {"first": True}),
             **({} if self._adapter is None else {"adapter": self._adapter.digest()}),
         }

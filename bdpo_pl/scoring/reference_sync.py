@@ -1,7 +1,7 @@
 """A reference that follows the policy: TR-DPO (arXiv:2404.09656), equations 4 and 5.
 
-Each k optimiser steps π_ref ← α·π_θ + (1−α)·π_ref, weight by weight: α = 1 replaces the reference, less than 1 mixes
-the two. The gradient's anchor moves with the policy, which can then go further from where it began.
+Every k optimiser steps, π_ref ← α·π_θ + (1−α)·π_ref, weight by weight: α = 1 replaces the reference, and a smaller α
+mixes the two. Because the reference moves with the policy, the policy can move further from its initial weights.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from bdpo_pl.scoring.reference import Reference
 
 @dataclass
 class SyncOptions:
-    """A reference that follows the policy, as TR-DPO has it (arXiv:2404.09656). It is kept live.
+    """Options of a reference that follows the policy, as in TR-DPO (arXiv:2404.09656). The reference is kept live.
 
     Args:
-        every: take the policy's weights over each so many optimiser steps; default never.
-        mixup: α, the share of the policy's weights: 1 replaces the reference's.
+        every: number of optimiser steps between two updates of the reference. Default: never updated.
+        mixup: α, the share of the policy's weights in the new reference; 1 replaces the reference's weights.
 
     Raises:
-        InputError: a value out of range.
+        InputError: a value is out of range.
     """
 
     every: int | None = None
@@ -41,10 +41,10 @@ class SyncOptions:
 
 
 class ReferenceSync:
-    """When the reference takes over weights of the policy, and that it does so once.
+    """Updates of the reference's weights from the policy: exactly one at each step where one is due.
 
     Args:
-        options: see `SyncOptions`.
+        options: options of the updates.
     """
 
     def __init__(self, options: SyncOptions) -> None:
@@ -55,10 +55,10 @@ class ReferenceSync:
         """Raise `InputError` if the reference cannot follow the policy.
 
         Args:
-            machine: knows the strategy.
-            mode: how the reference is kept.
-            own: the reference is the policy as it was before training, so that both have the same weights.
-            adapted: the policy is trained by adapters.
+            machine: device and processes of the run.
+            mode: mode of the reference.
+            own: true if policy and reference start from the same model, so that both have the same weights.
+            adapted: true if the policy is trained by adapters.
         """
         if self.options.every is None:
             return
@@ -75,12 +75,12 @@ class ReferenceSync:
                 raise InputError(f"model.reference_sync {why}")
 
     def due(self, step: int) -> bool:
-        """Whether the reference is to follow after optimiser step `step`, and has not yet."""
+        """Return true if the reference must still be updated after optimiser step `step`."""
         every = self.options.every
         return every is not None and step > self._step and step % every == 0
 
     def follow(self, step: int, policy: nn.Module, reference: Reference | None) -> None:
-        """Mix the weights of `policy` into those of `reference`, where it is due after optimiser step `step`."""
+        """Mix the weights of `policy` into those of `reference`, if that is due after optimiser step `step`."""
         if self.due(step):
             assert reference is not None
             assert reference.model is not None
@@ -89,7 +89,7 @@ class ReferenceSync:
             rank_zero_info(f"The reference follows the policy at step {step} (α {self.options.mixup:g})")
 
     def state_dict(self, reference: Reference | None) -> dict[str, Any]:
-        """Return the last step and, once there was one, the weights of `reference`: no file has them."""
+        """Return the step of the last update and the weights of `reference`, which no file has; empty before it."""
         if self._step == 0 or reference is None or reference.model is None:
             return {}
         weights = {name: value.detach().cpu() for name, value in reference.model.named_parameters()}
@@ -97,7 +97,7 @@ class ReferenceSync:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any], reference: Reference | None) -> None:
-        """Take up a saved state, for an exact resume."""
+        """Restore a saved state, for an exact resume."""
         if self.options.every is None or not state or reference is None or reference.model is None:
             return
         self._step = state["step"]

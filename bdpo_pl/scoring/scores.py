@@ -17,14 +17,14 @@ from bdpo_pl.losses import PairScores
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """Scores of M pairs by one frozen model; row 0 of each array is of the chosen responses, row 1 of the rejected.
+    """Scores of M pairs by one frozen model. In each array, row 0 holds the chosen responses, row 1 the rejected ones.
 
     Attributes:
         reference: (2, M) float32 log π_ref(y | x).
         null: (2, M) float32 log π_ref(y | x₀), or None if comprehension is not measured.
-        hsic: (2, M) float32 `normalised_hsic`, or None unless the estimator is `hsic`.
-        first: (2, M) float32 log π_ref of as many tokens as the shorter response of the pair has, or None unless a loss
-            weighs the rest.
+        hsic: (2, M) float32 `normalised_hsic`; None unless the estimator is `hsic`.
+        first: (2, M) float32 log π_ref of the first n tokens of each response, where n is the length of the pair's
+            shorter response; None unless the loss weighs the remaining tokens.
     """
 
     reference: np.ndarray
@@ -82,7 +82,7 @@ def table_comprehension(scores: ScoreTable, table: PairTable, estimator: Estimat
 def split_scores(
     scores: ScoreTable, table: PairTable, estimator: Estimator, tail_weight: float | None = None
 ) -> SplitScores:
-    """Turn the scores of the pairs of `table` into what a loss with `estimator` and `tail_weight` is given."""
+    """Compute what a loss with `estimator` and `tail_weight` reads, from the scores of the pairs of `table`."""
     measured = None if scores.null is None else table_comprehension(scores, table, estimator)
     reference = torch.from_numpy(scores.reference)
     if tail_weight is not None:
@@ -93,7 +93,9 @@ def split_scores(
 
 
 def score_splits(splits: PreferenceSplits, score: Callable[[str, PairTable], SplitScores]) -> dict[str, SplitScores]:
-    """Score every split: training pairs, every held-out set, and the probe, which takes those of the training pairs.
+    """Score every split: the training pairs, every held-out set, and the probe, a sample of the training pairs.
+
+    The probe's scores are selected from those of the training pairs, so nothing is scored twice.
 
     Args:
         splits: the pairs.

@@ -35,7 +35,7 @@ from bdpo_pl.scoring.scores import ScoreTable
 
 @dataclass
 class ScoringOptions:
-    """How the scoring pass runs. Except for `comprehension`, no option changes a score by more than rounding.
+    """Options of the scoring pass. Except for `comprehension`, no option changes a score by more than rounding.
 
     Args:
         batch_tokens: number of tokens in one forward pass; lower it if scoring runs out of memory. Default: 16,384 on a
@@ -80,24 +80,25 @@ def score_pairs(
 
     Args:
         model: causal language model, on the device to score on.
-        table: the pairs.
-        indices: which, and in which order the scores are given.
-        layout: how documents become rows; any but `SPLIT` only where the model allows it (`choose_layout`).
-        batch_tokens: tokens in one forward pass (a longer document goes alone); default as in `ScoringOptions`.
-        pad_id: fills the padding.
+        table: all pairs.
+        indices: table indices of the pairs to score, in the order of the result.
+        layout: layout of documents in rows. Any layout but `SPLIT` needs a model that allows it (`choose_layout`).
+        batch_tokens: maximum number of tokens in one forward pass; a longer document gets a pass of its own. Default:
+            as in `ScoringOptions`.
+        pad_id: token id of the padding.
         comprehension: score against the null prompt as well.
         hsic: compute `normalised_hsic` as well.
-        first: score the first tokens of each response, as many as the shorter one of its pair has, as well.
-        context: entered around each forward pass, for autocast.
+        first: score the first n tokens of each response as well, where n is the length of the pair's shorter response.
+        context: function that returns the context of a forward pass, for autocast.
         on_batch: function that is called after each forward pass with its share of all tokens.
-        forwards: forward passes to run at the least, where ranks must run as many as each other.
+        forwards: minimum number of forward passes, for ranks that must all run equally many.
 
     Raises:
-        InputError: a log-probability is not finite; the pair is named.
+        InputError: a log-probability is not finite. The message names the pair.
     """
     device = next(model.parameters()).device
     places, groups = _plan(table, indices, layout, batch_tokens or _default_batch_tokens(device), comprehension)
-    # If every pass needs every rank, all ranks run equally many; the results of repeated passes are not used.
+    # If every pass needs every rank, all ranks must run equally many. The results of repeated passes are not used.
     idle = max(0, forwards - len(groups))
     names = [
         "reference",
@@ -167,30 +168,30 @@ def score_table(
     first: bool = False,
     machine: Machine | None = None,
 ) -> ScoreTable:
-    """Scores of the whole `table`: from the cache as far as it goes, by `model` for the rest.
+    """Read the scores of the whole `table` from the cache, and compute the missing ones with `model`.
 
-    Ranks take turns with the chunks and meet at the cache, so the scores do not depend on how many there are. Where no
-    rank holds the whole model, they run their forward passes together, each with a chunk of its own.
+    The ranks divide the chunks and exchange them through the cache, so the scores do not depend on the number of ranks.
+    If no rank holds the whole model, the ranks run their forward passes together, each with its own chunk.
 
     Args:
-        name: the table's, for the progress bar.
-        table: the pairs.
-        model: gives the frozen model; called only if something is left to score.
-        cache: where chunks are kept.
-        options: see `ScoringOptions`.
-        layout: gives the model's layout; called only if something is left to score.
-        pad_id: fills the padding.
+        name: name of the table, for the progress bar.
+        table: all pairs.
+        model: function that returns the frozen model; called only if scores are missing.
+        cache: cache of the table's scores.
+        options: options of the scoring pass.
+        layout: function that returns the model's layout; called only if scores are missing.
+        pad_id: token id of the padding.
         hsic: compute `normalised_hsic` as well.
-        first: score the first parts of responses as well.
-        machine: the processes that share the work; default this one alone.
+        first: score the first tokens of each response as well, as in `score_pairs`.
+        machine: processes that share the work. Default: this process alone.
 
     Raises:
-        InputError: a pair cannot be scored, or another rank's chunks are nowhere to be found.
+        InputError: a pair cannot be scored, or the chunks of another rank are missing.
     """
     machine = machine or Machine()
     chunks = [cache.load(chunk) for chunk in range(cache.num_chunks)]
     missing = _missing(chunks, machine)
-    # No rank writes before all have looked, so that all see the same chunks missing.
+    # All ranks must find the same chunks missing, so no rank writes before every rank has looked.
     machine.barrier()
     if missing:
         with progress("pairs", enabled=machine.rank == 0) as reporter:
@@ -235,7 +236,7 @@ def score_table(
     if len(complete) < len(chunks):
         raise InputError(
             f"the score cache {cache.folder} lacks chunks that another process scored; "
-            "set scoring.cache_dir to a folder that all nodes share"
+            "set model.scoring.cache_dir to a folder that all nodes share"
         )
     return ScoreTable.concatenate(complete)
 
@@ -290,7 +291,7 @@ def _groups(documents: list[Document], batch_tokens: int, layout: RowLayout) -> 
     group: list[Document] = []
     total = 0
     for document in documents:
-        # A row for each response is padded to the longest response; shared rows are filled.
+        # In the split layout every row is padded to the longest one of the group; shared rows are filled.
         size = document.num_tokens if layout is not RowLayout.SPLIT or not group else group[0].num_tokens
         if group and total + size > batch_tokens:
             yield group

@@ -20,16 +20,17 @@ from bdpo_pl.errors import InputError, NonFiniteError
 from bdpo_pl.training.checkpoints import before_the_batch, is_amid_accumulation
 from bdpo_pl.training.safety_probe import _GAP
 
-# A checkpoint whose weights have more bytes is written at most every so many seconds, and at the end.
+# A checkpoint with more bytes of weights than the first number is written at most once in as many seconds as the
+# second, and at the end.
 _LARGE_BYTES, _BETWEEN_LARGE_S = 1 << 27, 300.0
 
 
 class LastCheckpoint(ModelCheckpoint):
     """Writes `last.ckpt` at validations, to resume from: at every one, or every five minutes if it is large.
 
-    `ModelCheckpoint(monitor=..., save_last=True)` writes one only when the monitored value has improved. Where a
-    validation lies amid an accumulation, the file is written at the end of the optimiser step: gradients that wait for
-    more batches are in no checkpoint, so a resume would lose them.
+    `ModelCheckpoint(monitor=..., save_last=True)` writes one only when the monitored value has improved. No checkpoint
+    contains accumulated gradients, and a resumed run would lose them. If a validation comes in the middle of an
+    accumulation, the file is therefore written at the end of the optimiser step.
     """
 
     NAME = "last"
@@ -42,7 +43,7 @@ class LastCheckpoint(ModelCheckpoint):
         self._is_due = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock: what was trained before is in the checkpoint that it was read from."""
+        """Start the clock: earlier steps are already saved, in the checkpoint from which the run is resumed."""
         self._written_at = self._clock()
         super().on_train_start(trainer, pl_module)
 
@@ -55,7 +56,7 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Write the file that waits, between two steps."""
+        """Write a postponed file between two optimiser steps."""
         if self._is_due and batch_idx % trainer.accumulate_grad_batches == 0:
             with before_the_batch(trainer):
                 self._write_what_waits(trainer)
@@ -65,10 +66,10 @@ class LastCheckpoint(ModelCheckpoint):
         self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
-        """Write the file, or make it one with a checkpoint of the whole state that this validation has written.
+        """Write the file, or link it to a checkpoint of the whole state that this validation has already written.
 
-        A large file is not written at each of many validations in a few minutes: a stop by a signal and the end of
-        training write it in any case.
+        A large file is written at most once in five minutes, even if there are more validations. A stop by a signal and
+        the end of training always write it.
         """
         over = trainer.global_step >= trainer.estimated_stepping_batches
         recent = self._clock() - self._written_at < _BETWEEN_LARGE_S and _state_bytes(trainer) > _LARGE_BYTES
@@ -84,7 +85,7 @@ class LastCheckpoint(ModelCheckpoint):
         self._last_checkpoint_saved = filepath
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write what was put off, or waits for the end of a step."""
+        """Write a postponed file."""
         if self._is_due:
             self._write_what_waits(trainer)
         if self._put_off is not None:
@@ -92,7 +93,7 @@ class LastCheckpoint(ModelCheckpoint):
         super().on_train_end(trainer, pl_module)
 
     def write_now(self, trainer: L.Trainer, path: Path) -> None:
-        """Write the file as `path`, whatever was put off."""
+        """Write the file to `path` now; nothing is postponed any longer."""
         self._is_due, self._put_off = False, None
         super()._save_checkpoint(trainer, str(path))
 
@@ -103,18 +104,18 @@ def _state_bytes(trainer: L.Trainer) -> int:
 
 
 def log_interval(steps: int) -> int:
-    """Return how many optimiser steps there are between two lines of the log, for a run of `steps`.
+    """Return the number of optimiser steps between two lines of the log, for a run of `steps` optimiser steps.
 
-    Five, and fewer in a short run, whose curves would have no points.
+    It is 5, or less in a short run, whose curves would otherwise have too few points.
     """
     return min(5, max(1, steps // 10))
 
 
 class LogInterval(L.Callback):
-    """Sets the Trainer's `log_every_n_steps` by the length of the run."""
+    """Sets the Trainer's `log_every_n_steps` according to the length of the run."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Set it."""
+        """Set the interval."""
         steps = int(trainer.estimated_stepping_batches)
         trainer.log_every_n_steps = log_interval(steps)  # type: ignore[attr-defined]
 
@@ -144,7 +145,7 @@ def _linked(trainer: L.Trainer, file: Path, name: Path) -> bool:
 
 
 class SaveOnNonFinite(L.Callback):
-    """Saves the state when a loss or gradient is not finite: it is still the state of the last good step."""
+    """Saves the state when a loss or gradient is not finite: the weights are still those of the last good step."""
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Write `last-good.ckpt` beside the other checkpoints. All ranks raise the error, so all of them save."""

@@ -1,4 +1,4 @@
-"""The module's part of a checkpoint: the trained weights, the name of their model, and the measurements so far."""
+"""The module's part of a checkpoint: the trained weights, the name of their model, and the results so far."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _KEY = "bdpo_pl"
 
 
 class CheckpointedModule(WatchedModule):
-    """A module whose checkpoints hold what is trained, and refuse to be loaded into another model.
+    """A module whose checkpoints hold only the trained weights, and which refuses checkpoints of another model.
 
     Attributes:
-        source: the model whose weights are trained.
-        lora: options of the adapters, if only adapters are trained; None: the whole model is.
-        reestimation: comprehension that was measured on the policy.
-        sync: how the reference follows the policy, if it does.
-        reference: the reference, once it is made.
+        source: model whose weights are trained.
+        lora: options of the adapters; None: the whole model is trained.
+        reestimation: comprehension measured on the policy.
+        sync: updates of the reference from the policy.
+        reference: reference; None until it is made.
     """
 
     def __init__(
@@ -56,9 +56,9 @@ class CheckpointedModule(WatchedModule):
             "reestimation": self.reestimation.state_dict(),
             "loss": self.loss.state_dict(),
             **({"lora": None} if self.lora is None else self.lora.to_saved()),
-            # Over all ranks: the next line of the log will be their mean.
+            # Joined over all ranks, because the next line of the log shows their mean.
             "train_means": self.train_means.joined(self.trainer.strategy.reduce),
-            # The closing table of a resumed run begins with these.
+            # The final table of a resumed run begins with these.
             "before": self.evaluations.get(0, {}),
         }
         if "optimizer_states" in checkpoint:
@@ -89,7 +89,7 @@ class CheckpointedModule(WatchedModule):
     def _trained_names(self) -> set[str]:
         """Return the names of the weights in a checkpoint: all that are trained; with LoRA, those of the adapters."""
         if self.lora is None:
-            # Parts that no text reaches stay unchanged, and FSDP2 does not gather them.
+            # Weights that text never reaches do not change, and FSDP2 does not gather them.
             return set(self.state_dict()) - {f"policy.{name}" for name in frozen_names(self.policy)}
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad or is_adapter(name)}
 
@@ -101,12 +101,12 @@ def _require_same_policy(saved: Mapping[str, Any], name: str, lora: LoraOptions 
         saved: module's entry in the checkpoint.
         name: name of the policy.
         lora: options of the adapters that are trained now; None without adapters.
-        whole: whether the checkpoint has every weight that is trained now.
+        whole: true if the checkpoint has every weight that is trained now.
     """
     if saved.get("policy", name) != name:
         raise InputError(f"the checkpoint holds weights of {saved['policy']}, but model.policy is {name}")
     adapters = None if lora is None else dataclasses.asdict(lora)
-    # An earlier version had fewer options, each as it is by default now.
+    # Checkpoints of an earlier version lack newer options, which had today's defaults then.
     written = None if saved.get("lora") is None else LoraOptions.from_saved(saved["lora"], saved.get("adapter_config"))
     if written != lora or not whole:
         raise InputError(

@@ -110,8 +110,8 @@ def find_checkpoint(path: str | None, root: Path) -> str | None:
         )
     if Path(path).is_file() and _holds_weights_alone(Path(path)):
         raise InputError(
-            f"the checkpoint {path} holds weights alone, from which no run can go on: resume with --ckpt_path last, or "
-            "write whole ones with --checkpoint.save_weights_only false"
+            f"the checkpoint {path} holds only weights, from which a run cannot be resumed: resume with "
+            "--ckpt_path last, or write whole checkpoints with --checkpoint.save_weights_only false"
         )
     return path
 
@@ -176,7 +176,7 @@ class StopSignals(L.Callback):
         if trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
             raise self._saved(trainer)
         for callback in trainer.checkpoint_callbacks if trainer.world_size > 1 else ():
-            # One rank that is stopped later cannot save alone, and the others may never hear of it.
+            # If only one rank is stopped later, it cannot save alone, and the others may never learn of the signal.
             step = getattr(callback, "_last_global_step_saved", trainer.global_step)
             if hasattr(callback, "write_now") and step < trainer.global_step:
                 callback.write_now(trainer, self._path(trainer))
@@ -262,7 +262,7 @@ def before_the_batch(trainer: L.Trainer) -> Iterator[None]:
 
 
 def is_amid_accumulation(trainer: L.Trainer) -> bool:
-    """Whether gradients of training wait for more batches before they become a step."""
+    """Return true if training has accumulated gradients for a step that is not complete."""
     under_way = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
     return under_way and trainer.fit_loop.epoch_loop._should_accumulate()
 

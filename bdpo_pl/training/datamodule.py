@@ -52,7 +52,7 @@ class PreferenceDataModule(L.LightningDataModule):
         held_out_split: split of a hub dataset that is held out; requires `held_out`.
         revision: git revision of a hub dataset.
         subset: configuration of a hub dataset that has several.
-        load: schema, column names, bad rows, duplicates and the draw from PKU-SafeRLHF.
+        load: options of reading: schema, column names, bad rows, duplicates and the draw from PKU-SafeRLHF.
         max_length: maximum number of tokens of prompt + response. Default: 1,024, or the model's positions if fewer.
         truncation: treatment of longer pairs: `drop` them, or keep the start (`keep_start`) or the end (`keep_end`) of
             the prompt.

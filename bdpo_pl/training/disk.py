@@ -58,7 +58,7 @@ class SaysDisk(L.Callback):
     """Reports before the first step what the run will write, and warns if the disk is too small.
 
     Args:
-        export: whether the model is exported at the end.
+        export: true if the model is exported at the end.
     """
 
     def __init__(self, export: bool) -> None:
@@ -74,7 +74,7 @@ class SaysDisk(L.Callback):
         rank_zero_info(plan.sentence(free))
         if plan.total > free:
             rank_zero_warn(
-                f"the disk of {folder} has {size(free)} free, and the run will want {size(plan.total)}: free some, set "
+                f"the disk of {folder} has {size(free)} free, but the run will need {size(plan.total)}: free some, set "
                 "trainer.default_root_dir to another disk, or lower checkpoint.save_top_k"
             )
 
@@ -85,7 +85,7 @@ def plan_disk(trainer: L.Trainer, module: PreferenceModule, export: bool) -> Dis
     Args:
         trainer: Trainer with its checkpoint callbacks.
         module: module of the run.
-        export: whether the model is exported.
+        export: true if the model is exported at the end.
     """
     parameters = list(module.policy.parameters())
     trained = [p for p in parameters if p.requires_grad]

@@ -146,7 +146,7 @@ def check_resume(
         raise InputError(
             "the checkpoint belongs to another run: "
             + "; ".join(lines[name] for name in refused)
-            + ". Resume with what it was trained on, or, if you mean to go on with the change, add "
+            + ". Resume it with the data and options it was trained with, or, to continue with the change, add "
             f"--resume.allow '[{', '.join(sorted({*allow, *refused}))}]'"
         )
     if names:
@@ -249,20 +249,20 @@ class RunIdentity(L.Callback):
         saved = checkpoint.get(_KEY)
         if saved is None:
             rank_zero_info(
-                "The checkpoint does not say which data, loss and options its run had: an earlier version wrote it. "
-                "Whether they are those of this run is not checked"
+                "The checkpoint was written by an earlier version and does not record the data, loss and options of "
+                "its run, so they cannot be compared with those of this run"
             )
             return
         self._differs = check_resume(saved["traits"], self.traits, self.allow, saved["batches_done"])
         if saved.get("amid_accumulation"):
             rank_zero_warn(
-                "The checkpoint was written at a validation amid an accumulation, whose gradients are not in it: the "
-                "run goes on without them. last.ckpt is written between steps, and goes on exactly"
+                "The checkpoint was written in the middle of an accumulation and does not contain its gradients: the "
+                "run continues without them. last.ckpt is written between steps, and a run resumes from it exactly"
             )
 
 
 def _loss_traits(loss: PreferenceLoss, name: str) -> dict[str, Trait]:
-    """The classes of the loss and of those that it is made of, in one trait, and the options of each."""
+    """Return one trait for the classes of the loss and of its inner losses, and one for each of their options."""
     inner = _inner_losses(loss)
     parts: dict[str, Trait] = {}
     for place, part in inner.items():
@@ -278,10 +278,10 @@ def _loss_traits(loss: PreferenceLoss, name: str) -> dict[str, Trait]:
 
 
 def _inner_losses(loss: PreferenceLoss) -> dict[str, PreferenceLoss]:
-    """The losses that `loss` keeps in its attributes, alone or in a sequence, each once, by their place."""
+    """Return the losses among the attributes of `loss`, alone or in sequences, each once, by name or index."""
     found: dict[str, PreferenceLoss] = {}
     kept = [(name.lstrip("_"), value) for name, value in vars(loss).items()]
-    # Alone first: a name says more than a number.
+    # Single losses first: an attribute's name says more than an index in a sequence.
     for name, value in sorted(kept, key=lambda item: isinstance(item[1], list | tuple)):
         places = enumerate(value) if isinstance(value, list | tuple) else [("", value)]
         for i, part in places:

@@ -64,8 +64,8 @@ class MemoryPlan:
         activations: tensors saved for the backward pass.
         logits_chunk: one chunk of logits, and the LM head's gradients, which are computed in the forward pass.
         reference: weights of the reference while pairs are scored, including FSDP2's whole copies.
-        live: whether the reference stays in memory; otherwise it is freed before the policy is loaded.
-        host: the reference in the memory of a machine whose processes each load it.
+        live: true if the reference stays in memory; otherwise it is freed before the policy is loaded.
+        host: host memory for the reference of a machine whose processes each load it.
     """
 
     weights: int
@@ -80,7 +80,7 @@ class MemoryPlan:
 
     @property
     def peak(self) -> int:
-        """The larger of two sums: after the loss, before anything is freed; and once all gradients exist."""
+        """Larger of two sums: after the loss, before anything is freed; and when all gradients exist."""
         held = self.weights + self.optimizer + self.gathered + (self.reference if self.live else 0)
         return held + max(self.activations + self.logits_chunk, self.gradients)
 
@@ -104,7 +104,9 @@ class MemoryPlan:
             table.add_row(f"reference's weights, {kept}", f"{self.reference / 2**30:,.3f}")
         if self.host is not None:
             table.add_row(self.host.label, f"{self.host.total / 2**30:,.3f}")
-        table.caption = "peak: gradients come as activations go: the larger counts; without the allocator's own share"
+        table.caption = (
+            "peak: gradients replace activations, so only the larger counts; the allocator's own share is not included"
+        )
         return table
 
 
@@ -130,7 +132,7 @@ def plan_memory(
         optimizer: function that makes the optimiser, which takes one step on a small matrix.
         devices: devices over which the model is distributed.
         lora: options of the adapters, if only adapters are trained.
-        gradient_checkpointing: whether activations are recomputed.
+        gradient_checkpointing: true if activations are recomputed.
         half_products: dtype of autocast's products; None without autocast.
     """
     counts = count_parameters(source, config, dtype, lora, devices)
@@ -184,7 +186,7 @@ def planned(
         data: data module of the run.
         pairs: number of pairs in a micro-batch. Default: as in `data`.
         longest: pairs whose longest ones fill the micro-batch. Default: pairs that fill the window.
-        gradient_checkpointing: whether activations are recomputed. Default: as in `module`.
+        gradient_checkpointing: true if activations are recomputed. Default: as in `module`.
         lora: options of the adapters. Default: as in `module`.
 
     Raises:

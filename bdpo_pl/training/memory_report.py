@@ -64,7 +64,7 @@ def assumptions(
     if longest is None:
         yield (
             f"Assumed: a micro-batch of {batch} that all fill the window of {data.truncation.max_length:,} tokens, "
-            "half prompt and half response; with --data.train the data's own lengths count."
+            "half prompt and half response; with --data.train, the lengths of the data are used."
         )
     else:
         totals = longest.prompt_lengths + longest.chosen_lengths + longest.rejected_lengths
@@ -80,7 +80,7 @@ def assumptions(
 def verdict(peak: int, memory: int | None) -> str:
     """Say whether the plan fits into the device."""
     if memory is None:
-        return f"The peak is {size(peak)}; this machine does not say what it has."
+        return f"The peak is {size(peak)}; the memory of this machine is unknown."
     fits = "fits" if peak <= _USABLE * memory else "does not fit"
     return f"The peak of {size(peak)} {fits} into a device of {size(memory)} ({peak / memory:.0%})."
 
@@ -173,10 +173,10 @@ class WarnsOfMemory(L.Callback):
         try:
             plan = planned(trainer, pl_module, data, longest=splits.tables["train"])
         except (NotImplementedError, RuntimeError, TypeError, AttributeError):
-            # Without a forward pass on the meta device there is no plan.
+            # There is no plan for a model whose forward pass does not run on the meta device.
             return
         if memory is not None and plan.peak > _USABLE * memory:
             rank_zero_warn(
-                f"this run will want {size(plan.peak)} on a device of {size(memory)}: lower data.batch_size, or see "
-                "--dry_run true for what each option brings"
+                f"this run will need {size(plan.peak)} on a device of {size(memory)}: lower data.batch_size, or see "
+                "with --dry_run true what each option saves"
             )

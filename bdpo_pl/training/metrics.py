@@ -48,7 +48,7 @@ def pair_metrics(loss: PreferenceLoss, policy: Tensor, scores: PairScores, losse
     Args:
         loss: the loss.
         policy: (2, B) log π_θ of the chosen and of the rejected responses.
-        scores: what is known of the pairs.
+        scores: known scores and lengths of the pairs.
         losses: (B,) loss of each pair.
     """
     per_token = scores.mean_logps(policy[0], policy[1])

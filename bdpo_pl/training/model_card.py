@@ -31,8 +31,8 @@ class ModelCard:
         facts: further facts by name.
         rows: rows of the final table: measure, number, before and after.
         pairs: number of held-out pairs; None without held-out pairs.
-        safety: whether refusals were measured.
-        adapter: whether the folder contains adapters only.
+        safety: true if refusals were measured.
+        adapter: true if the folder contains only adapters.
     """
 
     base: str
@@ -79,7 +79,7 @@ def describe(
         module: module of the run.
         data: data module of the run.
         rows: rows of the final table.
-        safety: whether refusals were measured.
+        safety: true if refusals were measured.
     """
     name = module.source.name
     held_out = data.tables.get("held_out")

@@ -124,7 +124,7 @@ class PreferenceModule(CheckpointedModule):
             self.reference_source = ModelSource(
                 embedded.model_folder(reference), None, attn_implementation, trust_remote_code
             )
-        # A policy that starts from an adapter has its base model as the reference only where that is named.
+        # If the policy starts from an adapter, its base model is the reference only if the user names it.
         starts_adapted = lora is not None and lora.adapter is not None
         self.own_reference = self.reference_source == self.source and not (starts_adapted and reference is not None)
         moves = self.sync.options.every is not None
@@ -207,7 +207,7 @@ class PreferenceModule(CheckpointedModule):
         return self._splits
 
     def configure_model(self) -> None:
-        """Load the policy, once; by now the scoring pass has freed the reference."""
+        """Load the policy, once. The scoring pass has freed the reference before."""
         if self.policy is not None:
             return
         self.policy = build_policy(
@@ -325,7 +325,7 @@ class PreferenceModule(CheckpointedModule):
         self.means(split).update(pair_metrics(self.loss, logps, scores, losses), batch.pair_weight > 0)
 
     def _scores(self, batch: PreferenceBatch, split: str) -> PairScores:
-        """Return what is known of the pairs in `batch`, which are pairs of `split`."""
+        """Return lengths and known scores of the pairs in `batch`, which are pairs of `split`."""
         assert self.reference is not None
         latest = self.reestimation.values(split, batch.pair_index)
         return pair_scores(batch, self.reference.scores(split, batch.pair_index), latest)

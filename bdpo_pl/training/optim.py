@@ -25,8 +25,8 @@ def parameter_groups(model: nn.Module, lr_ratio: float = 1.0) -> list[dict[str, 
 
     Args:
         model: the policy.
-        lr_ratio: learning rate of adapters' B matrices over that of the rest (LoRA+); they are a third group where it
-            is not 1. `scale_rates` puts it into force.
+        lr_ratio: learning rate of adapters' B matrices, divided by that of the rest (LoRA+). Unless it is 1, they form
+            a third group. `scale_rates` applies it.
     """
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     second = {name for name, _ in trainable if lr_ratio != 1.0 and (".lora_B." in name or ".lora_embedding_B." in name)}
@@ -39,7 +39,7 @@ def parameter_groups(model: nn.Module, lr_ratio: float = 1.0) -> list[dict[str, 
 
 
 def scale_rates(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Multiply the learning rate of each group by its `lr_ratio`, once, before a schedule takes the rates up."""
+    """Multiply the learning rate of each group by its `lr_ratio`, once, before a schedule reads the rates."""
     for group in optimizer.param_groups:
         group["lr"] *= group.pop("lr_ratio", 1.0)
     return optimizer

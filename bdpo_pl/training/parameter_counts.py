@@ -15,12 +15,12 @@ from bdpo_pl.models.loading import ModelSource, model_class
 
 @dataclass(frozen=True)
 class Devices:
-    """How a model is spread.
+    """The devices over which a model is distributed.
 
     Attributes:
-        data: groups with different data.
-        tensor: devices of a group, which share each layer.
-        sharded: whether the groups share the weights (FSDP2), or each holds them (DDP, one device).
+        data: number of groups with different data.
+        tensor: number of devices in a group, which share each layer.
+        sharded: true if the groups share the weights (FSDP2); false if each group holds all (DDP, one device).
         kind: `cpu` or `cuda`.
     """
 
@@ -56,7 +56,7 @@ def count_parameters(
 
     one, two = sizes(1), sizes(2)
     block, trained_block = two[0] - one[0], two[1] - one[1]
-    # Vocabulary rows are shared out too.
+    # The rows of the vocabulary are divided over the group too.
     table = config.get_text_config().vocab_size * config.get_text_config().hidden_size
     tables = table * (1 if config.tie_word_embeddings else 2) if devices.tensor > 1 else 0
     outside = one[0] - block - tables + tables // devices.tensor
@@ -76,7 +76,7 @@ def meta_model(source: ModelSource, config: ModelConfig, dtype: torch.dtype, lor
 
 
 def with_layers(config: ModelConfig, layers: int) -> Any:
-    """Copy `config` for a model of so many layers."""
+    """Copy `config` for a model with `layers` layers."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
     text.num_hidden_layers = layers
@@ -86,7 +86,7 @@ def with_layers(config: ModelConfig, layers: int) -> Any:
 
 
 def split_config(config: ModelConfig, size: int) -> None:
-    """What one of `size` devices that share each layer computes, as a model of its own."""
+    """Change `config` to the smaller model that each of `size` devices computes if they share every layer."""
     if size == 1:
         return
     text = config.get_text_config()

@@ -1,4 +1,4 @@
-"""What the reference will need of memory while pairs are scored: on each device, and on each machine."""
+"""The memory that the reference will need while pairs are scored: on each device, and on each machine."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from bdpo_pl.training.parameter_counts import Devices, count_parameters
 
 @dataclass(frozen=True)
 class HostReference:
-    """The reference in the memory of a machine.
+    """Host memory of a machine for the reference.
 
     Attributes:
-        shared: bytes of weights mapped from its files, one copy for all processes.
-        each: bytes that each process holds by itself.
-        processes: of the machine.
+        shared: bytes of weights that are mapped from files, one copy for all processes.
+        each: bytes that each process holds separately.
+        processes: number of processes on the machine.
     """
 
     shared: int
@@ -28,12 +28,12 @@ class HostReference:
 
     @property
     def total(self) -> int:
-        """Bytes of all processes together."""
+        """Number of bytes of all processes together."""
         return self.shared + self.processes * self.each
 
     @property
     def label(self) -> str:
-        """What the number is of, for people."""
+        """Label of the total in the plan's table."""
         own = f" and {self.each / 2**30:,.3f} in each" if self.each else ""
         return f"reference on each machine: {self.shared / 2**30:,.3f} shared by {self.processes} processes{own}"
 
@@ -41,14 +41,15 @@ class HostReference:
 def plan_reference(
     source: ModelSource, config: ModelConfig, dtype: torch.dtype, devices: Devices, products: torch.dtype | None = None
 ) -> int:
-    """Give the bytes of the reference's weights on one device, as `scoring.reference` holds them.
+    """Compute the bytes of the reference's weights on one device, as `scoring.reference` holds them.
 
     Args:
-        source: the reference.
-        config: its transformers configuration.
-        dtype: of the weights.
-        devices: how the policy is spread; where it is split, the reference is, over all of them by FSDP2.
-        products: dtype that autocast multiplies in, which linear layers are then held in; None: all in `dtype`.
+        source: reference model.
+        config: transformers configuration of the model.
+        dtype: dtype of the weights.
+        devices: devices over which the policy is distributed. If it is split, FSDP2 splits the reference over all of
+            them.
+        products: dtype of autocast, in which linear layers are then held; None: all weights are held in `dtype`.
     """
     counts = count_parameters(source, config, dtype, None, Devices(kind=devices.kind))
     narrow = (products or dtype).itemsize
@@ -63,15 +64,15 @@ def plan_reference(
 
 
 def plan_host(source: ModelSource, dtype: torch.dtype, products: torch.dtype | None, processes: int) -> HostReference:
-    """Plan the host memory of a reference that each of `processes` loads, as `scoring.reference` does.
+    """Plan the host memory of a reference that each of `processes` processes loads, as `scoring.reference` does.
 
-    On a GPU it is what loading takes; on a CPU it is where the weights are.
+    With a GPU, it is needed while the model is loaded; with a CPU, as long as the model exists.
 
     Args:
-        source: the reference.
-        dtype: of the weights.
-        products: dtype that linear layers are held in; None: all in `dtype`.
-        processes: on each machine.
+        source: reference model.
+        dtype: dtype of the weights.
+        products: dtype in which linear layers are held; None: all weights are held in `dtype`.
+        processes: number of processes on each machine.
     """
     config = load_config(source)
     counts = count_parameters(source, config, dtype, None, Devices())

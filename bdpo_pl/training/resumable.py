@@ -1,4 +1,4 @@
-"""What makes a run exact to resume and honest about signals, for a Trainer that is built in Python."""
+"""Exact resume and clean stops by signals for a Trainer that is built in Python."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ from bdpo_pl.training.metrics_file import MetricsRows, continue_metrics
 
 
 def resumable(trainer: L.Trainer, ckpt_path: str | Path | None = None, allow: Sequence[str] = ()) -> L.Trainer:
-    """Give `trainer` what the command `fit` gives its own, and return it.
+    """Add to `trainer` the callbacks that the command `fit` adds to its own, and return it.
 
-    Whole checkpoints, of which `last.ckpt` is written at every validation; the random state in them; signals that
-    finish the step, save and stop; the last good state where a loss is not finite; the run's identity, which a resume
-    is compared with before anything is scored; and metrics that go on in the folder of the stopped run. A callback
-    that the trainer has already stays as it is.
+    - Checkpoints are complete or absent, include the random state, and `last.ckpt` is written at validations.
+    - A signal lets the step finish; the run then saves and stops.
+    - If a loss is not finite, the last good state is saved.
+    - A resumed run is compared with the original one before anything is scored.
+    - The metrics of a resumed run continue in the folder of the stopped one.
+
+    Callbacks that the trainer has already are kept as they are.
 
     Args:
         trainer: Trainer before its `fit`.
-        ckpt_path: Checkpoint that `fit` will be given, if any.
-        allow: Differences to go on in spite of; see `ResumeOptions`.
+        ckpt_path: checkpoint that will be passed to `fit`, if any.
+        allow: allowed differences from the original run; see `ResumeOptions`.
 
     Raises:
-        InputError: The checkpoint is not whole, or `allow` names what is no difference to stop for.
+        InputError: the checkpoint is not whole, or a name in `allow` is unknown.
     """
     checkpoint = None if ckpt_path is None else find_checkpoint(str(ckpt_path), Path(trainer.default_root_dir))
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -36,9 +39,9 @@ def resumable(trainer: L.Trainer, ckpt_path: str | Path | None = None, allow: Se
         if not any(isinstance(given, type(callback)) for given in callbacks):
             callbacks.append(callback)
     if not any(isinstance(given, StopSignals) for given in callbacks):
-        # First of all, so that a signal is heard before what others do after the last step.
+        # First, so that a signal is handled before other callbacks work after the last step.
         callbacks.insert(0, StopSignals())
-    # Last of all, so that it can share one file with what the others have written.
+    # Last, so that it can link its file to a checkpoint that another callback has written.
     callbacks.sort(key=lambda callback: isinstance(callback, LastCheckpoint))
     write_atomically(trainer)
     continue_metrics(trainer, checkpoint)

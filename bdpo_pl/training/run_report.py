@@ -21,28 +21,28 @@ _CURVES: tuple[tuple[str, str, tuple[tuple[str, str], ...], str], ...] = (
         "mean loss of a pair",
         (("training batches", "train/loss"), ("training pairs", "train_probe/loss"),
          ("held-out pairs", "held_out/loss")),
-        "Training batches are means since the point before; the others are measured at validations.",
+        "Training batches: means since the previous point. The others are measured at validations.",
     ),
     (
         "Margin and its gap",
         "implicit reward, chosen − rejected",
         (("training pairs", "train_probe/margin"), ("held-out pairs", "held_out/margin"),
          ("gap", "gap/margin")),
-        "The gap, training − held-out, is overfitting as it grows.",
+        "A growing gap, training − held-out, shows overfitting.",
     ),
     (
         "Preference accuracy",
         "share of pairs",
         (("training pairs", "train_probe/accuracy"), ("held-out pairs", "held_out/accuracy"),
-         ("held-out, by log-probability a token", "held_out/logp_accuracy")),
-        "Before training the policy is its reference, and accuracy ½ by definition; by its own log-probability a token "
-        "it is the base model's.",
+         ("held-out, by log-probability per token", "held_out/logp_accuracy")),
+        "Before training the policy equals its reference, so accuracy is ½ by definition. The accuracy by "
+        "log-probability per token needs no reference; before training it is the base model's.",
     ),
     (
         "Drift from the reference",
         "log-probability of a response − the reference's, nats",
         (("held-out chosen", "held_out/drift_chosen"), ("held-out rejected", "held_out/drift_rejected")),
-        "A chosen response whose line falls is unlearnt along with the rejected one.",
+        "A falling line of the chosen responses shows that they are unlearnt along with the rejected ones.",
     ),
     (
         "Balance weights",
@@ -52,7 +52,7 @@ _CURVES: tuple[tuple[str, str, tuple[tuple[str, str], ...], str], ...] = (
         "The better comprehended response of a pair has the smaller weight.",
     ),
     (
-        "Safety on the way",
+        "Safety during training",
         "share of prompts",
         (("harmful refused", "safety/refusal_harmful"), ("jailbreaks refused", "safety/refusal_jailbreak"),
          ("benign refused", "safety/over_refusal")),

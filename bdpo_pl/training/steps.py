@@ -23,7 +23,7 @@ Losses = tuple[Tensor, Tensor, Tensor]
 
 
 def pair_scores(batch: PreferenceBatch, scores: SplitScores, latest: Tensor | None) -> PairScores:
-    """Collect what is known of the pairs in `batch`.
+    """Collect lengths and known scores of the pairs in `batch`.
 
     Args:
         batch: batch of B pairs.
@@ -42,7 +42,7 @@ def pair_scores(batch: PreferenceBatch, scores: SplitScores, latest: Tensor | No
 
 
 def policy_logps(policy: CausalLM, loss: PreferenceLoss, batch: PreferenceBatch) -> Tensor:
-    """Compute the policy's (2, B) log-probabilities, with the weights of tokens that `loss` asks for."""
+    """Compute the policy's (2, B) log-probabilities, with tokens weighted as `loss` requires."""
     if loss.tail_weight is None:
         return response_logps(policy, batch.sequences).view(2, -1)
     shorter = batch.lengths.min(dim=0).values.repeat(2)

@@ -25,7 +25,7 @@ def _three(value: float) -> str:
 
 _HELD_OUT: tuple[tuple[str, str, _Form], ...] = (
     ("held-out preference accuracy", "held_out/accuracy", percent),
-    ("the same by log-prob. a token", "held_out/logp_accuracy", percent),
+    ("the same by log-prob. per token", "held_out/logp_accuracy", percent),
     ("held-out margin", "held_out/margin", _three),
     ("margin gap, train − held-out", "gap/margin", _three),
     ("accuracy gap, train − held-out", "gap/accuracy", signed_percent),
@@ -34,7 +34,7 @@ _HELD_OUT: tuple[tuple[str, str, _Form], ...] = (
 )
 _FURTHER: tuple[tuple[str, str, _Form], ...] = (
     ("preference accuracy", "accuracy", percent),
-    ("the same by log-prob. a token", "logp_accuracy", percent),
+    ("the same by log-prob. per token", "logp_accuracy", percent),
     ("margin", "margin", _three),
     ("drift of the chosen, nats", "drift_chosen", signed),
     ("drift of the rejected, nats", "drift_rejected", signed),
@@ -47,9 +47,7 @@ _AT_START = {
 }  # fmt: skip
 
 
-_JUDGE = (
-    "Refusals are told by phrases, which tell nothing of harm; docs/evaluation.md says how far they agree with people."
-)
+_JUDGE = "Refusals are recognised by phrases, which do not measure harm. Agreement with people: docs/evaluation.md."
 
 
 def summary_table(
@@ -132,12 +130,12 @@ def remarks(
     Args:
         evaluations: validation results by optimiser step.
         pairs: number of held-out pairs; None: none are held out.
-        measures_safety: whether prompts were given to measure refusals.
+        measures_safety: true if prompts were given to measure refusals.
     """
     said = []
     before = evaluations.get(0, {})
     if pairs is None:
-        said.append(("notice", "No pair was held out, so nothing tells overfitting: set data.held_out_fraction."))
+        said.append(("notice", "No pair was held out, so overfitting cannot be seen: set data.held_out_fraction."))
     elif pairs < FEW_PAIRS:
         said.append(
             ("warning", f"Only {pairs} held-out pairs: one pair more or less moves the accuracy by "
@@ -145,14 +143,18 @@ def remarks(
         )  # fmt: skip
     if _is_by_definition(before, "held_out/accuracy"):
         own = before.get("held_out/logp_accuracy")
-        beside = "" if own is None else f" By its own log-probability a token it prefers the chosen in {percent(own)}."
+        beside = (
+            ""
+            if own is None
+            else f" By its own log-probability per token it prefers the chosen response in {percent(own)} of pairs."
+        )
         said.append(
             ("note", "Before training the policy is its reference, so accuracy is 50 % and margins are 0 by "
              f"definition.{beside}")
         )  # fmt: skip
     if not measures_safety:
         said.append(
-            ("notice", "No safety prompts were given, so this run tells nothing of refusals: add --safety.harmful and "
+            ("notice", "No safety prompts were given, so this run does not measure refusals: add --safety.harmful and "
              "--safety.benign, or run bdpo evaluate on both models.")
         )  # fmt: skip
     return said

@@ -25,7 +25,7 @@ class WatchedModule(L.LightningModule):
         loss: loss; what it measured on the training pairs is logged too.
         train_means: means over the training pairs since the last line of the log.
         evaluations: validation results by optimiser step; step 0 is the policy before training.
-        unlogged: steps whose evaluation is in no log, because a resumed run measured them before it went on.
+        unlogged: steps whose evaluation is not logged, because a resumed run measured it before its first step.
         errors: standard errors of these results, for means over at least two pairs.
         throughput: measurement of tokens per second.
         monitored: name of the first of several held-out sets, whose metrics are logged under it too.
@@ -45,11 +45,11 @@ class WatchedModule(L.LightningModule):
         self._grad_norm = torch.zeros(())
 
     def watch(self, splits: Sequence[str], monitored: str) -> None:
-        """Keep means of each split that is validated on.
+        """Prepare means for each split that is evaluated.
 
         Args:
-            splits: their names.
-            monitored: as the attribute.
+            splits: names of the splits.
+            monitored: name of the first of several held-out sets, whose metrics are logged under it too.
         """
         self.monitored = monitored
         for split in splits:

@@ -349,7 +349,7 @@ def test_signal_ends_it_with_its_own_status_and_what_was_scored_stays(
     assert stopped.value.code == status
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     said = " ".join(capsys.readouterr().err.split())
-    assert f"stopped by {number.name}; scores until now are cached; the same command goes on from there" in said
+    assert f"stopped by {number.name}; the scores so far are cached; the same command continues from there" in said
     assert not Path("runs/diagnosis/report.html").exists()
     calls.append(None)  # so that the next one is the third
     before = len(calls)

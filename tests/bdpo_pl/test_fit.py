@@ -194,7 +194,7 @@ def test_a_checkpoint_of_weights_alone_is_none_to_resume_from(base, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([*base, f"--ckpt_path={best}"])
     assert stopped.value.code == 2
-    assert "holds weights alone" in capsys.readouterr().err
+    assert "holds only weights" in capsys.readouterr().err
 
 
 def test_last_checkpoint_of_no_run_is_refused(base, capsys):

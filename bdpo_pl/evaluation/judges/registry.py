@@ -31,6 +31,7 @@ from bdpo_pl.evaluation.judges.published.strongreject import (
 from bdpo_pl.evaluation.judges.published.whole_prompt import encode_whole
 from bdpo_pl.evaluation.judges.rubric import ChatJudge
 from bdpo_pl.models.loading import DTypeName, ModelSource, load_config, model_fingerprint
+from bdpo_pl.models.precision import choose_device, choose_dtype
 
 _HERE = "bdpo_pl.evaluation.judges"
 ALIASES = {
@@ -64,7 +65,7 @@ def classifier(
     Args:
         model: folder or hub name of the classifier.
         revision: git revision of the model on the hub; pin it to make a run repeatable.
-        dtype: dtype of the weights; `auto`: bfloat16 on a GPU, otherwise float32.
+        dtype: dtype of the weights; `auto`: bfloat16 on a GPU that supports it, otherwise float32.
         device: device, as in PyTorch. Default: the first GPU, otherwise the CPU.
         batch_size: number of exchanges judged at a time.
         trust_remote_code: run Python code that comes with the model. Off by default, because it runs with your
@@ -80,6 +81,7 @@ def classifier(
     """
     _check(batch_size=batch_size, max_length=max_length)
     source = _source(model, revision, trust_remote_code, "classifier", "a sequence classifier")
+    chosen, place = _dtype_and_device(dtype, device)
     return ClassifierJudge(
         source,
         refused_labels=_listed(refused_labels),
@@ -87,9 +89,9 @@ def classifier(
         reads=reads,
         max_length=max_length,
         batch_size=batch_size,
-        dtype=_dtype(dtype, device),
-        device=_device(device),
-        facts=_weights(source, dtype, device),
+        dtype=chosen,
+        device=place,
+        facts=_weights(source, chosen),
     )
 
 
@@ -218,7 +220,7 @@ def _asking(
         model: folder or hub name of a model to load here.
         revision: git revision of the model on the hub; pin it to make a run repeatable.
         endpoint: endpoint of the model, instead of loading one.
-        dtype: dtype of a loaded model's weights; `auto`: bfloat16 on a GPU, otherwise float32.
+        dtype: dtype of a loaded model's weights; `auto`: bfloat16 on a GPU that supports it, otherwise float32.
         device: device of a loaded model, as in PyTorch. Default: the first GPU, otherwise the CPU.
         batch_size: number of exchanges that a loaded model judges at a time.
         max_new_tokens: maximum number of tokens in a loaded model's answer. Default: 32 where a word or a line
@@ -238,8 +240,8 @@ def _asking(
         there = Endpoint(endpoint)
         return kind(there, {"endpoint": there.url}, attempts)
     source = _source(model, revision, trust_remote_code, name, example, " or judge.endpoint")
-    facts = _weights(source, dtype, device)
-    chosen, place = _dtype(dtype, device), _device(device)
+    chosen, place = _dtype_and_device(dtype, device)
+    facts = _weights(source, chosen)
     tokens = max_new_tokens or kind.new_tokens
     if encode is not None:
         guard = LocalGuard(
@@ -276,18 +278,10 @@ def _source(
     return source
 
 
-def _weights(source: ModelSource, dtype: str, device: str | None) -> dict[str, str]:
-    return {"weights": model_fingerprint(source), "dtype": str(_dtype(dtype, device)).removeprefix("torch.")}
+def _weights(source: ModelSource, dtype: torch.dtype) -> dict[str, str]:
+    return {"weights": model_fingerprint(source), "dtype": str(dtype).removeprefix("torch.")}
 
 
-def _device(device: str | None) -> torch.device:
-    try:
-        return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise InputError(f"judge.device {device!r}: {error}") from None
-
-
-def _dtype(dtype: str, device: str | None) -> torch.dtype:
-    if dtype != "auto":
-        return getattr(torch, dtype)
-    return torch.bfloat16 if _device(device).type == "cuda" else torch.float32
+def _dtype_and_device(dtype: str, device: str | None) -> tuple[torch.dtype, torch.device]:
+    place = choose_device(device or "auto", "judge.device")
+    return choose_dtype(dtype, place, "judge.dtype"), place

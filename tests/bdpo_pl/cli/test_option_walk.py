@@ -138,9 +138,9 @@ def parser():
     [
         (
             ["--data.held_out=b", "--data.held_out_fraction=0.2"],
-            "data.held_out_fraction is 0.2, and nothing would read",
+            "data.held_out_fraction is 0.2, but it would have no effect",
         ),
-        (["--data.held_out_split=x"], "there is no data.held_out"),
+        (["--data.held_out_split=x"], "a split of data.held_out, which is not set"),
         (["--data.max_prompt_length=9"], "data.truncation is drop"),
         (["--model.reference_mode=none", "--model.reference_dtype=bfloat16"], "model.reference_mode is none"),
         (["--model.reference_mode=live", "--model.scoring.cache_dir=x"], "nothing is cached"),

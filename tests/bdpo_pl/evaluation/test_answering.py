@@ -119,7 +119,7 @@ def test_interrupted_evaluation_goes_on_and_judges_nothing_twice(tmp_path, model
     whole = ask(tmp_path / "whole.jsonl", model, keep=keep)
     model.asked.clear()
     path, broken = tmp_path / "cut.jsonl", Words(fails_at=fails_at)
-    with pytest.raises(InputError, match=r"the judge is gone\. The verdicts until now are in .*cut\.jsonl: the same"):
+    with pytest.raises(InputError, match=r"the judge is gone\. The verdicts so far are in .*cut\.jsonl: the same"):
         ask(path, model, broken, keep)
     fresh = Words()
     assert ask(path, model, fresh, keep) == whole
@@ -242,7 +242,7 @@ class Server(Answerer):
 @pytest.mark.parametrize("fails_after", [0, 3, 4, 9])
 def test_server_that_goes_away_is_asked_nothing_twice(tmp_path, fails_after):
     broken, well = Server(fails_after), Server()
-    gone = pytest.raises(InputError, match=r"gone\. What was judged until now is in .*the same command goes on")
+    gone = pytest.raises(InputError, match=r"gone\. The verdicts so far are in .*the same command continues")
     with RecordFile(tmp_path / "v.jsonl", True) as records, gone:
         Asker(Words(), records, GenerationOptions()).ask(suite(), broken)
     with RecordFile(tmp_path / "v.jsonl", True) as records:

@@ -325,7 +325,7 @@ def test_model_without_a_chat_template_is_asked_plainly_and_says_so(base, tmp_pa
         (["--refine=harmful.jsonl"], "harmful.jsonl exists already"),
         (["--refine=harmful.jsonl/x"], "refine: harmful.jsonl/x cannot be written"),
         (["before=/nowhere"], "models: before names several; give each a label"),
-        (["--device=nosuch"], "device 'nosuch' is not to be had here"),
+        (["--device=nosuch"], "device 'nosuch' is not available here"),
         (["--dtype=int8"], "dtype must be auto, float32, bfloat16 or float16, not 'int8'"),
         (["--generation.max_new_tokens=0"], "generation.max_new_tokens must be at least 1"),
         (["nowhere.ckpt"], "no checkpoint at nowhere.ckpt"),
@@ -580,7 +580,7 @@ def test_judge_that_goes_away_leaves_what_it_said_and_the_same_command_goes_on(b
     answers.asked.clear()
     down.append(4)
     said = fails([*command, "--keep_answers"], capsys)
-    for part in ("status 503", "tried 2 times", "verdicts.jsonl: the same command goes on from there"):
+    for part in ("status 503", "tried 2 times", "verdicts.jsonl: the same command continues from there"):
         assert part in said
     # Two batches of two, one request that failed, and its second try.
     assert len(server.seen) == 6

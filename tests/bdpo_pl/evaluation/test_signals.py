@@ -41,7 +41,7 @@ def test_signal_while_a_model_answers(command, monkeypatch, capsys, number, batc
     assert stopped.value.code == STATUS[number]
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     said = " ".join(capsys.readouterr().err.split())
-    assert f"stopped by {number.name}; verdicts until now are kept in --folder; the same command goes on" in said
+    assert f"stopped by {number.name}; the verdicts so far are kept in --folder; the same command continues" in said
     folder = Path("runs/evaluation")
     assert not (folder / "report.html").exists()
     assert sum("judged" in line for line in (folder / "verdicts.jsonl").read_text().splitlines()) == 2 * (batch - 1)

@@ -173,5 +173,5 @@ def test_device_and_dtype():
     assert choose_dtype("bfloat16", CPU) == torch.bfloat16
     with pytest.raises(InputError, match="dtype must be auto, float32, bfloat16 or float16, not 'int8'"):
         choose_dtype("int8", CPU)
-    with pytest.raises(InputError, match="device 'nosuch' is not to be had here"):
+    with pytest.raises(InputError, match="device 'nosuch' is not available here"):
         choose_device("nosuch")

@@ -279,9 +279,9 @@ def test_options_that_do_not_fit_are_named(values, fault):
 @pytest.mark.parametrize(
     ("lora", "fault"),
     [
-        ({"init": "pissa", "r": 40}, r"model.lora.r is 40, but .*q_proj has a rank of at most 32"),
-        ({"init": "pissa", "target_modules": ["embed_tokens"]}, "takes its start from linear layers"),
-        ({"modules_to_save": ["nothing"]}, "names 'nothing', which no module"),
+        ({"init": "pissa", "r": 40}, r"model.lora.r is 40, but .*q_proj, whose rank is at most 32"),
+        ({"init": "pissa", "target_modules": ["embed_tokens"]}, "starts from the weights of linear layers"),
+        ({"modules_to_save": ["nothing"]}, "names 'nothing', but no module"),
         ({"modules_to_save": ["q_proj"]}, "has an adapter"),
     ],
 )

@@ -30,7 +30,7 @@ def test_a_missing_tokenizer_is_the_models_fault(folder):
     (folder / "config.json").write_text(
         json.dumps({**json.loads((folder / "config.json").read_text()), "model_type": "gpt2"})
     )
-    with pytest.raises(InputError, match="transformers makes one that knows no text"):
+    with pytest.raises(InputError, match="transformers would make an empty one that cannot read text"):
         load_tokenizer(ModelSource(str(folder)))
 
 

@@ -18,5 +18,5 @@ def test_parts_equal_the_whole(tmp_path):
 
 @pytest.mark.parametrize("name", ["GPT-2", "Mixtral", "Gemma 3 (text)", "OLMo 3"])
 def test_what_cannot_be_cut_so_is_refused(name):
-    with pytest.raises(InputError, match="can be split so; set it to 1"):
+    with pytest.raises(InputError, match="can be split this way; set it to 1"):
         check_tensor_parallel(tiny(name).config, 2, name)

@@ -64,7 +64,7 @@ def test_run_that_will_not_fit_warns_before_it_scores(job, monkeypatch, recwarn)
     monkeypatch.setattr(memory_report, "device_memory", lambda trainer: 500_000)
     trainer, module, data = job(trainer={"max_steps": 1, "callbacks": [WarnsOfMemory()]})
     trainer.fit(module, data)
-    warned = [str(warning.message) for warning in recwarn if "this run will want" in str(warning.message)]
+    warned = [str(warning.message) for warning in recwarn if "this run will need" in str(warning.message)]
     assert len(warned) == 1
     assert "on a device of 500.0 kB" in warned[0]
     plan = planned(trainer, module, data, longest=data.tables["train"])

@@ -16,7 +16,7 @@ def printed(table):
 
 
 def test_who_judged_stands_under_the_rates():
-    assert "told by phrases" in summary_table({}, 7, {"refusal rate": 0.25}, {}).caption
+    assert "recognised by phrases" in summary_table({}, 7, {"refusal rate": 0.25}, {}).caption
     assert summary_table({}, 7, {}, {}).caption is None
 
 
@@ -47,7 +47,7 @@ def test_counts_and_intervals_stand_beside_the_numbers():
     assert rows["held-out preference accuracy"] == ["3", "by definition", "66.7% [20.8, 93.9]"]
     assert rows["held-out margin"] == ["3", "by definition", "+0.500 [+0.304, +0.696]"]
     # The base model's own, which is no definition.
-    assert rows["the same by log-prob. a token"][1].startswith("33.3% [")
+    assert rows["the same by log-prob. per token"][1].startswith("33.3% [")
     assert rows["refusal rate"] == ["40", "25.0% [14.2, 40.2]", "100.0% [91.2, 100.0]"]
 
 
@@ -56,7 +56,7 @@ def test_remarks_warn_of_few_pairs_of_definitions_and_of_safety_that_was_not_mea
     said = remarks({0: {**at_start, "held_out/logp_accuracy": 0.625}}, 3, measures_safety=False)
     assert [level for level, _ in said] == ["warning", "note", "notice"]
     assert "Only 3 held-out pairs" in said[0][1]
-    assert "prefers the chosen in 62.5%" in said[1][1]
+    assert "prefers the chosen response in 62.5% of pairs" in said[1][1]
     assert "--safety.harmful" in said[2][1]
     # Another reference: 50 % would be a result.
     drifted = {**at_start, "held_out/drift_chosen": -2.0}

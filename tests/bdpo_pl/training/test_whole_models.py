@@ -112,6 +112,6 @@ def test_faults_of_gguf_files_are_named(tmp_path):
     source = ModelSource(str(tmp_path / "bad.gguf"))
     with pytest.raises(InputError, match="cannot load a model from"):
         load_model(source, torch.float32)
-    with pytest.raises(InputError, match="is a GGUF file, of which no part can be read alone"):
+    with pytest.raises(InputError, match="is a GGUF file, which cannot be read in parts"):
         WeightFiles.of(source)
     assert len(model_fingerprint(source)) == 64
