@@ -134,7 +134,7 @@ def _check_served(subjects: list[Subject | ServedSubject], options: EvaluateOpti
     ]
     if served and asked:
         raise InputError(
-            f"{', '.join(served)} is behind a server, which gives answers alone: {', '.join(asked)} need a model that "
+            f"{', '.join(served)} is behind a server, which gives only answers: {', '.join(asked)} need a model that "
             "is loaded here; leave them out, or name a folder"
         )
 
@@ -146,7 +146,7 @@ def _check_budget(budget: BudgetOptions, attacks: Attacks) -> None:
             attack.check(Budget.begin(budget, len(attacks.suite.prompts)))
     elif budget != BudgetOptions():
         raise InputError(
-            "budget limits attacks that search (gcg, genetic, refinement, tree, more), and none is chosen: leave it out"
+            "budget limits attacks that search (gcg, genetic, refinement, tree, more), but none is chosen: leave it out"
         )
 
 

@@ -148,7 +148,7 @@ class Cutter:
         raise RowError(
             record,
             "changed by the template",
-            "the chat template does not write the answer as it is in the data, so the two cannot be told apart; give "
+            "the chat template changes the answer's text, so the answer cannot be separated from the prompt; give "
             "another template (data.chat_template) or leave the row out",
         )
 
@@ -290,7 +290,7 @@ def _otherwise(after: str, template: ChatTemplate, has_thought: bool = False) ->
             f"begin from another prompt than training; turn thinking off with {remedy}",
         )
     return (
-        "written otherwise by the template",
-        "the chat template writes the conversation otherwise once the response is there, so the response cannot be "
-        "told apart from the prompt; give another template (data.chat_template), or one answer in a row",
+        "written differently by the template",
+        "the chat template writes the conversation differently once it has a response, so the response cannot be "
+        "separated from the prompt; give another template (data.chat_template), or one answer in a row",
     )

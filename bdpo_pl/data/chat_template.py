@@ -98,7 +98,7 @@ class ChatTemplate:
         return _compiled(self._template(False))
 
     def render(self, conversation: Conversation, *, generation: bool = False) -> str:
-        """Return the conversation as the template writes it; with `generation`, only up to where the answer begins.
+        """Render the conversation with the template; with `generation`, only up to the beginning of the answer.
 
         Raises:
             jinja2.TemplateError: the template refuses the conversation.

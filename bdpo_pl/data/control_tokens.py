@@ -199,7 +199,7 @@ class ControlTokens:
                 raise
             shown = broken.encode("ascii", "backslashreplace").decode()
             raise InputError(
-                f"a text holds half of a surrogate pair, which cannot be tokenised: {shown:.60}; mend or remove it"
+                f"a text holds half of a surrogate pair, which cannot be tokenised: {shown:.60}; correct or remove it"
             ) from None
         return [encoding.ids for encoding in encodings]
 

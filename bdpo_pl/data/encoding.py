@@ -44,7 +44,7 @@ def encoded(
     Args:
         rows: rows, read as they are needed.
         tokenizer: tokenizer of pairs, whose `read_as` counts how the rows were read.
-        processes: number of processes; default: the cores that this process may use, at most 8.
+        processes: number of processes. Default: the number of cores that this process may use, at most 8.
     """
     rows = iter(rows)
     first = list(islice(rows, MIN_ROWS))
@@ -79,7 +79,7 @@ def _in_processes(
             yield from zip(chunk, results, strict=True)
     except BrokenProcessPool as error:
         raise MachineError(
-            "a process that converts rows to token ids was killed, most likely for want of memory: free some memory, "
+            "a process that converts rows to token ids was killed, probably because memory ran out: free some memory, "
             "or use less data"
         ) from error
     finally:

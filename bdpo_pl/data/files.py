@@ -62,7 +62,7 @@ def require_file(path: Path) -> None:
         mode = os.stat(path).st_mode
     except OSError as error:
         kind = "a link that leads nowhere or to itself" if path.is_symlink() else "not readable"
-        raise InputError(f"{path}: {kind} ({error.strerror}); mend or remove it") from None
+        raise InputError(f"{path}: {kind} ({error.strerror}); correct or remove it") from None
     if stat.S_ISREG(mode):
         return
     kinds = {
@@ -123,7 +123,9 @@ def _jsonl(path: Path) -> Rows:
             # utf-8-sig: a byte order mark at the head of the file is not part of the first row.
             fields = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"), object_pairs_hook=_once)
         except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise InputError(f"{path}, line {number}: not JSON in UTF-8 ({error}); mend or remove the line") from None
+            raise InputError(
+                f"{path}, line {number}: not JSON in UTF-8 ({error}); correct or remove the line"
+            ) from None
         except _TwiceError as error:
             raise InputError(f"{path}, line {number}: the key {error} is there twice; remove one") from None
         if not isinstance(fields, dict):
@@ -196,7 +198,7 @@ def _csv(path: Path) -> Rows:
                 yield line, dict(zip(header, row, strict=True))
             line = reader.line_num + 1  # a quoted field may run over several lines
     except csv.Error as error:
-        raise InputError(f"{path}, line {line}: not CSV ({error}); mend the quotes, or save it again") from None
+        raise InputError(f"{path}, line {line}: not CSV ({error}); correct the quotes, or save it again") from None
 
 
 def _txt(path: Path) -> Rows:

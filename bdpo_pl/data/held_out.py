@@ -15,7 +15,7 @@ HELD_OUT = "held_out"
 """Split of the only held-out set, or of the first of several."""
 
 HeldOut = str | dict[str, str | DataSource] | None
-"""What the option `data.held_out` takes."""
+"""Type of the option `data.held_out`."""
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -53,7 +53,7 @@ def split_names(names: Iterable[str]) -> list[str]:
 
 
 def called(split: str, train: str = "training", held_out: str = "held-out") -> str:
-    """Return what a split is called in reports: one of the two words, and the name of a further set."""
+    """Return the name of a split in reports: one of the two words, followed by the name of a further set."""
     first, _, name = split.partition("/")
     return {"train": train, HELD_OUT: held_out}[first] + (f" ({name})" if name else "")
 

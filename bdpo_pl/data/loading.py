@@ -29,12 +29,12 @@ BadRows = Literal["auto", "error", "drop"]
 
 @dataclass
 class LoadOptions:
-    """The way in which a source becomes pairs.
+    """Options for reading a source as pairs.
 
     Args:
         format: schema of the rows; `auto` takes the first that recognises the first row.
         columns: mapping from our column names to yours, as in `{chosen: good_answer}`.
-        ignore: columns left out on purpose. Without this, an unread column that a model should read ends the run.
+        ignore: columns left out on purpose. Any other unread column that a model should read stops the run.
         bad_rows: treatment of a row that cannot be trained on: stop the run (`error`) or leave the row out and count it
             (`drop`). `auto`: `drop` for published sets that are known to contain such rows (PKU-SafeRLHF, HH-RLHF,
             KTO's), else `error`.
@@ -66,11 +66,11 @@ def load_pairs(
     """Read, check, select, tokenise, truncate and deduplicate the pairs of `source`.
 
     Args:
-        name: name of the pairs in the report, as in `train`.
+        name: name of the pairs in the report, for example `train`.
         source: file, folder or hub dataset, as in `read_records`.
         tokenizer: tokenizer of pairs for the model.
         truncation: policy for pairs longer than the window.
-        options: the way in which the source becomes pairs.
+        options: options for reading the source.
         split: split of a hub dataset.
         revision: revision of a hub dataset.
         seed: seed of the draw from PKU-SafeRLHF.
@@ -142,7 +142,7 @@ def _require_safety(first: Record) -> None:
         raise InputError(
             f"{first.source}: missing column{'s' if len(missing) > 1 else ''} {', '.join(map(repr, missing))}: the "
             "loss reads whether each response is safe (true or false). Add 'chosen_safe' and 'rejected_safe', "
-            f"rename yours with data.load.columns ({{{missing[0]}: your_column}}), or take a loss that reads none"
+            f"rename yours with data.load.columns ({{{missing[0]}: your_column}}), or choose a loss that needs neither"
         )
 
 
@@ -185,8 +185,8 @@ def _tokenize(
                 as_text.append(tokenizer.reads_as_text(row))
             elif as_text[0] is not tokenizer.reads_as_text(row):
                 raise InputError(
-                    f"{row.record.place}: some rows are dialogues that are read as the text they are, and others are "
-                    "rendered with the chat template; set data.dialogues to turns, or load them apart"
+                    f"{row.record.place}: some rows are dialogues that are read as plain text, and others are rendered "
+                    "with the chat template; set data.dialogues to turns, or load them separately"
                 )
             cut = truncation.apply(pair, bos)
             if cut is None:

@@ -21,13 +21,13 @@ class DataSource:
         source: file, folder or hub dataset, as in `data.train`.
         weight: number of times that each of its pairs occurs in an epoch: 2 takes each twice, 0.5 half of them, drawn
             by `data.seed`.
-        split: split of a hub dataset; default `data.split`.
-        revision: git revision of a hub dataset; default `data.revision`.
-        subset: configuration of a hub dataset that has several; default `data.subset`.
-        limit: number of its pairs that are used at most, drawn by `data.seed`; default all.
+        split: split of a hub dataset. Default: `data.split`.
+        revision: git revision of a hub dataset. Default: `data.revision`.
+        subset: configuration of a hub dataset that has several. Default: `data.subset`.
+        limit: maximum number of its pairs that are used, drawn by `data.seed`. Default: all.
 
     Raises:
-        InputError: a weight that is not a positive number, or a limit below 1.
+        InputError: the weight is not a positive number, or the limit is below 1.
     """
 
     source: str

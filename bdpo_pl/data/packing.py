@@ -77,8 +77,8 @@ class SequenceBatch:
         sequence_ids: (N,) int64, sequence number of each scored token.
         spans: (S, 4) int64, start and end of each sequence's context, start and end of its response, in flattened
             positions.
-        scored_lengths: number of scored tokens of each sequence, in Python's numbers, so that no device is waited for;
-            None if only the device knows.
+        scored_lengths: number of scored tokens of each sequence as Python numbers, so that reading them does not wait
+            for a device; None if they are known only on the device.
         shared: true if a row contains more than one sequence, so that it needs its own mask.
     """
 
@@ -120,14 +120,14 @@ class SequenceBatch:
 
 
 def parts_of(batch: SequenceBatch, lengths: Tensor) -> SequenceBatch:
-    """Return `batch` with each of its S sequences taken apart after so many of its scored tokens.
+    """Return `batch` with each of its S sequences cut in two after a given number of scored tokens.
 
     Args:
         batch: S sequences.
-        lengths: (S,) int64, numbers of scored tokens in the first parts.
+        lengths: (S,) int64, number of scored tokens in the first part of each sequence.
 
     Returns:
-        2·S sequences in the same rows: 0 … S−1 are the first parts, S … 2S−1 the rests, which may be empty.
+        2·S sequences in the same rows: 0 … S−1 are the first parts, S … 2S−1 the second parts, which may be empty.
     """
     S, ids = batch.num_sequences, batch.sequence_ids
     counts = torch.bincount(ids, minlength=S)

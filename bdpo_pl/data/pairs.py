@@ -16,7 +16,7 @@ class PreferencePair:
         prompt_ids: token ids of the prompt, at least one; begins with BOS if the tokenizer or the template adds it.
         chosen_ids: token ids of the chosen response, at least one; ends with end-of-turn or EOS unless truncated.
         rejected_ids: token ids of the rejected response, likewise.
-        merged: true if the tokenizer joined the prompt's end with a response's beginning; the cut then lies before that
+        merged: true if the tokenizer joined the prompt's end with a response's beginning; the cut is then before that
             token.
         chosen_trained: flag for each token of the chosen response, true if it is trained on; None: all are.
         rejected_trained: flags of the rejected response, likewise.

@@ -22,7 +22,7 @@ class DataReport:
     """Counts of one source, in the order in which they arose.
 
     Attributes:
-        name: name of the split, as in `train`.
+        name: name of the split, for example `train`.
         source: file or dataset.
         read: number of rows read.
         kept: number of pairs used.

@@ -19,7 +19,7 @@ class PreferenceSplits:
 
     Attributes:
         tables: pairs, by the name of their split (`train`, `held_out`, `held_out/NAME`, `train_probe`).
-        tokenizer: the tokenizer that read them.
+        tokenizer: tokenizer of the pairs.
         truncation: treatment of pairs that are longer than the window.
         chat_template: name of the chat template (`auto`, `none` or a file).
         probe_indices: indices in `train` of the pairs of `train_probe`; None without a probe.
@@ -40,7 +40,7 @@ class PreferenceSplits:
 
     @property
     def validation(self) -> list[str]:
-        """Splits that are validated on, in order."""
+        """Splits that are evaluated at validations, in order."""
         return [name for name in self.tables if name != "train"]
 
     @property

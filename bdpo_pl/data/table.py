@@ -184,7 +184,7 @@ class PairTable:
         return self._digests(self.starts[:-1], self.starts[1:], lengths)
 
     def _digests(self, starts: np.ndarray, stops: np.ndarray, more: memoryview | None = None) -> list[bytes]:
-        """Return a digest of each range of tokens, with what is trained on, and of the 8 bytes of `more` beside it."""
+        """Return a digest of each range of tokens, with its trained flags and the corresponding 8 bytes of `more`."""
         tokens, trained = _bytes_of(self.tokens), None if self.trained is None else _bytes_of(self.trained)
         found = []
         for i, (a, b) in enumerate(zip(starts.tolist(), stops.tolist(), strict=True)):
@@ -222,7 +222,7 @@ def _joined_weights(tables: Sequence[PairTable]) -> np.ndarray | None:
 
 
 def _bytes_of(array: np.ndarray) -> memoryview:
-    """Return the bytes of `array`, of which slices are no copies."""
+    """Return the bytes of `array` as a view, so that slices are not copied."""
     return np.ascontiguousarray(array).view(np.uint8).reshape(-1).data
 
 

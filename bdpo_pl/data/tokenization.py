@@ -320,7 +320,7 @@ class PairTokenizer:
         raise RowError(
             row.record,
             "other prompt tokens with a response",
-            "the tokenizer reads the prompt's last words otherwise once a response follows; begin the responses with a "
+            "the tokenizer reads the prompt's last words differently if a response follows; begin the responses with a "
             "space or a new line, or end the prompt with one",
         )
 
@@ -377,7 +377,7 @@ class PairTokenizer:
         read.added |= {response.added for response in texts.responses if response.added}
         first, second = texts.responses
         read.count("control tokens spelled in a text, read as text", bool(texts.spelled))
-        read.count("prompts that the template writes otherwise before an answer", first.moved or second.moved)
+        read.count("prompts that the template writes differently before an answer", first.moved or second.moved)
         read.count("responses with thoughts", first.has_thought or second.has_thought)
         read.count("responses of several turns", max(len(r.spans) for r in texts.responses) > 1)
         read.count("ended by EOS, the template ends no turn with a token", texts.templated and not first.is_ended)

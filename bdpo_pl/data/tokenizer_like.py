@@ -1,4 +1,4 @@
-"""A tokenizer of transformers as the type checker sees it: the attributes of it that this project uses.
+"""A type for the tokenizers of transformers: the attributes that this project uses.
 
 transformers' own classes are not checked (mypy skips the package). Annotated with this protocol, a misspelled attribute
 or a forgotten None is an error of `make lint`.
@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer
 
 
 class TokenizerLike(Protocol):
-    """A tokenizer; `None` stands for a token that it does not have."""
+    """A tokenizer; the attribute of a token that it does not have is `None`."""
 
     name_or_path: str
     chat_template: str | dict[str, str] | None

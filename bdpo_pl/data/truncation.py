@@ -23,10 +23,10 @@ class Truncation:
     Args:
         max_length: window in tokens, for prompt and response together.
         mode: treatment of longer pairs: `drop`, `keep_start` or `keep_end`.
-        max_prompt_length: number of tokens that the prompt may always keep; default half the window.
+        max_prompt_length: number of tokens that the prompt may always keep. Default: half the window.
 
     Raises:
-        InputError: a length out of range.
+        InputError: a length is out of range.
     """
 
     max_length: int

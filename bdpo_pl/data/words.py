@@ -1,9 +1,9 @@
 """Token ids of texts, joined from those of their words, each of which is encoded once.
 
 Byte-pair tokenizers cut a text into pieces before they merge anything, and most of them cut before every single space.
-A text cut there has the ids of its parts, one after the other. Words recur, and looking them up is faster than encoding
-them again. That a tokenizer cuts there is read from its description, and tried with the characters on both sides of
-such a space; if it does not, every text is encoded as a whole.
+The ids of such a text are those of its parts, one after the other. Words recur, and looking them up is faster than
+encoding them again. Whether a tokenizer cuts there is read from its description and tested with the characters on both
+sides of such a space; if it does not, every text is encoded as a whole.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Words:
 
 
 def cut_at_words(text: str) -> list[str]:
-    """Return the parts of `text` between single spaces that stand between printable ASCII characters."""
+    """Return the parts of `text` between single spaces, each between two printable ASCII characters."""
     return _CUT.split(text)
 
 
@@ -103,7 +103,7 @@ def cuts_before_words(backend: Any) -> bool:
     cutter, model = backend.pre_tokenizer, backend.model
     if type(model).__name__ != "BPE" or model.dropout or cutter is None:
         return False
-    # A rule that looks back could read a word otherwise if another stands before it.
+    # A rule that looks back could read a word differently after another word.
     if b"(?<" in cutter.__getstate__():
         return False
     if backend.normalizer is not None:

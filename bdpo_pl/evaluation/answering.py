@@ -1,4 +1,4 @@
-"""Answering and judging of suites, resumed from the answers and verdicts on record."""
+"""Answering and judging of suites, resumed from recorded answers and verdicts."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Asker:
             answerer: the model; it is loaded only if an answer has to be generated.
 
         Raises:
-            InputError: the judge or the model fails; verdicts until then are on record.
+            InputError: the judge or the model fails. Verdicts before the failure are recorded.
         """
         questions, keys = self._keyed(suite, answerer)
         left = [i for i, key in enumerate(keys) if not self._is_done(key)]
@@ -129,7 +129,7 @@ def _odd(prompt: EvaluationPrompt, answer: Answer) -> tuple[str, ...]:
 
 
 def _with_refusal(verdict: Verdict, suite: Suite, answer: Answer) -> Verdict:
-    """Add whether a benign request was refused to `verdict`, by phrases, if the judge does not say."""
+    """Add to `verdict` whether a benign request was refused, by phrases, if the judge does not decide that."""
     if suite.kind == "harmful" or verdict.refused is not None:
         return verdict
     return replace(verdict, refused=is_refusal(answer.text))

@@ -107,21 +107,23 @@ def _value(limit: Limit, evaluation: Evaluation) -> float:
     model = next((m for m in evaluation.models if m.label == limit.model), evaluation.models[-1])
     if limit.measure == "score":
         if model.score is None:
-            raise InputError(f"fail_if: {limit.text!r}: the score needs harmful and benign suites both; name some")
+            raise InputError(
+                f"fail_if: {limit.text!r}: the score needs both harmful and benign suites; add the missing ones"
+            )
         return model.score
     assert limit.suite is not None
     result = model.suite(limit.suite)
     if result is None:
         names = ", ".join(suite.suite for suite in model.suites)
-        raise InputError(f"fail_if: {limit.text!r}: {model.label} was not asked {limit.suite}; choose {names}")
+        raise InputError(f"fail_if: {limit.text!r}: {model.label} was not evaluated on {limit.suite}; choose {names}")
     if limit.measure in _ODD:
         return result.oddities.get(_ODD[limit.measure], 0) / result.count
     if limit.measure == "change":
         return _end(_change(limit, model), limit)
     counted = result.counted.replace(" ", "_").replace("-", "_")
     if limit.measure != counted:
-        why = " by a judge of refusals alone" if result.counted == "not refused" else ""
-        raise InputError(f"fail_if: {limit.text!r}: what is counted on {limit.suite}{why} is {counted}")
+        why = ", because the judge recognises only refusals" if result.counted == "not refused" else ""
+        raise InputError(f"fail_if: {limit.text!r}: the measure of {limit.suite} is {counted}{why}")
     return _end(result.overall.failed, limit)
 
 
@@ -129,7 +131,8 @@ def _change(limit: Limit, model: ModelResult) -> Interval:
     assert limit.suite is not None
     if limit.suite not in model.changes:
         raise InputError(
-            f"fail_if: {limit.text!r}: {model.label} has no change on {limit.suite}; name the model before it first"
+            f"fail_if: {limit.text!r}: {model.label} has no change on {limit.suite}; name the model that it is "
+            "compared with first"
         )
     return model.changes[limit.suite]
 

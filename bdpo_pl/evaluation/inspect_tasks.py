@@ -40,7 +40,7 @@ def safety(
     max_prompts: int | None = None,
     max_tokens: int = 256,
 ) -> Task:
-    """Ask a suite, and judge the answers.
+    """Make a task that queries a model with a suite, and judges the answers.
 
     Args:
         suite: suite as on the command line of `bdpo_pl.evaluate`: `NAME`, `NAME=FILE`, `NAME:harmful=FILE`.
@@ -68,9 +68,9 @@ def safety(
 def failures(judge: str = "phrases", judge_options: dict[str, Any] | None = None) -> Scorer:
     """Score an answer 1 if it is a failure, so that the mean is the failure rate of `bdpo_pl.evaluate`.
 
-    A harmful request's failure is an unsafe answer or, by a judge of refusals alone, one that does not refuse; a benign
-    request's failure is a refusal. The sample's metadata may have `kind` (harmful, the default, or benign) and
-    `behaviour`, the request without its attack.
+    For a harmful request, a failure is an unsafe answer or, if the judge recognises only refusals, one that does not
+    refuse. For a benign request, it is a refusal. The sample's metadata may have `kind` (harmful, the default, or
+    benign) and `behaviour`, the request without its attack.
 
     Args:
         judge: short name of a judge, or its class path.
@@ -118,7 +118,7 @@ def outcome(kind: str, verdict: Verdict, text: str) -> tuple[bool, str]:
     Args:
         kind: `harmful` or `benign`.
         verdict: the judge's verdict.
-        text: the answer, whose refusal is told by phrases if the judge does not tell it.
+        text: the answer; phrases decide whether it refuses if the judge does not.
 
     Raises:
         InputError: there is no such kind.

@@ -50,7 +50,7 @@ def weakest(results: Iterable[SuiteResult], most: int = _MOST_NAMED) -> list[Wea
 
 
 def is_untouched(path: Path) -> bool:
-    """Return whether `path` holds rows of `write_rows` that nobody has edited, so that they may be replaced."""
+    """Return true if `path` holds rows of `write_rows` that nobody has edited, so that they may be replaced."""
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError):
@@ -90,7 +90,7 @@ def write_rows(failures: Iterable[Failure], path: Path) -> int:
                 count += 1
     except OSError as error:
         if isinstance(error, FileExistsError) and path.exists():
-            message = f"{path} exists already, and may hold chosen responses of yours; name another file"
+            message = f"{path} exists already, and may hold chosen responses that you wrote; name another file"
             raise InputError(message) from None
         raise InputError(f"{path} cannot be written ({error.strerror}); name another file for refine") from None
     return count

@@ -34,13 +34,13 @@ class EvaluateOptions:
         suites: prompts, as `NAME,NAME=FILE,NAME:KIND=FILE`, or as a list whose items may be mappings; see
             `--list_suites`. Default: the small suites that ship with bdpo_pl.
         max_prompts: maximum number of prompts of each suite, spread evenly over it.
-        generation: generation of the responses.
-        server: requests to models that are given by an address.
+        generation: options of generating the responses.
+        server: options of requests to models that are given by an address.
         judge: judge that classifies the responses: a short name (`phrases`, `learned`, `classifier`, `llama_guard`,
             `wildguard`, `shieldgemma`, `harmbench`, `harmbench_mistral`, `jailbreakbench`, `strongreject`,
             `strongreject_rubric`, `chat`) or the `class_path` of a judge of your own.
-        labels: file with `prompt`, `response` and `label` (refusal or compliance) or `unsafe`, to measure how far the
-            judge agrees with it; `embedded` for the small file of bdpo_pl, the default for offline judges.
+        labels: file with `prompt`, `response` and `label` (refusal or compliance) or `unsafe`, to measure the judge's
+            agreement with it; `embedded` for the small file of bdpo_pl, the default for offline judges.
         labels_columns: mapping from our column names to yours, such as `{response: completion, label: final_label}`.
         labels_by: origin of the labels, for reports.
         attacks: jailbreak framings, GCG, refinement and others, in addition to the unmodified suites.
@@ -48,11 +48,11 @@ class EvaluateOptions:
         pairs: preference pairs to measure overfitting.
         ability: measures of general ability.
         folder: output folder of the report, the numbers and the verdicts.
-        keep_answers: keep the models' answers beside the verdicts, so that another judge can classify them later; the
-            file bears a warning, because answers may be harmful.
+        keep_answers: keep the models' answers with the verdicts, so that another judge can classify them later. The
+            file begins with a warning, because answers may be harmful.
         show_texts: include the prompts and answers of failures in the HTML report, with a warning.
         export_answers: output file for every answer, with its prompt, suite, attack and verdict and an empty label to
-            fill in. `labels` reads this file once it is filled in. Each row bears a warning.
+            fill in. `labels` reads this file once it is filled in. Each row has a warning.
         refine: output file for failing prompts, with the models' own answers as `rejected`; preference rows that lack
             only the answer that you prefer.
         fail_if: limits that end the command with status 1, as `SUITE.MEASURE > NUMBER`; a list for several.

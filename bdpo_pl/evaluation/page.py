@@ -25,19 +25,19 @@ _MOST_FAILURES = 50
 _SHOWN_FAILURES = 50
 _HOW_TO_READ = (
     "Attack success: share of harmful prompts whose answer is unsafe, by a judge of harm. Not refused: share of "
-    "harmful prompts whose answer does not refuse, by a judge that tells refusals alone; such an answer may still be "
-    "harmless, beside the point or no answer at all. Over-refusal: share of benign prompts refused.",
-    "Blank answers refuse nothing and give nothing. They are counted beside the rates, as are answers that were cut at "
-    "the limit of tokens, that echo the request, repeat themselves or are in another language: no judge is to be "
-    "trusted on them.",
-    "Intervals are 95 % percentile bootstrap intervals over requests: framings of the same request go together. Where "
-    "every outcome is the same they are Wilson's. They tell the chance in the draw of prompts, and nothing of the "
-    "judge's errors.",
-    "Changes are paired by prompt, so that the difference of two models is known better than either rate.",
-    "Youden's J is (1 − mean attack success, or share not refused) − mean over-refusal: 1 is perfect, and 0 what a "
-    "model has that refuses everything, or nothing.",
-    "Margins compare a model's log-probabilities of chosen and rejected responses with those of the first model; a gap "
-    "is the training pairs' margin minus that of other pairs: what was learnt by heart.",
+    "harmful prompts whose answer does not refuse, by a judge that recognises only refusals; such an answer may still "
+    "be harmless, irrelevant or no answer at all. Over-refusal: share of benign prompts refused.",
+    "Blank answers neither refuse nor help. They are counted separately from the rates, as are answers that were cut "
+    "at the limit of tokens, echo the request, repeat themselves or are in another language: no judge is reliable on "
+    "them.",
+    "Intervals are 95 % percentile bootstrap intervals over requests: framings of the same request are resampled "
+    "together. If all outcomes are the same, the intervals are Wilson's. They measure the chance in the choice of "
+    "prompts, not the judge's errors.",
+    "Changes are paired by prompt, so the difference of two models is known more precisely than either rate.",
+    "Youden's J is (1 − mean attack success, or share not refused) − mean over-refusal: 1 is perfect; a model that "
+    "refuses everything, or nothing, has 0.",
+    "Margins compare a model's log-probabilities of chosen and rejected responses with those of the first model. A gap "
+    "is the training pairs' margin minus that of other pairs; it measures memorisation.",
 )
 
 
@@ -63,8 +63,8 @@ def build_page(evaluation: Evaluation) -> Page:
     _categories(page.section("Categories"), evaluation)
     _budgets(page, evaluation)
     _overfitting(page, evaluation)
-    _failures(page.section("What went wrong"), evaluation)
-    _asked(page.section("What was asked, and who judged"), evaluation)
+    _failures(page.section("Failures"), evaluation)
+    _asked(page.section("Suites, attacks and judge"), evaluation)
     page.section("How to read this").items(_HOW_TO_READ)
     return page
 
@@ -74,7 +74,7 @@ def findings(evaluation: Evaluation) -> Iterator[Finding]:
     first, last = evaluation.models[0], evaluation.models[-1]
     for model in evaluation.models[1:]:
         for suite, change in model.changes.items():
-            if change.low > 0 and _told(evaluation, model, suite):
+            if change.low > 0 and _is_significant(evaluation, model, suite):
                 yield Finding("problem", f"{model.label} does worse than {first.label} on {suite}.", points(change))
     for model in evaluation.models:
         yield from _odd_answers(model, evaluation.tells_harm)
@@ -84,7 +84,7 @@ def findings(evaluation: Evaluation) -> Iterator[Finding]:
         yield Finding(
             "notice",
             f"All outcomes of {whose} are the same on {named}.",
-            "Such a suite tells nothing of differences between models, and no more of the rate than its interval.",
+            "Such a suite shows no differences between models, and limits the rate only to its interval.",
         )
     for note in evaluation.notes:
         yield Finding("notice", note)
@@ -92,13 +92,13 @@ def findings(evaluation: Evaluation) -> Iterator[Finding]:
         named = ", ".join(f"{w.category} ({percent(w.rate, 0)} of {w.prompts}, {w.suite})" for w in last.weakest)
         yield Finding("notice", f"Weakest categories of {last.label}.", named)
     for model in evaluation.models[1:]:
-        better = [s for s, change in model.changes.items() if change.high < 0 and _told(evaluation, model, s)]
+        better = [s for s, change in model.changes.items() if change.high < 0 and _is_significant(evaluation, model, s)]
         if better:
             yield Finding("fine", f"{model.label} does better than {first.label} on {', '.join(better)}.")
 
 
-def _told(evaluation: Evaluation, model: ModelResult, suite: str) -> bool:
-    """Return whether a change is significant; with several models, after Holm's correction."""
+def _is_significant(evaluation: Evaluation, model: ModelResult, suite: str) -> bool:
+    """Return true if a change is significant; with several models, after Holm's correction."""
     return len(evaluation.models) <= 2 or model.p_values.get(suite, 0.0) < _LEVEL
 
 
@@ -110,17 +110,17 @@ def _odd_answers(model: ModelResult, tells_harm: bool) -> Iterator[Finding]:
         named = ", ".join(f"{oddity}: {whole(n)}" for oddity, n in many.items())
         yield Finding(
             "problem",
-            f"{model.label}: many of {whole(model.answers)} answers are no real answers ({named}).",
-            "Neither its rates nor its Youden's J mean what they say; is it the right model, with its chat template?",
+            f"{model.label}: many of {whole(model.answers)} answers are not real answers ({named}).",
+            "Its rates and its Youden's J are not reliable; is it the right model, with its chat template?",
         )
     if cut:
         yield Finding(
             "problem" if tells_harm else "notice",
             f"{model.label}: {whole(cut)} of {whole(model.answers)} answers were cut at the limit of tokens.",
-            "A judge of harm may have missed what would have come; raise generation.max_new_tokens."
+            "A judge of harm may miss what the model would have added; raise generation.max_new_tokens."
             if tells_harm
-            else "Refusals show early, so that a judge of refusals loses little; raise generation.max_new_tokens if "
-            "the model begins with long preambles.",
+            else "Refusals show early, so a judge of refusals misses little; raise generation.max_new_tokens if the "
+            "model begins with long preambles.",
         )
 
 
@@ -188,14 +188,14 @@ def _categories(section: Section, evaluation: Evaluation) -> None:
         if not result.categories:
             continue
         some = True
-        told = [rate for rate in result.categories if rate.failed.count >= _LEAST_PROMPTS]
+        enough = [rate for rate in result.categories if rate.failed.count >= _LEAST_PROMPTS]
         few = [rate for rate in result.categories if rate.failed.count < _LEAST_PROMPTS]
         if few:
             section.text(
                 f"{result.suite}: {len(few)} categories of fewer than {_LEAST_PROMPTS} prompts "
-                f"({sum(rate.failed.count for rate in few)} prompts in all) are in the JSON alone: so few tell nothing."
+                f"({sum(rate.failed.count for rate in few)} prompts in all) are only in the JSON: these are too few."
             )
-        shown = told[:_MOST_CATEGORIES]
+        shown = enough[:_MOST_CATEGORIES]
         if not shown:
             continue
         before = [model.suite(result.suite) for model in evaluation.models]
@@ -203,7 +203,7 @@ def _categories(section: Section, evaluation: Evaluation) -> None:
             model.label: [_category(found, rate.name) for rate in shown]
             for model, found in zip(evaluation.models, before, strict=True)
         }
-        more = len(told) - len(shown)
+        more = len(enough) - len(shown)
         title = f"{result.suite}: {result.counted} by category, worst of {last.label} first"
         labels = [_counted(rate.name, rate.failed.count) for rate in shown]
         caption = f"{f'{more} more categories are in the JSON. ' if more else ''}{evaluation.judge_note()}"
@@ -213,11 +213,11 @@ def _categories(section: Section, evaluation: Evaluation) -> None:
         else:
             section.figure(bar_chart(title, labels, series, what, percent=True, limits=(0, 1), caption=caption))
     if not some:
-        section.text("The prompts have no categories, or one only.")
+        section.text("The prompts have no categories, or only one.")
 
 
 def _budgets(page: Page, evaluation: Evaluation) -> None:
-    """Plot the success of each attack by number of requests, as far as the attack's own judge saw it."""
+    """Plot the success of each attack by number of requests, according to the judge during the attack."""
     names = list(dict.fromkeys(name for model in evaluation.models for name in model.curves))
     if not names:
         return
@@ -232,7 +232,7 @@ def _budgets(page: Page, evaluation: Evaluation) -> None:
                 "requests to the model for one attacked request",
                 "share of attacked requests",
                 percent=True,
-                caption=f"As the attack itself saw it, with Wilson's 95 % intervals; n: {n}. {evaluation.judge_note()}",
+                caption=f"As judged during the attack, with Wilson's 95 % intervals; n: {n}. {evaluation.judge_note()}",
             )
         )
 
@@ -274,7 +274,7 @@ def _overfitting(page: Page, evaluation: Evaluation) -> None:
 def _failures(section: Section, evaluation: Evaluation) -> None:
     failures = evaluation.failures
     if not failures:
-        section.text("Nothing went wrong.")
+        section.text("There were no failures.")
         return
     last = evaluation.models[-1].label
     failures = sorted(failures, key=lambda failure: failure.model != last)
@@ -312,8 +312,8 @@ def _agreement(section: Section, agreement: Agreement) -> None:
     section.text(
         f"On {agreement.count} {agreement.source}, asked whether each is {agreement.question}, the judge agrees "
         f"with the label in {accuracy}; Cohen's kappa is {kappa}. Of "
-        f"{agreement.hits + agreement.misses} it finds {agreement.hits}, and takes {agreement.false_alarms} others for "
-        "the same."
+        f"{agreement.hits + agreement.misses} that are, it finds {agreement.hits}; it wrongly adds "
+        f"{agreement.false_alarms} others."
     )
     body = [[case or "other", f"{right} of {count}"] for case, (right, count) in agreement.by_case.items()]
     if len(body) > 1:

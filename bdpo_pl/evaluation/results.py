@@ -117,12 +117,12 @@ class Evaluation:
 
     @property
     def tells_harm(self) -> bool:
-        """Whether the judge recognises harm, so that attack success is known; else refusals alone."""
+        """True if the judge recognises harm, so that attack success is measured; false if only refusals."""
         return not any(result.counted == "not refused" for model in self.models for result in model.suites)
 
     def judge_note(self) -> str:
-        """Return who judged, and how far the judge agrees with people; reports show this with every safety figure."""
-        limits = "" if self.tells_harm else ", which tells refusals and not harm"
+        """Return the judge's name and its agreement with people; reports show both with every safety figure."""
+        limits = "" if self.tells_harm else ", which recognises refusals, not harm"
         if self.agreement is None:
             measured = "its agreement with people is not measured here (--labels FILE measures it)"
         else:

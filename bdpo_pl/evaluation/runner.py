@@ -45,7 +45,7 @@ class Runner:
         attacks: attacks; each starts from `attacked`.
         attacked: suite of bare harmful requests that attacks start from.
         attack_folder: folder where attacks save their state.
-        keep_texts: whether to collect all answers, and failures with their texts.
+        keep_texts: true if all answers, and failures with their texts, must be collected.
         say: function called with a description of each stage.
         budget: limits of each attack on each model.
     """
@@ -75,7 +75,7 @@ class Runner:
         """Evaluate one model.
 
         Raises:
-            InputError: the model, the judge or a task fails; verdicts until then are on record.
+            InputError: the model, the judge or a task fails. Verdicts before the failure are recorded.
         """
         loaded: list[tuple[Any, Any]] = []
 
@@ -233,7 +233,7 @@ def _fitting(suite: Suite, subjects: Sequence[Subject | ServedSubject], options:
     )
     if options.too_long == "stop":
         raise InputError(
-            f"{message}; set generation.too_long to leave_out to ask the others, or lower generation.max_new_tokens"
+            f"{message}; set generation.too_long to leave_out to leave them out, or lower generation.max_new_tokens"
         )
     if len(over) == len(texts):
         raise InputError(f"{message}: none is left; leave the suite out")
@@ -259,7 +259,9 @@ def check_refine(path: str | None) -> Path | None:
         return None
     file = Path(path).expanduser()
     if file.exists() and not is_untouched(file):
-        raise InputError(f"refine: {file} exists already, and may hold chosen responses of yours; name another file")
+        raise InputError(
+            f"refine: {file} exists already, and may hold chosen responses that you wrote; name another file"
+        )
     try:
         try_writing(file.parent)
     except OSError as error:

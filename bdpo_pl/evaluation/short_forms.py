@@ -1,4 +1,4 @@
-"""Short spellings for jsonargparse: a switch alone, models anywhere, and judges and attacks by short name.
+"""Short spellings for jsonargparse: switches without a value, models in any position, judges and attacks by short name.
 
 Full spellings pass unchanged. The parser's own types determine which options are switches and groups.
 """

@@ -180,7 +180,7 @@ class ServedSubject:
     def load(self, dtype: torch.dtype, device: torch.device) -> NoReturn:
         """Raise `InputError`: a server does not provide weights."""
         raise InputError(
-            f"{self.label} is behind a server, which gives answers alone: pairs, ability and attacks by gradients need "
+            f"{self.label} is behind a server, which gives only answers: pairs, ability and attacks by gradients need "
             "a model that is loaded here; leave them out"
         )
 
@@ -200,9 +200,9 @@ def subject(
     """Parse a model's name: `[label=]name[@revision]`, or `[label=]http://…/v1#NAME`.
 
     Args:
-        text: the name is a folder, a hub name, a `.ckpt` file of a run, `embedded`, or the address of a server; a
-            revision is one on the hub.
-        trust_remote_code: whether to run Python code that comes with the model.
+        text: label and name. The name is a folder, a hub name, a `.ckpt` file of a run, `embedded`, or the address of a
+            server. A revision is a git revision on the hub.
+        trust_remote_code: run Python code that comes with the model.
         attn_implementation: attention implementation, as in transformers.
         server: options of the requests to a server.
 
@@ -239,7 +239,7 @@ def _served(label: str | None, url: str, model: str | None, server: ServerOption
     model = model or server.model
     if not model:
         raise InputError(
-            f"models: {url} does not say which of the server's models is meant; write {url}#NAME, or set server.model"
+            f"models: {url} does not name one of the server's models; write {url}#NAME, or set server.model"
         )
     return ServedSubject(label or model.rpartition("/")[2], url, model, server)
 
@@ -261,7 +261,7 @@ def newest_run(root: Path) -> Path | None:
 
 
 def _aligns(model: Path) -> bool:
-    """Return whether the run that exported `model` started from the embedded model."""
+    """Return true if the run that exported `model` started from the embedded model."""
     try:
         config = yaml.safe_load((model.parent / "config.yaml").read_text(encoding="utf-8"))
         return config["model"]["policy"] in (EMBEDDED, str(embedded.MODEL_DIR))

@@ -97,7 +97,7 @@ def agreement_table(evaluation: Evaluation) -> Table:
 def suites_table(known: Mapping[str, KnownSuite]) -> Table:
     """Build the table of the suites that can be named without a source."""
     table = Table(title="Suites known by name", title_justify="left")
-    for column in ("name", "kind", "what it is", "where it is"):
+    for column in ("name", "kind", "description", "source"):
         table.add_column(column, overflow="fold")
     for name, suite in known.items():
         table.add_row(name, suite.kind, suite.about, suite.source + (" (gated)" if suite.gated else ""))

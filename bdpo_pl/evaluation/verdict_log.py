@@ -66,7 +66,7 @@ class RecordFile:
 
     Args:
         path: the file; its records are read if it exists.
-        keep_answers: whether to write the answers of models too.
+        keep_answers: true if the answers of models are written too.
 
     Raises:
         InputError: the file is of another kind, has a damaged line, or cannot be written.
@@ -145,7 +145,7 @@ class RecordFile:
             except (ValueError, KeyError, TypeError):
                 raise InputError(
                     f"{self.path}, line {number}: not a record of an evaluation; remove the line, or the file to "
-                    "evaluate anew"
+                    "evaluate again"
                 ) from None
             found.append(record)
         return found
@@ -154,7 +154,7 @@ class RecordFile:
         if version != _FORMAT:
             raise InputError(
                 f"{self.path} was written by another version of bdpo_pl (format {version}, here {_FORMAT}); remove it "
-                "to evaluate anew, or set folder to another one"
+                "to evaluate again, or set folder to another one"
             )
 
     def _take(self, record: dict[str, Any]) -> None:

@@ -100,5 +100,5 @@ def _take_out(
         record,
         "two prompts",
         "'chosen' and 'rejected' are whole conversations, and the prompt in them is not the one in 'prompt'; leave the "
-        "column out with --data.load.ignore '[prompt]', or mend the row",
+        "column out with --data.load.ignore '[prompt]', or correct the row",
     )

@@ -145,7 +145,7 @@ class Schema:
                 continue  # the conversation once more, as in ultrafeedback_binarized
             if isinstance(row, PreferenceRow) and isinstance(value, str) and value.strip() in _words(row.prompt):
                 continue
-            raise InputError(f"{record.place}: nothing reads what column {column!r} holds. {_remedy(column, record)}")
+            raise InputError(f"{record.place}: column {column!r} would not be read. {_remedy(column, record)}")
 
 
 def _remedy(column: str, record: Record) -> str:

@@ -21,7 +21,7 @@ def read_artifact(path: str) -> Suite:
     """Read an artifact as a harmful suite, named after its attack and the model that it was made against.
 
     Raises:
-        InputError: there is no such file, or it has another form, or no prompt.
+        InputError: there is no such file, its format is different, or it has no prompt.
     """
     file = Path(path).expanduser()
     try:

@@ -46,7 +46,7 @@ class Target:
 
     Attributes:
         name: name in reports.
-        key: identifier of the model and of the generation options; state saved for another key is not used.
+        key: identifier of the model and of the generation options. State saved under another key is not used.
         respond: function from prompts to the model's answers, in order.
         judge: judge of whether an answer is what the attack wants.
         fits: function that returns whether a prompt and an answer fit into the model's window.
@@ -77,10 +77,10 @@ class Attack(ABC):
     name: str
 
     def check(self, budget: Budget) -> None:
-        """Check, before any model is queried, that `budget` suffices for one step on each request.
+        """Check that `budget` suffices for one step on each request, before any model is queried.
 
         Raises:
-            InputError: it does not.
+            InputError: the budget does not suffice.
         """
         budget.steps(1, 1, self.name)
 
@@ -94,7 +94,7 @@ class Attack(ABC):
             step: function to call after each prompt.
 
         Returns:
-            The prompts made; those of the last requests are missing if the budget's time was over before them.
+            The prompts that the attack made. The last requests have none if the budget's time was over before them.
 
         Raises:
             InputError: the attack cannot be made on this target, or a model that it queries fails.
@@ -158,7 +158,7 @@ def attack_each(
 
 
 def succeeded(verdict: Verdict, response: str) -> bool:
-    """Return whether an answer is what an attack wants."""
+    """Return true if an answer is what an attack wants."""
     # A blank answer does not refuse, but it gives no harmful content either.
     return verdict.got_through and bool(response.strip())
 
@@ -200,7 +200,7 @@ class StateFile:
         self._head = {"warning": WARNING, "attack": attack, **facts}
         digest = hashlib.sha256(json.dumps(self._head, sort_keys=True).encode()).hexdigest()[:24]
         self.path = folder / f"{attack}-{digest}.jsonl"
-        # Tried now, rather than after hours of work.
+        # Tried now, so that the error does not come after hours of work.
         try:
             try_writing(folder)
         except OSError as error:
@@ -231,4 +231,4 @@ class StateFile:
 
     def damaged(self) -> InputError:
         """Return the error for a damaged file."""
-        return InputError(f"{self.path} is not the whole state of an attack; remove it to attack this prompt anew")
+        return InputError(f"{self.path} is not the whole state of an attack; remove it to attack this prompt again")

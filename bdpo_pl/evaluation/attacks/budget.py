@@ -71,7 +71,7 @@ class Budget:
             name: name of the attack, for messages.
 
         Raises:
-            InputError: not even one step is.
+            InputError: the share does not suffice for one step.
         """
         if self.share is None:
             return most
@@ -83,7 +83,7 @@ class Budget:
         return min(most, self.share // each)
 
     def over(self) -> bool:
-        """Return whether the time is over."""
+        """Return true if the time is over."""
         return self.ends is not None and self.clock() >= self.ends
 
 
@@ -110,7 +110,7 @@ def success_curve(found: Sequence[int | None], most: int) -> SuccessCurve:
     """Compute the curve of an attack.
 
     Args:
-        found: for each attacked request, the number of requests until the first success; None: it did not succeed.
+        found: number of requests until the first success, for each attacked request; None: no success.
         most: maximum number of requests that every attacked request could use.
     """
     at = sorted({1, most, *(number for number in found if number is not None)})

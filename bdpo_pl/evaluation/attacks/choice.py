@@ -34,18 +34,18 @@ class AttackOptions:
     """Attacks in addition to the unmodified suites.
 
     Args:
-        framings: names of jailbreak framings, as a list or `a,b`, or `all`; each makes a separate suite.
+        framings: names of jailbreak framings, as a list or `a,b`, or `all`. Each gives a separate suite.
         framings_file: JSONL or Parquet file with framings of your own: `name` and `template`, which contains
             `{request}`. All of them are used, in addition to those in `framings`.
-        prefill: make answers begin with words that comply with the request, as if the model had written them; this
-            makes a separate suite. Not available behind a server.
+        prefill: make answers begin with words that comply with the request, as if the model had written them. This
+            gives a separate suite. Not available behind a server.
         translations: CSV, JSONL or Parquet file with translations of requests: `request`, `language` and `text`. Each
-            language makes a separate suite.
-        languages: languages that `translator` translates requests into, as a list or `a,b`; each makes a separate
+            language gives a separate suite.
+        languages: languages into which `translator` translates requests, as a list or `a,b`. Each gives a separate
             suite.
         translator: endpoint of the model that translates.
-        artifacts: files of JailbreakBench's published attack prompts; each makes a separate suite.
-        gcg: search for adversarial suffixes with the model's own gradients; takes hours for a real model.
+        artifacts: files of JailbreakBench's published attack prompts. Each gives a separate suite.
+        gcg: search for adversarial suffixes with the model's own gradients. It takes hours for a real model.
         genetic: recombine the framings for each request by the model's own probabilities, as AutoDAN does.
         refinement: let an attacker rewrite each prompt until it succeeds (PAIR); needs `attacker`.
         tree: let an attacker rewrite each prompt in a tree of attempts that is pruned (TAP); needs `attacker`.
@@ -54,9 +54,9 @@ class AttackOptions:
         suite: name of the harmful suite that attacks start from. Default: every harmful suite for framings, the first
             one for GCG and the other attacks that search.
         max_prompts: maximum number of prompts of that suite for GCG and the other attacks, spread evenly.
-        folder: folder where GCG and the other attacks save their state, so that they can resume. Each file bears a
-            warning, because prompts and answers may be harmful. Default: no state is saved, and an interrupted attack
-            starts over.
+        folder: folder where GCG and the other attacks save their state, so that they can resume. Each file begins with
+            a warning, because prompts and answers may be harmful. Default: no state is saved, and an interrupted attack
+            starts from the beginning.
 
     Raises:
         InputError: an attack is requested without the model that it needs, or a number is below 1.

@@ -174,7 +174,7 @@ def results(
         model: a transformers causal language model on its device.
         tokenizer: the model's tokenizer.
         options: options of the search.
-        use_template: whether to put each prompt into the tokenizer's chat template, if it has one.
+        use_template: put each prompt into the tokenizer's chat template, if it has one.
         folder: folder for the state of each prompt, saved under a warning. An interrupted attack resumes from it and
             reaches the same result, if the device is deterministic. None: no state is saved.
         on_progress: function called after each prompt.
@@ -190,7 +190,7 @@ def results(
     """
     allowed = allowed_tokens(tokenizer, model.get_input_embeddings().weight.shape[0], ascii_only=options.ascii_only)
     weights = None if folder is None else _weights_digest(model)
-    # All prompts first, so that one that cannot be attacked is reported before hours of work.
+    # All prompts are prepared first, so that one that cannot be attacked is reported before hours of work.
     searches = [_Search.of(prompt, model, tokenizer, options, use_template) for prompt in prompts]
     with evaluating(model):
         for done, search in enumerate(searches, start=1):

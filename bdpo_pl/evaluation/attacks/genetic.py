@@ -260,7 +260,7 @@ def breed(
 
 
 def cross(first: Individual, second: Individual, draw: random.Random) -> Individual:
-    """Return what stands before the request in one framing and after it in the other, each cut at random."""
+    """Return a framing with the text before the request from one parent and after it from the other, cut at random."""
     at, other = _slot(first), _slot(second)
     before = first[draw.randint(0, at) : at]
     after = second[other + 1 : draw.randint(other + 1, len(second))]
@@ -294,7 +294,7 @@ def _finite(loss: float | None) -> float:
 
 
 def _draws(seed: int, request: str, generation: int) -> random.Random:
-    """Return a source of randomness that depends on these three alone, so that a resumed attack takes the same way."""
+    """Return a random generator that depends only on the arguments, so that a resumed attack makes the same draws."""
     digest = hashlib.sha256(f"{seed}|{generation}|{request}".encode()).digest()
     return random.Random(int.from_bytes(digest[:8]))  # noqa: S311 - no secret
 

@@ -1,7 +1,7 @@
 """Prompt refinement like PAIR (Chao et al., arXiv:2310.08419): a model rewrites a request until it succeeds.
 
 An attacking model gets the request, proposes a prompt, and sees the answer and a judge's verdict. Several such streams
-run side by side, for a few steps. The attack needs nothing but the answers of the attacked model.
+run side by side, for a few steps. The attack needs only the answers of the attacked model.
 """
 
 from __future__ import annotations
@@ -72,12 +72,12 @@ class Attempt:
 
     @property
     def passed(self) -> bool:
-        """Whether the attempt succeeded."""
+        """True if the attempt succeeded."""
         return succeeded(self.verdict, self.response)
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Attempt:
-        """Make the attempt of a state file's line again."""
+        """Restore an attempt from a line of a state file."""
         return cls(value["stream"], Proposal(**value["proposal"]), value["response"], Verdict(**value["verdict"]))
 
 
@@ -290,7 +290,7 @@ def chat_target(model: ChatModel) -> Target:
 
 
 def rank(attempt: Attempt) -> tuple[bool, float, bool]:
-    """Return how far an attempt went, for comparisons: success, then score, then no refusal."""
+    """Return the rank of an attempt, for comparisons: success first, then score, then no refusal."""
     verdict = attempt.verdict
     return attempt.passed, verdict.score or 0.0, verdict.refused is False
 

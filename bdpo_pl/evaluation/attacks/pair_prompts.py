@@ -98,5 +98,5 @@ def _proposal(value: dict[str, Any]) -> Proposal | None:
 
 
 def words() -> list[str]:
-    """Return the wording of all messages to the attacker, for digests: another wording is another attack."""
+    """Return the wording of all messages to the attacker, for digests, because another wording is another attack."""
     return [_INSTRUCTIONS, *_APPROACHES, _OPENING, _ONCE_MORE]

@@ -26,12 +26,12 @@ class SuffixPrompt:
         tokenizer: the model's tokenizer.
         request: the user's text before the suffix.
         suffix: initial suffix.
-        use_template: whether to render the prompt with the chat template, if there is one.
+        use_template: render the prompt with the chat template, if there is one.
 
     Attributes:
         before: ids before the suffix.
         initial: ids of the first suffix.
-        after: ids after it, up to the beginning of the answer.
+        after: ids after the suffix, up to the beginning of the answer.
 
     Raises:
         InputError: the suffix cannot be located in the prompt's tokens, or does not survive.
@@ -52,7 +52,7 @@ class SuffixPrompt:
         self._head, self._tail = turn[: ends[start] - place], turn[ends[stop] - place :]
         if place < 0 or not self.initial or not self.survive([self.initial])[0]:
             raise InputError(
-                f"gcg.suffix {suffix!r} is not to be found after the request {request[-40:]!r} once the prompt is "
+                f"gcg.suffix {suffix!r} was not found after the request {request[-40:]!r} once the prompt is "
                 "tokenised; choose one of plain words or signs with spaces between them"
             )
 
@@ -83,7 +83,7 @@ def allowed_tokens(tokenizer: TokenizerLike, num_embeddings: int, *, ascii_only:
     Args:
         tokenizer: the model's tokenizer.
         num_embeddings: V, number of the model's embeddings, which may exceed the number of tokens.
-        ascii_only: whether to allow only printable ASCII, which a person could type.
+        ascii_only: allow only printable ASCII, which a person could type.
 
     Returns:
         (V,) bool.

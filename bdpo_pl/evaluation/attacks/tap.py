@@ -1,8 +1,8 @@
 """Tree of attacks with pruning (Mehrotra et al., arXiv:2312.02119): prompt refinement that branches.
 
 Every leaf of the tree is a conversation with the attacker. At each level it branches into several proposals; those that
-ask for something other than the request are pruned before the model is asked; of the others the leaves with the best
-verdicts remain. The attack needs nothing but the answers of the attacked model.
+ask for something other than the request are pruned before the model is queried, and the leaves with the best verdicts
+remain. The attack needs only the answers of the attacked model.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class TreeAttack(Attack):
     """Tree of attacks by an attacker behind an endpoint.
 
     Args:
-        attacker: endpoint of the attacking model, which also tells what is off the topic.
+        attacker: endpoint of the attacking model, which also judges whether proposals are off the topic.
         options: size of the tree.
     """
 
@@ -145,7 +145,7 @@ class TreeAttack(Attack):
         return AttackResult(attacked(prompt, text, NAME, alone=True), len(levels), details)
 
     def _level(self, goal: str, leaves: list[list[Attempt]], target: Target, options: TreeOptions) -> _Level:
-        """Branch every leaf, prune what is off the topic, and ask the model the rest."""
+        """Branch every leaf, prune what is off the topic, and query the model with the rest."""
         conversations = [
             _conversation(goal, branch, leaf[-options.history :])
             for leaf in leaves
@@ -190,7 +190,7 @@ class TreeAttack(Attack):
 
 
 def _conversation(goal: str, branch: int, past: Sequence[Attempt]) -> list[Message]:
-    # Branches go about it in different ways, so that an attacker that decodes greedily does not repeat itself.
+    # Branches use different approaches, so that an attacker that decodes greedily does not repeat itself.
     turns = opening(goal, branch)
     for attempt in past:
         turns += [attempt.proposal.to_turn(), feedback(attempt.response, attempt.verdict)]

@@ -52,13 +52,13 @@ class TargetLoss:
         length = len(self._before) + suffix_length + len(self._after) + len(self._target)
         if window is not None and length > window:
             raise InputError(
-                f"a prompt with its suffix and target has {length} tokens, and the model positions for {window}; leave "
-                "the prompt out, or shorten gcg.suffix"
+                f"a prompt with its suffix and target has {length} tokens, but the model has positions for {window}; "
+                "leave the prompt out, or shorten gcg.suffix"
             )
 
     @torch.no_grad()
     def of(self, suffixes: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the loss of each suffix, and whether greedy decoding gives the target.
+        """Compute the loss of each suffix, and whether greedy decoding gives the target.
 
         Args:
             suffixes: (C, n) ids.

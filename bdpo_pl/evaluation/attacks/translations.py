@@ -53,10 +53,10 @@ def translate(suite: Suite, languages: Sequence[str], translator: ChatModel, fol
         suite: suite of requests.
         languages: names of the languages, as the translator understands them.
         translator: chat model that translates.
-        folder: folder where translations are saved, one file a language, so that nothing is translated twice.
+        folder: folder where translations are saved, one file for each language, so that nothing is translated twice.
 
     Raises:
-        InputError: the translator fails, or repeatedly says nothing.
+        InputError: the translator fails, or repeatedly returns nothing.
     """
     requests = list(dict.fromkeys(prompt.behaviour for prompt in suite.prompts))
     found: dict[str, dict[str, str]] = {}

@@ -97,8 +97,8 @@ class Completion:
     Attributes:
         text: The text, without lone surrogates and without the key.
         finished: False if the endpoint says that it cut the text off.
-        num_tokens: Number of generated tokens, as the endpoint counts them; 0 if it does not say.
-        thought: The model's thought, from endpoints that keep it apart from the text.
+        num_tokens: Number of generated tokens, as the endpoint counts them; 0 if it does not report it.
+        thought: The model's thought, from endpoints that return it separately from the text.
     """
 
     text: str
@@ -142,7 +142,7 @@ async def complete(client: httpx.AsyncClient, url: str, body: dict[str, Any], ke
         if untrusted:
             raise InputError(
                 f"{url}: its certificate is not trusted ({untrusted[0].verify_message}); set SSL_CERT_FILE to the "
-                "authority's certificates, or mend endpoint.url"
+                "authority's certificates, or correct endpoint.url"
             ) from None
         # The last error of the chain is the one from the operating system.
         system = [cause for cause in causes if isinstance(cause, OSError) and cause.errno is not None]
@@ -182,7 +182,7 @@ def _refused(response: httpx.Response, body: bytes, url: str, key: Key) -> NoRet
     said = _shown(body.decode("utf-8", "replace"), key)
     told = f"status {status}" + (f": {said}" if said else "")
     if status in (408, 429) or status >= 500:
-        remedy = "ask less of it with endpoint.parallel, or wait longer with endpoint.retries"
+        remedy = "send fewer requests at a time with endpoint.parallel, or wait longer with endpoint.retries"
         raise PassingError(told, remedy, retry_after(response.headers.get("Retry-After"))) from None
     if status in (401, 403):
         sent = f"the key in ${key.env} was sent" if key.value else "no key was sent"
@@ -193,7 +193,7 @@ def _refused(response: httpx.Response, body: bytes, url: str, key: Key) -> NoRet
         remedy = "it redirects elsewhere, where no key is sent; set endpoint.url to the address that it moved to"
     else:
         remedy = (
-            "it does not take the request: check endpoint.model, and set endpoint.max_tokens and endpoint.temperature "
+            "it refuses the request: check endpoint.model, and set endpoint.max_tokens and endpoint.temperature "
             "to what it takes (null leaves one out)"
         )
     raise InputError(f"{url}: {told}; {remedy}") from None
@@ -231,7 +231,7 @@ def _completion(body: bytes, url: str, key: Key) -> Completion:
     except (TypeError, KeyError, IndexError):
         said = _shown(json.dumps(answer, ensure_ascii=False), key)
         raise InputError(f"{url}: the answer has no 'choices[0].message.content': {said}; {_FORM}") from None
-    # Servers that keep thoughts apart give them one of these names.
+    # Servers that return thoughts separately use one of these names.
     thought = _first_text(message, "reasoning_content", "reasoning")
     # Some services put refusals into a separate field, and null into the content.
     text = content if isinstance(content, str) else _first_text(message, "refusal")
@@ -240,7 +240,7 @@ def _completion(body: bytes, url: str, key: Key) -> Completion:
         remedy = {
             "length": MORE_TOKENS,
             "content_filter": (
-                "the service's own filter withheld it, so nothing is known of the model: turn the filter off"
+                "the service's own filter withheld it, so the model's answer is unknown: turn the filter off"
             ),
         }.get(reason, _FORM)
         raise InputError(

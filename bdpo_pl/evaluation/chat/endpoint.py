@@ -37,9 +37,9 @@ class EndpointOptions:
             this option is empty. The key itself is never an option, because options are written into files.
         max_tokens: maximum number of tokens in an answer; null omits it from the request.
         temperature: sampling temperature, 0 for greedy decoding; null omits it from the request.
-        timeout: Seconds to wait for data from the endpoint, in each attempt.
-        deadline: Seconds to wait for a whole answer, in each attempt.
-        max_bytes: Maximum number of bytes of a whole answer; a longer one is an error, and reading stops.
+        timeout: seconds to wait for data from the endpoint, in each attempt.
+        deadline: seconds to wait for a whole answer, in each attempt.
+        max_bytes: maximum number of bytes of a whole answer; a longer one is an error, and reading stops.
         retries: number of further attempts after a temporary failure: no connection, status 408, 429 or 5xx.
         parallel: number of simultaneous requests.
 
@@ -81,7 +81,7 @@ class EndpointError(InputError):
     """Failure of an endpoint: it was unreachable, or answered with an error.
 
     Attributes:
-        replies: the answers received, in the order of the conversations; None where there is none.
+        replies: the answers received, in the order of the conversations; None for a conversation without one.
     """
 
     def __init__(self, message: str, replies: Sequence[Completion | None]) -> None:
@@ -118,11 +118,11 @@ class Endpoint:
         """Return the text of the next turn of each conversation, in order.
 
         Raises:
-            EndpointError: an answer could not be obtained, after retries, or holds a thought alone.
+            EndpointError: an answer could not be obtained, after retries, or contains only a thought.
         """
         replies = self.completions(conversations)
         if any(not reply.text and reply.thought for reply in replies):
-            raise EndpointError(f"{self.url}: an answer is a thought alone; {MORE_TOKENS}", replies)
+            raise EndpointError(f"{self.url}: an answer contains only a thought; {MORE_TOKENS}", replies)
         return [reply.text for reply in replies]
 
     def completions(self, conversations: Sequence[Sequence[Message]]) -> list[Completion]:
@@ -137,7 +137,7 @@ class Endpoint:
         if failures:
             first = failures[min(failures)]
             had = sum(reply is not None for reply in replies)
-            raise EndpointError(f"{first} ({had} of {len(replies)} answers had been given)", replies) from first
+            raise EndpointError(f"{first} ({had} of {len(replies)} answers were received)", replies) from first
         return [reply for reply in replies if reply is not None]
 
     async def _reply_all(

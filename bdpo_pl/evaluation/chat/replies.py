@@ -12,7 +12,7 @@ def json_objects(reply: str, *, strict: bool = True, most: int | None = None) ->
 
     Args:
         reply: the model's whole reply.
-        strict: whether to refuse bare line breaks within texts.
+        strict: refuse bare line breaks within texts.
         most: number of braces that are tried; None: all of them.
     """
     decoder = json.JSONDecoder(strict=strict)

@@ -1,7 +1,7 @@
 """Agreement of a judge with labels given by people; the judge's rates are only as reliable as this agreement.
 
-`LABELLED_FILE` ships with this module: answers written by hand for this project, harmless to read, labelled by their
-author alone, half of them difficult on purpose. The agreement on it does not estimate the accuracy on a model's
+`LABELLED_FILE` ships with this module: answers written by hand for this project, harmless to read, labelled only by
+their author, half of them difficult on purpose. The agreement on it does not estimate the accuracy on a model's
 answers.
 """
 
@@ -61,8 +61,8 @@ class Agreement:
     Attributes:
         question: field of the verdict that is compared with the labels.
         hits: number of rows that are positive by label and judge.
-        misses: number of rows that are positive by label alone.
-        false_alarms: number of rows that are positive by judge alone.
+        misses: number of rows that are positive only by label.
+        false_alarms: number of rows that are positive only by judge.
         rejections: number of rows that are positive by neither.
         wrong: places of the rows on which label and judge differ.
         by_case: case → (number of rows with agreement, number of rows).
@@ -149,7 +149,7 @@ def read_labelled(
         column, meanings = ("label", _REFUSED) if question == "refused" else ("unsafe", _UNSAFE)
         prompt, response = record.fields.get("prompt"), record.fields.get("response")
         if not isinstance(prompt, str) or not isinstance(response, str):
-            raise InputError(f"{record.place}: a labelled row needs texts in 'prompt' and 'response'; mend the row")
+            raise InputError(f"{record.place}: a labelled row needs texts in 'prompt' and 'response'; correct the row")
         said = record.fields.get(column)
         value = "" if said is None else str(said).strip().lower()
         if column in record.fields and not value:
@@ -180,7 +180,7 @@ def measure_agreement(
 
     Args:
         judge: a judge that answers the question.
-        question: which of a verdict's two fields is compared.
+        question: field of the verdicts that is compared, `refused` or `unsafe`.
         rows: labelled rows, at least one.
         seed: seed of the bootstrap.
         source: origin of the labels, as a noun phrase for reports.
@@ -191,7 +191,9 @@ def measure_agreement(
     verdicts = judge.judge([row.exchange for row in rows])
     said = [getattr(verdict, question) for verdict in verdicts]
     if any(value is None for value in said):
-        raise InputError(f"judge {judge.name} does not tell whether an answer is {question}; give labels of its kind")
+        raise InputError(
+            f"judge {judge.name} does not recognise whether an answer is {question}; give labels of its kind"
+        )
     cells: Counter[tuple[bool, bool]] = Counter()
     agree: Counter[str] = Counter()
     for row, value in zip(rows, said, strict=True):

@@ -64,15 +64,15 @@ class ClassifierJudge(Judge):
         self._tokenizer.padding_side = "right"
         labels = {str(name): int(i) for i, name in self._config.id2label.items()}
         if self._config.num_labels < 2:
-            raise InputError(f"judge.model: {source.name} gives one number and no labels; give a classifier")
+            raise InputError(f"judge.model: {source.name} returns one number without labels; give a classifier")
         if not refused_labels and not unsafe_labels:
             raise InputError(
-                f"judge: say which labels of {source.name} mean what with judge.refused_labels or judge.unsafe_labels; "
-                f"it has {', '.join(labels)}"
+                f"judge: name the labels of {source.name} that mean a refusal or harm with judge.refused_labels or "
+                f"judge.unsafe_labels; it has {', '.join(labels)}"
             )
         if unknown := [label for label in (*refused_labels, *unsafe_labels) if label not in labels]:
             raise InputError(
-                f"judge: {source.name} has no label {unknown[0]!r}; it has {', '.join(labels)}. Mend "
+                f"judge: {source.name} has no label {unknown[0]!r}; it has {', '.join(labels)}. Correct "
                 "judge.refused_labels or judge.unsafe_labels"
             )
         self._refused = [labels[label] for label in refused_labels]
@@ -145,7 +145,9 @@ class ClassifierJudge(Judge):
         limits = (self._tokenizer.model_max_length, getattr(self._config, "max_position_embeddings", None))
         known = [limit for limit in limits if limit is not None and 0 < limit < _NO_LIMIT]
         if not known:
-            raise InputError(f"judge: nothing tells how many tokens {self._source.name} reads; set judge.max_length")
+            raise InputError(
+                f"judge: {self._source.name} does not state how many tokens it reads; set judge.max_length"
+            )
         return min(known)
 
 

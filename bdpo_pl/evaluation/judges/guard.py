@@ -85,7 +85,9 @@ def encode_llama_guard(tokenizer: TokenizerLike, conversation: list[Message]) ->
         InputError: there is no template, or it does not render both turns.
     """
     if not tokenizer.chat_template:
-        raise InputError("judge.model: its tokenizer has no chat template, which is what asks a Llama Guard; give one")
+        raise InputError(
+            "judge.model: its tokenizer has no chat template, which contains a Llama Guard's question; give one"
+        )
     encoder = chat_encoder(tokenizer)
     # Special tokens in an answer stay plain text: otherwise it could end its turn and address the guard.
     protected, spelled = encoder.protect(Conversation([dict(message) for message in conversation]))

@@ -16,7 +16,7 @@ _EXCERPT = 80
 
 
 class AskingJudge(Judge):
-    """A judge that asks a chat model.
+    """A judge that queries a chat model.
 
     Args:
         model: the chat model.
@@ -90,7 +90,7 @@ class AskingJudge(Judge):
 
 
 class ScoringJudge(AskingJudge):
-    """A judge that asks a chat model, and calls an answer unsafe from a score on.
+    """A judge that queries a chat model for a score, and calls an answer unsafe if the score reaches a threshold.
 
     Args:
         model: the chat model.
@@ -114,7 +114,7 @@ class ScoringJudge(AskingJudge):
 
 
 def check_threshold(unsafe_from: float) -> None:
-    """Raise `InputError` if `unsafe_from` is no score of an unsafe answer."""
+    """Raise `InputError` if `unsafe_from` is out of range."""
     if not 0.0 < unsafe_from <= 1.0:
         raise InputError(f"judge.unsafe_from must be above 0 and at most 1, got {unsafe_from}")
 

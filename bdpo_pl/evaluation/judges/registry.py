@@ -1,4 +1,4 @@
-"""Judges by name: the meaning of `--judge NAME` and `judge: NAME`, and the construction of each from options.
+"""Judges by name, as in `--judge NAME` and `judge: NAME`, and the construction of each from options.
 
 A judge is anything with a `class_path` that is, or returns, a `bdpo_pl.evaluation.judges.judge.Judge`. A line in
 `ALIASES` gives it a short name; a judge in a package of your own needs none. No weights are loaded before the first

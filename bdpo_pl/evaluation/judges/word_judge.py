@@ -1,4 +1,4 @@
-"""Judges whose model answers with one of a few words, each of which stands for a score."""
+"""Judges whose model answers with one of a few words, each with a score."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bdpo_pl.evaluation.judges.model_judge import BLANK, ScoringJudge
 
 @runtime_checkable
 class Weighing(Protocol):
-    """A model that tells how probable words are as the beginning of its answer."""
+    """A model that returns the probabilities of words as the beginning of its answer."""
 
     def shares(self, conversations: Sequence[Sequence[Message]], words: Sequence[str]) -> list[list[float]]:
         """Return, for each conversation, the probabilities of `words` as the first token; they sum to 1."""
@@ -23,7 +23,7 @@ class Weighing(Protocol):
 class WordJudge(ScoringJudge):
     """A judge whose score is the mean of the words' scores, weighted by their probabilities.
 
-    A model that gives no probabilities, as behind an endpoint, is judged by the word that it answers.
+    If a model does not give probabilities, for example behind an endpoint, the word that it answers counts.
 
     Attributes:
         words: score of each word.
@@ -33,7 +33,7 @@ class WordJudge(ScoringJudge):
     new_tokens = 32
 
     def meaning(self) -> Mapping[str, str]:
-        """Return the words, and whether their probabilities count or the word that the model says."""
+        """Return the words, and whether their probabilities or the model's choice among them counts."""
         by = "the probabilities of" if isinstance(self.model, Weighing) else "the model's choice among"
         return {"score": f"by {by} {', '.join(self.words)}"}
 

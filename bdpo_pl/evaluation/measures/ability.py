@@ -1,7 +1,7 @@
 """General ability, which alignment must not reduce: a small built-in check, and lm-evaluation-harness.
 
-The built-in check suits the embedded model, which was taught to answer everyday questions in a few forms. For a real
-model choose tasks of lm-evaluation-harness (extra `eval`), such as GSM8K. SimpleQA, StrongREJECT and XSTest with their
+The built-in check is for the embedded model, which was taught to answer everyday questions in a few forms. For a real
+model, choose tasks of lm-evaluation-harness (extra `eval`), such as GSM8K. SimpleQA, StrongREJECT and XSTest with their
 own LLM judges are in inspect-evals, which reads the folder that `fit` exports (see docs/evaluation.md).
 """
 

@@ -17,8 +17,8 @@ from bdpo_pl.statistics import Interval, difference, mean, paired_p
 Counted = Literal["attack success", "not refused", "over-refusal"]
 """Kind of failure that is counted.
 
-A judge of refusals alone cannot determine whether an attack succeeded: an answer that does not refuse may be harmless,
-beside the point or no answer at all.
+A judge that recognises only refusals cannot determine whether an attack succeeded: an answer that does not refuse may
+be harmless, irrelevant or no answer at all.
 """
 
 
@@ -38,17 +38,17 @@ class SuiteResult:
     Attributes:
         suite: name of the suite.
         kind: harmful or benign.
-        counted: kind of failure: in a harmful suite an unsafe answer or, with a judge of refusals alone, one that does
-            not refuse; in a benign suite a refusal.
+        counted: kind of failure: in a harmful suite an unsafe answer or, with a judge that recognises only refusals,
+            one that does not refuse; in a benign suite a refusal.
         source: origin of the prompts.
         overall: rate over all prompts.
         categories: rates by category, worst first; empty if there is only one.
         score: mean score of a grading judge.
-        cut: number of answers that ended at max_new_tokens rather than by themselves.
+        cut: number of answers that were cut off at max_new_tokens.
         mean_tokens: mean length of an answer in tokens.
         failures: positions in the suite of the prompts on which the model failed.
         dropped: number of prompts of the source that were left out, by reason.
-        oddities: number of answers that are no real answers, by kind; see `bdpo_pl.evaluation.oddities`.
+        oddities: number of answers that are not real answers, by kind; see `bdpo_pl.evaluation.oddities`.
     """
 
     suite: str
@@ -71,7 +71,7 @@ class SuiteResult:
 
     @property
     def all_alike(self) -> bool:
-        """Whether every answer had the same outcome."""
+        """True if every answer had the same outcome."""
         return self.overall.failed.value in (0.0, 1.0)
 
 
@@ -132,10 +132,10 @@ def compare_p(suite: Suite, baseline: Sequence[Judged], other: Sequence[Judged])
 def safety_score(results: Sequence[SuiteResult]) -> float | None:
     """Compute safety and helpfulness in one number: Youden's J, (1 − failures on harmful suites) − over-refusal.
 
-    It is between −1 and 1. Failures are attack success or, with a judge of refusals alone, answers that do not refuse.
-    Each rate is the mean over the suites of its kind. A model that refuses everything and a model that refuses nothing
-    both have 0. The result is None if one of the kinds was not measured. Youden (1950) defined J for diagnostic tests:
-    here a refusal is the test.
+    It is between −1 and 1. Failures are successful attacks or, with a judge that recognises only refusals, answers that
+    do not refuse. Each rate is the mean over the suites of its kind. A model that refuses everything and a model that
+    refuses nothing both have 0. The result is None if one of the kinds was not measured. Youden (1950) defined J for
+    diagnostic tests: here a refusal is the test.
     """
     rates = {kind: [r.overall.failed.value for r in results if r.kind == kind] for kind in ("harmful", "benign")}
     if not all(rates.values()):

@@ -73,12 +73,14 @@ class KnownSuite:
 
 
 _EMBEDDED = {
-    "embedded_harmful": KnownSuite("harmful", str(embedded.HARMFUL_PROMPTS_FILE), "harmful requests, ships with this"),
+    "embedded_harmful": KnownSuite("harmful", str(embedded.HARMFUL_PROMPTS_FILE), "harmful requests, part of bdpo_pl"),
     "embedded_jailbreak": KnownSuite(
-        "harmful", str(embedded.JAILBREAK_PROMPTS_FILE), "the like in framings never trained on, ships with this"
+        "harmful",
+        str(embedded.JAILBREAK_PROMPTS_FILE),
+        "similar requests in framings that are never trained on, part of bdpo_pl",
     ),
     "embedded_benign": KnownSuite(
-        "benign", str(embedded.BENIGN_PROMPTS_FILE), "benign requests that look harmful, ships with this"
+        "benign", str(embedded.BENIGN_PROMPTS_FILE), "benign requests that look harmful, part of bdpo_pl"
     ),
 }
 _PUBLISHED = {
@@ -191,8 +193,8 @@ def _read(
     kind = options.kind or (known.kind if known else layout.kind)
     if kind is None:
         raise InputError(
-            f"suite {options.name}: the {layout.name} layout of {source} does not tell what its prompts are; write "
-            f"{options.name}:harmful={source} or {options.name}:benign={source}"
+            f"suite {options.name}: the {layout.name} layout of {source} does not determine the kind of its prompts; "
+            f"write {options.name}:harmful={source} or {options.name}:benign={source}"
         )
     prompts: dict[str, EvaluationPrompt] = {}
     dropped: Counter[str] = Counter()

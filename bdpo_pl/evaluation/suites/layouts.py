@@ -9,8 +9,8 @@
 | `xstest` | `prompt`, `type` | `label` | both kinds in one file |
 | `prompts` | `prompt` | `category`, `target`, `context`, `behaviour`, `attack` | one kind a file |
 
-Sources: arXiv:2402.10260, 2402.04249, 2404.01318, 2307.15043, 2308.01263 in this order. The last is this project's own,
-and what copies of the others on the hub mostly look like.
+Sources: arXiv:2402.10260, 2402.04249, 2404.01318, 2307.15043, 2308.01263 in this order. The last layout is this
+project's own; most copies of the others on the hub have it too.
 """
 
 from __future__ import annotations
@@ -59,10 +59,12 @@ def _text(record: Record, column: str) -> str:
     """
     value = record.fields.get(column)
     if value is not None and not isinstance(value, str):
-        raise InputError(f"{record.place}: column {column!r} must be a text, not {type(value).__name__}; mend the row")
+        raise InputError(
+            f"{record.place}: column {column!r} must be a text, not {type(value).__name__}; correct the row"
+        )
     if not is_unicode(value or ""):
         raise InputError(
-            f"{record.place}: column {column!r} holds half of a surrogate pair, which is no text; mend the row"
+            f"{record.place}: column {column!r} holds half of a surrogate pair, which is no text; correct the row"
         )
     return (value or "").strip()
 
@@ -70,7 +72,9 @@ def _text(record: Record, column: str) -> str:
 def _prompt(record: Record, column: str, category: str, target: str = "target", context: str = "") -> EvaluationPrompt:
     request = _text(record, column)
     if not request:
-        raise InputError(f"{record.place}: column {column!r} is empty, and a prompt is needed; mend or remove the row")
+        raise InputError(
+            f"{record.place}: column {column!r} is empty, and a prompt is needed; correct or remove the row"
+        )
     about = _text(record, context) if context else ""
     text = about + _CONTEXT_BREAK + request if about else request
     return EvaluationPrompt(text, text, _text(record, category), record.place, _text(record, target) or None)
@@ -102,7 +106,7 @@ def _xstest(record: Record, kind: Kind) -> EvaluationPrompt:
     # In releases without a label only the type shows that a prompt is unsafe.
     label = _text(record, "label") or ("unsafe" if _text(record, "type").startswith("contrast_") else "safe")
     if label not in ("safe", "unsafe"):
-        raise InputError(f"{record.place}: column 'label' must be safe or unsafe, not {label!r}; mend the row")
+        raise InputError(f"{record.place}: column 'label' must be safe or unsafe, not {label!r}; correct the row")
     if (label == "safe") != (kind == "benign"):
         raise UnusableRowError(f"labelled {label}, and the suite is of {kind} prompts")
     return _prompt(record, "prompt", "type")
@@ -163,7 +167,7 @@ def rename(record: Record, columns: Mapping[str, str]) -> Record:
     if missing := [theirs for theirs in columns.values() if theirs not in record.fields]:
         raise InputError(
             f"{record.place}: no column {missing[0]!r}; it has {', '.join(map(repr, record.fields)) or 'none'}. "
-            "Mend `columns`, which is our column → yours"
+            "Correct `columns`, which is our column → yours"
         )
     kept = {name: value for name, value in record.fields.items() if name not in columns.values()}
     renamed = {ours: record.fields[theirs] for ours, theirs in columns.items()}

@@ -116,7 +116,7 @@ def test_system_message_that_the_template_moves_is_kept():
     assert tokenizer.decode(pair.prompt_ids) == "<s>[INST] answer briefly .\n\nhow do i water it ?[/INST]"
     assert tokenizer.decode(pair.chosen_ids) == " in the morning .<|im_end|>"
     assert not pair.merged
-    assert read.counts["prompts that the template writes otherwise before an answer"] == 1
+    assert read.counts["prompts that the template writes differently before an answer"] == 1
 
 
 def test_template_that_ignores_the_generation_prompt_opens_the_turn_all_the_same():

@@ -86,7 +86,7 @@ def test_a_killed_process_ends_the_run_by_a_named_error(monkeypatch):
         return [RowError(row.record, "none", "none") for row in made]
 
     monkeypatch.setattr(PairTokenizer, "encode", encode)
-    with pytest.raises(MachineError, match="was killed, most likely for want of memory"):
+    with pytest.raises(MachineError, match="was killed, probably because memory ran out"):
         list(encoded(iter(rows(70)), PairTokenizer(tokenizer_for(CHATML)), processes=2))
 
 

@@ -244,13 +244,13 @@ def test_model_that_says_nothing_is_not_safe(base, answers, capsys):
         "answers: blank 10 of 10 (100.0%)",
         "before: many of 10 answers are no real answers (blank: 10)",
         "All outcomes of before are the same on harm (6), good (4)",
-        "Judge: phrases, which tells refusals and not harm; it agrees with",
+        "Judge: phrases, which recognises refusals, not harm; it agrees with",
     ):
         assert part in printed
     assert "attack success" not in printed
     html = Path("runs/evaluation/report.html").read_text(encoding="utf-8")
     # Under each figure of safety.
-    assert html.count("Judge: phrases, which tells refusals") >= 3
+    assert html.count("Judge: phrases, which recognises refusals") >= 3
     assert "harm 6. Judge" in html
 
 
@@ -319,7 +319,10 @@ def test_model_without_a_chat_template_is_asked_plainly_and_says_so(base, tmp_pa
         (["--suites=mine:harmful=train.csv"], "train.csv"),
         (["--suites=mine:harmful=labels.jsonl"], "its columns 'question' are those of no layout known"),
         (["--suites=[{name: mine, file: harmful.jsonl, kind: harmful, columns: {prompt: q}}]"], "no column 'q'"),
-        (["--suites=mine=harmful.jsonl"], "does not tell what its prompts are; write mine:harmful=harmful.jsonl"),
+        (
+            ["--suites=mine=harmful.jsonl"],
+            "does not determine the kind of its prompts; write mine:harmful=harmful.jsonl",
+        ),
         (["--max_prompts=0"], "max_prompts must be at least 1"),
         (["--folder=harmful.jsonl/x"], "set folder to a folder that can"),
         (["--refine=harmful.jsonl"], "harmful.jsonl exists already"),
@@ -334,7 +337,7 @@ def test_model_without_a_chat_template_is_asked_plainly_and_says_so(base, tmp_pa
         (["--judge=phrases", "--judge.model=x"], "model"),
         (["--fail_if=good.over_refusal"], "is no limit; write SUITE.MEASURE > NUMBER"),
         (["--fail_if=goood.over_refusal > 0.1"], "there is no suite 'goood'; choose harm, good"),
-        (["http://127.0.0.1:1/v1"], "does not say which of the server's models is meant"),
+        (["http://127.0.0.1:1/v1"], "does not name one of the server's models"),
         (["http://127.0.0.1:1/v1#m", "--attacks.gcg"], "attacks.gcg need a model"),
         (["--labels=nowhere.jsonl"], "nowhere.jsonl"),
         (["--attacks.framings=nosuch"], "nosuch"),
@@ -699,7 +702,7 @@ def test_judge_and_attack_of_ones_own_from_a_file(base, answers, own_package, ca
     assert rates(model) == {"harm": 0.5, "good": 0.5, "harm+politely": 0.5}
     assert model["attacks"] == {"politely": "2 answers of before"}
     assert sum("please harmful" in prompt for prompt in answers.asked) == 2
-    assert "Judge: numbers, which tells refusals and not harm" in " ".join(capsys.readouterr().out.split())
+    assert "Judge: numbers, which recognises refusals, not harm" in " ".join(capsys.readouterr().out.split())
     main([*base, "--config=own.yaml", "--judge=ownparts.Numbers", "--judge.odd=false"])
     assert results()["judge"]["rest"] == "0"
 

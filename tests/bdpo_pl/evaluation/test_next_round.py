@@ -65,7 +65,9 @@ def test_existing_file_is_never_overwritten(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("work of mine")
     for attempt in (lambda: check_refine(str(path)), lambda: write_rows(failures(1), path)):
-        with pytest.raises(InputError, match=r"rows\.jsonl exists already, and may hold chosen responses of yours"):
+        with pytest.raises(
+            InputError, match=r"rows\.jsonl exists already, and may hold chosen responses that you wrote"
+        ):
             attempt()
     assert path.read_text() == "work of mine"
 

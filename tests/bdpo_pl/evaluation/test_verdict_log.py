@@ -109,7 +109,7 @@ def test_foreign_file_is_left_alone(path, content):
 def test_file_of_another_version_is_left_alone(path):
     path.parent.mkdir()
     path.write_text('{"bdpo_pl_evaluation": 1}\n')
-    with pytest.raises(InputError, match=r"written by another version .*remove it to evaluate anew, or set folder"):
+    with pytest.raises(InputError, match=r"written by another version .*remove it to evaluate again, or set folder"):
         RecordFile(path, False)
     assert path.exists()
 

@@ -70,5 +70,5 @@ def _grams(words: list[str]) -> set[str]:
 
 
 def plainly_refuses(response: str) -> bool:
-    """Return whether the phrases alone prove that `response` refuses: it opens with a kind that no compliance uses."""
+    """Return true if the phrases alone prove that `response` refuses: it opens with a kind that no compliance uses."""
     return is_refusal(response) and not set(refusal_kinds(response)) <= WEAK

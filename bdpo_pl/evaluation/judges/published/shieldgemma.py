@@ -73,7 +73,7 @@ class ShieldGemmaJudge(Judge):
     Args:
         model: the model.
         facts: facts about the model, for reports.
-        attempts: maximum number of queries about one exchange, where the model answers in words.
+        attempts: maximum number of queries about one exchange, if the model answers in words.
     """
 
     name = "shieldgemma"

@@ -1,4 +1,4 @@
-"""Prompts that a judge was trained with as a whole, with markers of their own and no chat template around them."""
+"""Prompts that a judge was trained with as a whole, with their own markers and without a chat template."""
 
 from __future__ import annotations
 

@@ -415,7 +415,7 @@ def test_prompts_that_cannot_be_attacked_are_told_before_any_work(model, tokeniz
         attack([PROMPTS[0], long], model, tokenizer, QUICK)
     deaf = build_tokenizer()
     deaf.chat_template = deaf.chat_template.replace("message['content']", "message['content'][:4]")
-    with pytest.raises(InputError, match=r"line 1: gcg.suffix '. . . . .' is not to be found"):
+    with pytest.raises(InputError, match=r"line 1: gcg.suffix '. . . . .' was not found"):
         attack(PROMPTS, model, deaf, QUICK)
 
 

@@ -429,7 +429,7 @@ def test_what_a_server_says_of_its_answer(serve, said, completion):
 
 def test_judge_that_only_thought_is_told_to_have_more_tokens(serve):
     server = serve(lambda n, body: choice(None, "length", reasoning_content="hm"))
-    with pytest.raises(EndpointError, match=r"a thought alone; .* raise endpoint\.max_tokens"):
+    with pytest.raises(EndpointError, match=r"only a thought; .* raise endpoint\.max_tokens"):
         Endpoint(EndpointOptions(**server.options)).reply(chat("a"))
 
 

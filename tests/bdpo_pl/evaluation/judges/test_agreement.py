@@ -67,7 +67,7 @@ def test_labels_of_harm(tmp_path, true):
     question, found = labelled(tmp_path, [{"response": "bad", "unsafe": true}, {"response": "fine", "unsafe": False}])
     agreement = measure_agreement(Scripted(), question, found)
     assert (question, agreement.hits, agreement.rejections) == ("unsafe", 1, 1)
-    with pytest.raises(InputError, match="scripted does not tell whether an answer is unsafe"):
+    with pytest.raises(InputError, match="scripted does not recognise whether an answer is unsafe"):
         measure_agreement(Scripted(), *labelled(tmp_path, [{"response": "?", "unsafe": True}]))
 
 

@@ -342,7 +342,7 @@ def test_what_is_cut_is_counted(classifier_dir):
 
 def test_faults_of_a_classifier(classifier_dir, model_dir, tmp_path):
     name = str(classifier_dir)
-    with pytest.raises(InputError, match=r"say which labels .*ANSWER, REFUSAL, HARM"):
+    with pytest.raises(InputError, match=r"name the labels .*ANSWER, REFUSAL, HARM"):
         registry.classifier(name)
     with pytest.raises(InputError, match="no label 'refusal'; it has ANSWER"):
         registry.classifier(name, refused_labels=["refusal"])
