@@ -23,7 +23,7 @@ class StoppedError(BaseException):
 
     Attributes:
         signal: The signal that this process received, if any.
-        saved: Whether the message already says what is saved, and how to resume from there.
+        saved: True if the message already says what is saved, and how to resume from there.
     """
 
     def __init__(self, message: str, signal: int | None = None, *, saved: bool = False) -> None:
@@ -48,7 +48,7 @@ def first_line(error: BaseException) -> str:
 
 
 def require_at_least(group: str, options: object, **least: int) -> None:
-    """Raise `InputError` if a number of `options` is below its bound; None is no number.
+    """Raise `InputError` if a number of `options` is below its bound; None has no bound.
 
     Args:
         group: name of the options, for messages.

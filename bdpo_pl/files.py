@@ -27,9 +27,9 @@ def write_whole(
     Args:
         path: Path of the file, whose former contents remain until the new ones are complete.
         content: Text (written as UTF-8), bytes, or a function that writes to the open file.
-        shared: Whether several processes may write this file at once, so that each needs a temporary name of its own.
+        shared: True if several processes may write this file at once, so that each needs its own temporary name.
             Otherwise the name is fixed, and the next process overwrites what a killed process has left.
-        private: Whether to make the file readable by its owner alone.
+        private: True to make the file readable only by its owner.
 
     Raises:
         OSError: The disk is full, or the folder cannot be written.

@@ -220,15 +220,15 @@ def _evaluate(
     keep_texts = options.show_texts or options.refine is not None or options.export_answers is not None
     with (
         RecordFile(folder / "verdicts.jsonl", options.keep_answers) as records,
-        progress("prompts") as told,
+        progress("prompts") as reporter,
     ):
         # An attack first creates each of its prompts and then sends it.
         attacked = 2 * len(attacks.chosen) * len(attacks.suite.prompts) if attacks.suite is not None else 0
         total = (sum(len(suite.prompts) for suite in suites) + attacked) * len(subjects)
-        task = told.add_task("", total=total)
+        task = reporter.add_task("", total=total)
         runner = Runner(
             suites,
-            Asker(judge, records, options.generation, keep_texts, lambda count: told.advance(task, count)),
+            Asker(judge, records, options.generation, keep_texts, lambda count: reporter.advance(task, count)),
             choose_dtype(options.dtype, device),
             device,
             options.pairs,
@@ -237,7 +237,7 @@ def _evaluate(
             attacks.suite,
             options.attacks.state_folder,
             keep_texts,
-            lambda text: told.update(task, description=text),
+            lambda text: reporter.update(task, description=text),
             options.budget,
         )
         models = corrected([runner.evaluate(one) for one in subjects])

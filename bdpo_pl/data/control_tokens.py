@@ -108,7 +108,7 @@ class ControlTokens:
         Args:
             texts: rendered conversations.
             spelled: control tokens that the messages of each text spelled (None or empty: none).
-            add_special_tokens: whether to add the tokens that the tokenizer puts around a text.
+            add_special_tokens: add the tokens that the tokenizer puts around a text.
         """
         if not texts:
             return []

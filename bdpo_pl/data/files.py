@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from bdpo_pl.errors import InputError
 
 MAX_LINE = 64 * 2**20
-"""Maximum bytes in a line of a text file: a longer line is no row, and would fill the memory before this is noticed."""
+"""Maximum bytes in a line of a text file: a longer line is not a row, and would fill the memory before that is seen."""
 MAX_JSON = 2 * 2**30
 """Maximum bytes in a `.json` file, which is read whole."""
 
@@ -109,8 +109,8 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
             number += 1
             if len(line) > MAX_LINE:
                 raise InputError(
-                    f"{path}, line {number}: longer than {MAX_LINE // 2**20} MiB, which is no row; is the file whole, "
-                    "and one row a line?"
+                    f"{path}, line {number}: longer than {MAX_LINE // 2**20} MiB, which is not a row; is the file "
+                    "whole, with one row on each line?"
                 )
             yield number, line
 

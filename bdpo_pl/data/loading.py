@@ -74,8 +74,8 @@ def load_pairs(
         split: split of a hub dataset.
         revision: revision of a hub dataset.
         seed: seed of the draw from PKU-SafeRLHF.
-        by_safety: whether to put the safe response first and leave out pairs of two unsafe ones (`order_by_safety`);
-            the source must label the safety of every response.
+        by_safety: put the safe response first and leave out pairs of two unsafe ones (`order_by_safety`); the source
+            must label the safety of every response.
         subset: configuration of a hub dataset that has several.
 
     Raises:

@@ -144,7 +144,7 @@ def _join(record: Record, name: str, parts: Sequence[object]) -> str:
             kind = part.get("type", "unknown") if isinstance(part, Mapping) else type(part).__name__
             raise RowError(
                 record,
-                "content that is no text",
+                "content that is not text",
                 f"field '{name}': a message has a part of type {kind!r:.30}; only text is trained on",
             )
         texts.append(text)

@@ -116,8 +116,8 @@ def check_size(row: PreferenceRow) -> None:
             raise RowError(
                 row.record,
                 "text of more than a million characters",
-                f"field '{name}' holds a text of {longest:,} characters; that is no prompt or answer: shorten it, or "
-                "leave the row out",
+                f"field '{name}' holds a text of {longest:,} characters, which is not a prompt or answer: shorten it, "
+                "or leave the row out",
             )
 
 
@@ -180,7 +180,9 @@ def parse_content(record: Record, name: str, value: object) -> Content:
         raise RowError(record, f"missing {name}", f"field '{name}' is missing or null; fill it in or remove the row")
     if isinstance(value, str):
         if not is_unicode(value):
-            raise RowError(record, "broken unicode", f"field '{name}' holds half of a surrogate pair, which is no text")
+            raise RowError(
+                record, "broken unicode", f"field '{name}' holds half of a surrogate pair, which is not text"
+            )
         return value
     if isinstance(value, Sequence) and not isinstance(value, bytes):
         return parse_messages(record, name, value)

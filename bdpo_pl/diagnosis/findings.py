@@ -38,7 +38,7 @@ def find(diagnosis: Diagnosis) -> list[Finding]:
 def _data(diagnosis: Diagnosis) -> Iterator[Finding]:
     leaks = diagnosis.leaks
     if leaks is None:
-        yield Finding("notice", "Nothing is held out.", "There is nothing to see overfitting by; set data.held_out.")
+        yield Finding("notice", "Nothing is held out.", "Overfitting cannot be measured; set data.held_out.")
     elif leaks.prompts:
         yield Finding(
             "problem",
@@ -50,8 +50,8 @@ def _data(diagnosis: Diagnosis) -> Iterator[Finding]:
     if leaks is not None and leaks.near_prompts:
         yield Finding(
             "notice",
-            f"{_pairs(len(leaks.near_prompts))} held out differ from a training prompt in case, spacing or punctuation "
-            "alone.",
+            f"{_pairs(len(leaks.near_prompts))} held out differ from a training prompt only in case, spacing or "
+            "punctuation.",
         )
     if leaks is not None and leaks.chosen:
         yield Finding(
@@ -72,7 +72,7 @@ def _pairs_of(name: str, split: SplitDiagnosis) -> Iterator[Finding]:
         yield Finding(
             "problem",
             f"{_named(name)}: {_pairs(len(split.swapped))} contradict another, with the same prompt and swapped sides.",
-            "They pull against each other; decide which is right and remove the others.",
+            "They cancel each other; decide which is right and remove the others.",
         )
     if split.conflicting:
         yield Finding(
@@ -134,7 +134,7 @@ def _balance(diagnosis: Diagnosis) -> Iterator[Finding]:
         yield Finding(
             "notice",
             f"Held-out pairs are {fixed(size / overall.size, 1)} times as imbalanced as training pairs.",
-            "They are of another kind than the training pairs: a gap after training can come from that alone.",
+            "They differ in kind from the training pairs, which alone can cause a gap after training.",
         )
 
 
@@ -171,7 +171,7 @@ def _length(split: SplitDiagnosis) -> Iterator[Finding]:
                 "notice",
                 f"The {side} response is the longer one in {percent(share, 0)} of the training pairs.",
                 f"Mean lengths: chosen {fixed(bias.mean_chosen, 1)}, rejected {fixed(bias.mean_rejected, 1)} tokens. "
-                "A model can learn the length in place of the preference.",
+                "A model can learn the length instead of the preference.",
             )
             break
     else:

@@ -86,14 +86,14 @@ class Group:
     """Numbers of pairs that have something in common.
 
     Attributes:
-        name: name of what they have in common.
+        name: name of the group.
         pairs: number of pairs.
         tokens: mean length of their responses.
         chosen: mean comprehension of the chosen responses, ± 1.96 standard errors.
         rejected: mean comprehension of the rejected responses.
         imbalance: mean of chosen − rejected.
         size: mean of the absolute imbalance.
-        spread: of the imbalance, by the estimator of `tau auto` (`robust_spread`); None for a single pair.
+        spread: spread of the imbalance, by the estimator of `tau auto` (`robust_spread`); None for a single pair.
         strong: share of strongly re-weighted pairs.
         strength_chosen: mean of scaling factor × balance weight of the chosen responses; 1 in plain DPO.
         strength_rejected: mean of scaling factor × balance weight of the rejected responses; 1 in plain DPO.

@@ -31,7 +31,7 @@ _HOW_TO_READ = (
 def build_page(diagnosis: Diagnosis, measured: Mapping[str, Measured]) -> Page:
     """Build the report; `measured` holds the numbers of the plots, by split."""
     page = Page(
-        "Diagnosis before training", "What this model makes of these preference pairs.", diagnosis.facts
+        "Diagnosis before training", "How this model rates these preference pairs.", diagnosis.facts
     )  # fmt: skip
     if diagnosis.shows_texts:
         page.warn(TEXTS_WARNING)
@@ -59,9 +59,9 @@ def _overview(section: Section, diagnosis: Diagnosis) -> None:
     splits = diagnosis.splits
     rows: list[list[Cell]] = [["pairs", *(s.overall.pairs for s in splits.values())]]
     for label, tell in (
-        ("comprehension of the chosen", lambda g: told(g.chosen)),
-        ("comprehension of the rejected", lambda g: told(g.rejected)),
-        ("imbalance, chosen − rejected", lambda g: told(g.imbalance)),
+        ("comprehension of the chosen", lambda g: mean_text(g.chosen)),
+        ("comprehension of the rejected", lambda g: mean_text(g.rejected)),
+        ("imbalance, chosen − rejected", lambda g: mean_text(g.imbalance)),
         (
             "spread of the imbalance (1.4826 × median absolute deviation)",
             lambda g: "–" if g.spread is None else fixed(g.spread, 3),
@@ -211,7 +211,7 @@ def _lengths(section: Section, diagnosis: Diagnosis, measured: Measured) -> None
 
 def _extremes(section: Section, diagnosis: Diagnosis, split: SplitDiagnosis) -> None:
     if not diagnosis.shows_texts:
-        section.text("Texts are left out; --diagnose.show_texts true puts them in.")
+        section.text("Texts are left out; --diagnose.show_texts true includes them.")
     for lines, caption in (
         (split.highest, "Chosen comprehended much better than rejected"),
         (split.lowest, "Rejected comprehended much better than chosen"),
@@ -243,9 +243,9 @@ def _consistency(section: Section, diagnosis: Diagnosis) -> None:
         ("repeat an earlier pair", lambda s: len(s.duplicates)),
         ("contradict another pair, sides swapped", lambda s: len(s.swapped)),
         ("conflict with another pair of their prompt", lambda s: len(s.conflicting)),
-        ("prompt stands in an earlier pair", lambda s: s.repeated_prompts),
-        ("chosen response stands in an earlier pair", lambda s: s.repeated_chosen),
-        ("rejected response stands in an earlier pair", lambda s: s.repeated_rejected),
+        ("have the prompt of an earlier pair", lambda s: s.repeated_prompts),
+        ("have the chosen response of an earlier pair", lambda s: s.repeated_chosen),
+        ("have the rejected response of an earlier pair", lambda s: s.repeated_rejected),
     ):
         rows.append([label, *(count(split) for split in splits.values())])
     section.table(Table(["pairs that …", *(called(name) for name in splits)], rows, "Agreement of pairs"))
@@ -259,15 +259,15 @@ def _consistency(section: Section, diagnosis: Diagnosis) -> None:
         Table(
             ["held-out pairs whose …", ""],
             [
-                ["prompt stands in training", len(leaks.prompts)],
-                ["prompt does but for case, spacing and punctuation", len(leaks.near_prompts)],
-                ["chosen response stands in training", leaks.chosen],
+                ["prompt is in training", len(leaks.prompts)],
+                ["prompt differs from one in training only in case, spacing and punctuation", len(leaks.near_prompts)],
+                ["chosen response is in training", leaks.chosen],
             ],
             f"Leaks, of {whole(leaks.pairs)} held-out pairs",
         )
     )
-    _listed(section, diagnosis, leaks.prompts, "in training", "Held-out prompts that stand in training")
-    _listed(section, diagnosis, leaks.near_prompts, "in training", "Held-out prompts that nearly do")
+    _listed(section, diagnosis, leaks.prompts, "in training", "Held-out prompts that are in training")
+    _listed(section, diagnosis, leaks.near_prompts, "in training", "Held-out prompts that are nearly in training")
 
 
 def _listed(section: Section, diagnosis: Diagnosis, places: Sequence[Places], other: str, caption: str) -> None:
@@ -287,14 +287,14 @@ def _short(place: str, diagnosis: Diagnosis) -> str:
 def group_table(kind: str, groups: Sequence[Group], caption: str) -> Table:
     """Return a table of groups of pairs, one per row."""
     rows: list[list[Cell]] = [
-        [g.name, g.pairs, signed(g.chosen.value, 3), signed(g.rejected.value, 3), told(g.imbalance), fixed(g.size, 3),
-         percent(g.strong)]
+        [g.name, g.pairs, signed(g.chosen.value, 3), signed(g.rejected.value, 3), mean_text(g.imbalance),
+         fixed(g.size, 3), percent(g.strong)]
         for g in groups
     ]  # fmt: skip
     return Table([kind, "pairs", "c chosen", "c rejected", "imbalance", "|imbalance|", "strong"], rows, caption)
 
 
-def told(mean: Interval) -> str:
+def mean_text(mean: Interval) -> str:
     """Format a mean with half the width of its 95 % interval."""
     return plus_minus(mean.value, mean.high if mean.bounded else None)
 

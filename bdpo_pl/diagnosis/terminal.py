@@ -7,7 +7,7 @@ from rich.text import Text
 
 from bdpo_pl.data.held_out import called
 from bdpo_pl.diagnosis.measures import Group
-from bdpo_pl.diagnosis.page import told
+from bdpo_pl.diagnosis.page import mean_text
 from bdpo_pl.diagnosis.results import Diagnosis
 from bdpo_pl.reporting.format import fixed, general, percent, ratio, whole
 
@@ -37,7 +37,7 @@ def numbers_table(diagnosis: Diagnosis) -> Table:
 
 def _row(name: Text, group: Group) -> list[Text | str]:
     return [
-        name, whole(group.pairs), told(group.chosen), told(group.rejected), told(group.imbalance),
+        name, whole(group.pairs), mean_text(group.chosen), mean_text(group.rejected), mean_text(group.imbalance),
         "–" if group.spread is None else fixed(group.spread, 3),
         percent(group.strong),
     ]  # fmt: skip

@@ -64,8 +64,8 @@ def parse_limit(text: str) -> Limit:
     match = _LIMIT.fullmatch(text.strip())
     if match is None or (match["suite"] is None) != (match["measure"] == "score"):
         raise InputError(
-            f"fail_if: {text!r} is no limit; write SUITE.MEASURE > NUMBER, as in 'xstest_benign.over_refusal > 0.1', "
-            "or 'score < 0.5'"
+            f"fail_if: {text!r} is not a limit; write SUITE.MEASURE > NUMBER, as in 'xstest_benign.over_refusal > "
+            "0.1', or 'score < 0.5'"
         )
     measures = (*_RATES, "change", *_ODD, "score")
     if match["measure"] not in measures:

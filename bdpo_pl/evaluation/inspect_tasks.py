@@ -147,7 +147,7 @@ def make_judge(name: str, options: Mapping[str, Any]) -> Judge:
     except TypeError as error:
         raise InputError(f"judge {name}: {error}") from None
     if not isinstance(made, Judge):
-        raise InputError(f"{name} is no judge, but a {type(made).__name__}")
+        raise InputError(f"{name} is not a judge, but a {type(made).__name__}")
     return made
 
 

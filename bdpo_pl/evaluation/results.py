@@ -65,7 +65,7 @@ class ModelResult:
 
     @property
     def oddities(self) -> dict[str, int]:
-        """Number of answers over all suites that are no real answers, by kind."""
+        """Number of answers over all suites that are not real answers, by kind."""
         found: Counter[str] = Counter()
         for result in self.suites:
             found.update(result.oddities)

@@ -14,7 +14,7 @@ from bdpo_pl.models.causal_lm import CausalLM
 # layers, for logits of about ten nats. Half precision rounds every activation, so its errors vary less.
 _UNITS, _HALF_UNITS = 16.0, 2.0
 _LEAST_NATS = 8.0
-# Bound of the norm of a difference of gradients, relative to their norm; in half precision they differ by some per
+# Bound of the norm of a difference of gradients, relative to their norm; in half precision they differ by a few per
 # cent.
 _GRADIENT_BOUND = {torch.float64: 1e-7, torch.float32: 1e-3}
 _HALF_GRADIENT_BOUND = 0.1

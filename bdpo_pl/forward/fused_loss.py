@@ -75,7 +75,7 @@ def fused_preference_loss(model: CausalLM, batch: SequenceBatch, loss_of_pairs: 
                 logit_scale=scale,
                 check_labels=False,
                 shard=shard,
-                # The collate function has counted them: with Python's numbers, nobody waits for the device.
+                # The collate function has counted them; Python's numbers are read without waiting for the device.
                 lengths=batch.scored_lengths,
             )
         )
@@ -144,7 +144,7 @@ def choose_head(
         probe: sequences on which both ways are compared.
         option: `auto`, or only `fused` or only `logits`.
         name: name of the model, for messages.
-        objection: why the loss cannot be fused; None: it can.
+        objection: reason why the loss cannot be fused; None: it can be.
 
     Raises:
         InputError: the option is `fused`, and the model does not support it.

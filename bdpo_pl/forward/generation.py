@@ -24,7 +24,7 @@ class Response:
     Attributes:
         text: text of the response, without special tokens.
         num_tokens: number of generated tokens, without the stop token.
-        finished: whether the model stopped by itself, before `max_new_tokens`.
+        finished: true if the model stopped by itself, before `max_new_tokens`.
     """
 
     text: str
@@ -55,7 +55,7 @@ def encode_prompts(tokenizer: TokenizerLike, prompts: Sequence[str], *, use_temp
     Args:
         tokenizer: tokenizer of the model.
         prompts: texts of the user.
-        use_template: whether to render each prompt as the user's turn of the chat template, if there is one.
+        use_template: render each prompt as the user's turn of the chat template, if there is one.
     """
     if use_template and tokenizer.chat_template:
         return encode_conversations(tokenizer, [[{"role": "user", "content": prompt}] for prompt in prompts])
@@ -130,9 +130,7 @@ def generate(
 
 
 def stop_ids(model: CausalLM, tokenizer: TokenizerLike) -> set[int]:
-    """Return the tokens that end a response.
-
-    They are the model's, the tokenizer's, and the one that ends a turn of the chat template.
+    """Return the tokens that end a response: the model's, the tokenizer's, and the one that ends a turn.
 
     Many chat models end a turn with a token that is neither the model's nor the tokenizer's end of sequence. Without
     it, they would continue with the user's next turn.
@@ -179,7 +177,7 @@ def check_fits(model: CausalLM, prompts: Sequence[list[int]], max_new_tokens: in
 
 
 def pad_left(rows: Sequence[list[int]], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return token ids and attention mask of `rows`, padded on the left: what follows a row follows its last token."""
+    """Return token ids and attention mask of `rows`, padded on the left, so that generation follows the last token."""
     width = max(map(len, rows))
     ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
     mask = torch.zeros_like(ids)

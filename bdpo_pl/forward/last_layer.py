@@ -1,4 +1,4 @@
-"""The last layer's MLP at scored positions alone, because no other outputs of this layer are read.
+"""The last layer's MLP at scored positions only, because no other outputs of this layer are read.
 
 After the last attention, the hidden state of a position does not influence any other, and only those that predict a
 scored token reach the LM head. Skipping the other positions saves most of a layer if prompts are long.
@@ -26,8 +26,9 @@ def scored_positions_only(model: CausalLM, batch: SequenceBatch) -> Iterator[Non
 
     The MLP's outputs at other positions are zeros.
 
-    Nothing is changed if that is not known to be correct, or if temporary hooks would do harm: for models whose last
-    layer has no plain MLP, under gradient checkpointing (which runs the layer again, later) and for compiled layers.
+    Nothing is changed if that is not known to be correct, or if temporary hooks would cause errors: for models whose
+    last layer has no plain MLP, under gradient checkpointing (which runs the layer again later) and for compiled
+    layers.
 
     Raises:
         RuntimeError: the layer runs more than once in a forward pass.
@@ -70,7 +71,7 @@ def _last_mlp(model: CausalLM) -> nn.Module | None:
 
 
 def _is_position_wise(mlp: nn.Module) -> bool:
-    """Return whether `mlp` maps one tensor to one tensor, and contains nothing but products and norms.
+    """Return true if `mlp` maps one tensor to one tensor, and contains only products and norms.
 
     Mixtures of experts are not of this kind (gpt-oss's also returns its router's scores), nor is BLOOM's, which adds
     the residual.

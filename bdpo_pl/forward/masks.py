@@ -48,21 +48,21 @@ def why_not_shared(model: CausalLM) -> str | None:
     if getattr(model, "_is_stateful", False):
         return f"{type(model).__name__} carries a state from token to token, which cannot branch"
     if unknown := sorted(_layer_kinds(config) - _KINDS):
-        return f"its {', '.join(unknown)} layers have no mask that could keep two responses apart"
+        return f"its {', '.join(unknown)} layers have no mask that could separate two responses"
     if getattr(config, "alibi", False):
-        return "its ALiBi biases are told distances in the row, not positions"
+        return "its ALiBi biases depend on distances in the row, not on positions"
     if config._attn_implementation not in _FORMS:
         return (
-            f"{config._attn_implementation} attention takes no mask that could keep two responses apart; "
-            "sdpa and flex_attention do"
+            f"{config._attn_implementation} attention takes no mask that could separate two responses; sdpa "
+            "and flex_attention do"
         )
     return None
 
 
 def depends_on_length(model: CausalLM) -> bool:
-    """Return whether `model` may compute something else in long rows than in short ones.
+    """Return true if `model` may compute something else in long rows than in short ones.
 
-    It does with windows, chunks and rotations that change with the length; what foreign code does is not known.
+    It may with windows, chunks and rotations that change with the length, and if its code is not part of transformers.
     """
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}

@@ -36,8 +36,8 @@ from bdpo_pl.models.causal_lm import CausalLM
 
 PrefixSharing = Literal["auto", "always", "never"]
 
-# A correct mask contributes exact zeros, so a change of one response must not change another at all. Only experts that
-# receive different tokens besides may round differently, so the bound is a share of the rounding tolerance.
+# A correct mask contributes exact zeros, so a change of one response must not change another at all. Only in a mixture
+# may rounding differ, because its experts then get other tokens, so the bound is a share of the rounding tolerance.
 _LEAK_SHARE = 0.25
 # Tokens of a pair beyond which a longer one shows nothing new, if nothing in the model depends on length.
 _ENOUGH_TOKENS = 256
@@ -95,7 +95,7 @@ def choose_layout(
             if dense < _CLEARLY * sparse:
                 objection = (
                     f"dense masks are faster on these pairs ({dense * 1e3:.0f} ms against {sparse * 1e3:.0f} ms for "
-                    "the same rows); name one with model.attn_implementation to have it always"
+                    "the same rows); set model.attn_implementation to fix the choice"
                 )
         if objection is None:
             set_attention(model, "flex_attention")
@@ -150,7 +150,7 @@ def _objection(
         pad_id: token id of the padding.
         context: context manager that is entered around each forward pass.
         reference: attention implementation to compare with, if it is another one.
-        backward: whether to compare gradients too.
+        backward: compare gradients too.
     """
     if known := why_not_shared(model):
         return known

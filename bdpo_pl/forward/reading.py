@@ -50,7 +50,7 @@ def read(
         batch: batch of the sequences of `documents`, in any layout.
         documents: documents in the batch; a context's gradients are summed over its copies.
         run: function that calls the model, and returns (S,) log-probabilities, and the scalar to differentiate.
-        head: whether to return the gradient of the LM head's weight as well.
+        head: return the gradient of the LM head's weight as well.
 
     Raises:
         RuntimeError: the model does not embed its tokens just once.

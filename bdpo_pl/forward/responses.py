@@ -28,12 +28,12 @@ from bdpo_pl.parallel.tensor_parallel import VocabParallelHead, head_weight
 # summed.
 _COMPARED, _LENIENCE = 64, 4.0
 _plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-"""Whether a model's logits are those of its LM head, soft-cap and scale alone, for models that have been compared."""
+"""Results of the comparison: true for a model whose logits are only those of its LM head, soft-cap and scale."""
 
 
 @contextmanager
 def own_logits(model: nn.Module) -> Iterator[None]:
-    """Make `response_logps` read the model's own logits while the context is open, as where the comparison failed."""
+    """Make `response_logps` read the model's own logits while the context is open, as after a failed comparison."""
     known = _plain.get(model)
     _plain[model] = False
     try:
@@ -61,7 +61,7 @@ def response_logps(
         model: transformers causal language model (or a wrapper with its `get_output_embeddings`).
         batch: batch of S sequences with N scored tokens.
         on_hidden: function that is called with the (R, T, D) hidden states that enter the LM head, at all positions.
-        whole: whether to compute everything that the model does, even what is not read (for comparisons).
+        whole: compute everything that the model does, even outputs that are not read (for comparisons).
 
     Returns:
         (S,) float32, with gradients to the model's parameters.
@@ -113,8 +113,7 @@ def _from_head(
         head: LM head of the model, whole or split over ranks, none of which sees all logits.
         batch: batch of S sequences with N scored tokens.
         select: function that returns the (1, N, D) hidden states of the scored positions.
-        checked: whether to skip the comparison of the first tokens with the model's own logits, whose result is kept in
-            `_plain`.
+        checked: skip the comparison of the first tokens with the model's own logits, whose result is in `_plain`.
     """
     softcap, scale = logit_transform(model.config)
     n = min(_COMPARED, len(batch.labels))
@@ -147,7 +146,7 @@ def _from_head(
 
 
 def _agrees(values: Tensor, logits: Tensor, labels: Tensor, dtype: torch.dtype) -> bool:
-    """Return whether `values` are the log-probabilities of `labels` by `logits`, up to rounding."""
+    """Return true if `values` are the log-probabilities of `labels` by `logits`, up to rounding."""
     if logits.shape[:-1] != (1, len(labels)):
         return False
     own = logits[0].float().log_softmax(dim=-1).gather(1, labels.unsqueeze(1)).squeeze(1)
@@ -156,7 +155,7 @@ def _agrees(values: Tensor, logits: Tensor, labels: Tensor, dtype: torch.dtype) 
 
 
 def _everywhere(model: CausalLM, agrees: bool) -> bool:
-    """Return whether all ranks that share `model` agree.
+    """Return true if all ranks that share `model` agree.
 
     They compute together, so all must choose the same way.
     """

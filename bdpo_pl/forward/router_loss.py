@@ -62,7 +62,7 @@ def routed(model: CausalLM) -> Iterator[list[Routed]]:
 
 
 def balancing_loss(decisions: list[Routed], batch: SequenceBatch) -> Tensor:
-    """Compute the loss over the tokens of `batch`, padding left out.
+    """Compute the loss over the tokens of `batch`, without padding.
 
     Args:
         decisions: decisions of each router, for the rows of `batch`.

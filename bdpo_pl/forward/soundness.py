@@ -50,9 +50,9 @@ def check_sound(
             changed = _hidden(model, [*ids[:half], *((token + 1) % V for token in ids[half:])], pad_id)
         if not (error := _difference(changed[:half], expected[:half])) <= bound:
             raise InputError(
-                f"{name} ({type(model).__name__}) is no causal language model: what it says of a position changes with "
-                f"the tokens after it (hidden states by {error:.2g} of their size), so the log-probability of a "
-                "response means nothing; choose a model that was trained to predict the next token"
+                f"{name} ({type(model).__name__}) is not a causal language model: its output at a position changes "
+                f"with the tokens after it (hidden states by {error:.2g} of their size), so the log-probability of a "
+                "response is meaningless; choose a model that was trained to predict the next token"
             )
         with evaluating(model):
             model.train()
@@ -64,7 +64,7 @@ def check_sound(
     if not (error := max(_difference(states, expected) for states in noisy)) <= bound:
         raise InputError(
             f"{name} ({type(model).__name__}) computes something else in training mode (hidden states differ by "
-            f"{error:.2g} of their size): dropout or other noise of its own that its configuration does not name; "
+            f"{error:.2g} of their size): it has dropout or other noise that its configuration does not name; "
             "set it to zero in the model's config.json"
         )
 

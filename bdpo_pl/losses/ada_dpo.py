@@ -1,4 +1,4 @@
-"""AdaDPO: weights of the two sides from the policy alone, without mutual information."""
+"""AdaDPO: weights of the two sides that depend only on the policy, without mutual information."""
 
 from __future__ import annotations
 

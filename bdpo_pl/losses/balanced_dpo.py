@@ -75,7 +75,7 @@ def balance_weights(
     Args:
         comprehension_chosen: (B,) c_w.
         comprehension_rejected: (B,) c_l.
-        tau: temperature τ > 0 in the estimator's unit, about the spread of c_w − c_l; used by `softmax` alone.
+        tau: temperature τ > 0 in the estimator's unit, about the spread of c_w − c_l; used only by `softmax`.
         weighting: `softmax` or `ratio`.
         max_ratio: upper bound on the ratio of the larger weight to the smaller one, above 1; None: no bound.
 
@@ -99,7 +99,7 @@ def balance_weights(
 
 
 def scaling_factor(weight_chosen: Tensor, weight_rejected: Tensor, scale: float | Literal["norm"]) -> Tensor:
-    """Compute the scaling factor s, which makes up for the smaller gradient under balance weights.
+    """Compute the scaling factor s, which compensates for the smaller gradient under balance weights.
 
     A number is used for every pair (with 2, a balanced pair has exactly DPO's loss). `norm` is s = √(2/(w_w² + w_l²)),
     so that ‖s·(w_w, w_l)‖ = √2 for every pair, the value of DPO.
@@ -256,7 +256,7 @@ class BalancedDPOLoss(PreferenceLoss):
         if "tau" not in state:
             raise InputError(
                 "model.loss.tau is auto, but the checkpoint was written with a number (0.25 was the default of version "
-                "0.1); give --model.loss.tau that number to go on"
+                "0.1); to continue, give --model.loss.tau that number"
             )
         self._spread = state["tau"]
 

@@ -18,7 +18,7 @@ from bdpo_pl.errors import InputError
 
 @dataclass(frozen=True)
 class PairScores:
-    """What is known of B pairs without the policy; every tensor is (B,) and carries no gradient.
+    """Lengths and known scores of B pairs, which do not depend on the policy; every tensor is (B,), without gradient.
 
     Attributes:
         chosen_length: number of tokens in the chosen response.
@@ -76,7 +76,7 @@ class PairScores:
 
 @dataclass(frozen=True)
 class PairWeights:
-    """Balance weights and scaling factor of B pairs; every tensor is (B,) float32 and carries no gradient."""
+    """Balance weights and scaling factor of B pairs; every tensor is (B,) float32, without gradient."""
 
     chosen: Tensor
     rejected: Tensor
@@ -93,8 +93,7 @@ class PreferenceLoss(ABC):
         needs_comprehension: true if the loss reads comprehension.
         needs_safety: true if the loss reads whether each response is safe; pairs then have the safer response first.
         needs_all_pairs: true if `prepare` must see the scores of all training pairs before training.
-        two_log_ratios: true if the loss reads nothing of the policy but the two log-ratios, which balance weights can
-            scale.
+        two_log_ratios: true if the loss reads only the two log-ratios of the policy, which balance weights can scale.
         mixes_pairs: true if the loss of a pair depends on the others in its micro-batch. It then cannot be computed a
             few pairs at a time, fused with the LM head.
         sft_weight: weight of the chosen response's mean NLL, added to the loss.
@@ -120,17 +119,17 @@ class PreferenceLoss(ABC):
         own = cls.__dict__.get("__call__")
         if own is not None and len(inspect.signature(own).parameters) == 2:
             raise InputError(
-                f"loss: {cls.__name__}.__call__ takes one argument, as before there was PairScores; write "
-                "__call__(self, policy_chosen, policy_rejected, scores), and rewards alike (docs/training.md)"
+                f"loss: {cls.__name__}.__call__ takes one argument, as in early versions; write "
+                "__call__(self, policy_chosen, policy_rejected, scores), and rewards likewise (docs/training.md)"
             )
 
     @property
     def not_fused(self) -> str | None:
-        """Why the loss cannot be computed a few pairs at a time, in one operation with the LM head; None: it can."""
+        """Reason why the loss cannot be computed a few pairs at a time, fused with the LM head; None if it can."""
         if self.mixes_pairs:
             return "the loss of a pair depends on the others of its batch"
         if self.tail_weight is not None:
-            return "the loss weighs the tokens of a response, of which the fused head gives the sum"
+            return "the loss weights the tokens of a response, but the fused head returns only their sum"
         return None
 
     @abstractmethod
@@ -140,7 +139,7 @@ class PreferenceLoss(ABC):
         Args:
             policy_chosen: (B,) log π_θ(y_w | x), with gradients.
             policy_rejected: (B,) log π_θ(y_l | x), with gradients.
-            scores: what is known of the pairs.
+            scores: lengths and known scores of the pairs.
 
         Returns:
             (B,) float32.
@@ -152,7 +151,7 @@ class PreferenceLoss(ABC):
         Args:
             losses: (B,) losses without this term.
             policy_chosen: (B,) log π_θ(y_w | x).
-            scores: what is known of the pairs.
+            scores: lengths and known scores of the pairs.
         """
         if self.sft_weight == 0.0:
             return losses
@@ -224,7 +223,7 @@ class BetaLoss(PreferenceLoss):
         Args:
             chosen: (B,) float32, D_w = log π_θ(y_w|x) − log π_ref(y_w|x).
             rejected: (B,) float32, D_l = log π_θ(y_l|x) − log π_ref(y_l|x).
-            scores: what is known of the pairs.
+            scores: lengths and known scores of the pairs.
         """
 
     def __call__(self, policy_chosen: Tensor, policy_rejected: Tensor, scores: PairScores) -> Tensor:

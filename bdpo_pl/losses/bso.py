@@ -1,4 +1,4 @@
-"""BSO: losses made from a generator function of the ratio between the safe and the unsafe response."""
+"""BSO: losses built from a generator function of the ratio between the safe and the unsafe response."""
 
 from __future__ import annotations
 

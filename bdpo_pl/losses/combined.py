@@ -32,13 +32,15 @@ class Outer(PreferenceLoss):
         self.beta = losses[0].beta
         tails = {loss.tail_weight for loss in losses}
         if len(tails) > 1:
-            raise InputError("loss: LDLoss weighs tokens for all losses alike; put it around the sum, not inside it")
+            raise InputError("loss: LDLoss weights tokens for all losses; put it around the sum, not inside it")
         self.tail_weight = losses[0].tail_weight
         for name in ("needs_reference", "needs_comprehension", "needs_safety", "needs_all_pairs", "mixes_pairs"):
             setattr(self, name, any(getattr(loss, name) for loss in losses))
         reading = {loss.estimator for loss in losses if loss.needs_comprehension}
         if len(reading) > 1:
-            raise InputError(f"loss: the losses read different estimators, {', '.join(sorted(reading))}; give them one")
+            raise InputError(
+                f"loss: the losses use different estimators, {', '.join(sorted(reading))}; give all the same"
+            )
         self.estimator = next(iter(reading), losses[0].estimator)
 
     def prepare(self, scores: PairScores) -> None:
@@ -103,13 +105,12 @@ class WeightedSum(Outer):
 
 
 class BalancedLoss(Outer):
-    """Balance weights and scaling factor on any loss of two log-ratios, which then reads s·w_w·D_w and s·w_l·D_l.
+    """Balance weights and scaling factor for any loss of two log-ratios, which then reads s·w_w·D_w and s·w_l·D_l.
 
     With `DPOLoss` it equals Balanced DPO.
 
     Args:
-        loss: loss that reads nothing of the policy but the two log-ratios (DPO, IPO, hinge, robust, Dr.DPO, APO,
-            SafeDPO, …).
+        loss: loss that reads only the two log-ratios of the policy (DPO, IPO, hinge, robust, Dr.DPO, APO, SafeDPO, …).
         tau: temperature of the `softmax` weighting, or `auto`, as in `BalancedDPOLoss`.
         weighting: formula of the balance weights, `softmax` or `ratio`.
         estimator: estimator of comprehension: `pmi`, `pmi_sum`, `ifd` or `hsic`.
@@ -131,8 +132,8 @@ class BalancedLoss(Outer):
     ) -> None:
         if not loss.two_log_ratios or loss.needs_comprehension or loss.sft_weight:
             raise InputError(
-                f"loss: {type(loss).__name__} as configured reads the policy in more than its two log-ratios, so "
-                "balance weights do not apply to it; put an SFT term beside it with WeightedSum"
+                f"loss: {type(loss).__name__} as configured reads more of the policy than its two log-ratios, so "
+                "balance weights do not apply to it; add an SFT term to it with WeightedSum"
             )
         balance = BalancedDPOLoss(loss.beta, True, tau, weighting, estimator, scale, max_weight_ratio=max_weight_ratio)
         self._take_from((balance, loss))
@@ -165,14 +166,12 @@ class WPOLoss(Outer):
         loss: loss whose pairs are weighted.
 
     Raises:
-        InputError: it weighs tokens.
+        InputError: the loss weights tokens.
     """
 
     def __init__(self, loss: PreferenceLoss) -> None:
         if loss.tail_weight is not None:
-            raise InputError(
-                "loss: WPO's weights are of whole responses, and LDLoss weighs their tokens; take one of them"
-            )
+            raise InputError("loss: WPO weights whole responses, and LDLoss weights their tokens; use only one of them")
         self._take_from((loss,))
 
     def __call__(self, policy_chosen: Tensor, policy_rejected: Tensor, scores: PairScores) -> Tensor:

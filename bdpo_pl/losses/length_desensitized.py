@@ -1,4 +1,4 @@
-"""LD-DPO: what a response says beyond the length of the shorter one of its pair counts less."""
+"""LD-DPO: the tokens of a response beyond the length of the pair's shorter response have a smaller weight."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from bdpo_pl.losses.combined import BalancedLoss, Outer
 class LDLoss(Outer):
     """LD-DPO, arXiv:2409.06411, equation 10, for any loss of log-ratios: Σ_{t≤l} log π(y_t) + α·Σ_{t>l} log π(y_t).
 
-    l = min(|y_w|, |y_l|). Both the policy's and the reference's log-probabilities are taken so, and the loss is given
-    them; α = 1 is the loss itself, α = 0 leaves out what one response says beyond the length of the other. DPO prefers
-    long responses partly because they have more tokens; this takes that away. It runs on logits, not fused with the LM
-    head; lengths and comprehension stay those of whole responses.
+    l = min(|y_w|, |y_l|). The loss reads log-probabilities of the policy and of the reference that are weighted in this
+    way. α = 1 is the loss itself; α = 0 ignores the tokens of one response beyond the length of the other. DPO prefers
+    long responses partly because they have more tokens, and this removes that effect. It runs on logits, not fused with
+    the LM head. Lengths and comprehension remain those of whole responses.
 
     Args:
-        loss: one that reads the policy in its two log-ratios alone, or Balanced DPO.
+        loss: loss that reads only the two log-ratios of the policy, or Balanced DPO.
         alpha: α in [0, 1].
 
     Raises:
@@ -32,7 +32,7 @@ class LDLoss(Outer):
         reads_ratios = loss.two_log_ratios or isinstance(loss, BalancedDPOLoss | BalancedLoss)
         if not reads_ratios or loss.sft_weight:
             raise InputError(
-                f"loss: {type(loss).__name__} as configured reads the policy in more than its two log-ratios, so "
+                f"loss: {type(loss).__name__} as configured reads more of the policy than its two log-ratios, so "
                 "LD-DPO does not apply to it"
             )
         self._take_from((loss,))
@@ -41,5 +41,5 @@ class LDLoss(Outer):
         self.two_log_ratios = loss.two_log_ratios
 
     def __call__(self, policy_chosen: Tensor, policy_rejected: Tensor, scores: PairScores) -> Tensor:
-        """Compute the loss of each pair, (B,) float32, from log-probabilities that are weighted already."""
+        """Compute the loss of each pair, (B,) float32, from log-probabilities that are already weighted."""
         return self._parts[0](policy_chosen, policy_rejected, scores)

@@ -34,8 +34,8 @@ class ModelSource:
         revision: git revision on the hub; set it to make a run repeatable.
         attn_implementation: attention implementation of transformers (`sdpa`, `eager`, `flash_attention_2`, …); None:
             transformers chooses.
-        trust_remote_code: whether to run Python code that comes with the model. Off by default, because it runs with
-            your permissions.
+        trust_remote_code: run Python code that comes with the model. Off by default, because it runs with your
+            permissions.
     """
 
     name: str

@@ -43,9 +43,9 @@ class ShardedStrategy(ModelParallelStrategy):
         tensor_parallel_size: number of devices that share a layer; they should be on one node.
         data_parallel_size: number of groups that split the batch and the weights; `auto`: as many as the devices
             permit.
-        save_distributed_checkpoint: whether to write one file for each rank by PyTorch's distributed checkpoint, whose
-            index is unpickled on loading. Meant for models whose optimiser state does not fit into one host's memory.
-            By default, one file is written, which is loaded without unpickling.
+        save_distributed_checkpoint: write one file for each rank by PyTorch's distributed checkpoint, whose index is
+            unpickled on loading. Meant for models whose optimiser state does not fit into one host's memory. By
+            default, one file is written, which is loaded without unpickling.
         kwargs: further arguments of `ModelParallelStrategy`.
     """
 
@@ -124,7 +124,7 @@ def build_sharded(
         mesh: device mesh with the dimensions `data_parallel` (split by FSDP2) and `tensor_parallel`.
         device: device of the parts.
         lora: options of the adapters to add.
-        gradient_checkpointing: whether to recompute each block in the backward pass.
+        gradient_checkpointing: recompute each block in the backward pass.
         half_products: dtype in which weights are sent and multiplied; gradients are still summed in float32.
 
     Raises:

@@ -2,7 +2,7 @@
 
     page = Page("Safety of two models", "Before and after alignment", facts={"model": name})
     page.warn("This file holds responses of a model that may be harmful.")
-    page.findings([Finding("problem", "Three held-out prompts stand in train.", "The gap looks too small.")])
+    page.findings([Finding("problem", "Three held-out prompts are in train.", "The gap looks too small.")])
     section = page.section("Refusals", "Share of prompts refused, with 95 % intervals.")
     section.figure(bar_chart("Refusal rate", ["harmful", "benign"], {"before": [...], "after": [...]}, "refusals"))
     section.table(Table(["suite", "before", "after"], [["harmful", "30.0 %", "61.3 %"]], "Refusal rates"))

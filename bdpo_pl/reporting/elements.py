@@ -46,7 +46,7 @@ class Table:
 
     @property
     def has_headings(self) -> bool:
-        """Whether any column has a heading."""
+        """True if any column has a heading."""
         return any(self.columns)
 
     def text(self, cell: Cell) -> str:

@@ -16,17 +16,17 @@ def whole(value: int) -> str:
 
 
 def grouped(value: float, decimals: int) -> str:
-    """Format a number with separators of thousands and so many decimals."""
+    """Format a number with separators of thousands and `decimals` decimals."""
     return f"{value:,.{decimals}f}".replace("-", "−")
 
 
 def fixed(value: float, decimals: int) -> str:
-    """Format a number with so many decimals."""
+    """Format a number with `decimals` decimals."""
     return f"{value:.{decimals}f}"
 
 
 def general(value: float, digits: int = 6) -> str:
-    """Format a number with so many digits that matter, and no zeros at its end."""
+    """Format a number with `digits` significant digits, without trailing zeros."""
     return f"{value:.{digits}g}"
 
 
@@ -89,7 +89,7 @@ def number(interval: Interval) -> str:
 
 
 def ratio(value: float) -> str:
-    """Format a ratio of two quantities, with as many digits as matter."""
+    """Format a ratio of two quantities with a suitable number of digits."""
     if value >= 1e6:
         return f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"

@@ -32,7 +32,7 @@ def heat_map(
     Args:
         title: title of the figure.
         labels: labels of the rows.
-        series: shares by name, one for each label; None: there is none.
+        series: shares by name, one for each label; None: no share.
         what: name of the shares.
         caption: text below the figure.
 

@@ -88,9 +88,9 @@ def histogram(
         rows.append([span, *in_bin])
         # As high as the whole column, so that the pointer also finds low bars.
         x, width = frame.x(edges[k]), frame.x(edges[k + 1]) - frame.x(edges[k])
-        told = ", ".join(f"{name} {whole(n)}" for name, n in zip(counts, in_bin, strict=True))
+        shown = ", ".join(f"{name} {whole(n)}" for name, n in zip(counts, in_bin, strict=True))
         frame.add('<rect class="hit" x="{}" y="{}" width="{}" height="{}"><title>{}: {}</title></rect>',
-                  float(x), frame.top, float(width), frame.bottom - frame.top, span, told)  # fmt: skip
+                  float(x), frame.top, float(width), frame.bottom - frame.top, span, shown)  # fmt: skip
     medians = "; ".join(f"median of {name} {general(np.median(v), 3)}" for name, v in values.items() if len(v))
     table = Table([x_label, *counts], rows, f"{title}: {unit} in each bin")
     return Figure(title, frame.render(f"Histogram of {x_label}. {medians}."), table, caption)
@@ -113,8 +113,8 @@ def bar_chart(
         labels: labels of the groups.
         series: values by name, one for each label: an `Estimate`, a number, or None for no value.
         x_label: name of the values, with their unit.
-        percent: whether to show the values as shares in percent.
-        limits: fixed limits of the axis, as in (0, 1) for shares; default: chosen from the data.
+        percent: show the values as shares in percent.
+        limits: fixed limits of the axis, such as (0, 1) for shares. Default: chosen from the data.
         caption: text below the figure.
 
     Raises:
@@ -206,7 +206,7 @@ def line_chart(
         series: lines by name.
         x_label: name of the x values, with their unit.
         y_label: name of the y values, with their unit.
-        percent: whether to show the y values as shares in percent.
+        percent: show the y values as shares in percent.
         caption: text below the figure.
 
     Raises:
@@ -228,19 +228,19 @@ def line_chart(
         frame.path(places, f"s{colour(i)} line")
         for k, (x, y) in enumerate(places):
             bounds = (line.low[k], line.high[k]) if line.low is not None and line.high is not None else (None, None)
-            told = described(Estimate(line.y[k], *bounds), percent)
+            shown = described(Estimate(line.y[k], *bounds), percent)
             frame.add('<circle class="s{} dot" cx="{}" cy="{}" r="3"><title>{}, {}: {}</title></circle>',
-                      colour(i), float(x), float(y), name, general(line.x[k]), told)  # fmt: skip
-            rows.append([name, general(line.x[k]), told])
+                      colour(i), float(x), float(y), name, general(line.x[k]), shown)  # fmt: skip
+            rows.append([name, general(line.x[k]), shown])
     table = Table(["series", x_label, y_label], rows, title)
     return Figure(title, frame.render(f"Line chart of {y_label} against {x_label}."), table, caption)
 
 
-def _bar(frame: Frame, bar: Estimate | None, top: float, index: int, told: str) -> None:
+def _bar(frame: Frame, bar: Estimate | None, top: float, index: int, shown: str) -> None:
     assert bar is not None
     start, end = sorted((frame.x(0.0), frame.x(bar.value)))
     frame.add('<rect class="s{} solid" x="{}" y="{}" width="{}" height="{}"><title>{}</title></rect>',
-              colour(index), float(start), top, max(1.0, float(end - start)), _ROW_HEIGHT - 3.0, told)  # fmt: skip
+              colour(index), float(start), top, max(1.0, float(end - start)), _ROW_HEIGHT - 3.0, shown)  # fmt: skip
     if bar.low is not None and bar.high is not None:
         middle = top + (_ROW_HEIGHT - 3) / 2
         low, high = frame.x(bar.low), frame.x(bar.high)

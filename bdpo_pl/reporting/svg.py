@@ -31,8 +31,8 @@ class Frame:
         height: height in drawing units; the width is `WIDTH`.
         left: width of the margin left of the area.
         legend: names of the series, in the order of their colours.
-        percent: whether to label the y axis in percent.
-        x_percent: whether to label the x axis in percent.
+        percent: label the y axis in percent.
+        x_percent: label the x axis in percent.
 
     Raises:
         ValueError: a range is not finite.

@@ -1,1 +1,1 @@
-"""The page to label answers and to write chosen ones: its rows, and the server that shows them to this machine."""
+"""The page for labelling answers and writing chosen responses: its rows, and its server on this machine."""

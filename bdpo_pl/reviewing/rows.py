@@ -38,24 +38,25 @@ class ReviewFile:
             self.kind = "chosen"
         else:
             raise InputError(
-                f"{path}: every row needs prompt and response, to be labelled, or prompt and rejected, to get a chosen"
+                f"{path}: every row needs prompt and response, to be labelled, or prompt and rejected, to get a chosen "
+                "response"
             )
 
     @property
     def left(self) -> int:
-        """Rows that have no answer yet."""
+        """Number of rows that have no answer yet."""
         return sum(not row.get(self.kind) for row in self.rows)
 
     def answer(self, index: int, value: str | None) -> None:
-        """Set the answer of a row, None to take it back, and save the file, whole or not at all.
+        """Set the answer of a row (None removes it), and save the file, whole or not at all.
 
         Raises:
-            InputError: there is no such row, or that is no answer.
+            InputError: there is no such row, or the answer is not valid.
         """
         if not 0 <= index < len(self.rows):
             raise InputError(f"there is no row {index}")
         if value is not None and (not value.strip() or (self.kind == "label" and value not in LABELS)):
-            raise InputError(f"that is no {self.kind}")
+            raise InputError(f"that is not a valid {self.kind}")
         if self.kind == "chosen" and value == self.rows[index]["rejected"]:
             raise InputError("the chosen response is the rejected one")
         with self._lock:

@@ -1,7 +1,8 @@
-"""The server of the page: of this machine alone, and for who has the link.
+"""The server of the page. It serves only this machine, and only requests with the token of the link.
 
-A page of another site, open in the same browser, can send requests here. It does not know the token, which is asked of
-every request, and `Host` must be this server's, so that no name of theirs can be bent to this address.
+A page of another site, open in the same browser, can send requests here, but it does not know the token, which every
+request needs. `Host` must be this server's, so that another site cannot use a name that resolves to this address (DNS
+rebinding).
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ def make_server(file: ReviewFile, port: int = 0) -> tuple[ThreadingHTTPServer, s
 
     Args:
         file: the rows.
-        port: 0 for any that is free.
+        port: port of the server; 0 for any that is free.
 
     Raises:
-        InputError: the port is taken.
+        InputError: the port is in use.
     """
     token = secrets.token_urlsafe(24)
 
@@ -47,7 +48,7 @@ def make_server(file: ReviewFile, port: int = 0) -> tuple[ThreadingHTTPServer, s
     try:
         server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     except OSError as error:
-        raise InputError(f"port {port} cannot be had ({error.strerror}); leave --port out") from error
+        raise InputError(f"port {port} is not available ({error.strerror}); leave --port out") from error
     server.daemon_threads = True
     Handler.host = f"127.0.0.1:{server.server_address[1]}"
     return server, f"http://{Handler.host}/?token={token}"
@@ -59,7 +60,7 @@ class _Handler(BaseHTTPRequestHandler):
     host: str
 
     def do_GET(self) -> None:
-        """Give the page, or the rows."""
+        """Return the page, or the rows."""
         path = self._allowed()
         if path == "/":
             nonce = secrets.token_urlsafe(16)
@@ -73,23 +74,23 @@ class _Handler(BaseHTTPRequestHandler):
             self._json(404, {"error": "nothing here"})
 
     def do_POST(self) -> None:
-        """Take an answer."""
+        """Save an answer."""
         path = self._allowed()
         if path is None:
             return
         length = self.headers.get("Content-Length", "")
         if path != "/answer" or not length.isdigit() or int(length) > _MOST_BYTES:
-            self._json(400, {"error": "that is no answer"})
+            self._json(400, {"error": "that is not a valid answer"})
             return
         try:
             given = json.loads(self.rfile.read(int(length)))
             index, value = given["index"], given["value"]
             if type(index) is not int or not isinstance(value, str | None):
-                raise InputError("that is no answer")
+                raise InputError("that is not a valid answer")
             self.file.answer(index, value)
         except (ValueError, KeyError, TypeError) as error:
             # InputError is a ValueError.
-            self._json(400, {"error": str(error) if isinstance(error, InputError) else "that is no answer"})
+            self._json(400, {"error": str(error) if isinstance(error, InputError) else "that is not a valid answer"})
             return
         self._json(200, {"left": self.file.left})
 

@@ -179,7 +179,7 @@ class PreferenceDataModule(L.LightningDataModule):
 
         Args:
             policy: model whose tokenizer reads the pairs, and whose positions limit the window.
-            order_by_safety: whether to put the safe response of a pair first, and drop pairs of two unsafe ones.
+            order_by_safety: put the safe response of a pair first, and drop pairs of two unsafe ones.
             row_layout: function that returns the layout of rows, called for the first batches. Default: a row for each
                 response.
 

@@ -41,7 +41,7 @@ def dry_run(trainer: L.Trainer, module: PreferenceModule, data: PreferenceDataMo
         trainer: Trainer, for its strategy, precision and devices.
         module: module of the run.
         data: data module of the run.
-        reads_data: whether to read the pairs and use their lengths.
+        reads_data: read the pairs, and use their lengths.
     """
     longest = None
     if reads_data:

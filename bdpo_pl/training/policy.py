@@ -33,7 +33,7 @@ def build_policy(
         dtype: dtype of its weights.
         load: function that loads the whole model; it is not called for a model that is split.
         lora: options of the adapters to add, unless the loaded model has them; then nothing else is trained.
-        gradient_checkpointing: whether to recompute activations in the backward pass.
+        gradient_checkpointing: recompute activations in the backward pass.
 
     Raises:
         InputError: the model, the adapters and the strategy do not fit together.

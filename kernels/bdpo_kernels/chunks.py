@@ -50,15 +50,16 @@ class Division:
 
 @dataclass(frozen=True)
 class ChunkSizes:
-    """What determines the size of a chunk, in bytes.
+    """Sizes in bytes that determine the size of a chunk.
 
     Attributes:
         row: a token's gradient of the logits, or its logits if the gradient overwrites them.
-        block_row: a token's logits if they are apart from their gradient, else 0.
-        half: a token's logits in the dtype of the products; few tokens lower the limit to their size. 0: they do not.
+        block_row: a token's logits if they are stored separately from their gradient, else 0.
+        half: a token's logits in the dtype of the products. With few tokens, the limit is their size in this dtype; 0:
+            the limit does not depend on the number of tokens.
         limit: maximum of logits and their gradients.
-        grad: the weight's gradient, in the weight's dtype.
-        total: the weight's gradient in the dtype of sums over chunks.
+        grad: gradient of the weight, in the weight's dtype.
+        total: gradient of the weight, in the dtype of sums over chunks.
     """
 
     row: int

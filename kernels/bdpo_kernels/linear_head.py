@@ -1,12 +1,12 @@
 """The LM head, a chunk of tokens at a time: logits, block by block, their gradient, and accumulated products.
 
 The gradient of a loss L with respect to a token's logits is g · scale · (1[label] − p) with g = ∂L/∂log p(label), one
-number per token. The row operations write p − 1[label] alone. −g · scale then multiplies the token's hidden state
+number per token. The row operations write only p − 1[label]. −g · scale then multiplies the token's hidden state
 before the product for the weight, and the token's row after the product for the hidden states. The row operations
 therefore need no gradient of the loss, and no scaling of V elements per token is needed.
 
-A gradient of the same dtype as the logits overwrites them. Where it is narrower (half-precision products), float32
-logits exist for one block of the chunk's tokens at a time, and the gradient of the whole chunk lies beside them.
+A gradient of the same dtype as the logits overwrites them. If it is narrower (half-precision products), float32 logits
+exist for one block of the chunk's tokens at a time, in addition to the gradient of the whole chunk.
 
 Shapes: N tokens; n tokens of one chunk; D hidden size; V vocabulary.
 """
@@ -34,7 +34,7 @@ class HeadOptions:
         transform: function that turns the raw logits into those of the distribution.
         ignore_index: label of tokens that are left out.
         dtype: dtype of the products: the tensors' own, or autocast's.
-        exact: whether to keep the logits of half-precision products in float32.
+        exact: keep the logits of half-precision products in float32.
         backend: backend of the row operations.
         shard: this rank's part of the vocabulary, if weight and bias are split over ranks.
     """
@@ -79,7 +79,7 @@ class LinearHead:
         sizes: bytes of logits and gradients, from which the number of logits at a time follows.
         division: division of the tokens into chunks.
         largest: number of tokens in the largest chunk.
-        needs: whether to compute the gradients of hidden, weight and bias, one flag each.
+        needs: flags for hidden, weight and bias, true if the gradient is needed.
         chunks: number of calls of `backward`; with a single one, the weight's gradient needs no float32 sum.
 
     Attributes:
@@ -135,7 +135,7 @@ class LinearHead:
 
         Args:
             tokens: (n,) indices of the tokens, at most as many as the largest chunk has.
-            for_backward: whether to compute the logits' gradient as well, for `backward`.
+            for_backward: compute the logits' gradient as well, for `backward`.
         """
         assert self._logits is not None
         n, V = len(tokens), self._weight.shape[0]

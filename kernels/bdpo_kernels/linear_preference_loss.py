@@ -34,7 +34,7 @@ LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(chosen (b,), rejected (b,) log-probabilities, pair index (b,)) → losses (b,)."""
 
 
-@torch.compiler.disable(reason="the loss is any Python function, called chunk by chunk")
+@torch.compiler.disable(reason="the loss is an arbitrary Python function, called chunk by chunk")
 def linear_preference_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -77,13 +77,13 @@ def linear_preference_loss(
         ignore_index: label of the tokens that are left out.
         chunk_bytes: bytes of logits in memory at a time.
         backend: "triton", "torch", or None: Triton for CUDA tensors, PyTorch for others.
-        check_labels: whether to check that labels and indices are in range, which synchronises with a GPU.
+        check_labels: check that labels and indices are in range, which synchronises with a GPU.
         shard: rows of the vocabulary that this rank holds, if `weight` (v, D) and `bias` (v,) are its part of them; see
             `rows.sharded`. All ranks call with the same tokens, and get the same loss.
         lengths: number of counting tokens of each of the 2B sequences, as Python ints. With them, and without
             `check_labels`, there is no synchronisation with a GPU. They are checked if `check_labels` is on, or the
             tensors are on a CPU.
-        exact: as in `linear_sequence_logprob`.
+        exact: keep the logits in float32, as in `linear_sequence_logprob`.
 
     Returns:
         Scalar loss, (B,) log-probabilities of the chosen and (B,) of the rejected responses, without gradient; float32,
@@ -175,7 +175,7 @@ class _LinearPreferenceLoss(torch.autograd.Function):
             raise RuntimeError("linear_preference_loss has no second derivative: call backward without create_graph")
         if ctx.gradients is None:
             raise RuntimeError(
-                "linear_preference_loss: the first backward has given its gradients away, so there is no second; "
+                "linear_preference_loss: the gradients were released by the first backward, so there is no second; "
                 "compute the loss again"
             )
         gradients, ctx.gradients = ctx.gradients, None
@@ -266,7 +266,9 @@ def _loss_and_gradient(
         sums = sums.detach().requires_grad_(needs_grad)
         losses = loss_fn(sums[0], sums[1], pair_index)
         if losses.shape != pair_index.shape:
-            raise ValueError(f"loss_fn must give one loss a pair, shape {tuple(pair_index.shape)}; got {losses.shape}")
+            raise ValueError(
+                f"loss_fn must return one loss per pair, shape {tuple(pair_index.shape)}; got {losses.shape}"
+            )
         loss = losses.sum()
     if not needs_grad:
         return loss, sums

@@ -67,13 +67,13 @@ def linear_sequence_logprob(
         chunk_bytes: bytes of logits in memory at a time. The default depends on the device (64 MiB on a CPU, 1 GiB on a
             GPU), and is enough for at least 512 tokens.
         backend: "triton", "torch", or None: Triton for CUDA tensors, PyTorch for others.
-        check_labels: whether to check that labels and indices are in range, which synchronises with a GPU.
+        check_labels: check that labels and indices are in range, which synchronises with a GPU.
         shard: rows of the vocabulary that this rank holds, if `weight` (v, D) and `bias` (v,) are its part of them; see
             `rows.sharded`. All ranks call with the same tokens and get the same result; the gradient of `hidden` is
             complete on every rank, that of `weight` is this rank's own. torch.compile breaks its graph here.
         lengths: number of counting tokens of each of the S sequences, as Python ints. They avoid a synchronisation with
             the GPU.
-        exact: whether to keep the logits of half-precision products in float32. They take twice the bytes, so chunks
+        exact: keep the logits of half-precision products in float32. They take twice the bytes, so chunks
             have half the tokens. Rounded to bfloat16, the log-probability of 250 tokens would be wrong by 0.02 to 0.44
             nats.
 
@@ -178,7 +178,7 @@ def _gradients(
 
 
 class _Sharded(torch.autograd.Function):
-    """The operation over ranks. It is no custom operator, because those do not take a process group as an argument."""
+    """The operation over ranks. It is not a custom operator, because those cannot take a process group."""
 
     @staticmethod
     def forward(

@@ -101,15 +101,16 @@ def has_wide_products(device: torch.device) -> bool:
     return bool((total[:, :15] == 32).all()) and bool((total[:, 15] == 17).all()) and bool((total[:, 16:] == 1).all())
 
 
-# What a CPU calls its instructions for half-precision products that add up in float32.
+# Names of CPU instructions for half-precision products that are summed in float32.
 _CPU_PRODUCTS = {torch.bfloat16: ("amx_bf16", "avx512_bf16"), torch.float16: ("amx_fp16",)}
-# oneDNN has the products. PyTorch 2.11 does not yet tell what a CPU can do. Asked at import: torch.compile cannot ask.
+# oneDNN has the products. PyTorch 2.11 does not report what a CPU supports. This is read at import, because
+# torch.compile cannot read it.
 _TELLS = hasattr(torch.cpu, "get_capabilities") and torch.backends.mkldnn.is_available()
 _CPU_CAPABILITIES: dict[str, Any] = dict(torch.cpu.get_capabilities()) if _TELLS else {}
 
 
 def has_fast_half(dtype: torch.dtype) -> bool:
-    """Return whether this CPU multiplies matrices of `dtype` (bfloat16 or float16) by instructions of its own."""
+    """Return whether this CPU has instructions for multiplying matrices of `dtype` (bfloat16 or float16)."""
     return any(_CPU_CAPABILITIES.get(name, False) for name in _CPU_PRODUCTS.get(dtype, ()))
 
 

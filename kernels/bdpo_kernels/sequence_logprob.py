@@ -46,7 +46,7 @@ def sequence_logprob(
             the GPU.
         ignore_index: label of the tokens that are left out.
         backend: "triton", "torch", or None: Triton for CUDA tensors, PyTorch for others.
-        check_labels: whether to check that labels and indices are in range, which synchronises with a GPU. Disable it
+        check_labels: check that labels and indices are in range, which synchronises with a GPU. Disable it
             only if they were checked before: unchecked, a label out of range gives NaN in Triton.
 
     Returns:

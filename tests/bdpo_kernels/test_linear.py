@@ -326,7 +326,7 @@ def test_number_of_pairs_is_checked(num_pairs):
 
 
 def test_loss_that_mixes_the_pairs_of_a_chunk_is_refused():
-    with pytest.raises(ValueError, match="one loss a pair"):
+    with pytest.raises(ValueError, match="one loss per pair"):
         linear_preference_loss(H, W, L, I, lambda c, r, i: (c - r).mean(), num_pairs=1)
 
 

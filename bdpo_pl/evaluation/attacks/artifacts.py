@@ -36,7 +36,7 @@ def read_artifact(path: str) -> Suite:
     except (KeyError, TypeError):
         raise InputError(f"attacks.artifacts: {file} has no 'parameters' and 'jailbreaks'; {_FORM}") from None
     if not isinstance(rows, list):
-        raise InputError(f"attacks.artifacts: 'jailbreaks' of {file} is no list; {_FORM}")
+        raise InputError(f"attacks.artifacts: 'jailbreaks' of {file} is not a list; {_FORM}")
     prompts: list[EvaluationPrompt] = []
     dropped: Counter[str] = Counter()
     seen: set[str] = set()
@@ -61,7 +61,7 @@ _FORM = (
 def _prompt(row: object, place: str, attack: str) -> EvaluationPrompt | None:
     """Return the prompt of a row; None if the attack gave none."""
     if not isinstance(row, dict):
-        raise InputError(f"attacks.artifacts: {place} is no mapping; {_FORM}")
+        raise InputError(f"attacks.artifacts: {place} is not a mapping; {_FORM}")
     text, goal = row.get("prompt"), row.get("goal")
     if text is None:
         return None
@@ -70,7 +70,7 @@ def _prompt(row: object, place: str, attack: str) -> EvaluationPrompt | None:
     try:
         (text + goal).encode()
     except UnicodeEncodeError:
-        raise InputError(f"attacks.artifacts: {place} holds half of a surrogate pair, which is no text") from None
+        raise InputError(f"attacks.artifacts: {place} holds half of a surrogate pair, which is not text") from None
     category = row.get("category")
     # The text as it was published: blanks at its ends are part of the attack.
     return EvaluationPrompt(text, goal, category if isinstance(category, str) else "", place, attack=attack)

@@ -180,10 +180,10 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def _refused(response: httpx.Response, body: bytes, url: str, key: Key) -> NoReturn:
     status = response.status_code
     said = _shown(body.decode("utf-8", "replace"), key)
-    told = f"status {status}" + (f": {said}" if said else "")
+    failure = f"status {status}" + (f": {said}" if said else "")
     if status in (408, 429) or status >= 500:
         remedy = "send fewer requests at a time with endpoint.parallel, or wait longer with endpoint.retries"
-        raise PassingError(told, remedy, retry_after(response.headers.get("Retry-After"))) from None
+        raise PassingError(failure, remedy, retry_after(response.headers.get("Retry-After"))) from None
     if status in (401, 403):
         sent = f"the key in ${key.env} was sent" if key.value else "no key was sent"
         remedy = f"{sent}; put a valid one into an environment variable and name it in endpoint.api_key_env"
@@ -194,9 +194,9 @@ def _refused(response: httpx.Response, body: bytes, url: str, key: Key) -> NoRet
     else:
         remedy = (
             "it refuses the request: check endpoint.model, and set endpoint.max_tokens and endpoint.temperature "
-            "to what it takes (null leaves one out)"
+            "to values that it accepts (null omits one)"
         )
-    raise InputError(f"{url}: {told}; {remedy}") from None
+    raise InputError(f"{url}: {failure}; {remedy}") from None
 
 
 def retry_after(value: str | None) -> float:

@@ -64,7 +64,7 @@ def _text(record: Record, column: str) -> str:
         )
     if not is_unicode(value or ""):
         raise InputError(
-            f"{record.place}: column {column!r} holds half of a surrogate pair, which is no text; correct the row"
+            f"{record.place}: column {column!r} holds half of a surrogate pair, which is not text; correct the row"
         )
     return (value or "").strip()
 

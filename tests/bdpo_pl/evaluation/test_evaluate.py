@@ -242,7 +242,7 @@ def test_model_that_says_nothing_is_not_safe(base, answers, capsys):
     printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for part in (
         "answers: blank 10 of 10 (100.0%)",
-        "before: many of 10 answers are no real answers (blank: 10)",
+        "before: many of 10 answers are not real answers (blank: 10)",
         "All outcomes of before are the same on harm (6), good (4)",
         "Judge: phrases, which recognises refusals, not harm; it agrees with",
     ):
@@ -335,7 +335,7 @@ def test_model_without_a_chat_template_is_asked_plainly_and_says_so(base, tmp_pa
         (["--judge.kind=llama_guard"], "judge llama_guard needs a model"),
         (["--judge.kind=nosuch"], "nosuch"),
         (["--judge=phrases", "--judge.model=x"], "model"),
-        (["--fail_if=good.over_refusal"], "is no limit; write SUITE.MEASURE > NUMBER"),
+        (["--fail_if=good.over_refusal"], "is not a limit; write SUITE.MEASURE > NUMBER"),
         (["--fail_if=goood.over_refusal > 0.1"], "there is no suite 'goood'; choose harm, good"),
         (["http://127.0.0.1:1/v1"], "does not name one of the server's models"),
         (["http://127.0.0.1:1/v1#m", "--attacks.gcg"], "attacks.gcg need a model"),

@@ -27,11 +27,11 @@ def test_limits(text, expected):
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        ("a.over_refusal", "is no limit"),
-        ("over_refusal > 0.1", "is no limit"),
-        ("a.score > 0.1", "is no limit"),
-        ("a.over_refusal == 0.1", "is no limit"),
-        ("a.over_refusal > much", "is no limit"),
+        ("a.over_refusal", "is not a limit"),
+        ("over_refusal > 0.1", "is not a limit"),
+        ("a.score > 0.1", "is not a limit"),
+        ("a.over_refusal == 0.1", "is not a limit"),
+        ("a.over_refusal > much", "is not a limit"),
         ("a.refusals > 0.1", "there is no measure 'refusals'; choose not_refused"),
         ("a.blank.low > 0.1", "blank has no interval"),
     ],

@@ -25,7 +25,7 @@ def sound(model, document=DOCUMENT):
 @pytest.mark.parametrize("architecture", ["bert", "roberta", "xlnet"])
 def test_a_model_that_reads_later_tokens_is_refused(architecture):
     model = build_model(architecture).eval()
-    with pytest.raises(InputError, match=r"M .* is no causal language model: what it says of a position changes"):
+    with pytest.raises(InputError, match=r"M .* is not a causal language model: its output at a position changes"):
         sound(model)
     assert not model.training
 

@@ -141,12 +141,12 @@ def test_training_is_shared_or_apart_alike_live_or_precomputed_and_never_fused(j
     trainer = {"max_steps": 2, "val_check_interval": 2}
     make = {"loss": LDLoss(DPOLoss(), 0.4)}
     shared = fit(job("shared", trainer=dict(trainer), prefix_sharing="always", **make))
-    assert "not fused: the loss weighs the tokens of a response" in caplog.text
+    assert "not fused: the loss weights the tokens of a response" in caplog.text
     assert shared.evaluations[0]["held_out/loss"] == pytest.approx(math.log(2), abs=1e-5)
     live = fit(job("live", trainer=dict(trainer), prefix_sharing="never", reference_mode="live", **make))
     for name, value in weights(shared).items():
         torch.testing.assert_close(value, weights(live)[name], rtol=1e-4, atol=1e-5, msg=name)
-    with pytest.raises(InputError, match=r"lm_head is fused, but .* weighs the tokens"):
+    with pytest.raises(InputError, match=r"lm_head is fused, but .* weights the tokens"):
         fit(job("fused", trainer=dict(trainer), lm_head="fused", **make))
 
 
@@ -154,11 +154,11 @@ def test_training_is_shared_or_apart_alike_live_or_precomputed_and_never_fused(j
     ("make", "fault"),
     [
         (lambda: LDLoss(DPOLoss(), 1.5), r"alpha must be in \[0, 1\]"),
-        (lambda: LDLoss(AdaDPOLoss()), "more than its two log-ratios"),
-        (lambda: LDLoss(DPOLoss(sft_weight=0.1)), "more than its two log-ratios"),
+        (lambda: LDLoss(AdaDPOLoss()), "more of the policy than its two log-ratios"),
+        (lambda: LDLoss(DPOLoss(sft_weight=0.1)), "more of the policy than its two log-ratios"),
         (lambda: WeightedSum([LDLoss(DPOLoss()), SFTLoss()]), "put it around the sum"),
         (lambda: BalancedLoss(LDLoss(DPOLoss())), "put it around the sum"),
-        (lambda: WPOLoss(LDLoss(DPOLoss())), "take one of them"),
+        (lambda: WPOLoss(LDLoss(DPOLoss())), "use only one of them"),
     ],
 )
 def test_what_does_not_fit_is_refused(make, fault):

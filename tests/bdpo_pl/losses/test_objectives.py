@@ -202,9 +202,9 @@ def test_tau_of_a_part_is_found_kept_and_taken_up():
 @pytest.mark.parametrize(
     ("make", "fault"),
     [
-        (lambda: BalancedLoss(CPOLoss()), "more than its two log-ratios"),
+        (lambda: BalancedLoss(CPOLoss()), "more of the policy than its two log-ratios"),
         (lambda: BalancedLoss(DPOLoss(sft_weight=1.0)), "WeightedSum"),
-        (lambda: BalancedLoss(BalancedDPOLoss()), "more than its two log-ratios"),
+        (lambda: BalancedLoss(BalancedDPOLoss()), "more of the policy than its two log-ratios"),
         (lambda: WeightedSum([]), "0 losses"),
         (lambda: WeightedSum([DPOLoss()], [1.0, 2.0]), "1 losses and 2 weights"),
         (lambda: WeightedSum([BalancedDPOLoss(), BalancedDPOLoss(estimator="hsic")]), "different estimators"),

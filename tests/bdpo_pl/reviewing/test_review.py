@@ -117,7 +117,7 @@ def test_a_visitor_labels_by_keyboard(serve, tmp_path):
       await until('prompt', 'query 0');
       press('r'); await until('prompt', 'query 1');
       press('c'); await until('prompt', 'query 2');
-      press('ArrowLeft'); press('u'); await until('said', 'taken back');
+      press('ArrowLeft'); press('u'); await until('said', 'removed');
       press('r'); await until('place', '1 left');
     }})()"""
     with Browser(tmp_path / "profile") as browser:

@@ -45,8 +45,8 @@ def test_artifact(tmp_path):
         ("[]", "has no 'parameters' and 'jailbreaks'"),
         ('{"parameters": {"method": "PAIR"}, "jailbreaks": []}', "has no 'parameters' and 'jailbreaks'"),
         ('{"parameters": {"method": "PAIR", "model": 3}, "jailbreaks": []}', "has no 'parameters'"),
-        ('{"parameters": {"method": "a", "model": "b"}, "jailbreaks": {}}', "is no list"),
-        ('{"parameters": {"method": "a", "model": "b"}, "jailbreaks": [1]}', "jailbreak 1 is no mapping"),
+        ('{"parameters": {"method": "a", "model": "b"}, "jailbreaks": {}}', "is not a list"),
+        ('{"parameters": {"method": "a", "model": "b"}, "jailbreaks": [1]}', "jailbreak 1 is not a mapping"),
         ('{"parameters": {"method": "a", "model": "b"}, "jailbreaks": [{"prompt": "x"}]}', "needs texts in 'goal'"),
         ('{"parameters": {"method": "a", "model": "b"}, "jailbreaks": [{"prompt": 1, "goal": "x"}]}', "needs texts"),
         (
