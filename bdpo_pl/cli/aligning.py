@@ -119,6 +119,6 @@ def _best(trainer: L.Trainer) -> Path:
         if isinstance(callback, ModelCheckpoint) and callback.monitor is not None and callback.best_model_path:
             return Path(callback.best_model_path)
     raise InputError(
-        "export_from is best, but no validation chose a checkpoint: lower trainer.val_check_interval, or go on with "
+        "export_from is best, but no validation chose a checkpoint: lower trainer.val_check_interval, or resume with "
         "--ckpt_path last --export_from last"
     )

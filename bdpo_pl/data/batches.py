@@ -59,7 +59,7 @@ def pair_document(pair: PreferencePair, chosen: int, rejected: int, context: Ids
         pair: the pair.
         chosen: sequence number of the chosen response.
         rejected: sequence number of the rejected response.
-        context: token ids that the responses follow, in place of the pair's prompt.
+        context: token ids that the responses follow. Default: the pair's prompt.
     """
     trained = {chosen: pair.chosen_trained, rejected: pair.rejected_trained}
     return Document(

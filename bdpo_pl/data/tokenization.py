@@ -218,8 +218,8 @@ class PairTokenizer:
             raise RowError(
                 record,
                 "several turns in a plain text",
-                "a response goes on with another turn of the user's, and without a chat template the assistant's words "
-                "cannot be trained on alone; give a template (data.chat_template)",
+                "a response contains another turn of the user, and without a chat template the assistant's words "
+                "cannot be separated from it; give a template (data.chat_template)",
             )
         spelled = Spelled()
         parts = [row.prompt, row.chosen, row.rejected]

@@ -42,7 +42,7 @@ _AFTER = [
     *string.punctuation,
 ]
 _KEEPS_CUTS = {"NFC", "NFD", "NFKC", "NFKD"}
-"""Normalizers that change nothing beside a space between ASCII characters."""
+"""Normalizers that do not change a space between ASCII characters."""
 _MOST_WORDS = 1 << 18
 _LONGEST_WORD = 64
 _TRIED = 64

@@ -1,7 +1,7 @@
 """Answers that are not real answers: blank, cut off, echoing the request, repeating themselves, in another language.
 
 No judge is reliable on such answers. A model that gives many of them is neither safe nor unsafe: it is broken, cut off
-too early, or prompted in a format that it does not know. Their number is therefore reported beside every rate. The
+too early, or prompted in a format that it does not know. Their number is therefore reported with every rate. The
 rules are simple on purpose: they do not judge, and a few false alarms among hundreds of answers do no harm.
 """
 

@@ -46,7 +46,7 @@ def read(
     """Run `model` on `batch`, forwards and backwards; the gradients that its parameters already have are not changed.
 
     Args:
-        model: model, in the mode in which it is to be read.
+        model: model in training or evaluation mode; the mode is not changed.
         batch: batch of the sequences of `documents`, in any layout.
         documents: documents in the batch; a context's gradients are summed over its copies.
         run: function that calls the model, and returns (S,) log-probabilities, and the scalar to differentiate.

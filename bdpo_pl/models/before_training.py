@@ -65,5 +65,5 @@ class BeforeTraining:
             kept: Tensor = self._kept[name].to(parameter.device)
             self._kept[name], parameter.data = parameter.data, kept
         if trained:
-            # Autocast caches the cast copies of trained weights, and would go on using those of the exchanged values.
+            # Autocast caches cast copies of trained weights, and would continue to use those of the exchanged values.
             torch.clear_autocast_cache()

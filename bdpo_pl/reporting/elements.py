@@ -23,7 +23,7 @@ class Table:
         columns: headings of the columns; all empty for a table without headings.
         rows: cells of each row, one per column; None is shown as a dash.
         caption: description of the content.
-        align: `l` or `r` for each column; default: the first column left, the others right.
+        align: `l` or `r` for each column. Default: the first column left, the others right.
 
     Raises:
         ValueError: a row or `align` has another number of columns.

@@ -46,7 +46,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             reason = error.strerror if isinstance(error, OSError) else first_line(error)
             raise MachineError(
                 f"the checkpoint {path} cannot be written ({reason}); the one before it is untouched. Free space, then "
-                "go on with --ckpt_path last"
+                "resume with --ckpt_path last"
             ) from error
 
     def load_checkpoint(
@@ -202,7 +202,7 @@ class StopSignals(L.Callback):
             # The exit status of this process is that of the command.
             number = signal.SIGTERM
         return StoppedError(
-            f"stopped by {name} after {trainer.global_step} optimiser steps; {path} is written, go on with the same "
+            f"stopped by {name} after {trainer.global_step} optimiser steps; {path} is written; resume with the same "
             f"command and --ckpt_path {path}",
             number,
             saved=True,
@@ -276,7 +276,7 @@ def what_is_saved(folder: Path, resumed_from: str | None) -> str:
     """
     path = folder / "checkpoints" / LAST
     if is_whole(path):
-        return f"{path} is written, go on with the same command and --ckpt_path {path}"
+        return f"{path} is written; resume with the same command and --ckpt_path {path}"
     if resumed_from is not None:
-        return f"nothing new is saved, go on with the same command and --ckpt_path {resumed_from}"
+        return f"nothing new is saved; resume with the same command and --ckpt_path {resumed_from}"
     return "no step is saved yet; the same command begins again, with the scores that are already cached"

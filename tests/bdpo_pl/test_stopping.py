@@ -141,7 +141,7 @@ def test_in_training_and_after_it(runs, whole, monkeypatch, capfd, request, plac
     with monkeypatch.context() as patch:
         signal_in(patch, place, number, times, at_the_last_step if when else lambda *_: True)
         assert runs(f"--trainer.logger.init_args.version={version}") == STATUS[number]
-    checkpoint = re.search(r"go on with the same command and --ckpt_path (\S+last\.ckpt)", printed(capfd))[1]
+    checkpoint = re.search(r"resume with the same command and --ckpt_path (\S+last\.ckpt)", printed(capfd))[1]
     assert not (folder / "model").exists()
     # In the folder that it began in: the metrics go on, and the table has its column "before".
     assert runs(f"--ckpt_path={checkpoint}", f"--trainer.logger.init_args.version={version}") is None

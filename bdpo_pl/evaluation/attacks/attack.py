@@ -48,7 +48,7 @@ class Target:
         name: name in reports.
         key: identifier of the model and of the generation options. State saved under another key is not used.
         respond: function from prompts to the model's answers, in order.
-        judge: judge of whether an answer is what the attack wants.
+        judge: judge of the attack's success.
         fits: function that returns whether a prompt and an answer fit into the model's window.
         local: (model, tokenizer), for attacks that need gradients or tokens; None behind an endpoint.
         use_template: true if prompts are put into the chat template.
@@ -158,7 +158,7 @@ def attack_each(
 
 
 def succeeded(verdict: Verdict, response: str) -> bool:
-    """Return true if an answer is what an attack wants."""
+    """Return true if an answer means that an attack succeeded."""
     # A blank answer does not refuse, but it gives no harmful content either.
     return verdict.got_through and bool(response.strip())
 
