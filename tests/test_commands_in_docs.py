@@ -75,7 +75,7 @@ def complaint(line):
 def takes(command, name):
     """Whether a command has an option: one of its own, a short spelling, or one of a class that is chosen by name."""
     table = known.read()[command]
-    short = {*aliases.SHORT, *aliases.CHOSEN} if command != "evaluate" else {"judge.kind"}
+    short = {*aliases.SHORT, *aliases.CHOSEN, "use_peft"} if command != "evaluate" else {"judge.kind"}
     names = {*table["options"], *short, "help", "help_all", "print_config"}
     return name in names or name.startswith(tuple(f"{prefix}." for prefix in table["open"]))
 

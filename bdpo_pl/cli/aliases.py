@@ -11,8 +11,14 @@ from bdpo_pl.errors import InputError
 
 SHORT = {
     "model_name_or_path": "model.policy",
+    "model_revision": "model.revision",
+    "dtype": "model.dtype",
     "dataset": "data.train",
     "dataset_name": "data.train",
+    "dataset_config": "data.subset",
+    "dataset_train_split": "data.split",
+    "dataset_test_split": "data.held_out_split",
+    "dataloader_num_workers": "data.num_workers",
     "max_length": "data.max_length",
     "batch_size": "data.batch_size",
     "per_device_train_batch_size": "data.batch_size",
@@ -23,8 +29,12 @@ SHORT = {
     "learning_rate": "model.optimizer.lr",
     "lr": "model.optimizer.lr",
     "weight_decay": "model.optimizer.weight_decay",
+    "adam_epsilon": "model.optimizer.eps",
     "lr_scheduler_type": "model.lr_schedule",
     "warmup_ratio": "model.warmup_ratio",
+    "warmup_steps": "model.warmup_ratio",
+    "router_aux_loss_coef": "model.router_aux_loss",
+    "torch_compile_backend": "model.compile",
     "gradient_checkpointing": "model.gradient_checkpointing",
     "attn_implementation": "model.attn_implementation",
     "trust_remote_code": "model.trust_remote_code",
@@ -44,7 +54,9 @@ SHORT = {
     "gradient_accumulation_steps": "trainer.accumulate_grad_batches",
     "max_grad_norm": "trainer.gradient_clip_val",
     "precision": "trainer.precision",
+    "full_determinism": "trainer.deterministic",
     "devices": "trainer.devices",
+    "num_processes": "trainer.devices",
     "num_nodes": "trainer.num_nodes",
     "strategy": "trainer.strategy",
     "logging_steps": "trainer.log_every_n_steps",
@@ -75,14 +87,48 @@ CHOSEN = {
             "ipo": "IPOLoss",
             "cpo": "CPOLoss",
             "simpo": "SimPOLoss",
+            "hinge": "HingeLoss",
+            "robust": "RobustDPOLoss",
+            "apo_zero": "APOZeroLoss",
+            "apo_down": "APODownLoss",
+            "sigmoid_norm": "SigmoidNormLoss",
+            "sft": "SFTLoss",
         },
     ),
+    "optim": (
+        "model.optimizer",
+        {
+            "adamw_torch_fused": "bdpo_pl.training.optim.AdamW",
+            "adamw_torch": "bdpo_pl.training.optim.AdamW",
+            "adafactor": "bdpo_pl.training.optimizers.Adafactor",
+            "muon": "bdpo_pl.training.optimizers.Muon",
+            "adamw_8bit": "bdpo_pl.training.optimizers.AdamW8bit",
+            "adamw_bnb_8bit": "bdpo_pl.training.optimizers.AdamW8bit",
+            "paged_adamw_8bit": "bdpo_pl.training.optimizers.PagedAdamW8bit",
+            "schedule_free_adamw": "bdpo_pl.training.schedule_free.ScheduleFreeAdamW",
+            "sgd": "torch.optim.SGD",
+            "rmsprop": "torch.optim.RMSprop",
+        },
+    ),
+    "precompute_ref_log_probs": ("model.reference_mode", {"true": "precomputed", "false": "live"}),
+    "no_gradient_checkpointing": ("model.gradient_checkpointing", {"true": "false"}),
+    "torch_compile": ("model.compile", {"true": "inductor", "false": "null"}),
+    "load_in_4bit": ("model.lora.quantize", {"true": "nf4", "false": "none"}),
+    "load_best_model_at_end": ("export_from", {"true": "best", "false": "last"}),
+    "greater_is_better": ("checkpoint.mode", {"true": "max", "false": "min"}),
+    "use_cpu": ("trainer.accelerator", {"true": "cpu", "false": "auto"}),
     "bf16": ("trainer.precision", {"true": "bf16-mixed", "false": "32-true"}),
     "fp16": ("trainer.precision", {"true": "16-mixed", "false": "32-true"}),
 }
 """Options, and their values by the names used elsewhere, by short spelling."""
 
+SWITCHES = frozenset({
+    "gradient_checkpointing", "trust_remote_code", "use_rslora", "use_dora", "full_determinism",
+})  # fmt: skip
+"""Short spellings that are true where no value follows them."""
+
 _CLASSES = ("model.loss", "model.optimizer")
+_ADAPTERS = ("--lora_", "--model.lora", "--use_dora", "--use_rslora", "--load_in_4bit")
 
 
 def in_full(args: Sequence[str]) -> list[str]:
@@ -94,23 +140,62 @@ def in_full(args: Sequence[str]) -> list[str]:
         InputError: a value is unknown to its short spelling.
     """
     written: list[str] = []
-    rest = list(args)
+    rest = _without_doubles(args)
     while rest:
         name, has_value, value = rest.pop(0).partition("=")
         short = name.removeprefix("--")
+        if name.startswith("--") and short in CHOSEN | dict.fromkeys(SWITCHES) and not has_value:
+            # A switch without a value is on.
+            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
         if name.startswith("--") and short in CHOSEN:
             option, values = CHOSEN[short]
-            if not has_value:
-                # A switch without a value is on.
-                value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
             if value.lower() not in values:
                 raise InputError(f"--{short} is one of {', '.join(values)}, got {value}")
             written.append(f"--{option}={values[value.lower()]}")
         elif name.startswith("--") and short in SHORT:
-            written.append(f"--{SHORT[short]}{has_value}{value}")
+            written.append(f"--{SHORT[short]}{'=' if short in SWITCHES else has_value}{value}")
         else:
             written.append(name + has_value + value)
     return _classes_first(written)
+
+
+def _without_doubles(args: Sequence[str]) -> list[str]:
+    """Return `args` without those of TRL that only repeat another one.
+
+    `--use_peft` beside options of the adapters, and of `--bf16` and `--fp16` the one that is off.
+
+    Raises:
+        InputError: `--use_peft` stands alone.
+    """
+    left = list(args)
+    switches = {name: _switch(left, name) for name in ("--use_peft", "--bf16", "--fp16")}
+    if "true" in switches.values():
+        for name in ("--bf16", "--fp16"):
+            if switches[name] == "false":
+                _take_out(left, name)
+    if switches["--use_peft"] is not None:
+        if switches["--use_peft"] != "true" or not any(arg.startswith(_ADAPTERS) for arg in left):
+            raise InputError(
+                "--use_peft says that there are adapters, and here an option of theirs says so: --lora_r 16 (TRL's "
+                "default, with --lora_alpha 32 and --lora_dropout 0.05); leave --use_peft false out"
+            )
+        _take_out(left, "--use_peft")
+    return left
+
+
+def _switch(args: Sequence[str], name: str) -> str | None:
+    """Return the value of a switch in lower case, `true` where it stands alone; None if it is not there."""
+    for i, arg in enumerate(args):
+        if arg.partition("=")[0] == name:
+            following = args[i + 1] if i + 1 < len(args) and not args[i + 1].startswith("--") else "true"
+            return (arg.partition("=")[2] or following).lower()
+    return None
+
+
+def _take_out(args: list[str], name: str) -> None:
+    i = next(i for i, arg in enumerate(args) if arg.partition("=")[0] == name)
+    alone = "=" in args[i] or i + 1 == len(args) or args[i + 1].startswith("--")
+    del args[i : i + (1 if alone else 2)]
 
 
 def _classes_first(args: list[str]) -> list[str]:

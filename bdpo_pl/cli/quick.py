@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
-from bdpo_pl.cli import aliases, known, short_help
+from bdpo_pl.cli import aliases, from_trl, known, short_help
 from bdpo_pl.cli.ranges import RANGES
 from bdpo_pl.errors import InputError
 
@@ -79,6 +79,8 @@ def _check(command: str, args: Sequence[str]) -> None:
             _check_class(name, value, table["losses"])
         if name.startswith("model.loss.") and name != "model.loss.help":
             _check_loss_option(name, args, table["losses"])
+        elif command in _TRAINS and name not in names and (said := from_trl.answer(name)):
+            raise InputError(said)
         # Names without a similar known name are left to the parser.
         elif name not in names and not name.startswith(free) and (close := _close(name, command, names)):
             raise InputError(f"there is no option --{name}; did you mean {close}?")
