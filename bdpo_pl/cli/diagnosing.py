@@ -125,6 +125,11 @@ class _Scoring(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Read and score the pairs."""
         module, data = self._described
+        if module.loss.needs_labels:
+            raise InputError(
+                f"model.loss is {type(module.loss).__name__}, which reads single answers, and diagnose compares "
+                "the two responses of a pair: leave it out, and give pairs"
+            )
         self.splits = data.read(module.source, order_by_safety=module.loss.needs_safety)
         machine = Machine.of(self.trainer)
         # The same results are needed for a live reference or none.

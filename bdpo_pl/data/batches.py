@@ -31,6 +31,7 @@ class PreferenceBatch:
         num_tokens: number of tokens in the rows, without padding.
         safe: (2, B) bool, safety of the chosen and of the rejected responses; None if the data does not label it.
         given_weight: (B,) float32, the data's own factor of each pair's loss; None if it has none.
+        desirable: (B,) bool, whether each single answer is good; None for pairs.
     """
 
     sequences: SequenceBatch
@@ -40,6 +41,7 @@ class PreferenceBatch:
     num_tokens: int
     safe: Tensor | None = None
     given_weight: Tensor | None = None
+    desirable: Tensor | None = None
 
     @property
     def loss_weight(self) -> Tensor:
@@ -102,4 +104,5 @@ class PairDataset(Dataset[PairKey]):
             num_tokens=int(sequences.num_tokens),
             safe=None if self.table.safe is None else torch.from_numpy(self.table.safe[:, index]),
             given_weight=None if self.table.weights is None else torch.from_numpy(self.table.weights[index]),
+            desirable=None if self.table.desirable is None else torch.from_numpy(self.table.desirable[index]),
         )

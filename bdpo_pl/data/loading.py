@@ -23,7 +23,7 @@ from bdpo_pl.data.tokenization import PairTokenizer, PreferencePair, ReadAs
 from bdpo_pl.data.truncation import Truncation
 from bdpo_pl.errors import InputError
 
-DataFormat = Literal["auto", "preference", "safe_rlhf", "hh_rlhf", "sharegpt", "orca", "azure", "kto"]
+DataFormat = Literal["auto", "preference", "safe_rlhf", "hh_rlhf", "sharegpt", "orca", "azure", "kto", "single"]
 BadRows = Literal["auto", "error", "drop"]
 
 
@@ -32,7 +32,8 @@ class LoadOptions:
     """Options for reading a source as pairs.
 
     Args:
-        format: schema of the rows; `auto` takes the first that recognises the first row.
+        format: schema of the rows; `auto` takes the first that recognises the first row, and `single` for a loss that
+            reads single answers.
         columns: mapping from our column names to yours, as in `{chosen: good_answer}`.
         ignore: columns left out on purpose. Any other unread column that a model should read stops the run.
         bad_rows: treatment of a row that cannot be trained on: stop the run (`error`) or leave the row out and count it
@@ -62,6 +63,7 @@ def load_pairs(
     seed: int = 0,
     by_safety: bool = False,
     subset: str | None = None,
+    single: bool = False,
 ) -> tuple[PairTable, DataReport]:
     """Read, check, select, tokenise, truncate and deduplicate the pairs of `source`.
 
@@ -77,6 +79,7 @@ def load_pairs(
         by_safety: put the safe response first and leave out pairs of two unsafe ones (`order_by_safety`); the source
             must label the safety of every response.
         subset: configuration of a hub dataset that has several.
+        single: whether to read single answers with a label, and no pairs.
 
     Raises:
         InputError: unreadable source, missing column, a bad row under `error`, or nothing left to train on.
@@ -87,7 +90,12 @@ def load_pairs(
     first = next(records, None)
     if first is None:
         raise InputError(f"{source}: no rows")
-    schema = _schema(first, options.format)
+    if single != (options.format == "single") and (not single or options.format != "auto"):
+        raise InputError(
+            f"data.load.format is {options.format}, but the loss reads "
+            + ("single answers with a label: set it to single" if single else "pairs: single is for KTOLoss")
+        )
+    schema = _schema(first, "single" if single else options.format)
     if by_safety and not isinstance(schema, SafeRLHF):
         _require_safety(first)
     strict = options.bad_rows == "error" or (options.bad_rows == "auto" and not schema.is_messy)
@@ -107,6 +115,9 @@ def load_pairs(
     report.kept = len(table)
     report.lengths(table)
     report.weights(table)
+    if table.desirable is not None:
+        report.note("good answers", int(table.desirable.sum()))
+        report.note("bad answers", int((~table.desirable).sum()))
     swapped, conflicting = contradictions(table)
     report.note("pairs that another pair contradicts", len(swapped) + len(conflicting))
     return table, report
@@ -170,6 +181,7 @@ def _tokenize(
     places: list[str] = []
     categories: list[str] = []
     safe: list[tuple[bool | None, bool | None]] = []
+    desirable: list[bool] = []
     weights: list[float | None] = []
     counts = {"merged": 0, "truncated": 0, "without an end": 0}
     as_text: list[bool] = []
@@ -201,6 +213,8 @@ def _tokenize(
             categories.append(row.category)
             safe.append((row.chosen_safe, row.rejected_safe))
             weights.append(row.weight)
+            if row.desirable is not None:
+                desirable.append(row.desirable)
             yield cut
 
     # Pair by pair into flat arrays: lists of numbers would take ten times the memory.
@@ -212,6 +226,7 @@ def _tokenize(
         categories=categories,
         safe=_safety(safe),
         weights=_weights(weights, places),
+        desirable=np.array(desirable) if desirable else None,
     )
     report.note(f"truncated to {truncation.max_length} tokens ({truncation.mode})", counts["truncated"])
     report.note("of these, a response was cut and has no end", counts["without an end"])

@@ -56,6 +56,8 @@ class PreferenceRow:
         tools: descriptions of the functions that the model may call.
         template_kwargs: variables of the chat template, for this row only.
         weight: factor of the pair's loss; None if the data has none.
+        desirable: of a single answer, which is `chosen` whether it is good or bad, while `rejected` answers another
+            prompt: true if it is good. None for a pair.
     """
 
     prompt: Content
@@ -70,6 +72,7 @@ class PreferenceRow:
     tools: Sequence[Any] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     weight: float | None = None
+    desirable: bool | None = None
 
 
 def common_prefix_length(a: Sequence[object], b: Sequence[object]) -> int:

@@ -29,6 +29,7 @@ class PairTable:
         safe: (2, M) bool, safety of the chosen and of the rejected responses; None unless all are labelled.
         trained: (total,) bool, true for response tokens that are trained on (unused in prompts); None: all are.
         weights: (M,) float32, factor of each pair's loss; None: all are 1.
+        desirable: (M,) bool, whether each single answer is good; None for pairs.
     """
 
     tokens: np.ndarray
@@ -42,6 +43,7 @@ class PairTable:
     safe: np.ndarray | None = None
     trained: np.ndarray | None = None
     weights: np.ndarray | None = None
+    desirable: np.ndarray | None = None
 
     @classmethod
     def from_pairs(
@@ -132,6 +134,7 @@ class PairTable:
             None if self.safe is None else self.safe[:, indices],
             None if trained is None or trained.all() else trained,
             None if self.weights is None else self.weights[indices],
+            None if self.desirable is None else self.desirable[indices],
         )
 
     @classmethod
@@ -139,6 +142,7 @@ class PairTable:
         """Return the pairs of all `tables`, which have one null prompt, one after the other."""
         starts = np.concatenate([[0], *(np.diff(table.starts) for table in tables)]).cumsum()
         safe = [table.safe for table in tables if table.safe is not None]
+        labels = [table.desirable for table in tables if table.desirable is not None]
         trained = [
             np.ones(len(table.tokens), dtype=bool) if table.trained is None else table.trained for table in tables
         ]
@@ -154,6 +158,7 @@ class PairTable:
             np.concatenate(safe, axis=1) if len(safe) == len(tables) else None,
             None if all(table.trained is None for table in tables) else np.concatenate(trained),
             _joined_weights(tables),
+            np.concatenate(labels) if len(labels) == len(tables) else None,
         )
 
     @property

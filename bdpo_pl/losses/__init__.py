@@ -14,6 +14,7 @@ from bdpo_pl.losses.cpo import CPOLoss
 from bdpo_pl.losses.dr_dpo import DrDPOLoss
 from bdpo_pl.losses.hinge import HingeLoss
 from bdpo_pl.losses.ipo import IPOLoss
+from bdpo_pl.losses.kto import KTOLoss
 from bdpo_pl.losses.length_desensitized import LDLoss
 from bdpo_pl.losses.rmipo import RMiPOLoss
 from bdpo_pl.losses.robust_dpo import RobustDPOLoss
@@ -33,6 +34,7 @@ __all__ = [
     "DrDPOLoss",
     "HingeLoss",
     "IPOLoss",
+    "KTOLoss",
     "LDLoss",
     "PairScores",
     "PairWeights",

@@ -30,6 +30,8 @@ class PairScores:
         chosen_safe: bool, true if y_w is safe; None if the data does not say.
         rejected_safe: bool, true if y_l is safe; None if the data does not say.
         counted: bool, false for a pair that only fills up a batch and has no weight in the loss; None: all count.
+        desirable: bool, of a single answer, which is `chosen` whether it is good or bad, while `rejected` answers
+            another prompt: true if it is good. None for pairs.
     """
 
     chosen_length: Tensor
@@ -41,6 +43,7 @@ class PairScores:
     chosen_safe: Tensor | None = None
     rejected_safe: Tensor | None = None
     counted: Tensor | None = None
+    desirable: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.chosen_length)
@@ -92,6 +95,7 @@ class PreferenceLoss(ABC):
         needs_reference: true if the loss reads reference log-probabilities.
         needs_comprehension: true if the loss reads comprehension.
         needs_safety: true if the loss reads whether each response is safe; pairs then have the safer response first.
+        needs_labels: true if the loss reads single answers with a label, and no pairs.
         needs_all_pairs: true if `prepare` must see the scores of all training pairs before training.
         two_log_ratios: true if the loss reads only the two log-ratios of the policy, which balance weights can scale.
         mixes_pairs: true if the loss of a pair depends on the others in its micro-batch. It then cannot be computed a
@@ -107,6 +111,7 @@ class PreferenceLoss(ABC):
     needs_reference: bool = True
     needs_comprehension: bool = False
     needs_safety: bool = False
+    needs_labels: bool = False
     needs_all_pairs: bool = False
     two_log_ratios: bool = False
     mixes_pairs: bool = False

@@ -28,6 +28,9 @@ class Outer(PreferenceLoss):
     """A loss built from other losses, which determine what it reads."""
 
     def _take_from(self, losses: Sequence[PreferenceLoss]) -> None:
+        for loss in losses:
+            if loss.needs_labels:
+                raise InputError(f"loss: {type(loss).__name__} reads single answers and no pairs, so it stands alone")
         self._parts = tuple(losses)
         self.beta = losses[0].beta
         tails = {loss.tail_weight for loss in losses}

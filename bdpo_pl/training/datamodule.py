@@ -173,13 +173,19 @@ class PreferenceDataModule(L.LightningDataModule):
         return self._read_splits().pad_id
 
     def read(
-        self, policy: ModelSource, *, order_by_safety: bool = False, row_layout: Callable[[], RowLayout] | None = None
+        self,
+        policy: ModelSource,
+        *,
+        order_by_safety: bool = False,
+        single: bool = False,
+        row_layout: Callable[[], RowLayout] | None = None,
     ) -> PreferenceSplits:
         """Read every split, once, and print what was kept and dropped.
 
         Args:
             policy: model whose tokenizer reads the pairs, and whose positions limit the window.
             order_by_safety: put the safe response of a pair first, and drop pairs of two unsafe ones.
+            single: read single answers with a label, and no pairs.
             row_layout: function that returns the layout of rows, called for the first batches. Default: a row for each
                 response.
 
@@ -219,6 +225,7 @@ class PreferenceDataModule(L.LightningDataModule):
                 self.seed,
                 order_by_safety,
                 given.subset or self.subset,
+                single,
             )
             return limited(table, given.limit, self.seed, report), report
 

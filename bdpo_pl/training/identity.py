@@ -86,6 +86,8 @@ def describe_run(trainer: L.Trainer, module: PreferenceModule, data: PreferenceD
     content = table.content_digest()
     if table.weights is not None:
         content = _sha(f"{content} {hashlib.sha256(table.weights.tobytes()).hexdigest()}")
+    if table.desirable is not None:
+        content = _sha(f"{content} labels {hashlib.sha256(table.desirable.tobytes()).hexdigest()}")
     traits = {"data": _digest(content, f"{len(table):,} pairs of {data.train_source}")}
     traits["held-out data"] = Trait(None, "none")
     for split, held_out in data.tables.items():

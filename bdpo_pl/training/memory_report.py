@@ -45,7 +45,8 @@ def dry_run(trainer: L.Trainer, module: PreferenceModule, data: PreferenceDataMo
     """
     longest = None
     if reads_data:
-        longest = data.read(module.source, order_by_safety=module.loss.needs_safety).tables["train"]
+        loss = module.loss
+        longest = data.read(module.source, order_by_safety=loss.needs_safety, single=loss.needs_labels).tables["train"]
     plan = planned(trainer, module, data, longest=longest)
     memory = device_memory(trainer)
     console = get_console()

@@ -200,10 +200,8 @@ class PreferenceModule(CheckpointedModule):
 
     def read_pairs(self) -> PreferenceSplits:
         """Let the data module read the pairs for this policy and loss, once."""
-        data = self._data()
-        self._splits = data.read(
-            self.source, order_by_safety=self.loss.needs_safety, row_layout=lambda: self.row_layout
-        )
+        needs = {"order_by_safety": self.loss.needs_safety, "single": self.loss.needs_labels}
+        self._splits = self._data().read(self.source, row_layout=lambda: self.row_layout, **needs)
         return self._splits
 
     def configure_model(self) -> None:

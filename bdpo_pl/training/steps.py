@@ -38,7 +38,7 @@ def pair_scores(batch: PreferenceBatch, scores: SplitScores, latest: Tensor | No
         *(comprehension if comprehension is not None else nothing),
         *(batch.safe if batch.safe is not None else nothing),
     )
-    return replace(known, counted=batch.pair_weight > 0)
+    return replace(known, counted=batch.pair_weight > 0, desirable=batch.desirable)
 
 
 def policy_logps(policy: CausalLM, loss: PreferenceLoss, batch: PreferenceBatch) -> Tensor:

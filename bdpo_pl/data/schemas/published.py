@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from bdpo_pl.data.messages import parse_message, parse_messages
 from bdpo_pl.data.rows import Content, Message, PreferenceRow, RowError, check_row, parse_content
@@ -81,21 +82,21 @@ class KTO(Schema):
         Raises:
             InputError: no prompt has answers with both labels.
         """
-        groups: dict[str, tuple[list[_Labelled], list[_Labelled]]] = {}
+        groups: dict[str, tuple[list[Labelled], list[Labelled]]] = {}
         source = ""
-        for labelled in self._parsed(records, context, self._labelled):
+        for labelled in self._parsed(records, context, parse_labelled):
             key = json.dumps(labelled.prompt, sort_keys=True)
             groups.setdefault(key, ([], []))[not labelled.is_good].append(labelled)
             source = labelled.record.source
         if groups and not any(good and bad for good, bad in groups.values()):
             raise InputError(
                 f"{source}: single answers with a label (KTO's layout), and no prompt has both a good and a bad one; "
-                "preferences need two answers to one prompt: give a set of pairs"
+                "preferences need two answers to one prompt: give a set of pairs, or take KTOLoss, which needs none"
             )
         return self._paired(groups, context)
 
     def _paired(
-        self, groups: dict[str, tuple[list[_Labelled], list[_Labelled]]], context: SchemaContext
+        self, groups: dict[str, tuple[list[Labelled], list[Labelled]]], context: SchemaContext
     ) -> Iterator[PreferenceRow]:
         for good, bad in groups.values():
             pairs = min(len(good), len(bad))
@@ -108,17 +109,28 @@ class KTO(Schema):
             for left in (*good[pairs:], *bad[pairs:]):
                 context.report.drop("no answer of the other label to its prompt", left.record.place)
 
-    def _labelled(self, record: Record) -> _Labelled:
-        prompt, answer = (parse_content(record, name, record.fields.get(name)) for name in ("prompt", "completion"))
-        label = record.fields.get("label")
-        if not isinstance(label, bool):
-            raise RowError(record, "wrong type", f"field 'label' must be true or false, got {label!r:.40}")
-        return _Labelled(record, prompt, answer, label)
+
+@dataclass(frozen=True)
+class Labelled:
+    """A single answer, and whether it is good."""
+
+    record: Record
+    prompt: Content
+    answer: Content
+    is_good: bool
 
 
-class _Labelled:
-    def __init__(self, record: Record, prompt: Content, answer: Content, is_good: bool) -> None:
-        self.record, self.prompt, self.answer, self.is_good = record, prompt, answer, is_good
+def parse_labelled(record: Record) -> Labelled:
+    """Return the labelled answer in `record`.
+
+    Raises:
+        RowError: a text is missing, or the label is neither true nor false.
+    """
+    prompt, answer = (parse_content(record, name, record.fields.get(name)) for name in ("prompt", "completion"))
+    label = record.fields.get("label")
+    if not isinstance(label, bool):
+        raise RowError(record, "wrong type", f"field 'label' must be true or false, got {label!r:.40}")
+    return Labelled(record, prompt, answer, label)
 
 
 def _is_list(value: object) -> bool:
