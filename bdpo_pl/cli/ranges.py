@@ -86,6 +86,7 @@ RANGES: dict[str, Range] = {
     # Of any optimiser or loss that has an option of this name.
     "model.optimizer.lr": NOT_NEGATIVE, "model.optimizer.weight_decay": NOT_NEGATIVE,
     "model.optimizer.eps": NOT_NEGATIVE, "model.optimizer.betas": BELOW_ONE, "model.optimizer.momentum": NOT_NEGATIVE,
+    "model.optimizer.clip_threshold": POSITIVE,
     "model.loss.beta": POSITIVE, "model.loss.tau": POSITIVE,
     "model.loss.max_weight_ratio": Range(1, open_low=True),
     # The data.

@@ -79,7 +79,7 @@ def load_pairs(
         by_safety: put the safe response first and leave out pairs of two unsafe ones (`order_by_safety`); the source
             must label the safety of every response.
         subset: configuration of a hub dataset that has several.
-        single: whether to read single answers with a label, and no pairs.
+        single: read single answers with a label, and no pairs.
 
     Raises:
         InputError: unreadable source, missing column, a bad row under `error`, or nothing left to train on.

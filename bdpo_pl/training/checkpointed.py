@@ -14,6 +14,7 @@ from bdpo_pl.models.reach import frozen_names
 from bdpo_pl.scoring.reestimation import Reestimation
 from bdpo_pl.scoring.reference import Reference
 from bdpo_pl.scoring.reference_sync import ReferenceSync
+from bdpo_pl.training.schedule_free import averaged_weights
 from bdpo_pl.training.watched import WatchedModule
 
 _KEY = "bdpo_pl"
@@ -66,6 +67,10 @@ class CheckpointedModule(WatchedModule):
         trained = self._trained_names()
         # If the weights are split, only rank 0 has them here.
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        if wanted := averaged_weights(self.trainer.optimizers):
+            for name, parameter in self.named_parameters(remove_duplicate=False):
+                if id(parameter) in wanted:
+                    checkpoint["state_dict"][name] = wanted[id(parameter)]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the measurements; refuse the checkpoint of another model.

@@ -12,8 +12,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from bdpo_pl.reporting.format import size
 from bdpo_pl.training.callbacks import LastCheckpoint
-from bdpo_pl.training.memory_plan import state_width
 from bdpo_pl.training.module import PreferenceModule
+from bdpo_pl.training.optimizer_state import state_bytes
+from bdpo_pl.training.optimizers import is_hidden_matrix, mark_tables
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,10 @@ def plan_disk(trainer: L.Trainer, module: PreferenceModule, export: bool) -> Dis
     parameters = list(module.policy.parameters())
     trained = [p for p in parameters if p.requires_grad]
     weights = sum(p.numel() * p.element_size() for p in (trained if module.lora is not None else parameters))
-    optimizer = sum(p.numel() for p in trained) * state_width(module.optimizer, trained[0].dtype)
+    mark_tables(module.policy)
+    hidden = sum(p.numel() for p in trained if is_hidden_matrix(p))
+    others = sum(p.numel() for p in trained) - hidden
+    optimizer = state_bytes(module.optimizer, hidden, others, trained[0].dtype)
     best = 0
     kept: int | None = 0
     for callback in trainer.checkpoint_callbacks:

@@ -22,7 +22,7 @@ import torch
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.strategies import ModelParallelStrategy
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 from bdpo_kernels.chunks import head_bytes
 from bdpo_pl.data.packing import SequenceBatch
@@ -38,6 +38,7 @@ from bdpo_pl.parallel.tensor_parallel import check_tensor_parallel
 from bdpo_pl.training.datamodule import PreferenceDataModule
 from bdpo_pl.training.meta_attention import attention_as_on_devices
 from bdpo_pl.training.module import PreferenceModule
+from bdpo_pl.training.optimizer_state import state_bytes
 from bdpo_pl.training.parameter_counts import (
     Devices,
     count_parameters,
@@ -129,7 +130,7 @@ def plan_memory(
         config: transformers configuration of the model; no weights are read.
         batch: micro-batch on the CPU.
         dtype: dtype of the weights.
-        optimizer: function that makes the optimiser, which takes one step on a small matrix.
+        optimizer: function that makes the optimiser, which takes a step on small matrices.
         devices: devices over which the model is distributed.
         lora: options of the adapters, if only adapters are trained.
         gradient_checkpointing: true if activations are recomputed.
@@ -155,13 +156,15 @@ def plan_memory(
         gradients *= 2
     elif devices.sharded and devices.data > 1:
         gradients += counts.trained_block * product
+    held_in = torch.float32 if lora is not None else dtype
+    state = state_bytes(optimizer, counts.trained_hidden, counts.trained - counts.trained_hidden, held_in)
     small = copy.deepcopy(config)
     split_config(small, devices.tensor)
     activations = _activations(source, small, batch, half_products or dtype, gradient_checkpointing, lora)
     return MemoryPlan(
         round(weights),
         round(gathered),
-        round(counts.trained / shards * state_width(optimizer, torch.float32 if lora is not None else dtype)),
+        round(state / shards),
         round(gradients),
         activations,
         _logits_chunk(config, batch, half_products or dtype, devices, dtype if lora is None else None),
@@ -298,13 +301,3 @@ def _logits_chunk(
     v, D, N = -(-text.vocab_size // devices.tensor), text.hidden_size, len(batch.labels)
     # This includes the packed hidden states and their gradient.
     return 2 * N * D * dtype.itemsize + head_bytes(N, v, D, dtype, torch.device(devices.kind), weight_dtype)
-
-
-def state_width(optimizer: Callable[[Any], torch.optim.Optimizer], dtype: torch.dtype) -> float:
-    """Return the bytes of optimiser state per parameter."""
-    parameter = nn.Parameter(torch.zeros(8, 8, dtype=dtype))
-    made = optimizer([{"params": [parameter]}])
-    parameter.grad = torch.zeros_like(parameter)
-    made.step()
-    tensors = [value for value in made.state[parameter].values() if isinstance(value, Tensor)]
-    return sum(t.numel() * t.element_size() for t in tensors if t.shape == parameter.shape) / parameter.numel()

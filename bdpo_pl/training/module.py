@@ -44,8 +44,9 @@ from bdpo_pl.training.checkpointed import CheckpointedModule
 from bdpo_pl.training.datamodule import PreferenceDataModule
 from bdpo_pl.training.guards import check_first_loss, check_weights, require_finite_loss, say_unscored
 from bdpo_pl.training.metrics import pair_metrics
-from bdpo_pl.training.optim import LRSchedule, adamw, parameter_groups, scale_rates, warn_of_lost_updates, with_schedule
+from bdpo_pl.training.optim import LRSchedule, adamw, check_optimizer, make_optimizer, with_schedule
 from bdpo_pl.training.policy import build_policy
+from bdpo_pl.training.schedule_free import at_average
 from bdpo_pl.training.steps import fused_losses, pair_scores, plain_losses
 
 
@@ -167,6 +168,7 @@ class PreferenceModule(CheckpointedModule):
         if self.reference is None:
             self.reference = self.make_reference(self.reference_mode, machine.precision)
             say_unscored(self.loss, self.reference_mode)
+        check_optimizer(self.optimizer, self.lr_schedule, whole=machine.whole_policy)
         self.reference.check_machine(machine)
         self.reference.check_fits(self.loss)
         self.sync.check_fits(machine, self.reference_mode, self.own_reference, self.lora is not None)
@@ -263,9 +265,7 @@ class PreferenceModule(CheckpointedModule):
 
     def configure_optimizers(self) -> Any:
         """Return the optimiser of the parameter groups, and the schedule over all steps of the run."""
-        ratio = 1.0 if self.lora is None else self.lora.lr_ratio
-        optimizer = scale_rates(self.optimizer(parameter_groups(self.policy, ratio)))
-        warn_of_lost_updates(optimizer)
+        optimizer = make_optimizer(self.optimizer, self.policy, 1.0 if self.lora is None else self.lora.lr_ratio)
         steps = int(self.trainer.estimated_stepping_batches)
         return with_schedule(optimizer, self.lr_schedule, round(self.warmup_ratio * steps), steps)
 
@@ -277,12 +277,11 @@ class PreferenceModule(CheckpointedModule):
 
     def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """Let the reference follow the policy, and measure comprehension on the policy, if that is due."""
-        self.sync.follow(self.global_step, self.policy, self.reference)
-        if self.reestimation.due(self.global_step):
-            assert self._machine is not None
-            self.reestimation.update(
-                self.global_step, self.policy, self._machine, self.splits, self.loss, self.scoring, self.row_layout
-            )
+        self._sync()
+        if self._machine is not None and self.reestimation.due(step := self.global_step):
+            machine, layout = self._machine, self.row_layout
+            with at_average(self.trainer.optimizers):
+                self.reestimation.update(step, self.policy, machine, self.splits, self.loss, self.scoring, layout)
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """Return the weighted sum of the pairs' losses; over an optimiser step, these sums add up to the mean."""
@@ -313,7 +312,11 @@ class PreferenceModule(CheckpointedModule):
     def on_train_batch_end(self, outputs: STEP_OUTPUT, batch: PreferenceBatch, batch_idx: int) -> None:
         """Let the reference follow the policy, before a validation compares them."""
         super().on_train_batch_end(outputs, batch, batch_idx)
-        self.sync.follow(self.global_step, self.policy, self.reference)
+        self._sync()
+
+    def _sync(self) -> None:
+        with at_average(self.trainer.optimizers if self.sync.due(self.global_step) else []):
+            self.sync.follow(self.global_step, self.policy, self.reference)
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Collect the metrics of each held-out set, and of the probe of training pairs."""

@@ -11,6 +11,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim.optimizer import ParamsT
 
+from bdpo_pl.errors import InputError
+from bdpo_pl.training.optimizers import Adafactor, Muon, mark_tables
+from bdpo_pl.training.schedule_free import ScheduleFreeAdamW
+
 LRSchedule = Literal["cosine", "linear", "constant"]
 
 # In bfloat16, a weight of 0.02, a usual size, is 6e-5 from its next neighbour; a step of Adam is about the learning
@@ -28,6 +32,7 @@ def parameter_groups(model: nn.Module, lr_ratio: float = 1.0) -> list[dict[str, 
         lr_ratio: learning rate of adapters' B matrices, divided by that of the rest (LoRA+). Unless it is 1, they form
             a third group. `scale_rates` applies it.
     """
+    mark_tables(model)
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     second = {name for name, _ in trainable if lr_ratio != 1.0 and (".lora_B." in name or ".lora_embedding_B." in name)}
     groups: list[dict[str, Any]] = [
@@ -100,6 +105,48 @@ class AdamW(torch.optim.AdamW):
         fused: bool = True,
     ) -> None:
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
+
+
+def check_optimizer(make: Callable[[Any], torch.optim.Optimizer], schedule: LRSchedule, whole: bool) -> None:
+    """Check before anything is scored that the optimiser fits the schedule and the strategy.
+
+    Args:
+        make: function that makes the optimiser.
+        schedule: schedule of the learning rate.
+        whole: whether each device holds whole weights.
+
+    Raises:
+        InputError: it does not.
+    """
+    try:
+        made = make([{"params": [nn.Parameter(torch.zeros(2, 2))]}])
+    except (ValueError, TypeError) as error:
+        raise error if isinstance(error, InputError) else InputError(f"model.optimizer: {error}") from error
+    if isinstance(made, ScheduleFreeAdamW) and schedule != "constant":
+        raise InputError(
+            f"model.optimizer is ScheduleFreeAdamW, whose average takes the place of a falling learning rate, but "
+            f"model.lr_schedule is {schedule}: set it to constant"
+        )
+    needs_whole = isinstance(made, Muon | Adafactor | ScheduleFreeAdamW) or is_8bit(made)
+    if needs_whole and not whole:
+        raise InputError(
+            f"model.optimizer is {type(made).__name__}, which needs whole weights on each device (a single one, or "
+            "ddp), and this strategy splits them: take AdamW"
+        )
+
+
+def is_8bit(optimizer: torch.optim.Optimizer) -> bool:
+    """Return true for an optimiser of bitsandbytes."""
+    return type(optimizer).__module__.startswith("bitsandbytes")
+
+
+def make_optimizer(
+    make: Callable[[Any], torch.optim.Optimizer], model: nn.Module, lr_ratio: float
+) -> torch.optim.Optimizer:
+    """Make the optimiser of the trainable parameters of `model`; see `parameter_groups` for the arguments."""
+    optimizer = scale_rates(make(parameter_groups(model, lr_ratio)))
+    warn_of_lost_updates(optimizer)
+    return optimizer
 
 
 def warn_of_lost_updates(optimizer: torch.optim.Optimizer) -> None:

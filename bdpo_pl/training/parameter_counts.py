@@ -11,6 +11,7 @@ import torch
 from bdpo_pl.models.adapters import LoraOptions, add_adapters
 from bdpo_pl.models.causal_lm import ModelConfig
 from bdpo_pl.models.loading import ModelSource, model_class
+from bdpo_pl.training.optimizers import is_hidden_matrix, mark_tables
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,14 @@ class Devices:
 
 @dataclass(frozen=True)
 class Counts:
-    """Numbers of parameters on one device of a tensor-parallel group."""
+    """Numbers of parameters on one device of a tensor-parallel group; `hidden` ones are in matrices of the layers."""
 
     all: int
     trained: int
     block: int
     trained_block: int
     outside: int
+    trained_hidden: int
 
 
 def count_parameters(
@@ -49,10 +51,12 @@ def count_parameters(
     layers = config.get_text_config().num_hidden_layers
     split_config(config, devices.tensor)
 
-    def sizes(depth: int) -> tuple[int, int]:
+    def sizes(depth: int) -> tuple[int, int, int]:
         model = meta_model(source, with_layers(config, depth), dtype, lora)
-        parameters = list(model.parameters())
-        return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+        mark_tables(model)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        hidden = sum(p.numel() for p in trained if is_hidden_matrix(p))
+        return sum(p.numel() for p in model.parameters()), sum(p.numel() for p in trained), hidden
 
     one, two = sizes(1), sizes(2)
     block, trained_block = two[0] - one[0], two[1] - one[1]
@@ -61,9 +65,9 @@ def count_parameters(
     tables = table * (1 if config.tie_word_embeddings else 2) if devices.tensor > 1 else 0
     outside = one[0] - block - tables + tables // devices.tensor
     trained_outside = one[1] - trained_block if lora is not None else outside
-    return Counts(
-        outside + layers * block, trained_outside + layers * trained_block, block, trained_block, outside
-    )  # fmt: skip
+    trained = trained_outside + layers * trained_block
+    hidden = one[2] + (layers - 1) * (two[2] - one[2])
+    return Counts(outside + layers * block, trained, block, trained_block, outside, hidden)
 
 
 def meta_model(source: ModelSource, config: ModelConfig, dtype: torch.dtype, lora: LoraOptions | None) -> Any:

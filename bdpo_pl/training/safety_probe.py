@@ -17,6 +17,7 @@ from bdpo_pl.evaluation.suites.known import SuiteOptions, known_suites, load_sui
 from bdpo_pl.evaluation.suites.suite import Kind, Suite
 from bdpo_pl.forward.generation import generate_responses
 from bdpo_pl.refusals import is_refusal
+from bdpo_pl.training.schedule_free import at_average
 from bdpo_pl.training.watched import WatchedModule
 
 _PREFIX = "safety/"
@@ -170,7 +171,7 @@ class SafetyProbe(L.Callback):
         rates = {}
         for name, suite in self.suites.items():
             texts = [prompt.text for prompt in suite.prompts][rank::ranks]
-            with trainer.precision_plugin.forward_context():
+            with trainer.precision_plugin.forward_context(), at_average(trainer.optimizers):
                 responses = generate_responses(
                     pl_module.policy,
                     tokenizer,

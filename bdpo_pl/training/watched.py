@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import lightning as L
@@ -15,6 +16,7 @@ from bdpo_pl.data.held_out import HELD_OUT
 from bdpo_pl.losses import PreferenceLoss
 from bdpo_pl.training.guards import finite_gradient_norm, scales_the_loss
 from bdpo_pl.training.metrics import PairMeans, Throughput, gaps
+from bdpo_pl.training.schedule_free import at_average, stay_at_average
 
 
 class WatchedModule(L.LightningModule):
@@ -43,6 +45,7 @@ class WatchedModule(L.LightningModule):
         self.errors: dict[int, dict[str, float]] = {}
         self.throughput = Throughput()
         self._grad_norm = torch.zeros(())
+        self._validating = ExitStack()
 
     def watch(self, splits: Sequence[str], monitored: str) -> None:
         """Prepare means for each split that is evaluated.
@@ -106,12 +109,18 @@ class WatchedModule(L.LightningModule):
         self.log("train/tokens_per_second", self.trainer.strategy.reduce(rate, reduce_op="sum"), prog_bar=True)
 
     def on_validation_start(self) -> None:
-        """Stop the clock, because throughput does not include validation."""
+        """Stop the clock, because throughput does not include validation, and have the weights that are wanted."""
         self.throughput.pause()
+        self._validating.enter_context(at_average(self.trainer.optimizers))
 
     def on_validation_end(self) -> None:
-        """Restart the clock."""
+        """Restart the clock, with the weights that are trained."""
+        self._validating.close()
         self.throughput.resume()
+
+    def on_fit_end(self) -> None:
+        """Leave the weights that are wanted: those to be validated and exported."""
+        stay_at_average(self.trainer.optimizers)
 
     def on_validation_epoch_end(self) -> None:
         """Log the means of each split, and the gap between them, which measures overfitting."""

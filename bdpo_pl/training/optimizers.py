@@ -1,0 +1,194 @@
+"""Optimisers with less state than AdamW, at the learning rate that AdamW would have: Muon, Adafactor, 8-bit AdamW."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import ParamsT
+from transformers.optimization import Adafactor as _Adafactor
+
+from bdpo_pl.errors import InputError
+
+_TABLE = "_bdpo_pl_is_a_table"
+
+
+def mark_tables(model: nn.Module) -> None:
+    """Mark the weights of embeddings and of the LM head: matrices whose rows are tokens."""
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    find_head = getattr(model, "get_output_embeddings", None)
+    head = find_head() if callable(find_head) else None
+    for module in [*tables, *([] if head is None else [head])]:
+        for parameter in module.parameters(recurse=False):
+            setattr(parameter, _TABLE, True)
+
+
+def is_hidden_matrix(parameter: torch.Tensor) -> bool:
+    """Return true for a matrix between hidden states: no embedding, no LM head, no vector."""
+    return parameter.ndim == 2 and not getattr(parameter, _TABLE, False)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for the matrices between hidden states, and AdamW for all else, in one optimiser.
+
+    Muon (https://kellerjordan.github.io/posts/muon/) makes the mean of the gradients orthogonal before each step. Its
+    steps are scaled to the size of AdamW's (arXiv:2502.16982, 0.2·√max(rows, columns)), so that both have one learning
+    rate. Embeddings, the LM head, norms, biases and the fused experts of mixtures go to AdamW.
+
+    Args:
+        params: parameter groups.
+        lr: learning rate of both.
+        momentum: decay rate of Muon's mean of the gradients.
+        nesterov: look one step ahead along that mean.
+        weight_decay: weight decay of matrices; norms and biases never decay.
+        betas: decay rates of AdamW's means of the gradient and of its square.
+        eps: number added to the root of AdamW's mean square.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-6,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        groups = list(_split(params))
+        shared: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
+        hidden = [group for group in groups if group.pop("hidden")]
+        others = [group for group in groups if all(group is not other for other in hidden)]
+        self._parts: list[torch.optim.Optimizer] = []
+        if hidden:
+            self._parts.append(
+                torch.optim.Muon(hidden, **shared, momentum=momentum, nesterov=nesterov, adjust_lr_fn="match_rms_adamw")
+            )
+        if others:
+            self._parts.append(torch.optim.AdamW(others, **shared, betas=betas, eps=eps, fused=True))
+        self._sizes = [len(part.param_groups) for part in self._parts]
+        # The options of both in every group: a resumed run compares those of the first.
+        kept = {"momentum": momentum, "nesterov": nesterov, "betas": betas, "adam_eps": eps}
+        made = [{**kept, **group} for part in self._parts for group in part.param_groups]
+        super().__init__(made, shared)
+        self._share()
+
+    def _share(self) -> None:
+        """Let the two optimisers have their part of this one's groups, and its state."""
+        start = 0
+        for part, size in zip(self._parts, self._sizes, strict=True):
+            part.param_groups = self.param_groups[start : start + size]
+            part.state = self.state
+            start += size
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take a step of both."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self._parts:
+            part.step()
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state of both."""
+        super().load_state_dict(state_dict)
+        self._share()
+
+
+def _split(params: ParamsT) -> Iterable[dict[str, Any]]:
+    """Yield the groups of `params`, each divided into hidden matrices and the rest, as `hidden` says."""
+    groups: list[Any] = list(params)
+    if not groups or not isinstance(groups[0], dict):
+        groups = [{"params": groups}]
+    for group in groups:
+        members = [member[1] if isinstance(member, tuple) else member for member in group["params"]]
+        for hidden in (True, False):
+            if chosen := [p for p in members if is_hidden_matrix(p) == hidden]:
+                yield {**group, "params": chosen, "hidden": hidden}
+
+
+class Adafactor(_Adafactor):
+    """Adafactor (arXiv:1804.04235) at a given learning rate: of a matrix's squares it keeps sums of rows and columns.
+
+    The learning rate is that of AdamW, not relative to a weight's size, as in TRL's `--optim adafactor`.
+
+    Args:
+        params: parameter groups.
+        lr: learning rate.
+        weight_decay: weight decay of matrices; norms and biases never decay.
+        clip_threshold: root mean square of an update from which on it is scaled down.
+        decay_rate: exponent of the decay of the mean squares, below 0.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-6,
+        weight_decay: float = 0.0,
+        clip_threshold: float = 1.0,
+        decay_rate: float = -0.8,
+    ) -> None:
+        super().__init__(
+            params,
+            lr=lr,
+            weight_decay=weight_decay,
+            clip_threshold=clip_threshold,
+            decay_rate=decay_rate,
+            scale_parameter=False,
+            relative_step=False,
+        )
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """AdamW whose state is held in 8 bits, by bitsandbytes (arXiv:2110.02861); embeddings' state is held in 32.
+
+    Args:
+        params: parameter groups.
+        lr: learning rate.
+        betas: decay rates of the means of the gradient and of its square.
+        eps: number added to the root of the mean square.
+        weight_decay: weight decay of matrices; norms and biases never decay.
+    """
+
+    _paged = False
+
+    def __new__(  # noqa: D102 - as the class
+        cls,
+        params: ParamsT,
+        lr: float = 1e-6,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> Any:
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise InputError("8-bit AdamW needs bitsandbytes: pip install 'bdpo-pl[qlora]'")
+        made = importlib.import_module("bitsandbytes").optim.AdamW8bit(
+            params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, is_paged=cls._paged
+        )
+        # A manager of its own: the one of the process would apply this model's exceptions to others.
+        made.mng = object.__new__(type(made.mng))
+        made.mng.initialize()
+        tables = [p for group in made.param_groups for p in group["params"] if getattr(p, _TABLE, False)]
+        made.mng.override_config(tables, "optim_bits", 32)
+        return made
+
+
+class PagedAdamW8bit(AdamW8bit):
+    """`AdamW8bit` whose state moves to the machine's memory when the GPU's is short.
+
+    Args:
+        params: parameter groups.
+        lr: learning rate.
+        betas: decay rates of the means of the gradient and of its square.
+        eps: number added to the root of the mean square.
+        weight_decay: weight decay of matrices; norms and biases never decay.
+    """
+
+    _paged = True
