@@ -38,6 +38,7 @@ from bdpo_pl.evaluation.terminal import agreement_table, results_table, suites_t
 from bdpo_pl.evaluation.verdict_log import RecordFile
 from bdpo_pl.files import RunFolder, writable_folder, write_whole
 from bdpo_pl.models.precision import choose_device, choose_dtype
+from bdpo_pl.reporting.format import general, whole
 from bdpo_pl.reporting.progress import progress
 from bdpo_pl.reporting.terminal import findings_table
 
@@ -226,9 +227,21 @@ def _evaluate(
         attacked = 2 * len(attacks.chosen) * len(attacks.suite.prompts) if attacks.suite is not None else 0
         total = (sum(len(suite.prompts) for suite in suites) + attacked) * len(subjects)
         task = reporter.add_task("", total=total)
+        stage = ""
+
+        def begin(text: str) -> None:
+            nonlocal stage
+            stage = text
+            reporter.update(task, description=stage)
+
+        def advance(count: int) -> None:
+            reporter.update(task, description=", ".join(filter(None, (stage, _speed(asker)))))
+            reporter.advance(task, count)
+
+        asker = Asker(judge, records, options.generation, keep_texts, advance)
         runner = Runner(
             suites,
-            Asker(judge, records, options.generation, keep_texts, lambda count: reporter.advance(task, count)),
+            asker,
             choose_dtype(options.dtype, device),
             device,
             options.pairs,
@@ -237,7 +250,7 @@ def _evaluate(
             attacks.suite,
             options.attacks.state_folder,
             keep_texts,
-            lambda text: reporter.update(task, description=text),
+            begin,
             options.budget,
         )
         models = corrected([runner.evaluate(one) for one in subjects])
@@ -270,6 +283,11 @@ def _facts(
     }
 
 
+def _speed(asker: Asker) -> str:
+    """Return the speed of the generation; empty if nothing was generated, or its tokens are not known."""
+    return f"{general(asker.tokens / asker.seconds, 3)} tokens/s" if asker.tokens else ""
+
+
 def _print(evaluation: Evaluation, runner: Runner, paths: dict[str, Path], seconds: float) -> None:
     console = get_console()
     if runner.pair_reports:
@@ -282,4 +300,6 @@ def _print(evaluation: Evaluation, runner: Runner, paths: dict[str, Path], secon
     if found := list(findings(evaluation)):
         console.print(findings_table(found))
     console.print(paths_table(paths))
-    console.print(f"Done in {seconds:.0f} s")
+    asker = runner.asker
+    speed = f"; {whole(asker.tokens)} tokens generated, {_speed(asker)}" if asker.tokens else ""
+    console.print(f"Done in {seconds:.0f} s{speed}")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+
+from lightning.pytorch.utilities import rank_zero_info
 
 from bdpo_pl.data.chat_template import chat_encoder, opens_thought
 from bdpo_pl.data.tokenizer_like import TokenizerLike
@@ -15,7 +17,7 @@ from bdpo_pl.evaluation.chat.completions import Completion
 from bdpo_pl.evaluation.chat.endpoint import Endpoint, EndpointError, EndpointOptions
 from bdpo_pl.evaluation.suites.suite import EvaluationPrompt
 from bdpo_pl.evaluation.verdict_log import Answer
-from bdpo_pl.forward.generation import encode_prompts, generate
+from bdpo_pl.forward.generation import Response, encode_prompts, generate
 from bdpo_pl.models.causal_lm import CausalLM
 
 _OPENED = re.compile(r"^\s*<think(?:ing)?>")
@@ -44,7 +46,7 @@ class GenerationOptions:
 
     max_new_tokens: int = 64
     max_thought_tokens: int = 0
-    batch_size: int = 32
+    batch_size: int = 64
     use_template: bool = True
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     too_long: Literal["stop", "leave_out"] = "stop"
@@ -73,46 +75,49 @@ class Question:
     prefill: str = ""
 
 
+OnAnswer = Callable[[int, Answer], None]
+
+
+def _ignore(number: int, answer: Answer) -> None:
+    pass
+
+
 class Answerer(ABC):
     """A model that answers prompts, each in a conversation of its own.
 
     Attributes:
         facts: facts that identify the model.
-        batch: number of prompts passed to the model at a time.
+        batch: number of answers that are judged together.
+        notes: notices on how the answers were generated, for reports.
     """
 
     facts: Mapping[str, str]
     batch: int
+    notes: Collection[str] = ()
 
     @abstractmethod
     def questions(self, prompts: Sequence[EvaluationPrompt]) -> list[Question]:
         """Convert `prompts` to the form that the model gets, in order."""
 
+    def prepare(self) -> None:  # noqa: B027 - most have nothing to load
+        """Load what the first answer needs, if it is not loaded."""
+
     @abstractmethod
-    def answer(self, questions: Sequence[Question]) -> list[Answer]:
-        """Answer `questions`, in order.
+    def answer(self, questions: Sequence[Question], on_answer: OnAnswer = _ignore) -> list[Answer]:
+        """Answer `questions`, and return the answers in order.
+
+        Args:
+            questions: the questions; the longest should be the first, so that running out of memory shows at once.
+            on_answer: function that is called with the number of a question and its answer, as soon as there is one.
 
         Raises:
-            PartlyAnsweredError: the model failed after some answers, which the error holds.
-            InputError: the model failed.
+            InputError: the model failed; `on_answer` was called with the answers until then.
         """
 
     def respond(self, prompts: Sequence[str]) -> list[str]:
         """Return the answers to `prompts`, without thoughts."""
         asked = [EvaluationPrompt(prompt, prompt) for prompt in prompts]
         return [answer.text for answer in self.answer(self.questions(asked))] if asked else []
-
-
-class PartlyAnsweredError(InputError):
-    """A failure after some questions were answered.
-
-    Attributes:
-        answers: answers in the order of the questions; None for a question without one.
-    """
-
-    def __init__(self, message: str, answers: Sequence[Answer | None]) -> None:
-        super().__init__(message)
-        self.answers = list(answers)
 
 
 class LocalAnswerer(Answerer):
@@ -134,6 +139,7 @@ class LocalAnswerer(Answerer):
     ) -> None:
         self.facts, self._tokenizer, self._load, self._options = facts, tokenizer, load, options
         self.batch = options.batch_size
+        self.notes: list[str] = []
 
     def questions(self, prompts: Sequence[EvaluationPrompt]) -> list[Question]:
         """Tokenise each prompt, in the chat template if there is one, and the prescribed beginning of its answer."""
@@ -149,31 +155,52 @@ class LocalAnswerer(Answerer):
         ]
         return [Question(row, len(row), prompt.prefill) for row, prompt in zip(begun, prompts, strict=True)]
 
-    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+    def prepare(self) -> None:
+        """Load the model."""
+        self._load()
+
+    def answer(self, questions: Sequence[Question], on_answer: OnAnswer = _ignore) -> list[Answer]:
         """Generate answers greedily.
 
         Raises:
             InputError: memory runs out, or a question does not fit into the model's window.
         """
         model, tokenizer = self._load()
-        ids = [question.asked for question in questions]
+        answers: dict[int, Answer] = {}
+
+        def take(number: int, response: Response) -> None:
+            prefill = questions[number].prefill
+            answers[number] = split_thought(
+                f"{prefill} {response.text}".strip() if prefill else response.text,
+                response.num_tokens,
+                response.finished,
+                opened=self._opens(questions[number].asked),
+            )
+            on_answer(number, answers[number])
+
         try:
-            responses = generate(model, tokenizer, ids, max_new_tokens=self._options.room, batch_size=len(ids))
+            generate(
+                model,
+                tokenizer,
+                [question.asked for question in questions],
+                max_new_tokens=self._options.room,
+                batch_size=self.batch,
+                on_response=take,
+                on_note=self._note,
+            )
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             raise InputError(
-                f"generating {len(ids)} responses at a time ran out of memory; lower generation.batch_size"
+                f"generating {min(self.batch, len(questions))} responses at a time ran out of memory; lower "
+                "generation.batch_size"
             ) from error
-        return [
-            split_thought(
-                f"{question.prefill} {response.text}".strip() if question.prefill else response.text,
-                response.num_tokens,
-                response.finished,
-                opened=self._opens(question.asked),
-            )
-            for response, question in zip(responses, questions, strict=True)
-        ]
+        return [answers[number] for number in range(len(questions))]
+
+    def _note(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
+            rank_zero_info(note)
 
     def _opens(self, ids: list[int]) -> bool:
         return opens_thought(self._tokenizer.decode(ids[-_LAST_TOKENS:]))
@@ -207,18 +234,25 @@ class ServedAnswerer(Answerer):
             )
         return [Question([{"role": "user", "content": prompt.text}], len(prompt.text)) for prompt in prompts]
 
-    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+    def answer(self, questions: Sequence[Question], on_answer: OnAnswer = _ignore) -> list[Answer]:
         """Request the answers from the server, several at a time.
 
         Raises:
-            PartlyAnsweredError: an answer could not be obtained, after retries.
+            InputError: an answer could not be obtained, after retries.
         """
-        try:
-            replies = self._endpoint.completions([question.asked for question in questions])
-        except EndpointError as error:
-            answers = [None if reply is None else _served(reply) for reply in error.replies]
-            raise PartlyAnsweredError(str(error), answers) from error
-        return [_served(reply) for reply in replies]
+        answers: list[Answer] = []
+        for start in range(0, len(questions), self.batch):
+            asked = [question.asked for question in questions[start : start + self.batch]]
+            try:
+                answers += map(_served, self._endpoint.completions(asked))
+            except EndpointError as error:
+                for number, reply in enumerate(error.replies, start):
+                    if reply is not None:
+                        on_answer(number, _served(reply))
+                raise
+            for number in range(start, len(answers)):
+                on_answer(number, answers[number])
+        return answers
 
 
 def _served(reply: Completion) -> Answer:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from bdpo_pl.errors import InputError
-from bdpo_pl.evaluation.answerers import Answerer, GenerationOptions, PartlyAnsweredError, Question
+from bdpo_pl.evaluation.answerers import Answerer, GenerationOptions, Question
 from bdpo_pl.evaluation.judges.judge import Exchange, Judge, Verdict
 from bdpo_pl.evaluation.oddities import oddities
 from bdpo_pl.evaluation.suites.suite import EvaluationPrompt, Suite
 from bdpo_pl.evaluation.verdict_log import Answer, Judged, RecordFile, key_of
 from bdpo_pl.refusals import is_refusal
+
+
+class _JudgeError(InputError):
+    """A failure of the judge."""
 
 
 @dataclass
@@ -25,6 +30,8 @@ class Asker:
         needs_texts: true if all answers must be available after the judging; those that were judged but not kept are
             generated again.
         on_progress: function called with the number of prompts finished since the last call.
+        tokens: number of tokens generated until now, without those of answers that are being generated.
+        seconds: time of the generation, without that of judging.
     """
 
     judge: Judge
@@ -32,6 +39,8 @@ class Asker:
     options: GenerationOptions
     needs_texts: bool = False
     on_progress: Callable[[int], None] = lambda count: None
+    tokens: int = field(default=0, init=False)
+    seconds: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
         self.judge_key = key_of({"judge": self.judge.name, **self.judge.facts()})
@@ -53,13 +62,11 @@ class Asker:
         answered = [i for i in left if self.records.answer(keys[i]) is not None]
         for start in range(0, len(answered), answerer.batch):
             self._judge(suite, keys, answered[start : start + answerer.batch])
-        # Longest first, so that running out of memory shows at once. The sort is stable, so the batches are always the
+        # Longest first, so that running out of memory shows at once. The sort is stable, so the order is always the
         # same.
         unanswered.sort(key=lambda i: -questions[i].length)
-        for start in range(0, len(unanswered), answerer.batch):
-            some = unanswered[start : start + answerer.batch]
-            self._answer(answerer, questions, keys, some)
-            self._judge(suite, keys, some)
+        if unanswered:
+            self._answer(suite, answerer, questions, keys, unanswered)
         found = [self.records.verdict(key, self.judge_key) for key in keys]
         return [judged for judged in found if judged is not None]
 
@@ -89,20 +96,40 @@ class Asker:
         judged = self.records.verdict(key, self.judge_key) is not None
         return judged and (not self.needs_texts or self.records.answer(key) is not None)
 
-    def _answer(self, answerer: Answerer, questions: list[Question], keys: list[str], positions: Sequence[int]) -> None:
-        kept = f"The verdicts so far are in {self.records.path}: the same command continues from there"
+    def _answer(
+        self, suite: Suite, answerer: Answerer, questions: list[Question], keys: list[str], positions: Sequence[int]
+    ) -> None:
+        """Have the questions at `positions` answered, and judge the answers whenever there is a batch of them."""
+        answerer.prepare()
+        ready: list[int] = []
+        began = time.perf_counter()
+
+        def judge() -> None:
+            nonlocal began
+            self.seconds += time.perf_counter() - began
+            some = list(ready)
+            ready.clear()
+            if some:
+                self._judge(suite, keys, some)
+            began = time.perf_counter()
+
+        def take(number: int, answer: Answer) -> None:
+            self.records.add_answer(keys[positions[number]], answer)
+            ready.append(positions[number])
+            self.tokens += answer.num_tokens
+            if len(ready) == answerer.batch:
+                judge()
+
         try:
-            answers: Sequence[Answer | None] = answerer.answer([questions[i] for i in positions])
-        except PartlyAnsweredError as error:
-            for i, answer in zip(positions, error.answers, strict=True):
-                if answer is not None:
-                    self.records.add_answer(keys[i], answer)
-            raise InputError(f"{error}. {kept}") from error
+            answerer.answer([questions[i] for i in positions], take)
+        except _JudgeError:
+            raise
         except InputError as error:
-            raise InputError(f"{error}. {kept}") from error
-        for i, answer in zip(positions, answers, strict=True):
-            assert answer is not None
-            self.records.add_answer(keys[i], answer)
+            judge()
+            raise InputError(
+                f"{error}. The verdicts so far are in {self.records.path}: the same command continues from there"
+            ) from error
+        judge()
 
     def _judge(self, suite: Suite, keys: list[str], positions: Sequence[int]) -> None:
         answers = [self.records.answer(keys[i]) for i in positions]
@@ -115,7 +142,7 @@ class Asker:
             verdicts = self.judge.judge(exchanges)
         except InputError as error:
             kept = f"The verdicts so far are in {self.records.path}: the same command continues from there"
-            raise InputError(f"{error}. {kept}") from error
+            raise _JudgeError(f"{error}. {kept}") from error
         for i, verdict, answer in zip(positions, verdicts, answers, strict=True):
             assert answer is not None
             odd = _odd(suite.prompts[i], answer)

@@ -114,6 +114,7 @@ class Runner:
         if self.ability.embedded or self.ability.lm_eval:
             self.say(f"{subject.label}: general ability")
             abilities = measure_ability(self.ability, *load())
+        self.notes += [f"{subject.label}: {note}." for note in answerer.notes]
         loaded.clear()
         gc.collect()
         if torch.cuda.is_available():

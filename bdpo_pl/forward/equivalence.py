@@ -14,6 +14,8 @@ from bdpo_pl.models.causal_lm import CausalLM
 # layers, for logits of about ten nats. Half precision rounds every activation, so its errors vary less.
 _UNITS, _HALF_UNITS = 16.0, 2.0
 _LEAST_NATS = 8.0
+# The same of a single logit, which no other token's average makes smaller.
+_LOGIT_UNITS, _HALF_LOGIT_UNITS = 64.0, 8.0
 # Bound of the norm of a difference of gradients, relative to their norm; in half precision they differ by a few per
 # cent.
 _GRADIENT_BOUND = {torch.float64: 1e-7, torch.float32: 1e-3}
@@ -47,6 +49,19 @@ def rounding_of_logps(logps: Tensor, lengths: Tensor, dtype: torch.dtype) -> Ten
         eps, units = _TF32_EPS, _HALF_UNITS
     per_token = (logps.abs() / lengths).clamp_min(_LEAST_NATS)
     return units * eps * lengths.sqrt() * per_token
+
+
+def rounding_of_logits(largest: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the largest error of a logit that rounding explains, where the largest logits are `largest`."""
+    eps, units = torch.finfo(dtype).eps, _LOGIT_UNITS
+    if not is_precise(dtype):
+        eps, units = max(eps, _TF32_EPS) if dtype == torch.float32 else eps, _HALF_LOGIT_UNITS
+    return units * eps * largest.abs().clamp_min(_LEAST_NATS)
+
+
+def is_precise(dtype: torch.dtype) -> bool:
+    """Return true if products in `dtype` are computed in float32 or more, and not in TF32."""
+    return dtype in _GRADIENT_BOUND and not (dtype == torch.float32 and _tf32())
 
 
 def rounding_of_gradients(dtype: torch.dtype) -> float:

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 
 from bdpo_pl.data.chat_template import Conversation, Message, chat_encoder
 from bdpo_pl.data.tokenizer_like import TokenizerLike
 from bdpo_pl.errors import InputError
+from bdpo_pl.forward.decoding import Decoder
+from bdpo_pl.forward.decoding_trial import why_not_continuous
 from bdpo_pl.forward.equivalence import evaluating
 from bdpo_pl.forward.masks import set_attention
 from bdpo_pl.models.causal_lm import CausalLM
@@ -78,11 +82,14 @@ def generate(
     *,
     max_new_tokens: int = 128,
     batch_size: int = 32,
-    on_batch: Callable[[int], None] | None = None,
+    on_response: Callable[[int, Response], None] = lambda number, response: None,
+    on_note: Callable[[str], None] = rank_zero_info,
 ) -> list[Response]:
     """Generate greedy responses to `prompts`, returned in order.
 
-    Generation uses the key/value cache, and batches prompts of similar length.
+    They are decoded in continuous batches (`bdpo_pl.forward.decoding`) or, if a trial finds that the model cannot be,
+    by the model's own `generate` in padded batches of prompts of similar length. In float32, the tokens of continuous
+    batches are those that `generate` finds for each prompt alone.
 
     Args:
         model: causal language model; generation runs on its device, in evaluation mode.
@@ -90,43 +97,65 @@ def generate(
         prompts: token ids of each prompt.
         max_new_tokens: maximum number of tokens in a response.
         batch_size: number of prompts answered at a time.
-        on_batch: function that is called with the number of prompts answered since its last call.
+        on_response: function that is called with the number of a prompt and its response, as each one ends.
+        on_note: function that is called with a notice if the model cannot be decoded in continuous batches.
 
     Raises:
         InputError: a prompt and its response do not fit into the model's positions.
     """
+    if not prompts:
+        return []
     check_fits(model, prompts, max_new_tokens)
     stops = stop_ids(model, tokenizer)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops, default=0)
-    # Prompts of similar length share a batch, as in scoring; the answers are returned in the order of the prompts.
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     responses: dict[int, Response] = {}
-    device = next(model.parameters()).device
+
+    def take(number: int, tokens: list[int], finished: bool) -> None:
+        text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        responses[number] = Response(text, len(tokens), finished)
+        on_response(number, responses[number])
+
     with _generating(model):
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            ids, mask = pad_left([prompts[i] for i in chosen], pad_id, device)
-            output = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                use_cache=True,
-                eos_token_id=sorted(stops) or None,
-                pad_token_id=pad_id,
-                # Greedy decoding ignores a model's sampling defaults, and would warn about each of them.
-                temperature=None,
-                top_p=None,
-                top_k=None,
-            )
-            for i, row in zip(chosen, output[:, ids.shape[1] :].tolist(), strict=True):
-                length = next((k for k, token in enumerate(row) if token in stops), len(row))
-                text = tokenizer.decode(row[:length], skip_special_tokens=True).strip()
-                responses[i] = Response(text, length, length < len(row))
-            if on_batch is not None:
-                on_batch(len(chosen))
+        in_batches = partial(padded, model, max_new_tokens=max_new_tokens, stops=stops, pad_id=pad_id)
+        if objection := why_not_continuous(model, prompts, max_new_tokens, pad_id):
+            on_note(f"Responses are generated in padded batches, which take longer: {objection}")
+            order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+            for start in range(0, len(order), batch_size):
+                chosen = order[start : start + batch_size]
+                for number, row in zip(chosen, in_batches([prompts[i] for i in chosen]), strict=True):
+                    take(number, *row)
+        else:
+            decoder = Decoder(model, stops, max_new_tokens=max_new_tokens, num_slots=batch_size)
+            for done in decoder.decode(prompts):
+                if done.tokens is None:
+                    take(done.number, *in_batches([prompts[done.number]])[0])
+                else:
+                    take(done.number, done.tokens, done.finished)
     return [responses[i] for i in range(len(prompts))]
+
+
+def padded(
+    model: CausalLM, prompts: Sequence[list[int]], *, max_new_tokens: int, stops: set[int], pad_id: int
+) -> list[tuple[list[int], bool]]:
+    """Return the generated tokens without the stop token, and whether there was one, of each of `prompts`."""
+    ids, mask = pad_left(prompts, pad_id, next(model.parameters()).device)
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        eos_token_id=sorted(stops) or None,
+        pad_token_id=pad_id,
+        # Greedy decoding ignores a model's sampling defaults, and would warn about each of them.
+        temperature=None,
+        top_p=None,
+        top_k=None,
+    )
+    rows = output[:, ids.shape[1] :].tolist()
+    lengths = [next((k for k, token in enumerate(row) if token in stops), len(row)) for row in rows]
+    return [(row[:length], length < len(row)) for row, length in zip(rows, lengths, strict=True)]
 
 
 def stop_ids(model: CausalLM, tokenizer: TokenizerLike) -> set[int]:

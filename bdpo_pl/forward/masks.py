@@ -47,7 +47,7 @@ def why_not_shared(model: CausalLM) -> str | None:
     config = model.config.get_text_config()
     if getattr(model, "_is_stateful", False):
         return f"{type(model).__name__} carries a state from token to token, which cannot branch"
-    if unknown := sorted(_layer_kinds(config) - _KINDS):
+    if unknown := sorted(layer_kinds(config) - _KINDS):
         return f"its {', '.join(unknown)} layers have no mask that could separate two responses"
     if getattr(config, "alibi", False):
         return "its ALiBi biases depend on distances in the row, not on positions"
@@ -65,11 +65,21 @@ def depends_on_length(model: CausalLM) -> bool:
     It may with windows, chunks and rotations that change with the length, and if its code is not part of transformers.
     """
     config = model.config.get_text_config()
+    known = type(model).__module__.startswith("transformers.") and rotates_alike(config)
+    return not known or layer_kinds(config) != {"full_attention"}
+
+
+def rotates_alike(config: ModelConfig) -> bool:
+    """Return true if the angles of the rotary embedding, if there is one, are the same in rows of any length."""
     rope = getattr(config, "rope_parameters", None) or {}
     parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]
-    kinds = {part.get("rope_type") for part in parts}
-    known = type(model).__module__.startswith("transformers.") and kinds <= _STATIC_ROTATIONS
-    return not known or _layer_kinds(config) != {"full_attention"}
+    return {part.get("rope_type") for part in parts} <= _STATIC_ROTATIONS
+
+
+def reach(config: ModelConfig) -> int | None:
+    """Return the number of tokens that the layers with the shortest windows or chunks see; None if all see all."""
+    sizes = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+    return min((getattr(config, sizes[kind]) for kind in layer_kinds(config) if kind in sizes), default=None)
 
 
 def set_attention(model: CausalLM, implementation: str) -> None:
@@ -86,12 +96,13 @@ def _masks(model: CausalLM, batch: SequenceBatch) -> Any:
     if config._attn_implementation not in _FORMS:
         raise ValueError(f"shared rows need a mask, and {config._attn_implementation} attention takes none")
     form = _FORMS[config._attn_implementation]
-    kinds = _layer_kinds(config)
+    kinds = layer_kinds(config)
     masks = {kind: form(_sees(batch, kind, config), batch, model.dtype) for kind in kinds}
     return masks if len(masks) > 1 else masks.popitem()[1]
 
 
-def _layer_kinds(config: ModelConfig) -> set[str]:
+def layer_kinds(config: ModelConfig) -> set[str]:
+    """Return the kinds of attention that the layers have, by transformers' names."""
     if kinds := getattr(config, "layer_types", None):
         return set(kinds)
     windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)

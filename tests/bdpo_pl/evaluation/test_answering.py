@@ -8,7 +8,6 @@ from bdpo_pl.evaluation.answerers import (
     Answerer,
     GenerationOptions,
     LocalAnswerer,
-    PartlyAnsweredError,
     Question,
     split_thought,
 )
@@ -51,12 +50,11 @@ class Model:
         self.loads += 1
         return self, self.tokenizer
 
-    def generate(self, model, tokenizer, ids, *, max_new_tokens, batch_size):
+    def generate(self, model, tokenizer, ids, *, on_response, **_):
         assert model is self
-        assert len(ids) == batch_size
-        prompts = [tokenizer.decode(prompt) for prompt in ids]
-        self.asked += prompts
-        return [Response(("No: " if "3" in prompt else "Sure: ") + prompt, 3, True) for prompt in prompts]
+        for number, prompt in enumerate(map(tokenizer.decode, ids)):
+            self.asked.append(prompt)
+            on_response(number, Response(("No: " if "3" in prompt else "Sure: ") + prompt, 3, True))
 
 
 class Unloadable:
@@ -229,14 +227,12 @@ class Server(Answerer):
     def questions(self, prompts):
         return [Question([{"role": "user", "content": prompt.text}], len(prompt.text)) for prompt in prompts]
 
-    def answer(self, questions):
-        answers = []
-        for question in questions:
+    def answer(self, questions, on_answer):
+        for number, question in enumerate(questions):
             if self.fails_after is not None and len(self.asked) >= self.fails_after:
-                raise PartlyAnsweredError("gone", [*answers, *[None] * (len(questions) - len(answers))])
+                raise InputError("gone")
             self.asked.append(question.asked[0]["content"])
-            answers.append(Answer("Sure.", 0, True))
-        return answers
+            on_answer(number, Answer("Sure.", 0, True))
 
 
 @pytest.mark.parametrize("fails_after", [0, 3, 4, 9])
@@ -270,17 +266,19 @@ def test_thoughts_are_cut_off_and_kept_apart(text, opened, answer, thought, unfi
 
 
 def test_unfinished_thought_is_no_answer_and_counted(tmp_path, model, monkeypatch):
-    monkeypatch.setattr(asking, "generate", lambda *_, max_new_tokens, **__: [
-        Response("<think> I can't help" if max_new_tokens == 12 else "", 3, False) for _ in range(1)
-    ])  # fmt: skip
+    def generate(model, tokenizer, ids, *, max_new_tokens, on_response, **_):
+        for number in range(len(ids)):
+            on_response(number, Response("<think> I can't help" if max_new_tokens == 12 else "", 3, False))
+
+    monkeypatch.setattr(asking, "generate", generate)
     found = ask(tmp_path / "v.jsonl", model, batch_size=1, max_new_tokens=4, max_thought_tokens=8)
     assert {judged.oddities for judged in found} == {("unfinished thought",)}
 
 
 def test_judge_of_harm_alone_leaves_over_refusal_to_the_phrases(tmp_path, model, monkeypatch):
-    def generate(model, tokenizer, ids, **_):
-        prompts = [tokenizer.decode(prompt) for prompt in ids]
-        return [Response("I can't help with that." if "4" in p else "Sure: so.", 3, True) for p in prompts]
+    def generate(model, tokenizer, ids, *, on_response, **_):
+        for number, prompt in enumerate(map(tokenizer.decode, ids)):
+            on_response(number, Response("I can't help with that." if "4" in prompt else "Sure: so.", 3, True))
 
     monkeypatch.setattr(asking, "generate", generate)
     harm = Words("harm", verdict=lambda text: Verdict(unsafe=False))
@@ -300,10 +298,9 @@ def test_judge_of_harm_alone_leaves_over_refusal_to_the_phrases(tmp_path, model,
 def test_out_of_memory_says_what_to_lower_and_keeps_what_was_judged(tmp_path, model, monkeypatch, said):
     works = model.generate
 
-    def fail(*args, **kwargs):
-        if len(model.asked) == 6:
-            raise RuntimeError(said)
-        return works(*args, **kwargs)
+    def fail(model_, tokenizer, ids, **kwargs):
+        works(model_, tokenizer, ids[:6], **kwargs)
+        raise RuntimeError(said)
 
     monkeypatch.setattr(asking, "generate", fail)
     path = tmp_path / "v.jsonl"

@@ -73,10 +73,10 @@ def answers(monkeypatch):
     found = Answers()
     found.asked = []
 
-    def generate(model, tokenizer, ids, **_):
-        prompts = [tokenizer.decode(prompt) for prompt in ids]
-        found.asked += prompts
-        return [Response(found.rule(model, prompt), 3, True) for prompt in prompts]
+    def generate(model, tokenizer, ids, *, on_response, **_):
+        for number, prompt in enumerate(map(tokenizer.decode, ids)):
+            found.asked.append(prompt)
+            on_response(number, Response(found.rule(model, prompt), 3, True))
 
     monkeypatch.setattr(asking, "generate", generate)
     return found
@@ -102,6 +102,8 @@ def fails(command, capsys):
 def test_two_models_side_by_side(base, other_dir, answers, capsys):
     main([*base, f"after={other_dir}", "--pairs.train=train.jsonl", "--pairs.held_out=held_out.jsonl"])
     printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    # Twenty answers of three tokens.
+    assert re.search(r"Done in \d+ s; 60 tokens generated, \S+ tokens/s", printed)
     report = results()
     before, after = report["models"]
     assert (before["label"], after["label"]) == ("before", "after")

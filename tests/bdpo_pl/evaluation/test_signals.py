@@ -27,12 +27,12 @@ def command(model_dir, tmp_path, monkeypatch):
 def test_signal_while_a_model_answers(command, monkeypatch, capsys, number, batch):
     asked, stop = [], [batch]
 
-    def generate(model, tokenizer, ids, **_):
-        if stop and len(asked) == 2 * (stop[0] - 1):
-            os.kill(os.getpid(), number)
-        prompts = [tokenizer.decode(prompt) for prompt in ids]
-        asked.extend(prompts)
-        return [Response("I can't help with that." if "2" in prompt else "sure", 3, True) for prompt in prompts]
+    def generate(model, tokenizer, ids, *, on_response, **_):
+        for i, prompt in enumerate(map(tokenizer.decode, ids)):
+            if stop and len(asked) == 2 * (stop[0] - 1):
+                os.kill(os.getpid(), number)
+            asked.append(prompt)
+            on_response(i, Response("I can't help with that." if "2" in prompt else "sure", 3, True))
 
     monkeypatch.setattr(asking, "generate", generate)
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)

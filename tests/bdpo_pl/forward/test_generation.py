@@ -62,9 +62,9 @@ def test_the_end_of_a_turn_stops_a_response_though_it_is_no_end_of_sequence():
 def test_a_response_tells_whether_it_was_cut():
     model, tokenizer = build_model().eval(), build_tokenizer()
     ids = encode_prompts(tokenizer, PROMPTS)
-    told = []
-    cut = generate(model, tokenizer, ids, max_new_tokens=3, batch_size=3, on_batch=told.append)
-    assert told == [3, 1]
+    told = {}
+    cut = generate(model, tokenizer, ids, max_new_tokens=3, batch_size=3, on_response=told.__setitem__)
+    assert [told[i] for i in range(4)] == cut
     assert [(r.num_tokens, r.finished) for r in cut] == [(3, False)] * 4
     # The third token of the first response, made a stop token, ends it after two.
     with torch.no_grad():

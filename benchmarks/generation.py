@@ -1,0 +1,187 @@
+"""Speed of greedy generation: `python -m benchmarks.generation --model FOLDER --suite NAME=FILE`.
+
+The prompts of a safety suite, in the model's chat template, are answered in continuous batches, by `generate` of
+transformers in padded batches in the order of the file, the same sorted by length, and by its own continuous batching.
+All have the same model, in turns, so that a drift of the machine meets all. `--alone` compares every answer with that
+of the prompt alone, token for token. No text is printed or written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bdpo_pl.evaluation.suites.known import load_suite
+from bdpo_pl.forward.decoding import Decoder
+from bdpo_pl.forward.decoding_trial import why_not_continuous
+from bdpo_pl.forward.generation import encode_prompts, padded, stop_ids
+from bdpo_pl.models.loading import ModelSource, load_model, load_tokenizer
+from benchmarks.machine import machine
+
+_RESULTS = Path(__file__).parent / "results"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Tokens = dict[int, list[int]]
+"""Generated tokens by the number of the prompt, without the stop token."""
+
+CONTINUOUS, FILE_ORDER, SORTED, LIBRARY = (
+    "continuous batches", "generate, file order", "generate, sorted", "transformers' generate_batch",
+)  # fmt: skip
+FIRST = (CONTINUOUS, FILE_ORDER, SORTED)
+
+
+def in_padded_batches(
+    model: Any, prompts: Sequence[list[int]], order: Sequence[int], size: int, **given: Any
+) -> Tokens:
+    """Answer by `generate` in padded batches of `size`, in `order`."""
+    found: Tokens = {}
+    for start in range(0, len(order), size):
+        chosen = order[start : start + size]
+        rows = padded(model, [prompts[i] for i in chosen], **given)
+        found |= {i: tokens for i, (tokens, _) in zip(chosen, rows, strict=True)}
+    return found
+
+
+def by_library(
+    model: Any, prompts: Sequence[list[int]], *, max_new_tokens: int, stops: set[int], pad_id: int
+) -> Tokens:
+    """Answer by the continuous batching of transformers."""
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=sorted(stops), pad_token_id=pad_id
+    )
+    outputs = model.generate_batch(inputs=list(prompts), generation_config=config, progress_bar=False)
+    found: Tokens = {}
+    for number, output in enumerate(outputs.values()):
+        written = list(output.generated_tokens)
+        found[number] = written[:-1] if written and written[-1] in stops else written
+    return found
+
+
+def markdown(row: dict[str, Any]) -> str:
+    """Return the result as a table: a line for each way of generation."""
+    lines = ["| generation | batch | tokens/s, by turn | × file order | answers as alone |", "|---|---|---|---|---|"]
+    for name, speeds in row["tokens_per_s"].items():
+        pairs = zip(speeds, row["tokens_per_s"].get(FILE_ORDER, []), strict=False)
+        ratios = [speed / other for speed, other in pairs]
+        times = f"{statistics.median(ratios):.2f}" if ratios else ""
+        same = row["as_alone"].get(name)
+        told = ", ".join(f"{speed:.0f}" for speed in speeds)
+        of = "" if same is None else f"{same} of {row['prompts']}"
+        lines.append(f"| {name} | {row['batch'].get(name, '')} | {told} | {times} | {of} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder or hub name")
+    parser.add_argument("--suite", required=True, help="suite, as in bdpo_pl.evaluate: NAME, NAME=FILE")
+    parser.add_argument("--prompts", type=int, default=64, help="prompts, evenly spread over the suite")
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=32, help="of the continuous and of the sorted batches")
+    parser.add_argument("--plain-batch-size", type=int, default=8, help="of the batches in the order of the file")
+    parser.add_argument("--ways", nargs="+", choices=(*FIRST, LIBRARY), default=FIRST)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--alone", action="store_true", help="compare with the answer to each prompt alone")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=_DTYPES, default="float32")
+    parser.add_argument("--out", type=Path, default=_RESULTS)
+    parser.add_argument("--tag", default="", help="goes into the result's name")
+    options = parser.parse_args()
+    started = datetime.datetime.now(datetime.UTC)
+    told = machine(options.device)  # now, because the commit may be another one at the end
+    tokenizer = load_tokenizer(ModelSource(options.model))
+    model = load_model(ModelSource(options.model), _DTYPES[options.dtype]).to(options.device).eval()
+    suite = load_suite(options.suite, options.prompts)
+    prompts = encode_prompts(tokenizer, [prompt.text for prompt in suite.prompts])
+    stops = stop_ids(model, tokenizer)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops)
+    given: dict[str, Any] = {"max_new_tokens": options.new_tokens, "stops": stops, "pad_id": pad_id}
+    handed_back: list[int] = []
+
+    def continuous() -> Tokens:
+        decoder = Decoder(model, stops, max_new_tokens=options.new_tokens, num_slots=options.batch_size)
+        found: Tokens = {}
+        handed_back.append(0)
+        for done in decoder.decode(prompts):
+            handed_back[-1] += done.tokens is None
+            one = padded(model, [prompts[done.number]], **given)[0][0] if done.tokens is None else done.tokens
+            found[done.number] = one
+        return found
+
+    file_order = list(range(len(prompts)))
+    by_length = sorted(file_order, key=lambda i: len(prompts[i]))
+    plain = partial(in_padded_batches, model, prompts, **given)
+    ways: dict[str, Callable[[], Tokens]] = {
+        CONTINUOUS: continuous,
+        FILE_ORDER: partial(plain, file_order, options.plain_batch_size),
+        SORTED: partial(plain, by_length, options.batch_size),
+        LIBRARY: partial(by_library, model, prompts, **given),
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in options.ways}
+    answers: dict[str, Tokens] = {}
+    with torch.no_grad():
+        trial = time.perf_counter()
+        objection = why_not_continuous(model, prompts, options.new_tokens, pad_id)
+        trial = time.perf_counter() - trial
+        if objection is not None and CONTINUOUS in options.ways:
+            raise SystemExit(f"{options.model}: {objection}")
+        for number in range(options.rounds):
+            for name in options.ways if number % 2 == 0 else options.ways[::-1]:
+                begun = time.perf_counter()
+                answers[name] = ways[name]()
+                seconds = time.perf_counter() - begun
+                speeds[name].append(sum(map(len, answers[name].values())) / seconds)
+                print(f"turn {number + 1}: {name}: {speeds[name][-1]:.1f} tokens/s", flush=True)
+        alone = plain(file_order, 1) if options.alone else None
+    row = {
+        "model": Path(options.model).name,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": options.dtype,
+        "suite": suite.name,
+        "prompts": len(prompts),
+        "prompt_tokens": sum(map(len, prompts)),
+        "new_tokens": options.new_tokens,
+        "generated": {name: sum(map(len, tokens.values())) for name, tokens in answers.items()},
+        "batch": {CONTINUOUS: options.batch_size, FILE_ORDER: options.plain_batch_size, SORTED: options.batch_size},
+        "trial_s": trial,
+        "tokens_per_s": speeds,
+        "decided_alone": handed_back,
+        "as_alone": {}
+        if alone is None
+        else {name: sum(found[i] == alone[i] for i in alone) for name, found in answers.items()},
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    tag = f"-{options.tag}" if options.tag else ""
+    path = options.out / f"{started:%Y-%m-%d}-{options.device}-generation{tag}.json"
+    report = {
+        # Of files the names alone: where they lie says nothing to anyone else.
+        "command": ["python", "-m", "benchmarks.generation", *(_bare(word) for word in sys.argv[1:])],
+        "date": f"{started:%Y-%m-%dT%H:%M:%SZ}",
+        "machine": told | {"threads": torch.get_num_threads()},
+        "rows": [row],
+    }
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(markdown(row))
+    print(f"Written to {path}")
+
+
+def _bare(word: str) -> str:
+    """Return an argument without the folder of a file that it names."""
+    name, equals, path = word.rpartition("=")
+    return f"{name}{equals}{Path(path).name if '/' in path else path}"
+
+
+if __name__ == "__main__":
+    main()
