@@ -8,8 +8,6 @@ Shapes: B slots; N rows of a forward pass; T tokens of a row; P places of a slot
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from transformers import Cache
@@ -44,7 +42,7 @@ class SlotCache(Cache):
         self._rows = torch.arange(first, first + len(places), device=places.device).unsqueeze(1)
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Write (N, H, T, D) new keys and values of a layer, and return the (N, H, width, D) that the pass sees."""
         if layer_idx not in self._layers:
