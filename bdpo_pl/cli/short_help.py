@@ -38,14 +38,16 @@ _JOB = {
         Option("config", "", "", "YAML file with any of these options; configs/ has examples"),
     ),
     "Method": (
-        Option("model.loss", "loss_type", "BalancedDPOLoss", "or DPOLoss, IPOLoss, CPOLoss, SimPOLoss, SafeDPOLoss, …"),
-        Option("model.loss.beta", "beta", "0.1", "how far the policy may move from its reference"),
+        Option(
+            "model.loss", "loss_type", "BalancedDPOLoss", "loss: DPOLoss, IPOLoss, CPOLoss, SimPOLoss, SafeDPOLoss, …"
+        ),
+        Option("model.loss.beta", "beta", "0.1", "β; larger values keep the policy closer to its reference"),
         Option("model.loss.tau", "tau", "auto", "imbalance at which the weights are e : 1; auto: its spread"),
         Option("model.lora.r", "lora_r", "off", "rank of LoRA adapters to train; raise the learning rate ten times"),
     ),
     "Training": (
         Option("model.optimizer.lr", "learning_rate", "1e-06", "learning rate of AdamW"),
-        Option("model.lr_schedule", "lr_scheduler_type", "cosine", "or linear, constant"),
+        Option("model.lr_schedule", "lr_scheduler_type", "cosine", "schedule of the rate: cosine, linear or constant"),
         Option(
             "model.warmup_ratio", "warmup_ratio", "0.1", "share of all steps in which the learning rate is warmed up"
         ),
@@ -59,16 +61,21 @@ _JOB = {
         Option("seed_everything", "seed", "42", "seed of all random numbers"),
     ),
     "Machine": (
-        Option("trainer.precision", "precision", "32-true", "bf16-mixed on a GPU"),
+        Option("trainer.precision", "precision", "32-true", "precision; bf16-mixed is suited to a GPU"),
         Option("trainer.devices", "devices", "auto", "number of devices, with trainer.strategy (auto, ddp, fsdp2)"),
-        Option("model.gradient_checkpointing", "gradient_checkpointing", "false", "less memory, a third more time"),
+        Option(
+            "model.gradient_checkpointing",
+            "gradient_checkpointing",
+            "false",
+            "recompute activations: less memory, a third more time",
+        ),
         Option("dry_run", "", "false", "print the memory that the run needs, and do nothing else"),
     ),
     "Safety, and what is written": (
         Option("safety.harmful", "", "none", "prompts to refuse, before and after training: a file or a suite"),
         Option("safety.benign", "", "none", "prompts to answer, in the same forms; see also safety.jailbreak"),
         Option("trainer.default_root_dir", "output_dir", "runs", "folder of all runs"),
-        Option("trainer.logger", "report_to", "csv", "or tensorboard, wandb, mlflow, none"),
+        Option("trainer.logger", "report_to", "csv", "logger: csv, tensorboard, wandb, mlflow or none"),
         Option("export_from", "", "last", "weights to export: last or best"),
         Option("ckpt_path", "", "", "checkpoint to resume from; last: the newest"),
     ),
@@ -92,7 +99,12 @@ _EVALUATE = {
         Option("generation.batch_size", "", "32", "prompts answered at a time"),
     ),
     "Judge": (
-        Option("judge.kind", "", "phrases", "or classifier, guard, chat; phrases recognise refusals, not harm"),
+        Option(
+            "judge.kind",
+            "",
+            "phrases",
+            "phrases (refusals, not harm), learned, classifier, llama_guard, wildguard, harmbench, chat, …",
+        ),
         Option("judge.model", "", "", "model of the judge"),
         Option("labels", "", "", "labelled answers, to measure the judge's errors"),
     ),
@@ -107,8 +119,8 @@ _EVALUATE = {
         Option("refine", "", "", "file to write with failed prompts, as pairs that lack only `chosen`"),
     ),
     "Machine": (
-        Option("dtype", "", "auto", "float32, bfloat16 or float16"),
-        Option("device", "", "auto", "cpu, cuda or cuda:N"),
+        Option("dtype", "", "auto", "dtype of the weights: float32, bfloat16 or float16"),
+        Option("device", "", "auto", "device: cpu, cuda or cuda:N"),
         Option("config", "", "", "YAML file with any of these options, and models"),
     ),
 }

@@ -20,8 +20,8 @@ class AdaDPOLoss(PreferenceLoss):
     and was not compared with the authors' code.
 
     Args:
-        beta: β > 0.
-        clip: C ≥ 1, the largest allowed ratio between the two sides.
+        beta: scale of the log-ratios, β > 0.
+        clip: largest allowed ratio between the two sides, C ≥ 1.
         sft_weight: weight of the chosen response's mean NLL, added to the loss (RPO, arXiv:2404.19733).
 
     Raises:

@@ -15,7 +15,7 @@ class APOZeroLoss(BetaLoss):
     and lowers that of the rejected one.
 
     Args:
-        beta: β > 0.
+        beta: scale of the log-ratios, β > 0.
         sft_weight: weight of the chosen response's mean NLL, added to the loss (RPO, arXiv:2404.19733).
 
     Raises:
@@ -36,7 +36,7 @@ class APODownLoss(BetaLoss):
     the rejected one more.
 
     Args:
-        beta: β > 0.
+        beta: scale of the log-ratios, β > 0.
         sft_weight: weight of the chosen response's mean NLL, added to the loss (RPO, arXiv:2404.19733).
 
     Raises:

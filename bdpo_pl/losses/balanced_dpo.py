@@ -129,14 +129,14 @@ class BalancedDPOLoss(PreferenceLoss):
     is DPO+SF.
 
     Args:
-        beta: β > 0.
+        beta: scale of the log-ratios, β > 0; a larger β keeps the policy closer to the reference.
         balance: apply balance weights. If false, w = (1, 1).
         tau: temperature of the `softmax` weighting in the estimator's unit (nats per token for `pmi`): a number > 0, or
             `auto`, the spread of c_w − c_l over the training pairs, measured after they are scored.
         weighting: formula of the balance weights: `softmax`, or `ratio` for the positive estimators `ifd` and `hsic`.
         estimator: estimator of comprehension: `pmi`, `pmi_sum`, `ifd` or `hsic` (`bdpo_pl.comprehension`).
         scale: scaling factor s: a number > 0, or `norm` for s = √(2/(w_w² + w_l²)). Default: 2 with balance, 1 without.
-        label_smoothing: ε in [0, 0.5): the assumed share of flipped labels (conservative DPO),
+        label_smoothing: assumed share of flipped labels, ε in [0, 0.5) (conservative DPO):
             L = −(1−ε)·log σ(z) − ε·log σ(−z).
         max_weight_ratio: upper bound on the ratio of a pair's larger weight to its smaller one, above 1. Default: none.
         sft_weight: weight of the chosen response's mean NLL, added to the loss (RPO, arXiv:2404.19733).
@@ -267,8 +267,8 @@ class DPOLoss(BalancedDPOLoss):
     It equals Balanced DPO without balance weights and scaling, bit for bit.
 
     Args:
-        beta: β > 0.
-        label_smoothing: ε in [0, 0.5), the assumed share of flipped labels (conservative DPO).
+        beta: scale of the log-ratios, β > 0; a larger β keeps the policy closer to the reference.
+        label_smoothing: assumed share of flipped labels, ε in [0, 0.5) (conservative DPO).
         sft_weight: weight of the chosen response's mean NLL, added to the loss (RPO, arXiv:2404.19733).
     """
 

@@ -203,7 +203,7 @@ class BetaLoss(PreferenceLoss):
         start: value of `preference` for any pair while policy and reference are the same model.
 
     Args:
-        beta: β > 0.
+        beta: scale of the log-ratios, β > 0.
         sft_weight: weight of the chosen response's mean NLL, added to the loss (RPO, arXiv:2404.19733).
 
     Raises:

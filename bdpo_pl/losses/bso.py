@@ -22,9 +22,9 @@ class BSOLoss(PreferenceLoss):
     compared with the authors' code.
 
     Args:
-        beta: β > 0.
-        margin: C ≥ 0, the required lead of a safe response over an unsafe one, in units of reward.
-        lam: λ > 0, exponent of the `basu` generator.
+        beta: scale of the log-ratios, β > 0.
+        margin: required lead of a safe response over an unsafe one, C ≥ 0, in units of reward.
+        lam: exponent of the `basu` generator, λ > 0.
         generator: generator function, `basu` or `logistic`.
         sft_weight: weight of the chosen response's mean NLL, added to the loss (RPO, arXiv:2404.19733).
 

@@ -25,8 +25,8 @@ class CPOLoss(PreferenceLoss):
     only this one keeps the mean over pairs exact under gradient accumulation.
 
     Args:
-        beta: β > 0.
-        alpha: α ≥ 0, the weight of the NLL.
+        beta: scale of the log-probabilities, β > 0.
+        alpha: weight of the NLL, α ≥ 0.
         nll: reduction of the NLL over the tokens of the chosen response: `mean` or `sum`.
 
     Raises:

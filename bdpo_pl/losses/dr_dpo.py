@@ -19,8 +19,8 @@ class DrDPOLoss(BetaLoss):
     gradient accumulation is not equivalent to a larger batch.
 
     Args:
-        beta: β > 0.
-        beta_prime: β′ > 0, the temperature of the weights of pairs.
+        beta: scale of the log-ratios, β > 0.
+        beta_prime: temperature of the weights of pairs, β′ > 0.
         sft_weight: weight of the chosen response's mean NLL, added to the loss (RPO, arXiv:2404.19733).
 
     Raises:

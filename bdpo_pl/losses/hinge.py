@@ -12,7 +12,7 @@ class HingeLoss(BetaLoss):
     """Hinge loss of SLiC-HF (arXiv:2305.10425) on DPO's log-ratios: L = max(0, 1 − β·[D_w − D_l]).
 
     Args:
-        beta: β > 0.
+        beta: scale of the log-ratios, β > 0.
         sft_weight: weight of the chosen response's mean NLL, added to the loss (RPO, arXiv:2404.19733).
 
     Raises:

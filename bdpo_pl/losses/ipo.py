@@ -16,7 +16,7 @@ class IPOLoss(PreferenceLoss):
     its `loss_type="ipo"` does. The rewards in the logs are β·D, as for DPO.
 
     Args:
-        beta: β > 0. The default is TRL's.
+        beta: strength of regularisation, β > 0; the target margin is 1/(2β). The default is TRL's.
 
     Raises:
         InputError: β is out of its range.

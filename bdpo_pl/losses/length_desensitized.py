@@ -20,7 +20,7 @@ class LDLoss(Outer):
 
     Args:
         loss: loss that reads only the two log-ratios of the policy, or Balanced DPO.
-        alpha: α in [0, 1].
+        alpha: weight α in [0, 1] of the tokens beyond the length of the pair's shorter response.
 
     Raises:
         InputError: α is out of its range, or the loss reads more of the policy than its log-ratios.

@@ -21,10 +21,10 @@ class RMiPOLoss(PreferenceLoss):
     loss reads no log-probabilities of the reference, but it needs a reference for the comprehension.
 
     Args:
-        beta: β > 0.
-        gamma_floor: γ₀ ≥ 0, nats per token: the margin of a pair whose chosen response is comprehended far better.
-        gamma_range: γ₁ ≥ 0, nats per token: the largest addition to it, for a pair whose chosen response is not
-            comprehended better.
+        beta: scale of the log-probabilities, β > 0.
+        gamma_floor: margin of a pair whose chosen response is comprehended far better, γ₀ ≥ 0, in nats per token.
+        gamma_range: largest addition to `gamma_floor`, for a pair whose chosen response is not comprehended better,
+            γ₁ ≥ 0, in nats per token.
 
     Raises:
         InputError: an argument is out of its range.

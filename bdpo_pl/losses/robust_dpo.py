@@ -17,8 +17,8 @@ class RobustDPOLoss(BetaLoss):
     Its expected value, if each label is flipped with probability ε, is DPO's loss on the true labels.
 
     Args:
-        beta: β > 0.
-        epsilon: ε in [0, 0.5), the assumed share of flipped labels.
+        beta: scale of the log-ratios, β > 0; a larger β keeps the policy closer to the reference.
+        epsilon: assumed share of flipped labels, ε in [0, 0.5).
         sft_weight: weight of the chosen response's mean NLL, added to the loss (RPO, arXiv:2404.19733).
 
     Raises:

@@ -22,8 +22,8 @@ class SafeDPOLoss(PreferenceLoss):
     The labels are in the columns `chosen_safe` and `rejected_safe`, or in PKU-SafeRLHF's own columns.
 
     Args:
-        beta: β > 0.
-        delta: Δ ≥ 0, the additional required lead of a safe response over an unsafe one, in units of reward.
+        beta: scale of the log-ratios, β > 0; a larger β keeps the policy closer to the reference.
+        delta: additional required lead of a safe response over an unsafe one, Δ ≥ 0, in units of reward.
 
     Raises:
         InputError: an argument is out of its range.

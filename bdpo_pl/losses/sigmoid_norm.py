@@ -16,7 +16,7 @@ class SigmoidNormLoss(BetaLoss):
     TRL calls it `sigmoid_norm`.
 
     Args:
-        beta: β > 0.
+        beta: scale of the log-ratios, β > 0.
         sft_weight: weight of the chosen response's mean NLL, added to the loss (RPO, arXiv:2404.19733).
 
     Raises:

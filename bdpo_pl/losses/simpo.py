@@ -15,8 +15,8 @@ class SimPOLoss(PreferenceLoss):
     as in the paper and in TRL.
 
     Args:
-        beta: β > 0. The default is the paper's for Mistral-Instruct.
-        gamma_beta_ratio: γ/β ≥ 0, the target margin in nats per token, which the paper tunes. The default is the
+        beta: scale of the log-probabilities, β > 0. The default is the paper's for Mistral-Instruct.
+        gamma_beta_ratio: target margin in nats per token, γ/β ≥ 0, which the paper tunes. The default is the
             paper's for Mistral-Instruct.
 
     Raises:
