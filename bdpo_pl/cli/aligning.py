@@ -25,6 +25,7 @@ from bdpo_pl.training.callbacks import LastCheckpoint
 from bdpo_pl.training.checkpoints import find_checkpoint, what_is_saved
 from bdpo_pl.training.disk import SaysDisk
 from bdpo_pl.training.export import export_adapters, export_model
+from bdpo_pl.training.hub import HubUpload
 from bdpo_pl.training.memory_report import WarnsOfMemory, dry_run
 from bdpo_pl.training.metrics_file import step_first
 from bdpo_pl.training.model_card import describe
@@ -46,9 +47,13 @@ def run(args: list[str], description: str | None) -> None:
     checkpoint = find_checkpoint(cli.config.ckpt_path, Path(trainer.default_root_dir))
     # Only rank 0 knows the folder and writes it; the other ranks wait for it where the strategy sets up.
     first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    named = cli.config.push_to_hub
+    upload = HubUpload(named, cli.config.hub_private_repo) if named is not None and first else None
+    if upload is not None:
+        upload.make_repository()
     with RunFolder(Path(trainer.log_dir or trainer.default_root_dir)) if first else nullcontext():
         try:
-            _align(cli, checkpoint, start)
+            _align(cli, checkpoint, start, upload)
         except StoppedError as stopped:
             if stopped.saved:
                 raise
@@ -56,7 +61,7 @@ def run(args: list[str], description: str | None) -> None:
             raise StoppedError(f"{stopped}; {saved}", stopped.signal, saved=True) from None
 
 
-def _align(cli: FitCLI, checkpoint: str | None, start: float) -> None:
+def _align(cli: FitCLI, checkpoint: str | None, start: float, upload: HubUpload | None) -> None:
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
     trainer.callbacks += [WarnsOfMemory(), SaysDisk(cli.config.export)]  # type: ignore[attr-defined]
     resumable(trainer, checkpoint, cli.config_init.resume.allow)
@@ -106,6 +111,11 @@ def _align(cli: FitCLI, checkpoint: str | None, start: float) -> None:
     for level, sentence in said:
         console.print(remark_line(level, sentence))
     console.print(paths_table(paths))
+    if upload is not None:
+        # Last of all: whatever happens to it, the run is complete.
+        sent = paths.get("aligned model", paths.get("adapter"))
+        assert sent is not None
+        console.print(f"Uploaded to {upload.send(sent, title)}")
     console.print(f"Done in {seconds(taken)}, {module.global_step} optimiser steps")
 
 

@@ -39,6 +39,10 @@ def check_combinations(config: Namespace, defaults: Namespace) -> None:
             raise InputError("export is false, so export_from best has nothing to export: leave out one of them")
         if config.checkpoint.save_top_k == 0:
             raise InputError("export_from is best, but checkpoint.save_top_k 0 keeps no checkpoint; set it to 1")
+    if config.push_to_hub is not None and not (config.export or config.export_adapter):
+        raise InputError("export is false, so there is nothing to push_to_hub: leave out one of them")
+    if config.push_to_hub is None and config.hub_private_repo != defaults.hub_private_repo:
+        raise InputError("hub_private_repo is about the repository of push_to_hub, which is not set: leave it out")
     if config.export_adapter and config.model.lora is None:
         raise InputError("export_adapter is true, but there is no adapter: set model.lora, or leave export_adapter out")
 

@@ -231,13 +231,13 @@ GROUPS: dict[str, dict[str, Row]] = {
         "restore_callback_states_from_checkpoint": _unneeded("the whole state is always restored"),
     },
     "The hub": {
-        "push_to_hub": _refused("upload the exported folder: hf upload NAME runs/version_0/model"),
-        "hub_model_id": _refused("see push_to_hub"),
+        "push_to_hub": _same("with the repository's name; the exported model and its card, once, after training"),
+        "hub_model_id": _other("--push_to_hub=OWNER/NAME"),
         "hub_token": _refused("a token belongs in no command line: hf auth login, or HF_TOKEN"),
-        "hub_private_repo": _refused("see push_to_hub"),
-        "hub_strategy": _refused("see push_to_hub"),
-        "hub_always_push": _refused("see push_to_hub"),
-        "hub_revision": _refused("see push_to_hub"),
+        "hub_private_repo": _same("default true"),
+        "hub_strategy": _refused("the model is uploaded once, after training; checkpoints never are"),
+        "hub_always_push": _refused("the model is uploaded once, after training"),
+        "hub_revision": _refused("the model goes to the main branch"),
     },
     "Seeds and devices": {
         "seed": _same(),
@@ -266,6 +266,9 @@ GROUPS: dict[str, dict[str, Row]] = {
 }  # fmt: skip
 """Every option of TRL's DPOConfig, ScriptArguments and ModelConfig, and Accelerate's two common ones, by topic."""
 
+_OWN = ("push_to_hub", "hub_private_repo")
+"""Options of ours that have TRL's name."""
+
 ROWS = {name: row for group in GROUPS.values() for name, row in group.items()}
 
 
@@ -286,6 +289,8 @@ def here(name: str) -> str:
     row = ROWS[name]
     if row.kind != "same":
         return row.here
+    if name in _OWN:
+        return f"--{name}"
     if name in aliases.SHORT:
         return f"--{aliases.SHORT[name]}"
     return f"--{aliases.CHOSEN[name][0]}" if name in aliases.CHOSEN else ""

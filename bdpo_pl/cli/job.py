@@ -57,6 +57,18 @@ class FitCLI(LightningCLI):
             help="Write the LoRA adapter separately too, in peft's format.",
         )
         parser.add_argument(
+            "--push_to_hub",
+            default=None,
+            type=str | None,
+            help="Repository on the Hugging Face hub, OWNER/NAME, that gets the exported model and its card.",
+        )
+        parser.add_argument(
+            "--hub_private_repo",
+            default=True,
+            type=bool,
+            help="Make that repository private, if it does not exist yet.",
+        )
+        parser.add_argument(
             "--dry_run",
             default=False,
             type=bool,
