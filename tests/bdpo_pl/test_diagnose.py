@@ -4,14 +4,13 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from browser import Browser
+from children import command
 from makers import build_model, build_tokenizer, preference_rows, write_jsonl
 
 import bdpo_pl.scoring.scoring_pass
@@ -124,13 +123,8 @@ def test_two_processes_share_the_work_and_give_the_cache_of_one(base, tmp_path):
     main([*base, "--model.scoring.chunk_pairs=8"])
     alone, _ = results()
     ranks = ["--trainer.devices=2", "--trainer.strategy=ddp", "--model.scoring.chunk_pairs=8"]
-    run = subprocess.run(
-        [sys.executable, "-m", "bdpo_pl.diagnose", *base, *ranks, "--diagnose.folder=two"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "BDPO_PL_CACHE": str(tmp_path / "cache of two")},
-    )
+    cache = str(tmp_path / "cache of two")
+    run = command("bdpo_pl.diagnose", [*base, *ranks, "--diagnose.folder=two"], BDPO_PL_CACHE=cache)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("Findings") == 1
     assert results("two")[0]["splits"] == alone["splits"]

@@ -2,15 +2,13 @@
 
 import csv
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from children import command
 from makers import messy_safe_rlhf_rows, safe_rlhf_row, write_jsonl
 
 from bdpo_pl.fit import main
@@ -43,13 +41,7 @@ def base(model_dir, preference_file):
 
 def run(arguments, **environment):
     """The command in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "bdpo_pl.fit", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, **environment},
-    )
+    return command("bdpo_pl.fit", arguments, **environment)
 
 
 def exported(folder="runs/version_0/model"):

@@ -1,7 +1,11 @@
 """Processes that start in a moment: forked from a server, which has imported once what takes seconds to import."""
 
 import os
-from multiprocessing import forkserver
+import runpy
+import subprocess
+import sys
+import tempfile
+from multiprocessing import forkserver, get_context
 from pathlib import Path
 
 import torch.multiprocessing as mp
@@ -17,21 +21,63 @@ def start(function, args, processes, join=True):
     Returns:
         None, or, unless `join`, torch's context of the processes.
     """
-    environment = dict(os.environ)
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        filter(None, [str(Path(__file__).parent), environment.get("PYTHONPATH")])
+    _serve()
+    return mp.start_processes(
+        _with_environment, (dict(os.environ), function, args), nprocs=processes, join=join, start_method="forkserver"
     )
+
+
+def launch(module, arguments, environment=None, folder=None):
+    """Start `python -m module arguments` with `environment` added to this process's; its output goes to `folder`.
+
+    Returns:
+        The process.
+    """
+    _serve()
+    environment = {**os.environ, **(environment or {})}
+    process = get_context("forkserver").Process(
+        target=_with_environment, args=(folder, environment, _run_module, (module, [*map(str, arguments)]))
+    )
+    process.start()
+    return process
+
+
+def command(module, arguments, timeout=300, **environment):
+    """Run `python -m module arguments`, as `subprocess.run` would.
+
+    Returns:
+        A `subprocess.CompletedProcess` with what was printed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        process = launch(module, arguments, environment, folder)
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired([module, *arguments], timeout)
+        printed = [(Path(folder) / name).read_text(encoding="utf-8") for name in ("out", "err")]
+    return subprocess.CompletedProcess([module, *arguments], process.exitcode, *printed)
+
+
+def _serve():
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [before])])
     try:
         forkserver.ensure_running()
     finally:
-        os.environ.clear()
-        os.environ |= environment
-    return mp.start_processes(
-        _with_environment, (environment, function, args), nprocs=processes, join=join, start_method="forkserver"
-    )
+        del os.environ["PYTHONPATH"]
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
 
 
 def _with_environment(rank, environment, function, args):
     os.environ.clear()
     os.environ |= environment
     function(rank, *args)
+
+
+def _run_module(folder, module, arguments):
+    for descriptor, name in ((1, "out"), (2, "err")):
+        file = os.open(Path(folder) / name if folder else os.devnull, os.O_WRONLY | os.O_CREAT)
+        os.dup2(file, descriptor)
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)

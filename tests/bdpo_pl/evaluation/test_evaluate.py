@@ -1,11 +1,8 @@
 """The command that measures safety, from its options to its three files."""
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,6 +11,7 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 from browser import Browser
+from children import launch
 from makers import build_model, build_tokenizer, large, preference_rows, write_jsonl
 
 import bdpo_pl.evaluation.answerers as asking
@@ -611,21 +609,14 @@ def test_killed_evaluation_goes_on_where_it_was(base, serve, monkeypatch):
 
     def script(n, body):
         if process and n == 4:
-            process[0].send_signal(signal.SIGKILL)
+            process[0].kill()
         return "unsafe" if "1" in body["messages"][0]["content"] else "safe"
 
     server = serve(script)
     command = [*base, "--generation.batch_size=2", "--keep_answers", *judged_by(server)]
-    process.append(
-        subprocess.Popen(
-            [sys.executable, "-m", "bdpo_pl.evaluate", *command],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-    )
-    assert process[0].wait(300) == -signal.SIGKILL
-    process.clear()
+    process.append(launch("bdpo_pl.evaluate", command))
+    process[0].join(300)
+    assert process.pop().exitcode == -signal.SIGKILL
     lines = [json.loads(line) for line in Path("runs/evaluation/verdicts.jsonl").read_text().splitlines()]
     assert [sum(kind in line for line in lines) for kind in ("answer", "judged")] == [4, 2]
     first, generated, generate = asked(server), [], asking.generate

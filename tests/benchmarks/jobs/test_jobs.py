@@ -1,12 +1,11 @@
 """The end-to-end benchmark at a shape of no consequence, and what it proves on the way: our losses are TRL's."""
 
 import json
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from children import command
 from transformers import AutoTokenizer
 
 from bdpo_pl import embedded
@@ -17,9 +16,13 @@ from benchmarks.jobs.real import build_real
 ROOT = Path(__file__).parents[3]
 
 
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
 def run(module, *arguments):
-    command = [sys.executable, "-m", module, "--device", "cpu", "--model", "tiny", *arguments]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    result = command(module, ["--device", "cpu", "--model", "tiny", *arguments], timeout=500)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -124,10 +127,8 @@ def test_table_gives_ratios_and_reasons():
 
 def test_head_benchmark_compares_the_two_paths(tmp_path):
     """On the embedded model: the same pairs by either path, alternating, and a peak of memory for each."""
-    command = [sys.executable, "-m", "benchmarks.jobs.head", "--device", "cpu", "--pairs", "4", "--turn", "2"]
-    result = subprocess.run(
-        [*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )  # fmt: skip
+    options = ["--device", "cpu", "--pairs", "4", "--turn", "2", "--out", str(tmp_path)]
+    result = command("benchmarks.jobs.head", options)
     assert result.returncode == 0, result.stderr
     (report,) = (json.loads(path.read_text()) for path in tmp_path.glob("*-cpu-head.json"))
     (row,) = report["rows"]

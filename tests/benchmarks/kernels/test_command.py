@@ -2,22 +2,26 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from children import command
 
 ROOT = Path(__file__).parents[3]
 
 
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
 def test_every_contender_is_measured_or_listed_with_its_reason(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.kernels", "--device", "cpu", "--shapes", "tiny", "--rounds", "1"]
-    command += ["--repeats", "1", "--out", str(tmp_path), "--only", "naive", "ours", "ours, fused loss",
+    options = ["--device", "cpu", "--shapes", "tiny", "--rounds", "1"]
+    options += ["--repeats", "1", "--out", str(tmp_path), "--only", "naive", "ours", "ours, fused loss",
                 "ours, linear logprob", "QuACK cross_entropy"]  # fmt: skip
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    result = command("benchmarks.kernels", options)
     assert result.returncode == 0, result.stderr
     assert "| QuACK cross_entropy | not run: " in result.stdout
     (report,) = (json.loads(path.read_text()) for path in tmp_path.glob("*.json"))
@@ -34,20 +38,19 @@ def test_every_contender_is_measured_or_listed_with_its_reason(tmp_path):
 
 
 def test_unknown_contender_is_refused():
-    command = [sys.executable, "-m", "benchmarks.kernels", "--only", "nobody"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    result = command("benchmarks.kernels", ["--only", "nobody"])
     assert result.returncode == 2
     assert "unknown contenders ['nobody']" in result.stderr
 
 
 def test_a_peer_that_is_not_installed_is_listed_without_a_process(monkeypatch):
-    from benchmarks.kernels import __main__ as command
+    from benchmarks.kernels import __main__ as benchmark
     from benchmarks.kernels import contenders
     from benchmarks.kernels.problem import find_shape
 
     monkeypatch.setattr(contenders, "find_spec", lambda name: None)
-    monkeypatch.setattr(command, "child", lambda *arguments: pytest.fail("a process was started"))
-    found = command.measured("linear", find_shape("tiny"), "TRL ChunkedLogProbFunction", "cpu", 1)
+    monkeypatch.setattr(benchmark, "child", lambda *arguments: pytest.fail("a process was started"))
+    found = benchmark.measured("linear", find_shape("tiny"), "TRL ChunkedLogProbFunction", "cpu", 1)
     assert found == {"not_run": "trl is not installed"}
 
 
