@@ -18,7 +18,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 def test_fit_in_python_learns(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    result = runpy.run_path(str(EXAMPLES / "fit_in_python.py"))["main"](max_steps=8)
+    result = runpy.run_path(str(EXAMPLES / "fit_in_python.py"))["main"](max_steps=4)
     assert result["held_out/loss"] < 0.693
 
 
