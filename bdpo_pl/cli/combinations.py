@@ -79,6 +79,11 @@ def _of(options: object, name: str, default: object = None) -> Any:
     return default if options is None else options
 
 
+def one_or_more(value: object) -> list[Any]:
+    """Return `value` as a list: callbacks may be given as a list, as one alone, or not at all."""
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
 def check_monitor(monitor: str | None, module: PreferenceModule, config: Namespace, probe: SafetyProbe) -> None:
     """Refuse a `checkpoint.monitor` that will never be logged.
 
@@ -91,8 +96,9 @@ def check_monitor(monitor: str | None, module: PreferenceModule, config: Namespa
     Raises:
         InputError: Nothing logs the metric.
     """
+    callbacks = one_or_more(config.trainer.callbacks)
     # The user's own callbacks may log any metric.
-    own_callbacks = any(str(c.get("class_path", "")) for c in config.trainer.callbacks or () if hasattr(c, "get"))
+    own_callbacks = any(str(c.get("class_path", "")) for c in callbacks if hasattr(c, "get"))
     if monitor is None or own_callbacks:
         return
     logged = logged_names(module, config, probe)

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgre
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from bdpo_pl import embedded
-from bdpo_pl.cli.combinations import check_combinations, check_monitor
+from bdpo_pl.cli.combinations import check_combinations, check_monitor, one_or_more
 from bdpo_pl.cli.misfits import refuse_misfit
 from bdpo_pl.cli.parser import OptionParser
 from bdpo_pl.embedded import EMBEDDED
@@ -162,7 +162,7 @@ class FitCLI(LightningCLI):
         # Last, so that it can link its file to a checkpoint that another callback has written.
         trainer.callbacks.sort(key=lambda callback: isinstance(callback, LastCheckpoint))  # type: ignore[attr-defined]
         if type(trainer.progress_bar_callback) in (RichProgressBar, TQDMProgressBar) and not any(
-            isinstance(callback, ProgressBar) for callback in self.config_init.trainer.callbacks or []
+            isinstance(callback, ProgressBar) for callback in one_or_more(self.config_init.trainer.callbacks)
         ):
             # Replaces Lightning's own bar, unless that was requested by name.
             at = trainer.callbacks.index(trainer.progress_bar_callback)  # type: ignore[attr-defined]

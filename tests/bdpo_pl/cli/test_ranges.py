@@ -6,6 +6,7 @@ import re
 import typing
 
 import pytest
+from lightning.pytorch.callbacks import LearningRateMonitor
 
 from bdpo_pl.cli.combinations import check_monitor, logged_names
 from bdpo_pl.cli.diagnosing import DiagnoseCLI
@@ -152,6 +153,15 @@ def test_contradictions_are_refused_before_anything_is_loaded(tmp_path, monkeypa
     with pytest.raises(InputError) as stopped:
         parse_options(FitCLI, args, None)
     assert said in str(stopped.value)
+
+
+@pytest.mark.parametrize("callbacks", ["{}", "LearningRateMonitor", "[{class_path: LearningRateMonitor}]"])
+def test_callbacks_of_the_users_own_may_log_what_is_monitored(tmp_path, monkeypatch, callbacks):
+    monkeypatch.chdir(tmp_path)
+    args = ["--model.policy=nowhere", "--data.train=nowhere.jsonl", "--trainer.accelerator=cpu"]
+    monitor = "held_out/loss" if callbacks == "{}" else "own"
+    cli = parse_options(FitCLI, [*args, f"--trainer.callbacks={callbacks}", f"--checkpoint.monitor={monitor}"], None)
+    assert callbacks == "{}" or any(isinstance(c, LearningRateMonitor) for c in cli.trainer.callbacks)
 
 
 def test_every_name_that_a_run_logs_can_be_monitored(tmp_path, monkeypatch):
