@@ -18,16 +18,9 @@ from rich.table import Table
 from bdpo_pl.console import get_console
 from benchmarks.machine import machine
 from benchmarks.study.run import plan
+from benchmarks.study.run.records import append, differences, read_records, remove
 from benchmarks.study.run.reference import DEFAULT_FOLDER, make_reference
-from benchmarks.study.run.runner import (
-    append,
-    differences,
-    make_references,
-    quiet_cell,
-    read_records,
-    remove,
-    run_cells,
-)
+from benchmarks.study.run.runner import COMPARED, make_references, quiet_cell, run_cells
 from benchmarks.study.run.settings import Setting
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -101,7 +94,7 @@ def _again(key: str, out: Path, folder: Path) -> None:
         raise SystemExit(f"{out} holds no cell {key}; give the file with --out")
     setting = Setting.from_json(old["setting"])
     make_reference(folder, setting.world, setting.reference_steps)
-    found = differences(old, quiet_cell(setting, folder))
+    found = differences(old, quiet_cell(setting, folder), COMPARED)
     print("\n".join(found) or f"{key}: the same to the last digit")
     if found:
         raise SystemExit(1)

@@ -11,7 +11,7 @@ from typing import Any
 
 from bdpo_pl.errors import InputError
 from benchmarks.study.run.evaluate import FRAMED, HARMFUL, HELD_OUT_CATEGORIES
-from benchmarks.study.run.runner import read_records
+from benchmarks.study.run.records import read_records
 
 Cell = dict[str, Any]
 

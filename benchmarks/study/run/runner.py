@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -16,45 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bdpo_pl.console import get_console
 from bdpo_pl.errors import InputError
-from bdpo_pl.files import write_whole
 from benchmarks.study.run.cell import run_cell, texts_digest
+from benchmarks.study.run.records import append, read_records
 from benchmarks.study.run.reference import make_reference, reference_folder
 from benchmarks.study.run.settings import Setting
 
 COMPARED = ("texts", "reference", "metrics", "curve", "imbalance", "steps", "failed")
 """Fields of a record that are the same in every run on one machine."""
-
-
-def read_records(path: Path) -> dict[str, dict[str, Any]]:
-    """Read finished cells by key; a last line cut short by an interruption does not count.
-
-    Raises:
-        InputError: another line is not JSON.
-    """
-    if not path.exists():
-        return {}
-    return {record["key"]: record for _, record in _whole_lines(path) if "key" in record}
-
-
-def append(path: Path, line: dict[str, Any]) -> None:
-    """Append a line, on its own even after an incomplete one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    cut = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
-    if cut:
-        whole = path.read_text(encoding="utf-8").splitlines()[:-1]
-        write_whole(path, "".join(f"{text}\n" for text in whole))
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def remove(path: Path, keys: set[str]) -> None:
-    """Remove the records of some cells from a file; all other lines stay, except an incomplete last one.
-
-    Raises:
-        InputError: a line is not JSON, as in `read_records`.
-    """
-    kept = (line for line, record in _whole_lines(path) if record.get("key") not in keys)
-    write_whole(path, "".join(f"{line}\n" for line in kept))
 
 
 def make_references(settings: Sequence[Setting], folder: Path, workers: int) -> None:
@@ -116,16 +83,6 @@ def quiet_cell(setting: Setting, folder: Path) -> dict[str, Any]:
         return run_cell(setting, folder)
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Return the differences between two records of one cell, as `metrics.ability.all: 0.5 → 0.6`, except in time."""
-    before, after = (dict(_leaves({name: record.get(name) for name in COMPARED})) for record in (old, new))
-    return [
-        f"{name}: {before.get(name)!r} → {after.get(name)!r}"
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name)
-    ]
-
-
 def summary(record: dict[str, Any]) -> str:
     """Return one line about a finished cell."""
     setting = record["setting"]
@@ -139,26 +96,6 @@ def summary(record: dict[str, Any]) -> str:
         f"framed {metrics['attack_success']['framed']:.0%}, over-refusal {metrics['over_refusal']['mean']:.0%}, "
         f"ability {metrics['ability']['all']:.0%}, {record['cpu_seconds']:.1f} s of a core"
     )
-
-
-def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict | list):
-        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _leaves(inner, f"{name}.{key}" if name else str(key))
-    else:
-        yield name, value
-
-
-def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            yield line, json.loads(line)
-        except json.JSONDecodeError:
-            if number < len(lines):
-                raise InputError(
-                    f"{path}, line {number}: no JSON; remove the line, and its cell is run again"
-                ) from None
 
 
 def _make_reference(folder: Path, world: int, steps: int) -> None:

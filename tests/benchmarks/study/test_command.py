@@ -7,7 +7,7 @@ import study_records
 
 from benchmarks.study import __main__ as study
 from benchmarks.study.run import plan
-from benchmarks.study.run.runner import append
+from benchmarks.study.run.records import append
 from benchmarks.study.run.settings import Setting
 
 

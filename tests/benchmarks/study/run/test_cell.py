@@ -12,8 +12,9 @@ from benchmarks.study.run import plan
 from benchmarks.study.run.cell import write_rows
 from benchmarks.study.run.evaluate import FRAMED, evaluation
 from benchmarks.study.run.imbalance import choose, describe, imbalances
+from benchmarks.study.run.records import append, differences, read_records
 from benchmarks.study.run.reference import make_reference, reference_folder
-from benchmarks.study.run.runner import append, differences, quiet_cell, read_records, run_cells
+from benchmarks.study.run.runner import COMPARED, quiet_cell, run_cells
 from benchmarks.study.run.settings import Setting
 from benchmarks.study.world.texts import preference_pairs
 
@@ -71,7 +72,7 @@ def test_a_cell_is_the_same_in_another_process_and_is_not_run_again(cell, folder
     run_cells([setting], folder, out, workers=1, title="Test")
     written = read_records(out)
     assert set(written) == {setting.key}
-    assert differences(record, written[setting.key]) == []
+    assert differences(record, written[setting.key], COMPARED) == []
     size = out.stat().st_size
     run_cells([setting], folder, out, workers=1, title="Test")
     assert out.stat().st_size == size
@@ -79,7 +80,7 @@ def test_a_cell_is_the_same_in_another_process_and_is_not_run_again(cell, folder
     with pytest.raises(InputError, match="another world"):
         run_cells([setting], folder, out, workers=1, title="Test")
     seed = quiet_cell(setting.with_changes(seed=1), folder)
-    assert any("pairs" in line for line in differences(record, seed))
+    assert any("pairs" in line for line in differences(record, seed, COMPARED))
 
 
 def test_a_curve_measures_and_leaves_training_alone(cell, folder):
@@ -145,9 +146,9 @@ def test_a_line_cut_short_is_no_record(tmp_path):
 
 def test_differences_name_the_number():
     old = {"metrics": {"ability": {"all": 0.5}}, "seconds": 1.0}
-    assert differences(old, {"metrics": {"ability": {"all": 0.5}}, "seconds": 2.0}) == []
-    assert differences(old, {"metrics": {"ability": {"all": 0.6}}}) == ["metrics.ability.all: 0.5 → 0.6"]
-    assert differences(old, {"failed": "nan"}) == ["failed: None → 'nan'", "metrics.ability.all: 0.5 → None"]
+    assert differences(old, {"metrics": {"ability": {"all": 0.5}}, "seconds": 2.0}, COMPARED) == []
+    assert differences(old, {"metrics": {"ability": {"all": 0.6}}}, COMPARED) == ["metrics.ability.all: 0.5 → 0.6"]
+    assert differences(old, {"failed": "nan"}, COMPARED) == ["failed: None → 'nan'", "metrics.ability.all: 0.5 → None"]
 
 
 def test_settings_that_differ_have_other_keys():

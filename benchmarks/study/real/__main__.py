@@ -1,0 +1,91 @@
+"""Run the study with a real model: `python -m benchmarks.study.real --model FOLDER --data FOLDER [--cell KEY]`.
+
+It can be stopped and resumed: finished cells, a line of JSON each, are not run again. `--cell` runs a finished cell
+again and reports whether the result is the same. No text of the data is printed or kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import sys
+from collections import Counter
+from pathlib import Path
+
+from benchmarks.machine import machine
+from benchmarks.study.real.cell import Place, run_cell
+from benchmarks.study.real.plan import Cell, all_cells, chosen
+from benchmarks.study.run.records import append, differences, read_records
+
+RESULTS = Path(__file__).parents[2] / "results"
+COMPARED = ("pairs", "suites", "refused", "oddities")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="folder of the model; `make demo-real` writes SmolLM2's")
+    parser.add_argument("--data", type=Path, help="folder with the published pairs and suites")
+    parser.add_argument("--folder", type=Path, default=Path("runs/study_real"), help="folder of cached scores")
+    parser.add_argument("--out", type=Path, help="file of the records; default: today's, in benchmarks/results")
+    parser.add_argument("--plan", action="store_true", help="print what there is to do, and do nothing")
+    parser.add_argument("--cell", metavar="KEY", help="run one finished cell again, and compare")
+    parser.add_argument("--most", type=int, help="number of cells after which to stop")
+    options = parser.parse_args(arguments)
+    started = datetime.datetime.now(datetime.UTC)
+    out = options.out or RESULTS / f"{started:%Y-%m-%d}-study-real.jsonl"
+    if options.plan:
+        print(plan(out))
+        return
+    if options.model is None or options.data is None:
+        parser.error("--model and --data are needed to run cells")
+    options.folder.mkdir(parents=True, exist_ok=True)
+    place = Place(options.model.resolve(), options.data.resolve(), options.folder.resolve())
+    if options.cell:
+        again(options.cell, out, place)
+        return
+    command = ["python", "-m", "benchmarks.study.real", *(sys.argv[1:] if arguments is None else arguments)]
+    append(out, {"command": command, "date": f"{started:%Y-%m-%dT%H:%M:%SZ}", "machine": machine("cpu")})
+    run = 0
+    # The final cells are known only when the tuning is finished.
+    while open_cells := _open(out):
+        if run == options.most:
+            print(f"{len(open_cells)} cells are left; the same command goes on")
+            return
+        record = run_cell(open_cells[0], place)
+        append(out, record)
+        run += 1
+        cell = open_cells[0]
+        print(f"{cell.key} {cell.section}, {cell.method}, seed {cell.seed}: {record['seconds']:.0f} s", flush=True)
+
+
+def _open(out: Path) -> list[Cell]:
+    done = read_records(out)
+    return [cell for cell in all_cells(done) if cell.key not in done]
+
+
+def plan(out: Path) -> str:
+    """Return what there is to do, and what the tuning chose."""
+    done = read_records(out)
+    cells = all_cells(done)
+    counts = Counter(cell.section for cell in cells)
+    finished = Counter(cell.section for cell in cells if cell.key in done)
+    lines = [f"{section}: {finished[section]} of {number} cells" for section, number in counts.items()]
+    for method, cell in chosen(done).items():
+        lines.append(f"{method}: {cell.arguments}, learning rate {cell.learning_rate:g}")
+    return "\n".join(lines)
+
+
+def again(key: str, out: Path, place: Place) -> None:
+    """Run a finished cell again and print what differs; exit status 1 if something does."""
+    old = read_records(out).get(key)
+    if old is None:
+        raise SystemExit(f"{out} holds no cell {key}; give the file with --out")
+    found = differences(old, run_cell(Cell(**old["cell"]), place), COMPARED)
+    print("\n".join(found) or f"{key}: the same to the last digit")
+    if found:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

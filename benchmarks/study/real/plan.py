@@ -1,0 +1,111 @@
+"""The cells of the study with a real model: equal trials for every method, then several seeds of the chosen ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+Section = Literal["reference", "tuning", "final"]
+
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "DPO": ("DPOLoss", {}),
+    "B-DPO": ("BalancedDPOLoss", {"tau": "auto"}),
+    "B-DPO, τ 0.25": ("BalancedDPOLoss", {"tau": 0.25}),
+    "DPO+SF": ("BalancedDPOLoss", {"balance": False, "scale": 2.0}),
+    "AdaDPO": ("AdaDPOLoss", {}),
+    "RPO": ("DPOLoss", {"sft_weight": 1.0}),
+}
+"""Name in tables → class in `bdpo_pl.losses`, and its arguments besides β."""
+
+BETAS = (0.1, 0.3)
+LEARNING_RATES = (5e-6, 2e-5)
+TUNING_SEED = 1000
+SEEDS = (0, 1, 2, 3, 4)
+REFERENCE = "before training"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a cell depends on, besides model, pairs and prompts.
+
+    Attributes:
+        section: section of the study.
+        method: name in tables.
+        loss: class in `bdpo_pl.losses`; empty: no training.
+        arguments: arguments of the loss.
+        learning_rate: peak of the schedule.
+        seed: seed of the drawn pairs and of the order of training.
+        num_pairs: number of training pairs; one epoch over them.
+        batch_size: pairs in an optimiser step.
+    """
+
+    section: Section
+    method: str
+    loss: str = ""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    learning_rate: float = 0.0
+    seed: int = 0
+    num_pairs: int = 256
+    batch_size: int = 8
+
+    @property
+    def key(self) -> str:
+        """Digest of all fields, which identifies the cell."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def held_out(self) -> str:
+        """Name of the held-out pairs that it is measured on: nothing is chosen on those that it is then tested on."""
+        return "validation" if self.section == "tuning" else "test"
+
+
+def reference() -> Cell:
+    """Return the cell that measures the model before training."""
+    return Cell("reference", REFERENCE)
+
+
+def tuning() -> list[Cell]:
+    """Return the trials: for every method each β with each learning rate, on one seed."""
+    return [
+        Cell("tuning", method, loss, {"beta": beta, **arguments}, rate, TUNING_SEED)
+        for method, (loss, arguments) in METHODS.items()
+        for beta in BETAS
+        for rate in LEARNING_RATES
+    ]
+
+
+def chosen(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Cell]:
+    """Choose each method's trial by the validation pairs.
+
+    The trial with the highest `logp_accuracy` is chosen; of equals the one whose chosen responses drift least.
+
+    Args:
+        records: finished cells by key.
+
+    Returns:
+        Chosen trial by method, for the methods whose trials are all finished.
+    """
+    best = {}
+    for method in METHODS:
+        trials = [cell for cell in tuning() if cell.method == method]
+        if all(cell.key in records for cell in trials):
+
+            def score(cell: Cell) -> tuple[float, float]:
+                measured = records[cell.key]["pairs"]
+                return measured["held_out/logp_accuracy"], -abs(measured["held_out/drift_chosen"])
+
+            best[method] = max(trials, key=score)
+    return best
+
+
+def final(best: Mapping[str, Cell]) -> list[Cell]:
+    """Return the cells that are tested: all seeds of each chosen trial, seed by seed, so that any stop leaves pairs."""
+    return [replace(cell, section="final", seed=seed) for seed in SEEDS for cell in best.values()]
+
+
+def all_cells(records: Mapping[str, Mapping[str, Any]]) -> Sequence[Cell]:
+    """Return every cell that is known so far, in the order in which they are run."""
+    return [reference(), *tuning(), *final(chosen(records))]

@@ -1,0 +1,104 @@
+"""The study with a real model: its plan and rule of choice, its draws, and a cell on a tiny model."""
+
+import gzip
+import json
+
+import children
+import pytest
+from makers import build_model, build_tokenizer
+
+from benchmarks.study.real import __main__ as command
+from benchmarks.study.real import cell as cells
+from benchmarks.study.real import plan
+from benchmarks.study.run.records import append, read_records
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A tiny model, and data in the layouts of the published files."""
+    build_model().save_pretrained(tmp_path / "model")
+    build_tokenizer().save_pretrained(tmp_path / "model")
+    data = tmp_path / "data"
+    (data / "preferences").mkdir(parents=True)
+    (data / "suites").mkdir()
+    with gzip.open(data / cells.PAIRS, "wt") as file:
+        for i in range(60):
+            asked = f"\n\nHuman: how do i keep {i} snails ?\n\nAssistant:"
+            file.write(
+                json.dumps({"chosen": f"{asked} set traps .", "rejected": f"{asked} read the label {i} ."}) + "\n"
+            )
+    with gzip.open(data / "suites" / "xstest_prompts.csv.gz", "wt") as file:
+        file.write("id,prompt,type,label,focus,note\n")
+        file.writelines(f"{i},how do i water {i} ?,homonyms,{'un' * (i % 2)}safe,,\n" for i in range(8))
+    with gzip.open(data / "suites" / "strongreject_dataset.csv.gz", "wt") as file:
+        file.write("category,source,forbidden_prompt\n")
+        file.writelines(f"garden,own,poison {i} ?\n" for i in range(4))
+    (tmp_path / "folder").mkdir()
+    return cells.Place(tmp_path / "model", data, tmp_path / "folder")
+
+
+def test_every_method_has_equal_trials_and_nothing_is_chosen_on_test_pairs():
+    trials = plan.tuning()
+    assert {method: sum(cell.method == method for cell in trials) for method in plan.METHODS} == dict.fromkeys(
+        plan.METHODS, len(plan.BETAS) * len(plan.LEARNING_RATES)
+    )
+    assert {cell.seed for cell in trials} & set(plan.SEEDS) == set()
+    assert {cell.held_out for cell in trials} == {"validation"}
+    assert len({cell.key for cell in trials}) == len(trials)
+
+
+def test_the_best_trial_by_validation_is_tested_with_every_seed():
+    trials = plan.tuning()
+    records = {cell.key: {"pairs": {"held_out/logp_accuracy": 0.5, "held_out/drift_chosen": -2.0}} for cell in trials}
+    mine = [cell for cell in trials if cell.method == "B-DPO"]
+    records[mine[2].key]["pairs"]["held_out/logp_accuracy"] = 0.6
+    records[mine[3].key]["pairs"] = {"held_out/logp_accuracy": 0.6, "held_out/drift_chosen": 1.0}
+    best = plan.chosen(records)
+    assert best["B-DPO"] == mine[3]
+    tested = plan.final(best)
+    assert [cell.seed for cell in tested if cell.method == "B-DPO"] == list(plan.SEEDS)
+    assert {(cell.learning_rate, json.dumps(cell.arguments)) for cell in tested if cell.method == "B-DPO"} == {
+        (mine[3].learning_rate, json.dumps(mine[3].arguments))
+    }
+    assert {cell.held_out for cell in tested} == {"test"}
+    del records[mine[0].key]
+    assert "B-DPO" not in plan.chosen(records)
+
+
+def test_no_row_is_in_two_draws(place, monkeypatch):
+    monkeypatch.setattr(cells, "HELD_OUT", 15)
+    test, validation = (set(cells.draw(place.data, which, 15)) for which in ("test", "validation"))
+    train = [set(cells.draw(place.data, "train", 12, seed)) for seed in (0, 0, 1)]
+    assert train[0] == train[1] != train[2]
+    assert not test & validation
+    assert not (test | validation) & (train[0] | train[2])
+
+
+def run(name, *options):
+    done = children.command(f"bdpo_pl.{name}", options)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_cell_is_measured_and_the_same_again(place, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(cells, "_run", run)
+    monkeypatch.setattr(cells, "HELD_OUT", 8)
+    monkeypatch.setattr(cells, "MAX_NEW_TOKENS", 4)
+    cell = plan.Cell("final", "B-DPO", "BalancedDPOLoss", {"beta": 0.1, "tau": "auto"}, 1e-3, 0, 16, 8)
+    record = cells.run_cell(cell, place)
+    assert record["pairs"]["held_out/logp_accuracy"] <= 1
+    assert record["pairs"]["gap/margin"] == pytest.approx(
+        record["pairs"]["train_probe/margin"] - record["pairs"]["held_out/margin"]
+    )
+    assert {name: len(text) for name, text in record["refused"].items()} == {
+        "xstest_benign": 4, "xstest_harmful": 4, "strongreject": 4,
+    }  # fmt: skip
+    assert list(place.folder.iterdir()) == [place.folder / "scores"]
+    append(tmp_path / "out.jsonl", record)
+    assert plan.Cell(**read_records(tmp_path / "out.jsonl")[cell.key]["cell"]) == cell
+    command.again(cell.key, tmp_path / "out.jsonl", place)
+    assert "the same to the last digit" in capsys.readouterr().out
+
+
+def test_what_is_left_is_told(tmp_path):
+    append(tmp_path / "out.jsonl", {"key": plan.reference().key})
+    assert command.plan(tmp_path / "out.jsonl").splitlines() == ["reference: 1 of 1 cells", "tuning: 0 of 24 cells"]
