@@ -117,7 +117,9 @@ def test_gradcheck_of_log_probabilities(backend, device, softcap):
         options = {"bias": bias, "backend": backend, "chunk_bytes": 120, "softcap": softcap}
         return linear_sequence_logprob(hidden, weight, labels, ids, 4, **options)
 
-    assert torch.autograd.gradcheck(compute, tuple(t.requires_grad_() for t in (hidden, weight, bias)))
+    # The interpreter takes a second for ten calls: it is checked along a random direction, PyTorch entry by entry.
+    tensors = tuple(t.requires_grad_() for t in (hidden, weight, bias))
+    assert torch.autograd.gradcheck(compute, tensors, fast_mode=backend == "triton")
 
 
 def test_gradient_of_the_loss_is_its_difference_quotient(backend, device):
@@ -126,7 +128,7 @@ def test_gradient_of_the_loss_is_its_difference_quotient(backend, device):
     _, _, grads = by_op("loss", (hidden, weight, bias), labels, ids, 2, backend=backend, chunk_bytes=120)
     step = 1e-6
     for tensor, grad in zip((hidden, weight, bias), grads, strict=True):
-        for index in range(tensor.numel()):
+        for index in range(0, tensor.numel(), 4 if backend == "triton" else 1):
             ends = []
             for shift in (step, -2 * step):
                 tensor.view(-1)[index] += shift
@@ -138,7 +140,7 @@ def test_gradient_of_the_loss_is_its_difference_quotient(backend, device):
             assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(grad.view(-1)[index].item(), abs=1e-7)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     N=st.integers(0, 14), D=st.integers(1, 5), V=st.integers(1, 9), B=st.integers(1, 5), tokens=st.integers(1, 15),
     ignored=st.sampled_from([0.0, 0.3, 1.0]), seed=st.integers(0, 2**16),
@@ -255,9 +257,10 @@ def test_autocast_multiplies_in_its_dtype_and_returns_gradients_in_the_tensors(o
 
 
 def test_half_precision_gradient_of_the_weight_is_accumulated_in_float32(backend, device):
-    """300 equal contributions: summed one by one in bfloat16 they would stop growing at 256."""
-    N = 300
+    """44 contributions of 1 to 256: added one by one in bfloat16 none of them would count."""
+    N = 45
     hidden = torch.ones(N, 1, dtype=torch.bfloat16, device=device)
+    hidden[0] = 256.0
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, device=device, requires_grad=True)
     labels, ids = torch.zeros(N, dtype=torch.long, device=device), torch.zeros(N, dtype=torch.long, device=device)
     loss, *_ = linear_preference_loss(
