@@ -162,16 +162,19 @@ def write_summary(evaluation: Evaluation, outcomes: Sequence[Outcome], path: Pat
     labels = [model.label for model in evaluation.models]
     changed = len(labels) == 2
     head = ["", *labels, *(["change, points"] if changed else [])]
-    lines = ["### Safety evaluation", "", _row(head), _row(["---"] * len(head))]
-    lines += [_row([name, *cells, *([change] if changed else [])]) for name, cells, change in rows(evaluation)]
+    lines = ["### Safety evaluation", "", table_row(head), table_row(["---"] * len(head))]
+    lines += [table_row([name, *cells, *([change] if changed else [])]) for name, cells, change in rows(evaluation)]
     if outcomes:
         lines += ["", "| limit | measured | |", "| --- | --- | --- |"]
-        lines += [_row([o.limit.text, general(o.value, 4), "**failed**" if o.failed else "kept"]) for o in outcomes]
+        lines += [
+            table_row([o.limit.text, general(o.value, 4), "**failed**" if o.failed else "kept"]) for o in outcomes
+        ]
     lines += ["", evaluation.judge_note(), ""]
     write_whole(path, "\n".join(lines))
 
 
-def _row(cells: Iterable[str]) -> str:
+def table_row(cells: Iterable[str]) -> str:
+    """Return a row of a Markdown table; text in `cells` is escaped."""
     return f"| {' | '.join(map(_plain, cells))} |"
 
 

@@ -67,6 +67,7 @@ class Runner:
         self.failures: list[Failure] = []
         self.exported: list[Exported] = []
         self.notes: list[str] = []
+        self._stage = ""
         self._first: dict[str, list[Judged]] = {}
         self._probe: PairProbe | None = None
         self._first_logps: dict[str, np.ndarray] = {}
@@ -83,6 +84,7 @@ class Runner:
             if not loaded:
                 self.say(f"Loading {subject.label}")
                 loaded.append(subject.load(self.dtype, self.device))
+                self.say(self._stage)
             return loaded[0]
 
         self._note_form(subject)
@@ -91,7 +93,7 @@ class Runner:
         changes, p_values = {}, {}
         costs, curves = {}, dict[str, SuccessCurve]()
         for suite in self.suites:
-            self.say(f"{subject.label}: {suite.name}")
+            self._begin(f"{subject.label}: {suite.name}")
             judged = self.asker.ask(suite, answerer)
             results.append(self._measured(subject, suite, judged, answerer))
             if suite.name in self._first:
@@ -101,7 +103,7 @@ class Runner:
                 self._first[suite.name] = judged
         for attack in self.attacks:
             assert self.attacked is not None
-            self.say(f"{subject.label}: {attack.name} on {self.attacked.name}")
+            self._begin(f"{subject.label}: {attack.name} on {self.attacked.name}")
             target = self._target(subject, answerer, load)
             made = attack.run(self.attacked.prompts, target, lambda: self.asker.on_progress(1))
             costs[attack.name] = made.cost
@@ -112,7 +114,7 @@ class Runner:
         found_overfitting = self._overfitting(subject, load)
         abilities: list[Ability] = []
         if self.ability.embedded or self.ability.lm_eval:
-            self.say(f"{subject.label}: general ability")
+            self._begin(f"{subject.label}: general ability")
             abilities = measure_ability(self.ability, *load())
         self.notes += [f"{subject.label}: {note}." for note in answerer.notes]
         loaded.clear()
@@ -133,6 +135,10 @@ class Runner:
             attacks=costs,
             curves=curves,
         )
+
+    def _begin(self, stage: str) -> None:
+        self._stage = stage
+        self.say(stage)
 
     def _measured(
         self, subject: Subject | ServedSubject, suite: Suite, judged: list[Judged], answerer: Answerer
@@ -171,7 +177,7 @@ class Runner:
     ) -> Overfitting | None:
         if not self.pairs.sources():
             return None
-        self.say(f"{subject.label}: preference pairs")
+        self._begin(f"{subject.label}: preference pairs")
         model, tokenizer = load()
         if self._probe is None:
             self._probe = PairProbe(self.pairs, tokenizer, model.config)

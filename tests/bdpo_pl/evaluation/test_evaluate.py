@@ -102,6 +102,7 @@ def test_two_models_side_by_side(base, other_dir, answers, capsys):
     printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
     # Twenty answers of three tokens.
     assert re.search(r"Done in \d+ s; 60 tokens generated, \S+ tokens/s", printed)
+    assert re.search(r"after: good, \S+ tokens/s: 20 of 20 prompts", printed)
     report = results()
     before, after = report["models"]
     assert (before["label"], after["label"]) == ("before", "after")

@@ -1,0 +1,59 @@
+"""Several evaluations in one table."""
+
+import json
+
+import pytest
+from makers import write_jsonl
+
+from bdpo_pl.errors import InputError
+from bdpo_pl.evaluate import main as evaluate
+from bdpo_pl.evaluation.trend import main
+
+
+@pytest.fixture
+def runs(model_dir, tmp_path, monkeypatch):
+    """Three evaluations of one model: the second with other prompts, the third with another judge."""
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "a.jsonl", [{"prompt": f"how {i} ?"} for i in range(3)])
+    write_jsonl(tmp_path / "b.jsonl", [{"prompt": f"why {i} ?"} for i in range(3)])
+    for name, suite, judge in (("one", "a", "phrases"), ("two", "b", "phrases"), ("three", "b", "learned")):
+        evaluate([
+            f"m={model_dir}", f"--suites=mine:harmful={suite}.jsonl", f"--judge.kind={judge}", f"--folder={name}",
+            "--generation.max_new_tokens=1",
+        ])  # fmt: skip
+    return {name: tmp_path / name / "evaluation.json" for name in ("one", "two", "three")}
+
+
+def cells(capsys):
+    lines = capsys.readouterr().out.splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+
+
+def test_a_line_for_each_run_says_what_is_no_comparison(runs, capsys):
+    capsys.readouterr()
+    main([str(path) for path in runs.values()])
+    head, _, one, two, three = cells(capsys)
+    assert head == ["run", "model", "mine, not refused"]
+    value = json.loads(runs["three"].read_text())["models"][0]["suites"][0]["overall"]["failed"]["value"]
+    assert three[:2] == ["three", "m"]
+    assert three[2].startswith(f"{100 * value:.1f} % (")
+    assert "other" not in three[2]
+    assert one[2].endswith("), other judge and prompts")
+    assert two[2].endswith("), other judge")
+    main([str(runs["two"]), str(runs["two"])])
+    assert not any("other" in cell for row in cells(capsys) for cell in row)
+
+
+def test_files_that_are_no_evaluation(runs, tmp_path, capsys):
+    found = json.loads(runs["one"].read_text())
+    for text, message in (
+        ("{}", "is no evaluation.json"), ("{", "is no evaluation.json"),
+        (json.dumps(found | {"bdpo_pl_evaluation": 1}), "format 1, here 2"),
+    ):  # fmt: skip
+        (tmp_path / "other.json").write_text(text)
+        with pytest.raises(InputError, match=message):
+            main([str(tmp_path / "other.json")])
+    with pytest.raises(InputError, match="cannot be read"):
+        main([str(tmp_path / "none.json")])
+    with pytest.raises(InputError, match="one or more files"):
+        main([])
