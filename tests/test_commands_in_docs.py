@@ -15,7 +15,7 @@ PAGES = [
 ]  # fmt: skip
 # Pages that also speak of options that are gone, or of other programs.
 HISTORY = {"CHANGELOG.md"}
-STARTS = ("python -m ", "bdpo ", "make ", "pytest ", "srun python ", "--")
+STARTS = ("python -m ", "bdpo ", "make ", "pytest ", "srun python ", "torchrun ", "--")
 # Programs of others, and options of theirs.
 FOREIGN = ("pytest", "pip")
 FOREIGN_OPTIONS = {"chat-template"}  # vLLM
@@ -24,7 +24,9 @@ FOREIGN_OPTIONS = {"chat-template"}  # vLLM
 def commands(text):
     """Commands of code blocks, of comments and of inline code, each in one line."""
     joined = re.sub(r" \\\n[ #]*", " ", text)
-    yield from (line.strip() for line in re.findall(r"^#?\s*((?:python -m|srun python|bdpo|make) .*)$", joined, re.M))
+    yield from (
+        line.strip() for line in re.findall(r"^#?\s*((?:python -m|srun python|torchrun|bdpo|make) .*)$", joined, re.M)
+    )
     for code in re.findall(r"(?<!`)`([^`]+)`(?!`)", text):
         line = " ".join(code.split())
         if line.startswith(STARTS):
@@ -47,6 +49,9 @@ def complaint(line):
     ]
     if missing:
         return f"no file {missing}"
+    if words[0] == "torchrun":
+        # What stands before the module is torchrun's.
+        words = words[words.index("-m") :]
     options = [word.partition("=")[0][2:].removesuffix("+") for word in words if re.match(r"--[a-z]", word)]
     options = [option for option in options if not option.endswith(".") and option not in FOREIGN_OPTIONS]
     if words[0].startswith("--"):

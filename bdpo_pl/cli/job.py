@@ -47,7 +47,8 @@ class FitCLI(LightningCLI):
             "--ckpt_path",
             default=None,
             type=str | None,
-            help="Checkpoint to resume from: a file, or `last` for the newest whole checkpoint of all runs.",
+            help="Checkpoint to resume from: a file, `last` for the newest whole checkpoint of all runs, or "
+            "`auto` for that if there is one, for a command that a launcher repeats.",
         )
         parser.add_argument("--export", default=True, type=bool, help="Write the policy as a Hugging Face folder.")
         parser.add_argument(

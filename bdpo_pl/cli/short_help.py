@@ -77,7 +77,7 @@ _JOB = {
         Option("trainer.default_root_dir", "output_dir", "runs", "folder of all runs"),
         Option("trainer.logger", "report_to", "csv", "logger: csv, tensorboard, wandb, mlflow or none"),
         Option("export_from", "", "last", "weights to export: last or best"),
-        Option("ckpt_path", "", "", "checkpoint to resume from; last: the newest"),
+        Option("ckpt_path", "", "", "checkpoint to resume from; last: the newest; auto: that, if any"),
     ),
 }
 _DIAGNOSE = {

@@ -87,6 +87,8 @@ def is_whole(path: Path) -> bool:
 def find_checkpoint(path: str | None, root: Path) -> str | None:
     """Return the checkpoint to resume from; `last` is the newest complete one of all runs under `root`.
 
+    `auto` is the same, and None if there is none: for a command that a launcher repeats after a fault.
+
     Lightning would look for `last` in the folder of the new run, find none, and start again with a warning.
 
     Raises:
@@ -94,12 +96,14 @@ def find_checkpoint(path: str | None, root: Path) -> str | None:
     """
     if path is None or "://" in path:
         return path
-    if path == "last":
+    if path in ("last", "auto"):
         found = sorted(root.rglob(f"checkpoints/{LAST}"), key=lambda file: file.stat().st_mtime, reverse=True)
         for file in found:
             if is_whole(file):
                 return str(file)
-            rank_zero_warn(f"--ckpt_path last: {file} is not whole and is passed over")
+            rank_zero_warn(f"--ckpt_path {path}: {file} is not whole and is passed over")
+        if path == "auto":
+            return None
         raise InputError(f"--ckpt_path last: no run under {root.resolve()} has a whole {LAST}")
     if not Path(path).exists():
         raise InputError(f"no checkpoint at {path!r} (looked from {Path.cwd()}); see --ckpt_path")

@@ -21,7 +21,7 @@ def start(function, args, processes, join=True):
     Returns:
         None, or, unless `join`, torch's context of the processes.
     """
-    _serve()
+    serve()
     return mp.start_processes(
         _with_environment, (dict(os.environ), function, args), nprocs=processes, join=join, start_method="forkserver"
     )
@@ -33,7 +33,7 @@ def launch(module, arguments, environment=None, folder=None):
     Returns:
         The process.
     """
-    _serve()
+    serve()
     environment = {**os.environ, **(environment or {})}
     process = get_context("forkserver").Process(
         target=_with_environment, args=(folder, environment, _run_module, (module, [*map(str, arguments)]))
@@ -58,7 +58,8 @@ def command(module, arguments, timeout=300, **environment):
     return subprocess.CompletedProcess([module, *arguments], process.exitcode, *printed)
 
 
-def _serve():
+def serve():
+    """Start the server, if it is not there yet."""
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [before])])
     try:
