@@ -462,7 +462,7 @@ def test_help_is_readable_and_every_switch_and_list_has_its_short_form(capsys):
         "--pairs.train",
         "--config",
         "--list_suites",
-        "before=",
+        "LABEL=MODEL",
     ):
         assert option in printed
     for name in re.findall(r"^  (--\S+) \{true,false\}", printed, re.MULTILINE):
@@ -779,7 +779,7 @@ def test_answers_are_exported_to_be_labelled(base, answers, capsys):
     printed = " ".join(capsys.readouterr().out.split())
     assert "Judge phrases against 8 labels by two of us in answers.jsonl" in printed
     assert "75.0 %" in printed
-    assert "left out: 2 no label yet" in printed
+    assert "Left out of answers.jsonl: 2 no label yet" in printed
     assert results()["agreement"]["misses"] == 2
 
 
