@@ -28,7 +28,7 @@ demo-real: $(VENV)/.installed-gguf
 # Extras of pyproject.toml that the tests are run with: `make test EXTRAS=test,peers` adds the peers they compare with.
 EXTRAS ?= test
 test: $(VENV)/.installed-$(EXTRAS)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .

@@ -17,6 +17,20 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+LONG = (
+    "test_fsdp2.py", "test_examples.py", "test_jobs.py", "test_compiled.py", "test_cell.py", "test_ranks.py",
+    "test_real.py", "test_elastic.py", "test_checkpoints.py", "test_fit.py", "test_diagnose.py",
+    "test_training_options.py", "test_linear.py",
+)  # fmt: skip
+"""Files that take longest, in this order: begun first, so that no process waits for another at the end."""
+
+
+def pytest_collection_modifyitems(items):
+    """Put the files that take longest first; all others stay as they are."""
+    place = {name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONG)))
+
+
 @pytest.fixture(autouse=True)
 def seed_of_no_other_test():
     """Forget the seed that a command left in this process: data are split and drawn by it where it is there."""
