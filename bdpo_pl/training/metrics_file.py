@@ -66,6 +66,8 @@ def continue_metrics(trainer: L.Trainer, checkpoint: str | None) -> None:
         # The logger warns that it will delete existing files, but here there are none.
         warnings.filterwarnings("ignore", message=".*Previous log files")
         writer = logger.experiment
+    # The logger writes its rows in the order of names; a finished run's file begins with `step` and `epoch`.
+    names = sorted(names)
     writer.metrics_keys = list(names)
     text = io.StringIO(newline="")
     table = csv.DictWriter(text, fieldnames=names)

@@ -8,6 +8,7 @@ import signal
 
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from makers import CHATML, build_model, build_tokenizer, large, preference_rows, write_jsonl
 from sharded_jobs import train
 from stopped_ranks import SignalAt
@@ -16,7 +17,7 @@ from bdpo_pl.errors import InputError, StoppedError
 from bdpo_pl.losses import BalancedDPOLoss, BalancedLoss, DPOLoss, SFTLoss, SimPOLoss, WeightedSum, WPOLoss
 from bdpo_pl.training.checkpoints import StopSignals
 from bdpo_pl.training.identity import ResumeOptions, RunIdentity, _loss_traits, check_resume
-from bdpo_pl.training.metrics_file import MetricsRows, continue_metrics
+from bdpo_pl.training.metrics_file import MetricsRows, continue_metrics, step_first
 
 ROWS = preference_rows(24)
 
@@ -187,8 +188,6 @@ class Trainer:
 
 
 def test_a_process_killed_while_the_rows_are_taken_over_loses_none(folder, checkpoint):
-    from lightning.pytorch.loggers import CSVLogger
-
     mine = folder / "again"
     shutil.copytree(checkpoint.parents[1], mine)
     before = (mine / "metrics.csv").read_text()
@@ -197,3 +196,22 @@ def test_a_process_killed_while_the_rows_are_taken_over_loses_none(folder, check
     (mine / "metrics.csv").write_text("step\n")
     continue_metrics(Trainer(CSVLogger(mine, name="", version="")), str(mine / "checkpoints" / "last.ckpt"))
     assert (mine / "metrics.csv").read_text().splitlines() == before.splitlines()
+
+
+def test_a_row_after_those_of_a_finished_run_stands_under_its_own_columns(folder, checkpoint):
+    """A finished run's file begins with `step` and `epoch`, and the logger writes in the order of names."""
+    mine = folder / "longer"
+    shutil.copytree(checkpoint.parents[1], mine)
+    step_first(mine / "metrics.csv")
+    before = list(csv.DictReader((mine / "metrics.csv").open()))
+    logger = CSVLogger(mine, name="", version="")
+    continue_metrics(Trainer(logger), str(mine / "checkpoints" / "last.ckpt"))
+    logger.log_metrics({"epoch": 3, "held_out/loss": 0.5}, step=9)
+    logger.save()
+    *rows, last = csv.DictReader((mine / "metrics.csv").open())
+    assert rows == before
+    assert {name: value for name, value in last.items() if value} == {
+        "epoch": "3",
+        "held_out/loss": "0.5",
+        "step": "9",
+    }
