@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from makers import build_model, build_tokenizer, preference_rows, write_jsonl
 
 from bdpo_pl.fit import main as fit
 
@@ -20,6 +21,40 @@ def test_fit_in_python_learns(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     result = runpy.run_path(str(EXAMPLES / "fit_in_python.py"))["main"](max_steps=4)
     assert result["held_out/loss"] < 0.693
+
+
+def test_sweep_runs_each_combination_once_and_compares_them(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BDPO_PL_CACHE", str(tmp_path / "cache"))
+    build_model().save_pretrained("model")
+    build_tokenizer().save_pretrained("model")
+    write_jsonl(tmp_path / "pairs.jsonl", preference_rows(16))
+    sweep = runpy.run_path(str(EXAMPLES / "sweep.py"))["main"]
+    ran = []
+
+    def run(options):
+        ran.append(options)
+        fit(options)
+
+    command = [
+        "--vary=beta=0.05,0.3", "--into=sweep", "--", "--model.policy=model", "--data.train=pairs.jsonl",
+        "--data.held_out_fraction=0.25", "--loss_type=dpo",
+        "--max_steps=2", "--trainer.val_check_interval=1", "--data.train_probe=false",
+        "--use_cpu", "--lr=1e-4", "--export=false", "--trainer.enable_progress_bar=false", "--batch_size=2",
+    ]  # fmt: skip
+    page = sweep(command, run)
+    assert [options[-2:] for options in ran] == [
+        ["--beta=0.05", "--output_dir=sweep/beta_0.05"],
+        ["--beta=0.3", "--output_dir=sweep/beta_0.3"],
+    ]
+    text = page.read_text()
+    for part in ("beta 0.05", "beta 0.3", "held-out accuracy", "Held-out margin", "beta_0.3/version_0/report.html"):
+        assert part in text
+    assert "safety" not in text
+    sweep(command, run)
+    assert len(ran) == 2
+    with pytest.raises(SystemExit, match="write NAME=VALUE,VALUE"):
+        sweep(["--vary=beta"], run)
 
 
 def test_own_loss_by_hand_and_from_the_command_line(monkeypatch, capsys):
