@@ -138,7 +138,7 @@ def remarks(
         said.append(("notice", "No pair was held out, so overfitting cannot be seen: set data.held_out_fraction."))
     elif pairs < FEW_PAIRS:
         said.append(
-            ("warning", f"Only {pairs} held-out pairs: one pair more or less moves the accuracy by "
+            ("warning", f"Only {pairs} held-out pair{'s' * (pairs > 1)}: one pair more or less moves the accuracy by "
              f"{percent(1 / pairs, 0)}. Conclude nothing from it; raise data.held_out_fraction, or give data.held_out.")
         )  # fmt: skip
     if _is_by_definition(before, "held_out/accuracy"):
