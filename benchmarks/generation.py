@@ -15,7 +15,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,14 @@ import torch
 from bdpo_pl.evaluation.suites.known import load_suite
 from bdpo_pl.forward.decoding import Decoder
 from bdpo_pl.forward.decoding_trial import why_not_continuous
-from bdpo_pl.forward.generation import encode_prompts, padded, stop_ids
+from bdpo_pl.forward.generation import (
+    Generated,
+    encode_prompts,
+    in_continuous_batches,
+    in_padded_batches,
+    padded,
+    stop_ids,
+)
 from bdpo_pl.models.loading import ModelSource, load_model, load_tokenizer
 from benchmarks.machine import machine
 
@@ -40,16 +47,9 @@ CONTINUOUS, FILE_ORDER, SORTED, LIBRARY = (
 FIRST = (CONTINUOUS, FILE_ORDER, SORTED)
 
 
-def in_padded_batches(
-    model: Any, prompts: Sequence[list[int]], order: Sequence[int], size: int, **given: Any
-) -> Tokens:
-    """Answer by `generate` in padded batches of `size`, in `order`."""
-    found: Tokens = {}
-    for start in range(0, len(order), size):
-        chosen = order[start : start + size]
-        rows = padded(model, [prompts[i] for i in chosen], **given)
-        found |= {i: tokens for i, (tokens, _) in zip(chosen, rows, strict=True)}
-    return found
+def tokens_of(generated: Iterable[Generated]) -> Tokens:
+    """Collect what is generated."""
+    return {number: tokens for number, tokens, _ in generated}
 
 
 def by_library(
@@ -115,19 +115,20 @@ def main() -> None:
     given: dict[str, Any] = {"max_new_tokens": options.new_tokens, "stops": stops, "pad_id": pad_id}
     handed_back: list[int] = []
 
+    def alone_again(rows: Sequence[list[int]]) -> list[tuple[list[int], bool]]:
+        handed_back[-1] += len(rows)
+        return padded(model, rows, **given)
+
     def continuous() -> Tokens:
-        decoder = Decoder(model, stops, max_new_tokens=options.new_tokens, num_slots=options.batch_size)
-        found: Tokens = {}
         handed_back.append(0)
-        for done in decoder.decode(prompts):
-            handed_back[-1] += done.tokens is None
-            one = padded(model, [prompts[done.number]], **given)[0][0] if done.tokens is None else done.tokens
-            found[done.number] = one
-        return found
+        decoder = Decoder(model, stops, max_new_tokens=options.new_tokens, num_slots=options.batch_size)
+        return tokens_of(in_continuous_batches(decoder, alone_again, prompts))
+
+    def plain(order: Sequence[int], size: int) -> Tokens:
+        return tokens_of(in_padded_batches(partial(padded, model, **given), prompts, order, size))
 
     file_order = list(range(len(prompts)))
     by_length = sorted(file_order, key=lambda i: len(prompts[i]))
-    plain = partial(in_padded_batches, model, prompts, **given)
     ways: dict[str, Callable[[], Tokens]] = {
         CONTINUOUS: continuous,
         FILE_ORDER: partial(plain, file_order, options.plain_batch_size),

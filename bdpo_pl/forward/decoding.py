@@ -98,8 +98,7 @@ class Decoder:
 
     def decode(self, prompts: Sequence[list[int]]) -> Iterator[Decoded]:
         """Continue each of `prompts`, and yield the continuations as they end."""
-        # Longest first, so that running out of memory shows at once.
-        waiting = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
+        waiting = deque(longest_first(prompts))
         places = max(map(len, prompts), default=0) + self._max_new_tokens
         cache = SlotCache(min(self._num_slots, len(prompts)), places)
         shared = _shared_prefix(prompts)
@@ -182,6 +181,11 @@ class Decoder:
         seen = torch.tensor(sorted({*sequence.prompt, *sequence.tokens}), device=logits.device)
         found = logits[seen]
         return logits.index_copy(0, seen, torch.where(found < 0, found * self._penalty, found / self._penalty))
+
+
+def longest_first(prompts: Sequence[list[int]]) -> list[int]:
+    """Return the numbers of `prompts`, the longest first, so that running out of memory shows at once."""
+    return sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
 
 
 def _shared_prefix(prompts: Sequence[list[int]]) -> int:

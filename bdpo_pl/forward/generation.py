@@ -13,12 +13,17 @@ from lightning.pytorch.utilities import rank_zero_info
 from bdpo_pl.data.chat_template import Conversation, Message, chat_encoder
 from bdpo_pl.data.tokenizer_like import TokenizerLike
 from bdpo_pl.errors import InputError
-from bdpo_pl.forward.decoding import Decoder
+from bdpo_pl.forward.decoding import Decoder, longest_first
 from bdpo_pl.forward.decoding_trial import why_not_continuous
 from bdpo_pl.forward.equivalence import evaluating
 from bdpo_pl.forward.masks import set_attention
 from bdpo_pl.models.causal_lm import CausalLM
 from bdpo_pl.models.loading import num_positions
+
+InBatch = Callable[[Sequence[list[int]]], list[tuple[list[int], bool]]]
+"""`padded` with everything but the prompts."""
+Generated = tuple[int, list[int], bool]
+"""Number of a prompt, generated tokens without the stop token, and whether there was one."""
 
 
 @dataclass(frozen=True)
@@ -119,19 +124,32 @@ def generate(
         in_batches = partial(padded, model, max_new_tokens=max_new_tokens, stops=stops, pad_id=pad_id)
         if objection := why_not_continuous(model, prompts, max_new_tokens, pad_id):
             on_note(f"Responses are generated in padded batches, which take longer: {objection}")
-            order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-            for start in range(0, len(order), batch_size):
-                chosen = order[start : start + batch_size]
-                for number, row in zip(chosen, in_batches([prompts[i] for i in chosen]), strict=True):
-                    take(number, *row)
+            found = in_padded_batches(in_batches, prompts, longest_first(prompts), batch_size)
         else:
             decoder = Decoder(model, stops, max_new_tokens=max_new_tokens, num_slots=batch_size)
-            for done in decoder.decode(prompts):
-                if done.tokens is None:
-                    take(done.number, *in_batches([prompts[done.number]])[0])
-                else:
-                    take(done.number, done.tokens, done.finished)
+            found = in_continuous_batches(decoder, in_batches, prompts)
+        for generated in found:
+            take(*generated)
     return [responses[i] for i in range(len(prompts))]
+
+
+def in_padded_batches(
+    in_batch: InBatch, prompts: Sequence[list[int]], order: Sequence[int], batch_size: int
+) -> Iterator[Generated]:
+    """Answer `prompts` in padded batches, in the given order, and yield the answers of each batch as it ends."""
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        for number, row in zip(chosen, in_batch([prompts[i] for i in chosen]), strict=True):
+            yield number, *row
+
+
+def in_continuous_batches(decoder: Decoder, in_batch: InBatch, prompts: Sequence[list[int]]) -> Iterator[Generated]:
+    """Answer `prompts` by `decoder`, and those that it hands back alone; yield the answers as they end."""
+    for done in decoder.decode(prompts):
+        if done.tokens is None:
+            yield done.number, *in_batch([prompts[done.number]])[0]
+        else:
+            yield done.number, done.tokens, done.finished
 
 
 def padded(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,10 +59,8 @@ class Muon(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
-        groups = list(_split(params))
+        hidden, others = _split(params)
         shared: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
-        hidden = [group for group in groups if group.pop("hidden")]
-        others = [group for group in groups if all(group is not other for other in hidden)]
         self._parts: list[torch.optim.Optimizer] = []
         if hidden:
             self._parts.append(
@@ -102,16 +100,18 @@ class Muon(torch.optim.Optimizer):
         self._share()
 
 
-def _split(params: ParamsT) -> Iterable[dict[str, Any]]:
-    """Yield the groups of `params`, each divided into hidden matrices and the rest, as `hidden` says."""
+def _split(params: ParamsT) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the groups of hidden matrices and those of the rest; a group of `params` may be in both, divided."""
     groups: list[Any] = list(params)
     if not groups or not isinstance(groups[0], dict):
         groups = [{"params": groups}]
+    parts: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
     for group in groups:
         members = [member[1] if isinstance(member, tuple) else member for member in group["params"]]
-        for hidden in (True, False):
+        for hidden, part in parts.items():
             if chosen := [p for p in members if is_hidden_matrix(p) == hidden]:
-                yield {**group, "params": chosen, "hidden": hidden}
+                part.append({**group, "params": chosen})
+    return parts[True], parts[False]
 
 
 class Adafactor(_Adafactor):
