@@ -12,13 +12,14 @@ import datetime
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
 from bdpo_pl.console import get_console
 from benchmarks.machine import machine
 from benchmarks.study.run import plan
-from benchmarks.study.run.records import append, differences, read_records, remove
+from benchmarks.study.run.records import append, compare_again, read_records, remove
 from benchmarks.study.run.reference import DEFAULT_FOLDER, make_reference
 from benchmarks.study.run.runner import COMPARED, make_references, quiet_cell, run_cells
 from benchmarks.study.run.settings import Setting
@@ -89,15 +90,12 @@ def _print_plan(size: plan.Size, out: Path) -> None:
 
 
 def _again(key: str, out: Path, folder: Path) -> None:
-    old = read_records(out).get(key)
-    if old is None:
-        raise SystemExit(f"{out} holds no cell {key}; give the file with --out")
-    setting = Setting.from_json(old["setting"])
-    make_reference(folder, setting.world, setting.reference_steps)
-    found = differences(old, quiet_cell(setting, folder), COMPARED)
-    print("\n".join(found) or f"{key}: the same to the last digit")
-    if found:
-        raise SystemExit(1)
+    def run(old: dict[str, Any]) -> dict[str, Any]:
+        setting = Setting.from_json(old["setting"])
+        make_reference(folder, setting.world, setting.reference_steps)
+        return quiet_cell(setting, folder)
+
+    compare_again(out, key, run, COMPARED)
 
 
 if __name__ == "__main__":

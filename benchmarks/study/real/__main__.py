@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.machine import machine
 from benchmarks.study.real.cell import Place, run_cell
 from benchmarks.study.real.plan import Cell, all_cells, chosen
-from benchmarks.study.run.records import append, differences, read_records
+from benchmarks.study.run.records import append, compare_again, read_records
 
 RESULTS = Path(__file__).parents[2] / "results"
 COMPARED = ("pairs", "suites", "refused", "oddities")
@@ -78,13 +78,7 @@ def plan(out: Path) -> str:
 
 def again(key: str, out: Path, place: Place) -> None:
     """Run a finished cell again and print what differs; exit status 1 if something does."""
-    old = read_records(out).get(key)
-    if old is None:
-        raise SystemExit(f"{out} holds no cell {key}; give the file with --out")
-    found = differences(old, run_cell(Cell(**old["cell"]), place), COMPARED)
-    print("\n".join(found) or f"{key}: the same to the last digit")
-    if found:
-        raise SystemExit(1)
+    compare_again(out, key, lambda old: run_cell(Cell(**old["cell"]), place), COMPARED)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study.real.plan import Cell
+from benchmarks.study.run.measures import pair_measures
 
 SUITES = {"xstest_benign": "xstest_prompts", "xstest_harmful": "xstest_prompts", "strongreject": "strongreject_dataset"}
 PAIRS = "preferences/hh_rlhf_harmless_test.jsonl.gz"
@@ -24,7 +25,6 @@ MAX_NEW_TOKENS = 48
 _LONGEST = 2_000
 """Characters of a row of the file; longer dialogues are left out, as they take most of the time."""
 _SHUFFLE = 20_260_601
-_MEASURES = ("logp_accuracy", "logp_chosen", "logp_rejected", "drift_chosen", "drift_rejected", "imbalance")
 
 
 @dataclass(frozen=True)
@@ -106,19 +106,7 @@ def _fit(cell: Cell, place: Place, scratch: Path) -> dict[str, float]:
     with (scratch / "run" / "metrics.csv").open(encoding="utf-8") as file:
         last = [row for row in csv.DictReader(file) if row["held_out/logp_chosen"]][-1]
     shutil.rmtree(scratch / "run" / "checkpoints", ignore_errors=True)
-    return pair_measures(last)
-
-
-def pair_measures(row: dict[str, str]) -> dict[str, float]:
-    """Return the measures of a row of `metrics.csv` that are comparable between losses."""
-    found = {
-        f"{split}/{name}": float(row[f"{split}/{name}"]) for split in ("held_out", "train_probe") for name in _MEASURES
-    }
-    for split in ("held_out", "train_probe"):
-        found[f"{split}/margin"] = found[f"{split}/drift_chosen"] - found[f"{split}/drift_rejected"]
-    for name in ("margin", "logp_accuracy"):
-        found[f"gap/{name}"] = found[f"train_probe/{name}"] - found[f"held_out/{name}"]
-    return found
+    return pair_measures(last, "logp_accuracy", ("imbalance",))
 
 
 def _evaluate(subject: Path, place: Place, scratch: Path) -> dict[str, Any]:

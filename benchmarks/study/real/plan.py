@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+
+from benchmarks.study.run.records import key_of
 
 Section = Literal["reference", "tuning", "final"]
 
@@ -54,7 +54,7 @@ class Cell:
     @property
     def key(self) -> str:
         """Digest of all fields, which identifies the cell."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        return key_of(self)
 
     @property
     def held_out(self) -> str:

@@ -23,6 +23,7 @@ from bdpo_pl.training.datamodule import PreferenceDataModule
 from bdpo_pl.training.module import PreferenceModule
 from benchmarks.study.run.evaluate import evaluate, evaluation
 from benchmarks.study.run.imbalance import choose, describe, imbalances
+from benchmarks.study.run.measures import pair_measures
 from benchmarks.study.run.reference import reference_folder
 from benchmarks.study.run.settings import Setting
 from benchmarks.study.world.texts import preference_pairs
@@ -130,7 +131,7 @@ def _align(setting: Setting, source: Path, folder: Path, train: Path, held_out: 
     trained = time.perf_counter()
     trainer.validate(module, data, verbose=False)
     metrics = evaluate(module.policy, data.tokenizer, setting.evaluate)
-    metrics["pairs"] = pair_measures(module.evaluations[module.global_step])
+    metrics["pairs"] = pair_measures(module.evaluations[module.global_step], "accuracy")
     assert module.reference is not None
     known = module.reference.scores("train", torch.arange(num_pairs)).comprehension
     assert known is not None
@@ -141,22 +142,6 @@ def _align(setting: Setting, source: Path, folder: Path, train: Path, held_out: 
         "steps": module.global_step,
         "seconds_training": trained - begin,
     }
-
-
-def pair_measures(values: dict[str, float]) -> dict[str, float]:
-    """Return measures of pairs in nats without β, comparable between losses; and accuracy by the loss's reward.
-
-    Args:
-        values: results of an evaluation of `PreferenceModule`.
-    """
-    found = {}
-    for split in ("held_out", "train_probe"):
-        for name in ("accuracy", "drift_chosen", "drift_rejected", "logp_chosen", "logp_rejected"):
-            found[f"{split}/{name}"] = values[f"{split}/{name}"]
-        found[f"{split}/margin"] = values[f"{split}/drift_chosen"] - values[f"{split}/drift_rejected"]
-    for name in ("margin", "accuracy"):
-        found[f"gap/{name}"] = found[f"train_probe/{name}"] - found[f"held_out/{name}"]
-    return found
 
 
 class Curve(L.Callback):
@@ -177,7 +162,7 @@ class Curve(L.Callback):
         if trainer.state.fn != "fit" or not module.evaluations[step]:
             return
         metrics = evaluate(module.policy, trainer.datamodule.tokenizer, self.setting.evaluate)  # type: ignore[attr-defined]
-        self.points.append({"step": step, **metrics, "pairs": pair_measures(module.evaluations[step])})
+        self.points.append({"step": step, **metrics, "pairs": pair_measures(module.evaluations[step], "accuracy")})
 
 
 def _quieten() -> None:

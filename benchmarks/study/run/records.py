@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from bdpo_pl.errors import InputError
 from bdpo_pl.files import write_whole
+
+
+def key_of(fields: Any) -> str:
+    """Return the digest of a dataclass's fields, which identifies the cell that it describes."""
+    return hashlib.sha256(json.dumps(asdict(fields), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_records(path: Path) -> dict[str, dict[str, Any]]:
@@ -57,6 +64,29 @@ def differences(old: dict[str, Any], new: dict[str, Any], compared: Sequence[str
         for name in sorted(before.keys() | after.keys())
         if before.get(name) != after.get(name)
     ]
+
+
+def compare_again(
+    path: Path, key: str, run: Callable[[dict[str, Any]], dict[str, Any]], compared: Sequence[str]
+) -> None:
+    """Run the finished cell `key` of `path` again, and print in what the result differs.
+
+    Args:
+        path: path of the records.
+        key: key of the cell.
+        run: function that returns the record of a second run, given that of the first.
+        compared: fields that are the same in every run on one machine.
+
+    Raises:
+        SystemExit: there is no such cell, or something differs.
+    """
+    old = read_records(path).get(key)
+    if old is None:
+        raise SystemExit(f"{path} holds no cell {key}; give the file with --out")
+    found = differences(old, run(old), compared)
+    print("\n".join(found) or f"{key}: the same to the last digit")
+    if found:
+        raise SystemExit(1)
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

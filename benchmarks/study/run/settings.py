@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from benchmarks.study.run.records import key_of
 from benchmarks.study.run.reference import STEPS
 
 Pairs = Literal["all", "balanced half", "imbalanced half", "random half"]
@@ -60,7 +60,7 @@ class Setting:
     @property
     def key(self) -> str:
         """Digest of all fields, which identifies the cell."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        return key_of(self)
 
     @property
     def trial(self) -> tuple[str, float, int]:
