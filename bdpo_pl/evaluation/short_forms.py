@@ -108,7 +108,10 @@ def _in_order(parser: ArgumentParser, args: list[str]) -> list[str]:
 
 def _judge(value: str) -> str:
     if value.startswith("{"):
-        return json.dumps(class_of(yaml.safe_load(value), registry.ALIASES))
+        try:
+            return json.dumps(class_of(yaml.safe_load(value), registry.ALIASES))
+        except yaml.YAMLError:
+            return value  # the parser reports the syntax error
     return registry.ALIASES.get(value, value)
 
 

@@ -335,6 +335,7 @@ def test_model_without_a_chat_template_is_asked_plainly_and_says_so(base, tmp_pa
         (["nowhere.ckpt"], "no checkpoint at nowhere.ckpt"),
         (["--judge.kind=llama_guard"], "judge llama_guard needs a model"),
         (["--judge.kind=nosuch"], "nosuch"),
+        (["--judge={"], "judge"),
         (["--judge=phrases", "--judge.model=x"], "model"),
         (["--fail_if=good.over_refusal"], "is not a limit; write SUITE.MEASURE > NUMBER"),
         (["--fail_if=goood.over_refusal > 0.1"], "there is no suite 'goood'; choose harm, good"),
