@@ -168,34 +168,29 @@ def _without_doubles(args: Sequence[str]) -> list[str]:
         InputError: `--use_peft` stands alone.
     """
     left = list(args)
-    switches = {name: _switch(left, name) for name in ("--use_peft", "--bf16", "--fp16")}
+    switches = {name: _switch(left, name)[0] for name in ("--use_peft", "--bf16", "--fp16")}
     if "true" in switches.values():
         for name in ("--bf16", "--fp16"):
             if switches[name] == "false":
-                _take_out(left, name)
+                del left[_switch(left, name)[1]]
     if switches["--use_peft"] is not None:
         if switches["--use_peft"] != "true" or not any(arg.startswith(_ADAPTERS) for arg in left):
             raise InputError(
                 "--use_peft says that there are adapters, and here an option of theirs says so: --lora_r 16 (TRL's "
                 "default, with --lora_alpha 32 and --lora_dropout 0.05); leave --use_peft false out"
             )
-        _take_out(left, "--use_peft")
+        del left[_switch(left, "--use_peft")[1]]
     return left
 
 
-def _switch(args: Sequence[str], name: str) -> str | None:
-    """Return the value of a switch in lower case, `true` where it stands alone; None if it is not there."""
+def _switch(args: Sequence[str], name: str) -> tuple[str | None, slice]:
+    """Return the value of a switch in lower case, `true` where it stands alone, and its place; None if it is absent."""
     for i, arg in enumerate(args):
-        if arg.partition("=")[0] == name:
-            following = args[i + 1] if i + 1 < len(args) and not args[i + 1].startswith("--") else "true"
-            return (arg.partition("=")[2] or following).lower()
-    return None
-
-
-def _take_out(args: list[str], name: str) -> None:
-    i = next(i for i, arg in enumerate(args) if arg.partition("=")[0] == name)
-    alone = "=" in args[i] or i + 1 == len(args) or args[i + 1].startswith("--")
-    del args[i : i + (1 if alone else 2)]
+        given, has_value, value = arg.partition("=")
+        if given == name:
+            follows = not has_value and i + 1 < len(args) and not args[i + 1].startswith("--")
+            return (args[i + 1] if follows else value or "true").lower(), slice(i, i + 1 + follows)
+    return None, slice(0)
 
 
 def _classes_first(args: list[str]) -> list[str]:
