@@ -5,7 +5,7 @@
 
 What follows `--` are options of fit. Each combination is a run in a folder of its own; one that is finished is not run
 again, so a sweep that was stopped is given the same command. For a search that chooses the next values by the last
-results, call `fit` and `held_out` in the objective of a library such as Optuna.
+results, call `fit` in the objective of a library such as Optuna, and read the last row of its `metrics.csv`.
 """
 
 from __future__ import annotations
@@ -46,10 +46,9 @@ def fit(options: Sequence[str]) -> None:
     subprocess.run([sys.executable, "-m", "bdpo_pl.fit", *options], check=True)  # noqa: S603
 
 
-def held_out(folder: Path) -> dict[str, float]:
-    """Return the last value of each metric of the newest run below `folder`."""
-    newest = max(folder.glob("version_*/metrics.csv"), key=lambda file: file.stat().st_mtime)
-    return {name: values[-1] for name, (_, values) in read_curves(newest).items()}
+def newest(folder: Path) -> Path:
+    """Return the folder of the newest run below `folder`."""
+    return max(folder.glob("version_*/metrics.csv"), key=lambda file: file.stat().st_mtime).parent
 
 
 def compare(into: Path, runs: Mapping[str, tuple[dict[str, str], Path]]) -> Path:
@@ -59,7 +58,9 @@ def compare(into: Path, runs: Mapping[str, tuple[dict[str, str], Path]]) -> Path
         "By what the runs do on held-out pairs and prompts, not by their loss: losses of different β are in different "
         "units. With few held-out pairs, differences of a few points between runs are chance."
     )
-    found = {label: held_out(folder) for label, (_, folder) in runs.items()}
+    folders = {label: newest(folder) for label, (_, folder) in runs.items()}
+    curves = {label: read_curves(folder / "metrics.csv") for label, folder in folders.items()}
+    found = {label: {name: values[-1] for name, (_, values) in curve.items()} for label, curve in curves.items()}
     there = {title: name for title, name in COLUMNS.items() if any(name in values for values in found.values())}
     names = list(next(iter(runs.values()))[0])
     rows = [
@@ -69,16 +70,10 @@ def compare(into: Path, runs: Mapping[str, tuple[dict[str, str], Path]]) -> Path
     page.section("Results").table(Table([*names, *there], rows, "At the end of each run"))
     section = page.section("Curves", "By optimiser step.")
     for title, name in (("Held-out margin", "held_out/margin"), ("Margin gap, training − held-out", "gap/margin")):
-        lines = {}
-        for label, (_, folder) in runs.items():
-            newest = max(folder.glob("version_*/metrics.csv"), key=lambda file: file.stat().st_mtime)
-            if len(curve := read_curves(newest).get(name, ([], []))[0]) > 1:
-                lines[label] = Line(curve, read_curves(newest)[name][1])
+        lines = {label: Line(*curve[name]) for label, curve in curves.items() if len(curve.get(name, ((),))[0]) > 1}
         if lines:
             section.figure(line_chart(title, lines, "optimiser step", "implicit reward, chosen − rejected"))
-    section.links(
-        {str((folder / "version_0" / "report.html").relative_to(into)): label for label, (_, folder) in runs.items()}
-    )
+    section.links({str((folder / "report.html").relative_to(into)): label for label, folder in folders.items()})
     return page.write(into / "sweep.html")
 
 
