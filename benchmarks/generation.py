@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -35,6 +33,7 @@ from bdpo_pl.forward.generation import (
 )
 from bdpo_pl.models.loading import ModelSource, load_model, load_tokenizer
 from benchmarks.machine import machine
+from benchmarks.written import write_rows
 
 _RESULTS = Path(__file__).parent / "results"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -172,25 +171,12 @@ def main() -> None:
         if alone is None
         else {name: sum(found[i] == alone[i] for i in alone) for name, found in answers.items()},
     }
-    options.out.mkdir(parents=True, exist_ok=True)
     tag = f"-{options.tag}" if options.tag else ""
-    path = options.out / f"{started:%Y-%m-%d}-{options.device}-generation{tag}.json"
-    report = {
-        # Of files the names alone: where they lie says nothing to anyone else.
-        "command": ["python", "-m", "benchmarks.generation", *(_bare(word) for word in sys.argv[1:])],
-        "date": f"{started:%Y-%m-%dT%H:%M:%SZ}",
-        "machine": told | {"threads": torch.get_num_threads()},
-        "rows": [row],
-    }
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    told |= {"threads": torch.get_num_threads()}
+    stem = f"{options.device}-generation{tag}"
+    path = write_rows(options.out, stem, "benchmarks.generation", started, told, [row])
     print(markdown(row))
     print(f"Written to {path}")
-
-
-def _bare(word: str) -> str:
-    """Return an argument without the folder of a file that it names."""
-    name, equals, path = word.rpartition("=")
-    return f"{name}{equals}{Path(path).name if '/' in path else path}"
 
 
 if __name__ == "__main__":

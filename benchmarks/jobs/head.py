@@ -15,7 +15,6 @@ import datetime
 import json
 import random
 import statistics
-import sys
 import tempfile
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -40,6 +39,7 @@ from bdpo_pl.scoring.scores import ScoreTable
 from bdpo_pl.scoring.scoring_pass import score_pairs
 from benchmarks.kernels.measure import extra_peak_bytes, seconds
 from benchmarks.machine import machine
+from benchmarks.written import write_rows
 
 _RESULTS = Path(__file__).parents[1] / "results"
 _MB = 1 << 20
@@ -172,17 +172,9 @@ def main() -> None:
         "extra_bytes": memory(model, table, layout, options),
         "largest_difference": difference,
     }
-    options.out.mkdir(parents=True, exist_ok=True)
     tag = f"-{options.tag}" if options.tag else ""
-    path = options.out / f"{started:%Y-%m-%d}-{options.device}-head{tag}.json"
-    report = {
-        # Of files the names alone: where they lie says nothing to anyone else.
-        "command": ["python", "-m", "benchmarks.jobs.head", *(Path(word).name for word in sys.argv[1:])],
-        "date": f"{started:%Y-%m-%dT%H:%M:%SZ}",
-        "machine": told | {"threads": torch.get_num_threads()},
-        "rows": [row],
-    }
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    told |= {"threads": torch.get_num_threads()}
+    path = write_rows(options.out, f"{options.device}-head{tag}", "benchmarks.jobs.head", started, told, [row])
     print(markdown(row))
     print(f"Written to {path}")
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,6 +29,7 @@ from bdpo_pl.models.loading import ModelSource, load_model
 from bdpo_pl.scoring.scoring_pass import score_pairs
 from benchmarks.jobs.problem import MIXES, MODELS, DPOProblem, build
 from benchmarks.machine import machine
+from benchmarks.written import write_rows
 
 _RESULTS = Path(__file__).parents[1] / "results"
 
@@ -103,15 +102,8 @@ def main() -> None:
         rows.append({"mix": mix, "layout": layout.value, "pairs": len(table), "seconds": seconds})
         ratio = seconds["four scorings, shared"] / seconds["epoch's forward, rows of their own"]
         print(f"{mix:15} {ratio:.2f} × an epoch's forward", {name: round(value, 2) for name, value in seconds.items()})
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"{started:%Y-%m-%d}-{options.device}-scoring.json"
-    report = {
-        "command": ["python", "-m", "benchmarks.jobs.scoring", *sys.argv[1:]],
-        "date": f"{started:%Y-%m-%dT%H:%M:%SZ}",
-        "machine": machine(options.device),
-        "rows": rows,
-    }
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    stem = f"{options.device}-scoring"
+    path = write_rows(options.out, stem, "benchmarks.jobs.scoring", started, machine(options.device), rows)
     print(f"Written to {path}")
 
 
