@@ -70,10 +70,11 @@ def serve():
             os.environ["PYTHONPATH"] = before
 
 
-def _with_environment(rank, environment, function, args):
+def _with_environment(first, environment, function, args):
+    """Call `function` with `first`, a rank or a folder, and `args`."""
     os.environ.clear()
     os.environ |= environment
-    function(rank, *args)
+    function(first, *args)
 
 
 def _run_module(folder, module, arguments):
