@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from jsonargparse import Namespace
 
 from bdpo_pl.data.held_out import HELD_OUT
@@ -34,6 +36,7 @@ def check_combinations(config: Namespace, defaults: Namespace) -> None:
                     f"data.{name} and data.max_tokens_per_batch both say how large a batch is: leave out one of them"
                 )
     _check_unread(config, defaults)
+    _check_processes(config.trainer)
     if config.export_from == "best":
         if not config.export:
             raise InputError("export is false, so export_from best has nothing to export: leave out one of them")
@@ -45,6 +48,18 @@ def check_combinations(config: Namespace, defaults: Namespace) -> None:
         raise InputError("hub_private_repo is about the repository of push_to_hub, which is not set: leave it out")
     if config.export_adapter and config.model.lora is None:
         raise InputError("export_adapter is true, but there is no adapter: set model.lora, or leave export_adapter out")
+
+
+def _check_processes(trainer: Namespace) -> None:
+    """Refuse more processes than this machine can run: on a CPU each device is a process with a model of its own."""
+    on_cpu = trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not torch.cuda.is_available())
+    cores = os.cpu_count() or 1
+    devices = str(trainer.devices)
+    if on_cpu and devices.isdecimal() and int(devices) > max(8, cores):
+        raise InputError(
+            f"trainer.devices {devices} would start {devices} processes, each with a model of its own, on the "
+            f"{cores} cores of this machine; set it to at most {max(8, cores)}, or leave it out for one process"
+        )
 
 
 def _check_unread(config: Namespace, defaults: Namespace) -> None:

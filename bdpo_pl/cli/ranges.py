@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from bdpo_pl.errors import InputError
 
+_WHOLE = re.compile(r"[+-]?[0-9]+")
 _MOST = 2**31 - 1
 """Largest count or size: that of 32-bit integers, on which kernels and libraries rely."""
 
@@ -69,7 +71,7 @@ _ENDPOINT = {
 RANGES: dict[str, Range] = {
     "seed_everything": SEED,
     # The Trainer.
-    "trainer.devices": MINUS_ONE, "trainer.num_nodes": COUNT, "trainer.fast_dev_run": SOME,
+    "trainer.devices": Range(-1, 1024), "trainer.num_nodes": COUNT, "trainer.fast_dev_run": SOME,
     "trainer.max_epochs": MINUS_ONE, "trainer.min_epochs": SOME, "trainer.max_steps": MINUS_ONE,
     "trainer.min_steps": SOME, "trainer.limit_train_batches": SHARE, "trainer.limit_val_batches": SHARE,
     "trainer.limit_test_batches": SHARE, "trainer.limit_predict_batches": SHARE, "trainer.overfit_batches": SHARE,
@@ -144,8 +146,15 @@ def check_ranges(options: object) -> None:
 
 
 def numbers(options: object, prefix: str = "") -> Iterator[tuple[str, int | float]]:
-    """Yield every number among `options` with its option's name; items of a list have the list's name."""
-    if isinstance(options, bool) or options is None or isinstance(options, str):
+    """Yield every number among `options` with its option's name; items of a list have the list's name.
+
+    An option that takes a name or a number (`trainer.devices`) comes as a text: one of digits is a number too.
+    """
+    if isinstance(options, bool) or options is None:
+        return
+    if isinstance(options, str):
+        if prefix in RANGES and _WHOLE.fullmatch(options):
+            yield prefix, int(options) if len(options) < 20 else float(options)
         return
     if isinstance(options, int | float):
         yield prefix, options
