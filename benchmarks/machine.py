@@ -20,6 +20,7 @@ def machine(device: str) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else _cpu(),
         "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "system": platform.platform(),
         "versions": {name: version for name in _PACKAGES if (version := _version(name))},

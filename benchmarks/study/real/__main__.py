@@ -1,7 +1,9 @@
 """Run the study with a real model: `python -m benchmarks.study.real --model FOLDER --data FOLDER [--cell KEY]`.
 
-It can be stopped and resumed: finished cells, a line of JSON each, are not run again. `--cell` runs a finished cell
-again and reports whether the result is the same. No text of the data is printed or kept.
+It can be stopped and resumed: finished cells, a line of JSON each, are not run again. Several processes with the same
+`--folder` and `--out` share the cells: two with OMP_NUM_THREADS=1 do more than one with two threads. `--cell` runs a
+finished cell again and reports whether the result is the same; the number of threads must be the same too. No text of
+the data is printed or kept.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ import datetime
 import sys
 from collections import Counter
 from pathlib import Path
+
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from benchmarks.machine import machine
 from benchmarks.study.real.cell import Place, run_cell
@@ -49,19 +53,34 @@ def main(arguments: list[str] | None = None) -> None:
     run = 0
     # The final cells are known only when the tuning is finished.
     while open_cells := _open(out):
-        if run == options.most:
-            print(f"{len(open_cells)} cells are left; the same command goes on")
+        taken = None if run == options.most else _take(open_cells, place.folder)
+        if taken is None:
+            print(f"{len(open_cells)} cells are left, of which other processes may run some; the same command goes on")
             return
-        record = run_cell(open_cells[0], place)
-        append(out, record)
+        cell, held = taken
+        with held:
+            # Another process may have finished it since the records were read.
+            if cell.key in read_records(out):
+                continue
+            record = run_cell(cell, place)
+            append(out, record)
         run += 1
-        cell = open_cells[0]
         print(f"{cell.key} {cell.section}, {cell.method}, seed {cell.seed}: {record['seconds']:.0f} s", flush=True)
 
 
 def _open(out: Path) -> list[Cell]:
     done = read_records(out)
     return [cell for cell in all_cells(done) if cell.key not in done]
+
+
+def _take(cells: list[Cell], folder: Path) -> tuple[Cell, AcquireReturnProxy] | None:
+    """Return the first cell that no other process runs, with its lock, which a process that ends gives back."""
+    for cell in cells:
+        try:
+            return cell, FileLock(folder / f"{cell.key}.lock").acquire(blocking=False)
+        except Timeout:
+            continue
+    return None
 
 
 def plan(out: Path) -> str:

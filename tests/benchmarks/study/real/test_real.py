@@ -5,6 +5,7 @@ import json
 
 import children
 import pytest
+from filelock import FileLock
 from makers import build_model, build_tokenizer
 
 from benchmarks.study.real import __main__ as command
@@ -102,3 +103,29 @@ def test_a_cell_is_measured_and_the_same_again(place, monkeypatch, tmp_path, cap
 def test_what_is_left_is_told(tmp_path):
     append(tmp_path / "out.jsonl", {"key": plan.reference().key})
     assert command.plan(tmp_path / "out.jsonl").splitlines() == ["reference: 1 of 1 cells", "tuning: 0 of 24 cells"]
+
+
+def test_processes_share_the_cells(place, tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def run_cell(cell, place):
+        ran.append(cell)
+        return {"key": cell.key, "pairs": {"held_out/logp_accuracy": 0.5, "held_out/drift_chosen": 0.0}, "seconds": 1.0}
+
+    monkeypatch.setattr(command, "run_cell", run_cell)
+    out = tmp_path / "out.jsonl"
+    options = {"--model": place.model, "--data": place.data, "--folder": place.folder, "--out": out}
+    arguments = [str(part) for option in options.items() for part in option]
+    trials = plan.tuning()
+    with FileLock(place.folder / f"{trials[0].key}.lock"):
+        command.main([*arguments, "--most", "2"])
+        assert ran == [plan.reference(), trials[1]]
+        assert "23 cells are left" in capsys.readouterr().out
+        command.main(arguments)
+        assert ran[2:24] == trials[2:]
+        # The choice of DPO waits for the cell that another process runs; all other methods are tested already.
+        assert {cell.method for cell in ran[24:]} == plan.METHODS.keys() - {"DPO"}
+        assert "1 cells are left, of which other processes may run some" in capsys.readouterr().out
+    command.main(arguments)
+    assert ran[-6] == trials[0]
+    assert len({cell.key for cell in ran}) == len(ran) == 1 + 24 + 30
