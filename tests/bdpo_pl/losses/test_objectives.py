@@ -8,7 +8,8 @@ import pytest
 import torch
 from makers import preference_rows, write_jsonl
 from pairs import Pairs, pairs_of
-from training import fit, weights
+from training import fit, sgd, weights
+from transformers import AutoModelForCausalLM
 
 from bdpo_pl.errors import InputError
 from bdpo_pl.losses import (
@@ -287,14 +288,20 @@ def test_values_and_gradients_are_trls(loss, theirs):
         lambda: BalancedDPOLoss(sft_weight=0.2),
     ],
 )
-def test_fused_and_shared_train_as_logits_and_rows_of_their_own(job, tmp_path, make):
+def test_fused_and_shared_train_as_logits_and_rows_of_their_own(job, model_dir, tmp_path, make):
     rows = [{**row, "chosen_safe": True, "rejected_safe": i % 3 > 0} for i, row in enumerate(preference_rows(40))]
     write_jsonl(tmp_path / "pairs.jsonl", rows)
     trainer = {"max_steps": 2, "num_sanity_val_steps": 0, "limit_val_batches": 0}
-    fused = fit(job("fused", trainer=dict(trainer), loss=make(), lm_head="fused", prefix_sharing="always"))
-    plain = fit(job("plain", trainer=dict(trainer), loss=make(), lm_head="logits", prefix_sharing="never"))
-    for name, value in weights(fused).items():
-        torch.testing.assert_close(value, weights(plain)[name], rtol=1e-4, atol=1e-5, msg=name)
+
+    def trained(name, **layout):
+        return weights(fit(job(name, trainer=dict(trainer), loss=make(), optimizer=sgd, **layout)))
+
+    fused = trained("fused", lm_head="fused", prefix_sharing="always")
+    plain = trained("plain", lm_head="logits", prefix_sharing="never")
+    before = dict(AutoModelForCausalLM.from_pretrained(model_dir).named_parameters())
+    assert max((value - before[name]).abs().max() for name, value in plain.items()) > 1e-3
+    for name, value in fused.items():
+        torch.testing.assert_close(value, plain[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_a_loss_that_mixes_pairs_runs_on_logits_or_says_why_not(job, caplog):
