@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import torch
+
 from bdpo_pl.cli.misfits import check_nulls, refuse_misfit
 from bdpo_pl.cli.ranges import check_ranges
 from bdpo_pl.console import get_console, paths_table
@@ -37,7 +39,7 @@ from bdpo_pl.evaluation.suites.suite import Suite
 from bdpo_pl.evaluation.terminal import agreement_table, results_table, suites_table, weakness_table
 from bdpo_pl.evaluation.verdict_log import RecordFile
 from bdpo_pl.files import RunFolder, writable_folder, write_whole
-from bdpo_pl.models.precision import choose_device, choose_dtype
+from bdpo_pl.models.precision import choose_devices, choose_dtype
 from bdpo_pl.reporting.format import general, whole
 from bdpo_pl.reporting.progress import progress
 from bdpo_pl.reporting.terminal import findings_table
@@ -95,12 +97,13 @@ def run(args: list[str], description: str | None) -> None:
     folder = writable_folder(options.folder, "folder")
     bare = [load_suite(spec, options.max_prompts) for spec in options.suites or OWN_SUITES]
     _check_served(subjects, options)
+    devices = choose_devices(options.device, options.devices)
     framed, attacks = choose_attacks(options.attacks, bare)
     _check_budget(options.budget, attacks)
     suites = fit_suites([*bare, *framed], subjects, options.generation)
     gates.check_names(limits, [suite.name for suite in suites], [one.label for one in subjects])
     with RunFolder(folder, "folder"):
-        evaluation, runner = _evaluate(options, subjects, suites, attacks, folder, notes)
+        evaluation, runner = _evaluate(options, subjects, suites, attacks, folder, notes, devices)
         paths = _write(evaluation, runner, folder, options, refine)
         outcomes = gates.judge_limits(limits, evaluation)
         seconds = time.perf_counter() - start
@@ -122,6 +125,11 @@ def run(args: list[str], description: str | None) -> None:
 def _check_served(subjects: list[Subject | ServedSubject], options: EvaluateOptions) -> None:
     """Raise `InputError` for options that need the weights of a model behind a server."""
     served = [one.label for one in subjects if isinstance(one, ServedSubject)]
+    if options.devices != 1 and len(served) == len(subjects):
+        raise InputError(
+            f"devices is {options.devices}, and no model is loaded here; leave it out, and write several servers of "
+            "one model as label=http://a/v1,http://b/v1#NAME"
+        )
     asked = [
         name
         for name, wanted in (
@@ -214,8 +222,8 @@ def _evaluate(
     attacks: Attacks,
     folder: Path,
     notes: list[str],
+    devices: list[torch.device],
 ) -> tuple[Evaluation, Runner]:
-    device = choose_device(options.device)
     judge = options.judge
     agreement, left_out = _agreement(options)
     keep_texts = options.show_texts or options.refine is not None or options.export_answers is not None
@@ -242,8 +250,8 @@ def _evaluate(
         runner = Runner(
             suites,
             asker,
-            choose_dtype(options.dtype, device),
-            device,
+            choose_dtype(options.dtype, devices[0]),
+            devices[0],
             options.pairs,
             options.ability,
             attacks.chosen,
@@ -252,6 +260,7 @@ def _evaluate(
             keep_texts,
             begin,
             options.budget,
+            devices[1:],
         )
         models = corrected([runner.evaluate(one) for one in subjects])
     return (
@@ -279,7 +288,7 @@ def _facts(
         "responses": f"greedy, up to {generation.max_new_tokens} tokens, "
         + ("in the chat template" if generation.use_template else "without chat template"),
         "weights": str(runner.dtype).removeprefix("torch."),
-        "device": str(runner.device),
+        "device": ", ".join(map(str, (runner.device, *runner.further))),
     }
 
 

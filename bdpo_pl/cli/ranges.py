@@ -103,7 +103,7 @@ RANGES: dict[str, Range] = {
     "safety.every_n_steps": COUNT,
     "diagnose.strong_ratio": Range(1, open_low=True), "diagnose.extremes": SOME,
     # `evaluate`.
-    "max_prompts": COUNT, "generation.max_new_tokens": COUNT, "generation.batch_size": COUNT,
+    "max_prompts": COUNT, "devices": Range(1, 1024), "generation.max_new_tokens": COUNT, "generation.batch_size": COUNT,
     "generation.max_thought_tokens": SOME,
     "server.timeout": POSITIVE, "server.retries": SOME, "server.parallel": Range(1, 1024),
     "judge.batch_size": COUNT, "judge.max_new_tokens": COUNT, "judge.max_length": COUNT, "judge.attempts": COUNT,

@@ -121,6 +121,7 @@ _EVALUATE = {
     "Machine": (
         Option("dtype", "", "auto", "dtype of the weights: float32, bfloat16 or float16"),
         Option("device", "", "auto", "device: cpu, cuda or cuda:N"),
+        Option("devices", "", "1", "number of devices that answer, each with the whole model; auto: all GPUs"),
         Option("config", "", "", "YAML file with any of these options, and models"),
     ),
 }

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from bdpo_pl.data.chat_template import chat_encoder, opens_thought
 from bdpo_pl.data.tokenizer_like import TokenizerLike
-from bdpo_pl.errors import InputError, is_out_of_memory, require_at_least
+from bdpo_pl.errors import InputError, MachineError, is_out_of_memory, require_at_least
 from bdpo_pl.evaluation.chat.completions import Completion
 from bdpo_pl.evaluation.chat.endpoint import Endpoint, EndpointError, EndpointOptions
 from bdpo_pl.evaluation.suites.suite import EvaluationPrompt
@@ -78,8 +78,8 @@ class Question:
 OnAnswer = Callable[[int, Answer], None]
 
 
-def _ignore(number: int, answer: Answer) -> None:
-    pass
+def ignore_answer(number: int, answer: Answer) -> None:
+    """Do nothing with an answer."""
 
 
 class Answerer(ABC):
@@ -102,8 +102,11 @@ class Answerer(ABC):
     def prepare(self) -> None:  # noqa: B027 - most have nothing to load
         """Load what the first answer needs, if it is not loaded."""
 
+    def close(self) -> None:  # noqa: B027 - most hold nothing
+        """Release what is held for answers; another answer would load it again."""
+
     @abstractmethod
-    def answer(self, questions: Sequence[Question], on_answer: OnAnswer = _ignore) -> list[Answer]:
+    def answer(self, questions: Sequence[Question], on_answer: OnAnswer = ignore_answer) -> list[Answer]:
         """Answer `questions`, and return the answers in order.
 
         Args:
@@ -159,7 +162,7 @@ class LocalAnswerer(Answerer):
         """Load the model."""
         self._load()
 
-    def answer(self, questions: Sequence[Question], on_answer: OnAnswer = _ignore) -> list[Answer]:
+    def answer(self, questions: Sequence[Question], on_answer: OnAnswer = ignore_answer) -> list[Answer]:
         """Generate answers greedily.
 
         Raises:
@@ -186,10 +189,10 @@ class LocalAnswerer(Answerer):
                 max_new_tokens=self._options.room,
                 batch_size=self.batch,
                 on_response=take,
-                on_note=self._note,
+                on_note=self.note,
             )
         except RuntimeError as error:
-            if not is_out_of_memory(error):
+            if isinstance(error, MachineError) or not is_out_of_memory(error):
                 raise
             raise InputError(
                 f"generating {min(self.batch, len(questions))} responses at a time ran out of memory; lower "
@@ -197,7 +200,8 @@ class LocalAnswerer(Answerer):
             ) from error
         return [answers[number] for number in range(len(questions))]
 
-    def _note(self, note: str) -> None:
+    def note(self, note: str) -> None:
+        """Log a notice on how the answers are generated, and keep it for reports, once."""
         if note not in self.notes:
             self.notes.append(note)
             rank_zero_info(note)
@@ -219,7 +223,7 @@ class ServedAnswerer(Answerer):
         self.facts = {"model": f"{options.model} at {self._endpoint.url}", "temperature": str(options.temperature)}
         # Several prompts for every worker, so that few wait for the slowest one, and few answers are lost if the server
         # fails.
-        self.batch = 4 * options.parallel
+        self.batch = 4 * options.parallel * len(self._endpoint.urls)
 
     def questions(self, prompts: Sequence[EvaluationPrompt]) -> list[Question]:
         """Make each prompt the only turn of a conversation.
@@ -234,7 +238,7 @@ class ServedAnswerer(Answerer):
             )
         return [Question([{"role": "user", "content": prompt.text}], len(prompt.text)) for prompt in prompts]
 
-    def answer(self, questions: Sequence[Question], on_answer: OnAnswer = _ignore) -> list[Answer]:
+    def answer(self, questions: Sequence[Question], on_answer: OnAnswer = ignore_answer) -> list[Answer]:
         """Request the answers from the server, several at a time.
 
         Raises:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from bdpo_pl.errors import InputError
+from bdpo_pl.errors import InputError, MachineError
 from bdpo_pl.evaluation.answerers import Answerer, GenerationOptions, Question
 from bdpo_pl.evaluation.judges.judge import Exchange, Judge, Verdict
 from bdpo_pl.evaluation.oddities import oddities
@@ -54,6 +54,7 @@ class Asker:
 
         Raises:
             InputError: the judge or the model fails. Verdicts before the failure are recorded.
+            MachineError: a process of the model fails. The same holds.
         """
         questions, keys = self._keyed(suite, answerer)
         left = [i for i, key in enumerate(keys) if not self._is_done(key)]
@@ -124,9 +125,10 @@ class Asker:
             answerer.answer([questions[i] for i in positions], take)
         except _JudgeError:
             raise
-        except InputError as error:
+        except (InputError, MachineError) as error:
             judge()
-            raise InputError(
+            raised = MachineError if isinstance(error, MachineError) else InputError
+            raise raised(
                 f"{error}. The verdicts so far are in {self.records.path}: the same command continues from there"
             ) from error
         judge()

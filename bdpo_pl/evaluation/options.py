@@ -6,6 +6,7 @@ import sys
 from argparse import SUPPRESS
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -60,6 +61,8 @@ class EvaluateOptions:
         summary: output file for a Markdown summary.
         dtype: dtype of the models' weights: auto, float32, bfloat16 or float16.
         device: auto, cpu, cuda or cuda:N.
+        devices: number of devices that answer suites, each with the whole model in a process of its own, or auto: all
+            GPUs. Attacks' searches, pairs, ability and a judge that is loaded here stay on the first device.
         attn_implementation: attention implementation, as in transformers.
         trust_remote_code: run Python code that comes with a model. It runs with your permissions, so read it first.
     """
@@ -87,6 +90,7 @@ class EvaluateOptions:
     summary: str | None = None
     dtype: str = "auto"
     device: str = "auto"
+    devices: int | Literal["auto"] = 1
     attn_implementation: str | None = None
     trust_remote_code: bool = False
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ class Runner:
         keep_texts: true if all answers, and failures with their texts, must be collected.
         say: function called with a description of each stage.
         budget: limits of each attack on each model.
+        further: devices that answer suites too, each with the whole model.
     """
 
     suites: Sequence[Suite]
@@ -62,6 +64,7 @@ class Runner:
     keep_texts: bool = False
     say: Callable[[str], None] = lambda text: None
     budget: BudgetOptions = field(default_factory=BudgetOptions)
+    further: Sequence[torch.device] = ()
 
     def __post_init__(self) -> None:
         self.failures: list[Failure] = []
@@ -77,6 +80,7 @@ class Runner:
 
         Raises:
             InputError: the model, the judge or a task fails. Verdicts before the failure are recorded.
+            MachineError: a process that answers on a further device fails. The same holds.
         """
         loaded: list[tuple[Any, Any]] = []
 
@@ -88,29 +92,30 @@ class Runner:
             return loaded[0]
 
         self._note_form(subject)
-        answerer = subject.answerer(self.dtype, load, self.asker.options)
+        answerer = subject.answerer(self.dtype, load, self.asker.options, self.further)
         results: list[SuiteResult] = []
         changes, p_values = {}, {}
         costs, curves = {}, dict[str, SuccessCurve]()
-        for suite in self.suites:
-            self._begin(f"{subject.label}: {suite.name}")
-            judged = self.asker.ask(suite, answerer)
-            results.append(self._measured(subject, suite, judged, answerer))
-            if suite.name in self._first:
-                changes[suite.name] = compare(suite, self._first[suite.name], judged)
-                p_values[suite.name] = compare_p(suite, self._first[suite.name], judged)
-            else:
-                self._first[suite.name] = judged
-        for attack in self.attacks:
-            assert self.attacked is not None
-            self._begin(f"{subject.label}: {attack.name} on {self.attacked.name}")
-            target = self._target(subject, answerer, load)
-            made = attack.run(self.attacked.prompts, target, lambda: self.asker.on_progress(1))
-            costs[attack.name] = made.cost
-            if made.curve is not None:
-                curves[attack.name] = made.curve
-            suite = attacked_suite(self.attacked, attack, made)
-            results.append(self._measured(subject, suite, self.asker.ask(suite, answerer), answerer))
+        with closing(answerer):
+            for suite in self.suites:
+                self._begin(f"{subject.label}: {suite.name}")
+                judged = self.asker.ask(suite, answerer)
+                results.append(self._measured(subject, suite, judged, answerer))
+                if suite.name in self._first:
+                    changes[suite.name] = compare(suite, self._first[suite.name], judged)
+                    p_values[suite.name] = compare_p(suite, self._first[suite.name], judged)
+                else:
+                    self._first[suite.name] = judged
+            for attack in self.attacks:
+                assert self.attacked is not None
+                self._begin(f"{subject.label}: {attack.name} on {self.attacked.name}")
+                target = self._target(subject, answerer, load)
+                made = attack.run(self.attacked.prompts, target, lambda: self.asker.on_progress(1))
+                costs[attack.name] = made.cost
+                if made.curve is not None:
+                    curves[attack.name] = made.curve
+                suite = attacked_suite(self.attacked, attack, made)
+                results.append(self._measured(subject, suite, self.asker.ask(suite, answerer), answerer))
         found_overfitting = self._overfitting(subject, load)
         abilities: list[Ability] = []
         if self.ability.embedded or self.ability.lm_eval:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,6 +18,7 @@ from bdpo_pl.embedded import EMBEDDED
 from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.answerers import Answerer, GenerationOptions, LocalAnswerer, ServedAnswerer
 from bdpo_pl.evaluation.chat.endpoint import EndpointOptions
+from bdpo_pl.evaluation.spread import SpreadAnswerer
 from bdpo_pl.models.causal_lm import CausalLM
 from bdpo_pl.models.checkpoint import checkpoint_model, read_checkpoint
 from bdpo_pl.models.loading import (
@@ -79,7 +80,11 @@ class Subject:
         return num_positions(load_config(self.source))
 
     def answerer(
-        self, dtype: torch.dtype, load: Callable[[], tuple[CausalLM, TokenizerLike]], options: GenerationOptions
+        self,
+        dtype: torch.dtype,
+        load: Callable[[], tuple[CausalLM, TokenizerLike]],
+        options: GenerationOptions,
+        further: Sequence[torch.device] = (),
     ) -> Answerer:
         """Return the model as an `Answerer`.
 
@@ -87,9 +92,15 @@ class Subject:
             dtype: dtype of the weights.
             load: function that returns (model, tokenizer); it is called when the first answer is generated.
             options: options of the generation.
+            further: devices that answer too, besides that of `load`.
         """
         facts = {"model": self.fingerprint(), "dtype": str(dtype)}
-        return LocalAnswerer(facts, self.tokenizer, load, options)
+        own = LocalAnswerer(facts, self.tokenizer, load, options)
+        if not further:
+            return own
+        # A copy without what this one has cached, because it is sent to processes.
+        bare = replace(self)
+        return SpreadAnswerer(own, options, [(str(device), partial(bare.load, dtype, device)) for device in further])
 
     @staticmethod
     def never() -> NoReturn:
@@ -120,7 +131,7 @@ class ServerOptions:
         api_key_env: environment variable that contains the key.
         timeout: seconds to wait for data in each attempt.
         retries: number of further attempts after a temporary failure.
-        parallel: number of simultaneous requests.
+        parallel: number of simultaneous requests to each server.
     """
 
     model: str = ""
@@ -136,7 +147,7 @@ class ServedSubject:
 
     Attributes:
         label: name in the report.
-        url: address of the server's API.
+        url: address of the server's API, or of several servers of the same model, separated by commas.
         model: the server's name for it.
         server: options of the requests.
         window: None, because servers do not report it.
@@ -154,9 +165,13 @@ class ServedSubject:
         return f"{self.model} at {self.url}"
 
     def answerer(
-        self, dtype: torch.dtype, load: Callable[[], tuple[CausalLM, TokenizerLike]], options: GenerationOptions
+        self,
+        dtype: torch.dtype,
+        load: Callable[[], tuple[CausalLM, TokenizerLike]],
+        options: GenerationOptions,
+        further: Sequence[torch.device] = (),
     ) -> Answerer:
-        """Return the model as an `Answerer`; `dtype` and `load` are not used, because the server holds the weights.
+        """Return the model as an `Answerer`; only `options` are used, because the server holds the weights.
 
         Raises:
             InputError: an option is not available behind a server, or there is no key.
@@ -197,11 +212,11 @@ def subject(
     attn_implementation: str | None = None,
     server: ServerOptions | None = None,
 ) -> Subject | ServedSubject:
-    """Parse a model's name: `[label=]name[@revision]`, or `[label=]http://…/v1#NAME`.
+    """Parse a model's name: `[label=]name[@revision]`, or `[label=]http://…/v1[,http://…]#NAME`.
 
     Args:
         text: label and name. The name is a folder, a hub name, a `.ckpt` file of a run, `embedded`, or the address of a
-            server. A revision is a git revision on the hub.
+            server, or of several servers of the same model. A revision is a git revision on the hub.
         trust_remote_code: run Python code that comes with the model.
         attn_implementation: attention implementation, as in transformers.
         server: options of the requests to a server.
@@ -241,6 +256,8 @@ def _served(label: str | None, url: str, model: str | None, server: ServerOption
         raise InputError(
             f"models: {url} does not name one of the server's models; write {url}#NAME, or set server.model"
         )
+    if ",http" in model:
+        raise InputError(f"models: {url}#{model} names the model twice; write http://a/v1,http://b/v1#NAME")
     return ServedSubject(label or model.rpartition("/")[2], url, model, server)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from bdpo_pl.errors import InputError, first_line
@@ -53,3 +55,32 @@ def choose_device(name: str, option: str = "device") -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"{option} {name!r} is not available here ({first_line(error)}); try cpu") from None
     return device
+
+
+def choose_devices(name: str, count: int | str) -> list[torch.device]:
+    """Return the devices that each hold the whole model; the first is that of `choose_device`.
+
+    Args:
+        name: name of a device, as in `choose_device`.
+        count: number of devices, or `auto`: all GPUs, or one of any other kind. A CPU counts as often as wanted.
+
+    Raises:
+        InputError: the machine has fewer devices, or `name` is that of a single one.
+    """
+    first = choose_device(name)
+    if count == 1 or (count == "auto" and first.type != "cuda"):
+        return [first]
+    if first.type == "cpu":
+        most = max(8, os.cpu_count() or 1)
+        if int(count) > most:
+            raise InputError(
+                f"devices is {count}, and on a CPU each is a process with the whole model; set it to at most {most}"
+            )
+        return [first] * int(count)
+    if first.index is not None:
+        raise InputError(f"device {name} is a single one, and devices is {count}; leave one of the two out")
+    there = torch.cuda.device_count() if first.type == "cuda" else 1
+    wanted = there if count == "auto" else int(count)
+    if wanted > there:
+        raise InputError(f"devices is {count}, and the {first.type} devices of this machine are {there}; lower it")
+    return [torch.device(first.type, index) for index in range(wanted)]

@@ -32,6 +32,7 @@ class EndpointOptions:
 
     Args:
         url: address of the API, such as `http://localhost:8000/v1`; `/chat/completions` is appended if it is missing.
+            Several servers of the same model are separated by commas; each gets the key, and the first names the model.
         model: the endpoint's name for the model.
         api_key_env: environment variable that contains the key. No key is sent if the default variable is unset, or if
             this option is empty. The key itself is never an option, because options are written into files.
@@ -41,7 +42,7 @@ class EndpointOptions:
         deadline: seconds to wait for a whole answer, in each attempt.
         max_bytes: maximum number of bytes of a whole answer; a longer one is an error, and reading stops.
         retries: number of further attempts after a temporary failure: no connection, status 408, 429 or 5xx.
-        parallel: number of simultaneous requests.
+        parallel: number of simultaneous requests to each server.
 
     Raises:
         InputError: a value is out of range, or the URL is invalid.
@@ -59,7 +60,8 @@ class EndpointOptions:
     parallel: int = 8
 
     def __post_init__(self) -> None:
-        _check_url(self.url)
+        for url in self.url.split(","):
+            _check_url(url)
         if not self.model:
             raise InputError("endpoint.model is empty; give the name by which the endpoint knows the model")
         if self.max_tokens is not None and self.max_tokens < 1:
@@ -99,7 +101,8 @@ class Endpoint:
 
     Attributes:
         name: name of the model.
-        url: full address of the requests.
+        url: full address of the requests to the first server, which identifies the model.
+        urls: full addresses of all servers.
 
     Raises:
         InputError: the key is missing or malformed.
@@ -108,8 +111,9 @@ class Endpoint:
     def __init__(self, options: EndpointOptions, sleep: Callable[[float], object] | None = None) -> None:
         self.options = options
         self.name = options.model
-        base = options.url.rstrip("/")
-        self.url = base if base.endswith(_PATH) else base + _PATH
+        bases = [url.rstrip("/") for url in options.url.split(",")]
+        self.urls = [base if base.endswith(_PATH) else base + _PATH for base in bases]
+        self.url = self.urls[0]
         self._sleep = sleep
         self._key = Key(_read_key(options.api_key_env), options.api_key_env)
         self._limits = Limits(options.timeout, options.deadline, options.max_bytes)
@@ -126,7 +130,7 @@ class Endpoint:
         return [reply.text for reply in replies]
 
     def completions(self, conversations: Sequence[Sequence[Message]]) -> list[Completion]:
-        """Return the next turn of each conversation, in order, with `parallel` simultaneous requests.
+        """Return the next turn of each conversation, in order, with `parallel` simultaneous requests to each server.
 
         Raises:
             EndpointError: an answer could not be obtained, after retries; requests under way are completed and kept.
@@ -146,21 +150,26 @@ class Endpoint:
         replies: list[Completion | None],
         failures: dict[int, InputError],
     ) -> None:
-        stop, places = asyncio.Event(), asyncio.Semaphore(self.options.parallel)
+        stop, places = asyncio.Event(), asyncio.Queue[str]()
+        for url in self.urls * self.options.parallel:
+            places.put_nowait(url)
 
         async def fetch(client: httpx.AsyncClient, i: int) -> None:
-            async with places:
-                try:
-                    replies[i] = await self._fetch(client, conversations[i], stop)
-                except InputError as error:
-                    failures[i] = error
-                    stop.set()
+            # A server that is done sooner gets more.
+            url = await places.get()
+            try:
+                replies[i] = await self._fetch(client, url, conversations[i], stop)
+            except InputError as error:
+                failures[i] = error
+                stop.set()
+            finally:
+                places.put_nowait(url)
 
-        async with new_client(self._limits, self.options.parallel) as client:
+        async with new_client(self._limits, places.qsize()) as client:
             await asyncio.gather(*(fetch(client, i) for i in range(len(conversations))))
 
     async def _fetch(
-        self, client: httpx.AsyncClient, conversation: Sequence[Message], stop: asyncio.Event
+        self, client: httpx.AsyncClient, url: str, conversation: Sequence[Message], stop: asyncio.Event
     ) -> Completion | None:
         """Return the answer to one conversation; None if another request has failed permanently meanwhile."""
         body: dict[str, Any] = {"model": self.name, "messages": [dict(message) for message in conversation]}
@@ -171,12 +180,12 @@ class Endpoint:
         tries = 0
         while not stop.is_set():
             try:
-                return await complete(client, self.url, body, self._key, self._limits)
+                return await complete(client, url, body, self._key, self._limits)
             except PassingError as failure:
                 tries += 1
                 if tries > self.options.retries:
                     times = "once" if tries == 1 else f"{tries} times"
-                    raise InputError(f"{self.url}: {failure}; tried {times}; {failure.remedy}") from None
+                    raise InputError(f"{url}: {failure}; tried {times}; {failure.remedy}") from None
                 await self._wait(max(min(2.0 ** (tries - 1), _LONGEST_BACKOFF), failure.retry_after), stop)
         return None
 

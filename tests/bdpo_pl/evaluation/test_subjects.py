@@ -10,11 +10,13 @@ from makers import build_model, build_tokenizer, preference_rows, write_jsonl
 
 from bdpo_pl import embedded, fit
 from bdpo_pl.errors import InputError
+from bdpo_pl.evaluation.answerers import GenerationOptions
 from bdpo_pl.evaluation.runner import check_labels
 from bdpo_pl.evaluation.subjects import newest_run, subject
 from bdpo_pl.forward.generation import generate_responses, stop_ids
+from bdpo_pl.models import precision
 from bdpo_pl.models.loading import ModelSource, model_fingerprint
-from bdpo_pl.models.precision import choose_device, choose_dtype
+from bdpo_pl.models.precision import choose_device, choose_devices, choose_dtype
 
 CPU = torch.device("cpu")
 
@@ -175,3 +177,34 @@ def test_device_and_dtype():
         choose_dtype("int8", CPU)
     with pytest.raises(InputError, match="device 'nosuch' is not available here"):
         choose_device("nosuch")
+
+
+def test_devices_by_number(monkeypatch):
+    assert choose_devices("cpu", 1) == choose_devices("cpu", "auto") == [CPU]
+    assert choose_devices("cpu", 3) == [CPU] * 3
+    monkeypatch.setattr(precision, "choose_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_devices("cuda", 1) == [torch.device("cuda")]
+    assert choose_devices("cuda", "auto") == choose_devices("cuda", 2) == [torch.device("cuda", i) for i in range(2)]
+    assert choose_devices("cuda:1", 1) == [torch.device("cuda:1")]
+    for name, count, said in (
+        ("cpu", 1024, "devices is 1024, and on a CPU each is a process with the whole model; set it to at most"),
+        ("cuda", 3, "devices is 3, and the cuda devices of this machine are 2; lower it"),
+        ("cuda:1", "auto", "device cuda:1 is a single one, and devices is auto; leave one of the two out"),
+        ("mps", 2, "devices is 2, and the mps devices of this machine are 1"),
+    ):
+        with pytest.raises(InputError, match=said):
+            choose_devices(name, count)
+
+
+def test_servers_of_one_model():
+    both = subject("m=http://a:1/v1,http://b:2/v1#name")
+    assert (both.label, both.url, both.model) == ("m", "http://a:1/v1,http://b:2/v1", "name")
+    one = subject("m=http://a:1/v1#name")
+    options = GenerationOptions()
+    found = both.answerer(torch.float32, both.never, options), one.answerer(torch.float32, one.never, options)
+    # A server more or less asks nothing anew.
+    assert found[0].facts == found[1].facts
+    assert found[0].batch == 2 * found[1].batch
+    with pytest.raises(InputError, match="names the model twice; write http://a/v1,http://b/v1#NAME"):
+        subject("m=http://a:1/v1#name,http://b:2/v1#name")

@@ -453,3 +453,32 @@ def test_served_model_says_which_answers_it_cut_and_what_it_thought(serve):
     ]
     found = [oddities("why ?", a.text, a.finished, a.unfinished_thought) for a in answers]
     assert found == [(), ("cut off",), ("unfinished thought",), (), ("blank",)]
+
+
+def test_several_servers_share_the_questions(serve):
+    """The first request to each waits for one to the other."""
+    both = threading.Barrier(2, timeout=60)
+
+    def slow(name):
+        def script(n, body):
+            if n == 1:
+                both.wait()
+            return answer(f"{name}: " + body["messages"][-1]["content"])
+
+        return script
+
+    servers = [serve(slow("a")), serve(slow("b"))]
+    url = ",".join(server.options["url"] for server in servers)
+    texts = [f"question {i}" for i in range(6)]
+    replies = endpoint(servers[0], url=url, parallel=1).reply(chat(*texts))
+    assert [reply.partition(": ")[2] for reply in replies] == texts
+    assert {reply[0] for reply in replies} == {"a", "b"}
+
+
+def test_error_names_the_server_that_failed(serve):
+    sound, broken = serve(lambda n, body: answer("yes")), serve(lambda n, body: (200, b"no JSON"))
+    url = f"{sound.options['url']},{broken.options['url']}"
+    with pytest.raises(EndpointError, match=f"{broken.options['url']}/chat/completions: the answer is not JSON"):
+        endpoint(sound, url=url, parallel=1).reply(chat(*"abcd"))
+    with pytest.raises(InputError, match="must be an address"):
+        endpoint(sound, url=sound.options["url"] + ",")
