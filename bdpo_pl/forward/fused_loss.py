@@ -11,13 +11,13 @@ Shapes: B pairs; S = 2B sequences; N scored tokens; D hidden size; V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from bdpo_kernels import linear_preference_loss
+from bdpo_kernels import linear_preference_loss, linear_sequence_logprob
 from bdpo_pl.data.packing import Document, SequenceBatch
 from bdpo_pl.errors import InputError
 from bdpo_pl.forward.equivalence import (
@@ -35,19 +35,29 @@ from bdpo_pl.models.architectures import logit_transform
 from bdpo_pl.models.causal_lm import CausalLM
 from bdpo_pl.parallel.tensor_parallel import VocabParallelHead, head_weight
 
+# Label of tokens that the kernels leave out.
+_IGNORED = -100
+
 LMHead = Literal["auto", "fused", "logits"]
 
 LossOfPairs = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(chosen (b,), rejected (b,), pair index (b,)) → weighted loss of each pair (b,)."""
 
 
-def fused_preference_loss(model: CausalLM, batch: SequenceBatch, loss_of_pairs: LossOfPairs) -> tuple[Tensor, Tensor]:
+def fused_preference_loss(
+    model: CausalLM,
+    batch: SequenceBatch,
+    loss_of_pairs: LossOfPairs,
+    on_rejected: Callable[[Tensor], None] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Return the sum of the pairs' losses, and the log-probabilities from which it was computed.
 
     Args:
         model: causal language model for which `why_not_fused` returns None.
         batch: batch of 2B sequences, the chosen responses of all pairs before the rejected ones.
         loss_of_pairs: function that returns each pair's weighted loss; it is called with some of the pairs at a time.
+        on_rejected: function that is called with the (B,) log-probabilities of all rejected responses, before
+            `loss_of_pairs`. Then they have no gradients, and `loss_of_pairs` gets zeros in their place.
 
     Returns:
         Scalar loss with gradients to the model's parameters; (2, B) log-probabilities without gradients.
@@ -62,23 +72,26 @@ def fused_preference_loss(model: CausalLM, batch: SequenceBatch, loss_of_pairs: 
         # Computed inside the head's call, because a sharded weight is gathered there.
         packed = hidden.flatten(0, 1).index_select(0, batch.score_index)
         weight, shard = head_weight(head)
-        results.append(
-            linear_preference_loss(
-                packed,
-                weight,
-                batch.labels,
-                batch.sequence_ids,
-                loss_of_pairs,
-                num_pairs=num_pairs,
-                bias=head.bias,
-                softcap=softcap,
-                logit_scale=scale,
-                check_labels=False,
-                shard=shard,
-                # The collate function has counted them; Python's numbers are read without waiting for the device.
-                lengths=batch.scored_lengths,
-            )
+        options: dict[str, Any] = {
+            "bias": head.bias, "softcap": softcap, "logit_scale": scale, "check_labels": False, "shard": shard,
+        }  # fmt: skip
+        # The collate function has counted them; Python's numbers are read without waiting for the device.
+        labels, lengths = batch.labels, batch.scored_lengths
+        known = None
+        if on_rejected is not None:
+            is_rejected = batch.sequence_ids >= num_pairs
+            zeros = (0,) * num_pairs
+            alone, of_rejected = labels.masked_fill(~is_rejected, _IGNORED), lengths and zeros + lengths[num_pairs:]
+            labels, lengths = labels.masked_fill(is_rejected, _IGNORED), lengths and lengths[:num_pairs] + zeros
+            with torch.no_grad():
+                known = linear_sequence_logprob(
+                    packed, weight, alone, batch.sequence_ids, 2 * num_pairs, lengths=of_rejected, **options
+                )[num_pairs:]
+            on_rejected(known)
+        loss, chosen, rejected = linear_preference_loss(
+            packed, weight, labels, batch.sequence_ids, loss_of_pairs, num_pairs=num_pairs, lengths=lengths, **options
         )
+        results.append((loss, chosen, rejected if known is None else known))
         # The head itself gets no positions, so it computes nothing.
         return hidden[:, :0]
 

@@ -32,6 +32,7 @@ class PairScores:
         counted: bool, false for a pair that only fills up a batch and has no weight in the loss; None: all count.
         desirable: bool, of a single answer, which is `chosen` whether it is good or bad, while `rejected` answers
             another prompt: true if it is good. None for pairs.
+        drift: `PreferenceLoss.drift` of the whole micro-batch, if these pairs are only some of it; else None.
     """
 
     chosen_length: Tensor
@@ -44,6 +45,7 @@ class PairScores:
     rejected_safe: Tensor | None = None
     counted: Tensor | None = None
     desirable: Tensor | None = None
+    drift: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.chosen_length)
@@ -99,7 +101,8 @@ class PreferenceLoss(ABC):
         needs_all_pairs: true if `prepare` must see the scores of all training pairs before training.
         two_log_ratios: true if the loss reads only the two log-ratios of the policy, which balance weights can scale.
         mixes_pairs: true if the loss of a pair depends on the others in its micro-batch. It then cannot be computed a
-            few pairs at a time, fused with the LM head.
+            few pairs at a time, fused with the LM head, unless it `reads_drift`.
+        reads_drift: true if the loss reads rejected responses, and other pairs, only in `drift`, which has no gradient.
         sft_weight: weight of the chosen response's mean NLL, added to the loss.
         tail_weight: weight of a response's tokens beyond the length of the shorter one of its pair, in the policy's and
             the reference's log-probabilities; None: all tokens count alike, and the loss can be fused.
@@ -115,6 +118,7 @@ class PreferenceLoss(ABC):
     needs_all_pairs: bool = False
     two_log_ratios: bool = False
     mixes_pairs: bool = False
+    reads_drift: bool = False
     sft_weight: float = 0.0
     tail_weight: float | None = None
     initial_value: float | None = None
@@ -131,7 +135,7 @@ class PreferenceLoss(ABC):
     @property
     def not_fused(self) -> str | None:
         """Reason why the loss cannot be computed a few pairs at a time, fused with the LM head; None if it can."""
-        if self.mixes_pairs:
+        if self.mixes_pairs and not self.reads_drift:
             return "the loss of a pair depends on the others of its batch"
         if self.tail_weight is not None:
             return "the loss weights the tokens of a response, but the fused head returns only their sum"
@@ -174,6 +178,15 @@ class PreferenceLoss(ABC):
             return None
         chosen, rejected = scores.log_ratios(policy_chosen, policy_rejected)
         return self.beta * chosen, self.beta * rejected
+
+    def drift(self, policy_rejected: Tensor, scores: PairScores) -> Tensor:
+        """Compute what a loss that `reads_drift` reads of a micro-batch, (B,) float32, the same number for every pair.
+
+        Args:
+            policy_rejected: (B,) log π_θ(y_l | x), without gradients.
+            scores: lengths and known scores of the pairs.
+        """
+        raise NotImplementedError(f"{type(self).__name__} reads no drift")
 
     def weights(self, scores: PairScores) -> PairWeights | None:
         """Compute the balance weights of the pairs; None for a loss without balance weights."""

@@ -16,9 +16,9 @@ class KTOLoss(PreferenceLoss):
 
         L = λ_D·(1 − σ(β·[D − z₀])) for a good answer, λ_U·(1 − σ(β·[z₀ − D])) for a bad one.
 
-    z₀ is that of a micro-batch on its device: gradient accumulation is not equivalent to a larger batch, and the loss
-    runs on logits (`model.lm_head`). In the logs, the reward of the chosen response is ±β·(D − z₀), above 0 where the
-    policy is on the side of the label, and that of the rejected one 0: accuracy is the share on the right side.
+    z₀ is that of a micro-batch on its device: gradient accumulation is not equivalent to a larger batch. In the logs,
+    the reward of the chosen response is ±β·(D − z₀), above 0 where the policy is on the side of the label, and that of
+    the rejected one 0: accuracy is the share on the right side.
 
     Args:
         beta: β > 0.
@@ -31,6 +31,7 @@ class KTOLoss(PreferenceLoss):
 
     needs_labels = True
     mixes_pairs = True
+    reads_drift = True
 
     def __init__(self, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> None:
         require_positive("beta", beta)
@@ -53,11 +54,17 @@ class KTOLoss(PreferenceLoss):
         lead = self._lead(policy_chosen, policy_rejected, scores)
         return lead, torch.zeros_like(lead)
 
+    def drift(self, policy_rejected: Tensor, scores: PairScores) -> Tensor:
+        """Compute z₀, (B,) float32."""
+        rejected = policy_rejected.detach()
+        _, others = scores.log_ratios(rejected, rejected)
+        counted = torch.ones_like(others) if scores.counted is None else scores.counted.float()
+        return ((others * counted).sum() / counted.sum().clamp_min(1.0)).clamp_min(0.0).expand_as(others)
+
     def _lead(self, policy_chosen: Tensor, policy_rejected: Tensor, scores: PairScores) -> Tensor:
         """Compute how far each answer is on the side of its label, ±β·(D − z₀), (B,) float32."""
-        own, others = scores.log_ratios(policy_chosen, policy_rejected)
+        own, _ = scores.log_ratios(policy_chosen, policy_rejected)
         if scores.desirable is None:
             raise ValueError("KTO needs to know which answers are good, and these do not say")
-        counted = torch.ones_like(others) if scores.counted is None else scores.counted.float()
-        drift = ((others.detach() * counted).sum() / counted.sum().clamp_min(1.0)).clamp_min(0.0)
+        drift = self.drift(policy_rejected, scores) if scores.drift is None else scores.drift
         return torch.where(scores.desirable, 1.0, -1.0) * self.beta * (own - drift)

@@ -60,11 +60,16 @@ def plain_losses(policy: CausalLM, loss: PreferenceLoss, batch: PreferenceBatch,
 def fused_losses(policy: CausalLM, loss: PreferenceLoss, batch: PreferenceBatch, scores: PairScores) -> Losses:
     """Compute the same, but with gradients of the sum only, which are computed with it, a few pairs at a time."""
 
-    weight = batch.loss_weight
+    weight, known = batch.loss_weight, scores
 
     def loss_of_pairs(chosen: Tensor, rejected: Tensor, index: Tensor) -> Tensor:
-        return loss(chosen, rejected, scores[index]) * weight[index]
+        return loss(chosen, rejected, known[index]) * weight[index]
 
-    total, logps = fused_preference_loss(policy, batch.sequences, loss_of_pairs)
+    def take_drift(rejected: Tensor) -> None:
+        nonlocal known
+        known = replace(scores, drift=loss.drift(rejected, scores))
+
+    first = take_drift if loss.reads_drift else None
+    total, logps = fused_preference_loss(policy, batch.sequences, loss_of_pairs, first)
     with torch.no_grad():
         return logps, loss(logps[0], logps[1], scores), total

@@ -50,14 +50,37 @@ def test_loss_and_gradients_are_those_of_the_models_own_logits(architecture):
         torch.testing.assert_close(grad, other, rtol=1e-3, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_rejected_responses_that_are_known_first_have_no_gradient(frozen):
+    """The loss reads their mean, as KTO does, of both pairs, whatever is computed at a time."""
+    model = large(build_model("gemma2")).eval()
+    model.get_output_embeddings().weight.requires_grad_(not frozen)
+    logps = response_logps(model, batch()).view(2, -1)
+    expected = loss_of_pairs(logps[0], logps[1].detach().mean(), torch.arange(2)).sum()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    grads = torch.autograd.grad(expected, parameters)
+    seen = []
+
+    def with_mean(chosen, rejected, index):
+        assert not rejected.any()
+        return loss_of_pairs(chosen, seen[0].mean(), index)
+
+    loss, ours = fused_preference_loss(model, batch(), with_mean, seen.append)
+    torch.testing.assert_close(ours, logps.detach(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(ours[1], seen[0])
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-5)
+    for grad, other in zip(torch.autograd.grad(loss, parameters), grads, strict=True):
+        torch.testing.assert_close(grad, other, rtol=1e-3, atol=1e-5)
+
+
 WAITS = {"_local_scalar_dense", "nonzero", "bincount", "masked_select", "is_nonzero", "equal"}
 
 
-@pytest.mark.parametrize("pass_", ["training", "scoring"])
+@pytest.mark.parametrize("pass_", ["training", "scoring", "rejected"])
 def test_no_device_is_waited_for_at_the_head(monkeypatch, pass_):
     """The collate function has counted the tokens of each response: nobody reads a number from the device."""
-    function = {"training": "linear_preference_loss", "scoring": "linear_sequence_logprob"}[pass_]
-    module = f"bdpo_pl.forward.{'fused_loss' if pass_ == 'training' else 'responses'}"
+    function = "linear_preference_loss" if pass_ == "training" else "linear_sequence_logprob"
+    module = f"bdpo_pl.forward.{'responses' if pass_ == 'scoring' else 'fused_loss'}"
     called = importlib.import_module(f"bdpo_kernels.{function}")
     # On a CPU the lengths are checked, because it costs nothing there.
     monkeypatch.setattr(called, "check_length_values", lambda *args: None)
@@ -76,8 +99,9 @@ def test_no_device_is_waited_for_at_the_head(monkeypatch, pass_):
 
     monkeypatch.setattr(f"{module}.{function}", watched)
     model = large(build_model()).eval()
-    if pass_ == "training":
-        fused_preference_loss(model, batch(), loss_of_pairs)[0].backward()
+    if pass_ != "scoring":
+        on_rejected = (lambda logps: None) if pass_ == "rejected" else None
+        fused_preference_loss(model, batch(), loss_of_pairs, on_rejected)[0].backward()
     else:
         with torch.no_grad():
             response_logps(model, batch())

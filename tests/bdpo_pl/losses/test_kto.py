@@ -1,12 +1,14 @@
 """KTO: values and gradients against the formula and TRL's trainer, and single answers from the file to a run."""
 
+import importlib
 from collections import defaultdict
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from makers import build_tokenizer, write_jsonl
-from training import fit, same, weights
+from training import fit, same, sgd, weights
 
 from bdpo_pl.data.loading import LoadOptions, load_pairs
 from bdpo_pl.data.tokenization import PairTokenizer
@@ -46,6 +48,17 @@ def test_value_and_gradient_by_hand(drift):
     grads = torch.autograd.grad(losses.sum(), (own, others), allow_unused=True)
     assert torch.allclose(grads[0], torch.autograd.grad(wanted.sum(), own)[0], rtol=0, atol=1e-6)
     assert grads[1] is None
+
+
+def test_drift_that_is_known_before_stands_for_the_other_answers():
+    own, others, scores = drawn(drift=9.0)
+    loss = KTOLoss(0.3, 1.2, 0.7)
+    drift = loss.drift(others, scores)
+    assert drift.unique().item() == pytest.approx((others - scores.reference_rejected).mean().item())
+    assert not drift.requires_grad
+    part = torch.tensor([4, 1])
+    known = replace(scores, drift=drift)[part]
+    assert torch.equal(loss(own[part], torch.zeros(2), known), loss(own, others, scores)[part])
 
 
 def test_pairs_that_fill_a_batch_are_not_in_the_mean():
@@ -179,3 +192,30 @@ def test_a_run_tells_good_answers_from_bad_ones_and_is_the_same_again(job, tmp_p
     good = [d for is_good, d in moved if is_good]
     bad = [d for is_good, d in moved if not is_good]
     assert sum(good) / len(good) > sum(bad) / len(bad) + 1.0
+
+
+def test_fused_with_the_head_and_with_shared_prompts_it_learns_the_same(job, tmp_path, monkeypatch):
+    """In chunks of a few answers, while the drift is that of all eight."""
+    write_jsonl(tmp_path / "pairs.jsonl", rows(40))
+    module = importlib.import_module("bdpo_kernels.linear_preference_loss")
+    walked, walk = [], module._walk
+    monkeypatch.setattr(module, "_walk", lambda head, chunk, *rest: walked.append(chunk) or walk(head, chunk, *rest))
+    evenly = module.pairs_evenly
+    monkeypatch.setattr(module, "pairs_evenly", lambda counts, most: evenly(counts, min(most, 12)))
+
+    def trained(**options):
+        data = {"held_out_fraction": 0.2, "batch_size": 8}
+        return fit(job(loss=KTOLoss(0.5), optimizer=sgd, trainer={"max_epochs": 3}, data=data, **options))
+
+    plain = trained(lm_head="logits", prefix_sharing="never")
+    assert not walked
+    fused = trained(lm_head="fused", prefix_sharing="always")
+    assert max(chunk.last - chunk.first for chunk in walked) < 8
+    for name, value in weights(fused).items():
+        torch.testing.assert_close(value, weights(plain)[name], rtol=1e-4, atol=1e-6)
+    drifts = []
+    monkeypatch.setattr(KTOLoss, "drift", lambda *args, drift=KTOLoss.drift: drifts.append(drift(*args)) or drifts[-1])
+    fused.trainer.validate(fused, fused.trainer.datamodule, verbose=False)
+    assert any(drift.any() for drift in drifts)
+    for step, metrics in plain.evaluations.items():
+        assert fused.evaluations[step] == pytest.approx(metrics, abs=1e-4)
