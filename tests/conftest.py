@@ -45,6 +45,13 @@ def imports_are_no_garbage():
     gc.freeze()
 
 
+@pytest.fixture(scope="session")
+def embedded_scores(tmp_path_factory):
+    """The folder of the embedded pairs' scores, one for all processes: to compute them takes some 15 s."""
+    root = tmp_path_factory.getbasetemp()
+    return (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "embedded scores"
+
+
 def pytest_unconfigure():
     """Let the interpreter clear up what was left out."""
     gc.unfreeze()

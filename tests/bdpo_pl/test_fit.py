@@ -107,7 +107,8 @@ def test_help_names_every_group():
         assert option in result.stdout
 
 
-def test_embedded_run_is_the_default_and_its_options_can_be_changed(capsys):
+def test_embedded_run_is_the_default_and_its_options_can_be_changed(capsys, monkeypatch, embedded_scores):
+    monkeypatch.setenv("BDPO_PL_CACHE", str(embedded_scores))
     main([
         "--trainer.max_steps=2",
         "--trainer.enable_progress_bar=false",

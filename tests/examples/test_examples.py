@@ -16,9 +16,9 @@ from bdpo_pl.fit import main as fit
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def test_fit_in_python_learns(monkeypatch, tmp_path):
+def test_fit_in_python_learns(monkeypatch, tmp_path, embedded_scores):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("BDPO_PL_CACHE", str(embedded_scores))
     result = runpy.run_path(str(EXAMPLES / "fit_in_python.py"))["main"](max_steps=4)
     assert result["held_out/loss"] < 0.693
 
@@ -69,8 +69,9 @@ def test_own_loss_by_hand_and_from_the_command_line(monkeypatch, capsys):
     assert printed == {"class_path": "own_loss.SquaredHingeLoss", "init_args": {"beta": 0.1, "margin": 2.0}}
 
 
-def test_cells_of_the_tour_run_in_order(tmp_path):
+def test_cells_of_the_tour_run_in_order(tmp_path, embedded_scores):
     """In a process of its own, as the kernel of a notebook is."""
+    (tmp_path / "cache").symlink_to(embedded_scores)
     cells = json.loads((EXAMPLES / "tour.ipynb").read_text())["cells"]
     script = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     environment = {**os.environ, "TOUR_FOLDER": str(tmp_path), "TOUR_STEPS": "4", "TOUR_PROMPTS": "4"}

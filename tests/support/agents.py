@@ -1,0 +1,32 @@
+"""What torchrun does with a command line, in processes that are forked with everything imported."""
+
+import os
+
+import torch
+from children import serve, start
+from torch.distributed.launcher.api import elastic_launch
+from torch.distributed.run import config_from_args, get_args_parser
+
+from bdpo_pl.fit import main
+
+
+def fit(folder, options):
+    """What each process does."""
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    main(options)
+
+
+def agent(node, commands, folder):
+    """Do on node `node` what its `torchrun` does with `commands[node]`, for the module `bdpo_pl.fit`."""
+    serve()
+    config, _, arguments = config_from_args(get_args_parser().parse_args(commands[node]))
+    assert arguments[1:3] == ["-m", "bdpo_pl.fit"], arguments
+    config.start_method = "forkserver"
+    config.monitor_interval = 0.05
+    elastic_launch(config, fit)(folder, arguments[3:])
+
+
+def run_nodes(commands, folder):
+    """Run the arguments of `torchrun` of all nodes at once, on this machine."""
+    start(agent, (commands, folder), len(commands))
