@@ -22,7 +22,7 @@ SUITES = {"xstest_benign": "xstest_prompts", "xstest_harmful": "xstest_prompts",
 PAIRS = "preferences/hh_rlhf_harmless_test.jsonl.gz"
 HELD_OUT = 200
 MAX_NEW_TOKENS = 48
-_LONGEST = 2_000
+_LONGEST = 1_000
 """Characters of a row of the file; longer dialogues are left out, as they take most of the time."""
 _SHUFFLE = 20_260_601
 
