@@ -173,7 +173,6 @@ def main() -> None:
         "largest_difference": difference,
     }
     tag = f"-{options.tag}" if options.tag else ""
-    told |= {"threads": torch.get_num_threads()}
     path = write_rows(options.out, f"{options.device}-head{tag}", "benchmarks.jobs.head", started, told, [row])
     print(markdown(row))
     print(f"Written to {path}")
