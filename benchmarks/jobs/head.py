@@ -103,7 +103,7 @@ def longest(table: PairTable, count: int) -> np.ndarray:
 
 
 def hand_memory_back() -> None:
-    """Make glibc hand large tensors back when they are freed, so that none hides in what an earlier one has left."""
+    """Make glibc hand back what is free, and each large tensor when it is freed, so that none hides in either."""
     libc = ctypes.CDLL(None)
     libc.mallopt(_M_MMAP_THRESHOLD, _MB)
     libc.malloc_trim(0)
@@ -111,13 +111,15 @@ def hand_memory_back() -> None:
 
 def memory(model: nn.Module, table: PairTable, layout: RowLayout, options: argparse.Namespace) -> dict[str, int]:
     """Return by path the peak bytes of scoring the longest pairs, beyond what was there before."""
-    if options.device == "cpu":
-        hand_memory_back()
-    pairs = longest(table, options.turn)
-    runs = {path: partial(score, model, table, pairs, layout, path) for path in PATHS}
-    for run in runs.values():
+    pairs = longest(table, options.memory_pairs)
+    found = {}
+    for path in PATHS:
+        run = partial(score, model, table, pairs, layout, path)
         run()  # unmeasured: what only a first call allocates
-    return {path: extra_peak_bytes(run, options.device) for path, run in runs.items()}
+        if options.device == "cpu":
+            hand_memory_back()
+        found[path] = extra_peak_bytes(run, options.device)
+    return found
 
 
 def markdown(row: dict[str, Any]) -> str:
@@ -146,7 +148,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=embedded.HELD_OUT_FILE, help="JSONL of pairs, also gzipped")
     parser.add_argument("--pairs", type=int, default=64)
     parser.add_argument("--max-length", type=int, default=512, help="tokens; longer pairs are left out")
-    parser.add_argument("--turn", type=int, default=8, help="pairs of a turn, and of the measurement of memory")
+    parser.add_argument("--turn", type=int, default=8, help="pairs of a turn")
+    parser.add_argument("--memory-pairs", type=int, default=32, help="longest pairs, of which memory is measured")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--out", type=Path, default=_RESULTS)
     parser.add_argument("--tag", default="", help="goes into the result's name")
