@@ -4,7 +4,9 @@ The prompts of a safety suite, in the model's chat template, are answered in con
 transformers in padded batches in the order of the file, the same sorted by length, and by its own continuous batching.
 All have the same model, in turns, so that a drift of the machine meets all. On a CPU that others use too, tokens per
 second of processor time say more than those per second; with one thread, no time is lost waiting for another. `--alone`
-compares every answer with that of the prompt alone, token for token. No text is printed or written.
+compares every answer with that of the prompt alone, token for token. `--server` asks an OpenAI-compatible server on
+the same machine too, by the client that `evaluate` has; only the time by the clock can be compared, and its weights may
+have another precision. No text is printed or written.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any
 
 import torch
 
+from bdpo_pl.evaluation.chat.endpoint import Endpoint, EndpointOptions
 from bdpo_pl.evaluation.suites.known import load_suite
 from bdpo_pl.forward.decoding import Decoder
 from bdpo_pl.forward.decoding_trial import why_not_continuous
@@ -44,6 +47,7 @@ CONTINUOUS, FILE_ORDER, SORTED, LIBRARY = (
     "continuous batches", "generate, file order", "generate, sorted", "transformers' generate_batch",
 )  # fmt: skip
 FIRST = (CONTINUOUS, FILE_ORDER, SORTED)
+SERVER = "server"
 
 
 def tokens_of(generated: Iterable[Generated]) -> Tokens:
@@ -68,6 +72,13 @@ def by_library(
     return found
 
 
+def by_server(url: str, prompts: Sequence[str], max_new_tokens: int, parallel: int) -> Tokens:
+    """Have a server answer; of its tokens it tells the number alone, and each is 0 here."""
+    endpoint = Endpoint(EndpointOptions(url, "benchmark", max_tokens=max_new_tokens, parallel=parallel))
+    answers = endpoint.completions([[{"role": "user", "content": prompt}] for prompt in prompts])
+    return {number: [0] * answer.num_tokens for number, answer in enumerate(answers)}
+
+
 def markdown(row: dict[str, Any]) -> str:
     """Return the result as a table: a line for each way of generation."""
     lines = [
@@ -78,7 +89,7 @@ def markdown(row: dict[str, Any]) -> str:
         same = f"{row['as_alone'][name]} of {row['prompts']}" if name in row["as_alone"] else ""
         cells = [name, row["batch"].get(name, "")]
         for key in ("tokens_per_s", "tokens_per_cpu_s"):
-            speeds, others = row[key][name], row[key].get(FILE_ORDER, [])
+            speeds, others = row[key].get(name, []), row[key].get(FILE_ORDER, [])
             ratios = [speed / other for speed, other in zip(speeds, others, strict=False)]
             cells += [", ".join(f"{speed:.0f}" for speed in speeds)]
             cells += [f"{statistics.median(ratios):.2f}" if ratios else ""]
@@ -97,6 +108,8 @@ def main() -> None:
     parser.add_argument("--plain-batch-size", type=int, default=8, help="of the batches in the order of the file")
     parser.add_argument("--ways", nargs="+", choices=(*FIRST, LIBRARY), default=FIRST)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--server", help="address of a server of the same model, such as http://127.0.0.1:8000/v1")
+    parser.add_argument("--server-parallel", type=int, default=8, help="simultaneous requests to it")
     parser.add_argument("--alone", action="store_true", help="compare with the answer to each prompt alone")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=_DTYPES, default="float32")
@@ -134,8 +147,13 @@ def main() -> None:
         SORTED: partial(plain, by_length, options.batch_size),
         LIBRARY: partial(by_library, model, prompts, **given),
     }
-    speeds: dict[str, list[float]] = {name: [] for name in options.ways}
-    processor: dict[str, list[float]] = {name: [] for name in options.ways}
+    names = list(options.ways)
+    if options.server:
+        texts = [prompt.text for prompt in suite.prompts]
+        ways[SERVER] = partial(by_server, options.server, texts, options.new_tokens, options.server_parallel)
+        names.append(SERVER)
+    speeds: dict[str, list[float]] = {name: [] for name in names}
+    processor: dict[str, list[float]] = {name: [] for name in names if name != SERVER}
     answers: dict[str, Tokens] = {}
     with torch.no_grad():
         trial = time.perf_counter()
@@ -144,13 +162,15 @@ def main() -> None:
         if objection is not None and CONTINUOUS in options.ways:
             raise SystemExit(f"{options.model}: {objection}")
         for number in range(options.rounds):
-            for name in options.ways if number % 2 == 0 else options.ways[::-1]:
+            for name in names if number % 2 == 0 else names[::-1]:
                 begun = time.perf_counter(), time.process_time()
                 answers[name] = ways[name]()
                 tokens = sum(map(len, answers[name].values()))
                 speeds[name].append(tokens / (time.perf_counter() - begun[0]))
-                processor[name].append(tokens / (time.process_time() - begun[1]))
-                told_now = f"{speeds[name][-1]:.1f} tokens/s, {processor[name][-1]:.1f} of processor time"
+                told_now = f"{speeds[name][-1]:.1f} tokens/s"
+                if name in processor:
+                    processor[name].append(tokens / (time.process_time() - begun[1]))
+                    told_now += f", {processor[name][-1]:.1f} of processor time"
                 print(f"turn {number + 1}: {name}: {told_now}", flush=True)
         alone = plain(file_order, 1) if options.alone else None
     row = {
@@ -169,10 +189,9 @@ def main() -> None:
         "decided_alone": handed_back,
         "as_alone": {}
         if alone is None
-        else {name: sum(found[i] == alone[i] for i in alone) for name, found in answers.items()},
+        else {name: sum(answers[name][i] == alone[i] for i in alone) for name in processor},
     }
     tag = f"-{options.tag}" if options.tag else ""
-    told |= {"threads": torch.get_num_threads()}
     stem = f"{options.device}-generation{tag}"
     path = write_rows(options.out, stem, "benchmarks.generation", started, told, [row])
     print(markdown(row))
