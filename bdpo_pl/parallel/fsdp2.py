@@ -63,6 +63,16 @@ class ShardedStrategy(ModelParallelStrategy):
             **kwargs,
         )
 
+    @property
+    def splits_layers(self) -> bool:
+        """True if devices share each layer, by tensor parallelism."""
+        return int(self._tensor_parallel_size) > 1
+
+    @property
+    def saves_parts(self) -> bool:
+        """True if each rank writes a file of its own."""
+        return bool(self._save_distributed_checkpoint)
+
     def setup_environment(self) -> None:
         """Count the groups, now that the number of devices is known."""
         if self._data_parallel_size == "auto":

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from bdpo_pl.models.adapter_start import START
@@ -42,12 +43,32 @@ def split_like(like: Tensor, read: Callable[[tuple[slice, ...]], Tensor], device
     The returned tensor is split as `like` is, or whole if `like` is whole.
     """
     local = read(local_ranges(like)).to(device=device, dtype=like.dtype).contiguous()
-    if not isinstance(like, DTensor):
-        return local
+    return as_part(local, like) if isinstance(like, DTensor) else local
+
+
+def as_part(local: Tensor, like: DTensor) -> DTensor:
+    """Return the tensor that is split as `like` is, and whose part on this rank is `local`."""
     assert local.shape == like.to_local().shape
     return DTensor.from_local(
         local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Return this rank's part of `tensor`, in the same memory; call it without gradients."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return the whole of `tensor`. All ranks call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def reshard(model: nn.Module) -> None:
+    """Drop the whole weights that FSDP2 has gathered for `model`: the parts have changed."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def whole_state(model: nn.Module, trained_only: bool) -> dict[str, Tensor]:
@@ -70,7 +91,7 @@ def whole_state(model: nn.Module, trained_only: bool) -> dict[str, Tensor]:
 def adapter_starts(model: nn.Module) -> dict[str, Tensor]:
     """Return the starts that the adapters of `model` keep, if any, whole and on the CPU. All ranks call this."""
     found = {name: p.detach() for name, p in model.named_parameters() if name.endswith(START)}
-    return {name: (p.full_tensor() if isinstance(p, DTensor) else p).cpu() for name, p in found.items()}
+    return {name: whole(p).cpu() for name, p in found.items()}
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -78,8 +99,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if name in state:
-                whole = state[name]
-                _local(tensor).copy_(whole[local_ranges(tensor)])
+                local_part(tensor).copy_(state[name][local_ranges(tensor)])
 
 
 def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -92,8 +112,8 @@ def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     gathered = {}
     for number, values in state["state"].items():
         # The device needs memory for a whole tensor, so they are gathered one at a time.
-        whole = {name: v.full_tensor() if isinstance(v, DTensor) else v for name, v in values.items()}
-        gathered[number] = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in whole.items()} if keeps else {}
+        found = {name: whole(v) if isinstance(v, Tensor) else v for name, v in values.items()}
+        gathered[number] = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in found.items()} if keeps else {}
     return {**state, "state": gathered}
 
 
@@ -118,7 +138,3 @@ def _part_of(value: Tensor, parameter: Tensor) -> Tensor:
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
     return (parameter for group in optimizer.param_groups for parameter in group["params"])
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -11,6 +11,7 @@ from bdpo_pl.losses import PreferenceLoss
 from bdpo_pl.models.adapters import LoraOptions, is_adapter
 from bdpo_pl.models.loading import ModelSource
 from bdpo_pl.models.reach import frozen_names
+from bdpo_pl.parallel.state import reshard, whole
 from bdpo_pl.scoring.reestimation import Reestimation
 from bdpo_pl.scoring.reference import Reference
 from bdpo_pl.scoring.reference_sync import ReferenceSync
@@ -68,9 +69,13 @@ class CheckpointedModule(WatchedModule):
         # If the weights are split, only rank 0 has them here.
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         if wanted := averaged_weights(self.trainer.optimizers):
+            # The optimiser knows the parts of split weights, not those that are gathered.
+            reshard(self.policy)
             for name, parameter in self.named_parameters(remove_duplicate=False):
                 if id(parameter) in wanted:
-                    checkpoint["state_dict"][name] = wanted[id(parameter)]
+                    value = whole(wanted[id(parameter)])
+                    if name in checkpoint["state_dict"]:
+                        checkpoint["state_dict"][name] = value
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the measurements; refuse the checkpoint of another model.

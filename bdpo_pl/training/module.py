@@ -168,7 +168,7 @@ class PreferenceModule(CheckpointedModule):
         if self.reference is None:
             self.reference = self.make_reference(self.reference_mode, machine.precision)
             say_unscored(self.loss, self.reference_mode)
-        check_optimizer(self.optimizer, self.lr_schedule, whole=machine.whole_policy)
+        check_optimizer(self.optimizer, self.lr_schedule, self.trainer.strategy)
         self.reference.check_machine(machine)
         self.reference.check_fits(self.loss)
         self.sync.check_fits(machine, self.reference_mode, self.own_reference, self.lora is not None)
@@ -280,7 +280,7 @@ class PreferenceModule(CheckpointedModule):
         self._sync()
         if self._machine is not None and self.reestimation.due(step := self.global_step):
             machine, layout = self._machine, self.row_layout
-            with at_average(self.trainer.optimizers):
+            with at_average(self.trainer.optimizers, self.policy):
                 self.reestimation.update(step, self.policy, machine, self.splits, self.loss, self.scoring, layout)
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
@@ -315,7 +315,7 @@ class PreferenceModule(CheckpointedModule):
         self._sync()
 
     def _sync(self) -> None:
-        with at_average(self.trainer.optimizers if self.sync.due(self.global_step) else []):
+        with at_average(self.trainer.optimizers if self.sync.due(self.global_step) else [], self.policy):
             self.sync.follow(self.global_step, self.policy, self.reference)
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int, dataloader_idx: int = 0) -> None:

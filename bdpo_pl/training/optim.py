@@ -7,11 +7,13 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim.optimizer import ParamsT
 
 from bdpo_pl.errors import InputError
+from bdpo_pl.parallel.fsdp2 import ShardedStrategy
 from bdpo_pl.training.optimizers import Adafactor, Muon, mark_tables
 from bdpo_pl.training.schedule_free import ScheduleFreeAdamW
 
@@ -107,13 +109,15 @@ class AdamW(torch.optim.AdamW):
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
 
 
-def check_optimizer(make: Callable[[Any], torch.optim.Optimizer], schedule: LRSchedule, whole: bool) -> None:
+def check_optimizer(
+    make: Callable[[Any], torch.optim.Optimizer], schedule: LRSchedule, strategy: Strategy | None
+) -> None:
     """Check before anything is scored that the optimiser fits the schedule and the strategy.
 
     Args:
         make: function that makes the optimiser.
         schedule: schedule of the learning rate.
-        whole: whether each device holds whole weights.
+        strategy: strategy of the Trainer; None: each device holds whole weights.
 
     Raises:
         InputError: it does not.
@@ -127,12 +131,28 @@ def check_optimizer(make: Callable[[Any], torch.optim.Optimizer], schedule: LRSc
             f"model.optimizer is ScheduleFreeAdamW, whose average takes the place of a falling learning rate, but "
             f"model.lr_schedule is {schedule}: set it to constant"
         )
-    needs_whole = isinstance(made, Muon | Adafactor | ScheduleFreeAdamW) or is_8bit(made)
-    if needs_whole and not whole:
-        raise InputError(
-            f"model.optimizer is {type(made).__name__}, which needs whole weights on each device (a single one, or "
-            "ddp), and this strategy splits them: take AdamW"
+    if strategy is None or isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+        return
+    if reason := _why_not_split(made, strategy):
+        raise InputError(f"model.optimizer is {type(made).__name__}, {reason}: take AdamW")
+
+
+def _why_not_split(optimizer: torch.optim.Optimizer, strategy: Strategy) -> str | None:
+    """Return why `optimizer` cannot work on the parts of weights that `strategy` leaves on each device."""
+    if is_8bit(optimizer):
+        return (
+            "which holds its state in blocks of whole weights, and this strategy splits them: neither steps nor "
+            "checkpoints would be those of one device"
         )
+    if not isinstance(optimizer, Muon | Adafactor | ScheduleFreeAdamW):
+        return None
+    if not isinstance(strategy, ShardedStrategy):
+        return "which works on whole weights and on FSDP2's parts of them, and this strategy splits them in another way"
+    if strategy.splits_layers:
+        return "which has not been tried on layers that devices share: set tensor_parallel_size to 1"
+    if strategy.saves_parts:
+        return "whose state save_distributed_checkpoint does not know: turn that off"
+    return None
 
 
 def is_8bit(optimizer: torch.optim.Optimizer) -> bool:

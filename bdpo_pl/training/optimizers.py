@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT
 from transformers.optimization import Adafactor as _Adafactor
 
 from bdpo_pl.errors import InputError
+from bdpo_pl.parallel.state import as_part, local_part, local_ranges, whole
 
 _TABLE = "_bdpo_pl_is_a_table"
 
@@ -91,13 +93,47 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for part in self._parts:
-            part.step()
+            if isinstance(part, torch.optim.Muon) and any(isinstance(p, DTensor) for p in _members(part)):
+                self._step_of_parts(part)
+            else:
+                part.step()
         return loss
+
+    def _step_of_parts(self, part: torch.optim.Muon) -> None:
+        """Take Muon's step where ranks hold parts of each matrix, which is gathered, one at a time."""
+        for group in part.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state, grad = self.state[parameter], local_part(parameter.grad)
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter.grad)
+                mean = local_part(state["momentum_buffer"])
+                mean.lerp_(grad, 1 - group["momentum"])
+                ahead = grad.lerp(mean, group["momentum"]) if group["nesterov"] else mean
+                # A step from zero, without mean and decay: an orthogonal matrix at the rate of this one's shape.
+                gathered = whole(as_part(ahead, parameter)) if isinstance(parameter, DTensor) else ahead
+                moved = nn.Parameter(torch.zeros_like(gathered, dtype=parameter.dtype))
+                moved.grad = gathered
+                torch.optim.Muon(
+                    [moved],
+                    lr=group["lr"],
+                    weight_decay=0.0,
+                    momentum=0.0,
+                    nesterov=False,
+                    adjust_lr_fn="match_rms_adamw",
+                ).step()
+                own = local_part(parameter)
+                own.mul_(1 - group["lr"] * group["weight_decay"]).add_(moved[local_ranges(parameter)])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of both."""
         super().load_state_dict(state_dict)
         self._share()
+
+
+def _members(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _split(params: ParamsT) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -144,6 +180,55 @@ class Adafactor(_Adafactor):
             scale_parameter=False,
             relative_step=False,
         )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take a step. Where ranks hold parts of a matrix, sums and norms are those of the whole one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        parts = [(p, p.grad) for p in _members(self) if isinstance(p, DTensor) and p.grad is not None]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if isinstance(parameter, DTensor) and parameter.grad is not None:
+                    _adafactor_step_of_part(parameter, self.state[parameter], group)
+                    parameter.grad = None
+        super().step()
+        for parameter, grad in parts:
+            parameter.grad = grad
+        return loss
+
+
+def _adafactor_step_of_part(parameter: DTensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    """Take the step of `transformers.Adafactor` on this rank's part of a weight. All ranks call this.
+
+    The state is that of the whole weight: sums of rows and columns are whole on each rank, because they are small.
+    """
+    assert isinstance(parameter.grad, DTensor)
+    grad, ranges = local_part(parameter.grad).float(), local_ranges(parameter)
+    # The root mean square of the weight is in the state, but only a rate that is relative to it reads it.
+    state |= {"step": state.get("step", 0) + 1, "RMS": 0.0}
+    share = state["step"] ** group["decay_rate"]
+    square = grad.square() + group["eps"][0]
+    if parameter.ndim > 1:
+        split = as_part(square, parameter)
+        means = []
+        for name, dim in (("exp_avg_sq_row", -1), ("exp_avg_sq_col", -2)):
+            found = whole(split.sum(dim)) / parameter.shape[dim]
+            means.append(state.setdefault(name, torch.zeros_like(found)).lerp_(found, share))
+        rows, columns = means[0] / means[0].mean(-1, keepdim=True), means[1]
+        update = rows[ranges[:-1]].rsqrt().unsqueeze(-1) * columns[ranges[:-2] + ranges[-1:]].rsqrt().unsqueeze(-2)
+    else:
+        if "exp_avg_sq" not in state:
+            state["exp_avg_sq"] = torch.zeros_like(parameter.grad, dtype=torch.float32)
+        update = local_part(state["exp_avg_sq"]).lerp_(square, share).rsqrt()
+    update.mul_(grad)
+    size = (whole(as_part(update.square(), parameter).sum()) / parameter.numel()).sqrt()
+    update.mul_(group["lr"] / (size / group["clip_threshold"]).clamp_(min=1.0))
+    own = local_part(parameter)
+    moved = own.float() * (1.0 - group["weight_decay"] * group["lr"]) - update
+    own.copy_(moved)
 
 
 class AdamW8bit(torch.optim.Optimizer):

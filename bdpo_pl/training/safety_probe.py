@@ -171,7 +171,7 @@ class SafetyProbe(L.Callback):
         rates = {}
         for name, suite in self.suites.items():
             texts = [prompt.text for prompt in suite.prompts][rank::ranks]
-            with trainer.precision_plugin.forward_context(), at_average(trainer.optimizers):
+            with trainer.precision_plugin.forward_context(), at_average(trainer.optimizers, pl_module.policy):
                 responses = generate_responses(
                     pl_module.policy,
                     tokenizer,

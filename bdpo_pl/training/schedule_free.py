@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
+
+from bdpo_pl.parallel.state import reshard
 
 
 class ScheduleFreeAdamW(torch.optim.Optimizer):
@@ -140,21 +142,27 @@ def averaged_weights(optimizers: Iterable[torch.optim.Optimizer]) -> dict[int, T
     }
 
 
-def stay_at_average(optimizers: Iterable[torch.optim.Optimizer]) -> None:
-    """Put the average into the parameters for good: training is over."""
-    for optimizer in optimizers:
-        if isinstance(optimizer, ScheduleFreeAdamW):
-            optimizer.average()
+def stay_at_average(optimizers: Iterable[torch.optim.Optimizer], model: nn.Module) -> None:
+    """Put the average into the parameters of `model` for good: training is over."""
+    for optimizer in _moving(optimizers):
+        optimizer.average()
+        reshard(model)
 
 
 @contextmanager
-def at_average(optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[None]:
-    """Have the average in the parameters while this context is open, if it is not there already."""
-    moved = [o for o in optimizers if isinstance(o, ScheduleFreeAdamW) and not o.is_averaged]
+def at_average(optimizers: Iterable[torch.optim.Optimizer], model: nn.Module) -> Iterator[None]:
+    """Have the average in the parameters of `model` while this context is open, if it is not there already."""
+    moved = _moving(optimizers)
     for optimizer in moved:
         optimizer.average()
+        reshard(model)
     try:
         yield
     finally:
         for optimizer in moved:
             optimizer.go_on()
+            reshard(model)
+
+
+def _moving(optimizers: Iterable[torch.optim.Optimizer]) -> list[ScheduleFreeAdamW]:
+    return [o for o in optimizers if isinstance(o, ScheduleFreeAdamW) and not o.is_averaged]

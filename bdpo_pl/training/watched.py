@@ -111,7 +111,7 @@ class WatchedModule(L.LightningModule):
     def on_validation_start(self) -> None:
         """Stop the clock, because throughput does not include validation, and have the weights that are wanted."""
         self.throughput.pause()
-        self._validating.enter_context(at_average(self.trainer.optimizers))
+        self._validating.enter_context(at_average(self.trainer.optimizers, self.policy))
 
     def on_validation_end(self) -> None:
         """Restart the clock, with the weights that are trained."""
@@ -120,7 +120,7 @@ class WatchedModule(L.LightningModule):
 
     def on_fit_end(self) -> None:
         """Leave the weights that are wanted: those to be validated and exported."""
-        stay_at_average(self.trainer.optimizers)
+        stay_at_average(self.trainer.optimizers, self.policy)
 
     def on_validation_epoch_end(self) -> None:
         """Log the means of each split, and the gap between them, which measures overfitting."""

@@ -1,5 +1,7 @@
 """What each of two ranks does in the tests of strategies; rank 0 writes what it finds to `folder`."""
 
+from functools import partial
+
 import lightning as L
 import pytest
 import torch
@@ -8,6 +10,8 @@ from sharded_jobs import train
 
 from bdpo_pl.errors import InputError
 from bdpo_pl.models.adapters import LoraOptions
+from bdpo_pl.training.optimizers import Adafactor, Muon
+from bdpo_pl.training.schedule_free import ScheduleFreeAdamW
 
 LORA = LoraOptions(r=4, alpha=8)
 RUNS = {
@@ -23,7 +27,16 @@ RUNS = {
     "fsdp2-pissa": {"lora": LoraOptions(r=4, init="pissa")},
     "fsdp2-dora": {"lora": LoraOptions(r=4, dora=True, modules_to_save=["lm_head"]), "trainer": {"max_epochs": 1}},
 }
+# The same eps as that of `training.adamw`, for the same reason.
+KINDS = {"muon": (Muon, {}), "adafactor": (Adafactor, {}), "free": (ScheduleFreeAdamW, {"eps": 1e-6})}
+OPTIMIZED = {
+    f"fsdp2-{name}": {"optimizer": partial(kind, lr=5e-3, weight_decay=0.1, **options), "lr_schedule": "constant"}
+    # The average is left again after a validation, so this one goes on after one.
+    | ({} if name == "free" else {"trainer": {"max_epochs": 1}})
+    for name, (kind, options) in KINDS.items()
+}
 RESUMED = {
+    **OPTIMIZED,
     "fsdp2": {},
     "tp": {},
     "fsdp2-lora": {"lora": LORA},
@@ -54,7 +67,7 @@ def quietly(*args, trainer=(), **options):
 
 
 def every_strategy(rank, folder):
-    for name, options in RUNS.items():
+    for name, options in (RUNS | OPTIMIZED).items():
         keep(rank, folder, name, quietly(folder, name, 2, **options))
     for name in FROM_ADAPTER:
         keep(rank, folder, name, quietly(folder, name, 2, **from_adapter(folder)))
@@ -97,6 +110,7 @@ def what_does_not_fit_is_refused(rank, folder):
         ("tp", {"lora": LORA}, "not with tensor parallelism"),
         ("tp", {"model": "gpt2"}, "gpt2 model, and only cohere"),
         ("tp", {"model": "odd"}, "does not divide the 1 of num_key_value_heads"),
+        ("tp", {"optimizer": Muon, "lr_schedule": "constant"}, "set tensor_parallel_size to 1: take AdamW"),
         ("fsdp2", {"lora": LORA, "reference_mode": "live"}, "set it to precomputed"),
     ):
         with pytest.raises(InputError, match=fault):

@@ -2,13 +2,17 @@
 
 import importlib.util
 
+import optimizer_ranks
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from makers import build_model
+from ranks import run_ranks
 from training import fit, same, weights
 
 from bdpo_pl.errors import InputError
+from bdpo_pl.parallel.fsdp2 import ShardedStrategy
 from bdpo_pl.training.optim import check_optimizer, parameter_groups
 from bdpo_pl.training.optimizer_state import state_bytes
 from bdpo_pl.training.optimizers import Adafactor, AdamW8bit, Muon, is_hidden_matrix
@@ -107,7 +111,7 @@ def test_schedule_free_by_the_papers_three_points(matrix):
     trained = parameter.detach().clone()
     assert torch.allclose(trained.double(), (1 - beta) * z + beta * x, rtol=0, atol=1e-6)
     saved = averaged_weights([optimizer])[id(parameter)]
-    with at_average([optimizer]):
+    with at_average([optimizer], torch.nn.ParameterList([parameter])):
         assert torch.allclose(parameter.detach().double(), x, rtol=0, atol=1e-5)
         assert torch.equal(parameter, saved)
         with pytest.raises(RuntimeError, match="go_on"):
@@ -212,16 +216,36 @@ def test_schedule_free_validates_saves_and_exports_the_average(job, tmp_path):
             assert sums == pytest.approx(sorted(float(v.sum()) for v in wanted), abs=1e-3)
 
 
+def test_steps_on_parts_of_weights_are_those_on_whole_ones(tmp_path):
+    """Checkpoints too, in both directions."""
+    run_ranks(optimizer_ranks.every_optimizer, tmp_path)
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_optimiser_that_needs_whole_weights_is_refused_where_they_are_split(kind):
-    check_optimizer(kind, "constant", whole=True)
-    with pytest.raises(InputError, match="needs whole weights"):
-        check_optimizer(kind, "constant", whole=False)
+@pytest.mark.parametrize(
+    ("strategy", "said"),
+    [
+        (ShardedStrategy(), None),
+        (ShardedStrategy(tensor_parallel_size=2), "set tensor_parallel_size to 1: take AdamW"),
+        (ShardedStrategy(save_distributed_checkpoint=True), "turn that off: take AdamW"),
+        (ModelParallelStrategy(), "splits them in another way: take AdamW"),
+    ],
+)
+def test_an_optimiser_is_refused_where_it_does_not_know_the_parts_of_weights(kind, strategy, said):
+    check_optimizer(kind, "constant", SingleDeviceStrategy())
+    check_optimizer(kind, "constant", DDPStrategy())
+    check_optimizer(torch.optim.AdamW, "constant", strategy)
+    said = "in blocks of whole weights" if kind is AdamW8bit else said
+    if said is None:
+        check_optimizer(kind, "constant", strategy)
+        return
+    with pytest.raises(InputError, match=said):
+        check_optimizer(kind, "constant", strategy)
 
 
 def test_schedule_free_with_a_falling_rate_is_refused():
     with pytest.raises(InputError, match="set it to constant"):
-        check_optimizer(ScheduleFreeAdamW, "cosine", whole=True)
+        check_optimizer(ScheduleFreeAdamW, "cosine", None)
 
 
 def test_8_bits_without_the_package_say_what_to_install(monkeypatch):
