@@ -100,7 +100,7 @@ CHOSEN = {
         {
             "adamw_torch_fused": "bdpo_pl.training.optim.AdamW",
             "adamw_torch": "bdpo_pl.training.optim.AdamW",
-            "adafactor": "bdpo_pl.training.optimizers.Adafactor",
+            "adafactor": "bdpo_pl.training.adafactor.Adafactor",
             "muon": "bdpo_pl.training.optimizers.Muon",
             "adamw_8bit": "bdpo_pl.training.optimizers.AdamW8bit",
             "adamw_bnb_8bit": "bdpo_pl.training.optimizers.AdamW8bit",

@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 
 from bdpo_pl.errors import InputError
 from bdpo_pl.parallel.fsdp2 import ShardedStrategy
-from bdpo_pl.training.optimizers import Adafactor, Muon, mark_tables
+from bdpo_pl.training.optimizers import mark_tables
 from bdpo_pl.training.schedule_free import ScheduleFreeAdamW
 
 LRSchedule = Literal["cosine", "linear", "constant"]
@@ -144,7 +144,8 @@ def _why_not_split(optimizer: torch.optim.Optimizer, strategy: Strategy) -> str 
             "which holds its state in blocks of whole weights, and this strategy splits them: neither steps nor "
             "checkpoints would be those of one device"
         )
-    if not isinstance(optimizer, Muon | Adafactor | ScheduleFreeAdamW):
+    # An attribute of the project's own optimisers; torch's work on parts by themselves.
+    if not getattr(optimizer, "takes_parts", False):
         return None
     if not isinstance(strategy, ShardedStrategy):
         return "which works on whole weights and on FSDP2's parts of them, and this strategy splits them in another way"

@@ -32,6 +32,8 @@ class ScheduleFreeAdamW(torch.optim.Optimizer):
         weight_decay: weight decay of matrices; norms and biases never decay.
     """
 
+    takes_parts = True
+
     def __init__(
         self,
         params: ParamsT,

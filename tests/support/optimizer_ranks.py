@@ -10,8 +10,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 
 from bdpo_pl.parallel.state import DATA, load_optimizer_state, whole, whole_optimizer_state
+from bdpo_pl.training.adafactor import Adafactor
 from bdpo_pl.training.optim import parameter_groups
-from bdpo_pl.training.optimizers import Adafactor, Muon
+from bdpo_pl.training.optimizers import Muon
 from bdpo_pl.training.schedule_free import ScheduleFreeAdamW, averaged_weights
 
 

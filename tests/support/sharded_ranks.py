@@ -10,7 +10,8 @@ from sharded_jobs import train
 
 from bdpo_pl.errors import InputError
 from bdpo_pl.models.adapters import LoraOptions
-from bdpo_pl.training.optimizers import Adafactor, Muon
+from bdpo_pl.training.adafactor import Adafactor
+from bdpo_pl.training.optimizers import Muon
 from bdpo_pl.training.schedule_free import ScheduleFreeAdamW
 
 LORA = LoraOptions(r=4, alpha=8)

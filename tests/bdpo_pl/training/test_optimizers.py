@@ -13,9 +13,10 @@ from training import fit, same, weights
 
 from bdpo_pl.errors import InputError
 from bdpo_pl.parallel.fsdp2 import ShardedStrategy
+from bdpo_pl.training.adafactor import Adafactor
 from bdpo_pl.training.optim import check_optimizer, parameter_groups
 from bdpo_pl.training.optimizer_state import state_bytes
-from bdpo_pl.training.optimizers import Adafactor, AdamW8bit, Muon, is_hidden_matrix
+from bdpo_pl.training.optimizers import AdamW8bit, Muon, is_hidden_matrix
 from bdpo_pl.training.schedule_free import ScheduleFreeAdamW, at_average, averaged_weights
 
 BITS = pytest.param(
