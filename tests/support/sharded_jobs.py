@@ -27,6 +27,7 @@ def train(
     model="model",
     pairs="pairs.jsonl",
     sharing=None,
+    cache=None,
     ckpt_path=None,
     callbacks=(),
     data=None,
@@ -37,6 +38,7 @@ def train(
     Args:
         folder: holds `model` and `pairs`.
         name: `ddp`, `fsdp2`, `tp` or `one`, and anything after a dash.
+        cache: name of the run whose scores are read; default: its own.
         sharing: batches in a step; default the processes that share data.
 
     Returns:
@@ -69,7 +71,7 @@ def train(
         str(folder / model),
         **{
             "optimizer": adamw,
-            "scoring": ScoringOptions(cache_dir=str(folder / "cache" / name), chunk_pairs=8),
+            "scoring": ScoringOptions(cache_dir=str(folder / "cache" / (cache or name)), chunk_pairs=8),
             **options,
         },
     )

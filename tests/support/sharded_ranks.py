@@ -44,6 +44,14 @@ RESUMED = {
     "ddp-lora": {"lora": LORA},
     "fsdp2-vision": {"model": "vision", "trainer": {"max_epochs": 1}},
 }
+INTERRUPTED = ("fsdp2",)
+"""Resumed after an error; the others from a checkpoint that the uninterrupted run left on its way."""
+SCORED_AS = {
+    **dict.fromkeys(["fsdp2-checkpointing", "fsdp2-accumulating", *OPTIMIZED], "fsdp2"),
+    **dict.fromkeys(["fsdp2-pissa", "fsdp2-dora"], "fsdp2-lora"),
+    "tp-from-fsdp2": "tp",
+}
+"""The same scores as in a run before: they are read from its cache."""
 FROM_ADAPTER = ("ddp-adapter", "fsdp2-adapter")
 
 
@@ -69,11 +77,20 @@ def quietly(*args, trainer=(), **options):
 
 def every_strategy(rank, folder):
     for name, options in (RUNS | OPTIMIZED).items():
-        keep(rank, folder, name, quietly(folder, name, 2, **options))
+        keep(rank, folder, name, once(folder, name, **options))
     for name in FROM_ADAPTER:
-        keep(rank, folder, name, quietly(folder, name, 2, **from_adapter(folder)))
+        keep(rank, folder, name, once(folder, name, **from_adapter(folder)))
     for name, model in OTHER_MODELS.items():
-        keep(rank, folder, name, quietly(folder, name, 2, model=model, trainer={"max_epochs": 1}))
+        keep(rank, folder, name, once(folder, name, model=model, trainer={"max_epochs": 1}))
+
+
+def once(folder, name, **options):
+    steps = [every_step(folder, name)] if name in RESUMED.keys() - set(INTERRUPTED) else []
+    return quietly(folder, name, 2, cache=SCORED_AS.get(name), callbacks=steps, **options)
+
+
+def every_step(folder, name):
+    return ModelCheckpoint(folder / f"{name}-steps", every_n_train_steps=1, save_top_k=-1, filename="{step}")
 
 
 def keep(rank, folder, name, result):
@@ -97,13 +114,17 @@ def interrupted_and_resumed(rank, folder):
     """In the middle of the last epoch: 4 steps an epoch."""
     for name, options in RESUMED.items():
         done = 2 if "trainer" in options else 6
-        every = ModelCheckpoint(folder / f"{name}-steps", every_n_train_steps=1, save_top_k=-1, filename="{step}")
-        with pytest.raises(RuntimeError, match="machine is gone"):
-            quietly(folder, name + "-part", 2, callbacks=[every, StopAt(done + 1)], **options)
+        cache = SCORED_AS.get(name, name)
+        if name in INTERRUPTED:
+            callbacks = [every_step(folder, name), StopAt(done + 1)]
+            with pytest.raises(RuntimeError, match="machine is gone"):
+                quietly(folder, name + "-part", 2, cache=cache, callbacks=callbacks, **options)
         path = str(folder / f"{name}-steps" / f"step={done}.ckpt")
-        keep(rank, folder, name + "-resumed", quietly(folder, name + "-again", 2, ckpt_path=path, **options))
+        again = quietly(folder, name + "-again", 2, cache=cache, ckpt_path=path, **options)
+        keep(rank, folder, name + "-resumed", again)
     path = str(folder / "fsdp2-steps" / "step=6.ckpt")
-    keep(rank, folder, "tp-from-fsdp2", quietly(folder, "tp-from-fsdp2", 2, ckpt_path=path))
+    again = quietly(folder, "tp-from-fsdp2", 2, cache=SCORED_AS["tp-from-fsdp2"], ckpt_path=path)
+    keep(rank, folder, "tp-from-fsdp2", again)
 
 
 def what_does_not_fit_is_refused(rank, folder):
