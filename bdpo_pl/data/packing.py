@@ -23,7 +23,8 @@ from torch import Tensor
 from bdpo_pl.data.tokenization import Ids
 
 # Compiled attention needs whole blocks; with dynamic shapes another length costs no compilation.
-_BLOCK = 128
+BLOCK = 128
+"""Multiple of which the length of a single row is."""
 
 
 class Document(NamedTuple):
@@ -80,6 +81,9 @@ class SequenceBatch:
         scored_lengths: number of scored tokens of each sequence as Python numbers, so that reading them does not wait
             for a device; None if they are known only on the device.
         shared: true if a row contains more than one sequence, so that it needs its own mask.
+        stripe: (number, C) if ranks share the rows (`bdpo_pl.data.stripes`): the model gets every C-th position, and
+            the scored tokens are those that are predicted there, by their places among these. The grids and `spans`
+            are still those of whole rows, the former padded to a multiple of C. None: all positions.
     """
 
     input_ids: Tensor
@@ -93,6 +97,7 @@ class SequenceBatch:
     spans: Tensor
     scored_lengths: tuple[int, ...] | None
     shared: bool
+    stripe: tuple[int, int] | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -229,4 +234,4 @@ def _first_fit(documents: Sequence[Document], capacity: int) -> list[list[Docume
 
 def _row_length(num_tokens: int) -> int:
     """Return `num_tokens` rounded up to whole blocks."""
-    return -(-num_tokens // _BLOCK) * _BLOCK
+    return -(-num_tokens // BLOCK) * BLOCK

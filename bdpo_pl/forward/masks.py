@@ -19,7 +19,8 @@ from torch import Tensor
 from bdpo_pl.data.packing import SequenceBatch
 from bdpo_pl.models.causal_lm import CausalLM, ModelConfig
 
-_KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+"""Kinds of layers for which there are masks, by transformers' names."""
 
 # Kinds of rotary embeddings whose angles do not change with the length of a row.
 _STATIC_ROTATIONS = frozenset({None, "default", "linear", "llama3", "yarn"})
@@ -33,13 +34,16 @@ Sees = Callable[[Tensor, Tensor, Tensor], Tensor]
 def model_inputs(model: CausalLM, batch: SequenceBatch) -> dict[str, Any]:
     """Return the arguments for a call of `model` in which each sequence of `batch` sees only itself and its context.
 
+    If ranks share the rows, tokens and positions are this rank's, and masks are those of whole rows.
+
     Raises:
         ValueError: the rows are shared, and the model's attention does not support such masks (see `why_not_shared`).
     """
-    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
-    if not batch.shared:
+    number, of = batch.stripe or (0, 1)
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids[:, number::of], "use_cache": False}
+    if not batch.shared and batch.stripe is None:
         return inputs | {"attention_mask": batch.attention_mask}
-    return inputs | {"attention_mask": _masks(model, batch), "position_ids": batch.position_ids}
+    return inputs | {"attention_mask": _masks(model, batch), "position_ids": batch.position_ids[:, number::of]}
 
 
 def why_not_shared(model: CausalLM) -> str | None:
@@ -47,7 +51,7 @@ def why_not_shared(model: CausalLM) -> str | None:
     config = model.config.get_text_config()
     if getattr(model, "_is_stateful", False):
         return f"{type(model).__name__} carries a state from token to token, which cannot branch"
-    if unknown := sorted(layer_kinds(config) - _KINDS):
+    if unknown := sorted(layer_kinds(config) - KINDS):
         return f"its {', '.join(unknown)} layers have no mask that could separate two responses"
     if getattr(config, "alibi", False):
         return "its ALiBi biases depend on distances in the row, not on positions"

@@ -42,6 +42,7 @@ def read(
     run: Callable[[], tuple[Tensor, Tensor]],
     *,
     head: bool = False,
+    join: Callable[[Tensor], Tensor] = lambda gradient: gradient,
 ) -> Reading:
     """Run `model` on `batch`, forwards and backwards; the gradients that its parameters already have are not changed.
 
@@ -51,6 +52,7 @@ def read(
         documents: documents in the batch; a context's gradients are summed over its copies.
         run: function that calls the model, and returns (S,) log-probabilities, and the scalar to differentiate.
         head: return the gradient of the LM head's weight as well.
+        join: function that makes the (R, T, D) gradient of whole rows from that of the positions that the model got.
 
     Raises:
         RuntimeError: the model does not embed its tokens just once.
@@ -61,7 +63,7 @@ def read(
             raise RuntimeError(f"{type(model).__name__} does not embed its tokens just once")
         trained = [weight for weight in weights[:1] if weight.requires_grad]
         gradients = torch.autograd.grad(value, [*embedded, *trained])
-    by_token = gradients[0].flatten(0, 1)
+    by_token = join(gradients[0]).flatten(0, 1)
     return Reading(logps.detach(), _pieces(by_token, batch, documents), gradients[1] if trained else None)
 
 

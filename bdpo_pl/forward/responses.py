@@ -51,6 +51,7 @@ def response_logps(
     on_hidden: Callable[[Tensor], None] | None = None,
     *,
     whole: bool = False,
+    fused: bool = False,
 ) -> Tensor:
     """Return log π(response | context) of each sequence, summed over its scored tokens.
 
@@ -62,6 +63,8 @@ def response_logps(
         batch: batch of S sequences with N scored tokens.
         on_hidden: function that is called with the (R, T, D) hidden states that enter the LM head, at all positions.
         whole: compute everything that the model does, even outputs that are not read (for comparisons).
+        fused: compute logits a chunk at a time with gradients too, and again in the backward pass, without a
+            comparison: `why_not_fused` has returned None for the model.
 
     Returns:
         (S,) float32, with gradients to the model's parameters.
@@ -78,9 +81,9 @@ def response_logps(
     head = model.get_output_embeddings()
     split = isinstance(head, VocabParallelHead)
     plain = not whole and not torch.is_grad_enabled() and type(head) is nn.Linear and _plain.get(model, True)
-    if head is not None and (split or plain):
+    if head is not None and (split or plain or fused):
         with narrow():
-            logps = _from_head(model, head, batch, select, checked=split or model in _plain)
+            logps = _from_head(model, head, batch, select, checked=split or fused or model in _plain)
         if logps is not None:
             return logps
     with narrow(), head_input(model, select) as head_calls:

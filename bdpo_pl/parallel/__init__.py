@@ -1,1 +1,1 @@
-"""Models that no device holds whole: FSDP2, tensor parallelism, and conversions between split and whole tensors."""
+"""Models that no device holds whole, and rows that none does: FSDP2, tensor and context parallelism, whole ↔ split."""

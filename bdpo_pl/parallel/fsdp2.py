@@ -1,4 +1,4 @@
-"""A policy that no device holds whole: FSDP2 and tensor parallelism under Lightning's ModelParallelStrategy.
+"""A policy that no device holds whole: FSDP2, tensor and context parallelism by Lightning's ModelParallelStrategy.
 
 The model is built without memory (on the meta device), split, and only then given weights: each rank reads its own part
 of them from the safetensors files. Checkpoints are single files that are loaded with `weights_only`, whichever strategy
@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from bdpo_pl.errors import InputError
@@ -23,8 +23,10 @@ from bdpo_pl.models.adapters import LoraOptions, add_adapters
 from bdpo_pl.models.causal_lm import CausalLM
 from bdpo_pl.models.loading import ModelSource, enable_activation_checkpointing, load_config, model_class
 from bdpo_pl.models.reach import freeze_unreached
+from bdpo_pl.parallel.context_parallel import ContextGroup, share_attention, stop_sharing_attention
 from bdpo_pl.parallel.from_files import compute_buffers, fill
 from bdpo_pl.parallel.state import (
+    CONTEXT,
     DATA,
     TENSOR,
     adapter_starts,
@@ -41,6 +43,9 @@ class ShardedStrategy(ModelParallelStrategy):
 
     Args:
         tensor_parallel_size: number of devices that share a layer; they should be on one node.
+        context_parallel_size: number of devices that share the positions of each row, for pairs whose activations do
+            not fit into one device; it divides the attention heads, and the devices should be on one node. The weights
+            are split over all devices.
         data_parallel_size: number of groups that split the batch and the weights; `auto`: as many as the devices
             permit.
         save_distributed_checkpoint: write one file for each rank by PyTorch's distributed checkpoint, whose index is
@@ -54,8 +59,18 @@ class ShardedStrategy(ModelParallelStrategy):
         tensor_parallel_size: int = 1,
         data_parallel_size: int | Literal["auto"] = "auto",
         save_distributed_checkpoint: bool = False,
+        context_parallel_size: int = 1,
         **kwargs: Any,
     ) -> None:
+        if context_parallel_size < 1:
+            raise InputError(f"context_parallel_size must be at least 1, got {context_parallel_size}")
+        if context_parallel_size > 1 and tensor_parallel_size > 1:
+            raise InputError(
+                f"context_parallel_size is {context_parallel_size} and tensor_parallel_size {tensor_parallel_size}: "
+                "devices share either rows or layers; set one of them to 1"
+            )
+        self.context_parallel_size = context_parallel_size
+        self.context_group: ContextGroup | None = None
         super().__init__(
             data_parallel_size=data_parallel_size,
             tensor_parallel_size=tensor_parallel_size,
@@ -74,7 +89,7 @@ class ShardedStrategy(ModelParallelStrategy):
         return bool(self._save_distributed_checkpoint)
 
     def setup_environment(self) -> None:
-        """Count the groups, now that the number of devices is known."""
+        """Count the groups, now that the number of devices is known, and let the ranks of a group share rows."""
         if self._data_parallel_size == "auto":
             groups, rest = divmod(self.num_nodes * self.num_processes, int(self._tensor_parallel_size))
             if rest:
@@ -83,7 +98,30 @@ class ShardedStrategy(ModelParallelStrategy):
                     f"{self.num_nodes * self.num_processes} devices"
                 )
             self._data_parallel_size = groups
+        size, devices = self.context_parallel_size, self.num_nodes * self.num_processes
+        if devices % size:
+            raise InputError(
+                f"context_parallel_size is {size}, which does not divide the {devices} devices; set it to a divisor of "
+                "them, or to 1"
+            )
         super().setup_environment()
+        if size > 1:
+            mesh = init_device_mesh(
+                self.root_device.type, (self.world_size // size, size), mesh_dim_names=(DATA, CONTEXT)
+            )
+            self.context_group = ContextGroup(mesh.get_group(CONTEXT), mesh.get_local_rank(CONTEXT), size)
+            share_attention(self.context_group)
+
+    def teardown(self) -> None:
+        """Leave transformers' attention functions as they were."""
+        stop_sharing_attention()
+        super().teardown()
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Number of the group of ranks that read the same data, and number of these groups."""
+        found = super().distributed_sampler_kwargs
+        return {name: value // self.context_parallel_size for name, value in found.items()}
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return the trained weights and the adapters' starts. A frozen base is not gathered: checkpoints omit it."""
@@ -113,7 +151,7 @@ class ShardedStrategy(ModelParallelStrategy):
         return checkpoint
 
 
-StrategyRegistry.register("fsdp2", ShardedStrategy, description="FSDP2, and tensor parallelism by tensor_parallel_size")
+StrategyRegistry.register("fsdp2", ShardedStrategy, description="FSDP2, with tensor or context parallelism")
 
 
 def build_sharded(

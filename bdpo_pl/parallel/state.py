@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from bdpo_pl.models.adapter_start import START
 
-DATA, TENSOR = "data_parallel", "tensor_parallel"
+DATA, TENSOR, CONTEXT = "data_parallel", "tensor_parallel", "context_parallel"
 
 
 def local_ranges(tensor: Tensor) -> tuple[slice, ...]:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from bdpo_kernels.chunks import head_bytes
 from bdpo_pl.data.packing import SequenceBatch
+from bdpo_pl.data.stripes import stripe_of
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.forward.last_layer import scored_positions_only
 from bdpo_pl.forward.masks import model_inputs
@@ -34,6 +35,7 @@ from bdpo_pl.models.adapters import LoraOptions
 from bdpo_pl.models.causal_lm import CausalLM, ModelConfig
 from bdpo_pl.models.loading import ModelSource, load_config, num_positions, resolve_dtype
 from bdpo_pl.models.precision import autocast_dtype
+from bdpo_pl.parallel.context_parallel import check_context_parallel
 from bdpo_pl.parallel.tensor_parallel import check_tensor_parallel
 from bdpo_pl.training.datamodule import PreferenceDataModule
 from bdpo_pl.training.meta_attention import attention_as_on_devices
@@ -128,7 +130,7 @@ def plan_memory(
     Args:
         source: model, for messages and its attention implementation.
         config: transformers configuration of the model; no weights are read.
-        batch: micro-batch on the CPU.
+        batch: micro-batch on the CPU, or this device's share of its rows.
         dtype: dtype of the weights.
         optimizer: function that makes the optimiser, which takes a step on small matrices.
         devices: devices over which the model is distributed.
@@ -205,6 +207,8 @@ def planned(
     config = load_config(module.source)
     if tensor > 1:
         check_tensor_parallel(config, tensor, module.source.name)
+    sharing = int(getattr(strategy, "context_parallel_size", 1))
+    check_context_parallel(config, sharing, module.source.name)
     window = data.max_length or min(data.truncation.max_length, num_positions(config) or data.truncation.max_length)
     shared = module.prefix_sharing != "never"
     if pairs is None:
@@ -213,10 +217,11 @@ def planned(
         if longest is not None:
             window = int((longest.prompt_lengths + np.maximum(longest.chosen_lengths, longest.rejected_lengths)).max())
         pairs = max(1, data.max_tokens_per_batch // int(window * (1.5 if shared else 2)))
+    batch = worst_batch(pairs, window, shared) if longest is None else longest_batch(longest, pairs, shared)
     plan = plan_memory(
         module.source,
         config,
-        worst_batch(pairs, window, shared) if longest is None else longest_batch(longest, pairs, shared),
+        batch if sharing == 1 else stripe_of(batch, 0, sharing),
         resolve_dtype(module.dtype_name, str(trainer.precision)),
         module.optimizer,
         devices,
@@ -259,7 +264,8 @@ def _activations(
         return one + (layers - 1) * (two - one)
     # The input of each layer is saved, and all tensors of one layer at a time.
     R, T = batch.input_ids.shape
-    entering = R * T * config.get_text_config().hidden_size * dtype.itemsize
+    t = T if batch.stripe is None else T // batch.stripe[1]
+    entering = R * t * config.get_text_config().hidden_size * dtype.itemsize
     return one + layers * entering
 
 
@@ -277,14 +283,15 @@ def _kept(model: CausalLM, batch: SequenceBatch, whole: bool) -> int:
 
     batch = batch.to(torch.device("meta"))
     inputs = model_inputs(model, batch)
-    if not batch.shared:
+    masked = batch.shared or batch.stripe is not None
+    if not masked:
         # In the worst case nothing is padded, so no mask is saved; transformers would read the mask to find that out.
         T = batch.input_ids.shape[1]
         inputs["attention_mask"] = torch.empty(1, 1, T, T, dtype=torch.bool, device="meta")
     narrow = nullcontext() if whole else scored_positions_only(model, batch)
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with (
-        attention_as_on_devices(keeps_mask=batch.shared),
+        attention_as_on_devices(keeps_mask=masked),
         narrow,
         head_input(model, lambda hidden: hidden[:, :0]),
         hooks,

@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from bdpo_pl import __version__
 from bdpo_pl.losses import PreferenceLoss
+from bdpo_pl.parallel.ranks import data_ranks
 from bdpo_pl.training.datamodule import PreferenceDataModule
 from bdpo_pl.training.module import PreferenceModule
 from bdpo_pl.training.summary import FEW_PAIRS
@@ -107,7 +108,7 @@ def run_settings(trainer: L.Trainer, module: PreferenceModule, data: PreferenceD
     optimizer = trainer.optimizers[0]
     group = optimizer.param_groups[0]
     batch = f"{data.batch_size} pairs" if data.max_tokens_per_batch is None else f"{data.max_tokens_per_batch:,} tokens"
-    batches = trainer.accumulate_grad_batches * trainer.world_size
+    batches = trainer.accumulate_grad_batches * data_ranks(trainer)[1]
     lora = module.lora
     return {
         "loss": settings_of(module.loss),

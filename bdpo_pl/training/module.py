@@ -12,12 +12,12 @@ from torch import Tensor
 
 from bdpo_pl import embedded
 from bdpo_pl.data.batches import PreferenceBatch
-from bdpo_pl.data.packing import RowLayout, lay_out
+from bdpo_pl.data.packing import RowLayout
 from bdpo_pl.data.splits import PreferenceSplits
 from bdpo_pl.embedded import EMBEDDED
 from bdpo_pl.errors import InputError
-from bdpo_pl.forward.fused_loss import LMHead, choose_head
-from bdpo_pl.forward.prefix_sharing import PrefixSharing, choose_layout, probe_documents
+from bdpo_pl.forward.fused_loss import LMHead
+from bdpo_pl.forward.prefix_sharing import PrefixSharing, choose_layout
 from bdpo_pl.forward.responses import response_logps
 from bdpo_pl.forward.router_loss import balancing_loss, check_router, routed
 from bdpo_pl.losses import BalancedDPOLoss, PairScores, PreferenceLoss
@@ -35,6 +35,7 @@ from bdpo_pl.models.loading import (
     resolve_dtype,
 )
 from bdpo_pl.models.reach import frozen_names
+from bdpo_pl.parallel.ranks import counts_its_data
 from bdpo_pl.scoring.machine import Machine
 from bdpo_pl.scoring.reestimation import Reestimation
 from bdpo_pl.scoring.reference import Reference, ReferenceChoice, ReferenceMode, choose_mode
@@ -46,8 +47,9 @@ from bdpo_pl.training.guards import check_first_loss, check_weights, require_fin
 from bdpo_pl.training.metrics import pair_metrics
 from bdpo_pl.training.optim import LRSchedule, adamw, check_optimizer, make_optimizer, with_schedule
 from bdpo_pl.training.policy import build_policy
+from bdpo_pl.training.reader import PolicyReader, check_context
 from bdpo_pl.training.schedule_free import at_average
-from bdpo_pl.training.steps import fused_losses, pair_scores, plain_losses
+from bdpo_pl.training.steps import pair_scores
 
 
 class PreferenceModule(CheckpointedModule):
@@ -142,7 +144,7 @@ class PreferenceModule(CheckpointedModule):
         self.compile_backend = compile
         self.router_aux_loss = router_aux_loss
         self.quantization = None if lora is None or lora.quantize == "none" else lora.quantize
-        self._fused: bool | None = None
+        self._reader = PolicyReader(lm_head, self.source.name)
         self._layout: RowLayout | None = None
         self._machine: Machine | None = None
         self._splits: PreferenceSplits | None = None
@@ -163,6 +165,7 @@ class PreferenceModule(CheckpointedModule):
         largest = [splits.pad_id, *(table.largest_id for table in splits.tables.values())]
         check_vocabulary(config, largest, self.source.name)
         check_router(config, self.router_aux_loss, self.source.name)
+        check_context(self, self.trainer)
         if self.reference_source != self.source:
             check_vocabulary(load_config(self.reference_source), largest, self.reference_source.name)
         if self.reference is None:
@@ -271,6 +274,10 @@ class PreferenceModule(CheckpointedModule):
 
     # Steps
 
+    def on_fit_start(self) -> None:
+        """Compare rows that ranks read together with rows read alone, if the strategy has them share rows."""
+        self._reader.check_sharing(self.trainer, self.policy, self.splits, lambda: self.row_layout)
+
     def forward(self, batch: PreferenceBatch) -> Tensor:
         """Return (2, B) float32 log-probabilities of the chosen and of the rejected responses under the policy."""
         return response_logps(self.policy, batch.sequences).view(2, -1)
@@ -285,25 +292,18 @@ class PreferenceModule(CheckpointedModule):
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """Return the weighted sum of the pairs' losses; over an optimiser step, these sums add up to the mean."""
-        if self._fused is None:
-            probe = lay_out(
-                probe_documents(self.splits.tables["train"], self.policy), self.row_layout, self.splits.pad_id
-            )
-            self._fused = choose_head(
-                self.policy, probe.to(self.device), self.lm_head, self.source.name, objection=self.loss.not_fused
-            )
+        self._reader.choose_head(self.policy, self.loss, self.splits, self.row_layout)
         scores = self._scores(batch, "train")
         watch: AbstractContextManager[list[Any]] = routed(self.policy) if self.router_aux_loss else nullcontext([])
         with watch as decisions:
-            compute = fused_losses if self._fused else plain_losses
-            logps, losses, loss = compute(self.policy, self.loss, batch, scores)
+            logps, losses, loss = self._reader.losses(self.policy, self.loss, batch, scores, trained=True)
         if decisions:
             # A batch has the weight of its pairs.
             loss = loss + self.router_aux_loss * batch.pair_weight.sum() * balancing_loss(decisions, batch.sequences)
         places = [self.splits.tables["train"].places[i] for i in batch.pair_index.tolist()]
         require_finite_loss(self.trainer, loss, places, batch_idx)
-        self.train_means.update(pair_metrics(self.loss, logps, scores, losses), batch.pair_weight > 0)
-        self.throughput.add(batch.num_tokens)
+        self.observe(self.train_means, pair_metrics(self.loss, logps, scores, losses), batch)
+        self.throughput.add(batch.num_tokens * counts_its_data(self.trainer))
         if self.global_step == 0 and batch_idx == 0 and self._starts_as_reference:
             assert self.loss.initial_value is not None
             check_first_loss(self.trainer, losses, self.loss.initial_value)
@@ -322,8 +322,8 @@ class PreferenceModule(CheckpointedModule):
         """Collect the metrics of each held-out set, and of the probe of training pairs."""
         split = self.splits.validation[dataloader_idx]
         scores = self._scores(batch, split)
-        logps, losses, _ = plain_losses(self.policy, self.loss, batch, scores)
-        self.means(split).update(pair_metrics(self.loss, logps, scores, losses), batch.pair_weight > 0)
+        logps, losses, _ = self._reader.losses(self.policy, self.loss, batch, scores, trained=False)
+        self.observe(self.means(split), pair_metrics(self.loss, logps, scores, losses), batch)
 
     def _scores(self, batch: PreferenceBatch, split: str) -> PairScores:
         """Return lengths and known scores of the pairs in `batch`, which are pairs of `split`."""

@@ -5,13 +5,14 @@ Shapes: B pairs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from bdpo_pl.data.batches import PreferenceBatch
-from bdpo_pl.data.packing import parts_of
+from bdpo_pl.data.packing import SequenceBatch, parts_of
 from bdpo_pl.forward.fused_loss import fused_preference_loss
 from bdpo_pl.forward.responses import response_logps
 from bdpo_pl.losses import PairScores, PreferenceLoss
@@ -20,6 +21,9 @@ from bdpo_pl.scoring.scores import SplitScores
 
 Losses = tuple[Tensor, Tensor, Tensor]
 """The policy's log-probabilities (2, B), the pairs' losses (B,), and the weighted sum of these."""
+
+Read = Callable[[CausalLM, SequenceBatch], Tensor]
+"""Function that returns a model's (S,) log-probabilities of the responses of a batch."""
 
 
 def pair_scores(batch: PreferenceBatch, scores: SplitScores, latest: Tensor | None) -> PairScores:
@@ -41,18 +45,20 @@ def pair_scores(batch: PreferenceBatch, scores: SplitScores, latest: Tensor | No
     return replace(known, counted=batch.pair_weight > 0, desirable=batch.desirable)
 
 
-def policy_logps(policy: CausalLM, loss: PreferenceLoss, batch: PreferenceBatch) -> Tensor:
+def policy_logps(policy: CausalLM, loss: PreferenceLoss, batch: PreferenceBatch, read: Read = response_logps) -> Tensor:
     """Compute the policy's (2, B) log-probabilities, with tokens weighted as `loss` requires."""
     if loss.tail_weight is None:
-        return response_logps(policy, batch.sequences).view(2, -1)
+        return read(policy, batch.sequences).view(2, -1)
     shorter = batch.lengths.min(dim=0).values.repeat(2)
-    first, rest = response_logps(policy, parts_of(batch.sequences, shorter)).view(2, 2, -1)
+    first, rest = read(policy, parts_of(batch.sequences, shorter)).view(2, 2, -1)
     return first + loss.tail_weight * rest
 
 
-def plain_losses(policy: CausalLM, loss: PreferenceLoss, batch: PreferenceBatch, scores: PairScores) -> Losses:
-    """Compute the losses from log-probabilities with gradients."""
-    logps = policy_logps(policy, loss, batch)
+def plain_losses(
+    policy: CausalLM, loss: PreferenceLoss, batch: PreferenceBatch, scores: PairScores, read: Read = response_logps
+) -> Losses:
+    """Compute the losses from log-probabilities with gradients, which `read` returns."""
+    logps = policy_logps(policy, loss, batch, read)
     losses = loss(logps[0], logps[1], scores)
     return logps, losses, (losses * batch.loss_weight).sum()
 

@@ -9,11 +9,12 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch import nn
+from torch import Tensor, nn
 
 from bdpo_pl.data.batches import PreferenceBatch
 from bdpo_pl.data.held_out import HELD_OUT
 from bdpo_pl.losses import PreferenceLoss
+from bdpo_pl.parallel.ranks import counts_its_data
 from bdpo_pl.training.guards import finite_gradient_norm, scales_the_loss
 from bdpo_pl.training.metrics import PairMeans, Throughput, gaps
 from bdpo_pl.training.schedule_free import at_average, stay_at_average
@@ -64,6 +65,10 @@ class WatchedModule(L.LightningModule):
         means = self.split_means[split]
         assert isinstance(means, PairMeans)
         return means
+
+    def observe(self, means: PairMeans, values: dict[str, Tensor], batch: PreferenceBatch) -> None:
+        """Add the metrics of the pairs in `batch` to `means`, on one of the processes that read the same batch."""
+        means.update(values, (batch.pair_weight > 0) & counts_its_data(self.trainer))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the gradient's norm, and stop before a step with a gradient that is not finite."""

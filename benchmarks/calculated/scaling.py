@@ -6,12 +6,14 @@ formulas on the page; seconds are those bytes and operations at rates that the p
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, LlamaConfig
 
+from bdpo_pl.data.stripes import stripe_of
 from bdpo_pl.models.adapters import LoraOptions
 from bdpo_pl.models.loading import ModelSource
 from bdpo_pl.training.memory_plan import plan_memory
@@ -23,6 +25,8 @@ from benchmarks.pages import render
 PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
 WINDOW = 1024
 NODE = 8
+# Windows and sizes of groups that are calculated for context parallelism.
+WINDOWS, SHARING = (8_192, 32_768), (1, 2, 4, 8)
 # Typical rates: an H100 SXM's dense bfloat16 peak and a usual share of it, and NVLink and a 400 Gbit/s network card for
 # each GPU, one way.
 PEAK_FLOPS, SHARE = 989e12, 0.4
@@ -100,6 +104,42 @@ def sent_by_tensor(shape: str, tokens: int, scored: int, tensor: int) -> float:
     return ring * (3 * 2 * layers * tokens * D * 2 + tokens * D * 2 + scored * (D * 2 + 3 * 4))
 
 
+def sent_by_context(shape: str, tokens: int, sharing: int) -> float:
+    """Return the bytes that each GPU sends per step if `sharing` GPUs share `tokens`: positions for heads, and back."""
+    D, _, layers, heads, kv_heads, _ = SHAPES[shape]
+    # Keys and values that the heads of several GPUs read are sent to each of them.
+    kv = D // heads * math.lcm(kv_heads, sharing)
+    # Queries, keys, values and outputs of a GPU's own tokens; forward, recomputation and backward.
+    return 3 * layers * (sharing - 1) / sharing * tokens / sharing * 2 * (D + kv) * 2
+
+
+def context_row(shape: str, window: int, sharing: int) -> str:
+    """Return one line of the table of context parallelism: a pair that fills `window` on each group of `sharing`."""
+    batch = worst_batch(1, window, shared=True)
+    R, T = batch.input_ids.shape
+    tokens = int(batch.num_tokens)
+    plan = plan_memory(
+        ModelSource("calculated"), config_of(shape), batch if sharing == 1 else stripe_of(batch, 0, sharing),
+        torch.float32, adamw, Devices(NODE, 1, True, "cuda"), gradient_checkpointing=True,
+        half_products=torch.bfloat16,
+    )  # fmt: skip
+    # Block-sparse attention needs no mask of all places.
+    mask = R * T * T * 2
+    P, embedding = parameters(shape)
+    D, _, layers, *_ = SHAPES[shape]
+    # Attention's two products over what a token sees: half of the row that its response alone would have.
+    seen = 2 * 2 * layers * D * sum(n * n / 2 for n in (window - window // 2, window // 2, window // 2))
+    seen += 2 * 2 * layers * D * 2 * (window // 2) * (window - window // 2)
+    operations = 4 * (2 * (P - 2 * embedding) * tokens + seen) + 3 * 2 * embedding * len(batch.labels)
+    seconds = operations / sharing / (PEAK_FLOPS * SHARE)
+    sent = sent_by_context(shape, tokens, sharing)
+    sizes = (plan.activations - mask, plan.logits_chunk, plan.peak - mask)
+    return (
+        f"| {window:,} | {sharing} | {NODE // sharing} | {' | '.join(f'{size / GIB:.1f}' for size in sizes)} | "
+        f"{mask / 2 / GIB:.1f} | {sent / 1e9:.1f} | {seconds:.2f} | {sent / NVLINK:.2f} |"
+    )
+
+
 def row(case: Case) -> str:
     """Return one line of the page's table."""
     config = config_of(case.shape)
@@ -145,6 +185,7 @@ def page() -> str:
     return render(
         Path(__file__).with_name("scaling.md.j2"),
         rows="\n".join(row(case) for case in CASES),
+        context_rows="\n".join(context_row("7B", window, c) for window in WINDOWS for c in SHARING),
         share=SHARE,
         peak=PEAK_FLOPS,
         nvlink=NVLINK,

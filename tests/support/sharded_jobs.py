@@ -37,7 +37,7 @@ def train(
 
     Args:
         folder: holds `model` and `pairs`.
-        name: `ddp`, `fsdp2`, `tp` or `one`, and anything after a dash.
+        name: `ddp`, `fsdp2`, `tp`, `context` or `one`, and anything after a dash.
         cache: name of the run whose scores are read; default: its own.
         sharing: batches in a step; default the processes that share data.
 
@@ -49,8 +49,11 @@ def train(
         "ddp": "ddp",
         "fsdp2": ShardedStrategy(),
         "tp": ShardedStrategy(tensor_parallel_size=2),
+        "context": ShardedStrategy(context_parallel_size=2),
     }[name.split("-")[0]]
-    sharing = sharing or {"one": 1, "tp": max(1, world_size // 2)}.get(name.split("-")[0], world_size)
+    sharing = sharing or {"one": 1, **dict.fromkeys(("tp", "context"), max(1, world_size // 2))}.get(
+        name.split("-")[0], world_size
+    )
     trainer_options = {"max_epochs": 2, "log_every_n_steps": 1, **options.pop("trainer", {})}
     torch.manual_seed(0)
     trainer = L.Trainer(
@@ -81,6 +84,15 @@ def train(
     )
     trainer.fit(module, datamodule, ckpt_path=ckpt_path, weights_only=True)
     return whole_state(module.policy, module.lora is not None), module.evaluations, module
+
+
+def with_errors(result):
+    """Add the standard errors of the evaluations to a result of `train`; a resumed run lacks those of earlier steps."""
+    state, evaluations, module = result
+    errors = {
+        step: {f"error of {name}": error for name, error in module.errors.get(step, {}).items()} for step in evaluations
+    }
+    return state, {step: values | errors[step] for step, values in evaluations.items()}, module
 
 
 def spawn(function, *args, world_size=2):

@@ -6,9 +6,10 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from sharded_jobs import train
+from sharded_jobs import train, with_errors
 
 from bdpo_pl.errors import InputError
+from bdpo_pl.losses import BalancedDPOLoss, DPOLoss, LDLoss
 from bdpo_pl.models.adapters import LoraOptions
 from bdpo_pl.training.adafactor import Adafactor
 from bdpo_pl.training.optimizers import Muon
@@ -23,8 +24,14 @@ RUNS = {
     "fsdp2-accumulating": {"trainer": {"accumulate_grad_batches": 2}, "sharing": 4},
     "tp": {},
     "tp-logits": {"lm_head": "logits"},
+    "context": {},
+    "context-logits": {"lm_head": "logits", "prefix_sharing": "never", "gradient_checkpointing": True},
+    "context-dpo": {"loss": DPOLoss(), "trainer": {"max_epochs": 1}},
+    # Its log-probabilities are of parts of responses, and it is fused with the head here.
+    "context-ld": {"loss": LDLoss(BalancedDPOLoss()), "trainer": {"max_epochs": 1}},
     "ddp-lora": {"lora": LORA},
     "fsdp2-lora": {"lora": LORA},
+    "context-lora": {"lora": LORA},
     "fsdp2-pissa": {"lora": LoraOptions(r=4, init="pissa")},
     "fsdp2-dora": {"lora": LoraOptions(r=4, dora=True, modules_to_save=["lm_head"]), "trainer": {"max_epochs": 1}},
 }
@@ -50,6 +57,7 @@ SCORED_AS = {
     **dict.fromkeys(["fsdp2-checkpointing", "fsdp2-accumulating", *OPTIMIZED], "fsdp2"),
     **dict.fromkeys(["fsdp2-pissa", "fsdp2-dora"], "fsdp2-lora"),
     "tp-from-fsdp2": "tp",
+    "context-dpo": "context",
 }
 """The same scores as in a run before: they are read from its cache."""
 FROM_ADAPTER = ("ddp-adapter", "fsdp2-adapter")
@@ -67,6 +75,8 @@ OTHER_MODELS = {
     "tp-mistral": "mistral",
     "tp-tied": "tied",
     "fsdp2-tied": "tied",
+    "context-odd": "odd",
+    "context-vision": "vision",
 }
 
 
@@ -93,8 +103,13 @@ def every_step(folder, name):
     return ModelCheckpoint(folder / f"{name}-steps", every_n_train_steps=1, save_top_k=-1, filename="{step}")
 
 
+def two_groups_of_two(rank, folder):
+    """Two groups of ranks with different pairs, each of which shares its rows."""
+    keep(rank, folder, "context-groups", quietly(folder, "context-groups", 4))
+
+
 def keep(rank, folder, name, result):
-    state, evaluations, module = result
+    state, evaluations, module = with_errors(result)
     whole = sum(p.numel() for p in module.policy.parameters())
     held = sum(getattr(p, "_local_tensor", p).numel() for p in module.policy.parameters())
     if rank == 0:
@@ -134,6 +149,13 @@ def what_does_not_fit_is_refused(rank, folder):
         ("tp", {"model": "odd"}, "does not divide the 1 of num_key_value_heads"),
         ("tp", {"optimizer": Muon, "lr_schedule": "constant"}, "set tensor_parallel_size to 1: take AdamW"),
         ("fsdp2", {"lora": LORA, "reference_mode": "live"}, "set it to precomputed"),
+        (
+            "context",
+            {"reference_mode": "live"},
+            "live does not work with .*context_parallel_size 2.*; set it to precom",
+        ),
+        ("context", {"compile": "eager"}, "model.compile does not work with .*; leave it out, or set context_parallel"),
+        ("context", {"model": "experts", "router_aux_loss": 0.1}, "model.router_aux_loss does not work with"),
     ):
         with pytest.raises(InputError, match=fault):
             train(folder, f"{name}-refused", 2, **options)

@@ -1,4 +1,4 @@
-"""One process = two of DDP = two of FSDP2 = two of tensor parallelism: losses, weights, caches and resuming."""
+"""One process = two of DDP, FSDP2, tensor or context parallelism: losses, weights, caches and resuming."""
 
 import pytest
 import sharded_ranks
@@ -6,7 +6,7 @@ import torch
 from adapters import sft_adapter
 from architectures import VISION_PARTS, tiny
 from makers import build_model, build_tokenizer, preference_rows, write_jsonl
-from sharded_jobs import spawn, train
+from sharded_jobs import spawn, train, with_errors
 
 # float32, 8 steps at a rate that moves weights of 0.02 by up to 0.016: orders of summation differ, nothing else does.
 VISION = tuple(VISION_PARTS["Gemma 3 (vision)"])
@@ -46,9 +46,11 @@ def one(runs):
     found["free"] = train(runs, "one-free", **sharded_ranks.OPTIMIZED["fsdp2-free"])
     for kind in ("lora", "pissa", "dora"):
         found[kind] = train(runs, f"one-{kind}", **sharded_ranks.RUNS[f"fsdp2-{kind}"])
+    for kind in ("dpo", "ld"):
+        found[kind] = train(runs, f"one-{kind}", **sharded_ranks.RUNS[f"context-{kind}"])
     for model in set(sharded_ranks.OTHER_MODELS.values()):
         found[model] = train(runs, f"one-{model}", model=model, trainer={"max_epochs": 1})
-    return found
+    return {name: with_errors(result) for name, result in found.items()}
 
 
 # Steps of Muon and Adafactor make the rounding of a gradient that is nearly 0 as large as a gradient: they are compared
@@ -57,6 +59,15 @@ def one(runs):
     "name", [*sharded_ranks.RUNS, *sharded_ranks.FROM_ADAPTER, *sharded_ranks.OTHER_MODELS, "fsdp2-free"]
 )
 def test_two_processes_equal_one(runs, one, name):
+    equals_one(runs, one, name)
+
+
+def test_four_processes_in_groups_that_share_rows_equal_one(runs, one):
+    spawn(sharded_ranks.two_groups_of_two, runs, world_size=4)
+    equals_one(runs, one, "context-groups")
+
+
+def equals_one(runs, one, name):
     state, evaluations, held = torch.load(runs / f"{name}.pt", weights_only=True)
     kind = name.partition("-")[2]
     expected, expected_evaluations, _ = one[kind if kind in one else ""]
@@ -122,5 +133,5 @@ def test_two_ranks_write_the_cache_that_one_writes(runs, one):
 
     expected = files("one")
     assert len(expected) == 5  # 32 and 8 pairs, 8 to a chunk
-    for name in ("ddp", "fsdp2", "tp", "fsdp2-lora"):
+    for name in ("ddp", "fsdp2", "tp", "context", "fsdp2-lora"):
         assert files(name) == expected

@@ -7,6 +7,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from training import adamw
 from transformers import AutoConfig
 
+from bdpo_pl.data.stripes import stripe_of
 from bdpo_pl.forward.fused_loss import fused_preference_loss
 from bdpo_pl.losses import DPOLoss, PairScores
 from bdpo_pl.models.adapters import LoraOptions, add_adapters
@@ -111,6 +112,27 @@ def test_a_group_of_two_holds_half_the_layers_and_of_the_vocabulary():
     assert 0.4 * one.activations < two.activations < 0.8 * one.activations
 
 
+def test_a_group_that_shares_rows_shares_activations_and_scored_tokens():
+    config = build_model(**SIZES).config
+    batch = worst_batch(2, 64, True)
+
+    def plan(checkpointing, *share):
+        devices = Devices(data=2, sharded=True, kind="cpu")
+        rows = stripe_of(batch, *share) if share else batch
+        return plan_memory(
+            ModelSource("tiny"), config, rows, torch.float32, adamw, devices, gradient_checkpointing=checkpointing
+        )
+
+    for checkpointing in (False, True):
+        whole, share = plan(checkpointing), plan(checkpointing, 1, 2)
+        assert share.weights == whole.weights
+        # Each layer's mask, in the dtype of its products, is of whole rows.
+        R, T = batch.input_ids.shape
+        masks = 4 * R * T * T * (1 if checkpointing else SIZES["num_hidden_layers"])
+        assert share.activations - masks == pytest.approx((whole.activations - masks) / 2, rel=0.02)
+        assert share.logits_chunk < whole.logits_chunk
+
+
 def test_nothing_is_allocated(monkeypatch):
     """A 70B model's plan takes no 70B of anything."""
     from transformers import AutoConfig
@@ -197,6 +219,11 @@ def test_table_shows_the_peak(capsys):
         [],
         ["--trainer.devices=2", "--trainer.strategy=fsdp2"],
         ["--trainer.devices=2", "--trainer.strategy=ddp"],
+        [
+            "--trainer.devices=2",
+            "--trainer.strategy=bdpo_pl.parallel.fsdp2.ShardedStrategy",
+            "--trainer.strategy.context_parallel_size=2",
+        ],
         ["--model.lora.r=4"],
     ],
 )

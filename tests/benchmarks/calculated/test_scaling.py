@@ -4,7 +4,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.calculated.scaling import PAGE, SHAPES, config_of, page, parameters, sent_by_fsdp, sent_by_tensor
+from benchmarks.calculated.scaling import (
+    PAGE,
+    SHAPES,
+    config_of,
+    page,
+    parameters,
+    sent_by_context,
+    sent_by_fsdp,
+    sent_by_tensor,
+)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -24,6 +33,14 @@ def test_bytes_sent_by_hand():
     assert sent_by_tensor("7B", 10, 4, 1) == 0
     # 32 layers, hidden size 4,096, bfloat16: 6 sums a layer, one of the embedding, one of the head, and its numbers.
     assert sent_by_tensor("7B", 10, 4, 2) == 6 * 32 * 10 * 8192 + 10 * 8192 + 4 * (8192 + 12)
+
+
+def test_bytes_exchanged_by_hand():
+    assert sent_by_context("7B", 64, 1) == 0
+    # Of 16 tokens on a GPU, three quarters; 32 layers, three passes; 4,096 in queries and outputs, 1,024 in keys.
+    assert sent_by_context("7B", 64, 4) == 3 * 32 * 12 * 2 * (2 * 4096 + 2 * 1024)
+    # Two GPUs to each key head: keys and values are sent twice.
+    assert sent_by_context("7B", 64, 16) == 3 * 32 * 3.75 * 2 * (2 * 4096 + 2 * 2048)
 
 
 def test_page_is_what_the_script_writes():
