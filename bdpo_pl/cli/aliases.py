@@ -67,17 +67,19 @@ SHORT = {
 }
 """Options with the same value, by short spelling."""
 
+_LOGGERS = (
+    "trainer.logger",
+    {
+        "csv": "lightning.pytorch.loggers.CSVLogger",
+        "tensorboard": "lightning.pytorch.loggers.TensorBoardLogger",
+        "wandb": "lightning.pytorch.loggers.WandbLogger",
+        "mlflow": "lightning.pytorch.loggers.MLFlowLogger",
+        "none": "false",
+    },
+)
 CHOSEN = {
-    "report_to": (
-        "trainer.logger",
-        {
-            "csv": "lightning.pytorch.loggers.CSVLogger",
-            "tensorboard": "lightning.pytorch.loggers.TensorBoardLogger",
-            "wandb": "lightning.pytorch.loggers.WandbLogger",
-            "mlflow": "lightning.pytorch.loggers.MLFlowLogger",
-            "none": "false",
-        },
-    ),
+    "report_to": _LOGGERS,
+    "logger": _LOGGERS,
     "loss_type": (
         "model.loss",
         {

@@ -60,6 +60,7 @@ def test_help_and_short_spellings_name_options_that_there_are():
         (["--max_steps", "2"], ["--trainer.max_steps", "2"]),
         (["--learning_rate=1e-5"], ["--model.optimizer.lr=1e-5"]),
         (["--report_to", "none"], ["--trainer.logger=false"]),
+        (["--logger", "wandb"], ["--trainer.logger=lightning.pytorch.loggers.WandbLogger"]),
         (["--bf16"], ["--trainer.precision=bf16-mixed"]),
         (["--bf16", "--beta=1"], ["--trainer.precision=bf16-mixed", "--model.loss.beta=1"]),
         # The class first: the parser forgets what was said before it.
