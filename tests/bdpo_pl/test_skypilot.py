@@ -17,11 +17,12 @@ TASK = yaml.safe_load((Path(__file__).parents[2] / "examples" / "skypilot.yaml")
 
 def test_two_nodes_train_as_one_process(model_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("BDPO_PL_CACHE", str(tmp_path / "cache"))
-    write_jsonl(tmp_path / "pairs.jsonl", preference_rows(40))
+    write_jsonl(tmp_path / "pairs.jsonl", preference_rows(24))
     options = [
         # With eps at its default of 1e-8 the rounding of a gradient that is nearly 0 becomes a step of its own.
         "--lr=2e-3", "--model.optimizer.eps=1e-6", "--data.held_out_fraction=0.2", "--data.train_probe=false",
         "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.num_sanity_val_steps=0",
+        "--trainer.max_steps=2",
     ]  # fmt: skip
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -19,13 +19,18 @@ LORA = LoraOptions(r=4, alpha=8)
 RUNS = {
     "ddp": {},
     "fsdp2": {},
-    "fsdp2-checkpointing": {"gradient_checkpointing": True},
-    "fsdp2-logits": {"lm_head": "logits", "prefix_sharing": "never"},
-    "fsdp2-accumulating": {"trainer": {"accumulate_grad_batches": 2}, "sharing": 4},
+    "fsdp2-checkpointing": {"gradient_checkpointing": True, "trainer": {"max_epochs": 1}},
+    "fsdp2-logits": {"lm_head": "logits", "prefix_sharing": "never", "trainer": {"max_epochs": 1}},
+    "fsdp2-accumulating": {"trainer": {"accumulate_grad_batches": 2, "max_epochs": 1}, "sharing": 4},
     "tp": {},
-    "tp-logits": {"lm_head": "logits"},
+    "tp-logits": {"lm_head": "logits", "trainer": {"max_epochs": 1}},
     "context": {},
-    "context-logits": {"lm_head": "logits", "prefix_sharing": "never", "gradient_checkpointing": True},
+    "context-logits": {
+        "lm_head": "logits",
+        "prefix_sharing": "never",
+        "gradient_checkpointing": True,
+        "trainer": {"max_epochs": 1},
+    },
     "context-dpo": {"loss": DPOLoss(), "trainer": {"max_epochs": 1}},
     # Its log-probabilities are of parts of responses, and it is fused with the head here.
     "context-ld": {"loss": LDLoss(BalancedDPOLoss()), "trainer": {"max_epochs": 1}},

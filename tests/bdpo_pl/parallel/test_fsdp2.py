@@ -44,6 +44,8 @@ def one(runs):
     """Results of one process, by what distinguishes them."""
     found = {"": train(runs, "one"), "adapter": train(runs, "one-adapter", **sharded_ranks.from_adapter(runs))}
     found["free"] = train(runs, "one-free", **sharded_ranks.OPTIMIZED["fsdp2-free"])
+    short = train(runs, "one-short", trainer={"max_epochs": 1})
+    found |= dict.fromkeys(("checkpointing", "logits", "accumulating"), short)
     for kind in ("lora", "pissa", "dora"):
         found[kind] = train(runs, f"one-{kind}", **sharded_ranks.RUNS[f"fsdp2-{kind}"])
     for kind in ("dpo", "ld"):
