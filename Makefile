@@ -27,10 +27,8 @@ demo-real: $(VENV)/.installed-gguf
 
 # Extras of pyproject.toml that the tests are run with: `make test EXTRAS=test,peers` adds the peers they compare with.
 EXTRAS ?= test
-# One process more than there are cores, because some tests wait for another process; four at most, for the memory.
-WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(4, 1 + (os.cpu_count() or 1)))')
 test: $(VENV)/.installed-$(EXTRAS)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from rich.progress import BarColumn, Progress, TextColumn
 
@@ -17,6 +18,7 @@ from bdpo_pl.data.held_out import HELD_OUT, further_sets
 from bdpo_pl.reporting.format import percent, seconds, signed, size
 from bdpo_pl.reporting.progress import memory_used, say, shows_bars
 
+_FEW_STEPS = 10
 _MOST_SECONDS = 30.0
 """Maximum seconds between two lines if steps are slow."""
 _TRIAL = 2
@@ -63,6 +65,8 @@ class RunProgress(ProgressBar):
         self._start = self._last = self.clock()
         self._paused, self._pairs, self._batches = 0.0, 0, 0
         self._first_step = self._said_step = trainer.global_step
+        if self._enabled:
+            _warn_of_few_steps(trainer)
         if self._enabled and shows_bars():
             columns = (TextColumn("{task.description}"), BarColumn(14), TextColumn("{task.fields[said]}"))
             self._bar = Progress(*columns, console=get_console())
@@ -87,7 +91,7 @@ class RunProgress(ProgressBar):
             left = _batches_of(trainer) - _TRIAL
             if left > 0:
                 expected = (now - self._start) / _TRIAL * (left + _TRIAL)
-                self._write(f"Training: about {seconds(expected)} for {_total(trainer):,} steps, validations aside")
+                self._write(f"Training: about {seconds(expected)} for {_steps(_total(trainer))}, validations aside")
         done = step >= _total(trainer)
         at_log = step % max(1, trainer.log_every_n_steps) == 0  # type: ignore[attr-defined]
         if step == self._said_step or not (at_log or done or now - self._last >= _MOST_SECONDS):
@@ -163,6 +167,21 @@ class RunProgress(ProgressBar):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def _warn_of_few_steps(trainer: L.Trainer) -> None:
+    """Warn of a run that ends before it could learn, unless its number of steps was requested."""
+    steps = _total(trainer)
+    if steps < _FEW_STEPS and trainer.max_steps == -1 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        rank_zero_warn(
+            f"the data make only {_steps(steps)} of "
+            f"{trainer.accumulate_grad_batches} batches each; lower trainer.accumulate_grad_batches or "
+            "data.batch_size, or raise trainer.max_epochs"
+        )
+
+
+def _steps(number: int) -> str:
+    return f"{number:,} optimiser step{'' if number == 1 else 's'}"
 
 
 def _total(trainer: L.Trainer) -> int:

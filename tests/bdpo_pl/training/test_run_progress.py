@@ -1,6 +1,7 @@
 """A run's progress, in a log and in a terminal of 80 columns."""
 
 import re
+import warnings
 from io import StringIO
 
 import pytest
@@ -29,13 +30,22 @@ def test_a_log_has_a_line_every_few_steps(run, capsys):
     )
     assert [int(step) for step, _ in steps] == [2, 4, 6, 8, 10, 12, 14, 16]
     assert all("left" in rest for _, rest in steps[:-1])
-    assert re.search(r"^Training: about .* for 16 steps", printed, re.M)
+    assert re.search(r"^Training: about .* for 16 optimiser steps", printed, re.M)
     assert len(re.findall(r"^after step \d+: held-out loss [\d.]+, accuracy", printed, re.M)) == 2
 
 
 def test_steps_that_end_a_run_early_are_its_total(run, capsys):
     run(max_epochs=2, max_steps=3, log_every_n_steps=1)
     assert re.findall(r"^step (\d+ of \d+)", capsys.readouterr().out, re.M) == ["1 of 3", "2 of 3", "3 of 3"]
+
+
+def test_a_run_of_few_steps_is_warned_of_unless_they_were_requested(run):
+    with pytest.warns(UserWarning, match="only 1 optimiser step of 8 batches each; lower trainer.accumulate_grad_ba"):
+        run(accumulate_grad_batches=8)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*optimiser step")
+        run(max_epochs=1, max_steps=1)
+        run(max_epochs=2)
 
 
 def test_a_bar_fits_80_columns(run, monkeypatch):
