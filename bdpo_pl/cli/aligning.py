@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import yaml  # type: ignore[import-untyped]
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -34,6 +35,7 @@ from bdpo_pl.training.resumable import resumable
 from bdpo_pl.training.run_report import read_curves, run_page
 from bdpo_pl.training.safety_probe import SafetyProbe
 from bdpo_pl.training.summary import remark_line, remarks, summary_rows, summary_table
+from bdpo_pl.training.tracking import log_files, log_options
 
 
 def run(args: list[str], description: str | None) -> None:
@@ -65,6 +67,8 @@ def _align(cli: FitCLI, checkpoint: str | None, start: float, upload: HubUpload 
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
     trainer.callbacks += [WarnsOfMemory(), SaysDisk(cli.config.export)]  # type: ignore[attr-defined]
     resumable(trainer, checkpoint, cli.config_init.resume.allow)
+    if trainer.is_global_zero:
+        log_options(trainer.loggers, lambda: yaml.safe_load(cli.parser.dump(cli.config, skip_none=False)))
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     measured = module.evaluations.keys() - module.unlogged
     if module.global_step not in measured and "held_out" in data.tables:
@@ -116,7 +120,9 @@ def _align(cli: FitCLI, checkpoint: str | None, start: float, upload: HubUpload 
         sent = paths.get("aligned model", paths.get("adapter"))
         assert sent is not None
         console.print(f"Uploaded to {upload.send(sent, title)}")
-    console.print(f"Done in {seconds(taken)}, {module.global_step} optimiser steps")
+    log_files(trainer.loggers, [paths["report of the run"], paths["configuration"]])
+    steps = f"{module.global_step} optimiser step{'' if module.global_step == 1 else 's'}"
+    console.print(f"Done in {seconds(taken)}, {steps}")
 
 
 def _is_plain(module: PreferenceModule, trainer: L.Trainer) -> bool:

@@ -113,7 +113,7 @@ def test_fit_refuses_rows_until_they_are_filled_in_and_then_trains_on_them(tmp_p
     fit.main(command)
     printed = capsys.readouterr().out
     assert "6 pairs" in printed
-    assert "1 optimiser steps" in printed
+    assert "1 optimiser step" in printed
 
 
 def test_weakest_categories_by_hand():
