@@ -21,7 +21,7 @@ from bdpo_pl.console import get_console, paths_table
 from bdpo_pl.errors import InputError, StoppedError
 from bdpo_pl.files import RunFolder
 from bdpo_pl.parallel.state import whole_state
-from bdpo_pl.reporting.format import seconds
+from bdpo_pl.reporting.format import plural, seconds
 from bdpo_pl.training.callbacks import LastCheckpoint
 from bdpo_pl.training.checkpoints import find_checkpoint, what_is_saved
 from bdpo_pl.training.disk import SaysDisk
@@ -121,8 +121,8 @@ def _align(cli: FitCLI, checkpoint: str | None, start: float, upload: HubUpload 
         assert sent is not None
         console.print(f"Uploaded to {upload.send(sent, title)}")
     log_files(trainer.loggers, [paths["report of the run"], paths["configuration"]])
-    steps = f"{module.global_step} optimiser step{'' if module.global_step == 1 else 's'}"
-    console.print(f"Done in {seconds(taken)}, {steps}")
+    steps = module.global_step
+    console.print(f"Done in {seconds(taken)}, {steps} {plural(steps, 'optimiser step')}")
 
 
 def _is_plain(module: PreferenceModule, trainer: L.Trainer) -> bool:

@@ -12,6 +12,7 @@ from jsonargparse import Namespace
 
 from bdpo_pl.data.held_out import HELD_OUT
 from bdpo_pl.errors import InputError
+from bdpo_pl.models.precision import most_processes
 from bdpo_pl.scoring.reference_sync import SyncOptions
 from bdpo_pl.scoring.scoring_pass import ScoringOptions
 from bdpo_pl.training.metrics import NAMES
@@ -53,12 +54,12 @@ def check_combinations(config: Namespace, defaults: Namespace) -> None:
 def _check_processes(trainer: Namespace) -> None:
     """Refuse more processes than this machine can run: on a CPU each device is a process with a model of its own."""
     on_cpu = trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not torch.cuda.is_available())
-    cores = os.cpu_count() or 1
     devices = str(trainer.devices)
-    if on_cpu and devices.isdecimal() and int(devices) > max(8, cores):
+    if on_cpu and devices.isdecimal() and int(devices) > most_processes():
         raise InputError(
             f"trainer.devices {devices} would start {devices} processes, each with a model of its own, on the "
-            f"{cores} cores of this machine; set it to at most {max(8, cores)}, or leave it out for one process"
+            f"{os.cpu_count()} cores of this machine; set it to at most {most_processes()}, or leave it out for "
+            "one process"
         )
 
 

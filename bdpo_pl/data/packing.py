@@ -100,6 +100,11 @@ class SequenceBatch:
     stripe: tuple[int, int] | None = None
 
     @property
+    def masked(self) -> bool:
+        """True if the model needs masks of whole rows, beside padding."""
+        return self.shared or self.stripe is not None
+
+    @property
     def num_sequences(self) -> int:
         """Number of sequences S."""
         return self.spans.shape[0]

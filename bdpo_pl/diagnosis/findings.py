@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from bdpo_pl.data.held_out import called
 from bdpo_pl.diagnosis.results import Diagnosis, SplitDiagnosis
 from bdpo_pl.reporting import Finding
-from bdpo_pl.reporting.format import fixed, general, percent, ratio, signed, whole
+from bdpo_pl.reporting.format import fixed, general, percent, plural, ratio, signed, whole
 
 MANY_STRONG = 0.10
 """Share of strongly re-weighted pairs from which a notice is given."""
@@ -185,7 +185,7 @@ def _length(split: SplitDiagnosis) -> Iterator[Finding]:
 
 
 def _pairs(count: int) -> str:
-    return f"{whole(count)} pair" if count == 1 else f"{whole(count)} pairs"
+    return f"{whole(count)} {plural(count, 'pair')}"
 
 
 def _named(split: str) -> str:

@@ -41,7 +41,7 @@ def model_inputs(model: CausalLM, batch: SequenceBatch) -> dict[str, Any]:
     """
     number, of = batch.stripe or (0, 1)
     inputs: dict[str, Any] = {"input_ids": batch.input_ids[:, number::of], "use_cache": False}
-    if not batch.shared and batch.stripe is None:
+    if not batch.masked:
         return inputs | {"attention_mask": batch.attention_mask}
     return inputs | {"attention_mask": _masks(model, batch), "position_ids": batch.position_ids[:, number::of]}
 

@@ -57,6 +57,11 @@ def choose_device(name: str, option: str = "device") -> torch.device:
     return device
 
 
+def most_processes() -> int:
+    """Return the largest number of processes, each with a model of its own, that may be started on this CPU."""
+    return max(8, os.cpu_count() or 1)
+
+
 def choose_devices(name: str, count: int | str) -> list[torch.device]:
     """Return the devices that each hold the whole model; the first is that of `choose_device`.
 
@@ -71,10 +76,10 @@ def choose_devices(name: str, count: int | str) -> list[torch.device]:
     if count == 1 or (count == "auto" and first.type != "cuda"):
         return [first]
     if first.type == "cpu":
-        most = max(8, os.cpu_count() or 1)
-        if int(count) > most:
+        if int(count) > most_processes():
             raise InputError(
-                f"devices is {count}, and on a CPU each is a process with the whole model; set it to at most {most}"
+                f"devices is {count}, and on a CPU each is a process with the whole model; set it to at most "
+                f"{most_processes()}"
             )
         return [first] * int(count)
     if first.index is not None:

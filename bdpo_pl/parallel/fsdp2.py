@@ -90,15 +90,14 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         """Count the groups, now that the number of devices is known, and let the ranks of a group share rows."""
+        size, devices = self.context_parallel_size, self.num_nodes * self.num_processes
         if self._data_parallel_size == "auto":
-            groups, rest = divmod(self.num_nodes * self.num_processes, int(self._tensor_parallel_size))
+            groups, rest = divmod(devices, int(self._tensor_parallel_size))
             if rest:
                 raise InputError(
-                    f"tensor_parallel_size is {self._tensor_parallel_size}, which does not divide the "
-                    f"{self.num_nodes * self.num_processes} devices"
+                    f"tensor_parallel_size is {self._tensor_parallel_size}, which does not divide the {devices} devices"
                 )
             self._data_parallel_size = groups
-        size, devices = self.context_parallel_size, self.num_nodes * self.num_processes
         if devices % size:
             raise InputError(
                 f"context_parallel_size is {size}, which does not divide the {devices} devices; set it to a divisor of "

@@ -55,7 +55,7 @@ def as_part(local: Tensor, like: DTensor) -> DTensor:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """Return this rank's part of `tensor`, in the same memory; call it without gradients."""
+    """Return this rank's part of `tensor`, in the same memory; to write to it, call this without gradients."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -120,7 +120,7 @@ def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """Load this rank's parts of the whole tensors of `state` into `optimizer`."""
     parts = {}
-    for number, parameter in enumerate(_parameters(optimizer)):
+    for number, parameter in enumerate(parameters_of(optimizer)):
         if number in state["state"]:
             parts[number] = {
                 name: _part_of(value, parameter) if isinstance(value, Tensor) else value
@@ -136,5 +136,6 @@ def _part_of(value: Tensor, parameter: Tensor) -> Tensor:
     return part.to(value.dtype)
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+def parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    """Yield the parameters of `optimizer`, in the order of its state."""
     return (parameter for group in optimizer.param_groups for parameter in group["params"])

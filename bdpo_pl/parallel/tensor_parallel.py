@@ -23,6 +23,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from bdpo_kernels import VocabShard
 from bdpo_pl.errors import InputError
 from bdpo_pl.models.causal_lm import CausalLM, Head, ModelConfig
+from bdpo_pl.parallel.state import local_part
 
 ARCHITECTURES = ("cohere", "granite", "llama", "ministral3", "mistral", "qwen2", "qwen3", "smollm3")
 """Model types for which a test shows that the split model equals the whole, in log-probabilities and gradients."""
@@ -89,7 +90,7 @@ class VocabParallelEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Map (R, T) ids to (R, T, D) embeddings, whole on every rank."""
-        weight = _local_tensor(self.weight)
+        weight = local_part(self.weight)
         v = weight.shape[0]
         local = ids - self.shard.start
         here = (local >= 0) & (local < v)
@@ -117,7 +118,7 @@ class VocabParallelHead(Head):
 
     def local_weight(self) -> Tensor:
         """Return this rank's (v, D) part of the weight."""
-        return _local_tensor(self.weight)
+        return local_part(self.weight)
 
     @torch.no_grad()
     def forward(self, hidden: Tensor) -> Tensor:
@@ -165,10 +166,6 @@ def _vocab_shard(V: int, mesh: DeviceMesh) -> VocabShard:
     # As Shard(0) splits: parts of equal size, the last ones smaller.
     size = -(-V // mesh.size())
     return VocabShard(min(V, mesh.get_local_rank() * size), V, mesh.get_group())
-
-
-def _local_tensor(weight: Tensor) -> Tensor:
-    return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 def _replicated(module: nn.Module, inputs: tuple[Tensor, ...], mesh: DeviceMesh) -> tuple[Tensor, ...]:

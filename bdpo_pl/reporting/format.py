@@ -15,6 +15,11 @@ def whole(value: int) -> str:
     return f"{value:,}"
 
 
+def plural(count: int, noun: str) -> str:
+    """Return the form of `noun` that follows `count`."""
+    return noun if count == 1 else f"{noun}s"
+
+
 def grouped(value: float, decimals: int) -> str:
     """Format a number with separators of thousands and `decimals` decimals."""
     return f"{value:,.{decimals}f}".replace("-", "−")

@@ -53,15 +53,18 @@ class Adafactor(_Adafactor):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        members = [parameter for group in self.param_groups for parameter in group["params"]]
-        parts = [(p, p.grad) for p in members if isinstance(p, DTensor) and p.grad is not None]
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if isinstance(parameter, DTensor) and parameter.grad is not None:
-                    _adafactor_step_of_part(parameter, self.state[parameter], group)
-                    parameter.grad = None
+        parts = [
+            (parameter, parameter.grad, group)
+            for group in self.param_groups
+            for parameter in group["params"]
+            if isinstance(parameter, DTensor) and parameter.grad is not None
+        ]
+        for parameter, _, group in parts:
+            _adafactor_step_of_part(parameter, self.state[parameter], group)
+            # Without a gradient it is passed over below.
+            parameter.grad = None
         super().step()
-        for parameter, grad in parts:
+        for parameter, grad, _ in parts:
             parameter.grad = grad
         return loss
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bdpo_pl.errors import InputError, NonFiniteError
 from bdpo_pl.losses import PreferenceLoss
+from bdpo_pl.parallel.state import whole
 
 
 def require_finite_loss(trainer: L.Trainer, loss: Tensor, places: Sequence[str], batch_idx: int) -> None:
@@ -46,8 +47,7 @@ def finite_gradient_norm(trainer: L.Trainer, model: nn.Module) -> Tensor:
             step.
     """
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    norm = whole(torch.nn.utils.get_total_norm(grads))
     if not scales_the_loss(trainer) and not torch.isfinite(norm):
         raise NonFiniteError(
             f"the gradient's norm is {norm.item()} at optimiser step {trainer.global_step} in epoch "

@@ -283,15 +283,14 @@ def _kept(model: CausalLM, batch: SequenceBatch, whole: bool) -> int:
 
     batch = batch.to(torch.device("meta"))
     inputs = model_inputs(model, batch)
-    masked = batch.shared or batch.stripe is not None
-    if not masked:
+    if not batch.masked:
         # In the worst case nothing is padded, so no mask is saved; transformers would read the mask to find that out.
         T = batch.input_ids.shape[1]
         inputs["attention_mask"] = torch.empty(1, 1, T, T, dtype=torch.bool, device="meta")
     narrow = nullcontext() if whole else scored_positions_only(model, batch)
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with (
-        attention_as_on_devices(keeps_mask=masked),
+        attention_as_on_devices(keeps_mask=batch.masked),
         narrow,
         head_input(model, lambda hidden: hidden[:, :0]),
         hooks,

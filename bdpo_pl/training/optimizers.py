@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT
 
 from bdpo_pl.errors import InputError
-from bdpo_pl.parallel.state import as_part, local_part, local_ranges, whole
+from bdpo_pl.parallel.state import as_part, local_part, local_ranges, parameters_of, whole
 
 _TABLE = "_bdpo_pl_is_a_table"
 
@@ -94,7 +94,7 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for part in self._parts:
-            if isinstance(part, torch.optim.Muon) and any(isinstance(p, DTensor) for p in _members(part)):
+            if isinstance(part, torch.optim.Muon) and any(isinstance(p, DTensor) for p in parameters_of(part)):
                 self._step_of_parts(part)
             else:
                 part.step()
@@ -131,10 +131,6 @@ class Muon(torch.optim.Optimizer):
         """Load the state of both."""
         super().load_state_dict(state_dict)
         self._share()
-
-
-def _members(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _split(params: ParamsT) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

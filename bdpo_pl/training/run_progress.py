@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from bdpo_pl.console import get_console
 from bdpo_pl.data.batches import PreferenceBatch
 from bdpo_pl.data.held_out import HELD_OUT, further_sets
-from bdpo_pl.reporting.format import percent, seconds, signed, size
+from bdpo_pl.reporting.format import percent, plural, seconds, signed, size, whole
 from bdpo_pl.reporting.progress import memory_used, say, shows_bars
 
 _FEW_STEPS = 10
@@ -173,15 +173,17 @@ def _warn_of_few_steps(trainer: L.Trainer) -> None:
     """Warn of a run that ends before it could learn, unless its number of steps was requested."""
     steps = _total(trainer)
     if steps < _FEW_STEPS and trainer.max_steps == -1 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        batches = trainer.accumulate_grad_batches
+        each, option = (
+            ("", "") if batches == 1 else (f" of {batches} batches each", "trainer.accumulate_grad_batches or ")
+        )
         rank_zero_warn(
-            f"the data make only {_steps(steps)} of "
-            f"{trainer.accumulate_grad_batches} batches each; lower trainer.accumulate_grad_batches or "
-            "data.batch_size, or raise trainer.max_epochs"
+            f"the data make only {_steps(steps)}{each}; lower {option}data.batch_size, or raise trainer.max_epochs"
         )
 
 
 def _steps(number: int) -> str:
-    return f"{number:,} optimiser step{'' if number == 1 else 's'}"
+    return f"{whole(number)} {plural(number, 'optimiser step')}"
 
 
 def _total(trainer: L.Trainer) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from bdpo_pl.parallel.state import reshard
+from bdpo_pl.parallel.state import parameters_of, reshard
 
 
 class ScheduleFreeAdamW(torch.optim.Optimizer):
@@ -112,7 +112,7 @@ class ScheduleFreeAdamW(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state with y, because the weights in a checkpoint are x."""
         found = super().state_dict()
-        members = [parameter for group in self.param_groups for parameter in group["params"]]
+        members = list(parameters_of(self))
         kept = self._kept or {}
         found["state"] = {
             number: {**values, "y": kept.get(members[number], members[number].detach())}

@@ -28,9 +28,10 @@ from benchmarks.machine import machine
 from benchmarks.written import write_rows
 
 _RESULTS = Path(__file__).parents[1] / "results"
-_UPDATE = "update of the weights"
+_LAYERS, _HEAD, _ATTENTION = "products of the layers", "products of the LM head", "attention"
+_UPDATE, _REST = "update of the weights", "everything else"
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm")
-KINDS = ("products of the layers", "products of the LM head", "attention", _UPDATE, "everything else")
+KINDS = (_LAYERS, _HEAD, _ATTENTION, _UPDATE, _REST)
 
 
 class MarkedAdamW(torch.optim.AdamW):
@@ -92,10 +93,11 @@ def kind_of(event: FunctionEvent, vocabulary: int) -> str:
             return _UPDATE
         ancestor = ancestor.cpu_parent
     if "scaled_dot_product" in event.name:
-        return KINDS[2]
+        return _ATTENTION
     if event.name in _PRODUCTS:
-        return KINDS[any(vocabulary in shape for shape in event.input_shapes if isinstance(shape, list))]
-    return KINDS[4]
+        of_head = any(vocabulary in shape for shape in event.input_shapes if isinstance(shape, list))
+        return _HEAD if of_head else _LAYERS
+    return _REST
 
 
 def shares(events: Iterable[FunctionEvent], vocabulary: int) -> tuple[dict[str, float], float]:
@@ -105,9 +107,9 @@ def shares(events: Iterable[FunctionEvent], vocabulary: int) -> tuple[dict[str, 
     for event in events:
         kind = kind_of(event, vocabulary)
         times[kind] += event.self_cpu_time_total
-        flops += event.flops or 0 if kind == KINDS[0] else 0
+        flops += (event.flops or 0) if kind == _LAYERS else 0
     seconds = {kind: times[kind] / 1e6 for kind in KINDS}
-    return seconds, flops / seconds[KINDS[0]]
+    return seconds, flops / seconds[_LAYERS]
 
 
 def product_rate(tokens: int, wide: int, narrow: int, least_s: float = 1.0) -> float:

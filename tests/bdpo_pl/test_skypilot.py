@@ -1,12 +1,12 @@
 """The commands of `examples/skypilot.yaml`, as two nodes with a process each, train as one process does."""
 
-import socket
 import subprocess
 from pathlib import Path
 
 import agents
 import torch
 import yaml
+from children import free_port
 from makers import preference_rows, write_jsonl
 from safetensors.torch import load_file
 
@@ -24,9 +24,7 @@ def test_two_nodes_train_as_one_process(model_dir, tmp_path, monkeypatch):
         "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.num_sanity_val_steps=0",
         "--trainer.max_steps=2",
     ]  # fmt: skip
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     # `torchrun` only prints its arguments, a line each.
     (tmp_path / "torchrun").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     (tmp_path / "torchrun").chmod(0o755)

@@ -1,20 +1,9 @@
 """What torchrun does with a command line, in processes that are forked with everything imported."""
 
-import os
-
-import torch
 from children import serve, start
+from elastic_ranks import fit
 from torch.distributed.launcher.api import elastic_launch
 from torch.distributed.run import config_from_args, get_args_parser
-
-from bdpo_pl.fit import main
-
-
-def fit(folder, options):
-    """What each process does."""
-    torch.set_num_threads(1)
-    os.chdir(folder)
-    main(options)
 
 
 def agent(node, commands, folder):

@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
@@ -56,6 +57,13 @@ def command(module, arguments, timeout=300, **environment):
             raise subprocess.TimeoutExpired([module, *arguments], timeout)
         printed = [(Path(folder) / name).read_text(encoding="utf-8") for name in ("out", "err")]
     return subprocess.CompletedProcess([module, *arguments], process.exitcode, *printed)
+
+
+def free_port():
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def serve():

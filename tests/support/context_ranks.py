@@ -6,8 +6,8 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from block_attention import attend_by_blocks
 from makers import build_model, large
-from torch.nn.attention.flex_attention import create_mask
 from transformers import AttentionInterface
 
 from bdpo_pl.data.batches import pair_documents
@@ -125,16 +125,6 @@ def rows_read_alone_are_as_before(rank):
         stop_sharing_attention()
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
-
-
-def attend_by_blocks(module, query, key, value, blocks, scaling=None, **kwargs):
-    """What compiled attention computes, uncompiled: that has no backward pass on a CPU."""
-    T = query.shape[2]
-    mask = create_mask(blocks.mask_mod, query.shape[0], None, T, T, "cpu")
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    attended = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
-    return attended.transpose(1, 2).contiguous(), None
 
 
 def block_masks_are_of_whole_rows(rank):

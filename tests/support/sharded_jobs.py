@@ -1,11 +1,10 @@
 """Short runs of one or several processes, for the tests of strategies."""
 
 import os
-import socket
 
 import lightning as L
 import torch
-from children import start
+from children import free_port, start
 from lightning.pytorch.loggers import CSVLogger
 from training import adamw
 
@@ -97,10 +96,7 @@ def with_errors(result):
 
 def spawn(function, *args, world_size=2):
     """Call `function(rank, *args)` in processes that Lightning takes for those of a launcher."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = start(_start, (function, port, args), world_size, join=False)
+    processes = start(_start, (function, free_port(), args), world_size, join=False)
     # A rank whose peer is gone waits for it, and minds no signal.
     while not processes.join(grace_period=1):
         pass

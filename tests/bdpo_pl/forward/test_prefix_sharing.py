@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from block_attention import attend_by_blocks
 from makers import build_model, large
 from training import fit
 
@@ -270,18 +271,6 @@ def test_attention_that_takes_no_mask_is_named():
         choose_layout(model, table(), "always")
     with pytest.raises(ValueError, match="flash_attention_2 attention takes none"):
         model_inputs(model, lay_out(pair_documents(pairs()), RowLayout.SHARED, 0))
-
-
-def attend_by_blocks(module, query, key, value, blocks, scaling=None, **kwargs):
-    """What compiled attention computes, uncompiled: that has no backward pass on a CPU."""
-    from torch.nn.attention.flex_attention import create_mask
-
-    T = query.shape[2]
-    mask = create_mask(blocks.mask_mod, query.shape[0], None, T, T, "cpu")
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    attended = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
-    return attended.transpose(1, 2).contiguous(), None
 
 
 @pytest.fixture

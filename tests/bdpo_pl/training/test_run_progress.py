@@ -42,6 +42,8 @@ def test_steps_that_end_a_run_early_are_its_total(run, capsys):
 def test_a_run_of_few_steps_is_warned_of_unless_they_were_requested(run):
     with pytest.warns(UserWarning, match="only 1 optimiser step of 8 batches each; lower trainer.accumulate_grad_ba"):
         run(accumulate_grad_batches=8)
+    with pytest.warns(UserWarning, match="only 8 optimiser steps; lower data.batch_size, or raise trainer.max_epochs"):
+        run()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*optimiser step")
         run(max_epochs=1, max_steps=1)
