@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from bdpo_pl.errors import InputError, NonFiniteError
 from bdpo_pl.training.checkpoints import before_the_batch, is_amid_accumulation
+from bdpo_pl.training.one_file import link, link_best_to_last
 from bdpo_pl.training.safety_probe import _GAP
 
 # A checkpoint with more bytes of weights than the first number is written at most once in as many seconds as the
@@ -78,19 +78,21 @@ class LastCheckpoint(ModelCheckpoint):
             return
         self._written_at, self._put_off = self._clock(), None
         same = next(filter(None, (_just_written(callback, trainer) for callback in trainer.checkpoint_callbacks)), None)
-        if same is None or same == Path(filepath) or not _linked(trainer, same, Path(filepath)):
+        if same is None or same == Path(filepath) or not link(trainer, same, Path(filepath)):
             super()._save_checkpoint(trainer, filepath)
             return
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write a postponed file."""
+        """Write a postponed file; let a best checkpoint with the same weights share it."""
         if self._is_due:
             self._write_what_waits(trainer)
         if self._put_off is not None:
             self.write_now(trainer, Path(self._put_off))
         super().on_train_end(trainer, pl_module)
+        if self._last_checkpoint_saved and self._last_global_step_saved == trainer.global_step:
+            link_best_to_last(trainer, Path(self._last_checkpoint_saved))
 
     def write_now(self, trainer: L.Trainer, path: Path) -> None:
         """Write the file to `path` now; nothing is postponed any longer."""
@@ -126,22 +128,6 @@ def _just_written(callback: L.Callback, trainer: L.Trainer) -> Path | None:
         return None
     written = Path(callback._last_checkpoint_saved) if callback._last_checkpoint_saved else None
     return written if written is not None and callback._last_global_step_saved == trainer.global_step else None
-
-
-def _linked(trainer: L.Trainer, file: Path, name: Path) -> bool:
-    """Link `name` to `file` atomically; return false if the file system has no links. All ranks call this function."""
-    done = False
-    if trainer.is_global_zero and file.is_file():
-        partial = name.with_name(f".{name.name}.link")
-        try:
-            partial.unlink(missing_ok=True)
-            os.link(file, partial)
-            partial.replace(name)
-            done = True
-        except OSError:
-            # Some file systems have no links.
-            partial.unlink(missing_ok=True)
-    return trainer.strategy.reduce_boolean_decision(done, all=False)
 
 
 class SaveOnNonFinite(L.Callback):

@@ -93,7 +93,7 @@ def _fit(cell: Cell, place: Place, scratch: Path) -> dict[str, float]:
     arguments = [
         f"--model.loss.init_args.{name}={json.dumps(value).strip(chr(34))}" for name, value in cell.arguments.items()
     ]
-    _run(
+    run_command(
         "fit", f"--model.policy={place.model}", f"--data.train={scratch / 'train.jsonl'}",
         f"--data.held_out={scratch / 'held_out.jsonl'}", "--data.max_length=512",
         f"--data.batch_size={cell.batch_size}", "--trainer.val_check_interval=1.0", "--trainer.num_sanity_val_steps=0",
@@ -111,7 +111,7 @@ def _fit(cell: Cell, place: Place, scratch: Path) -> dict[str, float]:
 
 def _evaluate(subject: Path, place: Place, scratch: Path) -> dict[str, Any]:
     suites = ",".join(f"{name}={place.data / 'suites' / file}.csv.gz" for name, file in SUITES.items())
-    _run(
+    run_command(
         "evaluate", f"model={subject}", "--suites", suites, f"--generation.max_new_tokens={MAX_NEW_TOKENS}",
         f"--folder={scratch / 'evaluation'}", f"--export_answers={scratch / 'answers.jsonl'}",
     )  # fmt: skip
@@ -129,7 +129,12 @@ def _evaluate(subject: Path, place: Place, scratch: Path) -> dict[str, Any]:
     }
 
 
-def _run(command: str, *options: str) -> None:
+def run_command(command: str, *options: str) -> None:
+    """Run one of the project's commands in a process of its own.
+
+    Raises:
+        CalledProcessError: it failed; the end of what it said is on stderr.
+    """
     done = subprocess.run(
         [sys.executable, "-m", f"bdpo_pl.{command}", *options],
         stdout=subprocess.DEVNULL,

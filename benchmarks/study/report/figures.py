@@ -31,12 +31,17 @@ INK = "#333333"
 QUANTILES = ("q5", "q25", "q50", "q75", "q95")
 
 
-def draw_all(results: Results, folder: Path) -> list[str]:
+Figures = dict[str, tuple[str, Callable[[Results], bool], Callable[[Results], Any]]]
+"""Description, condition and drawing function of figures, by file name."""
+
+
+def draw_all(results: Results, folder: Path, figures: Figures | None = None) -> list[str]:
     """Write every figure for which the results have cells.
 
     Args:
         results: results of the study.
         folder: folder of the figures, created if necessary.
+        figures: figures of the page; default: those of the study in a small world.
 
     Returns:
         Names of the files.
@@ -48,7 +53,7 @@ def draw_all(results: Results, folder: Path) -> list[str]:
     written = []
     # Fixed identifiers and text as text: the same bytes each time, and small files.
     with matplotlib.rc_context({"svg.hashsalt": "study", "svg.fonttype": "none", "font.size": 9}):
-        for name, (_, has, draw) in FIGURES.items():
+        for name, (_, has, draw) in (FIGURES if figures is None else figures).items():
             if has(results):
                 figure = draw(results)
                 figure.savefig(
@@ -59,12 +64,22 @@ def draw_all(results: Results, folder: Path) -> list[str]:
     return written
 
 
-def methods_figure(results: Results) -> Any:
-    """Plot each method's mean with its interval, and its seeds, one panel per outcome."""
-    names = results.methods("final", [method.name for method in METHODS])
-    figure, axes = _panels(1, len(OUTCOMES), 2.3, 0.8 + 0.28 * len(names))
+def methods_figure(
+    results: Results,
+    measures: Sequence[Measure] = OUTCOMES,
+    order: Sequence[str] = tuple(method.name for method in METHODS),
+) -> Any:
+    """Plot each method's mean with its interval, and its seeds, one panel per outcome.
+
+    Args:
+        results: results of a study, whose final cells are drawn.
+        measures: outcomes.
+        order: names of the methods from top to bottom; others follow.
+    """
+    names = results.methods("final", order)
+    figure, axes = _panels(1, len(measures), 2.3, 0.8 + 0.28 * len(names))
     reference = results.pick("final", "reference")
-    for axis, measure in zip(axes[0], OUTCOMES, strict=True):
+    for axis, measure in zip(axes[0], measures, strict=True):
         for row, name in enumerate(names):
             values = list(results.series(measure, "final", name).values())
             colour = COLOURS.get(name, INK)
@@ -243,7 +258,7 @@ def _rows(axis: Any, names: Sequence[str] | None, number: int) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-FIGURES: dict[str, tuple[str, Callable[[Results], bool], Callable[[Results], Any]]] = {
+FIGURES: Figures = {
     "methods.svg": (
         "Every method's mean with its 95 % interval, its seeds as faint dots, the reference as a dotted line",
         lambda results: bool(results.methods("final", [])),
@@ -271,4 +286,3 @@ FIGURES: dict[str, tuple[str, Callable[[Results], bool], Callable[[Results], Any
         sensitivity_figure,
     ),
 }
-"""Description, condition and drawing function of each figure, by file name."""

@@ -161,13 +161,24 @@ def load(path: Path, name: str | None = None) -> Results:
     Raises:
         InputError: there is no such file, or it contains no cell.
     """
+    heads, cells = load_cells(path, "benchmarks.study")
+    return Results(name or path.as_posix(), heads, cells.values())
+
+
+def load_cells(path: Path, module: str) -> tuple[list[dict[str, Any]], dict[str, Cell]]:
+    """Return one entry for each call of a study's command, and its finished cells by key.
+
+    Args:
+        path: JSONL file.
+        module: module that writes it, for the errors.
+
+    Raises:
+        InputError: there is no such file, or it contains no cell.
+    """
     if not path.is_file():
-        raise InputError(
-            f"{path}: no such file; run `python -m benchmarks.study` first, or give the file it has written"
-        )
+        raise InputError(f"{path}: no such file; run `python -m {module}` first, or give the file it has written")
     cells = read_records(path)
     if not cells:
-        raise InputError(f"{path}: no finished cell; run `python -m benchmarks.study --out {path}`")
+        raise InputError(f"{path}: no finished cell; run `python -m {module} --out {path}`")
     lines = path.read_text(encoding="utf-8").splitlines()
-    heads = [json.loads(line) for line in lines if line.startswith('{"command"')]
-    return Results(name or path.as_posix(), heads, cells.values())
+    return [json.loads(line) for line in lines if line.startswith('{"command"')], cells

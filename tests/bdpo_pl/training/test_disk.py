@@ -1,5 +1,6 @@
 """What a run writes, and what it says of it."""
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -36,9 +37,42 @@ def test_last_is_a_file_of_its_own_where_an_earlier_step_was_better(job, tmp_pat
     assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 16
 
 
+def test_best_weights_that_are_the_last_ones_take_no_space_of_their_own(job, tmp_path):
+    _, _, folder = run(job, tmp_path, save_weights_only=True)
+    best, last = folder / "best.ckpt", folder / "last.ckpt"
+    assert best.samefile(last)
+    assert "optimizer_states" in torch.load(best, weights_only=True)
+    assert sorted(path.name for path in folder.iterdir()) == ["best.ckpt", "last.ckpt"]
+
+
+def test_best_weights_that_are_not_the_last_ones_keep_their_file(job, tmp_path):
+    class Moved(L.Callback):
+        """Changes a weight after the last validation, as averaging of weights may."""
+
+        def on_train_end(self, trainer, pl_module):
+            with torch.no_grad():
+                next(pl_module.policy.parameters()).add_(1.0)
+
+    class Late(LastCheckpoint):
+        """Writes after the change."""
+
+        def on_train_end(self, trainer, pl_module):
+            self.write_now(trainer, tmp_path / "run" / "checkpoints" / "last.ckpt")
+            super().on_train_end(trainer, pl_module)
+
+    best = ModelCheckpoint(tmp_path / "run" / "checkpoints", "best", monitor="held_out/loss", save_weights_only=True)
+    built, module, data = job(trainer={"callbacks": [Moved(), best, Late()], "max_epochs": 2})
+    built.fit(module, data)
+    assert best.best_model_path
+    kept = torch.load(best.best_model_path, weights_only=True)
+    assert kept["global_step"] == 16
+    assert "optimizer_states" not in kept
+
+
 def test_sizes_are_said_before_the_run_and_true(job, tmp_path, caplog):
     caplog.set_level("INFO")
-    built, module, folder = run(job, tmp_path, save_weights_only=True)
+    # The first validation stays the best, so each checkpoint has a file of its own.
+    built, module, folder = run(job, tmp_path, save_weights_only=True, monitor="held_out/margin")
     said = next(r.getMessage() for r in caplog.records if r.getMessage().startswith("On the disk"))
     plan = plan_disk(built, module, export=True)
     # The rest is names, random state and counters.

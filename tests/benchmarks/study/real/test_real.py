@@ -81,7 +81,7 @@ def run(name, *options):
 
 
 def test_a_cell_is_measured_and_the_same_again(place, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(cells, "_run", run)
+    monkeypatch.setattr(cells, "run_command", run)
     monkeypatch.setattr(cells, "HELD_OUT", 8)
     monkeypatch.setattr(cells, "MAX_NEW_TOKENS", 4)
     cell = plan.Cell("final", "B-DPO", "BalancedDPOLoss", {"beta": 0.1, "tau": "auto"}, 1e-3, 0, 16, 8)

@@ -1,0 +1,226 @@
+"""The results' page: `python -m benchmarks.study.real.report RECORDS.jsonl [--imbalance FILE.json] [--no-figures]`.
+
+The question, the cells and the rule of the answer were registered in `docs/study_real.md`. Here they are applied: every
+number and every sentence that depends on one is made from the records.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from bdpo_pl.errors import InputError
+from benchmarks import pages
+from benchmarks.study.real import results as real
+from benchmarks.study.real.plan import METHODS
+from benchmarks.study.report.__main__ import ROOT, name_of
+from benchmarks.study.report.figures import Figures, draw_all, methods_figure
+from benchmarks.study.report.results import Results
+from benchmarks.study.report.tables import MISSING, difference_text, differences, means, number, table
+
+PAGE = ROOT / "docs" / "study_real_results.md"
+_SETS = {"hh": "HH-RLHF", "refusals": "refusal against compliance"}
+_DIGITS = {"pmi": 2, "pmi_sum": 1, "ifd": 3, "hsic": 3}
+FIGURES: Figures = {
+    "methods.svg": (
+        "Every method's mean with its 95 % interval, its seeds as faint dots; a dotted line: before training",
+        lambda results: bool(results.methods("final", [])),
+        partial(methods_figure, measures=real.OUTCOMES, order=tuple(METHODS)),
+    )
+}
+
+
+def page(results: Results, imbalance: dict[str, Any] | None = None, figures: str = "study_real_results") -> str:
+    """Return the whole page.
+
+    Args:
+        results: results of the study.
+        imbalance: what `python -m benchmarks.study.real.imbalance` has written; None: no such section.
+        figures: folder of the figures, relative to the page.
+    """
+    methods = results.methods("final", list(METHODS))
+    groups = [*(["reference"] if results.pick("final", "reference") else []), *methods]
+    others = [method for method in methods if method not in (real.BDPO, real.DPO)]
+    return pages.render(
+        Path(__file__).with_name("results.md.j2"),
+        name=results.name,
+        progress=real.progress(results),
+        answer=real.answer(results),
+        primary=primary(results),
+        methods=means(results, [real.group(name) for name in groups], real.OUTCOMES) if methods else "",
+        exploration=differences(results, [real.against(real.BDPO, name) for name in others], real.OUTCOMES).text
+        if others
+        else "",
+        limits=limits(results),
+        trials=trials(results),
+        choices={method: real.described(cell) for method, cell in real.choices(results).items()},
+        figure=f"![{FIGURES['methods.svg'][0]}]({figures}/methods.svg)" if methods else "",
+        hours=sum(cell["seconds"] for cell in results.cells) / 3600,
+        machines=sorted({head["machine"]["device"] for head in results.heads}),
+        versions=sorted({version for head in results.heads for version in _versions(head)}),
+        imbalance=imbalance_table(imbalance["rows"]) if imbalance else "",
+        agreement=agreement_table(imbalance["rows"]) if imbalance else "",
+        temperatures=temperature_table(imbalance["rows"]) if imbalance else "",
+        imbalance_command=" ".join(imbalance["command"]) if imbalance else "",
+    )
+
+
+def primary(results: Results) -> str:
+    """Return the table of the four registered differences, B-DPO − DPO."""
+    found = real.answer(results)
+    rows = []
+    for measure in real.OUTCOMES:
+        one, p = found.found[measure.name], found.adjusted[measure.name]
+        unit = "points" if measure.percent else "nats"
+        rows.append(
+            [
+                f"{measure.head}, {unit}" if measure.percent else measure.head,
+                difference_text(one, measure.digits, p),
+                MISSING if math.isnan(p) else f"{p:.3f}",
+                MISSING if math.isnan(one.half) else number(one.half, measure.digits),
+            ]
+        )
+    head = ["B-DPO − DPO", "difference [95 % interval]", "p after Holm", "half width"]
+    return table(head, rows)
+
+
+def limits(results: Results) -> list[str]:
+    """Say which rates of refusal before training are a floor or a ceiling."""
+    found = results.pick("final", "reference")
+    if not found:
+        return []
+    said = []
+    for measure in (real.REFUSED, real.SAFE_REFUSED):
+        value = measure.of(found[0])
+        if value < real.FLOOR:
+            said.append(f"{measure.name}: {value:.1f} % before training, a floor (under {real.FLOOR:.0f} %)")
+        elif value > real.CEILING:
+            said.append(f"{measure.name}: {value:.1f} % before training, a ceiling (over {real.CEILING:.0f} %)")
+    return said
+
+
+def trials(results: Results) -> str:
+    """Return the table of the trials: what each measured on the validation pairs, the chosen ones bold."""
+    rows = []
+    for cell, record, is_chosen in real.trials(results):
+        row = [cell.method, f"{cell.arguments['beta']:g}", f"{cell.learning_rate:g}"]
+        if record is None:
+            rows.append([*row, *[MISSING] * 4])
+            continue
+        pairs = record["pairs"]
+        row += [
+            f"{100 * pairs['held_out/logp_accuracy']:.1f}",
+            *(number(pairs[name], 2) for name in ("held_out/drift_chosen", "held_out/margin", "gap/margin")),
+        ]
+        rows.append([f"**{word}**" for word in row] if is_chosen else row)
+    head = ["method", "β", "learning rate", "ranked right, %", "drift of the chosen, nats", "margin, nats", "gap, nats"]
+    return table(head, rows)
+
+
+def imbalance_table(rows: list[dict[str, Any]]) -> str:
+    """Return a row for each model, set of pairs and estimator."""
+    lines = []
+    for row in rows:
+        if "estimator" not in row:
+            continue
+        bias = row["length_bias"]["correlation_imbalance"]
+        digits = _DIGITS[row["estimator"]]
+        lines.append(
+            [
+                f"{row['model']}, {_SETS[row['set']]}",
+                str(row["pairs"]),
+                f"`{row['estimator']}`" + (f" ({row['unit']})" if row["unit"] else ""),
+                *(number(row[side]["value"], digits) for side in ("chosen", "rejected")),
+                _with_interval(row["imbalance"], digits),
+                number(row["size"], digits),
+                number(row["spread"], digits),
+                MISSING if bias is None else number(bias, digits, sign=True),
+            ]
+        )
+    head = [
+        "model, pairs", "n", "estimator", "chosen", "rejected", "imbalance", "mean size", "spread (τ auto)",
+        "with length",
+    ]  # fmt: skip
+    return table(head, lines)
+
+
+def _with_interval(found: dict[str, float | None], digits: int) -> str:
+    low, high = found["low"], found["high"]
+    text = number(found["value"] or 0.0, digits, sign=True)
+    # Few pairs have no interval.
+    return text if low is None or high is None else f"{text} [{number(low, digits)}, {number(high, digits)}]"
+
+
+def agreement_table(rows: list[dict[str, Any]]) -> str:
+    """Return for each pair of estimators how far they agree, a column for each model and set."""
+    compared = [row for row in rows if "agreement" in row]
+    if not compared:
+        return ""
+    lines = []
+    for i, one in enumerate(compared[0]["agreement"]):
+        cells = []
+        for row in compared:
+            found = row["agreement"][i]
+            rank = MISSING if found["spearman"] is None else number(found["spearman"], 2)
+            cells.append(f"{rank}; {100 * found['same_sign']:.0f} %")
+        lines.append([" and ".join(f"`{name}`" for name in one["estimators"]), *cells])
+    return table(["estimators", *(f"{row['model']}, {_SETS[row['set']]}" for row in compared)], lines)
+
+
+def temperature_table(rows: list[dict[str, Any]]) -> str:
+    """Return what several τ make of the imbalance by `pmi`: ratio of the larger weight to the smaller."""
+    lines = [
+        [f"{row['model']}, {_SETS[row['set']]}", f"{one['tau']:.3g}"]
+        + [f"{one[name]:.3g}" for name in ("median", "p95", "largest")]
+        for row in rows
+        if row.get("estimator") == "pmi"
+        for one in row["temperatures"]
+    ]
+    return table(["model, pairs", "τ", "median", "95 %", "largest"], lines)
+
+
+def _versions(head: dict[str, Any]) -> list[str]:
+    versions = head["machine"]["versions"]
+    return [f"{name} {versions[name]}" for name in ("torch", "transformers", "lightning") if name in versions]
+
+
+def write(records: Path, out: Path, imbalance: Path | None, with_figures: bool = True) -> list[Path]:
+    """Write the page and its figure; return the paths of the written files.
+
+    Args:
+        records: records of the study.
+        out: path of the page; its figure goes to a folder of the same name beside it.
+        imbalance: what `python -m benchmarks.study.real.imbalance` has written, if it is to be shown.
+        with_figures: whether to draw the figure too, which needs matplotlib.
+    """
+    results = real.load_real(records, name_of(records))
+    measured = json.loads(imbalance.read_text(encoding="utf-8")) if imbalance else None
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page(results, measured, out.stem), encoding="utf-8")
+    folder = out.with_suffix("")
+    return [out, *(folder / name for name in draw_all(results, folder, FIGURES))] if with_figures else [out]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("records", type=Path, help="JSONL that `python -m benchmarks.study.real` has written")
+    parser.add_argument(
+        "--imbalance", type=Path, help="JSON that `python -m benchmarks.study.real.imbalance` has written"
+    )
+    parser.add_argument("--out", type=Path, default=PAGE, help="path of the page")
+    parser.add_argument("--no-figures", action="store_true", help="leave the figure as it is; needs no matplotlib")
+    options = parser.parse_args(arguments)
+    try:
+        written = write(options.records, options.out, options.imbalance, not options.no_figures)
+    except InputError as error:
+        raise SystemExit(str(error)) from None
+    print("Written:", *written, sep="\n  ")
+
+
+if __name__ == "__main__":
+    main()
