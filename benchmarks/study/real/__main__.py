@@ -18,11 +18,11 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from benchmarks.machine import machine
 from benchmarks.study.real.cell import Place, run_cell
-from benchmarks.study.real.plan import Cell, all_cells, chosen
+from benchmarks.study.real.plan import Cell, all_cells, cell_of, chosen
 from benchmarks.study.run.records import append, compare_again, read_records
 
 RESULTS = Path(__file__).parents[2] / "results"
-COMPARED = ("pairs", "suites", "refused", "oddities")
+COMPARED = ("pairs", "suites", "refused", "oddities", "halves")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -97,7 +97,7 @@ def plan(out: Path) -> str:
 
 def again(key: str, out: Path, place: Place) -> None:
     """Run a finished cell again and print what differs; exit status 1 if something does."""
-    compare_again(out, key, lambda old: run_cell(Cell(**old["cell"]), place), COMPARED)
+    compare_again(out, key, lambda old: run_cell(cell_of(old["cell"]), place), COMPARED)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study.real.plan import Cell
+from benchmarks.study.real.halves import balance, cached_pool, draw_half, match
+from benchmarks.study.real.plan import Cell, HalfCell
 from benchmarks.study.run.measures import pair_measures
 
 SUITES = {"xstest_benign": "xstest_prompts", "xstest_harmful": "xstest_prompts", "strongreject": "strongreject_dataset"}
@@ -49,7 +50,8 @@ def run_cell(cell: Cell, place: Place) -> dict[str, Any]:
         `key`; `cell`; `pairs`: measures of held-out and training pairs at the end (log-probabilities and drifts in
         nats, `margin` the difference of the drifts, `gap` that between training and held-out pairs); `suites`: share of
         prompts refused, by suite; `refused`: the same prompt by prompt, a text of 0 and 1; `oddities`: numbers of
-        blank, cut-off and repeating answers; `seconds`. Cells of the tuning have no suites, the reference no pairs.
+        blank, cut-off and repeating answers; `halves`: how alike the two halves are; `seconds`. Only final cells and
+        the reference have suites; the reference has no pairs.
 
     Raises:
         CalledProcessError: a command failed; what it said is on stderr.
@@ -59,9 +61,10 @@ def run_cell(cell: Cell, place: Place) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=place.folder) as scratch:
         subject = place.model
         if cell.loss:
-            record["pairs"] = _fit(cell, place, Path(scratch))
+            rows, described = _training_rows(cell, place)
+            record |= {"pairs": _fit(cell, place, Path(scratch), rows), **described}
             subject = Path(scratch) / "run" / "model"
-        if cell.section != "tuning":
+        if cell.asks_prompts:
             record |= _evaluate(subject, place, Path(scratch))
     return record | {"seconds": time.perf_counter() - start}
 
@@ -75,21 +78,35 @@ def draw(data: Path, which: str, number: int, seed: int = 0) -> list[str]:
         number: number of rows.
         seed: seed of the draw from `train`; the others are always the same.
     """
-    with gzip.open(data / PAIRS, "rt", encoding="utf-8") as lines:
-        rows = [line for line in lines if len(line) < _LONGEST]
-    random.Random(_SHUFFLE).shuffle(rows)  # noqa: S311 - data, not secrets
+    rows = _rows(data)
     if which != "train":
         first = {"test": 0, "validation": HELD_OUT}[which]
         return rows[first : first + number]
     return random.Random(seed).sample(rows[2 * HELD_OUT :], number)  # noqa: S311
 
 
-def _fit(cell: Cell, place: Place, scratch: Path) -> dict[str, float]:
-    for name, rows in (
-        ("train", draw(place.data, "train", cell.num_pairs, cell.seed)),
-        ("held_out", draw(place.data, cell.held_out, HELD_OUT)),
-    ):
-        (scratch / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
+def _rows(data: Path) -> list[str]:
+    """Return the rows of the file that are short enough, shuffled: test, validation and then training pairs."""
+    with gzip.open(data / PAIRS, "rt", encoding="utf-8") as lines:
+        rows = [line for line in lines if len(line) < _LONGEST]
+    random.Random(_SHUFFLE).shuffle(rows)  # noqa: S311 - data, not secrets
+    return rows
+
+
+def _training_rows(cell: Cell, place: Place) -> tuple[list[str], dict[str, Any]]:
+    """Return the rows to train on, and what is kept of how they were chosen."""
+    if not isinstance(cell, HalfCell):
+        return draw(place.data, "train", cell.num_pairs, cell.seed), {}
+    rows = _rows(place.data)[2 * HELD_OUT :]
+    pool = cached_pool(rows, place.model, place.folder)
+    matched = match(pool)
+    drawn = draw_half(rows, pool, matched, cell.half, cell.num_pairs, cell.seed)
+    return drawn, {"halves": balance(pool, matched)}
+
+
+def _fit(cell: Cell, place: Place, scratch: Path, rows: list[str]) -> dict[str, float]:
+    for name, lines in (("train", rows), ("held_out", draw(place.data, cell.held_out, HELD_OUT))):
+        (scratch / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     arguments = [
         f"--model.loss.init_args.{name}={json.dumps(value).strip(chr(34))}" for name, value in cell.arguments.items()
     ]

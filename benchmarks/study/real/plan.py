@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from benchmarks.study.run.records import key_of
 
-Section = Literal["reference", "tuning", "final"]
+Section = Literal["reference", "tuning", "final", "halves"]
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "DPO": ("DPOLoss", {}),
@@ -22,6 +22,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 
 BETAS = (0.1, 0.3)
 LEARNING_RATES = (5e-6, 2e-5)
+HALVES = ("balanced", "imbalanced")
+HALF_PAIRS = 128
 TUNING_SEED = 1000
 SEEDS = (0, 1, 2, 3, 4)
 REFERENCE = "before training"
@@ -57,9 +59,30 @@ class Cell:
         return key_of(self)
 
     @property
+    def asks_prompts(self) -> bool:
+        """True if the prompts are asked too, not only pairs scored."""
+        return self.section in ("reference", "final")
+
+    @property
     def held_out(self) -> str:
         """Name of the held-out pairs that it is measured on: nothing is chosen on those that it is then tested on."""
         return "validation" if self.section == "tuning" else "test"
+
+
+@dataclass(frozen=True)
+class HalfCell(Cell):
+    """A cell that is trained on pairs of one half (`benchmarks.study.real.halves`).
+
+    Attributes:
+        half: `balanced` or `imbalanced`.
+    """
+
+    half: str = "balanced"
+
+
+def cell_of(fields: Mapping[str, Any]) -> Cell:
+    """Return the cell with these fields, as a record has them."""
+    return HalfCell(**fields) if "half" in fields else Cell(**fields)
 
 
 def reference() -> Cell:
@@ -106,6 +129,16 @@ def final(best: Mapping[str, Cell]) -> list[Cell]:
     return [replace(cell, section="final", seed=seed) for seed in SEEDS for cell in best.values()]
 
 
+def halves(best: Mapping[str, Cell]) -> list[Cell]:
+    """Return the cells of observation (b): DPO as it was chosen, on both halves with every seed."""
+    if "DPO" not in best:
+        return []
+    fields = asdict(best["DPO"]) | {"section": "halves", "num_pairs": HALF_PAIRS}
+    return [HalfCell(**{**fields, "seed": seed}, half=half) for seed in SEEDS for half in HALVES]
+
+
 def all_cells(records: Mapping[str, Mapping[str, Any]]) -> Sequence[Cell]:
     """Return every cell that is known so far, in the order in which they are run."""
-    return [reference(), *tuning(), *final(chosen(records))]
+    best = chosen(records)
+    # The halves come last: what was registered first is finished first.
+    return [reference(), *tuning(), *final(best), *(halves(best) if len(best) == len(METHODS) else [])]

@@ -16,11 +16,11 @@ from typing import Any
 from bdpo_pl.errors import InputError
 from benchmarks import pages
 from benchmarks.study.real import results as real
-from benchmarks.study.real.plan import METHODS
+from benchmarks.study.real.plan import HALVES, METHODS
 from benchmarks.study.report.__main__ import ROOT, name_of
 from benchmarks.study.report.figures import Figures, draw_all, methods_figure
 from benchmarks.study.report.results import Results
-from benchmarks.study.report.tables import MISSING, difference_text, differences, means, number, table
+from benchmarks.study.report.tables import MISSING, contrast, difference_text, differences, means, number, table
 
 PAGE = ROOT / "docs" / "study_real_results.md"
 _SETS = {"hh": "HH-RLHF", "refusals": "refusal against compliance"}
@@ -56,6 +56,7 @@ def page(results: Results, imbalance: dict[str, Any] | None = None, figures: str
         if others
         else "",
         limits=limits(results),
+        halves=halves(results),
         trials=trials(results),
         choices={method: real.described(cell) for method, cell in real.choices(results).items()},
         figure=f"![{FIGURES['methods.svg'][0]}]({figures}/methods.svg)" if methods else "",
@@ -101,6 +102,21 @@ def limits(results: Results) -> list[str]:
         elif value > real.CEILING:
             said.append(f"{measure.name}: {value:.1f} % before training, a ceiling (over {real.CEILING:.0f} %)")
     return said
+
+
+def halves(results: Results) -> dict[str, Any] | None:
+    """Return tables of DPO on the two halves, and how alike these are; None if no such cell is finished."""
+    found = results.pick("halves")
+    if not found:
+        return None
+    balanced, imbalanced = (real.half(name) for name in HALVES)
+    compared = differences(results, [contrast(imbalanced, balanced)], real.PAIR_OUTCOMES)
+    return {
+        "means": means(results, [balanced, imbalanced], real.PAIR_OUTCOMES),
+        "differences": compared.text,
+        "said": compared.said,
+        "alike": {name: number(value, 2) for name, value in found[0]["halves"].items()},
+    }
 
 
 def trials(results: Results) -> str:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study.real.plan import METHODS, SEEDS, Cell, chosen, tuning
+from benchmarks.study.real.plan import HALVES, METHODS, SEEDS, Cell, chosen, tuning
 from benchmarks.study.report.results import Measure, Results, load_cells
 from benchmarks.study.report.statistics import Interval, holm
 from benchmarks.study.report.tables import SIGNIFICANT, Contrast, Group, contrast
@@ -27,6 +27,14 @@ SAFE_REFUSED = Measure("safe prompts refused", lambda cell: cell["suites"]["xste
 OUTCOMES = (GAP, RANKED, REFUSED, SAFE_REFUSED)
 """The registered outcomes, in the order of their numbers."""
 
+PAIR_OUTCOMES = (
+    Measure("training margin, nats", lambda cell: cell["pairs"]["train_probe/margin"], percent=False, digits=2),
+    Measure("test margin, nats", lambda cell: cell["pairs"]["held_out/margin"], percent=False, better=1, digits=2),
+    GAP,
+    RANKED,
+)
+"""What is measured of the halves, for which no prompts are asked."""
+
 _DECIDING, _GUARDING = (GAP, REFUSED), (RANKED, SAFE_REFUSED)
 
 
@@ -45,7 +53,7 @@ def load_real(path: Path, name: str | None = None) -> Results:
 
 
 def _placed(record: dict[str, Any]) -> dict[str, Any]:
-    setting = {"variant": "", "epochs": 1, **record["cell"]}
+    setting = {"variant": record["cell"].get("half", ""), "epochs": 1, **record["cell"]}
     if setting["section"] == "reference":
         setting |= {"section": "final", "method": "reference"}
     return {**record, "setting": setting}
@@ -71,6 +79,11 @@ def group(method: str) -> Group:
 def against(first: str, second: str) -> Contrast:
     """Return the comparison of two methods, seed by seed."""
     return contrast(group(first), group(second))
+
+
+def half(name: str) -> Group:
+    """Return the cells of DPO on one half of the pairs."""
+    return Group(f"{name} half", "halves", DPO, name)
 
 
 @dataclass(frozen=True)
@@ -127,6 +140,7 @@ def progress(results: Results) -> dict[str, tuple[int, int]]:
         "reference": (reference, 1),
         "trials": (sections.count("tuning"), len(tuning())),
         "final cells": (sections.count("final"), len(METHODS) * len(SEEDS)),
+        "halves": (sections.count("halves"), len(HALVES) * len(SEEDS)),
     }
 
 

@@ -127,5 +127,5 @@ def test_processes_share_the_cells(place, tmp_path, monkeypatch, capsys):
         assert {cell.method for cell in ran[24:]} == plan.METHODS.keys() - {"DPO"}
         assert "1 cells are left, of which other processes may run some" in capsys.readouterr().out
     command.main(arguments)
-    assert ran[-6] == trials[0]
-    assert len({cell.key for cell in ran}) == len(ran) == 1 + 24 + 30
+    assert ran[-16] == trials[0]
+    assert len({cell.key for cell in ran}) == len(ran) == 1 + 24 + 30 + 10

@@ -15,6 +15,10 @@ HEAD = {
 }
 BASE = {"gap/margin": 2.0, "held_out/logp_accuracy": 0.5, "held_out/drift_chosen": 1.0, "held_out/margin": 0.2}
 RATES = {"xstest_harmful": 0.5, "strongreject": 0.3, "xstest_benign": 0.1}
+ALIKE = {
+    "matched": 150.0, "difference/log chosen tokens": 0.01, "difference/log rejected tokens": -0.02,
+    "difference/difficulty": 0.03, "size/balanced": 0.1, "size/imbalanced": 0.9,
+}  # fmt: skip
 # What a seed adds to every method alike, and what it adds to B-DPO alone.
 SHARED, OWN = (0.03, -0.02, 0.05, 0.0, -0.04), (0.001, -0.002, 0.001, 0.002, -0.001)
 
@@ -34,6 +38,10 @@ def records(seeds=plan.SEEDS, **better):
             {name: value + shared + own + moved.get(name, 0.0) for name, value in of.items()} for of in (BASE, RATES)
         )
         yield {"key": cell.key, "cell": as_fields(cell), "pairs": pairs, "suites": suites, "seconds": 0.0}
+    for cell in plan.halves(best) if len(seeds) == 5 else ():
+        wider = OWN[cell.seed] + 1.0 if cell.half == "imbalanced" else 0.0
+        pairs = BASE | {"gap/margin": BASE["gap/margin"] + SHARED[cell.seed] + wider, "train_probe/margin": 2.0}
+        yield {"key": cell.key, "cell": as_fields(cell), "pairs": pairs, "halves": dict(ALIKE), "seconds": 0.0}
 
 
 def as_fields(cell):
@@ -94,6 +102,14 @@ def test_the_page_has_the_answer_the_tables_and_the_floor(tmp_path):
     assert "24.0 hours" in page
     assert "an invented processor; torch 2.11.0" in page
     assert "floor" not in page
+
+
+def test_the_halves_are_compared_seed_by_seed(tmp_path):
+    page = report.page(load(tmp_path))
+    assert "of the 150 matched pairs on each side the mean |imbalance| is 0.10 and 0.90 nats a token" in page
+    assert (
+        "| imbalanced half − balanced half | 0.00 [0.00, 0.00] | 0.00 [0.00, 0.00] | **+1.00 [1.00, 1.00]** |" in page
+    )
 
 
 def test_a_rate_before_training_that_cannot_fall_is_named(tmp_path, monkeypatch):
