@@ -25,6 +25,8 @@ from benchmarks.kernels.growth import markdown as growth_markdown
 from benchmarks.kernels.problem import SHAPES, Shape
 from benchmarks.kernels.processes import child
 from benchmarks.kernels.report import markdown, plot
+from benchmarks.kernels.threads import SHAPE as THREADS_SHAPE
+from benchmarks.kernels.threads import markdown as threads_markdown
 from benchmarks.machine import machine
 
 _RESULTS = Path(__file__).parents[1] / "results"
@@ -124,12 +126,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="default: 2, on a laptop 1")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs in each round")
     parser.add_argument("--growth", action=argparse.BooleanOptionalAction, help="measure growth; default: on a laptop")
+    parser.add_argument("--threads", action="store_true", help="measure the fused loss by number of threads; CPU only")
     parser.add_argument("--out", type=Path, help="folder of the results; default: benchmarks/results, on a laptop runs")
     parser.add_argument("--against", type=Path, metavar="OLD.json", help="compare with an older result")
     parser.add_argument("--load", type=Path, metavar="NEW.json", help="with --against: compare this one, measure none")
     options = parser.parse_args()
     if options.load and not options.against:
         parser.error("--load names the newer of two results; give the older one with --against")
+    if options.threads and options.device == "cuda":
+        parser.error("--threads measures the threads of a CPU; leave it out, or take --device cpu")
     unknown = set(options.only or ()) - LINEAR.keys() - LOGITS.keys()
     if unknown:
         parser.error(f"unknown contenders {sorted(unknown)}; there are {sorted(LINEAR.keys() | LOGITS.keys())}")
@@ -177,11 +182,16 @@ def main() -> None:
     if options.growth:
         report["growth"] = write_growth(options.device, options.repeats)
         save()
+    if options.threads:
+        report["threads"] = child("threads", THREADS_SHAPE, CONTENDER, options.device, options.repeats)
+        save()
     if not plot(rows, report["growth"], stem.with_suffix(".png")):
         print('no plot: matplotlib is not installed; pip install -e ".[bench]"')
     print(markdown(rows, ceilings))
     if report["growth"]:
         print(growth_markdown(report["growth"]))
+    if options.threads:
+        print(threads_markdown(report["threads"]))
     print(f"Written to {stem}.json")
     if options.against:
         compare_files(options.against, report)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from benchmarks.kernels.contenders import LINEAR, LOGITS, NotRunError
 from benchmarks.kernels.problem import Problem, find_shape, make_problem
+from benchmarks.kernels.threads import by_threads, usable_cores
 from benchmarks.machine import process_memory
 
 
@@ -95,16 +96,41 @@ def logits_task(problem: Problem, contender: str, device: str, repeats: int) -> 
     return measure(lambda: function(problem, logits), [logits], device, repeats)
 
 
-def ceilings(problem: Problem, device: str, repeats: int) -> dict[str, Any]:
-    """Measure the machine's limits: the three products of a training step alone, and a copy."""
-    hidden, weight = problem.hidden.detach(), problem.weight.detach()
-    logits = hidden @ weight.t()
+def three_products(hidden: Tensor, weight: Tensor, logits: Tensor) -> Callable[[], None]:
+    """Return a function that computes the three matrix products of a training step at the LM head."""
 
     def products() -> None:
         torch.mm(hidden, weight.t(), out=logits)
         torch.mm(logits, weight)
         torch.mm(logits.t(), hidden)
 
+    return products
+
+
+def thread_scaling(problem: Problem, contender: str, repeats: int) -> dict[str, Any]:
+    """Measure the fused loss and the products alone with every number of threads, the fastest of `repeats` each."""
+    hidden, weight = problem.hidden.detach(), problem.weight.detach()
+    products = three_products(hidden, weight, hidden @ weight.t())
+
+    def both() -> None:
+        problem.hidden.grad = problem.weight.grad = None
+        LINEAR[contender](problem).backward()
+
+    def timed() -> tuple[float, float]:
+        both()
+        products()
+        fastest = [min(seconds(function, "cpu") for _ in range(repeats)) for function in (both, products)]
+        return fastest[0], fastest[1]
+
+    return by_threads(usable_cores(), timed)
+
+
+def ceilings(problem: Problem, device: str, repeats: int) -> dict[str, Any]:
+    """Measure the machine's limits: the three products of a training step alone, and a copy."""
+    hidden, weight = problem.hidden.detach(), problem.weight.detach()
+    logits = hidden @ weight.t()
+
+    products = three_products(hidden, weight, logits)
     target = torch.empty_like(logits)
     for _ in range(2):
         products()
@@ -122,6 +148,8 @@ def measured(task: str, shape: str, contender: str, device: str, repeats: int) -
         problems = (make_problem(find_shape(name), device) for name in shape.split(","))
         if task == "growth":
             return {"points": [linear_task(problem, contender, device, repeats) for problem in problems]}
+        if task == "threads":
+            return thread_scaling(next(problems), contender, repeats)
         if task == "ceilings":
             return ceilings(next(problems), device, repeats)
         run = linear_task if task == "linear" else logits_task

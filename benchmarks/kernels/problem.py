@@ -43,6 +43,11 @@ SHAPES = {
         Shape("2048x512x152064", 2048, 512, 152_064, 128),
         Shape("4096x1024x32000", 4096, 1024, 32_000, 256),
     ),
+    # For CPUs whose matrix products take bfloat16 (AMX, AVX512-BF16).
+    "cpu-bf16": (
+        Shape("1024x512x32000 bf16", 1024, 512, 32_000, 128, dtype=_HALF),
+        Shape("4096x1024x32000 bf16", 4096, 1024, 32_000, 256, dtype=_HALF),
+    ),
     "tiny": (Shape("tiny", 32, 16, 100, 8),),
     "qwen2-7b": (Shape("Qwen2-7B", 8192, 3584, 152_064, 512, dtype=_HALF),),
     "llama-3-8b": (Shape("Llama-3-8B", 8192, 4096, 128_256, 512, dtype=_HALF),),
