@@ -8,6 +8,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 export PYTHONUNBUFFERED = 1
+# Many tests start a process: Python may keep what it has compiled, whatever the environment says.
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: demo demo-real test lint format docs bench clean
 
