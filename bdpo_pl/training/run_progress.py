@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from rich.progress import BarColumn, Progress, TextColumn
 
@@ -17,8 +16,8 @@ from bdpo_pl.data.batches import PreferenceBatch
 from bdpo_pl.data.held_out import HELD_OUT, further_sets
 from bdpo_pl.reporting.format import percent, plural, seconds, signed, size, whole
 from bdpo_pl.reporting.progress import memory_used, say, shows_bars
+from bdpo_pl.training.start_warnings import warn_at_start
 
-_FEW_STEPS = 10
 _MOST_SECONDS = 30.0
 """Maximum seconds between two lines if steps are slow."""
 _TRIAL = 2
@@ -66,7 +65,7 @@ class RunProgress(ProgressBar):
         self._paused, self._pairs, self._batches = 0.0, 0, 0
         self._first_step = self._said_step = trainer.global_step
         if self._enabled:
-            _warn_of_few_steps(trainer)
+            warn_at_start(trainer)
         if self._enabled and shows_bars():
             columns = (TextColumn("{task.description}"), BarColumn(14), TextColumn("{task.fields[said]}"))
             self._bar = Progress(*columns, console=get_console())
@@ -167,19 +166,6 @@ class RunProgress(ProgressBar):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-
-
-def _warn_of_few_steps(trainer: L.Trainer) -> None:
-    """Warn of a run that ends before it could learn, unless its number of steps was requested."""
-    steps = _total(trainer)
-    if steps < _FEW_STEPS and trainer.max_steps == -1 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-        batches = trainer.accumulate_grad_batches
-        each, option = (
-            ("", "") if batches == 1 else (f" of {batches} batches each", "trainer.accumulate_grad_batches or ")
-        )
-        rank_zero_warn(
-            f"the data make only {_steps(steps)}{each}; lower {option}data.batch_size, or raise trainer.max_epochs"
-        )
 
 
 def _steps(number: int) -> str:

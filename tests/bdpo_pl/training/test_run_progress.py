@@ -50,6 +50,17 @@ def test_a_run_of_few_steps_is_warned_of_unless_they_were_requested(run):
         run(max_epochs=2)
 
 
+def test_validations_between_which_nothing_is_trained_are_warned_of(run):
+    often = "a validation follows every 2 batches, but an optimiser step only every 8: most validations measure"
+    with pytest.warns(UserWarning, match=often):
+        run(accumulate_grad_batches=8, val_check_interval=0.25)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="a validation follows")
+        run(accumulate_grad_batches=4, val_check_interval=4)
+        run(accumulate_grad_batches=8, val_check_interval=0.25, limit_val_batches=0)
+        run(accumulate_grad_batches=8, check_val_every_n_epoch=None, val_check_interval=8)
+
+
 def test_a_bar_fits_80_columns(run, monkeypatch):
     console = Console(file=StringIO(), force_terminal=True, width=80, color_system=None)
     monkeypatch.setattr(run_progress, "shows_bars", lambda: True)
