@@ -26,14 +26,23 @@ def write_rows(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{started:%Y-%m-%d}-{stem}.json"
     report = {
-        # Of files the names alone: where they lie says nothing to anyone else.
-        "command": ["python", "-m", module, *map(_bare, sys.argv[1:])],
+        "command": command_line(module),
         "date": f"{started:%Y-%m-%dT%H:%M:%SZ}",
         "machine": machine,
         "rows": rows,
     }
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def command_line(module: str, arguments: Sequence[str] | None = None) -> list[str]:
+    """Return the command as a result keeps it: of files the names alone, as their folders say nothing to anyone else.
+
+    Args:
+        module: module that was run.
+        arguments: its arguments; default: those of this process.
+    """
+    return ["python", "-m", module, *map(_bare, sys.argv[1:] if arguments is None else arguments)]
 
 
 def _bare(word: str) -> str:

@@ -29,6 +29,7 @@ from benchmarks.jobs.problem import MIXES, MODELS, REAL, DPOProblem, build
 from benchmarks.jobs.real import build_real
 from benchmarks.jobs.trainers import CONTENDERS
 from benchmarks.machine import machine
+from benchmarks.written import command_line
 
 _RESULTS = Path(__file__).parents[1] / "results"
 _TIMEOUT_S = 3600
@@ -192,7 +193,7 @@ def main() -> None:
     path = options.out / f"{started:%Y-%m-%d}-{options.device}-end-to-end{tag}.json"
     rows: list[dict[str, Any]] = []
     report: dict[str, Any] = {
-        "command": ["python", "-m", "benchmarks.jobs", *sys.argv[1:]],
+        "command": command_line("benchmarks.jobs"),
         "date": f"{started:%Y-%m-%dT%H:%M:%SZ}",
         "machine": machine(options.device),
         "rows": rows,

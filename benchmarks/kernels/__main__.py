@@ -14,7 +14,6 @@ import argparse
 import datetime
 import json
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from benchmarks.kernels.report import markdown, plot
 from benchmarks.kernels.threads import SHAPE as THREADS_SHAPE
 from benchmarks.kernels.threads import markdown as threads_markdown
 from benchmarks.machine import machine
+from benchmarks.written import command_line
 
 _RESULTS = Path(__file__).parents[1] / "results"
 _ON_GPU = ("qwen2-7b", "llama-3-8b", "mistral-7b", "gemma-2-9b")
@@ -161,7 +161,7 @@ def main() -> None:
     stem = options.out / f"{started:%Y-%m-%d}-{options.device}-kernels"
     rows, ceilings = [], {}
     report = {
-        "command": ["python", "-m", "benchmarks.kernels", *sys.argv[1:]],
+        "command": command_line("benchmarks.kernels"),
         "date": f"{started:%Y-%m-%dT%H:%M:%SZ}",
         "machine": machine(options.device),
         "ceilings": ceilings,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from benchmarks.study.run.records import append, compare_again, read_records, re
 from benchmarks.study.run.reference import DEFAULT_FOLDER, make_reference
 from benchmarks.study.run.runner import COMPARED, make_references, quiet_cell, run_cells
 from benchmarks.study.run.settings import Setting
+from benchmarks.written import command_line
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -48,7 +48,7 @@ def main() -> None:
     elif options.prune:
         _prune(size, out)
     else:
-        command = ["python", "-m", "benchmarks.study", *sys.argv[1:]]
+        command = command_line("benchmarks.study")
         append(out, {"command": command, "date": f"{started:%Y-%m-%dT%H:%M:%SZ}", "machine": machine("cpu")})
         _run(size, options.folder, out, options.workers)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from benchmarks.machine import machine
 from benchmarks.study.real.cell import Place, run_cell
 from benchmarks.study.real.plan import Cell, all_cells, cell_of, chosen
 from benchmarks.study.run.records import append, compare_again, read_records
+from benchmarks.written import command_line
 
 RESULTS = Path(__file__).parents[2] / "results"
 COMPARED = ("pairs", "suites", "refused", "oddities", "halves")
@@ -48,8 +48,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.cell:
         again(options.cell, out, place)
         return
-    command = ["python", "-m", "benchmarks.study.real", *(sys.argv[1:] if arguments is None else arguments)]
-    append(out, {"command": command, "date": f"{started:%Y-%m-%dT%H:%M:%SZ}", "machine": machine("cpu")})
+    command = command_line("benchmarks.study.real", arguments)
+    head = {"command": command, "date": f"{started:%Y-%m-%dT%H:%M:%SZ}", "machine": machine("cpu")}
     run = 0
     # The final cells are known only when the tuning is finished.
     while open_cells := _open(out):
@@ -63,6 +63,9 @@ def main(arguments: list[str] | None = None) -> None:
             if cell.key in read_records(out):
                 continue
             record = run_cell(cell, place)
+            if not run:
+                # A start that finishes no cell leaves no line.
+                append(out, head)
             append(out, record)
         run += 1
         print(f"{cell.key} {cell.section}, {cell.method}, seed {cell.seed}: {record['seconds']:.0f} s", flush=True)

@@ -118,7 +118,12 @@ def test_processes_share_the_cells(place, tmp_path, monkeypatch, capsys):
     arguments = [str(part) for option in options.items() for part in option]
     trials = plan.tuning()
     with FileLock(place.folder / f"{trials[0].key}.lock"):
+        command.main([*arguments, "--most", "0"])
+        assert not out.exists()
+        capsys.readouterr()
         command.main([*arguments, "--most", "2"])
+        head = json.loads(out.read_text().splitlines()[0])["command"]
+        assert head[:5] == ["python", "-m", "benchmarks.study.real", "--model", "model"]
         assert ran == [plan.reference(), trials[1]]
         assert "23 cells are left" in capsys.readouterr().out
         command.main(arguments)
