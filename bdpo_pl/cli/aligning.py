@@ -24,6 +24,8 @@ from bdpo_pl.parallel.state import whole_state
 from bdpo_pl.reporting.format import plural, seconds
 from bdpo_pl.training.callbacks import LastCheckpoint
 from bdpo_pl.training.checkpoints import find_checkpoint, what_is_saved
+from bdpo_pl.training.completions import LogCompletions
+from bdpo_pl.training.completions_file import CompletionsFile, read_rows
 from bdpo_pl.training.disk import SaysDisk
 from bdpo_pl.training.export import export_adapters, export_model
 from bdpo_pl.training.hub import HubUpload
@@ -80,6 +82,7 @@ def _align(cli: FitCLI, checkpoint: str | None, start: float, upload: HubUpload 
     if not trainer.is_global_zero:
         return
     probe: SafetyProbe = cli.config_init.safety
+    sampled: LogCompletions = cli.config_init.completions
     sets = module.splits.held_out_pairs
     pairs = next(iter(sets.values()), None)
     results = module.evaluations, module.global_step, probe.before, probe.after
@@ -88,6 +91,8 @@ def _align(cli: FitCLI, checkpoint: str | None, start: float, upload: HubUpload 
     card = describe(trainer, module, data, rows, bool(probe.suites))
     paths = {"report of the run": folder / "report.html", "configuration": folder / "config.yaml"}
     paths["metrics"] = folder / "metrics.csv"
+    if sampled.num_prompts:
+        paths["completions"] = folder / CompletionsFile.NAME
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.best_model_path:
             name = "last checkpoint" if isinstance(callback, LastCheckpoint) else "best checkpoint"
@@ -108,7 +113,8 @@ def _align(cli: FitCLI, checkpoint: str | None, start: float, upload: HubUpload 
     curves = read_curves(paths["metrics"])
     device = str(trainer.strategy.root_device)
     title = f"{card.base}, {card.loss}"
-    page = run_page(title, card.facts, rows, said, curves, device, taken, list(sets))
+    completions = read_rows(folder) if sampled.num_prompts else []
+    page = run_page(title, card.facts, rows, said, curves, device, taken, list(sets), completions, sampled.show_texts)
     page.write(folder / "report.html")
     console = get_console()
     console.print(summary_table(*results, **counted))

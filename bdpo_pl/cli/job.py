@@ -21,6 +21,7 @@ from bdpo_pl.embedded import EMBEDDED
 from bdpo_pl.errors import InputError, first_line
 from bdpo_pl.training.callbacks import LastCheckpoint, LogInterval, RandomState, SaveOnNonFinite, StopAtGap
 from bdpo_pl.training.checkpoints import StopSignals
+from bdpo_pl.training.completions import LogCompletions
 from bdpo_pl.training.datamodule import PreferenceDataModule
 from bdpo_pl.training.identity import ResumeOptions
 from bdpo_pl.training.module import PreferenceModule
@@ -42,7 +43,7 @@ class FitCLI(LightningCLI):
     """True if there are pairs, or if a memory plan without pairs is requested."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the options of the checkpoint, the safety probe and resuming."""
+        """Add the options of the checkpoint, the safety probe, the completions and resuming."""
         parser.add_argument(
             "--ckpt_path",
             default=None,
@@ -91,6 +92,7 @@ class FitCLI(LightningCLI):
         parser.add_class_arguments(ResumeOptions, "resume")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(SafetyProbe, "safety")
+        parser.add_lightning_class_args(LogCompletions, "completions")
         parser.set_defaults(
             {
                 "checkpoint.monitor": _MONITOR,
@@ -142,6 +144,7 @@ class FitCLI(LightningCLI):
         config, probe = self.config, self.config_init.safety
         for option, wanted in (
             ("safety.every_n_steps measures at validations, and", probe.every_n_steps is not None),
+            ("completions.num_prompts completes held-out prompts, and", self.config_init.completions.num_prompts > 0),
             ("stop_at_gap", config.stop_at_gap is not None),
             ("export_from best", config.export_from == "best"),
         ):

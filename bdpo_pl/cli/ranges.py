@@ -100,7 +100,7 @@ RANGES: dict[str, Range] = {
     "stop_at_gap": POSITIVE,
     "checkpoint.save_top_k": MINUS_ONE, "checkpoint.every_n_train_steps": SOME, "checkpoint.every_n_epochs": SOME,
     "safety.max_new_tokens": COUNT, "safety.max_prompts": COUNT, "safety.batch_size": COUNT,
-    "safety.every_n_steps": COUNT,
+    "safety.every_n_steps": COUNT, "completions.num_prompts": SOME, "completions.max_new_tokens": COUNT,
     "diagnose.strong_ratio": Range(1, open_low=True), "diagnose.extremes": SOME,
     # `evaluate`.
     "max_prompts": COUNT, "devices": Range(1, 1024), "generation.max_new_tokens": COUNT, "generation.batch_size": COUNT,

@@ -74,6 +74,7 @@ _JOB = {
     "Safety, and what is written": (
         Option("safety.harmful", "", "none", "prompts to refuse, before and after training: a file or a suite"),
         Option("safety.benign", "", "none", "prompts to answer, in the same forms; see also safety.jailbreak"),
+        Option("completions.num_prompts", "", "0", "held-out prompts that the policy completes at each validation"),
         Option("trainer.default_root_dir", "output_dir", "runs", "folder of all runs"),
         Option("trainer.logger", "report_to", "csv", "logger: csv, tensorboard, wandb, mlflow or none"),
         Option("export_from", "", "last", "weights to export: last or best"),

@@ -14,6 +14,8 @@ import transformers
 from bdpo_pl import __version__
 from bdpo_pl.data.held_out import HELD_OUT
 from bdpo_pl.reporting import Finding, Line, Page, Section, Table, line_chart
+from bdpo_pl.training.completions_file import Row
+from bdpo_pl.training.completions_section import add_completions
 
 _CURVES: tuple[tuple[str, str, tuple[tuple[str, str], ...], str], ...] = (
     (
@@ -88,6 +90,8 @@ def run_page(
     device: str,
     seconds: float,
     sets: Sequence[str] = (),
+    completions: Sequence[Row] = (),
+    shows_texts: bool = False,
 ) -> Page:
     """Build the report.
 
@@ -100,6 +104,8 @@ def run_page(
         device: name of the device.
         seconds: duration of the run.
         sets: names of the held-out sets, the monitored one first.
+        completions: sample completions.
+        shows_texts: include texts of the completions, with a warning.
     """
     page = Page("Training run", title, settings)
     levels = {"warning": "problem", "notice": "notice"}
@@ -107,6 +113,7 @@ def run_page(
     section = page.section("What changed")
     section.table(Table(["", "n", "before", "after"], [list(row) for row in rows], "With 95 % intervals"))
     _curves(page.section("Curves", "By optimiser step."), curves, sets)
+    add_completions(page, completions, shows_texts)
     facts = {
         "bdpo-pl": __version__,
         "torch": torch.__version__,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning as L
@@ -14,7 +15,7 @@ from bdpo_pl.embedded import EMBEDDED
 from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.measures.rates import youdens_j
 from bdpo_pl.evaluation.suites.known import SuiteOptions, known_suites, load_suite
-from bdpo_pl.evaluation.suites.suite import Kind, Suite
+from bdpo_pl.evaluation.suites.suite import EvaluationPrompt, Kind, Suite
 from bdpo_pl.forward.generation import generate_responses
 from bdpo_pl.refusals import is_refusal
 from bdpo_pl.training.schedule_free import at_average
@@ -32,6 +33,7 @@ _LABELS = {
     "jailbreak": "refusal rate, jailbreak-wrapped prompts",
     "benign": "over-refusal, benign prompts",
 }
+OnAnswers = Callable[[L.Trainer, str, Sequence[EvaluationPrompt], Sequence[str]], None]
 _NAMES = {"harmful": "refusal_harmful", "jailbreak": "refusal_jailbreak", "benign": "over_refusal"}
 
 
@@ -52,6 +54,10 @@ class SafetyProbe(L.Callback):
         max_prompts: maximum number of prompts of each kind, spread evenly over the source.
         batch_size: number of prompts answered at a time.
         every_n_steps: number of optimiser steps between two measurements. Default: none during training.
+
+    Attributes:
+        on_answers: function that is called on each rank with the Trainer, a suite's name, this rank's prompts of it and
+            the responses to them, at each measurement.
 
     Raises:
         InputError: the prompts cannot be read, or a number is below 1.
@@ -76,6 +82,7 @@ class SafetyProbe(L.Callback):
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
         self.every_n_steps = every_n_steps
+        self.on_answers: OnAnswers = lambda *_: None
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
         self._latest: dict[str, float] = {}
@@ -170,15 +177,16 @@ class SafetyProbe(L.Callback):
         rank, ranks = (0, 1) if together else (trainer.global_rank, trainer.world_size)
         rates = {}
         for name, suite in self.suites.items():
-            texts = [prompt.text for prompt in suite.prompts][rank::ranks]
+            prompts = suite.prompts[rank::ranks]
             with trainer.precision_plugin.forward_context(), at_average(trainer.optimizers, pl_module.policy):
                 responses = generate_responses(
                     pl_module.policy,
                     tokenizer,
-                    texts,
+                    [prompt.text for prompt in prompts],
                     max_new_tokens=self.max_new_tokens,
                     batch_size=self.batch_size,
                 )
+            self.on_answers(trainer, name, prompts, responses)
             refused = torch.tensor(float(sum(map(is_refusal, responses))), device=pl_module.device)
             total = refused if together else trainer.strategy.reduce(refused, reduce_op="sum")
             rates[name] = float(total) / len(suite.prompts)

@@ -1,12 +1,12 @@
-"""What experiment trackers get besides metrics: the options of a run at its start, its report at its end."""
+"""What experiment trackers get besides metrics: options at the start, completions on the way, the report at the end."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 
 def log_options(loggers: Iterable[Logger], options: Callable[[], Mapping[str, Any]]) -> None:
@@ -37,3 +37,33 @@ def log_files(loggers: Iterable[Logger], files: Iterable[Path]) -> None:
                 logger.experiment.log_artifact(str(file), name=name, type=file.stem)
             elif isinstance(logger, MLFlowLogger):
                 logger.experiment.log_artifact(logger.run_id, str(file))
+
+
+def log_completions(loggers: Iterable[Logger], split: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+    """Log a table of completions to W&B and MLflow, and a text to TensorBoard; other loggers take none.
+
+    Args:
+        loggers: loggers of the Trainer.
+        split: name of the set of prompts.
+        rows: at least one row; all have the same fields.
+        step: optimiser step.
+    """
+    key, columns, data = f"completions/{split}", list(rows[0]), [list(row.values()) for row in rows]
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_text(key, columns, data, step=step)
+        elif isinstance(logger, MLFlowLogger):
+            # A file for each step, because a table would get the rows of a repeated step twice.
+            logger.experiment.log_dict(logger.run_id, {"columns": columns, "data": data}, f"{key}/step-{step:06}.json")
+        elif isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_text(key, _markdown(rows), step)
+
+
+def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows as Markdown with each value as an indented code block, so that no mark in a text takes effect."""
+    blocks = []
+    for row in rows:
+        for name, value in row.items():
+            text = "\n".join(f"    {line}" for line in str(value).splitlines()) or "    "
+            blocks.append(f"**{name}**\n\n{text}")
+    return "\n\n".join(blocks)

@@ -1,37 +1,10 @@
 """Trackers get the options and the files of a run: stand-ins for W&B and MLflow, whose packages are not needed."""
 
-from types import SimpleNamespace
-
 import pytest
-from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger
+from trackers import Mlflow, Wandb
 
 from bdpo_pl.training.tracking import log_files, log_options
-
-
-class Wandb(WandbLogger):
-    def __init__(self, calls):
-        self.calls = calls
-
-    @property
-    def experiment(self):
-        return SimpleNamespace(id="run7", log_artifact=lambda *args, **named: self.calls.append((args, named)))
-
-    def log_hyperparams(self, params):
-        self.calls.append(params)
-
-
-class Mlflow(MLFlowLogger):
-    def __init__(self, calls):
-        self.calls = calls
-
-    run_id = "abc"
-
-    @property
-    def experiment(self):
-        return SimpleNamespace(log_artifact=lambda *args: self.calls.append(args))
-
-    def log_hyperparams(self, params):
-        self.calls.append(params)
 
 
 @pytest.fixture

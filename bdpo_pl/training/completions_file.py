@@ -1,0 +1,121 @@
+"""The file of sample completions of a run, which goes on where the checkpoint of a resumed run was written."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_warn
+
+from bdpo_pl.errors import MachineError
+from bdpo_pl.files import write_whole
+
+WARNING = (
+    "These texts are prompts and responses of the data and completions of a model. They may be harmful, private or "
+    "false: do not publish them."
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One completion.
+
+    Attributes:
+        step: optimiser step after which it was generated; 0: before training.
+        set: `held_out`, or suite of the safety probe (`harmful`, `jailbreak`, `benign`).
+        place: file and row of the prompt.
+        prompt: prompt as the model reads it; of the safety probe, the text within the user's turn.
+        completion: completion by the policy, without special tokens.
+        num_tokens: number of generated tokens; None for the safety probe.
+        finished: true if the policy ended it by itself; None for the safety probe.
+        chosen: the data's chosen response; None without pairs.
+        rejected: the data's rejected response; None without pairs.
+        answer: the data's single answer; None for pairs.
+        label: true if the single answer is good; None for pairs.
+        refused: true if the completion is a refusal by its phrases; None outside the safety probe.
+        warning: warning about the texts.
+    """
+
+    step: int
+    set: str
+    place: str
+    prompt: str
+    completion: str
+    num_tokens: int | None = None
+    finished: bool | None = None
+    chosen: str | None = None
+    rejected: str | None = None
+    answer: str | None = None
+    label: bool | None = None
+    refused: bool | None = None
+    warning: str = WARNING
+
+    def fields(self) -> dict[str, Any]:
+        """Return the known fields by name, without the warning."""
+        return {name: value for name, value in asdict(self).items() if value is not None and name != "warning"}
+
+
+class CompletionsFile:
+    """`completions.jsonl` in the folder of a run, written by the first rank.
+
+    Attributes:
+        num_rows: number of rows in it; of a resumed run, set from the checkpoint before `begin`.
+    """
+
+    NAME = "completions.jsonl"
+
+    def __init__(self) -> None:
+        self.num_rows = 0
+        self._path: Path | None = None
+
+    def begin(self, trainer: L.Trainer) -> None:
+        """Keep the rows from before the checkpoint if the run continues in its own folder, else begin anew.
+
+        All ranks call this; later calls do nothing.
+        """
+        if self._path is not None:
+            return
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        self._path = folder / self.NAME
+        if not trainer.is_global_zero:
+            return
+        resumed = trainer.ckpt_path
+        goes_on = resumed is not None and Path(resumed).resolve().parent.parent == folder.resolve()
+        lines = _lines(self._path)[: self.num_rows] if goes_on else []
+        if goes_on and len(lines) < self.num_rows:
+            rank_zero_warn(f"{self._path} has {len(lines)} of the {self.num_rows} rows from before the checkpoint")
+        self.num_rows = len(lines)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(self._path, "".join(line + "\n" for line in lines), private=True)
+
+    def append(self, rows: Sequence[Row]) -> None:
+        """Write rows to the end of the file.
+
+        Raises:
+            MachineError: the disk is full.
+        """
+        assert self._path is not None
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise MachineError(f"{self._path} cannot be written ({error.strerror}); free space and resume") from error
+        self.num_rows += len(rows)
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """Return the rows of `completions.jsonl` in `folder`; none if there is no file."""
+    return [Row(**json.loads(line)) for line in _lines(folder / CompletionsFile.NAME)]
+
+
+def _lines(path: Path) -> list[str]:
+    """Return the complete lines of a file; none if there is no file."""
+    # `splitlines` would split at characters that JSON leaves in a text, such as U+2028.
+    return path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
