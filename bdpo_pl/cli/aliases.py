@@ -74,6 +74,7 @@ _LOGGERS = (
         "tensorboard": "lightning.pytorch.loggers.TensorBoardLogger",
         "wandb": "lightning.pytorch.loggers.WandbLogger",
         "mlflow": "lightning.pytorch.loggers.MLFlowLogger",
+        "trackio": "bdpo_pl.training.trackio_logger.TrackioLogger",
         "none": "false",
     },
 )

@@ -18,6 +18,7 @@ from bdpo_pl.scoring.scoring_pass import ScoringOptions
 from bdpo_pl.training.metrics import NAMES
 from bdpo_pl.training.module import PreferenceModule
 from bdpo_pl.training.safety_probe import SafetyProbe
+from bdpo_pl.training.throughput import TIMED
 
 
 def check_combinations(config: Namespace, defaults: Namespace) -> None:
@@ -140,7 +141,7 @@ def logged_names(module: PreferenceModule, config: Namespace, probe: SafetyProbe
     if isinstance(config.data.held_out, Mapping):
         splits |= {f"{HELD_OUT}/{name}" for name in config.data.held_out}
     logged = {f"{split}/{value}" for split in splits for value in values}
-    logged |= {"train/grad_norm", "train/lr", "train/tokens_per_second", "epoch", "step"} | probe.logged
+    logged |= {"train/grad_norm", "train/lr", "train/padding_share", *TIMED, "epoch", "step"} | probe.logged
     if "train_probe" in splits:
         logged |= {"gap/margin", "gap/accuracy"}
     return logged

@@ -50,6 +50,7 @@ def _refused(why: str) -> Row:
 
 _PARTS = "the loss is summed a micro-batch at a time already, and no logits of a validation are kept"
 _LOG = "the bar, the log line and metrics.csv say what there is to say"
+_TRACKIO = "--trainer.logger=bdpo_pl.training.trackio_logger.TrackioLogger"
 _SHARDED = "--trainer.strategy=bdpo_pl.parallel.fsdp2.ShardedStrategy"
 _DDP = "--trainer.strategy=lightning.pytorch.strategies.DDPStrategy --trainer.strategy."
 _ANY_LOADER = "batches of token ids are built from arrays in memory, which takes no time worth hiding"
@@ -202,14 +203,16 @@ GROUPS: dict[str, dict[str, Row]] = {
         "log_on_each_node": _unneeded("rank 0 logs"),
         "log_level": _unneeded(_LOG),
         "log_level_replica": _unneeded(_LOG),
-        "include_num_input_tokens_seen": _unneeded("train/tokens_per_second is logged"),
+        "include_num_input_tokens_seen": _unneeded("train/tokens_per_second and train/padding_share are logged"),
         "disable_tqdm": _other("--trainer.enable_progress_bar=false"),
-        "report_to": _same("csv (default), tensorboard, wandb, mlflow or none; no trackio"),
+        "report_to": _same("csv (default), tensorboard, wandb, mlflow, trackio or none"),
         "run_name": _other("--trainer.logger.name=NAME", "of the logger that was chosen"),
         "project": _other("--trainer.logger=lightning.pytorch.loggers.WandbLogger --trainer.logger.project=NAME"),
-        "trackio_space_id": _refused("trackio is not here"),
-        "trackio_bucket_id": _refused("trackio is not here"),
-        "trackio_static_space_id": _refused("trackio is not here"),
+        "trackio_space_id": _other(f"{_TRACKIO} --trainer.logger.space_id=OWNER/NAME"),
+        "trackio_bucket_id": _other(
+            f"{_TRACKIO} --trainer.logger.space_id=OWNER/NAME --trainer.logger.bucket_id=OWNER/BUCKET"
+        ),
+        "trackio_static_space_id": _refused("trackio's own `trackio sync --sdk static` makes one, after the run"),
         "skip_memory_metrics": _other("--dry_run=true", "says what memory is needed, by kind"),
         "debug": _refused("a loss or gradient that is not finite ends the run and says which rows made it"),
     },

@@ -18,6 +18,7 @@ _LOGGERS = {
     "MLFlowLogger": ("mlflow", ("mlflow", "mlflow_skinny")),
     "CometLogger": ("comet-ml", ("comet_ml",)),
     "NeptuneLogger": ("neptune", ("neptune",)),
+    "TrackioLogger": ("trackio", ("trackio",)),
 }
 """Package to install and modules, one of which is required, for each logger."""
 

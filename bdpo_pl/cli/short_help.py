@@ -76,7 +76,7 @@ _JOB = {
         Option("safety.benign", "", "none", "prompts to answer, in the same forms; see also safety.jailbreak"),
         Option("completions.num_prompts", "", "0", "held-out prompts that the policy completes at each validation"),
         Option("trainer.default_root_dir", "output_dir", "runs", "folder of all runs"),
-        Option("trainer.logger", "report_to", "csv", "logger: csv, tensorboard, wandb, mlflow or none"),
+        Option("trainer.logger", "report_to", "csv", "logger: csv, tensorboard, wandb, mlflow, trackio or none"),
         Option("export_from", "", "last", "weights to export: last or best"),
         Option("ckpt_path", "", "", "checkpoint to resume from; last: the newest; auto: that, if any"),
     ),

@@ -60,6 +60,7 @@ class CheckpointedModule(WatchedModule):
             **({"lora": None} if self.lora is None else self.lora.to_saved()),
             # Joined over all ranks, because the next line of the log shows their mean.
             "train_means": self.train_means.joined(self.trainer.strategy.reduce),
+            "padding": self.throughput.joined(self.trainer.strategy.reduce, self.device),
             # The final table of a resumed run begins with these.
             "before": self.evaluations.get(0, {}),
         }
@@ -95,6 +96,7 @@ class CheckpointedModule(WatchedModule):
             self.evaluations.setdefault(0, saved["before"])
         if "train_means" in saved and self.trainer.is_global_zero:
             self.train_means.take_up(saved["train_means"])
+            self.throughput.take_up(saved.get("padding", [0, 0]))
 
     def _trained_names(self) -> set[str]:
         """Return the names of the weights in a checkpoint: all that are trained; with LoRA, those of the adapters."""

@@ -103,12 +103,12 @@ class LogCompletions(L.Callback):
             self.file.begin(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of rows on disk, for a resumed run."""
-        return {"rows": self.file.num_rows, "latest_step": self._latest_step}
+        """Return the number and the digest of the rows on disk, for a resumed run."""
+        return {"rows": self.file.num_rows, "digest": self.file.digest, "latest_step": self._latest_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the number of rows, so that later ones are not doubled."""
-        self.file.num_rows = state_dict["rows"]
+        self.file.take_up(state_dict["rows"], state_dict["digest"])
         self._latest_step = state_dict["latest_step"]
 
     def _log_held_out(self, trainer: L.Trainer, pl_module: L.LightningModule, when: str) -> None:

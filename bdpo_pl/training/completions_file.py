@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -64,19 +65,26 @@ class CompletionsFile:
     """`completions.jsonl` in the folder of a run, written by the first rank.
 
     Attributes:
-        num_rows: number of rows in it; of a resumed run, set from the checkpoint before `begin`.
+        num_rows: number of rows in it.
+        digest: digest of these rows.
     """
 
     NAME = "completions.jsonl"
 
     def __init__(self) -> None:
         self.num_rows = 0
+        self.digest = _digest([])
         self._path: Path | None = None
 
-    def begin(self, trainer: L.Trainer) -> None:
-        """Keep the rows from before the checkpoint if the run continues in its own folder, else begin anew.
+    def take_up(self, num_rows: int, digest: str) -> None:
+        """Continue from a checkpoint with `num_rows` rows of this digest, before `begin`."""
+        self.num_rows, self.digest = num_rows, digest
 
-        All ranks call this; later calls do nothing.
+    def begin(self, trainer: L.Trainer) -> None:
+        """Keep the rows from before the checkpoint if they are in the run's folder, else begin anew.
+
+        All ranks call this; later calls do nothing. Runs with some loggers share a folder, and the digest tells their
+        files apart.
         """
         if self._path is not None:
             return
@@ -84,12 +92,12 @@ class CompletionsFile:
         self._path = folder / self.NAME
         if not trainer.is_global_zero:
             return
-        resumed = trainer.ckpt_path
-        goes_on = resumed is not None and Path(resumed).resolve().parent.parent == folder.resolve()
-        lines = _lines(self._path)[: self.num_rows] if goes_on else []
-        if goes_on and len(lines) < self.num_rows:
-            rank_zero_warn(f"{self._path} has {len(lines)} of the {self.num_rows} rows from before the checkpoint")
-        self.num_rows = len(lines)
+        lines = _lines(self._path)[: self.num_rows]
+        if _digest(lines) != self.digest:
+            if self._path.is_file():
+                rank_zero_warn(f"{self._path} has not the rows from before the checkpoint, and is begun anew")
+            lines = []
+        self.num_rows, self.digest = len(lines), _digest(lines)
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(self._path, "".join(line + "\n" for line in lines), private=True)
 
@@ -100,19 +108,27 @@ class CompletionsFile:
             MachineError: the disk is full.
         """
         assert self._path is not None
+        lines = [json.dumps(asdict(row), ensure_ascii=False) for row in rows]
         try:
             with self._path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
+                file.writelines(line + "\n" for line in lines)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             raise MachineError(f"{self._path} cannot be written ({error.strerror}); free space and resume") from error
-        self.num_rows += len(rows)
+        self.num_rows, self.digest = self.num_rows + len(rows), _digest(lines, self.digest)
 
 
 def read_rows(folder: Path) -> list[Row]:
     """Return the rows of `completions.jsonl` in `folder`; none if there is no file."""
     return [Row(**json.loads(line)) for line in _lines(folder / CompletionsFile.NAME)]
+
+
+def _digest(lines: Sequence[str], before: str = "") -> str:
+    """Return a digest of rows that follow those of the digest `before`."""
+    for line in lines:
+        before = hashlib.sha256(f"{before}\n{line}".encode()).hexdigest()
+    return before
 
 
 def _lines(path: Path) -> list[str]:

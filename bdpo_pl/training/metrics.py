@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping
 
 import torch
@@ -159,34 +158,3 @@ def gaps(values: Mapping[str, float], errors: Mapping[str, float]) -> dict[str, 
             error = math.hypot(errors[probe], errors[held_out]) if known else None
             found[f"gap/{name}"] = (values[probe] - values[held_out], error)
     return found
-
-
-class Throughput:
-    """A measurement of tokens per second during training, without the time of validations."""
-
-    def __init__(self) -> None:
-        self._tokens = 0
-        self._start = 0.0
-        self._paused = 0.0
-
-    def start(self) -> None:
-        """Begin a window."""
-        self._start, self._tokens = time.perf_counter(), 0
-
-    def add(self, tokens: int) -> None:
-        """Count `tokens` read by this process."""
-        self._tokens += tokens
-
-    def pause(self) -> None:
-        """Stop the clock."""
-        self._paused = time.perf_counter()
-
-    def resume(self) -> None:
-        """Restart the clock."""
-        self._start += time.perf_counter() - self._paused
-
-    def per_second(self) -> float:
-        """Return the tokens per second of the window that ends now, and begin the next window."""
-        rate = self._tokens / (time.perf_counter() - self._start)
-        self.start()
-        return rate

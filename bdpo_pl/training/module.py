@@ -303,7 +303,7 @@ class PreferenceModule(CheckpointedModule):
         places = [self.splits.tables["train"].places[i] for i in batch.pair_index.tolist()]
         require_finite_loss(self.trainer, loss, places, batch_idx)
         self.observe(self.train_means, pair_metrics(self.loss, logps, scores, losses), batch)
-        self.throughput.add(batch.num_tokens * counts_its_data(self.trainer))
+        self.throughput.add(batch, counts_its_data(self.trainer))
         if self.global_step == 0 and batch_idx == 0 and self._starts_as_reference:
             assert self.loss.initial_value is not None
             check_first_loss(self.trainer, losses, self.loss.initial_value)

@@ -26,6 +26,10 @@ _SHOWN: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("train/margin", "margin", lambda value: signed(value, 3)),
     ("train/accuracy", "accuracy", percent),
 )
+_COMPUTED: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("train/mfu", "MFU", lambda value: percent(value, 0)),
+    ("train/padding_share", "padding", lambda value: percent(value, 0)),
+)
 _VALIDATED: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("held_out/loss", "held-out loss", lambda value: f"{value:.4f}"),
     ("held_out/accuracy", "accuracy", percent),
@@ -34,7 +38,7 @@ _VALIDATED: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 
 
 class RunProgress(ProgressBar):
-    """Shows step, loss, margin, pairs per second, memory and remaining time.
+    """Shows step, loss, margin, pairs per second, MFU, share of padding, peak memory and remaining time.
 
     Args:
         clock: function that returns the time in seconds.
@@ -118,11 +122,11 @@ class RunProgress(ProgressBar):
                 self._task,
                 description=f"step {step:,}/{_total(trainer):,}",
                 completed=step,
-                said=" ".join(filter(None, [*values[:2], left])),
+                said=" ".join(filter(None, [*values[:2], *_told(trainer.callback_metrics, _COMPUTED[:1]), left])),
             )
             return
-        rest = [f"{self._pairs / taken:.3g} pairs/s", size(memory_used()), left]
-        self._write(", ".join(filter(None, [f"step {step:,} of {_total(trainer):,}", *values, *rest])))
+        rest = [f"{self._pairs / taken:.3g} pairs/s", *_told(trainer.callback_metrics, _COMPUTED), size(memory_used())]
+        self._write(", ".join(filter(None, [f"step {step:,} of {_total(trainer):,}", *values, *rest, left])))
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Exclude the time of validations from the rate."""

@@ -8,21 +8,23 @@ from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
+from bdpo_pl.training.trackio_logger import TrackioLogger
+
 
 def log_options(loggers: Iterable[Logger], options: Callable[[], Mapping[str, Any]]) -> None:
-    """Log all options of a run. A `CSVLogger` gets none, because `config.yaml` lies beside its file.
+    """Log all options of a run. A plain `CSVLogger` gets none, because `config.yaml` lies beside its file.
 
     Args:
         loggers: loggers of the Trainer.
         options: function that returns the options by name, nested; it is called only where they are logged.
     """
     for logger in loggers:
-        if not isinstance(logger, CSVLogger):
+        if not isinstance(logger, CSVLogger) or isinstance(logger, TrackioLogger):
             logger.log_hyperparams(dict(options()))
 
 
 def log_files(loggers: Iterable[Logger], files: Iterable[Path]) -> None:
-    """Upload files to W&B and MLflow; other loggers take none.
+    """Log files to W&B, MLflow and trackio; other loggers take none.
 
     Args:
         loggers: loggers of the Trainer.
@@ -37,10 +39,12 @@ def log_files(loggers: Iterable[Logger], files: Iterable[Path]) -> None:
                 logger.experiment.log_artifact(str(file), name=name, type=file.stem)
             elif isinstance(logger, MLFlowLogger):
                 logger.experiment.log_artifact(logger.run_id, str(file))
+            elif isinstance(logger, TrackioLogger):
+                logger.log_file(file)
 
 
 def log_completions(loggers: Iterable[Logger], split: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
-    """Log a table of completions to W&B and MLflow, and a text to TensorBoard; other loggers take none.
+    """Log a table of completions to W&B, MLflow and trackio, and a text to TensorBoard; other loggers take none.
 
     Args:
         loggers: loggers of the Trainer.
@@ -55,6 +59,8 @@ def log_completions(loggers: Iterable[Logger], split: str, rows: Sequence[Mappin
         elif isinstance(logger, MLFlowLogger):
             # A file for each step, because a table would get the rows of a repeated step twice.
             logger.experiment.log_dict(logger.run_id, {"columns": columns, "data": data}, f"{key}/step-{step:06}.json")
+        elif isinstance(logger, TrackioLogger):
+            logger.log_table(key, rows, step)
         elif isinstance(logger, TensorBoardLogger):
             logger.experiment.add_text(key, _markdown(rows), step)
 

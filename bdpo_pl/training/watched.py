@@ -14,10 +14,14 @@ from torch import Tensor, nn
 from bdpo_pl.data.batches import PreferenceBatch
 from bdpo_pl.data.held_out import HELD_OUT
 from bdpo_pl.losses import PreferenceLoss
+from bdpo_pl.models.precision import autocast_dtype
 from bdpo_pl.parallel.ranks import counts_its_data
+from bdpo_pl.reporting.progress import memory_used
+from bdpo_pl.training.flops import peak_flops, training_flops
 from bdpo_pl.training.guards import finite_gradient_norm, scales_the_loss
-from bdpo_pl.training.metrics import PairMeans, Throughput, gaps
+from bdpo_pl.training.metrics import PairMeans, gaps
 from bdpo_pl.training.schedule_free import at_average, stay_at_average
+from bdpo_pl.training.throughput import Throughput
 
 
 class WatchedModule(L.LightningModule):
@@ -30,7 +34,7 @@ class WatchedModule(L.LightningModule):
         evaluations: validation results by optimiser step; step 0 is the policy before training.
         unlogged: steps whose evaluation is not logged, because a resumed run measured it before its first step.
         errors: standard errors of these results, for means over at least two pairs.
-        throughput: measurement of tokens per second.
+        throughput: measurement of tokens and FLOPs per second, and of padding.
         monitored: name of the first of several held-out sets, whose metrics are logged under it too.
     """
 
@@ -96,6 +100,9 @@ class WatchedModule(L.LightningModule):
         """Log what the loss measured on the training pairs, and start the measurement of throughput."""
         for logger in self.loggers:
             logger.log_hyperparams({f"loss.{name}": value for name, value in self.loss.state_dict().items()})
+        self.throughput.flops = training_flops(self.policy)
+        dtype = autocast_dtype(str(self.trainer.precision)) or self.policy.dtype
+        self.throughput.peak = peak_flops(self.device, dtype)
         self.throughput.start()
 
     def on_train_batch_end(self, outputs: STEP_OUTPUT, batch: PreferenceBatch, batch_idx: int) -> None:
@@ -110,8 +117,11 @@ class WatchedModule(L.LightningModule):
         for name, value in self.loss.state_dict().items():
             self.log(f"train/{name}", value)
         self.log("train/lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
-        rate = torch.tensor(self.throughput.per_second(), device=self.device, dtype=torch.float32)
-        self.log("train/tokens_per_second", self.trainer.strategy.reduce(rate, reduce_op="sum"), prog_bar=True)
+        reduce = self.trainer.strategy.reduce
+        for name, value in self.throughput.read(reduce, self.device, self.trainer.world_size).items():
+            self.log(name, value, prog_bar=name == "train/tokens_per_second")
+        peak = torch.tensor(memory_used() / 1e9, device=self.device, dtype=torch.float32)
+        self.log("train/peak_memory_gb", reduce(peak, reduce_op="max"))
 
     def on_validation_start(self) -> None:
         """Stop the clock, because throughput does not include validation, and have the weights that are wanted."""

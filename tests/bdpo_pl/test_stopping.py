@@ -1,12 +1,12 @@
 """A signal at any moment ends a command with its own status, and what is saved is said; a resume goes on exactly."""
 
-import csv
 import os
 import re
 import signal
 
 import pytest
 from makers import preference_rows, write_jsonl
+from training import rows
 
 from bdpo_pl.fit import main
 from bdpo_pl.training.module import PreferenceModule
@@ -83,11 +83,6 @@ def signal_in(monkeypatch, target, number, times=1, when=lambda *_: True):
         return real(*args, **kwargs)
 
     monkeypatch.setattr(place, name, signalled)
-
-
-def rows(path):
-    with path.open() as file:
-        return [{k: v for k, v in row.items() if v and "second" not in k} for row in csv.DictReader(file)]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Signals and kills at random moments of the three commands: the right status, and a result as if nothing had been."""
 
-import csv
 import importlib
 import json
 import os
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 from makers import build_model, build_tokenizer, preference_rows, write_jsonl
 from safetensors.torch import load_file
+from training import rows
 
 from bdpo_pl.cli import aligning, diagnosing, evaluating  # noqa: F401 - imported before any process is forked
 from bdpo_pl.training.checkpoints import is_whole
@@ -20,7 +20,6 @@ BATCH, SECONDS = 1, 120
 GOAL = {"kills": 50, "signals": 50}
 
 _SIGNALS = {"SIGKILL": {-9}, "SIGTERM": {143, -15}, "SIGINT": {130, -2}}
-_IGNORED = ("train/tokens_per_second",)
 _TICKS = os.sysconf("SC_CLK_TCK")
 _INPUTS = []
 
@@ -132,11 +131,9 @@ def _result(case, folder):
     if case["command"] == "diagnose":
         return {name: (folder / "out" / name).read_text() for name in ("diagnosis.json", "pairs.jsonl")}
     run = folder / "runs" / "run"
-    with (run / "metrics.csv").open() as file:
-        rows = [{k: v for k, v in row.items() if v and k not in _IGNORED} for row in csv.DictReader(file)]
     models = sorted(run.glob("model*"), key=lambda path: path.stat().st_mtime)
     weights = load_file(models[-1] / "model.safetensors")
-    return {"rows": rows, "weights": {name: value.tolist() for name, value in weights.items()}}
+    return {"rows": rows(run / "metrics.csv"), "weights": {name: value.tolist() for name, value in weights.items()}}
 
 
 def _difference(found, whole):

@@ -1,6 +1,10 @@
 """Short runs, for the tests of training."""
 
+import csv
+
 import torch
+
+from bdpo_pl.training.throughput import TIMED
 
 
 def adamw(params):
@@ -26,3 +30,9 @@ def weights(module):
 
 def same(a, b):
     return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def rows(path):
+    """The rows of a `metrics.csv`; what a clock or the machine determines aside."""
+    with path.open() as file:
+        return [{k: v for k, v in row.items() if v and k not in TIMED} for row in csv.DictReader(file)]

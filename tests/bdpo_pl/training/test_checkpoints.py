@@ -1,6 +1,5 @@
 """Runs that are stopped, by whatever, go on as if they had not been; checkpoints are whole or not there."""
 
-import csv
 import errno
 import os
 import resource
@@ -10,6 +9,7 @@ import warnings
 import pytest
 import stopped_ranks
 import torch
+import training
 from makers import build_model, build_tokenizer, preference_rows, write_jsonl
 from sharded_jobs import spawn
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
@@ -52,8 +52,7 @@ def same(result, expected):
 
 def logged(folder, name):
     """What was logged, by row; the clock aside."""
-    with (folder / name / "metrics.csv").open() as file:
-        return [{k: v for k, v in row.items() if v and "second" not in k} for row in csv.DictReader(file)]
+    return training.rows(folder / name / "metrics.csv")
 
 
 # Four steps to an epoch, a validation after every second one: in the middle of an epoch with and without a validation

@@ -19,7 +19,7 @@ from bdpo_pl.data.tokenization import PreferencePair
 from bdpo_pl.errors import InputError
 from bdpo_pl.reporting import Page
 from bdpo_pl.training.completions import LogCompletions, choose_prompts
-from bdpo_pl.training.completions_file import Row, read_rows
+from bdpo_pl.training.completions_file import CompletionsFile, Row, read_rows
 from bdpo_pl.training.completions_section import add_completions
 from bdpo_pl.training.tracking import log_completions
 
@@ -159,6 +159,25 @@ def test_single_answers_have_their_label(folder):
     assert "answer, labelled " in page
     assert "do not publish them" in page
     assert all(row["answer"] in page for row in found)
+
+
+def test_a_file_of_another_run_is_begun_anew(tmp_path):
+    trainer = SimpleNamespace(log_dir=str(tmp_path), is_global_zero=True)
+    mine, other = CompletionsFile(), CompletionsFile()
+    mine.begin(trainer)
+    mine.append([row(step=0), row(step=4)])
+    other.begin(trainer)
+    other.append([row(step=0, completion="other"), row(step=4)])
+    resumed = CompletionsFile()
+    resumed.take_up(mine.num_rows, mine.digest)
+    with pytest.warns(UserWarning, match="is begun anew"):
+        resumed.begin(trainer)
+    assert read_rows(tmp_path) == []
+    resumed.append([row(step=8)])
+    again = CompletionsFile()
+    again.take_up(resumed.num_rows, resumed.digest)
+    again.begin(trainer)
+    assert [r.step for r in read_rows(tmp_path)] == [8]
 
 
 def row(**values):

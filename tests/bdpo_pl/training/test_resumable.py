@@ -1,6 +1,5 @@
 """A Trainer built in Python resumes as exactly as the command's, with one line."""
 
-import csv
 import signal
 
 import lightning as L
@@ -9,7 +8,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from makers import build_model, build_tokenizer, preference_rows, write_jsonl
 from stopped_ranks import SignalAt
-from training import adamw
+from training import adamw, rows
 
 import bdpo_pl
 from bdpo_pl.errors import InputError, StoppedError
@@ -43,11 +42,6 @@ def fit(folder, name, *callbacks, ckpt_path=None, loss=None):
     return trainer, {name: value.clone() for name, value in module.policy.state_dict().items()}
 
 
-def rows(folder, name):
-    with (folder / name / "metrics.csv").open() as file:
-        return [{k: v for k, v in row.items() if v and "second" not in k} for row in csv.DictReader(file)]
-
-
 def test_a_stopped_run_goes_on_exactly_and_as_no_other(folder, monkeypatch):
     trainer, expected = fit(folder, "whole")
     assert isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO)
@@ -61,7 +55,7 @@ def test_a_stopped_run_goes_on_exactly_and_as_no_other(folder, monkeypatch):
     _, found = fit(folder, "stopped", ckpt_path=last)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     # In the folder of the stopped run its rows go on.
-    assert rows(folder, "stopped") == rows(folder, "whole")
+    assert rows(folder / "stopped" / "metrics.csv") == rows(folder / "whole" / "metrics.csv")
 
 
 def test_what_the_trainer_has_already_stays(folder):

@@ -26,7 +26,9 @@ def test_a_log_has_a_line_every_few_steps(run, capsys):
     run(max_epochs=2, log_every_n_steps=2)
     printed = capsys.readouterr().out
     steps = re.findall(
-        r"^step (\d+) of 16, loss [\d.]+, margin \S+, accuracy \S+%, \S+ pairs/s, \S+ [MG]B(.*)$", printed, re.M
+        r"^step (\d+) of 16, loss [\d.]+, margin \S+, accuracy \S+%, \S+ pairs/s, padding \d+%, \S+ [MG]B(.*)$",
+        printed,
+        re.M,
     )
     assert [int(step) for step, _ in steps] == [2, 4, 6, 8, 10, 12, 14, 16]
     assert all("left" in rest for _, rest in steps[:-1])
