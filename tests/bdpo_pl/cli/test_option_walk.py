@@ -23,6 +23,7 @@ from bdpo_pl.errors import InputError
 from bdpo_pl.models.adapters import LoraOptions
 from bdpo_pl.scoring.reference_sync import SyncOptions
 from bdpo_pl.scoring.scoring_pass import ScoringOptions
+from bdpo_pl.training.completions import LogCompletions
 from bdpo_pl.training.datamodule import PreferenceDataModule
 from bdpo_pl.training.identity import ResumeOptions
 from bdpo_pl.training.module import PreferenceModule
@@ -34,7 +35,7 @@ OWNERS = {
     "model": PreferenceModule, "model.lora": LoraOptions, "model.scoring": ScoringOptions,
     "model.reference_sync": SyncOptions, "model.optimizer": AdamW, "data": PreferenceDataModule,
     "data.train": DataSource, "data.load": LoadOptions, "data.load.safe_rlhf": SafeRLHFOptions,
-    "safety": SafetyProbe, "resume": ResumeOptions,
+    "safety": SafetyProbe, "completions": LogCompletions, "resume": ResumeOptions,
 }  # fmt: skip
 THEIRS = {"trainer": L.Trainer, "checkpoint": ModelCheckpoint}
 # Lightning's command line reads these by itself, before anything is built.
