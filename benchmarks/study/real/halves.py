@@ -21,6 +21,7 @@ from bdpo_pl.data.loading import load_pairs
 from bdpo_pl.data.tokenization import PairTokenizer
 from bdpo_pl.data.truncation import Truncation
 from bdpo_pl.files import write_whole
+from bdpo_pl.forward.prefix_sharing import choose_layout
 from bdpo_pl.models.loading import ModelSource, load_model, load_tokenizer
 from bdpo_pl.scoring.scores import table_comprehension
 from bdpo_pl.scoring.scoring_pass import score_pairs
@@ -66,7 +67,8 @@ def measure_pool(rows: list[str], model: Path) -> Pool:
         file.write_text("".join(rows), encoding="utf-8")
         table, _ = load_pairs("pool", str(file), PairTokenizer(tokenizer), Truncation(_WINDOW, "drop"))
     policy = load_model(source, torch.float32).eval()
-    scores = score_pairs(policy, table, np.arange(len(table)), pad_id=tokenizer.pad_token_id)
+    layout = choose_layout(policy, table, pad_id=tokenizer.pad_token_id)
+    scores = score_pairs(policy, table, np.arange(len(table)), layout=layout, pad_id=tokenizer.pad_token_id)
     chosen, rejected = table_comprehension(scores, table, "pmi").double().numpy()
     lengths = table.trained_lengths
     per_token = scores.reference / lengths
