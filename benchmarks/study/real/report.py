@@ -1,7 +1,8 @@
-"""The results' page: `python -m benchmarks.study.real.report RECORDS.jsonl [--imbalance FILE.json] [--no-figures]`.
+"""The results' page: `python -m benchmarks.study.real.report RECORDS.jsonl [--imbalance FILE …] [--no-figures]`.
 
 The question, the cells and the rule of the answer were registered in `docs/study_real.md`. Here they are applied: every
-number and every sentence that depends on one is made from the records.
+number and every sentence that depends on one is made from the records. A person's conclusions are in a file beside the
+page (`docs/study_real_results_reading.md`), which the page includes.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from bdpo_pl.errors import InputError
 from benchmarks import pages
 from benchmarks.study.real import results as real
 from benchmarks.study.real.plan import HALVES, METHODS
-from benchmarks.study.report.__main__ import ROOT, name_of
+from benchmarks.study.report.__main__ import ROOT, name_of, reading_of
 from benchmarks.study.report.figures import Figures, draw_all, methods_figure
 from benchmarks.study.report.results import Results
 from benchmarks.study.report.tables import MISSING, contrast, difference_text, differences, means, number, table
@@ -34,20 +36,25 @@ FIGURES: Figures = {
 }
 
 
-def page(results: Results, imbalance: dict[str, Any] | None = None, figures: str = "study_real_results") -> str:
+def page(
+    results: Results, imbalance: Sequence[dict[str, Any]] = (), reading: str = "", figures: str = "study_real_results"
+) -> str:
     """Return the whole page.
 
     Args:
         results: results of the study.
-        imbalance: what `python -m benchmarks.study.real.imbalance` has written; None: no such section.
+        imbalance: results of `python -m benchmarks.study.real.imbalance`; none: no such section.
+        reading: a person's interpretation, in Markdown; empty: none.
         figures: folder of the figures, relative to the page.
     """
+    measured = [row for one in imbalance for row in one["rows"]]
     methods = results.methods("final", list(METHODS))
     groups = [*(["reference"] if results.pick("final", "reference") else []), *methods]
     others = [method for method in methods if method not in (real.BDPO, real.DPO)]
     return pages.render(
         Path(__file__).with_name("results.md.j2"),
         name=results.name,
+        reading=reading.strip(),
         progress=real.progress(results),
         answer=real.answer(results),
         primary=primary(results),
@@ -63,10 +70,10 @@ def page(results: Results, imbalance: dict[str, Any] | None = None, figures: str
         hours=sum(cell["seconds"] for cell in results.cells) / 3600,
         machines=sorted({head["machine"]["device"] for head in results.heads}),
         versions=sorted({version for head in results.heads for version in _versions(head)}),
-        imbalance=imbalance_table(imbalance["rows"]) if imbalance else "",
-        agreement=agreement_table(imbalance["rows"]) if imbalance else "",
-        temperatures=temperature_table(imbalance["rows"]) if imbalance else "",
-        imbalance_command=" ".join(imbalance["command"]) if imbalance else "",
+        imbalance=imbalance_table(measured) if measured else "",
+        agreement=agreement_table(measured),
+        temperatures=temperature_table(measured),
+        imbalance_commands=[" ".join(one["command"]) for one in imbalance],
     )
 
 
@@ -154,7 +161,7 @@ def imbalance_table(rows: list[dict[str, Any]]) -> str:
                 _with_interval(row["imbalance"], digits),
                 number(row["size"], digits),
                 number(row["spread"], digits),
-                MISSING if bias is None else number(bias, digits, sign=True),
+                MISSING if bias is None else number(bias, 2, sign=True),
             ]
         )
     head = [
@@ -190,12 +197,13 @@ def agreement_table(rows: list[dict[str, Any]]) -> str:
 def temperature_table(rows: list[dict[str, Any]]) -> str:
     """Return what several τ make of the imbalance by `pmi`: ratio of the larger weight to the smaller."""
     lines = [
-        [f"{row['model']}, {_SETS[row['set']]}", f"{one['tau']:.3g}"]
-        + [f"{one[name]:.3g}" for name in ("median", "p95", "largest")]
+        (f"{row['model']}, {_SETS[row['set']]}", *(f"{one[name]:.2g}" for name in ("tau", "median", "p95", "largest")))
         for row in rows
         if row.get("estimator") == "pmi"
         for one in row["temperatures"]
     ]
+    # The suggested τ and the one of `auto` are often the same to these digits.
+    lines = list(dict.fromkeys(lines))
     return table(["model, pairs", "τ", "median", "95 %", "largest"], lines)
 
 
@@ -204,19 +212,21 @@ def _versions(head: dict[str, Any]) -> list[str]:
     return [f"{name} {versions[name]}" for name in ("torch", "transformers", "lightning") if name in versions]
 
 
-def write(records: Path, out: Path, imbalance: Path | None, with_figures: bool = True) -> list[Path]:
+def write(records: Path, out: Path, imbalance: Sequence[Path] = (), with_figures: bool = True) -> list[Path]:
     """Write the page and its figure; return the paths of the written files.
 
     Args:
         records: records of the study.
         out: path of the page; its figure goes to a folder of the same name beside it.
-        imbalance: what `python -m benchmarks.study.real.imbalance` has written, if it is to be shown.
+        imbalance: files that `python -m benchmarks.study.real.imbalance` has written, if they are to be shown.
         with_figures: whether to draw the figure too, which needs matplotlib.
     """
     results = real.load_real(records, name_of(records))
-    measured = json.loads(imbalance.read_text(encoding="utf-8")) if imbalance else None
+    measured = [json.loads(file.read_text(encoding="utf-8")) for file in imbalance]
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page(results, measured, out.stem), encoding="utf-8")
+    reading = reading_of(out)
+    said = reading.read_text(encoding="utf-8") if reading.exists() else ""
+    out.write_text(page(results, measured, said, out.stem), encoding="utf-8")
     folder = out.with_suffix("")
     return [out, *(folder / name for name in draw_all(results, folder, FIGURES))] if with_figures else [out]
 
@@ -226,7 +236,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("records", type=Path, help="JSONL that `python -m benchmarks.study.real` has written")
     parser.add_argument(
-        "--imbalance", type=Path, help="JSON that `python -m benchmarks.study.real.imbalance` has written"
+        "--imbalance", type=Path, nargs="+", default=[], help="files that `benchmarks.study.real.imbalance` has written"
     )
     parser.add_argument("--out", type=Path, default=PAGE, help="path of the page")
     parser.add_argument("--no-figures", action="store_true", help="leave the figure as it is; needs no matplotlib")

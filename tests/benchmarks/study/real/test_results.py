@@ -125,7 +125,7 @@ def test_a_rate_before_training_that_cannot_fall_is_named(tmp_path, monkeypatch)
 def test_page_and_figure_are_written_and_the_same_again(tmp_path):
     pytest.importorskip("matplotlib")
     load(tmp_path)
-    written = [report.write(tmp_path / "records.jsonl", tmp_path / f"{i}" / "page.md", None) for i in range(2)]
+    written = [report.write(tmp_path / "records.jsonl", tmp_path / f"{i}" / "page.md") for i in range(2)]
     assert [path.name for path in written[0]] == ["page.md", "methods.svg"]
     for one, other in zip(*written, strict=True):
         assert one.read_bytes() == other.read_bytes()
