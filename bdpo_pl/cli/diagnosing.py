@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.cli import LightningArgumentParser
 from torch.utils.data import DataLoader
 
+from bdpo_pl.cli.diagnosing_single import check_single, report_single
 from bdpo_pl.cli.job import FitCLI, parse_options
 from bdpo_pl.console import get_console, paths_table
 from bdpo_pl.data.splits import PreferenceSplits
@@ -88,17 +89,25 @@ def run(args: list[str], description: str | None) -> None:
     folder = writable_folder(options.folder or Path(trainer.default_root_dir) / "diagnosis", "diagnose.folder")
     if not cli.model.scoring.comprehension:
         raise InputError("diagnose measures comprehension, and model.scoring.comprehension is false; set it to true")
+    if cli.model.loss.needs_labels:
+        check_single(vars(options), vars(DiagnoseOptions()), cli.model.loss)
     scoring = _Scoring(cli.model, cli.datamodule)
     # Lightning starts the processes and sets up devices and precision, as for `fit`; there is nothing to predict.
     trainer.predict(scoring, DataLoader([0]), return_predictions=False)  # type: ignore[arg-type]
     if not trainer.is_global_zero:
         return
     assert scoring.splits is not None
+    console = get_console()
+    if cli.model.loss.needs_labels:
+        facts, notes = _facts(cli.model, cli.datamodule, str(trainer.precision))
+        unit = UNITS[cli.model.loss.estimator]
+        report_single(scoring.splits, scoring.scores, cli.model.loss, facts, notes, unit, folder, console)
+        console.print(f"Done in {time.perf_counter() - start:.0f} s")
+        return
     diagnosis, measured = _diagnose(
         cli.model, cli.datamodule, scoring.splits, scoring.scores, str(trainer.precision), options
     )
     paths = write(diagnosis, measured, folder)
-    console = get_console()
     console.print(numbers_table(diagnosis))
     if diagnosis.temperatures:
         console.print(tau_table(diagnosis))
@@ -125,12 +134,8 @@ class _Scoring(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Read and score the pairs."""
         module, data = self._described
-        if module.loss.needs_labels:
-            raise InputError(
-                f"model.loss is {type(module.loss).__name__}, which reads single answers, and diagnose compares "
-                "the two responses of a pair: leave it out, and give pairs"
-            )
-        self.splits = data.read(module.source, order_by_safety=module.loss.needs_safety)
+        loss = module.loss
+        self.splits = data.read(module.source, order_by_safety=loss.needs_safety, single=loss.needs_labels)
         machine = Machine.of(self.trainer)
         # The same results are needed for a live reference or none.
         reference = module.make_reference("precomputed", machine.precision)
