@@ -36,6 +36,7 @@ SHORT = {
     "router_aux_loss_coef": "model.router_aux_loss",
     "torch_compile_backend": "model.compile",
     "gradient_checkpointing": "model.gradient_checkpointing",
+    "activation_offloading": "model.activation_offloading",
     "attn_implementation": "model.attn_implementation",
     "trust_remote_code": "model.trust_remote_code",
     "ref_model_sync_steps": "model.reference_sync.every",
@@ -126,7 +127,8 @@ CHOSEN = {
 """Options, and their values by the names used elsewhere, by short spelling."""
 
 SWITCHES = frozenset({
-    "gradient_checkpointing", "trust_remote_code", "use_rslora", "use_dora", "full_determinism",
+    "gradient_checkpointing", "activation_offloading", "trust_remote_code", "use_rslora", "use_dora",
+    "full_determinism",
 })  # fmt: skip
 """Short spellings that are true where no value follows them."""
 

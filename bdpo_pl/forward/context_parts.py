@@ -28,6 +28,7 @@ from bdpo_pl.forward.masks import KINDS, layer_kinds, rotates_alike
 from bdpo_pl.forward.reading import read, weighted
 from bdpo_pl.forward.responses import response_logps
 from bdpo_pl.models.causal_lm import CausalLM
+from bdpo_pl.models.precision import device_of
 from bdpo_pl.parallel.context_parallel import REPLACED, ContextGroup
 
 # Tokens of the prompt and of each response in the trial, which one device must be able to read whole.
@@ -87,7 +88,7 @@ def check_reading(
         InputError: log-probabilities or gradients differ, or the model cannot be read in this way.
     """
     objection = why_not_together(model) or _difference(model, documents, layout, context, pad_id, autocast)
-    faults = torch.tensor(float(objection is not None), device=next(model.parameters()).device)
+    faults = torch.tensor(float(objection is not None), device=device_of(model))
     dist.all_reduce(faults)
     if faults:
         reason = objection or "another process found that its results differ"
@@ -124,7 +125,7 @@ def _difference(
     pad_id: int,
     autocast: Callable[[], AbstractContextManager[object]],
 ) -> str | None:
-    batch = lay_out(documents, layout, pad_id).to(next(model.parameters()).device)
+    batch = lay_out(documents, layout, pad_id).to(device_of(model))
     T = batch.input_ids.shape[1]
 
     def alone() -> tuple[Tensor, Tensor]:

@@ -27,6 +27,7 @@ from bdpo_pl.forward.equivalence import compute_dtype, is_precise, rounding_of_l
 from bdpo_pl.forward.masks import layer_kinds
 from bdpo_pl.forward.slots import SlotCache
 from bdpo_pl.models.causal_lm import CausalLM
+from bdpo_pl.models.precision import device_of
 
 # Share of the slots that are filled together: a pass over a single prompt makes poor use of the weights it reads.
 _FILLED_TOGETHER = 8
@@ -88,7 +89,7 @@ class Decoder:
     ) -> None:
         self._model, self._stops = model, frozenset(stops)
         self._max_new_tokens, self._num_slots, self._watch = max_new_tokens, num_slots, watch
-        self._device, self._dtype = next(model.parameters()).device, compute_dtype(model)
+        self._device, self._dtype = device_of(model), compute_dtype(model)
         self._hands_back = hands_back and is_precise(self._dtype)
         self._additive = model.config._attn_implementation == "eager"
         self._penalty = getattr(model.generation_config, "repetition_penalty", None) or 1.0

@@ -19,6 +19,7 @@ from bdpo_pl.forward.decoding import Decoder, call_arguments
 from bdpo_pl.forward.equivalence import compute_dtype, rounding_of_logits
 from bdpo_pl.forward.masks import reach, rotates_alike, why_not_shared
 from bdpo_pl.models.causal_lm import CausalLM
+from bdpo_pl.models.precision import device_of
 
 # Settings of generation that change nothing in greedy decoding, or that are given with each call. With any other,
 # including those of releases to come, `generate` itself decodes.
@@ -50,7 +51,7 @@ def why_not_continuous(model: CausalLM, prompts: Sequence[list[int]], max_new_to
         return "a prompt has no tokens"
     if known := _known(model, max(map(len, prompts)) + max_new_tokens):
         return known
-    key = (model.config._attn_implementation, compute_dtype(model), next(model.parameters()).device)
+    key = (model.config._attn_implementation, compute_dtype(model), device_of(model))
     tried = _found.setdefault(model, {})
     if key not in tried:
         tried[key] = _objection(model, prompts, pad_id)
@@ -94,7 +95,7 @@ def _objection(model: CausalLM, prompts: Sequence[list[int]], pad_id: int) -> st
         for _ in decoder.decode(tried):
             pass
         for number, prompt in enumerate(tried):
-            ids = torch.tensor([prompt], device=next(model.parameters()).device)
+            ids = torch.tensor([prompt], device=device_of(model))
             alone = model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=_TRIAL_TOKENS, do_sample=False,
                 num_beams=1, use_cache=True, eos_token_id=None, pad_token_id=pad_id, temperature=None, top_p=None,

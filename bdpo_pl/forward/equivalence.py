@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bdpo_pl.models.causal_lm import CausalLM
+from bdpo_pl.models.precision import device_of
 
 # Rounding of a log-probability of one token, in units of its dtype's precision: the errors of the products of many
 # layers, for logits of about ten nats. Half precision rounds every activation, so its errors vary less.
@@ -28,7 +29,7 @@ _SMALL_SHARE = 0.05
 
 def compute_dtype(model: CausalLM) -> torch.dtype:
     """Return the dtype of `model`'s products: its own, or autocast's."""
-    device = next(model.parameters()).device.type
+    device = device_of(model).type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
 
 

@@ -19,6 +19,7 @@ from bdpo_pl.forward.equivalence import evaluating
 from bdpo_pl.forward.masks import set_attention
 from bdpo_pl.models.causal_lm import CausalLM
 from bdpo_pl.models.loading import num_positions
+from bdpo_pl.models.precision import device_of
 
 InBatch = Callable[[Sequence[list[int]]], list[tuple[list[int], bool]]]
 """`padded` with everything but the prompts."""
@@ -156,7 +157,7 @@ def padded(
     model: CausalLM, prompts: Sequence[list[int]], *, max_new_tokens: int, stops: set[int], pad_id: int
 ) -> list[tuple[list[int], bool]]:
     """Return the generated tokens without the stop token, and whether there was one, of each of `prompts`."""
-    ids, mask = pad_left(prompts, pad_id, next(model.parameters()).device)
+    ids, mask = pad_left(prompts, pad_id, device_of(model))
     output = model.generate(
         input_ids=ids,
         attention_mask=mask,

@@ -10,6 +10,7 @@ import torch
 from bdpo_pl.forward.equivalence import evaluating
 from bdpo_pl.forward.generation import check_fits, pad_left
 from bdpo_pl.models.causal_lm import CausalLM
+from bdpo_pl.models.precision import device_of
 
 
 @torch.no_grad()
@@ -28,7 +29,7 @@ def next_token_logits(
         InputError: a prompt does not fit into the model's positions.
     """
     check_fits(model, prompts, 1)
-    device = next(model.parameters()).device
+    device = device_of(model)
     keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     chosen = torch.tensor(list(token_ids), device=device)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))

@@ -33,6 +33,7 @@ from bdpo_pl.forward.reading import Reading, read, weighted
 from bdpo_pl.forward.responses import response_logps
 from bdpo_pl.forward.soundness import check_sound
 from bdpo_pl.models.causal_lm import CausalLM
+from bdpo_pl.models.precision import device_of
 
 PrefixSharing = Literal["auto", "always", "never"]
 
@@ -127,7 +128,7 @@ def _cannot_share(name: str, objection: str) -> InputError:
 
 
 def _on_gpu(model: CausalLM) -> bool:
-    return next(model.parameters()).device.type == "cuda"
+    return device_of(model).type == "cuda"
 
 
 def _objection(
@@ -214,7 +215,7 @@ def _reading(
 
 
 def _batch(model: CausalLM, documents: Sequence[Document], layout: RowLayout, pad_id: int) -> SequenceBatch:
-    return lay_out(documents, layout, pad_id).to(next(model.parameters()).device)
+    return lay_out(documents, layout, pad_id).to(device_of(model))
 
 
 @contextmanager
@@ -253,7 +254,7 @@ def _seconds(
 
 
 def _wait(model: CausalLM) -> None:
-    device = next(model.parameters()).device
+    device = device_of(model)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -21,6 +21,7 @@ from bdpo_pl.forward.last_layer import scored_positions_only
 from bdpo_pl.forward.masks import model_inputs
 from bdpo_pl.models.architectures import logit_transform
 from bdpo_pl.models.causal_lm import CausalLM, Head
+from bdpo_pl.models.precision import device_of
 from bdpo_pl.parallel.tensor_parallel import VocabParallelHead, head_weight
 
 # Number of tokens whose log-probabilities are compared with those of the model's own logits, at the first such reading.
@@ -162,7 +163,7 @@ def _everywhere(model: CausalLM, agrees: bool) -> bool:
 
     They compute together, so all must choose the same way.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     if not isinstance(model, FSDPModule):
         return agrees
     share = torch.tensor(float(agrees), device=device)

@@ -19,6 +19,7 @@ from bdpo_pl.forward.equivalence import compute_dtype, evaluating
 from bdpo_pl.forward.masks import model_inputs
 from bdpo_pl.forward.responses import head_input
 from bdpo_pl.models.causal_lm import CausalLM
+from bdpo_pl.models.precision import device_of
 
 # Relative to the norm of the hidden states. The arithmetic and its order are the same, so there is no rounding error,
 # except with kernels whose order of summation varies.
@@ -72,7 +73,7 @@ def check_sound(
 def _hidden(model: CausalLM, ids: list[int], pad_id: int) -> Tensor:
     """Return the (T, …) hidden states that enter the LM head, or the logits of a model that names no head."""
     batch = lay_out([Document(ids[:1], [(0, ids[1:] or ids)])], RowLayout.SPLIT, pad_id)
-    batch = batch.to(next(model.parameters()).device)
+    batch = batch.to(device_of(model))
     found: list[Tensor] = []
 
     def keep(hidden: Tensor) -> Tensor:

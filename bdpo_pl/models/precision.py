@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 
 import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 from bdpo_pl.errors import InputError, first_line
 
@@ -55,6 +57,15 @@ def choose_device(name: str, option: str = "device") -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"{option} {name!r} is not available here ({first_line(error)}); try cpu") from None
     return device
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device on which `model` computes: its weights', or its mesh's if FSDP2 keeps weights on the host."""
+    parameter = next(model.parameters())
+    if not isinstance(parameter, DTensor) or parameter.device.type == parameter.device_mesh.device_type:
+        return parameter.device
+    kind = parameter.device_mesh.device_type
+    return torch.device(kind, torch.get_device_module(kind).current_device())
 
 
 def most_processes() -> int:

@@ -70,7 +70,14 @@ def mapped_model(source: ModelSource, dtype: torch.dtype, products: torch.dtype 
     return MappedModel(model.requires_grad_(False).eval(), shared, copied)
 
 
-def fill(model: nn.Module, files: WeightFiles, device: torch.device, start: Start | None) -> None:
+def fill(
+    model: nn.Module,
+    files: WeightFiles,
+    device: torch.device,
+    start: Start | None,
+    *,
+    buffers: torch.device | None = None,
+) -> None:
     """Give every parameter and stored buffer its local part of the weights; tied ones remain one tensor.
 
     Args:
@@ -78,6 +85,7 @@ def fill(model: nn.Module, files: WeightFiles, device: torch.device, start: Star
         files: weight files of the base model.
         device: device of the parts.
         start: initial values of the adapters, if there are any.
+        buffers: device of the stored buffers. Default: that of the parts.
     """
     shapes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
     aliases: dict[int, list[str]] = {}
@@ -90,8 +98,10 @@ def fill(model: nn.Module, files: WeightFiles, device: torch.device, start: Star
     for names in aliases.values():
         old = tensors[names[0]]
         read = None if start is None else _started(model, files, names, shapes, start)
-        value = split_like(old, read or _stored(files, names, old.shape), device)
-        if isinstance(old, nn.Parameter):
+        weight = isinstance(old, nn.Parameter)
+        place = device if weight or buffers is None else buffers
+        value = split_like(old, read or _stored(files, names, old.shape), place)
+        if weight:
             value = nn.Parameter(value, requires_grad=old.requires_grad)
         state |= dict.fromkeys(names, value)
     model.load_state_dict(state, assign=True)

@@ -10,7 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+import lightning as L
 import torch
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -24,6 +26,7 @@ from bdpo_pl.models.causal_lm import CausalLM
 from bdpo_pl.models.loading import ModelSource, enable_activation_checkpointing, load_config, model_class
 from bdpo_pl.models.reach import freeze_unreached
 from bdpo_pl.parallel.context_parallel import ContextGroup, share_attention, stop_sharing_attention
+from bdpo_pl.parallel.cpu_offload import backend_for, check_cpu_offload, move_other_parts, offload_policy
 from bdpo_pl.parallel.from_files import compute_buffers, fill
 from bdpo_pl.parallel.state import (
     CONTEXT,
@@ -51,6 +54,8 @@ class ShardedStrategy(ModelParallelStrategy):
         save_distributed_checkpoint: write one file for each rank by PyTorch's distributed checkpoint, whose index is
             unpickled on loading. Meant for models whose optimiser state does not fit into one host's memory. By
             default, one file is written, which is loaded without unpickling.
+        cpu_offload: keep weights, gradients and the optimiser's state in the host's memory, and take the optimiser's
+            steps there. Each weight is copied to its GPU whenever it is used, so steps take longer.
         kwargs: further arguments of `ModelParallelStrategy`.
     """
 
@@ -60,6 +65,7 @@ class ShardedStrategy(ModelParallelStrategy):
         data_parallel_size: int | Literal["auto"] = "auto",
         save_distributed_checkpoint: bool = False,
         context_parallel_size: int = 1,
+        cpu_offload: bool = False,
         **kwargs: Any,
     ) -> None:
         if context_parallel_size < 1:
@@ -69,6 +75,12 @@ class ShardedStrategy(ModelParallelStrategy):
                 f"context_parallel_size is {context_parallel_size} and tensor_parallel_size {tensor_parallel_size}: "
                 "devices share either rows or layers; set one of them to 1"
             )
+        if cpu_offload and tensor_parallel_size > 1:
+            raise InputError(
+                f"cpu_offload has not been tried on layers that devices share, and tensor_parallel_size is "
+                f"{tensor_parallel_size}; set it to 1, or leave cpu_offload out"
+            )
+        self.cpu_offload = cpu_offload
         self.context_parallel_size = context_parallel_size
         self.context_group: ContextGroup | None = None
         super().__init__(
@@ -90,6 +102,9 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         """Count the groups, now that the number of devices is known, and let the ranks of a group share rows."""
+        if self.cpu_offload:
+            check_cpu_offload(self.root_device.type, str(self.precision_plugin.precision))
+            self._process_group_backend = backend_for(self._process_group_backend, self.root_device.type)
         size, devices = self.context_parallel_size, self.num_nodes * self.num_processes
         if self._data_parallel_size == "auto":
             groups, rest = divmod(devices, int(self._tensor_parallel_size))
@@ -110,6 +125,20 @@ class ShardedStrategy(ModelParallelStrategy):
             )
             self.context_group = ContextGroup(mesh.get_group(CONTEXT), mesh.get_local_rank(CONTEXT), size)
             share_attention(self.context_group)
+
+    def setup(self, trainer: L.Trainer) -> None:
+        """Set up model and optimisers; what an optimiser keeps from its beginning stays where its weights are."""
+        super().setup(trainer)
+        if self.cpu_offload:
+            _optimizers_to_device(self.optimizers, torch.device("cpu"))
+
+    def model_to_device(self) -> None:
+        """Move what is not on the device yet, except for weights that are kept on the host."""
+        if self.cpu_offload:
+            assert self.model is not None
+            move_other_parts(self.model, self.root_device)
+        else:
+            super().model_to_device()
 
     def teardown(self) -> None:
         """Leave transformers' attention functions as they were."""
@@ -162,17 +191,19 @@ def build_sharded(
     lora: LoraOptions | None = None,
     gradient_checkpointing: bool = False,
     half_products: torch.dtype | None = None,
+    cpu_offload: bool = False,
 ) -> CausalLM:
-    """Return this rank's part of the model of `source`, on `device`. All ranks call this function.
+    """Return this rank's part of the model of `source`. All ranks call this function.
 
     Args:
         source: location of a model in safetensors files.
         dtype: dtype of the weights that are kept.
         mesh: device mesh with the dimensions `data_parallel` (split by FSDP2) and `tensor_parallel`.
-        device: device of the parts.
+        device: device that computes, and holds the parts.
         lora: options of the adapters to add.
         gradient_checkpointing: recompute each block in the backward pass.
         half_products: dtype in which weights are sent and multiplied; gradients are still summed in float32.
+        cpu_offload: hold the parts in the host's memory instead.
 
     Raises:
         InputError: the model cannot be split in this way, or its files lack a weight.
@@ -195,11 +226,11 @@ def build_sharded(
         add_adapters(model, lora)
     if tensor.size() > 1:
         parallelize(model, tensor)
-    if data.size() > 1:
+    if data.size() > 1 or cpu_offload:
         policy = MixedPrecisionPolicy(param_dtype=half_products, reduce_dtype=torch.float32)
-        for block in _blocks(model):
-            fully_shard(block, mesh=data, mp_policy=policy)
-        fully_shard(model, mesh=data, mp_policy=policy)
+        offload = offload_policy(cpu_offload, device)
+        for module in (*_blocks(model), model):
+            fully_shard(module, mesh=data, mp_policy=policy, offload_policy=offload)
         if device.type == "cpu":
             # gloo has no averaging reduce-scatter; set to average, FSDP2 would return the sum (pytorch#162338).
             for module in model.modules():
@@ -207,7 +238,7 @@ def build_sharded(
                     module.set_force_sum_reduction_for_comms(True)
     start = None if lora is None else Start(lora.init, lora.adapter)
     with files:
-        fill(model, files, device, start)
+        fill(model, files, torch.device("cpu") if cpu_offload else device, start, buffers=device)
     if start is not None and start.folder is not None:
         start.folder.check_all_read()
     compute_buffers(model, device)

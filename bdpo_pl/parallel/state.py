@@ -47,11 +47,15 @@ def split_like(like: Tensor, read: Callable[[tuple[slice, ...]], Tensor], device
 
 
 def as_part(local: Tensor, like: DTensor) -> DTensor:
-    """Return the tensor that is split as `like` is, and whose part on this rank is `local`."""
+    """Return the tensor that is split as `like` is, and whose part on this rank is `local`, on its device."""
     assert local.shape == like.to_local().shape
-    return DTensor.from_local(
+    part = DTensor.from_local(
         local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
+    # PyTorch has moved it to the device of the mesh.
+    part = part.to(local.device)
+    assert isinstance(part, DTensor)
+    return part
 
 
 def local_part(tensor: Tensor) -> Tensor:

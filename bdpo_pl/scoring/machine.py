@@ -30,6 +30,7 @@ class Machine:
         sum_over_ranks: function that sums a tensor over all processes.
         together: true if the model is split over the processes, so that every forward pass needs all of them.
         whole_policy: true if each process has the whole policy during training.
+        cpu_offload: true if the parts of a split model are kept in the host's memory.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -41,6 +42,7 @@ class Machine:
     sum_over_ranks: Callable[[Tensor], Tensor] = _identity
     together: bool = False
     whole_policy: bool = True
+    cpu_offload: bool = False
 
     @classmethod
     def of(cls, trainer: L.Trainer) -> Machine:
@@ -56,4 +58,5 @@ class Machine:
             lambda value: strategy.reduce(value, reduce_op="sum"),
             isinstance(strategy, ModelParallelStrategy),
             isinstance(strategy, SingleDeviceStrategy | DDPStrategy),
+            getattr(strategy, "cpu_offload", False),
         )

@@ -236,11 +236,18 @@ class Reference:
         """Load the model onto the device that scores. If the policy is split, split the model over all devices too."""
         if machine.together:
             # FSDP2 alone, even under tensor parallelism: each rank computes whole layers, as a single device does.
-            half = half_products(machine.precision) if machine.world_size > 1 else None
+            split = machine.world_size > 1 or machine.cpu_offload
+            half = half_products(machine.precision) if split else None
             mesh = init_device_mesh(machine.device.type, (machine.world_size, 1), mesh_dim_names=(DATA, TENSOR))
             # FSDP2 casts every weight before it multiplies, so the reference can be held in the dtype of its products.
             model = build_sharded(
-                self.source, half or self.dtype, mesh, machine.device, lora=self._adapter, half_products=half
+                self.source,
+                half or self.dtype,
+                mesh,
+                machine.device,
+                lora=self._adapter,
+                half_products=half,
+                cpu_offload=machine.cpu_offload,
             )
             return frozen(model)
         if self._adapted is not None:

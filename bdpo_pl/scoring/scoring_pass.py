@@ -27,6 +27,7 @@ from bdpo_pl.errors import InputError
 from bdpo_pl.forward.equivalence import evaluating
 from bdpo_pl.forward.responses import response_logps
 from bdpo_pl.models.causal_lm import CausalLM
+from bdpo_pl.models.precision import device_of
 from bdpo_pl.reporting.progress import Reporter, progress
 from bdpo_pl.scoring.cache import ScoreCache
 from bdpo_pl.scoring.machine import Machine
@@ -96,7 +97,7 @@ def score_pairs(
     Raises:
         InputError: a log-probability is not finite. The message names the pair.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     places, groups = _plan(table, indices, layout, batch_tokens or _default_batch_tokens(device), comprehension)
     # If every pass needs every rank, all ranks must run equally many. The results of repeated passes are not used.
     idle = max(0, forwards - len(groups))

@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,34 +21,26 @@ import torch
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.strategies import ModelParallelStrategy
 from rich.table import Table
-from torch import Tensor
 
-from bdpo_kernels.chunks import head_bytes
 from bdpo_pl.data.packing import SequenceBatch
 from bdpo_pl.data.stripes import stripe_of
 from bdpo_pl.data.table import PairTable
-from bdpo_pl.forward.last_layer import scored_positions_only
-from bdpo_pl.forward.masks import model_inputs
-from bdpo_pl.forward.responses import head_input
+from bdpo_pl.models.activation_offloading import check_activation_offloading
 from bdpo_pl.models.adapters import LoraOptions
-from bdpo_pl.models.causal_lm import CausalLM, ModelConfig
+from bdpo_pl.models.causal_lm import ModelConfig
 from bdpo_pl.models.loading import ModelSource, load_config, num_positions, resolve_dtype
 from bdpo_pl.models.precision import autocast_dtype
 from bdpo_pl.parallel.context_parallel import check_context_parallel
+from bdpo_pl.parallel.cpu_offload import check_cpu_offload
 from bdpo_pl.parallel.tensor_parallel import check_tensor_parallel
 from bdpo_pl.training.datamodule import PreferenceDataModule
-from bdpo_pl.training.meta_attention import attention_as_on_devices
 from bdpo_pl.training.module import PreferenceModule
 from bdpo_pl.training.optimizer_state import state_bytes
-from bdpo_pl.training.parameter_counts import (
-    Devices,
-    count_parameters,
-    meta_model,
-    split_config,
-    with_layers,
-)
+from bdpo_pl.training.parameter_counts import Devices, count_parameters, split_config
+from bdpo_pl.training.planned_activations import plan_activations, plan_logits
 from bdpo_pl.training.planned_batches import longest_batch, worst_batch
-from bdpo_pl.training.planned_reference import HostReference, plan_host, plan_reference
+from bdpo_pl.training.planned_host import HostMemory
+from bdpo_pl.training.planned_reference import HostReference, plan_host, plan_offloaded_reference, plan_reference
 
 # bitsandbytes' nf4 with double quantisation: 4 bits per weight, and 0.127 for its scales (arXiv:2305.14314).
 _NF4_BYTES = (4 + 0.127) / 8
@@ -69,6 +60,8 @@ class MemoryPlan:
         reference: weights of the reference while pairs are scored, including FSDP2's whole copies.
         live: true if the reference stays in memory; otherwise it is freed before the policy is loaded.
         host: host memory for the reference of a machine whose processes each load it.
+        layer: activations of one layer, in whose backward pass all other gradients exist.
+        offloaded: host memory for what is kept there instead of on the device.
     """
 
     weights: int
@@ -80,12 +73,14 @@ class MemoryPlan:
     reference: int = 0
     live: bool = False
     host: HostReference | None = None
+    layer: int = 0
+    offloaded: HostMemory | None = None
 
     @property
     def peak(self) -> int:
         """Larger of two sums: after the loss, before anything is freed; and when all gradients exist."""
         held = self.weights + self.optimizer + self.gathered + (self.reference if self.live else 0)
-        return held + max(self.activations + self.logits_chunk, self.gradients)
+        return held + max(self.activations + self.logits_chunk, self.gradients + self.layer)
 
     def table(self) -> Table:
         """Return the plan as a table for the terminal."""
@@ -98,6 +93,7 @@ class MemoryPlan:
             ("optimizer", "optimiser state"),
             ("gradients", "gradients"),
             ("activations", "activations"),
+            ("layer", "activations of one layer, beside all gradients"),
             ("logits_chunk", "logits chunk and the LM head's gradients"),
             ("peak", "peak"),
         ):
@@ -107,8 +103,11 @@ class MemoryPlan:
             table.add_row(f"reference's weights, {kept}", f"{self.reference / 2**30:,.3f}")
         if self.host is not None:
             table.add_row(self.host.label, f"{self.host.total / 2**30:,.3f}")
+        if self.offloaded is not None:
+            table.add_row(self.offloaded.label, f"{self.offloaded.total / 2**30:,.3f}")
         table.caption = (
-            "peak: gradients replace activations, so only the larger counts; the allocator's own share is not included"
+            "peak: gradients replace activations, all but one layer's, so only the larger counts; the allocator's own "
+            "share is not included"
         )
         return table
 
@@ -123,6 +122,7 @@ def plan_memory(
     *,
     lora: LoraOptions | None = None,
     gradient_checkpointing: bool = False,
+    activation_offloading: bool = False,
     half_products: torch.dtype | None = None,
 ) -> MemoryPlan:
     """Compute the memory of a training step on one device.
@@ -136,6 +136,7 @@ def plan_memory(
         devices: devices over which the model is distributed.
         lora: options of the adapters, if only adapters are trained.
         gradient_checkpointing: true if activations are recomputed.
+        activation_offloading: true if activations are moved to the host.
         half_products: dtype of autocast's products; None without autocast.
     """
     counts = count_parameters(source, config, dtype, lora, devices)
@@ -146,30 +147,52 @@ def plan_memory(
     frozen = counts.all - counts.trained
     weights = (frozen * base_width + counts.trained * trained_width) / shards
     product = (half_products or dtype).itemsize
-    gathered = 0.0
-    if devices.sharded and devices.data > 1:
+    casts = half_products is not None and half_products != dtype
+    gathered, moved_casts = 0.0, 0
+    if devices.gathers:
         # FSDP2 gathers a block while the previous one computes.
         gathered = (counts.outside + 2 * counts.block) * product
-    elif half_products is not None and half_products != dtype:
+    elif casts and activation_offloading and not gradient_checkpointing:
+        # Autocast's copies of the layers' weights are saved as activations are, and moved with them.
+        gathered = (counts.outside + 2 * counts.block) * product
+        moved_casts = (counts.all - counts.outside) * product
+    elif casts:
         gathered = counts.all * product
     gradients = counts.trained * trained_width / shards
-    if not devices.sharded and devices.data > 1:
-        # DDP's buckets are a second copy.
-        gradients *= 2
-    elif devices.sharded and devices.data > 1:
-        gradients += counts.trained_block * product
     held_in = torch.float32 if lora is not None else dtype
-    state = state_bytes(optimizer, counts.trained_hidden, counts.trained - counts.trained_hidden, held_in)
+    state = state_bytes(optimizer, counts.trained_hidden, counts.trained - counts.trained_hidden, held_in) / shards
     small = copy.deepcopy(config)
     split_config(small, devices.tensor)
-    activations = _activations(source, small, batch, half_products or dtype, gradient_checkpointing, lora)
+    activations = plan_activations(
+        source,
+        small,
+        batch,
+        half_products or dtype,
+        lora,
+        gradient_checkpointing=gradient_checkpointing,
+        offloading=activation_offloading,
+    )
+    offloaded = HostMemory(activations=activations.host + moved_casts)
+    if devices.cpu_offload:
+        offloaded = dataclasses.replace(
+            offloaded, weights=round(weights), gradients=round(gradients), optimizer=round(state)
+        )
+        weights = gradients = state = 0.0
+    if devices.gathers:
+        # Those of one block, before they are scattered.
+        gradients += counts.trained_block * product
+    elif devices.data > 1:
+        # DDP's buckets are a second copy.
+        gradients *= 2
     return MemoryPlan(
         round(weights),
         round(gathered),
-        round(state / shards),
+        round(state),
         round(gradients),
-        activations,
-        _logits_chunk(config, batch, half_products or dtype, devices, dtype if lora is None else None),
+        activations.device,
+        plan_logits(config, batch, half_products or dtype, devices, dtype if lora is None else None),
+        layer=activations.layer,
+        offloaded=offloaded if offloaded.each else None,
     )
 
 
@@ -181,6 +204,8 @@ def planned(
     pairs: int | None = None,
     longest: PairTable | None = None,
     gradient_checkpointing: bool | None = None,
+    activation_offloading: bool | None = None,
+    cpu_offload: bool | None = None,
     lora: LoraOptions | None = None,
 ) -> MemoryPlan:
     """Compute the plan of a run before it begins, for its largest micro-batch with the longest possible pairs.
@@ -192,18 +217,28 @@ def planned(
         pairs: number of pairs in a micro-batch. Default: as in `data`.
         longest: pairs whose longest ones fill the micro-batch. Default: pairs that fill the window.
         gradient_checkpointing: true if activations are recomputed. Default: as in `module`.
+        activation_offloading: true if activations are moved to the host. Default: as in `module`.
+        cpu_offload: true if FSDP2 keeps weights on the host. Default: as in the Trainer's strategy.
         lora: options of the adapters. Default: as in `module`.
 
     Raises:
-        InputError: there is no such model.
+        InputError: there is no such model, or something would be kept on the host that is there anyway.
     """
     strategy = trainer.strategy
-    sharded = isinstance(strategy, ModelParallelStrategy)
+    if cpu_offload is None:
+        cpu_offload = bool(getattr(strategy, "cpu_offload", False))
+        if cpu_offload:
+            check_cpu_offload(_kind(trainer), str(trainer.precision))
+    if activation_offloading is None:
+        activation_offloading = module.activation_offloading
+        if activation_offloading:
+            check_activation_offloading(_kind(trainer), module.compile_backend is not None)
+    sharded = isinstance(strategy, ModelParallelStrategy) or cpu_offload
     world = trainer.num_nodes * trainer.num_devices
     asked = getattr(strategy, "_tensor_parallel_size", 1)
     # In Lightning, `auto` means all devices of a node.
     tensor = (trainer.num_devices if asked == "auto" else int(asked)) if sharded else 1
-    devices = Devices(max(1, world // tensor), tensor, sharded, _kind(trainer))
+    devices = Devices(max(1, world // tensor), tensor, sharded, _kind(trainer), cpu_offload)
     config = load_config(module.source)
     if tensor > 1:
         check_tensor_parallel(config, tensor, module.source.name)
@@ -229,81 +264,28 @@ def planned(
         gradient_checkpointing=module.gradient_checkpointing
         if gradient_checkpointing is None
         else gradient_checkpointing,
+        activation_offloading=activation_offloading,
         half_products=autocast_dtype(str(trainer.precision)),
     )
+    offloaded = plan.offloaded
+    if offloaded is not None:
+        offloaded = dataclasses.replace(offloaded, processes=trainer.num_devices)
+        plan = dataclasses.replace(plan, offloaded=offloaded)
     own = module.lora is not None and module.own_reference
     if module.reference_mode == "none" or (module.reference_mode == "live" and own):
         return plan
-    dtype = module.dtype_of_reference(str(trainer.precision))
-    products = autocast_dtype(str(trainer.precision)) if module.reference_mode == "precomputed" else None
-    reference = plan_reference(module.reference_source, load_config(module.reference_source), dtype, devices, products)
+    dtype, live = module.dtype_of_reference(str(trainer.precision)), module.reference_mode == "live"
+    products = None if live else autocast_dtype(str(trainer.precision))
+    source, config = module.reference_source, load_config(module.reference_source)
+    reference = plan_reference(source, config, dtype, devices, products)
     host = None
-    if not own and not sharded and trainer.num_devices > 1:
-        host = plan_host(module.reference_source, dtype, products, trainer.num_devices)
-    return dataclasses.replace(plan, reference=reference, live=module.reference_mode == "live", host=host)
+    if offloaded is not None and cpu_offload:
+        kept = plan_offloaded_reference(source, config, dtype, devices, products)
+        offloaded = dataclasses.replace(offloaded, reference=kept, live=live)
+    elif not own and not sharded and trainer.num_devices > 1:
+        host = plan_host(source, dtype, products, trainer.num_devices)
+    return dataclasses.replace(plan, reference=reference, live=live, host=host, offloaded=offloaded)
 
 
 def _kind(trainer: L.Trainer) -> str:
     return "cuda" if isinstance(trainer.accelerator, CUDAAccelerator) else "cpu"
-
-
-def _activations(
-    source: ModelSource,
-    config: ModelConfig,
-    batch: SequenceBatch,
-    dtype: torch.dtype,
-    gradient_checkpointing: bool,
-    lora: LoraOptions | None,
-) -> int:
-    layers = config.get_text_config().num_hidden_layers
-    one, two = (
-        _kept(meta_model(source, with_layers(config, depth), dtype, lora), batch, whole=gradient_checkpointing)
-        for depth in (1, 2)
-    )
-    if not gradient_checkpointing:
-        return one + (layers - 1) * (two - one)
-    # The input of each layer is saved, and all tensors of one layer at a time.
-    R, T = batch.input_ids.shape
-    t = T if batch.stripe is None else T // batch.stripe[1]
-    entering = R * t * config.get_text_config().hidden_size * dtype.itemsize
-    return one + layers * entering
-
-
-def _kept(model: CausalLM, batch: SequenceBatch, whole: bool) -> int:
-    """Return the bytes that a forward pass of `model` on the meta device saves for backward, without parameters."""
-    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            # Kept alive, so that no other storage can get the same address.
-            kept[storage._cdata] = storage
-        return tensor
-
-    batch = batch.to(torch.device("meta"))
-    inputs = model_inputs(model, batch)
-    if not batch.masked:
-        # In the worst case nothing is padded, so no mask is saved; transformers would read the mask to find that out.
-        T = batch.input_ids.shape[1]
-        inputs["attention_mask"] = torch.empty(1, 1, T, T, dtype=torch.bool, device="meta")
-    narrow = nullcontext() if whole else scored_positions_only(model, batch)
-    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with (
-        attention_as_on_devices(keeps_mask=batch.masked),
-        narrow,
-        head_input(model, lambda hidden: hidden[:, :0]),
-        hooks,
-    ):
-        model.train()(**inputs)
-    return sum(storage.nbytes() for storage in kept.values())
-
-
-def _logits_chunk(
-    config: ModelConfig, batch: SequenceBatch, dtype: torch.dtype, devices: Devices, weight_dtype: torch.dtype | None
-) -> int:
-    """Return the bytes of the LM head's operation; `weight_dtype` is None if the head is frozen."""
-    text = config.get_text_config()
-    v, D, N = -(-text.vocab_size // devices.tensor), text.hidden_size, len(batch.labels)
-    # This includes the packed hidden states and their gradient.
-    return 2 * N * D * dtype.itemsize + head_bytes(N, v, D, dtype, torch.device(devices.kind), weight_dtype)

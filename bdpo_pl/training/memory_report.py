@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Protocol, TypedDict, Unpack
 
 import lightning as L
 import torch
 from lightning.pytorch.accelerators import CUDAAccelerator
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from rich.table import Table
 
 from bdpo_pl.console import get_console
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.models.adapters import LoraOptions
+from bdpo_pl.parallel.fsdp2 import ShardedStrategy
 from bdpo_pl.reporting.format import size
 from bdpo_pl.training.datamodule import PreferenceDataModule
 from bdpo_pl.training.memory_plan import planned
@@ -31,7 +33,15 @@ class _Changes(TypedDict, total=False):
 
     pairs: int
     gradient_checkpointing: bool
+    activation_offloading: bool
+    cpu_offload: bool
     lora: LoraOptions
+
+
+class _Peak(Protocol):
+    """Function that returns the peak in bytes with other options."""
+
+    def __call__(self, **options: Unpack[_Changes]) -> int: ...
 
 
 def dry_run(trainer: L.Trainer, module: PreferenceModule, data: PreferenceDataModule, reads_data: bool) -> None:
@@ -54,6 +64,8 @@ def dry_run(trainer: L.Trainer, module: PreferenceModule, data: PreferenceDataMo
     for line in assumptions(trainer, module, data, longest):
         console.print(line, highlight=False)
     console.print(verdict(plan.peak, memory), highlight=False)
+    if plan.offloaded is not None:
+        console.print(host_verdict(plan.offloaded.total, machine_memory()), highlight=False)
     console.print(options_table(trainer, module, data, longest, plan.peak, memory))
 
 
@@ -75,7 +87,16 @@ def assumptions(
         )
     trained = "all weights" if module.lora is None else module.lora.described
     checkpointing = "with" if module.gradient_checkpointing else "without"
-    yield f"{trained}, precision {trainer.precision}, {checkpointing} gradient checkpointing."
+    kept = [
+        name
+        for name, on in (
+            ("weights, gradients and the optimiser's state", getattr(trainer.strategy, "cpu_offload", False)),
+            ("activations", module.activation_offloading),
+        )
+        if on
+    ]
+    host = f"; {' and '.join(kept)} on the host" if kept else ""
+    yield f"{trained}, precision {trainer.precision}, {checkpointing} gradient checkpointing{host}."
 
 
 def verdict(peak: int, memory: int | None) -> str:
@@ -84,6 +105,17 @@ def verdict(peak: int, memory: int | None) -> str:
         return f"The peak is {size(peak)}; the memory of this machine is unknown."
     fits = "fits" if peak <= _USABLE * memory else "does not fit"
     return f"The peak of {size(peak)} {fits} into a device of {size(memory)} ({peak / memory:.0%})."
+
+
+def host_verdict(needed: int, memory: int | None) -> str:
+    """Say whether what is kept on the host fits into the machine's memory."""
+    if memory is None:
+        return f"On the host, each machine needs {size(needed)}; the memory of this machine is unknown."
+    fits = "fits" if needed <= _USABLE * memory else "does not fit"
+    return (
+        f"On the host, each machine needs {size(needed)}, which {fits} into {size(memory)} ({needed / memory:.0%}); "
+        "pinned memory is rounded up, at most to twice as much."
+    )
 
 
 def options_table(
@@ -127,11 +159,40 @@ def alternatives(
             yield f"--data.batch_size {pairs // 2} --trainer.accumulate_grad_batches 2", peak(pairs=pairs // 2)
     if not module.gradient_checkpointing:
         yield "--model.gradient_checkpointing true", peak(gradient_checkpointing=True)
+    yield from _on_the_host(trainer, module, peak)
     if module.lora is None:
         yield "--model.lora.r 16", peak(lora=LoraOptions())
         if not module.gradient_checkpointing:
             both = peak(lora=LoraOptions(), gradient_checkpointing=True)
             yield "--model.lora.r 16 --model.gradient_checkpointing true", both
+
+
+def _on_the_host(trainer: L.Trainer, module: PreferenceModule, peak: _Peak) -> Iterator[tuple[str, int]]:
+    """Yield (option, peak in bytes) for what a GPU can leave to the host's memory."""
+    if not isinstance(trainer.accelerator, CUDAAccelerator):
+        return
+    moves = not module.activation_offloading and module.compile_backend is None
+    if moves:
+        yield "--model.activation_offloading true", peak(activation_offloading=True)
+        if not module.gradient_checkpointing:
+            both = peak(activation_offloading=True, gradient_checkpointing=True)
+            yield "--model.activation_offloading true --model.gradient_checkpointing true", both
+    if _can_be_split(trainer, module):
+        strategy = "--trainer.strategy bdpo_pl.parallel.fsdp2.ShardedStrategy --trainer.strategy.cpu_offload true"
+        yield strategy, peak(cpu_offload=True)
+        if moves:
+            yield f"{strategy} --model.activation_offloading true", peak(cpu_offload=True, activation_offloading=True)
+
+
+def _can_be_split(trainer: L.Trainer, module: PreferenceModule) -> bool:
+    """Return true if FSDP2 could keep the weights of this run on the host, and does not do so yet."""
+    strategy = trainer.strategy
+    if isinstance(strategy, ShardedStrategy):
+        known = not strategy.cpu_offload and not strategy.splits_layers
+    else:
+        whole = module.sync.options.every is None and module.reestimation.every_n_steps is None
+        known = isinstance(strategy, SingleDeviceStrategy | DDPStrategy) and whole and module.reference_mode != "live"
+    return known and module.quantization is None and not str(trainer.precision).startswith("16")
 
 
 def largest_batch(peak: Callable[[int], int], memory: int, most: int = 64) -> int | None:
@@ -148,6 +209,12 @@ def device_memory(trainer: L.Trainer) -> int | None:
     """Return the bytes of one GPU, or each process's share of the memory that the machine or container allows."""
     if isinstance(trainer.accelerator, CUDAAccelerator):
         return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
+    memory = machine_memory()
+    return None if memory is None else memory // max(1, trainer.num_devices)
+
+
+def machine_memory() -> int | None:
+    """Return the bytes of memory that this machine or container allows; None if they are unknown."""
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -156,7 +223,7 @@ def device_memory(trainer: L.Trainer) -> int | None:
         limit = _CGROUP.read_text().strip()
     except OSError:
         limit = "max"
-    return min(memory, int(limit) if limit.isdigit() else memory) // max(1, trainer.num_devices)
+    return min(memory, int(limit) if limit.isdigit() else memory)
 
 
 class WarnsOfMemory(L.Callback):
@@ -176,6 +243,12 @@ class WarnsOfMemory(L.Callback):
         except (NotImplementedError, RuntimeError, TypeError, AttributeError):
             # There is no plan for a model whose forward pass does not run on the meta device.
             return
+        host = machine_memory()
+        if plan.offloaded is not None and host is not None and plan.offloaded.total > _USABLE * host:
+            rank_zero_warn(
+                f"this run will need {size(plan.offloaded.total)} of host memory on a machine of {size(host)}: see "
+                "with --dry_run true what is kept there"
+            )
         if memory is not None and plan.peak > _USABLE * memory:
             rank_zero_warn(
                 f"this run will need {size(plan.peak)} on a device of {size(memory)}: lower data.batch_size, or see "

@@ -29,7 +29,6 @@ from bdpo_pl.models.loading import (
     ModelSource,
     check_vocabulary,
     check_window,
-    compile_layers,
     load_config,
     load_model,
     resolve_dtype,
@@ -47,7 +46,7 @@ from bdpo_pl.training.guards import check_first_loss, check_weights, require_fin
 from bdpo_pl.training.metrics import pair_metrics
 from bdpo_pl.training.optim import LRSchedule, adamw, check_optimizer, make_optimizer, with_schedule
 from bdpo_pl.training.policy import build_policy
-from bdpo_pl.training.reader import PolicyReader, check_context
+from bdpo_pl.training.reader import PolicyReader, check_options
 from bdpo_pl.training.schedule_free import at_average
 from bdpo_pl.training.steps import pair_scores
 
@@ -80,6 +79,8 @@ class PreferenceModule(CheckpointedModule):
         lm_head: computation of the LM head: `fused` with the loss, a chunk of logits at a time; `logits`, as the model
             computes them; `auto`: fused if a comparison on real pairs shows no difference.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
+        activation_offloading: move activations to the host's memory until the backward pass, to save memory of the GPU;
+            with gradient_checkpointing, the inputs of the layers alone.
         compile: backend for `torch.compile` of the layers (`inductor` is PyTorch's own). Default: not compiled. It
             takes about a minute, which pays off in long runs.
         lora: train only low-rank adapters. The reference is then the policy before training, and checkpoints contain
@@ -111,6 +112,7 @@ class PreferenceModule(CheckpointedModule):
         prefix_sharing: PrefixSharing = "auto",
         lm_head: LMHead = "auto",
         gradient_checkpointing: bool = False,
+        activation_offloading: bool = False,
         compile: str | None = None,
         lora: LoraOptions | None = None,
         router_aux_loss: float = 0.0,
@@ -141,6 +143,7 @@ class PreferenceModule(CheckpointedModule):
         self.prefix_sharing: PrefixSharing = prefix_sharing
         self.lm_head = lm_head
         self.gradient_checkpointing = gradient_checkpointing
+        self.activation_offloading = activation_offloading
         self.compile_backend = compile
         self.router_aux_loss = router_aux_loss
         self.quantization = None if lora is None or lora.quantize == "none" else lora.quantize
@@ -165,7 +168,7 @@ class PreferenceModule(CheckpointedModule):
         largest = [splits.pad_id, *(table.largest_id for table in splits.tables.values())]
         check_vocabulary(config, largest, self.source.name)
         check_router(config, self.router_aux_loss, self.source.name)
-        check_context(self, self.trainer)
+        check_options(self, self.trainer)
         if self.reference_source != self.source:
             check_vocabulary(load_config(self.reference_source), largest, self.reference_source.name)
         if self.reference is None:
@@ -214,12 +217,7 @@ class PreferenceModule(CheckpointedModule):
         if self.policy is not None:
             return
         self.policy = build_policy(
-            self.trainer,
-            self.source,
-            self.dtype_used,
-            lambda: self.base_model(self.dtype_used, self.trainer.strategy.root_device),
-            lora=self.lora,
-            gradient_checkpointing=self.gradient_checkpointing,
+            self.trainer, self, lambda: self.base_model(self.dtype_used, self.trainer.strategy.root_device)
         )
         self._base.clear()
         if self.lora is not None and self.own_reference and self.reference_mode == "live":
@@ -227,8 +225,6 @@ class PreferenceModule(CheckpointedModule):
         if frozen_names(self.policy):
             # Checkpoints contain only trained weights; on_load_checkpoint makes sure that none of them is missing.
             self.strict_loading = False
-        if self.compile_backend is not None:
-            compile_layers(self.policy, self.compile_backend)
 
     def base_model(self, dtype: torch.dtype, device: torch.device) -> CausalLM:
         """Load the whole model before training, once for reference and policy; quantised weights are on `device`."""

@@ -112,8 +112,11 @@ class Muon(torch.optim.Optimizer):
                 mean = local_part(state["momentum_buffer"])
                 mean.lerp_(grad, 1 - group["momentum"])
                 ahead = grad.lerp(mean, group["momentum"]) if group["nesterov"] else mean
-                # A step from zero, without mean and decay: an orthogonal matrix at the rate of this one's shape.
-                gathered = whole(as_part(ahead, parameter)) if isinstance(parameter, DTensor) else ahead
+                # A step from zero, without mean and decay: an orthogonal matrix at the rate of this one's shape. Parts
+                # on the host are gathered on the device, whose products take less time.
+                gathered = ahead
+                if isinstance(parameter, DTensor):
+                    gathered = whole(as_part(ahead, parameter).to(parameter.device_mesh.device_type))
                 moved = nn.Parameter(torch.zeros_like(gathered, dtype=parameter.dtype))
                 moved.grad = gathered
                 torch.optim.Muon(
@@ -125,7 +128,7 @@ class Muon(torch.optim.Optimizer):
                     adjust_lr_fn="match_rms_adamw",
                 ).step()
                 own = local_part(parameter)
-                own.mul_(1 - group["lr"] * group["weight_decay"]).add_(moved[local_ranges(parameter)])
+                own.mul_(1 - group["lr"] * group["weight_decay"]).add_(moved[local_ranges(parameter)].to(own.device))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of both."""

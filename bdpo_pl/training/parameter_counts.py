@@ -23,12 +23,19 @@ class Devices:
         tensor: number of devices in a group, which share each layer.
         sharded: true if the groups share the weights (FSDP2); false if each group holds all (DDP, one device).
         kind: `cpu` or `cuda`.
+        cpu_offload: true if weights, gradients and the optimiser's state are kept on the host.
     """
 
     data: int = 1
     tensor: int = 1
     sharded: bool = False
     kind: str = "cuda"
+    cpu_offload: bool = False
+
+    @property
+    def gathers(self) -> bool:
+        """True if weights are put together for their products and dropped again."""
+        return self.sharded and (self.data > 1 or self.cpu_offload)
 
 
 @dataclass(frozen=True)

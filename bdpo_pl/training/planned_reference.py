@@ -54,13 +54,25 @@ def plan_reference(
     counts = count_parameters(source, config, dtype, None, Devices(kind=devices.kind))
     narrow = (products or dtype).itemsize
     ranks = devices.data * devices.tensor
-    if devices.sharded and ranks > 1:
-        return round(counts.all * narrow / ranks + (counts.outside + 2 * counts.block) * narrow)
+    if devices.sharded and (ranks > 1 or devices.cpu_offload):
+        own = 0 if devices.cpu_offload else counts.all * narrow / ranks
+        return round(own + (counts.outside + 2 * counts.block) * narrow)
     text = config.get_text_config()
     # Embeddings are not multiplied; norms are too small to count.
     return (
         counts.all - text.vocab_size * text.hidden_size
     ) * narrow + text.vocab_size * text.hidden_size * dtype.itemsize
+
+
+def plan_offloaded_reference(
+    source: ModelSource, config: ModelConfig, dtype: torch.dtype, devices: Devices, products: torch.dtype | None
+) -> int:
+    """Compute the bytes of the reference's weights that one process keeps on the host under CPU offload.
+
+    The arguments are those of `plan_reference`.
+    """
+    counts = count_parameters(source, config, dtype, None, Devices(kind=devices.kind))
+    return round(counts.all * (products or dtype).itemsize / (devices.data * devices.tensor))
 
 
 def plan_host(source: ModelSource, dtype: torch.dtype, products: torch.dtype | None, processes: int) -> HostReference:

@@ -16,8 +16,10 @@ from bdpo_pl.forward.context_parts import check_reading, logps_together, short_d
 from bdpo_pl.forward.fused_loss import LMHead, choose_head
 from bdpo_pl.forward.prefix_sharing import probe_documents
 from bdpo_pl.losses import PairScores, PreferenceLoss
+from bdpo_pl.models.activation_offloading import check_activation_offloading
 from bdpo_pl.models.causal_lm import CausalLM
 from bdpo_pl.models.loading import ModelSource, load_config
+from bdpo_pl.models.precision import device_of
 from bdpo_pl.parallel.context_parallel import ContextGroup, check_context_parallel
 from bdpo_pl.parallel.ranks import context_group
 from bdpo_pl.scoring.reference import ReferenceMode
@@ -25,16 +27,18 @@ from bdpo_pl.training.steps import Losses, fused_losses, plain_losses
 
 
 class Options(Protocol):
-    """Options of a module that matter if ranks share rows.
+    """Options of a module that matter if ranks share rows, or if activations are moved.
 
     Attributes:
         source: policy.
+        activation_offloading: move activations to the host's memory until the backward pass.
         compile_backend: backend for `torch.compile`; None: not compiled.
         router_aux_loss: coefficient of the loss that balances experts.
         reference_mode: use of the reference.
     """
 
     source: ModelSource
+    activation_offloading: bool
     compile_backend: str | None
     router_aux_loss: float
     reference_mode: ReferenceMode
@@ -75,7 +79,7 @@ class PolicyReader:
             return
         table = splits.tables["train"]
         documents = probe_documents(table, policy) if self._context is None else short_documents(table)
-        probe = lay_out(documents, layout, splits.pad_id).to(next(policy.parameters()).device)
+        probe = lay_out(documents, layout, splits.pad_id).to(device_of(policy))
         # Ranks that share rows sum log-probabilities before they compute the loss, so any loss can be computed so.
         objection = None if self._context is not None else loss.not_fused
         self._fused = choose_head(policy, probe, self.lm_head, self.name, objection=objection)
@@ -91,8 +95,11 @@ class PolicyReader:
         return (fused_losses if fused else plain_losses)(policy, loss, batch, scores)
 
 
-def check_context(module: Options, trainer: L.Trainer) -> None:
-    """Raise `InputError` if ranks share rows, and an option of `module` is not made for that."""
+def check_options(module: Options, trainer: L.Trainer) -> None:
+    """Raise `InputError` if an option of `module` has no effect here, or is not made for ranks that share rows."""
+    if module.activation_offloading:
+        kind = trainer.strategy.root_device.type
+        check_activation_offloading(kind, module.compile_backend is not None)
     if (context := context_group(trainer)) is None:
         return
     check_context_parallel(load_config(module.source), context.size, module.source.name)

@@ -31,6 +31,8 @@ WINDOWS, SHARING = (8_192, 32_768), (1, 2, 4, 8)
 # each GPU, one way.
 PEAK_FLOPS, SHARE = 989e12, 0.4
 NVLINK, NETWORK = 450e9, 50e9
+# Between a GPU and its host, one way: what is usual of PCIe 4.0 with 16 lanes.
+PCIE = 25e9
 GIB = 1 << 30
 
 SHAPES = {
@@ -180,12 +182,63 @@ def row(case: Case) -> str:
     )
 
 
+@dataclass(frozen=True)
+class OnHost:
+    """What a 7B model on some GPUs leaves to the host, with four pairs on each.
+
+    Attributes:
+        gpus: number of GPUs, which share the weights by FSDP2.
+        weights: true if weights, gradients and the optimiser's state are on the host.
+        activations: true if activations are.
+        recomputed: true with gradient checkpointing.
+    """
+
+    gpus: int
+    weights: bool = False
+    activations: bool = False
+    recomputed: bool = False
+
+
+ON_HOST = (
+    OnHost(8),
+    OnHost(8, activations=True),
+    OnHost(8, recomputed=True),
+    OnHost(8, activations=True, recomputed=True),
+    OnHost(8, weights=True, recomputed=True),
+    OnHost(8, weights=True, activations=True, recomputed=True),
+    OnHost(1, weights=True, recomputed=True),
+    OnHost(1, weights=True, activations=True, recomputed=True),
+)
+
+
+def host_row(case: OnHost) -> str:
+    """Return one line of the table of what is kept on the host."""
+    plan = plan_memory(
+        ModelSource("calculated"), config_of("7B"), worst_batch(4, WINDOW, shared=True), torch.float32, adamw,
+        Devices(case.gpus, 1, True, "cuda", case.weights), gradient_checkpointing=case.recomputed,
+        activation_offloading=case.activations, half_products=torch.bfloat16,
+    )  # fmt: skip
+    kept = plan.offloaded
+    host = 0 if kept is None else case.gpus * kept.each
+    moved = 0 if kept is None else 2 * kept.activations
+    if case.weights:
+        # In float32: the part of each weight for the forward and for the backward pass, and of each gradient back.
+        moved += 3 * 4 * parameters("7B")[0] / case.gpus
+    words = {True: "yes", False: ""}
+    return (
+        f"| {case.gpus} | {words[case.recomputed]} | {words[case.activations]} | {words[case.weights]} | "
+        f"**{plan.peak / GIB:.1f}** | {host / GIB:.1f} | {moved / 1e9:.1f} | {moved / PCIE:.2f} |"
+    )
+
+
 def page() -> str:
     """Return the whole page."""
     return render(
         Path(__file__).with_name("scaling.md.j2"),
         rows="\n".join(row(case) for case in CASES),
         context_rows="\n".join(context_row("7B", window, c) for window in WINDOWS for c in SHARING),
+        host_rows="\n".join(host_row(case) for case in ON_HOST),
+        pcie=PCIE,
         share=SHARE,
         peak=PEAK_FLOPS,
         nvlink=NVLINK,

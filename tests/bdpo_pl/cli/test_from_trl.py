@@ -173,6 +173,10 @@ def test_a_translated_command_runs(at, steps, model_dir, preference_file, tmp_pa
             ["--model.gradient_checkpointing=true", "--model.loss.beta", "1"],
         ),
         (["--gradient_checkpointing", "false"], ["--model.gradient_checkpointing=false"]),
+        (
+            ["--activation_offloading", "--beta", "1"],
+            ["--model.activation_offloading=true", "--model.loss.beta", "1"],
+        ),
         (["--bf16", "true", "--fp16", "false"], ["--trainer.precision=bf16-mixed"]),
         (["--bf16=false"], ["--trainer.precision=32-true"]),
         (["--use_peft", "true", "--lora_r", "8"], ["--model.lora.r", "8"]),

@@ -1,0 +1,132 @@
+"""The memory of a forward pass that the backward pass needs, recorded on the meta device: on each device, on the host.
+
+Shapes: R rows; T positions; N scored tokens; D hidden size; V vocabulary.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bdpo_kernels.chunks import head_bytes
+from bdpo_pl.data.packing import SequenceBatch
+from bdpo_pl.forward.last_layer import scored_positions_only
+from bdpo_pl.forward.masks import model_inputs
+from bdpo_pl.forward.responses import head_input
+from bdpo_pl.models import activation_offloading
+from bdpo_pl.models.activation_offloading import moves, storages
+from bdpo_pl.models.adapters import LoraOptions
+from bdpo_pl.models.causal_lm import CausalLM, ModelConfig
+from bdpo_pl.models.loading import ModelSource
+from bdpo_pl.training.meta_attention import attention_as_on_devices
+from bdpo_pl.training.parameter_counts import Devices, meta_model, with_layers
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of activations.
+
+    Attributes:
+        device: at the end of the forward pass; if they are recomputed and not moved to the host, with those of one
+            layer.
+        layer: on the device in the backward pass of the first layer, the last to be computed, with the gradients of its
+            hidden states.
+        host: moved to the host by one process.
+    """
+
+    device: int
+    layer: int
+    host: int = 0
+
+
+def plan_activations(
+    source: ModelSource,
+    config: ModelConfig,
+    batch: SequenceBatch,
+    dtype: torch.dtype,
+    lora: LoraOptions | None,
+    *,
+    gradient_checkpointing: bool,
+    offloading: bool,
+) -> Activations:
+    """Compute the bytes of activations of one device.
+
+    Args:
+        source: model, for messages and its attention implementation.
+        config: transformers configuration of the model that the device computes.
+        batch: micro-batch on the CPU, or this device's share of its rows.
+        dtype: dtype of the products.
+        lora: options of the adapters, if only adapters are trained.
+        gradient_checkpointing: true if activations are recomputed.
+        offloading: true if activations are moved to the host.
+    """
+    layers = config.get_text_config().num_hidden_layers
+    one, two = (
+        _kept(meta_model(source, with_layers(config, depth), dtype, lora), batch, whole=gradient_checkpointing)
+        for depth in (1, 2)
+    )
+    layer = sum(two) - sum(one)
+    R, T = batch.input_ids.shape
+    t = T if batch.stripe is None else T // batch.stripe[1]
+    # The hidden states that enter a layer.
+    entering = R * t * config.get_text_config().hidden_size * dtype.itemsize
+    last = layer + 2 * entering
+    if gradient_checkpointing:
+        # The input of each layer is saved, and all tensors of one layer at a time.
+        if offloading and entering >= activation_offloading.MIN_BYTES:
+            return Activations(entering, last + entering, layers * entering)
+        return Activations(sum(one) + layers * entering, last)
+    if not offloading:
+        return Activations(sum(one) + (layers - 1) * layer, last)
+    stays, moved = (one[i] + (layers - 1) * (two[i] - one[i]) for i in (0, 1))
+    return Activations(stays, last, moved)
+
+
+def _kept(model: CausalLM, batch: SequenceBatch, whole: bool) -> tuple[int, int]:
+    """Return the bytes that a forward pass of `model` on the meta device saves for backward, without parameters.
+
+    The two numbers are those of memory that is too small to be moved to the host, and of all other memory.
+    """
+    own = storages(model.parameters())
+    kept: dict[int, torch.UntypedStorage] = {}
+    large: set[int] = set()
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            # Kept alive, so that no other storage can get the same address.
+            kept[storage._cdata] = storage
+            if moves(tensor, own):
+                large.add(storage._cdata)
+        return tensor
+
+    batch = batch.to(torch.device("meta"))
+    inputs = model_inputs(model, batch)
+    if not batch.masked:
+        # In the worst case nothing is padded, so no mask is saved; transformers would read the mask to find that out.
+        T = batch.input_ids.shape[1]
+        inputs["attention_mask"] = torch.empty(1, 1, T, T, dtype=torch.bool, device="meta")
+    narrow = nullcontext() if whole else scored_positions_only(model, batch)
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with (
+        attention_as_on_devices(keeps_mask=batch.masked),
+        narrow,
+        head_input(model, lambda hidden: hidden[:, :0]),
+        hooks,
+    ):
+        model.train()(**inputs)
+    moved = sum(storage.nbytes() for key, storage in kept.items() if key in large)
+    return sum(storage.nbytes() for storage in kept.values()) - moved, moved
+
+
+def plan_logits(
+    config: ModelConfig, batch: SequenceBatch, dtype: torch.dtype, devices: Devices, weight_dtype: torch.dtype | None
+) -> int:
+    """Return the bytes of the LM head's operation; `weight_dtype` is None if the head is frozen."""
+    text = config.get_text_config()
+    v, D, N = -(-text.vocab_size // devices.tensor), text.hidden_size, len(batch.labels)
+    # This includes the packed hidden states and their gradient.
+    return 2 * N * D * dtype.itemsize + head_bytes(N, v, D, dtype, torch.device(devices.kind), weight_dtype)
