@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,16 +90,16 @@ class OffloadedActivations:
         stack.register_forward_pre_hook(self._enter)
         stack.register_forward_hook(self._leave, always_call=True)
 
-    def _note_parameters(self, module: nn.Module, _: Any) -> None:
+    def _note_parameters(self, module: nn.Module, _: object) -> None:
         self._parameters |= storages(module.parameters(recurse=False))
 
-    def _enter(self, module: nn.Module, _: Any) -> None:
+    def _enter(self, module: nn.Module, _: object) -> None:
         self._parameters = storages(module.parameters(recurse=False))
         hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
         hooks.__enter__()
         self._open.append(hooks)
 
-    def _leave(self, module: nn.Module, _: Any, __: Any) -> None:
+    def _leave(self, module: nn.Module, _: object, __: object) -> None:
         if self._open:
             self._open.pop().__exit__(None, None, None)
         self._moved = {}

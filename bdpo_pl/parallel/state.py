@@ -53,9 +53,9 @@ def as_part(local: Tensor, like: DTensor) -> DTensor:
         local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
     # PyTorch has moved it to the device of the mesh.
-    part = part.to(local.device)
-    assert isinstance(part, DTensor)
-    return part
+    kept = part.to(local.device)
+    assert isinstance(kept, DTensor)
+    return kept
 
 
 def local_part(tensor: Tensor) -> Tensor:

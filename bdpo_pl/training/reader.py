@@ -7,6 +7,7 @@ from functools import partial
 from typing import Protocol
 
 import lightning as L
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from bdpo_pl.data.batches import PreferenceBatch
 from bdpo_pl.data.packing import RowLayout, lay_out
@@ -33,6 +34,7 @@ class Options(Protocol):
         source: policy.
         activation_offloading: move activations to the host's memory until the backward pass.
         compile_backend: backend for `torch.compile`; None: not compiled.
+        quantization: name of the quantisation of the frozen weights, if any.
         router_aux_loss: coefficient of the loss that balances experts.
         reference_mode: use of the reference.
     """
@@ -42,6 +44,9 @@ class Options(Protocol):
     compile_backend: str | None
     router_aux_loss: float
     reference_mode: ReferenceMode
+
+    @property
+    def quantization(self) -> str | None: ...  # noqa: D102
 
 
 class PolicyReader:
@@ -96,10 +101,15 @@ class PolicyReader:
 
 
 def check_options(module: Options, trainer: L.Trainer) -> None:
-    """Raise `InputError` if an option of `module` has no effect here, or is not made for ranks that share rows."""
+    """Raise `InputError` if an option of `module` has no effect here, or is not made for how ranks share work."""
     if module.activation_offloading:
         kind = trainer.strategy.root_device.type
         check_activation_offloading(kind, module.compile_backend is not None)
+    if module.quantization is not None and isinstance(trainer.strategy, ModelParallelStrategy):
+        raise InputError(
+            f"model.lora.quantize is {module.quantization}, and quantised weights are not split by "
+            f"{type(trainer.strategy).__name__}; set it to none, or trainer.strategy to ddp"
+        )
     if (context := context_group(trainer)) is None:
         return
     check_context_parallel(load_config(module.source), context.size, module.source.name)
