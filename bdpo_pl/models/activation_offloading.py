@@ -108,7 +108,8 @@ class OffloadedActivations:
         if tensor.device.type != self._device.type or not moves(tensor, self._parameters):
             return tensor
         found = self._moved.get(_identity(tensor))
-        if found is None:
+        # Memory that was written to since has other values.
+        if found is None or found.version != tensor._version:
             found = self._moved[_identity(tensor)] = _Moved(tensor)
         found.parts += 1
         return _Part(found, tensor.dtype, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
@@ -129,6 +130,7 @@ class _Moved:
     """Memory that was moved to the host.
 
     Attributes:
+        version: version of its values, which an operation in place changes.
         parts: number of saved tensors in it that have not come back.
     """
 
@@ -136,6 +138,7 @@ class _Moved:
         # As long as this is held, no other memory gets the same identity.
         self.source = StorageWeakRef(tensor.untyped_storage())
         self.device = tensor.device
+        self.version = tensor._version
         self.parts = 0
         self._back: Tensor | None = None
         flat = _flat(tensor)

@@ -137,6 +137,18 @@ def test_memory_stays_back_until_its_last_tensor_is_back(moved):
     assert found.back().view(torch.float32).tolist() == tensor.tolist()
 
 
+def test_memory_that_was_written_to_is_moved_again(moved):
+    offloaded = OffloadedActivations(build_model(), CPU)
+    x = torch.linspace(0.1, 1.0, 10, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(offloaded._pack, activation_offloading._unpack):
+        a = x * 1.0
+        y = a.sin()
+        a.mul_(2.0)
+        z = a.cos()
+    (y.sum() + z.sum()).backward()
+    torch.testing.assert_close(x.grad, x.detach().cos() - 2 * (2 * x.detach()).sin())
+
+
 def test_a_forward_pass_that_fails_leaves_no_hooks(moved):
     model = build_model().train()
     OffloadedActivations(model, CPU)
