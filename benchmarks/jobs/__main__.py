@@ -16,7 +16,7 @@ import shlex
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ def compare(
     rounds: int,
     real: tuple[str, str] | None = None,
     prefix: Sequence[str] = (),
+    after_round: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> list[dict[str, Any]]:
     """Run every contender on one problem.
 
@@ -59,20 +60,25 @@ def compare(
         rounds: number of runs of each.
         real: folder of a published model and file of published pairs; None: the problem's random ones.
         prefix: command that starts each run.
+        after_round: function that is called with the rows after each round but the last, so that a stop loses one.
     """
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         if real is None:
             build(problem, Path(folder))
         else:
             problem = build_real(problem, Path(real[0]), real[1], Path(folder))
-        for _ in range(rounds):
+        for turn in range(rounds):
             for name in names:
                 if not any("not_run" in run for run in runs[name]):
                     runs[name].append(child(name, Path(folder), prefix))
                     seconds = runs[name][-1].get("job_s")
                     print(f"{problem.mix:15} {name:32} {seconds and round(seconds, 1)} s", flush=True)
-    return [_row(problem, name, results) for name, results in runs.items()]
+            rows = [_row(problem, name, results) for name, results in runs.items()]
+            if turn + 1 < rounds:
+                after_round(rows)
+    return rows
 
 
 def _row(problem: DPOProblem, name: str, results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -202,13 +208,17 @@ def main() -> None:
     problems = [replace(problem, mix=mix, spread=spread) for mix in options.mixes for spread in options.spread]
     if options.real:
         problems = [replace(problem, window=options.window)]
+
+    def save(more: list[dict[str, Any]]) -> None:
+        # Saved as it grows, because the slow trainers take long.
+        path.write_text(json.dumps(report | {"rows": rows + more}, indent=1) + "\n", encoding="utf-8")
+
     for each in problems:
-        found = compare(each, options.only, options.rounds, options.real, options.prefix)
+        found = compare(each, options.only, options.rounds, options.real, options.prefix, save)
         rows += found
         difference = loss_difference(found)
         report["loss_differences"].append(difference)
-        # Saved as it grows, because the slow trainers take long.
-        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        save([])
         if difference is not None:
             print(f"Our DPO's losses differ from TRL's by {difference:.1e} at most, over the first steps")
         print("\n".join(curve_lines(found)))

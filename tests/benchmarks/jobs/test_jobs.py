@@ -9,6 +9,7 @@ from children import command
 from transformers import AutoTokenizer
 
 from bdpo_pl import embedded
+from benchmarks.jobs import __main__ as jobs
 from benchmarks.jobs.__main__ import curve_lines, loss_difference, markdown, seconds_to
 from benchmarks.jobs.problem import DPOProblem, build, read
 from benchmarks.jobs.real import build_real
@@ -109,6 +110,28 @@ def test_time_to_a_loss_is_read_off_the_curve():
         "a: held-out DPO loss 0.6500 after 2.5 s",
         "b: held-out DPO loss 0.6500 after 8.0 s",
     ]
+
+
+def test_rounds_that_are_over_are_handed_on(monkeypatch):
+    seconds = iter([4.0, 9.0, 2.0, 6.0, 3.0, 3.0])
+    run = {
+        "scoring_s": 1.0,
+        "training_s": 1.0,
+        "num_pairs": 4,
+        "num_tokens": 40,
+        "peak_bytes": 1,
+        "losses": [],
+        "curve": [],
+    }
+    monkeypatch.setattr(jobs, "build", lambda problem, folder: None)
+    monkeypatch.setattr(jobs, "child", lambda *arguments: run | {"job_s": next(seconds)})
+    seen = []
+    rows = jobs.compare(DPOProblem(), ["a", "b"], 3, after_round=seen.append)
+    # A whole run needs no more than what is returned; a stop before it loses one round.
+    assert [[row["jobs_s"] for row in found] for found in seen] == [[[4.0], [9.0]], [[4.0, 2.0], [9.0, 6.0]]]
+    assert [(row["contender"], row["job_s"], row["jobs_s"]) for row in rows] == [
+        ("a", 3.0, [4.0, 2.0, 3.0]), ("b", 6.0, [9.0, 6.0, 3.0]),
+    ]  # fmt: skip
 
 
 def test_table_gives_ratios_and_reasons():
