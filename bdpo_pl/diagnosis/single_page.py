@@ -8,7 +8,7 @@ from rich.text import Text
 from bdpo_pl.data.held_out import called
 from bdpo_pl.diagnosis.single import LARGEST_BALANCE, MEASURES, LabelBalance, SingleDiagnosis
 from bdpo_pl.reporting import Cell, Finding, Page, Table
-from bdpo_pl.reporting.format import fixed, number, percent, whole
+from bdpo_pl.reporting.format import fixed, general, number, percent, whole
 
 _HOW_TO_READ = (
     "Comprehension is the mutual information of prompt and answer under the reference model: how much better it "
@@ -89,15 +89,16 @@ def _balance(balance: LabelBalance) -> Finding:
     numbers = f"{whole(balance.good)} good and {whole(balance.bad)} bad training answers"
     if not balance.good or not balance.bad:
         return Finding("problem", f"There are {numbers}.", "KTO needs both labels.")
-    if balance.value is None or balance.option is None:
+    low, high = balance.low, balance.high
+    if balance.value is None or low is None or high is None:
         if balance.value:
             return Finding(
-                "fine", f"The labels are balanced: {numbers}.", f"λ_D·n_D / (λ_U·n_U) is {balance.value:.2f}."
+                "fine", f"The labels are balanced: {numbers}.", f"λ_D·n_D / (λ_U·n_U) is {fixed(balance.value, 2)}."
             )
         return Finding("notice", f"One label has no weight; there are {numbers}.", "KTO learns from the other alone.")
     return Finding(
         "notice",
         f"The labels are not balanced: {numbers}.",
-        f"λ_D·n_D / (λ_U·n_U) is {balance.value:.2f}, and KTO's paper asks for 1 to {LARGEST_BALANCE:.2f}: set "
-        f"--model.loss.{balance.option} to a value from {balance.low:.3g} to {balance.high:.3g}.",
+        f"λ_D·n_D / (λ_U·n_U) is {fixed(balance.value, 2)}, and KTO's paper asks for 1 to {fixed(LARGEST_BALANCE, 2)}: "
+        f"set --model.loss.{balance.option} to a value from {general(low, 3)} to {general(high, 3)}.",
     )
