@@ -161,6 +161,15 @@ def test_an_answer_to_the_same_prompt_or_in_the_same_words_is_no_other(load):
         load([rows(1)[0], {**rows(1)[0], "completion": "so ."}])
 
 
+def test_an_answer_with_both_labels_is_no_duplicate(load):
+    same = {"prompt": "keep my garden ?", "completion": "so kind ."}
+    # All three are beside the answer of the first row.
+    given = [rows(1)[0], {**same, "label": True}, {**same, "label": False}, {**same, "label": False}]
+    table, report = load(given)
+    assert table.desirable.tolist() == [rows(1)[0]["label"], True, False]
+    assert {reason: len(places) for reason, places in report.dropped.items()} == {"duplicate of an earlier pair": 1}
+
+
 def test_pairs_for_kto_and_single_answers_for_another_loss_are_refused(load, job, tmp_path):
     with pytest.raises(InputError, match="single is for KTOLoss"):
         load(rows(4), single=False, format="single")
