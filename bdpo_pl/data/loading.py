@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, repeat
+from itertools import chain
 from typing import Literal
 
 import numpy as np
@@ -266,10 +266,8 @@ def _weights(weights: Sequence[float | None], places: Sequence[str]) -> np.ndarr
 
 
 def _deduplicate(table: PairTable, policy: Literal["drop", "keep"], report: DataReport) -> PairTable:
-    # An answer that is labelled good once and bad once is no repetition, but a contradiction.
-    labels = repeat(None) if table.desirable is None else table.desirable.tolist()
-    seen: dict[tuple[bytes, bool | None], int] = {}
-    first = [seen.setdefault(key, i) == i for i, key in enumerate(zip(table.pair_digests(), labels, strict=False))]
+    seen: dict[bytes, int] = {}
+    first = [seen.setdefault(digest, i) == i for i, digest in enumerate(table.pair_digests())]
     repeats = [i for i, is_first in enumerate(first) if not is_first]
     if not repeats:
         return table

@@ -11,6 +11,7 @@ from makers import build_tokenizer, write_jsonl
 from training import fit, same, sgd, weights
 
 from bdpo_pl.data.loading import LoadOptions, load_pairs
+from bdpo_pl.data.mixture import join
 from bdpo_pl.data.tokenization import PairTokenizer
 from bdpo_pl.data.truncation import Truncation
 from bdpo_pl.errors import InputError
@@ -168,6 +169,16 @@ def test_an_answer_with_both_labels_is_no_duplicate(load):
     table, report = load(given)
     assert table.desirable.tolist() == [rows(1)[0]["label"], True, False]
     assert {reason: len(places) for reason, places in report.dropped.items()} == {"duplicate of an earlier pair": 1}
+
+
+def test_an_answer_with_both_labels_is_no_duplicate_of_another_source(load):
+    given = rows(3)
+    turned = [{**row, "label": not row["label"]} for row in given[:2]]
+    first, one = load(given)
+    second, other = load([*turned, given[2]])
+    joined, _ = join([first, second], [1.0, 1.0], [one, other], "drop")
+    assert joined.desirable.tolist() == [row["label"] for row in [*given, *turned]]
+    assert len(other.dropped["duplicate of a pair in an earlier source"]) == 1
 
 
 def test_pairs_for_kto_and_single_answers_for_another_loss_are_refused(load, job, tmp_path):
