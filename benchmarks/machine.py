@@ -19,7 +19,7 @@ def machine(device: str) -> dict[str, Any]:
     """Return hardware, versions and commit."""
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else _cpu(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "system": platform.platform(),
@@ -27,6 +27,11 @@ def machine(device: str) -> dict[str, Any]:
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
     }
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use (Linux only)."""
+    return len(os.sched_getaffinity(0))
 
 
 def process_memory(field: str) -> int:

@@ -23,6 +23,9 @@ KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 """Kinds of layers for which there are masks, by transformers' names."""
 
 # Kinds of rotary embeddings whose angles do not change with the length of a row.
+WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+"""Kinds of attention that do not see all earlier tokens, and the option of a configuration that says how many."""
+
 _STATIC_ROTATIONS = frozenset({None, "default", "linear", "llama3", "yarn"})
 
 _RECOMPILATIONS = 64
@@ -82,8 +85,7 @@ def rotates_alike(config: ModelConfig) -> bool:
 
 def reach(config: ModelConfig) -> int | None:
     """Return the number of tokens that the layers with the shortest windows or chunks see; None if all see all."""
-    sizes = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
-    return min((getattr(config, sizes[kind]) for kind in layer_kinds(config) if kind in sizes), default=None)
+    return min((getattr(config, WINDOWS[kind]) for kind in layer_kinds(config) if kind in WINDOWS), default=None)
 
 
 def set_attention(model: CausalLM, implementation: str) -> None:
@@ -105,12 +107,17 @@ def _masks(model: CausalLM, batch: SequenceBatch) -> Any:
     return masks if len(masks) > 1 else masks.popitem()[1]
 
 
+def layer_types(config: ModelConfig) -> list[str]:
+    """Return the kind of attention of each layer, by transformers' names."""
+    if kinds := getattr(config, "layer_types", None):
+        return list(kinds)
+    windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    return ["sliding_attention" if windowed else "full_attention"] * config.num_hidden_layers
+
+
 def layer_kinds(config: ModelConfig) -> set[str]:
     """Return the kinds of attention that the layers have, by transformers' names."""
-    if kinds := getattr(config, "layer_types", None):
-        return set(kinds)
-    windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    return {"sliding_attention" if windowed else "full_attention"}
+    return set(layer_types(config))
 
 
 def _sees(batch: SequenceBatch, kind: str, config: ModelConfig) -> Sees:

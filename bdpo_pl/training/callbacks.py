@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bdpo_pl.errors import InputError, NonFiniteError
 from bdpo_pl.training.checkpoints import before_the_batch, is_amid_accumulation
-from bdpo_pl.training.one_file import link, link_best_to_last
+from bdpo_pl.training.one_file import link, link_best_to_last, written_now
 from bdpo_pl.training.safety_probe import _GAP
 
 # A checkpoint with more bytes of weights than the first number is written at most once in as many seconds as the
@@ -91,8 +91,8 @@ class LastCheckpoint(ModelCheckpoint):
         if self._put_off is not None:
             self.write_now(trainer, Path(self._put_off))
         super().on_train_end(trainer, pl_module)
-        if self._last_checkpoint_saved and self._last_global_step_saved == trainer.global_step:
-            link_best_to_last(trainer, Path(self._last_checkpoint_saved))
+        if (last := written_now(self, trainer)) is not None:
+            link_best_to_last(trainer, last)
 
     def write_now(self, trainer: L.Trainer, path: Path) -> None:
         """Write the file to `path` now; nothing is postponed any longer."""
@@ -126,8 +126,7 @@ def _just_written(callback: L.Callback, trainer: L.Trainer) -> Path | None:
     """Return the checkpoint of the whole state that `callback` wrote at this step, or None."""
     if isinstance(callback, LastCheckpoint) or not isinstance(callback, ModelCheckpoint) or callback.save_weights_only:
         return None
-    written = Path(callback._last_checkpoint_saved) if callback._last_checkpoint_saved else None
-    return written if written is not None and callback._last_global_step_saved == trainer.global_step else None
+    return written_now(callback, trainer)
 
 
 class SaveOnNonFinite(L.Callback):

@@ -13,12 +13,12 @@ from lightning.fabric.utilities.throughput import get_available_flops
 from torch import Tensor, nn
 
 from bdpo_pl.data.batches import PreferenceBatch
+from bdpo_pl.forward.masks import WINDOWS, layer_types
 from bdpo_pl.models.architectures import text_model
 from bdpo_pl.models.causal_lm import CausalLM, ModelConfig
 
 _EXPERTS = re.compile(r"\bexperts\.")
 _NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
-_WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 
 # Devices for which Lightning's table has the vendor's peak of dense tensor cores. For others it has a peak with
 # sparsity (H200), of two GPUs (H100 NVL), of another GPU (L40S) or without tensor cores (RTX, A40).
@@ -162,13 +162,10 @@ def _attention(config: ModelConfig) -> tuple[Attention, ...]:
         # Attention with a latent cache (DeepSeek).
         key = rotated + getattr(config, "qk_nope_head_dim", 0)
     width = heads * (key + (getattr(config, "v_head_dim", None) or size))
-    kinds = list(getattr(config, "layer_types", None) or [])
-    if not kinds:
-        windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-        kinds = ["sliding_attention" if windowed else "full_attention"] * config.num_hidden_layers
-    known = [kind for kind in ("full_attention", *_WINDOWS) if heads and kind in kinds]
+    kinds = layer_types(config)
+    known = [kind for kind in ("full_attention", *WINDOWS) if heads and kind in kinds]
     return tuple(
-        Attention(kind, getattr(config, _WINDOWS[kind]) if kind in _WINDOWS else 0, width * kinds.count(kind))
+        Attention(kind, getattr(config, WINDOWS[kind]) if kind in WINDOWS else 0, width * kinds.count(kind))
         for kind in known
     )
 

@@ -26,6 +26,12 @@ def link(trainer: L.Trainer, file: Path, name: Path) -> bool:
     return trainer.strategy.reduce_boolean_decision(done, all=False)
 
 
+def written_now(callback: ModelCheckpoint, trainer: L.Trainer) -> Path | None:
+    """Return the checkpoint that `callback` has written at this optimiser step, or None."""
+    written = callback._last_checkpoint_saved
+    return Path(written) if written and callback._last_global_step_saved == trainer.global_step else None
+
+
 def link_best_to_last(trainer: L.Trainer, last: Path) -> None:
     """Replace best checkpoints of weights alone that hold the weights of `last` by links to it. All ranks call this.
 
@@ -39,11 +45,10 @@ def link_best_to_last(trainer: L.Trainer, last: Path) -> None:
     for callback in trainer.checkpoint_callbacks:
         if not isinstance(callback, ModelCheckpoint) or not callback.save_weights_only:
             continue
-        written = callback._last_checkpoint_saved
-        if written and callback._last_global_step_saved == trainer.global_step:
-            same = trainer.is_global_zero and _same_weights(Path(written), last)
+        if (best := written_now(callback, trainer)) is not None:
+            same = trainer.is_global_zero and _same_weights(best, last)
             if trainer.strategy.reduce_boolean_decision(same, all=False):
-                link(trainer, last, Path(written))
+                link(trainer, last, best)
 
 
 def _same_weights(one: Path, other: Path) -> bool:

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from benchmarks.kernels.contenders import LINEAR, LOGITS, NotRunError
 from benchmarks.kernels.problem import Problem, find_shape, make_problem
-from benchmarks.kernels.threads import by_threads, usable_cores
-from benchmarks.machine import process_memory
+from benchmarks.kernels.threads import by_threads
+from benchmarks.machine import process_memory, usable_cores
 
 
 def seconds(function: Callable[[], Any], device: str) -> float:

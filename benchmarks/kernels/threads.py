@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-CONTENDER = "ours, fused loss"
+from benchmarks.kernels.growth import CONTENDER
+
 SHAPE = "1024x512x32000x128"
 
 
 def counts(cores: int) -> list[int]:
     """Return the numbers of threads to measure: powers of two up to the number of cores, and that number."""
     return sorted({1 << power for power in range(cores.bit_length()) if 1 << power <= cores} | {cores})
-
-
-def usable_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

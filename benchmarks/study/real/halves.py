@@ -13,23 +13,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from filelock import FileLock
 from scipy.optimize import linear_sum_assignment
 
-from bdpo_pl.data.loading import load_pairs
-from bdpo_pl.data.tokenization import PairTokenizer
-from bdpo_pl.data.truncation import Truncation
 from bdpo_pl.files import write_whole
-from bdpo_pl.forward.prefix_sharing import choose_layout
-from bdpo_pl.models.loading import ModelSource, load_model, load_tokenizer
 from bdpo_pl.scoring.scores import table_comprehension
-from bdpo_pl.scoring.scoring_pass import score_pairs
+from benchmarks.study.run.imbalance import score_file
 
 CALIPER = 0.5
 """Most that two matched pairs may differ in a covariate, in its standard deviations."""
 
-_WINDOW = 512
 _FAR = 1e6
 
 
@@ -60,15 +53,10 @@ class Pool:
 
 def measure_pool(rows: list[str], model: Path) -> Pool:
     """Measure the pairs in `rows`, lines of the file of pairs, with the model before training."""
-    source = ModelSource(str(model))
-    tokenizer = load_tokenizer(source)
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "pool.jsonl"
         file.write_text("".join(rows), encoding="utf-8")
-        table, _ = load_pairs("pool", str(file), PairTokenizer(tokenizer), Truncation(_WINDOW, "drop"))
-    policy = load_model(source, torch.float32).eval()
-    layout = choose_layout(policy, table, pad_id=tokenizer.pad_token_id)
-    scores = score_pairs(policy, table, np.arange(len(table)), layout=layout, pad_id=tokenizer.pad_token_id)
+        table, scores = score_file(file, model)
     chosen, rejected = table_comprehension(scores, table, "pmi").double().numpy()
     lengths = table.trained_lengths
     per_token = scores.reference / lengths

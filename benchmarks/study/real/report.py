@@ -19,7 +19,7 @@ from bdpo_pl.errors import InputError
 from benchmarks import pages
 from benchmarks.study.real import results as real
 from benchmarks.study.real.plan import HALVES, METHODS
-from benchmarks.study.report.__main__ import ROOT, name_of, reading_of
+from benchmarks.study.report.__main__ import ROOT, name_of, read_reading
 from benchmarks.study.report.figures import Figures, draw_all, methods_figure
 from benchmarks.study.report.results import Results
 from benchmarks.study.report.tables import MISSING, contrast, difference_text, differences, means, number, table
@@ -65,7 +65,6 @@ def page(
         limits=limits(results),
         halves=halves(results),
         trials=trials(results),
-        choices={method: real.described(cell) for method, cell in real.choices(results).items()},
         figure=f"![{FIGURES['methods.svg'][0]}]({figures}/methods.svg)" if methods else "",
         hours=sum(cell["seconds"] for cell in results.cells) / 3600,
         machines=sorted({head["machine"]["device"] for head in results.heads}),
@@ -224,9 +223,7 @@ def write(records: Path, out: Path, imbalance: Sequence[Path] = (), with_figures
     results = real.load_real(records, name_of(records))
     measured = [json.loads(file.read_text(encoding="utf-8")) for file in imbalance]
     out.parent.mkdir(parents=True, exist_ok=True)
-    reading = reading_of(out)
-    said = reading.read_text(encoding="utf-8") if reading.exists() else ""
-    out.write_text(page(results, measured, said, out.stem), encoding="utf-8")
+    out.write_text(page(results, measured, read_reading(out), out.stem), encoding="utf-8")
     folder = out.with_suffix("")
     return [out, *(folder / name for name in draw_all(results, folder, FIGURES))] if with_figures else [out]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +59,10 @@ def _placed(record: dict[str, Any]) -> dict[str, Any]:
     return {**record, "setting": setting}
 
 
-def choices(results: Results) -> dict[str, Cell]:
-    """Return the chosen trial of each method whose trials are all finished."""
-    return chosen({cell["key"]: cell for cell in results.cells})
-
-
 def trials(results: Results) -> list[tuple[Cell, dict[str, Any] | None, bool]]:
     """Return every trial with its record, None if it is not finished, and whether it is chosen."""
     records = {cell["key"]: cell for cell in results.cells}
-    best = choices(results)
+    best = chosen(records)
     return [(cell, records.get(cell.key), best.get(cell.method) == cell) for cell in tuning()]
 
 
@@ -142,8 +137,3 @@ def progress(results: Results) -> dict[str, tuple[int, int]]:
         "final cells": (sections.count("final"), len(METHODS) * len(SEEDS)),
         "halves": (sections.count("halves"), len(HALVES) * len(SEEDS)),
     }
-
-
-def described(cell: Cell) -> str:
-    """Describe the settings of a trial."""
-    return f"β {asdict(cell)['arguments']['beta']:g}, learning rate {cell.learning_rate:g}"

@@ -51,6 +51,12 @@ def reading_of(path: Path) -> Path:
     return path.with_name(f"{path.stem}_reading.md")
 
 
+def read_reading(path: Path) -> str:
+    """Return the person's interpretation for the page at `path`; empty if there is none."""
+    reading = reading_of(path)
+    return reading.read_text(encoding="utf-8") if reading.exists() else ""
+
+
 def write(records: Path, out: Path, with_figures: bool = True) -> list[Path]:
     """Write the page and its figures.
 
@@ -63,8 +69,7 @@ def write(records: Path, out: Path, with_figures: bool = True) -> list[Path]:
         Paths of the written files.
     """
     results = load(records, name_of(records))
-    reading = reading_of(out)
-    text = page(results, reading.read_text(encoding="utf-8") if reading.exists() else "", out.stem)
+    text = page(results, read_reading(out), out.stem)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text, encoding="utf-8")
     folder = out.with_suffix("")

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from bdpo_pl.data.loading import load_pairs
+from bdpo_pl.data.table import PairTable
 from bdpo_pl.data.tokenization import PairTokenizer
 from bdpo_pl.data.truncation import Truncation
 from bdpo_pl.embedded.make.data import Row
-from bdpo_pl.forward.prefix_sharing import RowLayout
+from bdpo_pl.forward.prefix_sharing import RowLayout, choose_layout
 from bdpo_pl.models.loading import ModelSource, load_model, load_tokenizer
-from bdpo_pl.scoring.scores import table_comprehension
+from bdpo_pl.scoring.scores import ScoreTable, table_comprehension
 from bdpo_pl.scoring.scoring_pass import score_pairs
 from benchmarks.study.run.settings import Pairs
 
@@ -28,12 +29,24 @@ _WINDOW = 512
 
 def imbalances(file: Path, source: Path) -> np.ndarray:
     """Compute c_w − c_l, (M,), of the pairs of `file` by `pmi` under the reference at `source`, in nats per token."""
-    model, tokenizer = ModelSource(str(source)), load_tokenizer(ModelSource(str(source)))
-    table, _ = load_pairs("train", str(file), PairTokenizer(tokenizer), Truncation(_WINDOW, "drop"))
-    policy = load_model(model, torch.float32).eval()
-    scores = score_pairs(policy, table, np.arange(len(table)), layout=RowLayout.SPLIT, pad_id=tokenizer.pad_token_id)
+    table, scores = score_file(file, source, RowLayout.SPLIT)
     chosen, rejected = table_comprehension(scores, table, "pmi").double().numpy()
     return np.asarray(chosen - rejected)
+
+
+def score_file(file: Path, source: Path, layout: RowLayout | None = None) -> tuple[PairTable, ScoreTable]:
+    """Read the pairs of `file`, and score them in float32 with the model at `source`, against the null prompt too.
+
+    Args:
+        file: file of pairs; those that are longer than the window are left out.
+        source: folder of the model.
+        layout: layout of a pair in rows; None: the most efficient one in which the model is exact.
+    """
+    model, tokenizer = ModelSource(str(source)), load_tokenizer(ModelSource(str(source)))
+    table, _ = load_pairs("train", str(file), PairTokenizer(tokenizer), Truncation(_WINDOW, "drop"))
+    policy, pad_id = load_model(model, torch.float32).eval(), tokenizer.pad_token_id
+    layout = layout or choose_layout(policy, table, pad_id=pad_id)
+    return table, score_pairs(policy, table, np.arange(len(table)), layout=layout, pad_id=pad_id)
 
 
 def choose(rows: Sequence[Row], imbalance: np.ndarray, which: Pairs, seed: int) -> list[Row]:
