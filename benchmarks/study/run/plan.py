@@ -57,6 +57,9 @@ METHODS = (
     Method("B-DPO, s by norm", _BALANCED, _DPO_BETAS, (("tau", TAU), ("scale", "norm"))),
 )
 
+BDPO_AUTO = Method("B-DPO, τ auto", _BALANCED, _DPO_BETAS, (("tau", "auto"),))
+"""What `BalancedDPOLoss` does by default; the whole study was made before τ could be `auto`."""
+
 LEARNING_RATES = (3e-5, 6e-5, 1.2e-4, 2.4e-4)
 EPOCHS = (1, 2)
 # Not a seed of any other section: nothing is chosen on the data on which it is then tested.
@@ -90,6 +93,11 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "null prompt: Hello.": ({}, {"null_prompt": "Hello."}),
     "null prompt: Tell me something.": ({}, {"null_prompt": "Tell me something."}),
     "comprehension every 10 steps": ({}, {"reestimate_every": 10}),
+}
+# What came after the whole study, and is asked in its quick form only.
+LATER_VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "τ auto": ({"tau": "auto"}, {}),
+    "τ auto, weights at most 4 : 1": ({"tau": "auto", "max_weight_ratio": 4.0}, {}),
 }
 
 
@@ -128,14 +136,14 @@ class Size:
 
 FULL = Size()
 QUICK = Size(
-    methods=(DPO, DPO_BW, DPO_SF, BDPO),
-    seeds=2,
-    few_seeds=1,
+    methods=(DPO, DPO_BW, DPO_SF, BDPO, BDPO_AUTO),
+    seeds=3,
+    few_seeds=3,
     learning_rates=LEARNING_RATES[1:2],
     epochs=EPOCHS[:1],
     betas=2,
     tuning_seeds=TUNING_SEEDS[:1],
-    variants=(NO_BALANCE, "τ 1"),
+    variants=(NO_BALANCE, "τ 1", *LATER_VARIANTS),
     replication=False,
     confirmation=(),
     common=(("reference_steps", 600), ("num_pairs", 360)),
@@ -209,7 +217,7 @@ def final(size: Size, best: Mapping[str, Setting]) -> list[Setting]:
         curve_points=CURVE_POINTS,
     )
     for name in size.variants:
-        arguments, fields = VARIANTS[name]
+        arguments, fields = (VARIANTS | LATER_VARIANTS)[name]
         changed = bdpo.arguments | arguments
         if "beta" in arguments:
             changed["beta"] = bdpo.arguments["beta"] * arguments["beta"]
