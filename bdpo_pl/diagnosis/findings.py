@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from bdpo_pl.data.held_out import called
 from bdpo_pl.diagnosis.results import Diagnosis, SplitDiagnosis
+from bdpo_pl.losses.balanced_dpo import EXTREME_RATIO
 from bdpo_pl.reporting import Finding
 from bdpo_pl.reporting.format import fixed, general, percent, plural, ratio, signed, whole
 
@@ -20,8 +22,6 @@ CORRELATED = 0.30
 UNEVEN = 1.5
 """Mean absolute imbalance of a category or of held-out pairs, over the training pairs', that leads to a notice."""
 FEW_PAIRS = 50
-EXTREME_RATIO = 50.0
-"""Ratio of the larger weight to the smaller that makes a problem if 5 % of the pairs exceed it."""
 SPREADS_APART = 1.5
 """Ratio between τ and the spread of the imbalance, larger over smaller, from which a notice is given."""
 
@@ -147,20 +147,38 @@ def _temperature(diagnosis: Diagnosis) -> Iterator[Finding]:
     now = next(row for row in diagnosis.temperatures if row.tau == tau)
     then = next(row for row in diagnosis.temperatures if row.tau == suggested)
     extreme = now.p95 > EXTREME_RATIO
-    if not extreme and 1 / SPREADS_APART <= tau / spread <= SPREADS_APART:
-        yield Finding("fine", f"τ = {general(tau)} is about the spread of the imbalance, {general(spread, 2)}.")
+    advised, within = then.tau, ratio(then.p95)
+    if then.p95 > EXTREME_RATIO:
+        # Even at the spread itself, as most pairs lean the same way or a few are far out.
+        advised = _rounded_up(then.tau * math.log(then.p95) / math.log(EXTREME_RATIO))
+        within = ratio(EXTREME_RATIO)
+    suits = spread if advised == then.tau else advised
+    if not extreme and 1 / SPREADS_APART <= tau / suits <= SPREADS_APART:
+        yield Finding(
+            "fine",
+            f"τ = {general(tau)} is about the spread of the imbalance, {general(spread, 2)}."
+            if suits == spread
+            else f"At τ = {general(tau)} 95 % of the pairs have weights within {ratio(now.p95)} times of each other.",
+        )
         return
     consequence = (
         f"In 5 % of the pairs one response gets more than {ratio(now.p95)} times the other's weight, at most "
         f"{ratio(now.largest)} times: the smaller side is hardly trained."
-        if tau < spread
+        if extreme or tau < suits
         else "Balance weights hardly differ, and B-DPO is nearly DPO."
     )
     yield Finding(
         "problem" if extreme else "notice",
         f"τ is {general(tau)}, and the spread of the imbalance, which tau auto takes, is {general(spread, 2)}.",
-        f"{consequence} Suggested: --tau {general(suggested)}, at which 95 % stay within {ratio(then.p95)} times.",
+        f"{consequence} Suggested: --tau {general(advised)}, at which 95 % stay within {within} times"
+        + (", or model.loss.max_weight_ratio." if extreme else "."),
     )
+
+
+def _rounded_up(value: float) -> float:
+    """Round up to two digits, so that a limit which holds at `value` holds at the result."""
+    step = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return float(f"{math.ceil(value / step) * step:.2g}")
 
 
 def _length(split: SplitDiagnosis) -> Iterator[Finding]:

@@ -33,6 +33,9 @@ Weighting = Literal["softmax", "ratio"]
 
 WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
 
+EXTREME_RATIO = 50.0
+"""Ratio of a pair's larger balance weight to its smaller one that is warned of if 5 % of the pairs exceed it."""
+
 _EPSILON = 1e-6
 
 

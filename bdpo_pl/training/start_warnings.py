@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import lightning as L
+import numpy as np
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from bdpo_pl.reporting.format import plural, whole
+from bdpo_pl.losses.balanced_dpo import EXTREME_RATIO
+from bdpo_pl.reporting.format import plural, ratio, whole
+from bdpo_pl.scoring.scores import table_scores
+from bdpo_pl.training.module import PreferenceModule
 
 _FEW_STEPS = 10
 
 
 def warn_at_start(trainer: L.Trainer) -> None:
-    """Warn of a run of few optimiser steps, and of validations between which nothing is trained."""
+    """Warn of few optimiser steps, of validations between which nothing is trained, and of extreme balance weights."""
     _warn_of_few_steps(trainer)
     _warn_of_idle_validations(trainer)
+    _warn_of_extreme_weights(trainer.lightning_module)
 
 
 def _warn_of_few_steps(trainer: L.Trainer) -> None:
@@ -38,4 +44,24 @@ def _warn_of_idle_validations(trainer: L.Trainer) -> None:
         rank_zero_warn(
             f"a validation follows every {batches}, but an optimiser step only every {whole(step)}: most validations "
             "measure the same weights again. Raise trainer.val_check_interval, or lower trainer.accumulate_grad_batches"
+        )
+
+
+def _warn_of_extreme_weights(module: L.LightningModule) -> None:
+    """Warn if balance weights leave one response of many training pairs nearly untrained."""
+    if not isinstance(module, PreferenceModule) or not module.loss.needs_comprehension:
+        return
+    if module.reference is None or module.reference_mode != "precomputed":
+        return
+    table = module.splits.tables["train"]
+    scores = table_scores(table, module.reference.scores("train", torch.arange(len(table))))
+    if (weights := module.loss.weights(scores)) is None:
+        return
+    each = torch.stack((weights.chosen, weights.rejected)).double()
+    median, high = np.quantile((each.amax(0) / each.amin(0)).numpy(), (0.5, 0.95), method="lower")
+    if high > EXTREME_RATIO:
+        rank_zero_warn(
+            f"in 5 % of the training pairs one response gets more than {ratio(high)} times the weight of the other, in "
+            f"half of them more than {ratio(median)} times, so that the other is hardly trained; raise model.loss.tau, or "
+            "set model.loss.max_weight_ratio. `diagnose` shows what each τ makes of these pairs"
         )

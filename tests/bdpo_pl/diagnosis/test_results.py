@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import statistics
 from itertools import pairwise
 
@@ -207,6 +208,26 @@ def test_tau_is_held_against_the_spread_of_the_imbalance():
     ).render()
     assert "0.3 (in use)" in html
     assert "1.5 (suggested)" in html
+
+
+def test_where_all_pairs_lean_the_same_way_a_tau_above_the_spread_is_suggested():
+    d = np.linspace(-1.6, -1.4, 100)
+    m = measured(100, comprehension=np.stack([d, np.zeros(100)]))
+    spread = group(m, "all").spread
+
+    def said(tau):
+        return find(diagnosis(m, tau=tau, suggested_tau=suggested_tau(m), temperatures=temperatures(m, tau)))
+
+    (found,) = (finding for finding in said(spread) if finding.title.startswith("τ is"))
+    assert found.level == "problem"
+    assert "nearly DPO" not in found.detail
+    assert "max_weight_ratio" in found.detail
+    advised = float(re.search(r"--tau ([\d.]+), at which 95 % stay within 50", found.detail)[1])
+    # Softmax weights differ by exp(|d| / τ).
+    assert 40 < np.exp(np.quantile(abs(d), 0.95) / advised) <= 50
+    assert f"At τ = {advised:g} 95 % of the pairs" in titles(said(advised), "fine")
+    (large,) = (finding for finding in said(5.0) if finding.title.startswith("τ is"))
+    assert (large.level, "nearly DPO" in large.detail) == ("notice", True)
 
 
 def test_a_tau_far_below_the_spread_gives_numbers_that_json_has():

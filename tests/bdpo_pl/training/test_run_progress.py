@@ -1,21 +1,24 @@
 """A run's progress, in a log and in a terminal of 80 columns."""
 
+import math
 import re
 import warnings
 from io import StringIO
 
 import pytest
+import torch
 from rich.console import Console
 
+from bdpo_pl.losses import BalancedDPOLoss, DPOLoss
 from bdpo_pl.training import run_progress
 from bdpo_pl.training.run_progress import RunProgress
 
 
 @pytest.fixture
 def run(job):
-    def train(**trainer):
+    def train(loss=None, **trainer):
         options = {"enable_progress_bar": True, "callbacks": [RunProgress()], **trainer}
-        built, module, data = job(trainer=options)
+        built, module, data = job(trainer=options, loss=loss or BalancedDPOLoss())
         built.fit(module, data)
         return module
 
@@ -61,6 +64,21 @@ def test_validations_between_which_nothing_is_trained_are_warned_of(run):
         run(accumulate_grad_batches=4, val_check_interval=4)
         run(accumulate_grad_batches=8, val_check_interval=0.25, limit_val_batches=0)
         run(accumulate_grad_batches=8, check_val_every_n_epoch=None, val_check_interval=8)
+
+
+def test_balance_weights_that_leave_a_response_untrained_are_warned_of(run):
+    module = run(max_epochs=2)
+    chosen, rejected = module.reference.scores("train", torch.arange(32)).comprehension.double()
+    size = (chosen - rejected).abs().sort().values
+    # So small a τ that one pair in ten has weights of more than 100 to 1.
+    tau = size[28].item() / math.log(101)
+    with pytest.warns(UserWarning, match=r"in 5 % of the training pairs .* weight of the other.*max_weight_ratio"):
+        run(BalancedDPOLoss(tau=tau), max_epochs=2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="in 5 % of the training pairs")
+        run(BalancedDPOLoss(tau=tau, max_weight_ratio=20.0), max_epochs=2)
+        run(BalancedDPOLoss(tau=size[-1].item() / math.log(49)), max_epochs=2)
+        run(DPOLoss(), max_epochs=2)
 
 
 def test_a_bar_fits_80_columns(run, monkeypatch):
