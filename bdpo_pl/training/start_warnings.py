@@ -62,6 +62,6 @@ def _warn_of_extreme_weights(module: L.LightningModule) -> None:
     if high > EXTREME_RATIO:
         rank_zero_warn(
             f"in 5 % of the training pairs one response gets more than {ratio(high)} times the weight of the other, in "
-            f"half of them more than {ratio(median)} times, so that the other is hardly trained; raise model.loss.tau, or "
+            f"half of them more than {ratio(median)} times, and the other is hardly trained; raise model.loss.tau, or "
             "set model.loss.max_weight_ratio. `diagnose` shows what each τ makes of these pairs"
         )
