@@ -215,14 +215,19 @@ def enable_activation_checkpointing(model: CausalLM) -> None:
         raise InputError(f"model.gradient_checkpointing: {error}") from error
 
 
+def check_backend(backend: str) -> None:
+    """Raise `InputError` if `torch.compile` has no such backend."""
+    if backend not in (known := torch.compiler.list_backends(exclude_tags=())):
+        raise InputError(f"model.compile: there is no backend {backend!r}; choose one of {', '.join(known)}")
+
+
 def compile_layers(model: CausalLM, backend: str) -> None:
     """Compile each decoder layer: one compilation serves all, and hooks around the LM head are not compiled.
 
     Raises:
         InputError: there is no such backend, or the layers of the model are not recognised.
     """
-    if backend not in (known := torch.compiler.list_backends(exclude_tags=())):
-        raise InputError(f"model.compile: there is no backend {backend!r}; choose one of {', '.join(known)}")
+    check_backend(backend)
     layers = decoder_layers(model)
     if layers is None:
         raise InputError(f"model.compile: the layers of {type(model).__name__} are not recognised; leave it unset")

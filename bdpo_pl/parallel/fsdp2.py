@@ -91,14 +91,34 @@ class ShardedStrategy(ModelParallelStrategy):
         )
 
     @property
+    def tensor_parallel_size(self) -> int:
+        """Number of devices that share a layer."""
+        return int(self._tensor_parallel_size)
+
+    @property
     def splits_layers(self) -> bool:
         """True if devices share each layer, by tensor parallelism."""
-        return int(self._tensor_parallel_size) > 1
+        return self.tensor_parallel_size > 1
 
     @property
     def saves_parts(self) -> bool:
         """True if each rank writes a file of its own."""
         return bool(self._save_distributed_checkpoint)
+
+    def check_sizes(self, devices: int) -> None:
+        """Raise `InputError` if so many `devices` do not make whole groups of the requested sizes."""
+        for name in ("tensor_parallel_size", "context_parallel_size"):
+            if devices % (size := getattr(self, name)):
+                raise InputError(
+                    f"{name} is {size}, which does not divide the {devices} devices; set it to a divisor of them, or "
+                    "to 1"
+                )
+        groups = devices // self.tensor_parallel_size
+        if self._data_parallel_size not in ("auto", groups):
+            raise InputError(
+                f"data_parallel_size is {self._data_parallel_size}, but {devices} devices in groups of "
+                f"{self.tensor_parallel_size} make {groups}; leave it out"
+            )
 
     def setup_environment(self) -> None:
         """Count the groups, now that the number of devices is known, and let the ranks of a group share rows."""
@@ -106,18 +126,9 @@ class ShardedStrategy(ModelParallelStrategy):
             check_cpu_offload(self.root_device.type, str(self.precision_plugin.precision))
             self._process_group_backend = backend_for(self._process_group_backend, self.root_device.type)
         size, devices = self.context_parallel_size, self.num_nodes * self.num_processes
+        self.check_sizes(devices)
         if self._data_parallel_size == "auto":
-            groups, rest = divmod(devices, int(self._tensor_parallel_size))
-            if rest:
-                raise InputError(
-                    f"tensor_parallel_size is {self._tensor_parallel_size}, which does not divide the {devices} devices"
-                )
-            self._data_parallel_size = groups
-        if devices % size:
-            raise InputError(
-                f"context_parallel_size is {size}, which does not divide the {devices} devices; set it to a divisor of "
-                "them, or to 1"
-            )
+            self._data_parallel_size = devices // self.tensor_parallel_size
         super().setup_environment()
         if size > 1:
             mesh = init_device_mesh(
@@ -211,9 +222,7 @@ def build_sharded(
     config = load_config(source)
     data, tensor = mesh[DATA], mesh[TENSOR]
     if tensor.size() > 1:
-        check_tensor_parallel(config, tensor.size(), source.name)
-        if lora is not None:
-            raise InputError("model.lora works with FSDP2, not with tensor parallelism; set tensor_parallel_size to 1")
+        check_tensor_parallel(config, tensor.size(), source.name, adapted=lora is not None)
     with torch.device("meta"):
         model = model_class(source, config, dtype)
     model.config.use_cache = False

@@ -35,8 +35,10 @@ _NORM_OF_HEADS = "replicated_with_grad_allreduce"
 _LAYERS = "layers.*."
 
 
-def check_tensor_parallel(config: ModelConfig, size: int, name: str) -> None:
-    """Raise `InputError` unless a model of `config` can be split over `size` ranks."""
+def check_tensor_parallel(config: ModelConfig, size: int, name: str, *, adapted: bool = False) -> None:
+    """Raise `InputError` unless a model of `config` can be split over `size` ranks; adapters cannot."""
+    if adapted:
+        raise InputError("model.lora works with FSDP2, not with tensor parallelism; set tensor_parallel_size to 1")
     if config.model_type not in ARCHITECTURES:
         raise InputError(
             f"tensor_parallel_size is {size}, but {name} is a {config.model_type} model, and only "

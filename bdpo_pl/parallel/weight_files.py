@@ -21,6 +21,15 @@ _INDEX = "model.safetensors.index.json"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
+def check_parts(name: str) -> None:
+    """Raise `InputError` if the model `name` is a GGUF file, of which no part can be read alone."""
+    if gguf_file(name) is not None:
+        raise InputError(
+            f"{name} is a GGUF file, which cannot be read in parts; train it with ddp or on one device, or "
+            "load it with transformers, save it with save_pretrained, and name that folder"
+        )
+
+
 class WeightFiles:
     """The tensors of a model folder, as a context manager that holds the files open.
 
@@ -59,11 +68,7 @@ class WeightFiles:
             InputError: the folder has no valid files, or the hub cannot be reached.
         """
         check_folder(source.name)
-        if gguf_file(source.name) is not None:
-            raise InputError(
-                f"{source.name} is a GGUF file, which cannot be read in parts; train it with ddp or on one device, or "
-                "load it with transformers, save it with save_pretrained, and name that folder"
-            )
+        check_parts(source.name)
         folder = Path(source.name).expanduser()
         if not folder.is_dir():
             from huggingface_hub import snapshot_download

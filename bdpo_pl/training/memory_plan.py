@@ -18,21 +18,16 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.strategies import ModelParallelStrategy
 from rich.table import Table
 
 from bdpo_pl.data.packing import SequenceBatch
 from bdpo_pl.data.stripes import stripe_of
 from bdpo_pl.data.table import PairTable
-from bdpo_pl.models.activation_offloading import check_activation_offloading
 from bdpo_pl.models.adapters import LoraOptions
 from bdpo_pl.models.causal_lm import ModelConfig
 from bdpo_pl.models.loading import ModelSource, load_config, num_positions, resolve_dtype
 from bdpo_pl.models.precision import autocast_dtype
-from bdpo_pl.parallel.context_parallel import check_context_parallel
-from bdpo_pl.parallel.cpu_offload import check_cpu_offload
-from bdpo_pl.parallel.tensor_parallel import check_tensor_parallel
 from bdpo_pl.training.datamodule import PreferenceDataModule
 from bdpo_pl.training.module import PreferenceModule
 from bdpo_pl.training.optimizer_state import state_bytes
@@ -41,6 +36,7 @@ from bdpo_pl.training.planned_activations import plan_activations, plan_logits
 from bdpo_pl.training.planned_batches import longest_batch, worst_batch
 from bdpo_pl.training.planned_host import HostMemory
 from bdpo_pl.training.planned_reference import HostReference, plan_host, plan_offloaded_reference, plan_reference
+from bdpo_pl.training.start_checks import device_kind
 
 # bitsandbytes' nf4 with double quantisation: 4 bits per weight, and 0.127 for its scales (arXiv:2305.14314).
 _NF4_BYTES = (4 + 0.127) / 8
@@ -222,28 +218,21 @@ def planned(
         lora: options of the adapters. Default: as in `module`.
 
     Raises:
-        InputError: there is no such model, or something would be kept on the host that is there anyway.
+        InputError: there is no such model. Options that contradict each other are found by `check_start`.
     """
     strategy = trainer.strategy
     if cpu_offload is None:
         cpu_offload = bool(getattr(strategy, "cpu_offload", False))
-        if cpu_offload:
-            check_cpu_offload(_kind(trainer), str(trainer.precision))
     if activation_offloading is None:
         activation_offloading = module.activation_offloading
-        if activation_offloading:
-            check_activation_offloading(_kind(trainer), module.compile_backend is not None)
     sharded = isinstance(strategy, ModelParallelStrategy) or cpu_offload
     world = trainer.num_nodes * trainer.num_devices
     asked = getattr(strategy, "_tensor_parallel_size", 1)
     # In Lightning, `auto` means all devices of a node.
     tensor = (trainer.num_devices if asked == "auto" else int(asked)) if sharded else 1
-    devices = Devices(max(1, world // tensor), tensor, sharded, _kind(trainer), cpu_offload)
+    devices = Devices(max(1, world // tensor), tensor, sharded, device_kind(trainer), cpu_offload)
     config = load_config(module.source)
-    if tensor > 1:
-        check_tensor_parallel(config, tensor, module.source.name)
     sharing = int(getattr(strategy, "context_parallel_size", 1))
-    check_context_parallel(config, sharing, module.source.name)
     window = data.max_length or min(data.truncation.max_length, num_positions(config) or data.truncation.max_length)
     shared = module.prefix_sharing != "never"
     if pairs is None:
@@ -285,7 +274,3 @@ def planned(
     elif not own and not sharded and trainer.num_devices > 1:
         host = plan_host(source, dtype, products, trainer.num_devices)
     return dataclasses.replace(plan, reference=reference, live=live, host=host, offloaded=offloaded)
-
-
-def _kind(trainer: L.Trainer) -> str:
-    return "cuda" if isinstance(trainer.accelerator, CUDAAccelerator) else "cpu"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,12 +17,14 @@ from rich.table import Table
 
 from bdpo_pl.console import get_console
 from bdpo_pl.data.table import PairTable
+from bdpo_pl.errors import InputError
 from bdpo_pl.models.adapters import LoraOptions
 from bdpo_pl.parallel.fsdp2 import ShardedStrategy
 from bdpo_pl.reporting.format import size
 from bdpo_pl.training.datamodule import PreferenceDataModule
 from bdpo_pl.training.memory_plan import planned
 from bdpo_pl.training.module import PreferenceModule
+from bdpo_pl.training.start_checks import check_start
 
 _USABLE = 0.9
 """Share of a device's memory that a plan may use; the allocator and the process need the rest."""
@@ -52,7 +55,11 @@ def dry_run(trainer: L.Trainer, module: PreferenceModule, data: PreferenceDataMo
         module: module of the run.
         data: data module of the run.
         reads_data: read the pairs, and use their lengths.
+
+    Raises:
+        InputError: the run itself would refuse its options at its start.
     """
+    check_start(module, trainer, data.max_length)
     longest = None
     if reads_data:
         loss = module.loss
@@ -160,11 +167,24 @@ def alternatives(
     if not module.gradient_checkpointing:
         yield "--model.gradient_checkpointing true", peak(gradient_checkpointing=True)
     yield from _on_the_host(trainer, module, peak)
-    if module.lora is None:
+    if _can_be_adapted(trainer, module):
         yield "--model.lora.r 16", peak(lora=LoraOptions())
         if not module.gradient_checkpointing:
             both = peak(lora=LoraOptions(), gradient_checkpointing=True)
             yield "--model.lora.r 16 --model.gradient_checkpointing true", both
+
+
+def _can_be_adapted(trainer: L.Trainer, module: PreferenceModule) -> bool:
+    """Return true if this run could train adapters instead of all weights."""
+    if module.lora is not None:
+        return False
+    adapted = copy.copy(module)
+    adapted.lora = LoraOptions()
+    try:
+        check_start(adapted, trainer, None)
+    except InputError:
+        return False
+    return True
 
 
 def _on_the_host(trainer: L.Trainer, module: PreferenceModule, peak: _Peak) -> Iterator[tuple[str, int]]:
@@ -234,6 +254,8 @@ class WarnsOfMemory(L.Callback):
         if stage != "fit":
             return
         assert isinstance(pl_module, PreferenceModule)
+        # On every rank, before the pairs are read.
+        check_start(pl_module, trainer, trainer.datamodule.max_length)  # type: ignore[attr-defined]
         splits = pl_module.read_pairs()
         if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
             return

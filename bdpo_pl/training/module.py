@@ -19,7 +19,7 @@ from bdpo_pl.errors import InputError
 from bdpo_pl.forward.fused_loss import LMHead
 from bdpo_pl.forward.prefix_sharing import PrefixSharing, choose_layout
 from bdpo_pl.forward.responses import response_logps
-from bdpo_pl.forward.router_loss import balancing_loss, check_router, routed
+from bdpo_pl.forward.router_loss import balancing_loss, routed
 from bdpo_pl.losses import BalancedDPOLoss, PairScores, PreferenceLoss
 from bdpo_pl.models.adapters import LoraOptions, attach_adapters, quantization_config
 from bdpo_pl.models.before_training import BeforeTraining
@@ -28,7 +28,6 @@ from bdpo_pl.models.loading import (
     DTypeName,
     ModelSource,
     check_vocabulary,
-    check_window,
     load_config,
     load_model,
     resolve_dtype,
@@ -44,10 +43,11 @@ from bdpo_pl.training.checkpointed import CheckpointedModule
 from bdpo_pl.training.datamodule import PreferenceDataModule
 from bdpo_pl.training.guards import check_first_loss, check_weights, require_finite_loss, say_unscored
 from bdpo_pl.training.metrics import pair_metrics
-from bdpo_pl.training.optim import LRSchedule, adamw, check_optimizer, make_optimizer, with_schedule
+from bdpo_pl.training.optim import LRSchedule, adamw, make_optimizer, with_schedule
 from bdpo_pl.training.policy import build_policy
-from bdpo_pl.training.reader import PolicyReader, check_options
+from bdpo_pl.training.reader import PolicyReader
 from bdpo_pl.training.schedule_free import at_average
+from bdpo_pl.training.start_checks import check_start
 from bdpo_pl.training.steps import pair_scores
 
 
@@ -159,26 +159,19 @@ class PreferenceModule(CheckpointedModule):
 
     def setup(self, stage: str) -> None:
         """Read the pairs, check that model, data and loss fit together, and score the pairs."""
+        check_start(self, self.trainer, self._data().max_length)
         splits = self.read_pairs()
         self.watch(splits.validation, splits.monitored)
         self._machine = machine = Machine.of(self.trainer)
         check_weights(self.loss, splits.tables["train"].weights)
         config = load_config(self.source)
-        check_window(config, splits.truncation.max_length, self.source.name)
         largest = [splits.pad_id, *(table.largest_id for table in splits.tables.values())]
         check_vocabulary(config, largest, self.source.name)
-        check_router(config, self.router_aux_loss, self.source.name)
-        check_options(self, self.trainer)
         if self.reference_source != self.source:
             check_vocabulary(load_config(self.reference_source), largest, self.reference_source.name)
         if self.reference is None:
             self.reference = self.make_reference(self.reference_mode, machine.precision)
             say_unscored(self.loss, self.reference_mode)
-        check_optimizer(self.optimizer, self.lr_schedule, self.trainer.strategy)
-        self.reference.check_machine(machine)
-        self.reference.check_fits(self.loss)
-        self.sync.check_fits(machine, self.reference_mode, self.own_reference, self.lora is not None)
-        self.reestimation.check_fits(machine, self.loss, self.scoring)
         self.reference.prepare(machine, splits, self.loss)
 
     def make_reference(self, mode: ReferenceMode, precision: str) -> Reference:

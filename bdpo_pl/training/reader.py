@@ -4,49 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
 
 import lightning as L
-from lightning.pytorch.strategies import ModelParallelStrategy
 
 from bdpo_pl.data.batches import PreferenceBatch
 from bdpo_pl.data.packing import RowLayout, lay_out
 from bdpo_pl.data.splits import PreferenceSplits
-from bdpo_pl.errors import InputError
 from bdpo_pl.forward.context_parts import check_reading, logps_together, short_documents
 from bdpo_pl.forward.fused_loss import LMHead, choose_head
 from bdpo_pl.forward.prefix_sharing import probe_documents
 from bdpo_pl.losses import PairScores, PreferenceLoss
-from bdpo_pl.models.activation_offloading import check_activation_offloading
 from bdpo_pl.models.causal_lm import CausalLM
-from bdpo_pl.models.loading import ModelSource, load_config
 from bdpo_pl.models.precision import device_of
-from bdpo_pl.parallel.context_parallel import ContextGroup, check_context_parallel
+from bdpo_pl.parallel.context_parallel import ContextGroup
 from bdpo_pl.parallel.ranks import context_group
-from bdpo_pl.scoring.reference import ReferenceMode
 from bdpo_pl.training.steps import Losses, fused_losses, plain_losses
-
-
-class Options(Protocol):
-    """Options of a module that matter if ranks share rows, or if activations are moved.
-
-    Attributes:
-        source: policy.
-        activation_offloading: move activations to the host's memory until the backward pass.
-        compile_backend: backend for `torch.compile`; None: not compiled.
-        quantization: name of the quantisation of the frozen weights, if any.
-        router_aux_loss: coefficient of the loss that balances experts.
-        reference_mode: use of the reference.
-    """
-
-    source: ModelSource
-    activation_offloading: bool
-    compile_backend: str | None
-    router_aux_loss: float
-    reference_mode: ReferenceMode
-
-    @property
-    def quantization(self) -> str | None: ...  # noqa: D102
 
 
 class PolicyReader:
@@ -98,28 +70,3 @@ class PolicyReader:
             read = partial(logps_together, context=self._context, fused=fused)
             return plain_losses(policy, loss, batch, scores, read)
         return (fused_losses if fused else plain_losses)(policy, loss, batch, scores)
-
-
-def check_options(module: Options, trainer: L.Trainer) -> None:
-    """Raise `InputError` if an option of `module` has no effect here, or is not made for how ranks share work."""
-    if module.activation_offloading:
-        kind = trainer.strategy.root_device.type
-        check_activation_offloading(kind, module.compile_backend is not None)
-    if module.quantization is not None and isinstance(trainer.strategy, ModelParallelStrategy):
-        raise InputError(
-            f"model.lora.quantize is {module.quantization}, and quantised weights are not split by "
-            f"{type(trainer.strategy).__name__}; set it to none, or trainer.strategy to ddp"
-        )
-    if (context := context_group(trainer)) is None:
-        return
-    check_context_parallel(load_config(module.source), context.size, module.source.name)
-    for given, option, remedy in (
-        (module.compile_backend is not None, "model.compile", "leave it out"),
-        (module.router_aux_loss > 0, "model.router_aux_loss", "set it to 0"),
-        (module.reference_mode == "live", "model.reference_mode live", "set it to precomputed"),
-    ):
-        if given:
-            raise InputError(
-                f"{option} does not work with trainer.strategy.context_parallel_size {context.size}, whose ranks share "
-                f"the rows of a batch; {remedy}, or set context_parallel_size to 1"
-            )

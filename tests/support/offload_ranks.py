@@ -144,7 +144,10 @@ def runs_on_cpus(rank, folder):
         plain = train(folder, f"fsdp2{kind}", 2, trainer=one_epoch, **options)
         keep(rank, folder, f"fsdp2{kind}", plain)
         name = f"offload{kind}"
-        with mock.patch("bdpo_pl.parallel.fsdp2.check_cpu_offload"):
+        with (
+            mock.patch("bdpo_pl.parallel.fsdp2.check_cpu_offload"),
+            mock.patch("bdpo_pl.training.start_checks.check_cpu_offload"),
+        ):
             result = train(folder, name, 2, trainer=one_epoch, callbacks=[every_step(folder, name)], **options)
             keep(rank, folder, name, result)
             assert {parameter.offload_to_cpu for parameter in parameters_of_fsdp(result[2].policy)} == {True}

@@ -169,7 +169,7 @@ def test_nothing_is_moved_without_gradients(moved):
 
 def test_run_ends_in_the_same_bits(job, moved, monkeypatch):
     plain = weights(fit(job(trainer={"max_steps": 3})))
-    monkeypatch.setattr("bdpo_pl.training.reader.check_activation_offloading", lambda *_: None)
+    monkeypatch.setattr("bdpo_pl.training.start_checks.check_activation_offloading", lambda *_: None)
     offloaded = weights(fit(job("other", trainer={"max_steps": 3}, activation_offloading=True)))
     assert moved
     assert same(plain, offloaded)

@@ -6,8 +6,6 @@ its copies from the host to the device are of a CPU to itself. What a real GPU d
 takes, is tested nowhere.
 """
 
-from types import SimpleNamespace
-
 import offload_ranks
 import pytest
 import torch
@@ -19,7 +17,6 @@ from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 from bdpo_pl.errors import InputError
 from bdpo_pl.parallel.cpu_offload import backend_for, check_cpu_offload, offload_policy
 from bdpo_pl.parallel.fsdp2 import ShardedStrategy
-from bdpo_pl.training.reader import check_options
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +79,3 @@ def test_what_it_does_not_work_with_is_refused():
     check_cpu_offload("cuda", "bf16-mixed")
     with pytest.raises(InputError, match="tensor_parallel_size is 2; set it to 1, or leave cpu_offload out"):
         ShardedStrategy(tensor_parallel_size=2, cpu_offload=True)
-
-
-def test_quantised_weights_are_not_split():
-    trainer = SimpleNamespace(strategy=ShardedStrategy())
-    module = SimpleNamespace(activation_offloading=False, quantization="nf4")
-    with pytest.raises(InputError, match=r"not split by ShardedStrategy; set it to none, or trainer\.strategy to ddp"):
-        check_options(module, trainer)

@@ -14,7 +14,7 @@ from training import adamw
 from bdpo_pl.models import activation_offloading
 from bdpo_pl.models.adapters import LoraOptions
 from bdpo_pl.models.loading import ModelSource
-from bdpo_pl.training import memory_plan, memory_report
+from bdpo_pl.training import memory_report, start_checks
 from bdpo_pl.training.memory_plan import plan_memory
 from bdpo_pl.training.memory_report import host_verdict
 from bdpo_pl.training.parameter_counts import Devices
@@ -163,7 +163,7 @@ def test_what_would_do_nothing_is_refused_without_a_gpu(dry_run, capsys, options
 
 def test_dry_run_for_gpus_says_what_the_host_would_save(dry_run, monkeypatch):
     """With a CPU that is taken for a GPU, where the plan asks for the kind of device."""
-    for module in (memory_plan, memory_report):
+    for module in (start_checks, memory_report):
         monkeypatch.setattr(module, "CUDAAccelerator", CPUAccelerator)
     monkeypatch.setattr(activation_offloading, "MIN_BYTES", 2**12)
     monkeypatch.setattr(memory_report, "device_memory", lambda trainer: 10**9)
