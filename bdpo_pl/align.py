@@ -186,7 +186,7 @@ def write_page(plan: Plan) -> Path:
 
     run = _newest(plan.folder, "report.html")
     page = Page("Alignment", f"{Path(plan.model).name} on {Path(plan.data).name}")
-    reports = {"diagnosis/report.html": "The pairs, as the model rates them before training"}
+    reports = {"diagnosis/report.html": "The training data, as the model rates them before training"}
     if run is not None:
         reports[str(run.relative_to(plan.folder))] = "The training run: curves, settings, environment"
     reports["evaluation/report.html"] = "Safety before and after"

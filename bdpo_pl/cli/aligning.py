@@ -87,6 +87,7 @@ def _align(cli: FitCLI, checkpoint: str | None, start: float, upload: HubUpload 
     pairs = next(iter(sets.values()), None)
     results = module.evaluations, module.global_step, probe.before, probe.after
     counted: Any = {"errors": module.errors, "pairs": pairs, "prompts": probe.counts, "sets": sets}
+    counted["single"] = single = module.loss.needs_labels
     rows = summary_rows(*results, **counted)
     card = describe(trainer, module, data, rows, bool(probe.suites))
     paths = {"report of the run": folder / "report.html", "configuration": folder / "config.yaml"}
@@ -107,14 +108,15 @@ def _align(cli: FitCLI, checkpoint: str | None, start: float, upload: HubUpload 
         if isinstance(logger, CSVLogger):
             logger.save()
     step_first(paths["metrics"])
-    said = remarks(module.evaluations, pairs, bool(probe.suites))
+    said = remarks(module.evaluations, pairs, bool(probe.suites), single)
     (folder / "summary.json").write_text(json.dumps({"rows": rows, "said": said}, ensure_ascii=False), encoding="utf-8")
     taken = time.perf_counter() - start
     curves = read_curves(paths["metrics"])
     device = str(trainer.strategy.root_device)
     title = f"{card.base}, {card.loss}"
     completions = read_rows(folder) if sampled.num_prompts else []
-    page = run_page(title, card.facts, rows, said, curves, device, taken, list(sets), completions, sampled.show_texts)
+    shown = (list(sets), completions, sampled.show_texts, single)
+    page = run_page(title, card.facts, rows, said, curves, device, taken, *shown)
     page.write(folder / "report.html")
     console = get_console()
     console.print(summary_table(*results, **counted))

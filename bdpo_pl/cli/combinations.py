@@ -135,6 +135,8 @@ def logged_names(module: PreferenceModule, config: Namespace, probe: SafetyProbe
         values -= {"drift_chosen", "drift_rejected"}
     if module.reference_mode == "none" or not module.scoring.comprehension:
         values -= {"comprehension_chosen", "comprehension_rejected"}
+    if module.loss.needs_labels:
+        values -= {"logp_accuracy"}
     splits = {"train"}
     if config.data.held_out is not None or config.data.held_out_fraction > 0:
         splits |= {HELD_OUT} | ({"train_probe"} if config.data.train_probe else set())

@@ -116,6 +116,7 @@ def load_pairs(
     report.lengths(table)
     report.weights(table)
     if table.desirable is not None:
+        report.unit = "answers"
         report.note("good answers", int(table.desirable.sum()))
         report.note("bad answers", int((~table.desirable).sum()))
     swapped, conflicting = contradictions(table)

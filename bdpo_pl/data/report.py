@@ -31,6 +31,7 @@ class DataReport:
         files_left_out: unread files in the source's folder.
         templated: number of rows rendered with the chat template.
         label: name of the held-out set, if it has one.
+        unit: name of what is kept, pairs or single answers.
     """
 
     name: str
@@ -42,6 +43,7 @@ class DataReport:
     files_left_out: list[str] = field(default_factory=list)
     templated: int = 0
     label: str = ""
+    unit: str = "pairs"
 
     def drop(self, reason: str, place: str) -> None:
         """Count one dropped row."""
@@ -133,7 +135,9 @@ def report_table(reports: Sequence[DataReport]) -> Table:
     for report in reports:
         table.add_section()
         table.add_row(
-            f"[bold]{report.title}[/bold]", f"{report.kept:,} pairs", f"of {report.read:,} rows in {report.source}"
+            f"[bold]{report.title}[/bold]",
+            f"{report.kept:,} {report.unit}",
+            f"of {report.read:,} rows in {report.source}",
         )
         for reason, places in report.dropped.items():
             examples = "; ".join(place.removeprefix(f"{report.source}, ") for place in places[:_EXAMPLES])

@@ -41,7 +41,8 @@ def pair_metrics(loss: PreferenceLoss, policy: Tensor, scores: PairScores, losse
     - logp_*: log π_θ(y|x); drift_*: log π_θ(y|x) − log π_ref(y|x), if there are reference scores. A falling
       drift_chosen shows that the policy unlearns the chosen response along with the rejected one.
     - logp_accuracy: 1 if log π_θ(y|x)/|y| of the chosen is above that of the rejected, ½ for a tie. It is the model's
-      own preference, without a reference; before training, the base model's.
+      own preference, without a reference; before training, the base model's. Not of single answers, beside which
+      stands an answer to another prompt.
     - weight_*: balance weights; imbalance: |w_w − w_l|. comprehension_*: by the loss's estimator.
 
     Args:
@@ -50,13 +51,10 @@ def pair_metrics(loss: PreferenceLoss, policy: Tensor, scores: PairScores, losse
         scores: known scores and lengths of the pairs.
         losses: (B,) loss of each pair.
     """
-    per_token = scores.mean_logps(policy[0], policy[1])
-    values = {
-        "loss": losses,
-        "logp_chosen": policy[0],
-        "logp_rejected": policy[1],
-        "logp_accuracy": 0.5 * (1.0 + (per_token[0] - per_token[1]).sign()),
-    }
+    values = {"loss": losses, "logp_chosen": policy[0], "logp_rejected": policy[1]}
+    if scores.desirable is None:
+        per_token = scores.mean_logps(policy[0], policy[1])
+        values["logp_accuracy"] = 0.5 * (1.0 + (per_token[0] - per_token[1]).sign())
     if (rewards := loss.rewards(policy[0], policy[1], scores)) is not None:
         chosen, rejected = rewards
         margin = chosen - rejected

@@ -14,6 +14,7 @@ from bdpo_pl.losses import PreferenceLoss
 from bdpo_pl.parallel.ranks import data_ranks
 from bdpo_pl.training.datamodule import PreferenceDataModule
 from bdpo_pl.training.module import PreferenceModule
+from bdpo_pl.training.single_words import worded
 from bdpo_pl.training.summary import FEW_PAIRS
 
 _TEMPLATES = Environment(  # noqa: S701 - Markdown, whose cells are escaped below
@@ -34,6 +35,7 @@ class ModelCard:
         pairs: number of held-out pairs; None without held-out pairs.
         safety: true if refusals were measured.
         adapter: true if the folder contains only adapters.
+        unit: name of what was trained on, pairs or answers.
     """
 
     base: str
@@ -44,6 +46,7 @@ class ModelCard:
     pairs: int | None
     safety: bool
     adapter: bool = False
+    unit: str = "pairs"
 
     def text(self) -> str:
         """Return the card as Markdown."""
@@ -55,6 +58,7 @@ class ModelCard:
             facts={name: _cell(value) for name, value in self.facts.items()},
             rows=[[_cell(cell) for cell in row] for row in self.rows],
             pairs=self.pairs,
+            unit=self.unit,
             few=self.pairs is not None and self.pairs < FEW_PAIRS,
             safety=self.safety,
             adapter=self.adapter,
@@ -85,21 +89,24 @@ def describe(
     name = module.source.name
     held_out = data.tables.get("held_out")
     base = Path(name).name if Path(name).exists() else name
-    loss = settings_of(module.loss)
+    loss, single = settings_of(module.loss), module.loss.needs_labels
     return ModelCard(
         base,
         None if Path(name).exists() else name,
         loss,
         {
             "base model": base + (f", revision {module.source.revision}" if module.source.revision else ""),
-            "training pairs": f"{len(data.tables['train']):,} of {_source(data.train_source)}",
-            "held-out pairs": ", ".join(f"{n} {size:,}".strip() for n, size in module.splits.held_out_pairs.items())
+            worded("training pairs", single): f"{len(data.tables['train']):,} of {_source(data.train_source)}",
+            worded("held-out pairs", single): ", ".join(
+                f"{n} {size:,}".strip() for n, size in module.splits.held_out_pairs.items()
+            )
             or "none",
             **run_settings(trainer, module, data),
         },
         rows,
         None if held_out is None else len(held_out),
         safety,
+        unit="answers" if single else "pairs",
     )
 
 

@@ -16,6 +16,7 @@ from bdpo_pl.data.held_out import HELD_OUT
 from bdpo_pl.reporting import Finding, Line, Page, Section, Table, line_chart
 from bdpo_pl.training.completions_file import Row
 from bdpo_pl.training.completions_section import add_completions
+from bdpo_pl.training.single_words import worded
 
 _CURVES: tuple[tuple[str, str, tuple[tuple[str, str], ...], str], ...] = (
     (
@@ -92,6 +93,7 @@ def run_page(
     sets: Sequence[str] = (),
     completions: Sequence[Row] = (),
     shows_texts: bool = False,
+    single: bool = False,
 ) -> Page:
     """Build the report.
 
@@ -106,13 +108,14 @@ def run_page(
         sets: names of the held-out sets, the monitored one first.
         completions: sample completions.
         shows_texts: include texts of the completions, with a warning.
+        single: true if the run trains on single answers with a label.
     """
     page = Page("Training run", title, settings)
     levels = {"warning": "problem", "notice": "notice"}
     page.findings([Finding(levels.get(level, "fine"), sentence) for level, sentence in said])  # type: ignore[arg-type]
     section = page.section("What changed")
     section.table(Table(["", "n", "before", "after"], [list(row) for row in rows], "With 95 % intervals"))
-    _curves(page.section("Curves", "By optimiser step."), curves, sets)
+    _curves(page.section("Curves", "By optimiser step."), curves, sets, single)
     add_completions(page, completions, shows_texts)
     facts = {
         "bdpo-pl": __version__,
@@ -130,16 +133,22 @@ def run_page(
 
 
 def _curves(
-    section: Section, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], sets: Sequence[str]
+    section: Section,
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    sets: Sequence[str],
+    single: bool,
 ) -> None:
     drawn = False
     for title, y_label, names, caption in _CURVES:
         metrics = [name.partition("/")[2] for _, name in names if name.startswith(f"{HELD_OUT}/")][:1]
         if title != "Drift from the reference":
             names += tuple((f"held-out, {one}", f"{HELD_OUT}/{one}/{metric}") for metric in metrics for one in sets[1:])
-        lines = {label: Line(*curves[name]) for label, name in names if len(curves.get(name, ((),))[0]) > 1}
+        lines = {
+            worded(label, single): Line(*curves[name]) for label, name in names if len(curves.get(name, ((),))[0]) > 1
+        }
         if lines:
-            section.figure(line_chart(title, lines, "optimiser step", y_label, caption=caption))
+            shown, y_shown, said = (worded(text, single) for text in (title, y_label, caption))
+            section.figure(line_chart(shown, lines, "optimiser step", y_shown, caption=said))
             drawn = True
     if not drawn:
         section.text("Too few steps were logged to draw a line; see trainer.log_every_n_steps.")

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from bdpo_pl.reporting.format import fixed, percent, signed, signed_percent, whole
 from bdpo_pl.statistics import wilson
+from bdpo_pl.training.single_words import worded
 
 FEW_PAIRS = 50
 """Number of held-out pairs below which a remark says that they are few."""
@@ -60,6 +61,7 @@ def summary_table(
     pairs: int | None = None,
     prompts: Mapping[str, int] | None = None,
     sets: Mapping[str, int] | None = None,
+    single: bool = False,
 ) -> Table:
     """Build the table of measures before and after training, with 95 % intervals; a dash means not measured.
 
@@ -72,12 +74,13 @@ def summary_table(
         pairs: number of held-out pairs.
         prompts: number of prompts of each refusal rate.
         sets: number of pairs of each held-out set by its name, the monitored one first.
+        single: true if pairs are single answers with a label.
     """
     table = Table(title="What changed, with 95 % intervals", title_justify="left")
     table.add_column("")
     for column in ("n", "before", "after"):
         table.add_column(column, justify="right")
-    counted: Any = {"errors": errors, "pairs": pairs, "prompts": prompts, "sets": sets}
+    counted: Any = {"errors": errors, "pairs": pairs, "prompts": prompts, "sets": sets, "single": single}
     rows = summary_rows(evaluations, final_step, rates_before, rates_after, **counted)
     for row in rows:
         table.add_row(*row)
@@ -96,6 +99,7 @@ def summary_rows(
     pairs: int | None = None,
     prompts: Mapping[str, int] | None = None,
     sets: Mapping[str, int] | None = None,
+    single: bool = False,
 ) -> list[list[str]]:
     """Return the cells of `summary_table`: measure, number, before and after; the arguments are the same."""
     rows = []
@@ -104,10 +108,10 @@ def summary_rows(
     monitored, *others = sets or {"": 0}
     shown = [
         (label.replace("held-out", f"held-out ({monitored})") if monitored else label, name, form, pairs)
-        for label, name, form in _HELD_OUT
+        for label, name, form in ((worded(label, single), name, form) for label, name, form in _HELD_OUT)
     ]
     shown += [
-        (f"{other}: {label}", f"held_out/{other}/{name}", form, (sets or {})[other])
+        (f"{other}: {worded(label, single)}", f"held_out/{other}/{name}", form, (sets or {})[other])
         for other in others
         for label, name, form in _FURTHER
     ]
@@ -123,7 +127,7 @@ def summary_rows(
 
 
 def remarks(
-    evaluations: Mapping[int, Mapping[str, float]], pairs: int | None, measures_safety: bool
+    evaluations: Mapping[int, Mapping[str, float]], pairs: int | None, measures_safety: bool, single: bool = False
 ) -> list[tuple[str, str]]:
     """Return remarks that a reader of the table needs: (level, sentence).
 
@@ -131,15 +135,17 @@ def remarks(
         evaluations: validation results by optimiser step.
         pairs: number of held-out pairs; None: none are held out.
         measures_safety: true if prompts were given to measure refusals.
+        single: true if pairs are single answers with a label.
     """
     said = []
-    before = evaluations.get(0, {})
+    before, unit = evaluations.get(0, {}), "answer" if single else "pair"
     if pairs is None:
-        said.append(("notice", "No pair was held out, so overfitting cannot be seen: set data.held_out_fraction."))
+        said.append(("notice", f"No {unit} was held out, so overfitting cannot be seen: set data.held_out_fraction."))
     elif pairs < FEW_PAIRS:
         said.append(
-            ("warning", f"Only {pairs} held-out pair{'s' * (pairs > 1)}: one pair more or less moves the accuracy by "
-             f"{percent(1 / pairs, 0)}. Conclude nothing from it; raise data.held_out_fraction, or give data.held_out.")
+            ("warning", f"Only {pairs} held-out {unit}{'s' * (pairs > 1)}: one {unit} more or less moves the accuracy "
+             f"by {percent(1 / pairs, 0)}. Conclude nothing from it; raise data.held_out_fraction, or give "
+             "data.held_out.")
         )  # fmt: skip
     if _is_by_definition(before, "held_out/accuracy"):
         own = before.get("held_out/logp_accuracy")

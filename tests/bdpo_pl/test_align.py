@@ -1,10 +1,13 @@
 """Diagnosis, training and evaluation in one command."""
 
+import html
 import json
 
 import pytest
+from makers import write_jsonl
+from transformers import AutoModelForCausalLM
 
-from bdpo_pl import align, fit
+from bdpo_pl import align, embedded, fit
 
 
 @pytest.fixture(autouse=True)
@@ -66,3 +69,34 @@ def test_the_whole_way_and_on_from_where_it_was_cut_off(model_dir, preference_fi
     with pytest.raises(SystemExit):
         align.main([*given, "--beta=0.5"])
     assert "holds another job (it differs in training)" in capsys.readouterr().err
+
+
+def test_the_whole_way_with_single_answers(tmp_path, capsys):
+    """Labelled answers of the embedded set, each to a prompt of its own, for its model."""
+    rows = []
+    for number, line in enumerate(embedded.TRAIN_FILE.read_text(encoding="utf-8").splitlines()[:40]):
+        pair = json.loads(line)
+        rows.append({"prompt": pair["prompt"], "completion": pair[("chosen", "rejected")[number % 2]]})
+        rows[-1]["label"] = number % 2 == 0
+    write_jsonl(tmp_path / "single.jsonl", rows)
+    given = ["embedded", "--data=single.jsonl", "--folder=out", "--model.loss=KTOLoss", "--max_steps=2", "--lr=1e-4"]
+    given += ["--data.held_out_fraction=0.2", "--trainer.accelerator=cpu", "--trainer.log_every_n_steps=1"]
+    align.main([*given, "--max_prompts=2", "--evaluate.generation.max_new_tokens=2"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "40 answers" in printed
+    assert "The labels are balanced" in printed
+    out = tmp_path / "out"
+    said = {path: path.read_text(encoding="utf-8") for path in (out / "report.html", out / "version_0" / "report.html")}
+    said[out] = printed[printed.index("What changed") :]
+    for text in said.values():
+        assert "held-out answers on their label's side" in html.unescape(text)
+        # An answer is compared with none to the same prompt.
+        for word in ("held-out pair", "preference accuracy", "the same by log-prob", "the chosen", "it prefers"):
+            assert word not in text
+    card = (out / "version_0" / "model" / "README.md").read_text(encoding="utf-8")
+    assert "| training answers | " in card
+    assert "held-out answers, with 95 % intervals" in card
+    columns = (out / "version_0" / "metrics.csv").read_text(encoding="utf-8").splitlines()[0]
+    assert "held_out/accuracy" in columns
+    assert "logp_accuracy" not in columns
+    assert AutoModelForCausalLM.from_pretrained(out / "version_0" / "model").num_parameters() > 1_000_000

@@ -5,6 +5,8 @@ from pathlib import Path
 from rich.console import Console
 
 from bdpo_pl.console import paths_table
+from bdpo_pl.training import run_report, summary
+from bdpo_pl.training.single_words import INSTEAD
 from bdpo_pl.training.summary import remarks, summary_table
 
 
@@ -67,3 +69,11 @@ def test_remarks_warn_of_few_pairs_of_definitions_and_of_safety_that_was_not_mea
 def test_only_paths_that_exist_are_listed(tmp_path):
     rows = printed(paths_table({"metrics": tmp_path, "aligned model": Path("nowhere")}))
     assert [row[0] for row in rows] == ["metrics"]
+
+
+def test_every_word_for_pairs_that_answers_replace_is_said_somewhere():
+    """Else a table that was worded anew would speak of pairs again."""
+    said = {label for label, _, _ in (*summary._HELD_OUT, *summary._FURTHER)}
+    for title, label, lines, caption in run_report._CURVES:
+        said |= {title, label, caption, *(name for name, _ in lines)}
+    assert INSTEAD.keys() <= said
