@@ -31,8 +31,13 @@ def add_completions(page: Page, rows: Sequence[Row], shows_texts: bool) -> None:
         steps = sorted({row.step for row in mine})
         at = np.linspace(0, len(steps) - 1, min(_MOST_STEPS, len(steps))).round().astype(int)
         body += [_line(split, steps[i], [row for row in mine if row.step == steps[i]]) for i in at.tolist()]
-    columns = ["prompts", "step", "n", "mean tokens", "ended by themselves", "refusals, by phrases"]
+    # Short, so that a narrow window shows the whole table.
+    columns = ["prompts", "step", "n", "tokens", "ended", "refused"]
     section.table(Table(columns, body, "Completions by optimiser step", "lrrrrr"))
+    section.text(
+        "Tokens: their mean. Ended: the share that ended by themselves, not at the limit. Refused: the share of "
+        "refusals, recognised by phrases."
+    )
     if not shows_texts:
         section.text("Texts are left out; --completions.show_texts true includes them.")
         return

@@ -2,14 +2,26 @@
 
 from browser import Browser
 
+from bdpo_pl.training.completions_file import Row
 from bdpo_pl.training.run_report import read_curves, run_page
 
 SAID = [("warning", "Only 3 held-out pairs."), ("note", "By definition."), ("notice", "No safety.")]
 
 
-def page(curves):
+def page(curves, **options):
     rows = [["held-out preference accuracy", "3", "by definition", "66.7% [20.8, 93.9]"]]
-    return run_page("SmolLM2, BalancedDPOLoss", {"optimiser": "AdamW"}, rows, SAID, curves, "cpu", 61.0)
+    return run_page("SmolLM2, BalancedDPOLoss", {"optimiser": "AdamW"}, rows, SAID, curves, "cpu", 61.0, **options)
+
+
+def completions():
+    """Of a held-out set and of a suite, with words, lines and code that are longer than a narrow window."""
+    wide = "x" * 300 + "\n" + "def f(): " + "return 1; " * 60 + "\n" + "<img src=http://example.invalid/a.png>"
+    place = "/a/folder/with/a/rather/long/name/" + "pairs" * 20 + ".jsonl:17"
+    held_out = [
+        Row(step, "held_out", place, wide, f"{wide} {step}", 12, step > 0, chosen=wide, rejected="no")
+        for step in range(0, 60, 3)
+    ]
+    return [*held_out, *(Row(step, "harmful", "h.csv:1", "p", f"no {step}", refused=step > 0) for step in (0, 57))]
 
 
 def test_curves_are_read_by_step_and_gaps_left_out(tmp_path):
@@ -35,3 +47,30 @@ def test_page_is_whole_at_any_width_in_light_and_dark(tmp_path):
                 assert (visit.complaints, visit.requests, visit.overflow, visit.nameless) == ([], [], 0, 0)
                 assert (len(visit.drawings), visit.sideways) == (5, 0)
     assert "Only 3 held-out pairs." in visit.text
+
+
+OPEN = "document.querySelectorAll('details').forEach(e => { e.open = true });"
+HIDDEN = """
+const wide = [...document.querySelectorAll('.scroll, details, pre')].filter(e => e.scrollWidth > e.clientWidth + 1);
+if (wide.length) throw new Error(`${wide.length} parts are wider than the window, first ${wide[0].outerHTML}`);
+"""
+
+
+def test_page_with_completions_is_whole_at_any_width_folded_and_open(tmp_path):
+    told = page({}, completions=completions(), shows_texts=True)
+    path = told.write(tmp_path / "report.html")
+    bare = page({}, completions=completions()).write(tmp_path / "bare.html")
+    with Browser(tmp_path / "profile") as browser:
+        for width in (1200, 420):
+            for dark in (False, True):
+                for script in (HIDDEN, OPEN + HIDDEN):
+                    visit = browser.visit(path, width=width, dark=dark, script=script)
+                    assert (visit.complaints, visit.requests, visit.overflow, visit.nameless) == ([], [], 0, 0)
+                    # Texts are unfolded by the reader, and all of each is there.
+                    assert ("policy after step 57, a refusal" in visit.text) == script.startswith(OPEN)
+                    assert ("return 1; " * 60 in visit.text) == script.startswith(OPEN)
+                visit = browser.visit(bare, width=width, dark=dark)
+                assert (visit.complaints, visit.requests, visit.overflow, visit.nameless) == ([], [], 0, 0)
+                assert "Texts are left out" in visit.text
+    assert "Completions by optimiser step" in visit.text
+    assert "Refused: the share of refusals" in visit.text
