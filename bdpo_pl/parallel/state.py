@@ -109,14 +109,17 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Return `optimizer.state_dict()` on rank 0 with every tensor whole and on the CPU.
 
-    The other ranks only contribute their parts.
+    The other ranks only contribute their parts. An optimiser whose state is no split tensors has the methods
+    `whole_values` and `part_values`, which take a parameter and its state.
     """
     state = optimizer.state_dict()
     keeps = dist.get_rank() == 0
     gathered = {}
+    gather = getattr(optimizer, "whole_values", _whole_values)
+    parameters = list(parameters_of(optimizer))
     for number, values in state["state"].items():
         # The device needs memory for a whole tensor, so they are gathered one at a time.
-        found = {name: whole(v) if isinstance(v, Tensor) else v for name, v in values.items()}
+        found = gather(parameters[number], values)
         gathered[number] = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in found.items()} if keeps else {}
     return {**state, "state": gathered}
 
@@ -124,13 +127,19 @@ def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """Load this rank's parts of the whole tensors of `state` into `optimizer`."""
     parts = {}
+    divide = getattr(optimizer, "part_values", _part_values)
     for number, parameter in enumerate(parameters_of(optimizer)):
         if number in state["state"]:
-            parts[number] = {
-                name: _part_of(value, parameter) if isinstance(value, Tensor) else value
-                for name, value in state["state"][number].items()
-            }
+            parts[number] = divide(parameter, state["state"][number])
     optimizer.load_state_dict({**state, "state": parts})
+
+
+def _whole_values(_: Tensor, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: whole(value) if isinstance(value, Tensor) else value for name, value in values.items()}
+
+
+def _part_values(parameter: Tensor, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _part_of(value, parameter) if isinstance(value, Tensor) else value for name, value in values.items()}
 
 
 def _part_of(value: Tensor, parameter: Tensor) -> Tensor:

@@ -156,7 +156,8 @@ def plan_memory(
         gathered = counts.all * product
     gradients = counts.trained * trained_width / shards
     held_in = torch.float32 if lora is not None else dtype
-    state = state_bytes(optimizer, counts.trained_hidden, counts.trained - counts.trained_hidden, held_in) / shards
+    others = counts.trained - counts.trained_hidden
+    state = state_bytes(optimizer, counts.trained_hidden, others, held_in, counts.trained_uneven) / shards
     small = copy.deepcopy(config)
     split_config(small, devices.tensor)
     activations = plan_activations(

@@ -139,13 +139,9 @@ def check_optimizer(
 
 def _why_not_split(optimizer: torch.optim.Optimizer, strategy: Strategy) -> str | None:
     """Return why `optimizer` cannot work on the parts of weights that `strategy` leaves on each device."""
-    if is_8bit(optimizer):
-        return (
-            "which holds its state in blocks of whole weights, and this strategy splits them: neither steps nor "
-            "checkpoints would be those of one device"
-        )
+    eighth = is_8bit(optimizer)
     # An attribute of the project's own optimisers; torch's work on parts by themselves.
-    if not getattr(optimizer, "takes_parts", False):
+    if not (eighth or getattr(optimizer, "takes_parts", False)):
         return None
     if not isinstance(strategy, ShardedStrategy):
         return "which works on whole weights and on FSDP2's parts of them, and this strategy splits them in another way"
@@ -153,6 +149,10 @@ def _why_not_split(optimizer: torch.optim.Optimizer, strategy: Strategy) -> str 
         return "which has not been tried on layers that devices share: set tensor_parallel_size to 1"
     if strategy.saves_parts:
         return "whose state save_distributed_checkpoint does not know: turn that off"
+    if eighth and strategy.cpu_offload:
+        return "whose steps have not been tried on the host: turn cpu_offload off"
+    if eighth and getattr(optimizer, "is_paged", False):
+        return "whose moves to the host have not been tried with parts of weights, unlike AdamW8bit"
     return None
 
 

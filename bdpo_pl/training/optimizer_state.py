@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bdpo_pl.training.optim import is_8bit
 from bdpo_pl.training.optimizers import mark_tables
 
 
 def state_bytes(
-    optimizer: Callable[[Any], torch.optim.Optimizer], hidden: int, others: int, dtype: torch.dtype
+    optimizer: Callable[[Any], torch.optim.Optimizer], hidden: int, others: int, dtype: torch.dtype, uneven: int = 0
 ) -> float:
     """Return the bytes of the state for so many parameters.
 
@@ -21,6 +22,7 @@ def state_bytes(
         hidden: number of parameters in matrices between hidden states, for which some optimisers keep less.
         others: number of all other parameters.
         dtype: dtype of the parameters.
+        uneven: number of `hidden` in weights whose parts keep no blocks, so that their state is not held in 8 bits.
     """
     model = nn.Module()
     # No smaller ones: bitsandbytes holds the state of a small matrix in 32 bits.
@@ -44,6 +46,9 @@ def state_bytes(
         / parameter.numel()
         for number, parameter in zip(order, members, strict=True)
     }
+    if not is_8bit(made):
+        uneven = 0
+    hidden, others = hidden - uneven, others + uneven
     return hidden * width[id(parameters[0])] + others * width[id(parameters[1])]
 
 

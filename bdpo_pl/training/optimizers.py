@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +13,7 @@ from torch.optim.optimizer import ParamsT
 
 from bdpo_pl.errors import InputError
 from bdpo_pl.parallel.state import as_part, local_part, local_ranges, parameters_of, whole
+from bdpo_pl.training.split_8bit import Options, SplitAdamW8bit, plain_adamw
 
 _TABLE = "_bdpo_pl_is_a_table"
 
@@ -173,13 +173,13 @@ class AdamW8bit(torch.optim.Optimizer):
     ) -> Any:
         if importlib.util.find_spec("bitsandbytes") is None:
             raise InputError("8-bit AdamW needs bitsandbytes: pip install 'bdpo-pl[qlora]'")
-        made = importlib.import_module("bitsandbytes").optim.AdamW8bit(
-            params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, is_paged=cls._paged
-        )
-        # A manager of its own: the one of the process would apply this model's exceptions to others.
-        made.mng = object.__new__(type(made.mng))
-        made.mng.initialize()
-        tables = [p for group in made.param_groups for p in group["params"] if getattr(p, _TABLE, False)]
+        groups: Any = list(params)
+        members = [p for g in groups for p in (g["params"] if isinstance(g, dict) else [g])]
+        tables = [p for p in members if getattr(p, _TABLE, False)]
+        options: Options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        if any(isinstance(p, DTensor) for p in members):
+            return SplitAdamW8bit(groups, tables, **options)
+        made = plain_adamw(groups, is_paged=cls._paged, **options)
         made.mng.override_config(tables, "optim_bits", 32)
         return made
 

@@ -12,6 +12,7 @@ from bdpo_pl.models.adapters import LoraOptions, add_adapters
 from bdpo_pl.models.causal_lm import ModelConfig
 from bdpo_pl.models.loading import ModelSource, model_class
 from bdpo_pl.training.optimizers import is_hidden_matrix, mark_tables
+from bdpo_pl.training.split_8bit import keeps_blocks
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,10 @@ class Devices:
 
 @dataclass(frozen=True)
 class Counts:
-    """Numbers of parameters on one device of a tensor-parallel group; `hidden` ones are in matrices of the layers."""
+    """Numbers of parameters on one device of a tensor-parallel group; `hidden` ones are in matrices of the layers.
+
+    Of these, `uneven` ones are in matrices whose parts on the devices keep no blocks of 8-bit state.
+    """
 
     all: int
     trained: int
@@ -48,6 +52,7 @@ class Counts:
     trained_block: int
     outside: int
     trained_hidden: int
+    trained_uneven: int
 
 
 def count_parameters(
@@ -58,12 +63,14 @@ def count_parameters(
     layers = config.get_text_config().num_hidden_layers
     split_config(config, devices.tensor)
 
-    def sizes(depth: int) -> tuple[int, int, int]:
+    def sizes(depth: int) -> tuple[int, int, int, int]:
         model = meta_model(source, with_layers(config, depth), dtype, lora)
         mark_tables(model)
         trained = [p for p in model.parameters() if p.requires_grad]
-        hidden = sum(p.numel() for p in trained if is_hidden_matrix(p))
-        return sum(p.numel() for p in model.parameters()), sum(p.numel() for p in trained), hidden
+        matrices = [p for p in trained if is_hidden_matrix(p)]
+        uneven = sum(p.numel() for p in matrices if not keeps_blocks(p, devices.data if devices.sharded else 1))
+        every, hidden = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in matrices)
+        return every, sum(p.numel() for p in trained), hidden, uneven
 
     one, two = sizes(1), sizes(2)
     block, trained_block = two[0] - one[0], two[1] - one[1]
@@ -73,8 +80,8 @@ def count_parameters(
     outside = one[0] - block - tables + tables // devices.tensor
     trained_outside = one[1] - trained_block if lora is not None else outside
     trained = trained_outside + layers * trained_block
-    hidden = one[2] + (layers - 1) * (two[2] - one[2])
-    return Counts(outside + layers * block, trained, block, trained_block, outside, hidden)
+    hidden, uneven = (one[i] + (layers - 1) * (two[i] - one[i]) for i in (2, 3))
+    return Counts(outside + layers * block, trained, block, trained_block, outside, hidden, uneven)
 
 
 def meta_model(source: ModelSource, config: ModelConfig, dtype: torch.dtype, lora: LoraOptions | None) -> Any:

@@ -16,7 +16,7 @@ from bdpo_pl.parallel.fsdp2 import ShardedStrategy
 from bdpo_pl.training.adafactor import Adafactor
 from bdpo_pl.training.optim import check_optimizer, parameter_groups
 from bdpo_pl.training.optimizer_state import state_bytes
-from bdpo_pl.training.optimizers import AdamW8bit, Muon, is_hidden_matrix
+from bdpo_pl.training.optimizers import AdamW8bit, Muon, PagedAdamW8bit, is_hidden_matrix
 from bdpo_pl.training.schedule_free import ScheduleFreeAdamW, at_average, averaged_weights
 
 BITS = pytest.param(
@@ -236,10 +236,22 @@ def test_an_optimiser_is_refused_where_it_does_not_know_the_parts_of_weights(kin
     check_optimizer(kind, "constant", SingleDeviceStrategy())
     check_optimizer(kind, "constant", DDPStrategy())
     check_optimizer(torch.optim.AdamW, "constant", strategy)
-    said = "in blocks of whole weights" if kind is AdamW8bit else said
     if said is None:
         check_optimizer(kind, "constant", strategy)
         return
+    with pytest.raises(InputError, match=said):
+        check_optimizer(kind, "constant", strategy)
+
+
+@pytest.mark.parametrize(
+    ("kind", "strategy", "said"),
+    [
+        (AdamW8bit, ShardedStrategy(cpu_offload=True), "not been tried on the host: turn cpu_offload off: take AdamW"),
+        (PagedAdamW8bit, ShardedStrategy(), "have not been tried with parts of weights, unlike AdamW8bit: take AdamW"),
+    ],
+)
+def test_8_bits_are_refused_where_state_is_on_the_host(kind, strategy, said):
+    pytest.importorskip("bitsandbytes")
     with pytest.raises(InputError, match=said):
         check_optimizer(kind, "constant", strategy)
 
