@@ -199,12 +199,11 @@ def score_table(
             done = sum(len(scores) for scores in chunks if scores is not None)
             task = reporter.add_task(f"Scoring {name}", total=len(table), completed=done)
 
-            def score(chunk: int, forwards: int) -> ScoreTable:
-                indices = cache.indices(chunk)
+            def score(chunk: int, forwards: int, pairs: int) -> ScoreTable:
                 return score_pairs(
                     model(),
                     table,
-                    indices,
+                    cache.indices(chunk),
                     layout=layout(),
                     batch_tokens=options.batch_tokens,
                     pad_id=pad_id,
@@ -212,21 +211,23 @@ def score_table(
                     hsic=hsic,
                     first=first,
                     context=machine.context,
-                    on_batch=partial(_advance, reporter, task, len(indices) * machine.world_size),
+                    on_batch=partial(_advance, reporter, task, pairs),
                     forwards=forwards,
                 )
 
             for start in range(0, len(missing), machine.world_size):
                 turn = missing[start : start + machine.world_size]
+                # The first rank reports its share of the passes as that of all, whose chunks differ in size and number.
+                pairs = sum(len(cache.indices(chunk)) for chunk in turn)
                 if machine.together:
                     size = options.batch_tokens or _default_batch_tokens(machine.device)
                     forwards = max(
                         len(_plan(table, cache.indices(chunk), layout(), size, options.comprehension)[1])
                         for chunk in turn
                     )
-                    found = _scored_together(score, turn, forwards, machine)
+                    found = _scored_together(partial(score, pairs=pairs), turn, forwards, machine)
                 elif machine.rank < len(turn):
-                    found = score(turn[machine.rank], 0)
+                    found = score(turn[machine.rank], 0, pairs)
                 else:
                     continue
                 if machine.rank < len(turn):

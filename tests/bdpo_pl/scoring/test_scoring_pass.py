@@ -1,6 +1,8 @@
 """The scoring pass against single forward passes, and its cache against damage, strangers and interruptions."""
 
+import contextlib
 import json
+import re
 import warnings
 from functools import partial
 
@@ -187,6 +189,20 @@ def test_two_ranks_give_the_cache_of_one(model, table, tmp_path):
     np.testing.assert_array_equal(alone.reference, shared.reference)
     for number in range(cache.num_chunks):
         assert chunk(cache, number).read_bytes() == chunk(other, number).read_bytes()
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("pairs", [3, 6, 9])
+def test_progress_of_several_ranks_ends_at_the_number_of_pairs(model, table, pairs, together, tmp_path, capsys):
+    """Chunks of 4: one for two ranks, two of unlike size, or a turn of two and one of one; rank 1 writes nothing."""
+    table = table.select(range(pairs))
+    cache = ScoreCache(tmp_path, {}, pairs, 4)
+    machine = Machine(rank=0, world_size=2, together=together)
+    with contextlib.suppress(InputError):
+        score_table("train", table, lambda: model, cache, ScoringOptions(batch_tokens=1), machine=machine)
+    counted = [int(n) for n in re.findall(rf"(\d+) of {pairs} pairs", capsys.readouterr().out)]
+    assert counted[-1:] == [pairs]
+    assert max(counted) == pairs
 
 
 def test_cache_folder_that_cannot_be_written_is_found_out_first(tmp_path):
