@@ -32,10 +32,10 @@ from bdpo_pl.parallel.state import (
     CONTEXT,
     DATA,
     TENSOR,
-    adapter_starts,
     load_optimizer_state,
     load_state,
     whole_optimizer_state,
+    whole_state,
 )
 from bdpo_pl.parallel.tensor_parallel import check_tensor_parallel, parallelize
 from bdpo_pl.parallel.weight_files import WeightFiles
@@ -165,11 +165,9 @@ class ShardedStrategy(ModelParallelStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return the trained weights and the adapters' starts. A frozen base is not gathered: checkpoints omit it."""
         assert self.model is not None
-        options = StateDictOptions(
-            full_state_dict=not self._save_distributed_checkpoint, cpu_offload=True, ignore_frozen_params=True
-        )
-        found = get_model_state_dict(self.model, options=options)
-        return found if self._save_distributed_checkpoint else {**found, **adapter_starts(self.model)}
+        if not self._save_distributed_checkpoint:
+            return whole_state(self.model, trained_only=True)
+        return get_model_state_dict(self.model, options=StateDictOptions(cpu_offload=True, ignore_frozen_params=True))
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Return the whole state of `optimizer`, in the form that it has on one device."""

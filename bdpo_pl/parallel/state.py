@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from bdpo_pl.models.adapter_start import START
+from bdpo_pl.models.tied import shared_where_tied
 
 DATA, TENSOR, CONTEXT = "data_parallel", "tensor_parallel", "context_parallel"
 
@@ -86,8 +87,9 @@ def whole_state(model: nn.Module, trained_only: bool) -> dict[str, Tensor]:
     """
     if dist.is_available() and dist.is_initialized():
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
+        # Each name of a tied weight is gathered into a tensor of its own.
         found: dict[str, Any] = get_model_state_dict(model, options=options)
-        return found | (adapter_starts(model) if trained_only else {})
+        return shared_where_tied(found, model) | (adapter_starts(model) if trained_only else {})
     kept = {name for name, parameter in model.named_parameters() if parameter.requires_grad or name.endswith(START)}
     return {name: value.cpu() for name, value in model.state_dict().items() if not trained_only or name in kept}
 

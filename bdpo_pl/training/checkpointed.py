@@ -11,6 +11,7 @@ from bdpo_pl.losses import PreferenceLoss
 from bdpo_pl.models.adapters import LoraOptions, is_adapter
 from bdpo_pl.models.loading import ModelSource
 from bdpo_pl.models.reach import frozen_names
+from bdpo_pl.models.tied import parameters_with_names
 from bdpo_pl.parallel.state import reshard, whole
 from bdpo_pl.scoring.reestimation import Reestimation
 from bdpo_pl.scoring.reference import Reference
@@ -72,11 +73,11 @@ class CheckpointedModule(WatchedModule):
         if wanted := averaged_weights(self.trainer.optimizers):
             # The optimiser knows the parts of split weights, not those that are gathered.
             reshard(self.policy)
-            for name, parameter in self.named_parameters(remove_duplicate=False):
-                if id(parameter) in wanted:
-                    value = whole(wanted[id(parameter)])
-                    if name in checkpoint["state_dict"]:
-                        checkpoint["state_dict"][name] = value
+            for number, (names, _) in parameters_with_names(self).items():
+                if number in wanted:
+                    value = whole(wanted[number])
+                    held = [name for name in names if name in checkpoint["state_dict"]]
+                    checkpoint["state_dict"].update(dict.fromkeys(held, value))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the measurements; refuse the checkpoint of another model.
