@@ -199,6 +199,12 @@ class BalancedDPOLoss(PreferenceLoss):
         self.needs_all_pairs = balance and weighting == "softmax" and tau == "auto"
         self._spread: float | None = None
 
+    def papers(self) -> list[str]:
+        """Return the papers to cite: those of DPO where neither balance weights nor a scaling factor change it."""
+        if type(self) is BalancedDPOLoss and not self.balance and self.scale == 1.0:
+            return DPOLoss(sft_weight=self.sft_weight).papers()
+        return super().papers()
+
     def __call__(self, policy_chosen: Tensor, policy_rejected: Tensor, scores: PairScores) -> Tensor:
         """Compute the loss of each pair, (B,) float32."""
         chosen, rejected = scores.log_ratios(policy_chosen, policy_rejected)

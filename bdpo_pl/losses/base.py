@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from bdpo_pl.comprehension import Estimator
 from bdpo_pl.errors import InputError
+
+_PAPER = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,14 @@ class PreferenceLoss(ABC):
             return "the loss weights the tokens of a response, but the fused head returns only their sum"
         return None
 
+    def papers(self) -> list[str]:
+        """Return the arXiv numbers of the papers to cite.
+
+        They are those in the first paragraph of the class's docstring and, with `sft_weight`, the source of that term.
+        """
+        of_sft = papers_in(PreferenceLoss.with_sft.__doc__) if self.sft_weight else []
+        return list(dict.fromkeys([*papers_in(type(self).__doc__), *of_sft]))
+
     @abstractmethod
     def __call__(self, policy_chosen: Tensor, policy_rejected: Tensor, scores: PairScores) -> Tensor:
         """Compute the loss of each pair; the caller averages them.
@@ -264,3 +275,8 @@ def require_not_negative(name: str, value: float) -> None:
 
 TIE = 1e-3
 """Difference of two log-ratios in nats below which they are equal: before training, only rounding separates them."""
+
+
+def papers_in(docstring: str | None) -> list[str]:
+    """Return the arXiv numbers in the first paragraph of `docstring`."""
+    return _PAPER.findall((docstring or "").split("\n\n")[0])

@@ -46,6 +46,10 @@ class Outer(PreferenceLoss):
             )
         self.estimator = next(iter(reading), losses[0].estimator)
 
+    def papers(self) -> list[str]:
+        """Return the papers to cite, its own and those of each loss."""
+        return list(dict.fromkeys([*super().papers(), *(paper for loss in self._parts for paper in loss.papers())]))
+
     def prepare(self, scores: PairScores) -> None:
         """Prepare each loss."""
         for loss in self._parts:
@@ -144,6 +148,10 @@ class BalancedLoss(Outer):
         self._balance, self._loss = balance, loss
         self.beta, self.estimator = loss.beta, estimator
         self.initial_value = loss.initial_value
+
+    def papers(self) -> list[str]:
+        """Return the papers to cite: that of the balance weights, and those of the loss."""
+        return list(dict.fromkeys([*super().papers(), *self._loss.papers()]))
 
     def __call__(self, policy_chosen: Tensor, policy_rejected: Tensor, scores: PairScores) -> Tensor:
         """Compute the loss of each pair, (B,) float32."""

@@ -10,7 +10,8 @@ import lightning as L
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from bdpo_pl import __version__
-from bdpo_pl.losses import PreferenceLoss
+from bdpo_pl.losses import BalancedDPOLoss, PreferenceLoss
+from bdpo_pl.losses.base import papers_in
 from bdpo_pl.parallel.ranks import data_ranks
 from bdpo_pl.training.datamodule import PreferenceDataModule
 from bdpo_pl.training.module import PreferenceModule
@@ -30,6 +31,7 @@ class ModelCard:
         base: name of the base model; for a folder only the last part of its path, because the rest may be private.
         hub_name: name of the base model on the hub, if it has one.
         loss: loss with its settings.
+        papers: arXiv numbers of the papers of the loss.
         facts: further facts by name.
         rows: rows of the final table: measure, number, before and after.
         pairs: number of held-out pairs; None without held-out pairs.
@@ -41,6 +43,7 @@ class ModelCard:
     base: str
     hub_name: str | None
     loss: str
+    papers: Sequence[str]
     facts: Mapping[str, str]
     rows: Sequence[Sequence[str]]
     pairs: int | None
@@ -54,7 +57,9 @@ class ModelCard:
             base=_cell(self.base),
             hub_name=self.hub_name,
             library="peft" if self.adapter else "transformers",
-            loss=self.loss,
+            loss=self.loss.split("(")[0],
+            papers=self.papers,
+            balanced=set(papers_in(BalancedDPOLoss.__doc__)) <= set(self.papers),
             facts={name: _cell(value) for name, value in self.facts.items()},
             rows=[[_cell(cell) for cell in row] for row in self.rows],
             pairs=self.pairs,
@@ -94,6 +99,7 @@ def describe(
         base,
         None if Path(name).exists() else name,
         loss,
+        module.loss.papers(),
         {
             "base model": base + (f", revision {module.source.revision}" if module.source.revision else ""),
             worded("training pairs", single): f"{len(data.tables['train']):,} of {_source(data.train_source)}",

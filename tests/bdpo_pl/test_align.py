@@ -96,6 +96,8 @@ def test_the_whole_way_with_single_answers(tmp_path, capsys):
     card = (out / "version_0" / "model" / "README.md").read_text(encoding="utf-8")
     assert "| training answers | " in card
     assert "held-out answers, with 95 % intervals" in card
+    assert "[arXiv:2402.01306]" in card
+    assert "2603.22829" not in card
     columns = (out / "version_0" / "metrics.csv").read_text(encoding="utf-8").splitlines()[0]
     assert "held_out/accuracy" in columns
     assert "logp_accuracy" not in columns
