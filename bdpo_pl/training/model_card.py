@@ -15,6 +15,7 @@ from bdpo_pl.losses.base import papers_in
 from bdpo_pl.parallel.ranks import data_ranks
 from bdpo_pl.training.datamodule import PreferenceDataModule
 from bdpo_pl.training.module import PreferenceModule
+from bdpo_pl.training.optimizers import chosen_name
 from bdpo_pl.training.single_words import worded
 from bdpo_pl.training.summary import FEW_PAIRS
 
@@ -126,7 +127,7 @@ def run_settings(trainer: L.Trainer, module: PreferenceModule, data: PreferenceD
     return {
         "loss": settings_of(module.loss),
         "trained": "all weights" if lora is None else f"{lora.described}, merged",
-        "optimiser": f"{type(optimizer).__name__}, learning rate {group.get('initial_lr', group['lr']):g}, "
+        "optimiser": f"{chosen_name(optimizer)}, learning rate {group.get('initial_lr', group['lr']):g}, "
         f"{module.lr_schedule} schedule, warm-up {module.warmup_ratio:.0%}, weight decay "
         f"{group.get('weight_decay', 0):g}",
         "steps": f"{module.global_step:,}, of {batches} batches of {batch}",

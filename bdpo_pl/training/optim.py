@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 
 from bdpo_pl.errors import InputError
 from bdpo_pl.parallel.fsdp2 import ShardedStrategy
-from bdpo_pl.training.optimizers import mark_tables
+from bdpo_pl.training.optimizers import chosen_name, mark_tables
 from bdpo_pl.training.schedule_free import ScheduleFreeAdamW
 
 LRSchedule = Literal["cosine", "linear", "constant"]
@@ -134,7 +134,7 @@ def check_optimizer(
     if strategy is None or isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
         return
     if reason := _why_not_split(made, strategy):
-        raise InputError(f"model.optimizer is {type(made).__name__}, {reason}: take AdamW")
+        raise InputError(f"model.optimizer is {chosen_name(made)}, {reason}: take AdamW")
 
 
 def _why_not_split(optimizer: torch.optim.Optimizer, strategy: Strategy) -> str | None:

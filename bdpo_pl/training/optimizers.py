@@ -16,6 +16,12 @@ from bdpo_pl.parallel.state import as_part, local_part, local_ranges, parameters
 from bdpo_pl.training.split_8bit import Options, SplitAdamW8bit, plain_adamw
 
 _TABLE = "_bdpo_pl_is_a_table"
+_CHOSEN = "_bdpo_pl_chosen"
+
+
+def chosen_name(optimizer: torch.optim.Optimizer) -> str:
+    """Return the name of the class that was asked for `optimizer`, which may be of another that this one makes."""
+    return str(getattr(optimizer, _CHOSEN, type(optimizer).__name__))
 
 
 def mark_tables(model: nn.Module) -> None:
@@ -177,10 +183,13 @@ class AdamW8bit(torch.optim.Optimizer):
         members = [p for g in groups for p in (g["params"] if isinstance(g, dict) else [g])]
         tables = [p for p in members if getattr(p, _TABLE, False)]
         options: Options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        made: Any
         if any(isinstance(p, DTensor) for p in members):
-            return SplitAdamW8bit(groups, tables, **options)
-        made = plain_adamw(groups, is_paged=cls._paged, **options)
-        made.mng.override_config(tables, "optim_bits", 32)
+            made = SplitAdamW8bit(groups, tables, **options)
+        else:
+            made = plain_adamw(groups, is_paged=cls._paged, **options)
+            made.mng.override_config(tables, "optim_bits", 32)
+        setattr(made, _CHOSEN, cls.__name__)
         return made
 
 

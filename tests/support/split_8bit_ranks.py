@@ -13,9 +13,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 
 from bdpo_pl.parallel.state import DATA, load_optimizer_state, local_part, local_ranges, whole, whole_optimizer_state
+from bdpo_pl.training.model_card import run_settings
 from bdpo_pl.training.optim import make_optimizer
 from bdpo_pl.training.optimizers import AdamW8bit
-from bdpo_pl.training.split_8bit import BLOCK, keeps_blocks
+from bdpo_pl.training.split_8bit import BLOCK, SplitAdamW8bit, keeps_blocks
 
 UNEVEN = "crooked.weight"
 """Its part on the second of two ranks begins within a block."""
@@ -124,7 +125,12 @@ def job(folder, name, ranks, **options):
 
 def trained(rank, folder):
     """A run of two ranks, the same resumed in its middle, and one that goes on from a checkpoint of one device."""
-    keep(rank, folder, "fsdp2", job(folder, "fsdp2", 2, callbacks=[every_step(folder, "fsdp2")]))
+    found = job(folder, "fsdp2", 2, callbacks=[every_step(folder, "fsdp2")])
+    keep(rank, folder, "fsdp2", found)
+    trainer = found[2].trainer
+    # The card says what was chosen, not what has the parts.
+    assert type(trainer.optimizers[0]) is SplitAdamW8bit
+    assert run_settings(trainer, found[2], trainer.datamodule)["optimiser"].startswith("AdamW8bit, learning rate 0.001")
     for name in ("fsdp2", "one"):
         path = str(folder / f"{name}-steps" / "step=2.ckpt")
         keep(rank, folder, f"from-{name}", job(folder, f"fsdp2-from-{name}", 2, cache="fsdp2", ckpt_path=path))
