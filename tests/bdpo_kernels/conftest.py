@@ -1,5 +1,6 @@
 """Both backends under the same tests: Triton compiled where there is a CUDA device, in its interpreter elsewhere."""
 
+import importlib.util
 import os
 
 import pytest
@@ -8,6 +9,10 @@ import torch
 if not torch.cuda.is_available():
     # The kernels read it when they are first used, not when bdpo_kernels is imported.
     os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton"):
+        from interpreter import look_up_once
+
+        look_up_once()
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

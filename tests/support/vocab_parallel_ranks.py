@@ -5,6 +5,7 @@ import itertools
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from interpreter import look_up_once
 
 from bdpo_kernels import VocabShard, linear_preference_loss, linear_sequence_logprob
 
@@ -171,6 +172,7 @@ def one_chunk_and_a_thousand(rank):
 
 
 def everything(rank):
+    look_up_once()
     compare_with_the_whole(rank)
     labels_at_the_edges(rank)
     one_chunk_and_a_thousand(rank)
