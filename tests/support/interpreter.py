@@ -1,8 +1,8 @@
 """Triton's interpreter, without what it does again at each call.
 
 A launch replaces the functions of `triton.language` by interpreted ones. The interpreter looks for them anew in every
-launch, and at every call of a helper within it: half of the time of a small kernel. It looks up NumPy's type of a tensor
-in a table that it makes anew for each operation.
+launch, and at every call of a helper within it: half of the time of a small kernel. NumPy's type of a tensor it looks
+up in a table that it makes anew for each operation.
 """
 
 import inspect

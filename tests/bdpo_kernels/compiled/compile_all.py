@@ -21,7 +21,9 @@ from typing import Any
 
 import offline
 import planted
+import torch._dynamo  # noqa: F401  (the package imports it, which takes most of a second)
 import triton
+from triton.runtime.cache import triton_key
 
 TESTED = ("sm_80", "sm_90", "sm_100", "gfx942")
 Job = tuple[str, Any]
@@ -114,7 +116,9 @@ def main() -> None:
     if options.planted:
         faults = ("none", "blocks_of_eight", *planted.IN_THE_SOURCE)
         jobs += [("planted", ("sm_90", fault)) for fault in faults]
-    # A process a job, forked from this one: torch and triton are imported once, the package in each.
+    # A process a job, forked from this one: torch and triton are imported once, the package in each. The hash of all of
+    # Triton's files, by which its cache knows it, is kept too.
+    triton_key()
     with get_context("fork").Pool(os.cpu_count(), maxtasksperchild=1) as pool:
         kernels, *found = pool.map(_run, [("launchable", None), *jobs], chunksize=1)
     records = [record for part in found for record in part]
