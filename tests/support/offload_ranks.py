@@ -9,7 +9,7 @@ import pytest
 import torch
 from pretend_gpu import Peak, fused_attention, pretended
 from sharded_jobs import train
-from sharded_ranks import every_step, keep
+from sharded_ranks import checkpoint_at, keep
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -148,7 +148,7 @@ def runs_on_cpus(rank, folder):
             mock.patch("bdpo_pl.parallel.fsdp2.check_cpu_offload"),
             mock.patch("bdpo_pl.training.start_checks.check_cpu_offload"),
         ):
-            result = train(folder, name, 2, trainer=one_epoch, callbacks=[every_step(folder, name)], **options)
+            result = train(folder, name, 2, trainer=one_epoch, callbacks=[checkpoint_at(folder, name, 2)], **options)
             keep(rank, folder, name, result)
             assert {parameter.offload_to_cpu for parameter in parameters_of_fsdp(result[2].policy)} == {True}
             path = str(folder / f"{name}-steps" / "step=2.ckpt")

@@ -100,12 +100,17 @@ def every_strategy(rank, folder):
 
 
 def once(folder, name, **options):
-    steps = [every_step(folder, name)] if name in RESUMED.keys() - set(INTERRUPTED) else []
+    steps = [checkpoint_at(folder, name, resumed_at(options))] if name in RESUMED.keys() - set(INTERRUPTED) else []
     return quietly(folder, name, 2, cache=SCORED_AS.get(name), callbacks=steps, **options)
 
 
-def every_step(folder, name):
-    return ModelCheckpoint(folder / f"{name}-steps", every_n_train_steps=1, save_top_k=-1, filename="{step}")
+def resumed_at(options):
+    """The step in the middle of the last epoch: 4 steps an epoch."""
+    return 2 if "trainer" in options else 6
+
+
+def checkpoint_at(folder, name, step):
+    return ModelCheckpoint(folder / f"{name}-steps", every_n_train_steps=step, save_top_k=-1, filename="{step}")
 
 
 def two_groups_of_two(rank, folder):
@@ -131,12 +136,11 @@ class StopAt(L.Callback):
 
 
 def interrupted_and_resumed(rank, folder):
-    """In the middle of the last epoch: 4 steps an epoch."""
     for name, options in RESUMED.items():
-        done = 2 if "trainer" in options else 6
+        done = resumed_at(options)
         cache = SCORED_AS.get(name, name)
         if name in INTERRUPTED:
-            callbacks = [every_step(folder, name), StopAt(done + 1)]
+            callbacks = [checkpoint_at(folder, name, done), StopAt(done + 1)]
             with pytest.raises(RuntimeError, match="machine is gone"):
                 quietly(folder, name + "-part", 2, cache=cache, callbacks=callbacks, **options)
         path = str(folder / f"{name}-steps" / f"step={done}.ckpt")

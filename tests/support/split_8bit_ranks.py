@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from optimizer_ranks import steps
 from sharded_jobs import train
-from sharded_ranks import every_step, keep
+from sharded_ranks import checkpoint_at, keep
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -125,7 +125,7 @@ def job(folder, name, ranks, **options):
 
 def trained(rank, folder):
     """A run of two ranks, the same resumed in its middle, and one that goes on from a checkpoint of one device."""
-    found = job(folder, "fsdp2", 2, callbacks=[every_step(folder, "fsdp2")])
+    found = job(folder, "fsdp2", 2, callbacks=[checkpoint_at(folder, "fsdp2", 2)])
     keep(rank, folder, "fsdp2", found)
     trainer = found[2].trainer
     # The card says what was chosen, not what has the parts.

@@ -3,7 +3,7 @@
 from functools import partial
 
 from sharded_jobs import train
-from sharded_ranks import every_step, keep
+from sharded_ranks import checkpoint_at, keep
 from training import adamw
 
 from bdpo_pl.training.schedule_free import ScheduleFreeAdamW
@@ -18,8 +18,8 @@ def job(folder, name, ranks, kind, **options):
 
 
 def saved(folder, name, ranks, kind):
-    """Train with a checkpoint of each step."""
-    return job(folder, name, ranks, kind, callbacks=[every_step(folder, f"{name}-{kind}")])
+    """Train with a checkpoint of the step in the middle."""
+    return job(folder, name, ranks, kind, callbacks=[checkpoint_at(folder, f"{name}-{kind}", 2)])
 
 
 def checkpoint(folder, name, kind):

@@ -109,7 +109,7 @@ def test_whole_runs_of_two_ranks_are_near_those_of_one_and_resumed_exactly(tmp_p
     build_model(vocab_size=401, hidden_size=64, intermediate_size=176).save_pretrained(tmp_path / "model")
     build_tokenizer().save_pretrained(tmp_path / "model")
     write_jsonl(tmp_path / "pairs.jsonl", preference_rows(40))
-    alone = split_8bit_ranks.job(tmp_path, "one", 1, callbacks=[split_8bit_ranks.every_step(tmp_path, "one")])
+    alone = split_8bit_ranks.job(tmp_path, "one", 1, callbacks=[split_8bit_ranks.checkpoint_at(tmp_path, "one", 2)])
     spawn(split_8bit_ranks.trained, tmp_path)
     results = {
         name: torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("fsdp2", "from-fsdp2", "from-one")
