@@ -1,14 +1,12 @@
 """The examples run as they are. Those of the kernels have their tests with the kernels."""
 
 import json
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from children import command
 from makers import build_model, build_tokenizer, preference_rows, write_jsonl
 
 from bdpo_pl.fit import main as fit
@@ -32,18 +30,18 @@ def test_sweep_runs_each_combination_once_and_compares_them(monkeypatch, tmp_pat
     sweep = runpy.run_path(str(EXAMPLES / "sweep.py"))["main"]
     ran = []
 
-    def run(options):
-        ran.append(options)
-        fit(options)
+    def run(arguments):
+        ran.append(arguments)
+        fit(arguments)
 
-    command = [
+    options = [
         "--vary=beta=0.05,0.3", "--into=sweep", "--", "--model.policy=model", "--data.train=pairs.jsonl",
         "--data.held_out_fraction=0.25", "--loss_type=dpo",
         "--max_steps=2", "--trainer.val_check_interval=1", "--data.train_probe=false",
         "--use_cpu", "--lr=1e-4", "--export=false", "--trainer.enable_progress_bar=false", "--batch_size=2",
     ]  # fmt: skip
-    page = sweep(command, run)
-    assert [options[-2:] for options in ran] == [
+    page = sweep(options, run)
+    assert [arguments[-2:] for arguments in ran] == [
         ["--beta=0.05", "--output_dir=sweep/beta_0.05"],
         ["--beta=0.3", "--output_dir=sweep/beta_0.3"],
     ]
@@ -51,7 +49,7 @@ def test_sweep_runs_each_combination_once_and_compares_them(monkeypatch, tmp_pat
     for part in ("beta 0.05", "beta 0.3", "held-out accuracy", "Held-out margin", "beta_0.3/version_0/report.html"):
         assert part in text
     assert "safety" not in text
-    sweep(command, run)
+    sweep(options, run)
     assert len(ran) == 2
     with pytest.raises(SystemExit, match="write NAME=VALUE,VALUE"):
         sweep(["--vary=beta"], run)
@@ -69,15 +67,15 @@ def test_own_loss_by_hand_and_from_the_command_line(monkeypatch, capsys):
     assert printed == {"class_path": "own_loss.SquaredHingeLoss", "init_args": {"beta": 0.1, "margin": 2.0}}
 
 
-def test_cells_of_the_tour_run_in_order(tmp_path, embedded_scores):
+def test_cells_of_the_tour_run_in_order(tmp_path, monkeypatch, embedded_scores):
     """In a process of its own, as the kernel of a notebook is."""
     (tmp_path / "cache").symlink_to(embedded_scores)
     cells = json.loads((EXAMPLES / "tour.ipynb").read_text())["cells"]
     script = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-    environment = {**os.environ, "TOUR_FOLDER": str(tmp_path), "TOUR_STEPS": "4", "TOUR_PROMPTS": "4"}
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600
-    )
+    (tmp_path / "tour.py").write_text(script)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    done = command("tour", [], timeout=600, TOUR_FOLDER=str(tmp_path), TOUR_STEPS="4", TOUR_PROMPTS="4")
     assert done.returncode == 0, done.stderr[-2000:]
     assert {path.parent.name for path in tmp_path.rglob("report.html")} >= {"diagnosis", "evaluation"}
     assert (tmp_path / "version_0" / "model" / "model.safetensors").exists()
