@@ -227,15 +227,19 @@ def test_table_shows_the_peak(capsys):
         ["--model.lora.r=4"],
     ],
 )
-def test_dry_run_prints_the_plan_and_does_nothing(model_dir, tmp_path, monkeypatch, capsys, options):
+def test_dry_run_prints_the_plan_and_does_nothing(
+    model_dir, preference_file, tmp_path_factory, monkeypatch, capsys, options
+):
     from bdpo_pl.fit import main
 
-    monkeypatch.chdir(tmp_path)
+    folder = tmp_path_factory.mktemp("here")
+    monkeypatch.chdir(folder)
     monkeypatch.setattr("bdpo_pl.training.module.load_model", lambda *_: pytest.fail("weights were read"))
     main(
         [
             f"--model.policy={model_dir}",
-            "--data.train=embedded",
+            f"--data.train={preference_file}",
+            "--data.held_out_fraction=0.2",
             "--trainer.accelerator=cpu",
             "--dry_run=true",
             *options,
@@ -246,4 +250,4 @@ def test_dry_run_prints_the_plan_and_does_nothing(model_dir, tmp_path, monkeypat
     assert "reference's weights, freed before the policy is loaded" in printed
     assert "peak" in printed
     assert ("shared by 2 processes" in printed) == ("--trainer.strategy=ddp" in options)
-    assert not list(tmp_path.iterdir())
+    assert not list(folder.iterdir())
