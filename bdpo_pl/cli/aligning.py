@@ -36,7 +36,7 @@ from bdpo_pl.training.module import PreferenceModule
 from bdpo_pl.training.resumable import resumable
 from bdpo_pl.training.run_report import read_curves, run_page
 from bdpo_pl.training.safety_probe import SafetyProbe
-from bdpo_pl.training.summary import remark_line, remarks, summary_rows, summary_table
+from bdpo_pl.training.summary import no_step_taken, remark_line, remarks, summary_rows, summary_table
 from bdpo_pl.training.tracking import log_files, log_options
 
 
@@ -109,6 +109,8 @@ def _align(cli: FitCLI, checkpoint: str | None, start: float, upload: HubUpload 
             logger.save()
     step_first(paths["metrics"])
     said = remarks(module.evaluations, pairs, bool(probe.suites), single)
+    if module.resumed_at == module.global_step:
+        said.insert(0, no_step_taken(module.global_step))
     (folder / "summary.json").write_text(json.dumps({"rows": rows, "said": said}, ensure_ascii=False), encoding="utf-8")
     taken = time.perf_counter() - start
     curves = read_curves(paths["metrics"])

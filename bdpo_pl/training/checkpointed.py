@@ -16,6 +16,7 @@ from bdpo_pl.parallel.state import reshard, whole
 from bdpo_pl.scoring.reestimation import Reestimation
 from bdpo_pl.scoring.reference import Reference
 from bdpo_pl.scoring.reference_sync import ReferenceSync
+from bdpo_pl.training.checkpoints import keep_epoch_open
 from bdpo_pl.training.schedule_free import averaged_weights
 from bdpo_pl.training.watched import WatchedModule
 
@@ -31,6 +32,7 @@ class CheckpointedModule(WatchedModule):
         reestimation: comprehension measured on the policy.
         sync: updates of the reference from the policy.
         reference: reference; None until it is made.
+        resumed_at: optimiser step of the checkpoint from which the run is resumed; None if it is not.
     """
 
     def __init__(
@@ -47,12 +49,14 @@ class CheckpointedModule(WatchedModule):
         self.reestimation = reestimation
         self.sync = sync
         self.reference: Reference | None = None
+        self.resumed_at: int | None = None
         if lora is not None:
             # Checkpoints hold the adapters alone; on_load_checkpoint makes sure that they hold all of them.
             self.strict_loading = False
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the name of the model and the measurements so far; remove the weights that are not trained."""
+        keep_epoch_open(self.trainer, checkpoint)
         checkpoint[_KEY] = {
             "policy": self.source.name,
             "revision": self.source.revision,
@@ -89,6 +93,7 @@ class CheckpointedModule(WatchedModule):
         _require_same_policy(
             saved, self.source.name, self.lora, self._trained_names() <= checkpoint["state_dict"].keys()
         )
+        self.resumed_at = checkpoint.get("global_step")
         self.loss.load_state_dict(saved.get("loss", {}))
         self.sync.load_state_dict(saved.get("reference_sync", {}), self.reference)
         if "reestimation" in saved:

@@ -265,6 +265,23 @@ def before_the_batch(trainer: L.Trainer) -> Iterator[None]:
         progress.total.ready += 1
 
 
+def keep_epoch_open(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Count in `checkpoint` an epoch of which batches are left as not yet processed, so that a resume takes them.
+
+    Lightning counts every epoch that ends as processed, also one that `max_steps` or a stop has ended early. Resumed
+    with more steps, the run would begin the next epoch, or end at once if there is none.
+    """
+    if "loops" not in checkpoint:
+        return
+    state = checkpoint["loops"]["fit_loop"]
+    done = state["epoch_loop.batch_progress"]["current"]["processed"]
+    epochs = state["epoch_progress"]
+    ended = epochs["total"]["processed"] == epochs["total"]["started"]
+    if ended and 0 < done < trainer.num_training_batches:
+        for counts in epochs.values():
+            counts["processed"] -= 1
+
+
 def is_amid_accumulation(trainer: L.Trainer) -> bool:
     """Return true if training has accumulated gradients for a step that is not complete."""
     under_way = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking

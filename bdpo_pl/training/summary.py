@@ -166,6 +166,12 @@ def remarks(
     return said
 
 
+def no_step_taken(step: int) -> tuple[str, str]:
+    """Return the remark about a resumed run whose checkpoint is of its last optimiser step, `step`."""
+    sentence = f"No step was taken: the checkpoint is of step {step}, where this run ends. To train on, raise "
+    return "notice", sentence + "trainer.max_steps or trainer.max_epochs."
+
+
 def remark_line(level: str, sentence: str) -> Text:
     """Format one of `remarks` for a terminal."""
     style = {"warning": "bold red", "notice": "yellow"}.get(level, "dim")

@@ -164,6 +164,19 @@ def test_resume_from_the_command_line_ends_in_the_same_weights(base, capsys):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def test_a_run_of_few_steps_is_resumed_with_more_in_the_same_epoch(base, capsys):
+    main([*base, "--trainer.max_steps=1"])
+    main([*base, "--trainer.max_steps=1", "--ckpt_path=last"])
+    said = capsys.readouterr().out
+    assert said.count("No step was taken: the checkpoint is of step 1, where this run ends") == 1
+    main([*base, "--trainer.max_steps=3", "--ckpt_path=last"])
+    said = capsys.readouterr().out
+    assert "3 optimiser steps" in said
+    assert "No step was taken" not in said
+    last = torch.load("runs/version_0/checkpoints/last.ckpt", weights_only=True)
+    assert last["loops"]["fit_loop"]["epoch_progress"]["total"]["ready"] == 1
+
+
 def test_last_checkpoint_is_written_though_nothing_improves_and_found_again(base, monkeypatch, capsys):
     def stop(module):
         if module.global_step == 6:

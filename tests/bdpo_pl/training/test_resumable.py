@@ -58,6 +58,27 @@ def test_a_stopped_run_goes_on_exactly_and_as_no_other(folder, monkeypatch):
     assert rows(folder / "stopped" / "metrics.csv") == rows(folder / "whole" / "metrics.csv")
 
 
+class StopAfter(L.Callback):
+    """Ends training after a batch as `max_steps` would, which leaves the schedule of the learning rate as it is."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.should_stop = trainer.global_step == self.batches
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_the_rest_of_an_epoch_that_ended_early_is_trained_on(folder, tmp_path, step):
+    """Step 4 is the first of the last epoch: without its rest nothing would be left."""
+    _, expected = fit(folder, tmp_path / "whole")
+    trainer, _ = fit(folder, tmp_path / "early", StopAfter(step))
+    assert trainer.global_step == step
+    trainer, found = fit(folder, tmp_path / "early", ckpt_path=tmp_path / "early" / "checkpoints" / "last.ckpt")
+    assert trainer.global_step == 6
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 def test_what_the_trainer_has_already_stays(folder):
     mine = StopSignals()
     trainer = L.Trainer(accelerator="cpu", logger=False, callbacks=[mine], enable_progress_bar=False)
