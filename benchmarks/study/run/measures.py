@@ -14,7 +14,7 @@ def pair_measures(
         values: results of an evaluation of `PreferenceModule`, or a row of its log, of held-out and of training pairs.
         accuracy: name of the share of pairs that are ranked right: `accuracy` by the loss's reward, `logp_accuracy` by
             log-probability per token.
-        names: names of further measures.
+        names: names of further measures, which losses that do not have them leave out.
 
     Returns:
         The measures of both sets, with `margin`, the drift of the chosen response minus that of the rejected one; and
@@ -22,7 +22,8 @@ def pair_measures(
     """
     found = {}
     for split in ("held_out", "train_probe"):
-        for name in (accuracy, "drift_chosen", "drift_rejected", "logp_chosen", "logp_rejected", *names):
+        further = [name for name in names if values.get(f"{split}/{name}") not in (None, "")]
+        for name in (accuracy, "drift_chosen", "drift_rejected", "logp_chosen", "logp_rejected", *further):
             found[f"{split}/{name}"] = float(values[f"{split}/{name}"])
         found[f"{split}/margin"] = found[f"{split}/drift_chosen"] - found[f"{split}/drift_rejected"]
     for name in ("margin", accuracy):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from dataclasses import replace
 
 import children
 import pytest
@@ -98,6 +99,15 @@ def test_a_cell_is_measured_and_the_same_again(place, monkeypatch, tmp_path, cap
     assert plan.Cell(**read_records(tmp_path / "out.jsonl")[cell.key]["cell"]) == cell
     command.again(cell.key, tmp_path / "out.jsonl", place)
     assert "the same to the last digit" in capsys.readouterr().out
+
+
+def test_a_loss_without_balance_weights_is_measured(place, monkeypatch):
+    monkeypatch.setattr(cells, "run_command", run)
+    monkeypatch.setattr(cells, "HELD_OUT", 15)
+    trial = replace(next(cell for cell in plan.tuning() if cell.method == "AdaDPO"), num_pairs=8)
+    found = cells.run_cell(trial, place)["pairs"]
+    assert found["gap/margin"] == pytest.approx(found["train_probe/margin"] - found["held_out/margin"])
+    assert "held_out/imbalance" not in found
 
 
 def test_what_is_left_is_told(tmp_path):
