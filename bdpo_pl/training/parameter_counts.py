@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -63,16 +65,8 @@ def count_parameters(
     layers = config.get_text_config().num_hidden_layers
     split_config(config, devices.tensor)
 
-    def sizes(depth: int) -> tuple[int, int, int, int]:
-        model = meta_model(source, with_layers(config, depth), dtype, lora)
-        mark_tables(model)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        matrices = [p for p in trained if is_hidden_matrix(p)]
-        uneven = sum(p.numel() for p in matrices if not keeps_blocks(p, devices.data if devices.sharded else 1))
-        every, hidden = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in matrices)
-        return every, sum(p.numel() for p in trained), hidden, uneven
-
-    one, two = sizes(1), sizes(2)
+    parts = devices.data if devices.sharded else 1
+    one, two = (_sizes(MetaModel(source, with_layers(config, depth), dtype, lora), parts) for depth in (1, 2))
     block, trained_block = two[0] - one[0], two[1] - one[1]
     # The rows of the vocabulary are divided over the group too.
     table = config.get_text_config().vocab_size * config.get_text_config().hidden_size
@@ -84,13 +78,60 @@ def count_parameters(
     return Counts(outside + layers * block, trained, block, trained_block, outside, hidden, uneven)
 
 
-def meta_model(source: ModelSource, config: ModelConfig, dtype: torch.dtype, lora: LoraOptions | None) -> Any:
-    """Build a model, with its adapters, on the meta device."""
-    with torch.device("meta"):
-        model = model_class(source, config, dtype)
-        if lora is not None:
-            add_adapters(model, lora)
-    return model
+@lru_cache(maxsize=64)
+def _sizes(described: MetaModel, parts: int) -> tuple[int, int, int, int]:
+    """Return the numbers of all parameters and of trained ones, and of trained matrices: all and uneven ones."""
+    model = described.built
+    mark_tables(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if is_hidden_matrix(p)]
+    uneven = sum(p.numel() for p in matrices if not keeps_blocks(p, parts))
+    every, hidden = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in matrices)
+    return every, sum(p.numel() for p in trained), hidden, uneven
+
+
+class MetaModel:
+    """A model on the meta device, with its adapters, by what it is built from.
+
+    A plan asks for the same few models again and again. Equal ones are built once, so nobody may change `built`.
+
+    Args:
+        source: model, for messages and its attention implementation.
+        config: transformers configuration of the model, which nobody changes any more.
+        dtype: dtype of the weights.
+        lora: options of the adapters, if only adapters are trained.
+    """
+
+    def __init__(self, source: ModelSource, config: ModelConfig, dtype: torch.dtype, lora: LoraOptions | None) -> None:
+        self._source, self._config, self._dtype, self._lora = source, config, dtype, lora
+        self._key: object
+        try:
+            self._key = pickle.dumps((source, config, dtype, lora))
+        except Exception:  # a configuration may hold anything; such a model equals only itself
+            self._key = object()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, MetaModel) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    @property
+    def built(self) -> Any:
+        """The model."""
+        return _built(self)
+
+    def _build(self) -> Any:
+        with torch.device("meta"):
+            model = model_class(self._source, self._config, self._dtype)
+            if self._lora is not None:
+                add_adapters(model, self._lora)
+        return model
+
+
+@lru_cache(maxsize=8)
+def _built(described: MetaModel) -> Any:
+    return described._build()
 
 
 def with_layers(config: ModelConfig, layers: int) -> Any:

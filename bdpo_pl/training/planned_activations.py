@@ -6,7 +6,8 @@ Shapes: R rows; T positions; N scored tokens; D hidden size; V vocabulary.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from bdpo_pl.models.adapters import LoraOptions
 from bdpo_pl.models.causal_lm import CausalLM, ModelConfig
 from bdpo_pl.models.loading import ModelSource
 from bdpo_pl.training.meta_attention import attention_as_on_devices
-from bdpo_pl.training.parameter_counts import Devices, meta_model, with_layers
+from bdpo_pl.training.parameter_counts import Devices, MetaModel, with_layers
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,9 @@ def plan_activations(
         offloading: true if activations are moved to the host.
     """
     layers = config.get_text_config().num_hidden_layers
+    shapes, least = _Shapes(batch), activation_offloading.MIN_BYTES
     one, two = (
-        _kept(meta_model(source, with_layers(config, depth), dtype, lora), batch, whole=gradient_checkpointing)
+        _kept(MetaModel(source, with_layers(config, depth), dtype, lora), shapes, gradient_checkpointing, least)
         for depth in (1, 2)
     )
     layer = sum(two) - sum(one)
@@ -85,11 +87,30 @@ def plan_activations(
     return Activations(stays, last, moved)
 
 
-def _kept(model: CausalLM, batch: SequenceBatch, whole: bool) -> tuple[int, int]:
-    """Return the bytes that a forward pass of `model` on the meta device saves for backward, without parameters.
+class _Shapes:
+    """A batch on the meta device, where batches whose tensors have the same shapes are equal."""
 
-    The two numbers are those of memory that is too small to be moved to the host, and of all other memory.
+    def __init__(self, batch: SequenceBatch) -> None:
+        self.batch = batch.to(torch.device("meta"))
+        values = [getattr(self.batch, field.name) for field in fields(batch)]
+        self._key = tuple((v.shape, v.stride(), v.dtype) if isinstance(v, Tensor) else v for v in values)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Shapes) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+
+@lru_cache(maxsize=64)
+def _kept(described: MetaModel, shapes: _Shapes, whole: bool, least: int) -> tuple[int, int]:
+    """Return the bytes that a forward pass on the meta device saves for backward, without parameters.
+
+    The two numbers are those of memory that is too small to be moved to the host, less than `least` bytes for each
+    tensor, and of all other memory.
     """
+    model: CausalLM = described.built
+    batch = shapes.batch
     own = storages(model.parameters())
     kept: dict[int, torch.UntypedStorage] = {}
     large: set[int] = set()
@@ -103,7 +124,6 @@ def _kept(model: CausalLM, batch: SequenceBatch, whole: bool) -> tuple[int, int]
                 large.add(storage._cdata)
         return tensor
 
-    batch = batch.to(torch.device("meta"))
     inputs = model_inputs(model, batch)
     if not batch.masked:
         # In the worst case nothing is padded, so no mask is saved; transformers would read the mask to find that out.

@@ -13,6 +13,7 @@ from bdpo_pl.losses import DPOLoss, PairScores
 from bdpo_pl.models.adapters import LoraOptions, add_adapters
 from bdpo_pl.models.loading import ModelSource, enable_activation_checkpointing, hold_products_in, load_model
 from bdpo_pl.parallel.from_files import mapped_model
+from bdpo_pl.training import parameter_counts
 from bdpo_pl.training.memory_plan import MemoryPlan, plan_memory
 from bdpo_pl.training.optim import parameter_groups
 from bdpo_pl.training.parameter_counts import Devices
@@ -148,6 +149,37 @@ def test_nothing_is_allocated(monkeypatch):
     # 70.55e9 parameters by the model's own card.
     assert plan.weights == pytest.approx(4 * 70.55e9 / 64, rel=0.01)
     assert plan.optimizer == pytest.approx(8 * 70.55e9 / 64, rel=0.01)
+
+
+def test_equal_models_are_built_once_and_others_are_not_taken_for_them(monkeypatch):
+    built = []
+    build = parameter_counts.model_class
+    monkeypatch.setattr(parameter_counts, "model_class", lambda *given: built.append(given) or build(*given))
+
+    def plan(pairs=2, lora=None, changes=(), **sizes):
+        config = build_model(**{**SIZES, "vocab_size": 801, **sizes}).config
+        for name, value in changes:
+            setattr(config, name, value)
+        batch, devices = worst_batch(pairs, 32, True), Devices(kind="cpu")
+        return plan_memory(ModelSource("tiny"), config, batch, torch.float32, adamw, devices, lora=lora)
+
+    first = plan()
+    assert len(built) == 2
+    larger = plan(pairs=4)
+    assert plan() == first
+    assert len(built) == 2
+    assert larger.weights == first.weights
+    assert larger.activations > 1.9 * first.activations
+    wider = plan(intermediate_size=200)
+    assert wider.weights > first.weights
+    assert wider.activations > first.activations
+    ranks = [plan(lora=LoraOptions(r=r)).optimizer for r in (4, 8)]
+    assert ranks[1] == 2 * ranks[0]
+    assert len(built) == 8
+    # What cannot be compared is built each time.
+    strange = [("of_a_users_code", lambda: None)]
+    assert plan(changes=strange) == plan(changes=strange) == first
+    assert len(built) > 11
 
 
 @pytest.mark.parametrize("tied", [False, True])
