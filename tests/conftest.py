@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 
 # One thread a process: test processes share the cores already, and threads that spin while they wait take the cores
 # from the others.
@@ -37,6 +38,11 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish():
     gc.enable()
+    if "lightning.pytorch" in sys.modules:
+        # Here, because its import takes seconds that not all tests need.
+        import logged_values
+
+        logged_values.stay()
 
 
 @pytest.fixture(autouse=True)

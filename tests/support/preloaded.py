@@ -8,6 +8,7 @@ gc.disable()
 
 import datasets  # noqa: F401
 import lightning  # noqa: F401
+import logged_values
 import peft  # noqa: F401
 import transformers.models.llama.modeling_llama
 import transformers.models.qwen2.modeling_qwen2  # noqa: F401
@@ -16,6 +17,8 @@ import bdpo_pl.cli.main
 import bdpo_pl.parallel.fsdp2
 import bdpo_pl.training.datamodule
 import bdpo_pl.training.module  # noqa: F401
+
+logged_values.stay()
 
 # Nothing of it is garbage, here or in the processes: looking through it takes over half a second each time.
 gc.freeze()
