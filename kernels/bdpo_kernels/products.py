@@ -3,8 +3,9 @@
 Products of half-precision numbers are exact in float32, so their sums are kept in float32 where precision matters: for
 the logits, whose rounding to bfloat16 would change a response's log-probability by tenths of a nat, and for gradients
 that several chunks contribute to. GPUs do this in one step (`out_dtype`). Most CPUs have no fast half-precision
-product, so there float32 copies of one slab of the vocabulary at a time are multiplied. On those that have one (AMX or
-AVX512-BF16), the products whose result is in half precision use it.
+product, so there float32 copies of one slab of the vocabulary at a time are multiplied. On those that have one (AMX), the
+products whose result is in half precision use it. AVX512-BF16 alone is none: there oneDNN's products were slower than
+those of float32 copies (`kernels/README.md`).
 
 Shapes: n tokens; D hidden size; V vocabulary.
 """
@@ -102,7 +103,7 @@ def has_wide_products(device: torch.device) -> bool:
 
 
 # Names of CPU instructions for half-precision products that are summed in float32.
-_CPU_PRODUCTS = {torch.bfloat16: ("amx_bf16", "avx512_bf16"), torch.float16: ("amx_fp16",)}
+_CPU_PRODUCTS = {torch.bfloat16: ("amx_bf16",), torch.float16: ("amx_fp16",)}
 # oneDNN has the products. PyTorch 2.11 does not report what a CPU supports. This is read at import, because
 # torch.compile cannot read it.
 _TELLS = hasattr(torch.cpu, "get_capabilities") and torch.backends.mkldnn.is_available()
@@ -110,7 +111,7 @@ _CPU_CAPABILITIES: dict[str, Any] = dict(torch.cpu.get_capabilities()) if _TELLS
 
 
 def has_fast_half(dtype: torch.dtype) -> bool:
-    """Return whether this CPU has instructions for multiplying matrices of `dtype` (bfloat16 or float16)."""
+    """Return whether this CPU multiplies matrices of `dtype` (bfloat16 or float16) faster than their float32 copies."""
     return any(_CPU_CAPABILITIES.get(name, False) for name in _CPU_PRODUCTS.get(dtype, ()))
 
 
