@@ -3,9 +3,9 @@
 Products of half-precision numbers are exact in float32, so their sums are kept in float32 where precision matters: for
 the logits, whose rounding to bfloat16 would change a response's log-probability by tenths of a nat, and for gradients
 that several chunks contribute to. GPUs do this in one step (`out_dtype`). Most CPUs have no fast half-precision
-product, so there float32 copies of one slab of the vocabulary at a time are multiplied. On those that have one (AMX), the
-products whose result is in half precision use it. AVX512-BF16 alone is none: there oneDNN's products were slower than
-those of float32 copies (`kernels/README.md`).
+product, so there float32 copies of one slab of the vocabulary at a time are multiplied. On those that have one (AMX),
+the products whose result is in half precision use it. AVX512-BF16 alone is none: there oneDNN's products were slower
+than those of float32 copies (`kernels/README.md`).
 
 Shapes: n tokens; D hidden size; V vocabulary.
 """
