@@ -147,19 +147,16 @@ def _temperature(diagnosis: Diagnosis) -> Iterator[Finding]:
     now = next(row for row in diagnosis.temperatures if row.tau == tau)
     then = next(row for row in diagnosis.temperatures if row.tau == suggested)
     extreme = now.p95 > EXTREME_RATIO
-    advised, within = then.tau, ratio(then.p95)
+    # Usually τ suits the pairs if it is about their spread.
+    suits, advised, within = spread, then.tau, ratio(then.p95)
+    fine = f"τ = {general(tau)} is about the spread of the imbalance, {general(spread, 2)}."
     if then.p95 > EXTREME_RATIO:
-        # Even at the spread itself, as most pairs lean the same way or a few are far out.
-        advised = _rounded_up(then.tau * math.log(then.p95) / math.log(EXTREME_RATIO))
+        # Even at the spread weights are extreme, as most pairs lean the same way or a few are far out.
+        suits = advised = _rounded_up(then.tau * math.log(then.p95) / math.log(EXTREME_RATIO))
         within = ratio(EXTREME_RATIO)
-    suits = spread if advised == then.tau else advised
+        fine = f"At τ = {general(tau)} 95 % of the pairs have weights within {ratio(now.p95)} times of each other."
     if not extreme and 1 / SPREADS_APART <= tau / suits <= SPREADS_APART:
-        yield Finding(
-            "fine",
-            f"τ = {general(tau)} is about the spread of the imbalance, {general(spread, 2)}."
-            if suits == spread
-            else f"At τ = {general(tau)} 95 % of the pairs have weights within {ratio(now.p95)} times of each other.",
-        )
+        yield Finding("fine", fine)
         return
     consequence = (
         f"In 5 % of the pairs one response gets more than {ratio(now.p95)} times the other's weight, at most "

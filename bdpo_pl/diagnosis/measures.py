@@ -12,14 +12,13 @@ from functools import cached_property
 import numpy as np
 
 from bdpo_pl.data.table import PairTable
-from bdpo_pl.losses.balanced_dpo import robust_spread
+from bdpo_pl.losses.balanced_dpo import robust_spread, weight_ratios
 from bdpo_pl.reporting.format import general
 from bdpo_pl.statistics import Interval, independent, spearman
 
 _LENGTH_GROUPS = 6
 # Fewer values have no interval.
 _LEAST_FOR_INTERVAL = 10
-_SMALLEST_WEIGHT = 1e-12
 _ROUND_TAUS = (0.1, 0.25, 0.5, 1.0, 2.0)
 # A ratio above e^600 is infinite for all purposes, and JSON has no infinity.
 _LARGEST_EXPONENT = 600.0
@@ -51,7 +50,7 @@ class Measured:
     @cached_property
     def ratio(self) -> np.ndarray:
         """Ratio of the larger weight to the smaller, (M,)."""
-        return self.weights.max(axis=0) / self.weights.min(axis=0).clip(_SMALLEST_WEIGHT)
+        return weight_ratios(self.weights)
 
     @cached_property
     def strong(self) -> np.ndarray:

@@ -22,10 +22,10 @@ from bdpo_pl.models.causal_lm import CausalLM, ModelConfig
 KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 """Kinds of layers for which there are masks, by transformers' names."""
 
-# Kinds of rotary embeddings whose angles do not change with the length of a row.
 WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 """Kinds of attention that do not see all earlier tokens, and the option of a configuration that says how many."""
 
+# Kinds of rotary embeddings whose angles do not change with the length of a row.
 _STATIC_ROTATIONS = frozenset({None, "default", "linear", "llama3", "yarn"})
 
 _RECOMPILATIONS = 64

@@ -37,6 +37,7 @@ EXTREME_RATIO = 50.0
 """Ratio of a pair's larger balance weight to its smaller one that is warned of if 5 % of the pairs exceed it."""
 
 _EPSILON = 1e-6
+_SMALLEST_WEIGHT = 1e-12
 
 
 def imbalance_spread(comprehension_chosen: Tensor, comprehension_rejected: Tensor) -> float:
@@ -61,6 +62,11 @@ def robust_spread(imbalance: np.ndarray) -> float:
     """Measure the spread of the (M,) `imbalance` as `imbalance_spread` does; 0 where every pair is balanced."""
     robust = 1.4826 * np.median(np.abs(imbalance - np.median(imbalance)))
     return float(max(robust, 0.1 * np.median(np.abs(imbalance))) or imbalance.std())
+
+
+def weight_ratios(weights: np.ndarray) -> np.ndarray:
+    """Return the (M,) ratios of the larger to the smaller of the (2, M) float64 balance `weights`."""
+    return np.asarray(weights.max(axis=0) / weights.min(axis=0).clip(_SMALLEST_WEIGHT))
 
 
 def balance_weights(

@@ -14,8 +14,8 @@ from bdpo_pl.reporting.format import size
 from bdpo_pl.training.callbacks import LastCheckpoint
 from bdpo_pl.training.module import PreferenceModule
 from bdpo_pl.training.optimizer_state import state_bytes
-from bdpo_pl.training.optimizers import is_hidden_matrix, mark_tables
-from bdpo_pl.training.split_8bit import keeps_blocks
+from bdpo_pl.training.optimizers import mark_tables
+from bdpo_pl.training.parameter_counts import count_matrices
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,7 @@ def plan_disk(trainer: L.Trainer, module: PreferenceModule, export: bool) -> Dis
     trained = [p for p in parameters if p.requires_grad]
     weights = sum(p.numel() * p.element_size() for p in (trained if module.lora is not None else parameters))
     mark_tables(module.policy)
-    matrices = [p for p in trained if is_hidden_matrix(p)]
-    hidden, uneven = sum(p.numel() for p in matrices), sum(p.numel() for p in matrices if not keeps_blocks(p))
+    hidden, uneven = count_matrices(trained)
     others = sum(p.numel() for p in trained) - hidden
     optimizer = state_bytes(module.optimizer, hidden, others, trained[0].dtype, uneven)
     best = 0

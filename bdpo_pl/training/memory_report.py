@@ -10,7 +10,6 @@ from typing import Protocol, TypedDict, Unpack
 
 import lightning as L
 import torch
-from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from rich.table import Table
@@ -24,7 +23,7 @@ from bdpo_pl.reporting.format import size
 from bdpo_pl.training.datamodule import PreferenceDataModule
 from bdpo_pl.training.memory_plan import planned
 from bdpo_pl.training.module import PreferenceModule
-from bdpo_pl.training.start_checks import check_start
+from bdpo_pl.training.start_checks import check_start, device_kind
 
 _USABLE = 0.9
 """Share of a device's memory that a plan may use; the allocator and the process need the rest."""
@@ -189,7 +188,7 @@ def _can_be_adapted(trainer: L.Trainer, module: PreferenceModule) -> bool:
 
 def _on_the_host(trainer: L.Trainer, module: PreferenceModule, peak: _Peak) -> Iterator[tuple[str, int]]:
     """Yield (option, peak in bytes) for what a GPU can leave to the host's memory."""
-    if not isinstance(trainer.accelerator, CUDAAccelerator):
+    if device_kind(trainer) != "cuda":
         return
     moves = not module.activation_offloading and module.compile_backend is None
     if moves:
@@ -227,7 +226,7 @@ def largest_batch(peak: Callable[[int], int], memory: int, most: int = 64) -> in
 
 def device_memory(trainer: L.Trainer) -> int | None:
     """Return the bytes of one GPU, or each process's share of the memory that the machine or container allows."""
-    if isinstance(trainer.accelerator, CUDAAccelerator):
+    if device_kind(trainer) == "cuda":
         return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
     memory = machine_memory()
     return None if memory is None else memory // max(1, trainer.num_devices)
@@ -254,8 +253,6 @@ class WarnsOfMemory(L.Callback):
         if stage != "fit":
             return
         assert isinstance(pl_module, PreferenceModule)
-        # On every rank, before the pairs are read.
-        check_start(pl_module, trainer, trainer.datamodule.max_length)  # type: ignore[attr-defined]
         splits = pl_module.read_pairs()
         if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
             return

@@ -159,7 +159,6 @@ class PreferenceModule(CheckpointedModule):
 
     def setup(self, stage: str) -> None:
         """Read the pairs, check that model, data and loss fit together, and score the pairs."""
-        check_start(self, self.trainer, self._data().max_length)
         splits = self.read_pairs()
         self.watch(splits.validation, splits.monitored)
         self._machine = machine = Machine.of(self.trainer)
@@ -200,9 +199,15 @@ class PreferenceModule(CheckpointedModule):
         return resolve_dtype(self.dtype_name if self.reference_dtype == "auto" else self.reference_dtype, precision)
 
     def read_pairs(self) -> PreferenceSplits:
-        """Let the data module read the pairs for this policy and loss, once."""
+        """Let the data module read the pairs for this policy and loss, once, if the options go together.
+
+        Raises:
+            InputError: two options contradict each other, or a file cannot be read.
+        """
+        data = self._data()
+        check_start(self, self.trainer, data.max_length)
         needs = {"order_by_safety": self.loss.needs_safety, "single": self.loss.needs_labels}
-        self._splits = self._data().read(self.source, row_layout=lambda: self.row_layout, **needs)
+        self._splits = data.read(self.source, row_layout=lambda: self.row_layout, **needs)
         return self._splits
 
     def configure_model(self) -> None:

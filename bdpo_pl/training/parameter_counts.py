@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bdpo_pl.models.adapters import LoraOptions, add_adapters
 from bdpo_pl.models.causal_lm import ModelConfig
@@ -84,10 +86,20 @@ def _sizes(described: MetaModel, parts: int) -> tuple[int, int, int, int]:
     model = described.built
     mark_tables(model)
     trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trained if is_hidden_matrix(p)]
-    uneven = sum(p.numel() for p in matrices if not keeps_blocks(p, parts))
-    every, hidden = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in matrices)
-    return every, sum(p.numel() for p in trained), hidden, uneven
+    every = sum(p.numel() for p in model.parameters())
+    return every, sum(p.numel() for p in trained), *count_matrices(trained, parts)
+
+
+def count_matrices(parameters: Iterable[Tensor], parts: int | None = None) -> tuple[int, int]:
+    """Return the numbers of `parameters` in matrices between hidden states: of all, and of uneven ones.
+
+    Args:
+        parameters: parameters of a model whose tables are marked.
+        parts: number of devices that share a matrix. Default: those over which it is split.
+    """
+    matrices = [p for p in parameters if is_hidden_matrix(p)]
+    uneven = (p for p in matrices if not keeps_blocks(p, parts))
+    return sum(p.numel() for p in matrices), sum(p.numel() for p in uneven)
 
 
 class MetaModel:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from bdpo_pl.losses.balanced_dpo import EXTREME_RATIO
+from bdpo_pl.losses.balanced_dpo import EXTREME_RATIO, weight_ratios
 from bdpo_pl.reporting.format import plural, ratio, whole
 from bdpo_pl.scoring.scores import table_scores
 from bdpo_pl.training.module import PreferenceModule
@@ -57,8 +57,8 @@ def _warn_of_extreme_weights(module: L.LightningModule) -> None:
     scores = table_scores(table, module.reference.scores("train", torch.arange(len(table))))
     if (weights := module.loss.weights(scores)) is None:
         return
-    each = torch.stack((weights.chosen, weights.rejected)).double()
-    median, high = np.quantile((each.amax(0) / each.amin(0)).numpy(), (0.5, 0.95), method="lower")
+    ratios = weight_ratios(torch.stack((weights.chosen, weights.rejected)).double().numpy())
+    median, high = np.quantile(ratios, (0.5, 0.95), method="lower")
     if high > EXTREME_RATIO:
         rank_zero_warn(
             f"in 5 % of the training pairs one response gets more than {ratio(high)} times the weight of the other, in "

@@ -163,8 +163,7 @@ def test_what_would_do_nothing_is_refused_without_a_gpu(dry_run, capsys, options
 
 def test_dry_run_for_gpus_says_what_the_host_would_save(dry_run, monkeypatch):
     """With a CPU that is taken for a GPU, where the plan asks for the kind of device."""
-    for module in (start_checks, memory_report):
-        monkeypatch.setattr(module, "CUDAAccelerator", CPUAccelerator)
+    monkeypatch.setattr(start_checks, "CUDAAccelerator", CPUAccelerator)
     monkeypatch.setattr(activation_offloading, "MIN_BYTES", 2**12)
     monkeypatch.setattr(memory_report, "device_memory", lambda trainer: 10**9)
     monkeypatch.setattr(memory_report, "machine_memory", lambda: 10**9)
