@@ -62,6 +62,8 @@ def run_command(command: Callable[[], None], kept: str = "") -> None:
         status = next((status for kind, status in _STATUS.items() if isinstance(error, kind)), None)
         if status is None:
             raise
+        if isinstance(error, MachineError):
+            _let_children_die()
         _print_error(str(error))
         sys.exit(status)
 
@@ -89,6 +91,12 @@ def _signals_stop(received: list[int]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _let_children_die() -> None:
+    """Take torch's handler of SIGCHLD away: memory that runs out ends several data workers, and it raises for each."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def _print_error(message: str) -> None:

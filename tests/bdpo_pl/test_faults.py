@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bdpo_pl.cli.command import run_command
 from bdpo_pl.cli.machine_faults import machine_error
 from bdpo_pl.data.batches import PairDataset
 from bdpo_pl.errors import MachineError, StoppedError
@@ -62,9 +63,29 @@ def test_killed_data_worker_is_named(run, monkeypatch):
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(PairDataset, "collate", die)
+    before = signal.getsignal(signal.SIGCHLD)
     status, said = run("--data.num_workers=1")
+    signal.signal(signal.SIGCHLD, before)
     assert status == 4
     assert re.search(r"error: a process that builds batches died: .*data\.num_workers.*--ckpt_path last", said)
+
+
+def test_workers_that_die_later_do_not_change_the_exit_status(monkeypatch, capfd):
+    def another_worker_died(number, frame):
+        raise RuntimeError("DataLoader worker (pid 2) is killed by signal: Killed.")
+
+    def command():
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    monkeypatch.setattr("bdpo_pl.cli.command.printable", lambda text: [text, os.kill(os.getpid(), signal.SIGCHLD)][0])
+    before = signal.signal(signal.SIGCHLD, another_worker_died)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            run_command(command)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert stopped.value.code == 4
+    assert "pid 1" in capfd.readouterr().err
 
 
 def test_full_disk_is_named_whoever_met_it(run, monkeypatch):
