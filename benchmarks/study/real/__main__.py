@@ -15,10 +15,11 @@ from pathlib import Path
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
+from bdpo_pl.models.loading import ModelSource, model_fingerprint
 from benchmarks.machine import machine
 from benchmarks.study.real.cell import Place, run_cell
 from benchmarks.study.real.plan import Cell, all_cells, cell_of, chosen
-from benchmarks.study.run.records import append, compare_again, read_records
+from benchmarks.study.run.records import append, compare_again, read_heads, read_records
 from benchmarks.written import command_line
 
 RESULTS = Path(__file__).parents[2] / "results"
@@ -49,7 +50,12 @@ def main(arguments: list[str] | None = None) -> None:
         again(options.cell, out, place)
         return
     command = command_line("benchmarks.study.real", arguments)
-    head = {"command": command, "date": f"{started:%Y-%m-%dT%H:%M:%SZ}", "machine": machine("cpu")}
+    head = {
+        "command": command,
+        "date": f"{started:%Y-%m-%dT%H:%M:%SZ}",
+        "machine": machine("cpu"),
+        "model": _same_model(out, place.model),
+    }
     run = 0
     # The final cells are known only when the tuning is finished.
     while open_cells := _open(out):
@@ -69,6 +75,15 @@ def main(arguments: list[str] | None = None) -> None:
             append(out, record)
         run += 1
         print(f"{cell.key} {cell.section}, {cell.method}, seed {cell.seed}: {record['seconds']:.0f} s", flush=True)
+
+
+def _same_model(out: Path, model: Path) -> str:
+    """Return the digest of `model`; refuse one that is not the model of the records."""
+    digest = model_fingerprint(ModelSource(str(model)))
+    known = {head["model"] for head in read_heads(out) if "model" in head}
+    if known - {digest}:
+        raise SystemExit(f"{out} has cells of another model than {model}; give another file with --out")
+    return digest
 
 
 def _open(out: Path) -> list[Cell]:

@@ -6,6 +6,7 @@ matched one to one with the third with the most, so that the two halves differ i
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import tempfile
@@ -17,6 +18,7 @@ from filelock import FileLock
 from scipy.optimize import linear_sum_assignment
 
 from bdpo_pl.files import write_whole
+from bdpo_pl.models.loading import ModelSource, model_fingerprint
 from bdpo_pl.scoring.scores import table_comprehension
 from benchmarks.study.run.imbalance import score_file
 
@@ -71,8 +73,12 @@ def measure_pool(rows: list[str], model: Path) -> Pool:
 
 
 def cached_pool(rows: list[str], model: Path, folder: Path) -> Pool:
-    """Return the measured pool, from `folder` if a process has measured it; others wait for the one that does."""
-    file = folder / "pool.json"
+    """Return the measured pool, from `folder` if a process has measured it; others wait for the one that does.
+
+    The file's name has a digest of the model and the rows, so that those of another study are not read.
+    """
+    known = model_fingerprint(ModelSource(str(model))) + "".join(rows)
+    file = folder / f"pool-{hashlib.sha256(known.encode()).hexdigest()[:16]}.json"
     with FileLock(folder / "pool.lock"):
         if not file.exists():
             write_whole(file, json.dumps(asdict(measure_pool(rows, model))))

@@ -18,6 +18,7 @@ from typing import Any
 from bdpo_pl.errors import InputError
 from benchmarks import pages
 from benchmarks.study.real import results as real
+from benchmarks.study.real import rules
 from benchmarks.study.real.plan import HALVES, METHODS
 from benchmarks.study.report.__main__ import ROOT, name_of, read_reading
 from benchmarks.study.report.figures import Figures, draw_all, methods_figure
@@ -56,13 +57,14 @@ def page(
         name=results.name,
         reading=reading.strip(),
         progress=real.progress(results),
-        answer=real.answer(results),
+        answer=rules.answer(results),
+        temperature=rules.default_temperature(results),
         primary=primary(results),
         methods=means(results, [real.group(name) for name in groups], real.OUTCOMES) if methods else "",
         exploration=differences(results, [real.against(real.BDPO, name) for name in others], real.OUTCOMES).text
         if others
         else "",
-        limits=limits(results),
+        limits=rules.bounds(results).values(),
         halves=halves(results),
         trials=trials(results),
         figure=f"![{FIGURES['methods.svg'][0]}]({figures}/methods.svg)" if methods else "",
@@ -78,7 +80,7 @@ def page(
 
 def primary(results: Results) -> str:
     """Return the table of the four registered differences, B-DPO − DPO."""
-    found = real.answer(results)
+    found = rules.answer(results)
     rows = []
     for measure in real.OUTCOMES:
         one, p = found.found[measure.name], found.adjusted[measure.name]
@@ -95,21 +97,6 @@ def primary(results: Results) -> str:
     return table(head, rows)
 
 
-def limits(results: Results) -> list[str]:
-    """Say which rates of refusal before training are a floor or a ceiling."""
-    found = results.pick("final", "reference")
-    if not found:
-        return []
-    said = []
-    for measure in (real.REFUSED, real.SAFE_REFUSED):
-        value = measure.of(found[0])
-        if value < real.FLOOR:
-            said.append(f"{measure.name}: {value:.1f} % before training, a floor (under {real.FLOOR:.0f} %)")
-        elif value > real.CEILING:
-            said.append(f"{measure.name}: {value:.1f} % before training, a ceiling (over {real.CEILING:.0f} %)")
-    return said
-
-
 def halves(results: Results) -> dict[str, Any] | None:
     """Return tables of DPO on the two halves, and how alike these are; None if no such cell is finished."""
     found = results.pick("halves")
@@ -117,10 +104,12 @@ def halves(results: Results) -> dict[str, Any] | None:
         return None
     balanced, imbalanced = (real.half(name) for name in HALVES)
     compared = differences(results, [contrast(imbalanced, balanced)], real.PAIR_OUTCOMES)
+    verdict, gap = rules.observation(results)
     return {
         "means": means(results, [balanced, imbalanced], real.PAIR_OUTCOMES),
         "differences": compared.text,
-        "said": compared.said,
+        "verdict": verdict,
+        "half_width": number(gap.half, 2),
         "alike": {name: number(value, 2) for name, value in found[0]["halves"].items()},
     }
 

@@ -1,20 +1,15 @@
-"""The study with a real model: its records as results by seed, its four outcomes, and the rule of its answer."""
+"""The study with a real model: its records as results by seed, and its four outcomes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.study.real.plan import HALVES, METHODS, SEEDS, Cell, chosen, tuning
 from benchmarks.study.report.results import Measure, Results, load_cells
-from benchmarks.study.report.statistics import Interval, holm
-from benchmarks.study.report.tables import SIGNIFICANT, Contrast, Group, contrast
+from benchmarks.study.report.tables import Contrast, Group, contrast
 
 DPO, BDPO = "DPO", "B-DPO"
-FLOOR, CEILING = 5.0, 95.0
-"""Shares in percent beyond which a rate of refusal before training is a floor or a ceiling, not a result."""
-
 GAP = Measure("margin gap, nats", lambda cell: cell["pairs"]["gap/margin"], percent=False, better=-1, digits=2)
 RANKED = Measure("test pairs ranked right", lambda cell: cell["pairs"]["held_out/logp_accuracy"], better=1)
 REFUSED = Measure(
@@ -34,8 +29,6 @@ PAIR_OUTCOMES = (
     RANKED,
 )
 """What is measured of the halves, for which no prompts are asked."""
-
-_DECIDING, _GUARDING = (GAP, REFUSED), (RANKED, SAFE_REFUSED)
 
 
 def load_real(path: Path, name: str | None = None) -> Results:
@@ -79,52 +72,6 @@ def against(first: str, second: str) -> Contrast:
 def half(name: str) -> Group:
     """Return the cells of DPO on one half of the pairs."""
     return Group(f"{name} half", "halves", DPO, name)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The registered question's answer.
-
-    Attributes:
-        verdict: `helps`, `harms`, `not told`, or `not finished`.
-        seeds: number of seeds that both methods have.
-        found: difference B-DPO − DPO by outcome.
-        adjusted: p after Holm's correction, by outcome.
-    """
-
-    verdict: str
-    seeds: int
-    found: dict[str, Interval]
-    adjusted: dict[str, float]
-
-
-def answer(results: Results) -> Answer:
-    """Apply the registered rule.
-
-    B-DPO helps if the gap or the refusals of harmful prompts are better after Holm's correction over the four outcomes,
-    and neither test pairs nor safe prompts have a 95 % interval that lies wholly on the worse side; harms: the mirror.
-    """
-    found = {measure.name: against(BDPO, DPO).of(results, measure) for measure in OUTCOMES}
-    adjusted = dict(zip(found, holm([one.p for one in found.values()]), strict=True))
-    seeds = min(one.count for one in found.values())
-
-    def moved(sign: int) -> bool:
-        decides = any(adjusted[m.name] < SIGNIFICANT and found[m.name].mean * m.better * sign > 0 for m in _DECIDING)
-        return decides and not any(_wholly(found[m.name], -m.better * sign) for m in _GUARDING)
-
-    verdict = "not told"
-    if seeds < len(SEEDS):
-        verdict = "not finished"
-    elif moved(1):
-        verdict = "helps"
-    elif moved(-1):
-        verdict = "harms"
-    return Answer(verdict, seeds, found, adjusted)
-
-
-def _wholly(found: Interval, sign: int) -> bool:
-    """Return true if the whole interval is above 0 (`sign` 1) or below it (−1)."""
-    return found.low > 0 if sign > 0 else found.high < 0
 
 
 def progress(results: Results) -> dict[str, tuple[int, int]]:

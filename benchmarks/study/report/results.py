@@ -11,7 +11,7 @@ from typing import Any
 
 from bdpo_pl.errors import InputError
 from benchmarks.study.run.evaluate import FRAMED, HARMFUL, HELD_OUT_CATEGORIES
-from benchmarks.study.run.records import read_records
+from benchmarks.study.run.records import read_heads, read_records
 
 Cell = dict[str, Any]
 
@@ -180,5 +180,4 @@ def load_cells(path: Path, module: str) -> tuple[list[dict[str, Any]], dict[str,
     cells = read_records(path)
     if not cells:
         raise InputError(f"{path}: no finished cell; run `python -m {module} --out {path}`")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.startswith('{"command"')], cells
+    return read_heads(path), cells

@@ -29,6 +29,11 @@ def read_records(path: Path) -> dict[str, dict[str, Any]]:
     return {record["key"]: record for _, record in _whole_lines(path) if "key" in record}
 
 
+def read_heads(path: Path) -> list[dict[str, Any]]:
+    """Read the lines that are no cells, one for each call of the study's command; errors as in `read_records`."""
+    return [record for _, record in _whole_lines(path) if "command" in record] if path.exists() else []
+
+
 def append(path: Path, line: dict[str, Any]) -> None:
     """Append a line, on its own even after an incomplete one."""
     path.parent.mkdir(parents=True, exist_ok=True)

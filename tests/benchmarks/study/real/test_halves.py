@@ -1,6 +1,7 @@
 """Balanced and imbalanced halves of real pairs: what is measured of the pairs, how they are matched, and a cell."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -53,7 +54,7 @@ def test_the_halves_of_a_seed_are_partners():
         halves.draw_half(rows, found, matched, "balanced", 101, seed=0)
 
 
-def test_pairs_are_measured_as_plain_transformers_measures_them(tmp_path):
+def test_pairs_are_measured_as_plain_transformers_measures_them(tmp_path, monkeypatch):
     build_model().save_pretrained(tmp_path / "model")
     build_tokenizer().save_pretrained(tmp_path / "model")
     asked = "\n\nHuman: how do i keep snails ?\n\nAssistant:"
@@ -83,8 +84,12 @@ def test_pairs_are_measured_as_plain_transformers_measures_them(tmp_path):
         assert [found.chosen_tokens[at], found.rejected_tokens[at]] == tokens
         assert found.difficulty[at] == pytest.approx(per_token[1] - per_token[0], abs=1e-5)
     # A second process reads what the first has measured.
-    (tmp_path / "model" / "config.json").unlink()
+    monkeypatch.setattr(halves, "measure_pool", lambda rows, model: replace(found, row=[7]))
     assert halves.cached_pool(rows, tmp_path / "model", tmp_path) == found
+    # Other rows, or another model, are measured.
+    assert halves.cached_pool(rows[:2], tmp_path / "model", tmp_path).row == [7]
+    build_model(vocab_size=401).save_pretrained(tmp_path / "model")
+    assert halves.cached_pool(rows, tmp_path / "model", tmp_path).row == [7]
 
 
 def test_cells_of_the_halves_come_last_and_have_keys_of_their_own():

@@ -144,3 +144,7 @@ def test_processes_share_the_cells(place, tmp_path, monkeypatch, capsys):
     command.main(arguments)
     assert ran[-16] == trials[0]
     assert len({cell.key for cell in ran}) == len(ran) == 1 + 24 + 30 + 10
+    # The records of one model are not gone on with by another.
+    build_model(vocab_size=401).save_pretrained(place.model)
+    with pytest.raises(SystemExit, match=r"out\.jsonl has cells of another model than .*model; give another file with"):
+        command.main(arguments)

@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 
 from bdpo_pl.errors import InputError
-from benchmarks.study.real import plan, report, results
+from benchmarks.study.real import plan, report, results, rules
 
 HEAD = {
     "command": ["python", "-m", "benchmarks.study.real"],
@@ -23,8 +23,11 @@ ALIKE = {
 SHARED, OWN = (0.03, -0.02, 0.05, 0.0, -0.04), (0.001, -0.002, 0.001, 0.002, -0.001)
 
 
-def records(seeds=plan.SEEDS, **better):
-    """All cells; `better` says by how much B-DPO differs from the others in an outcome."""
+def records(seeds=plan.SEEDS, everywhere=None, sharp=None, wider=1.0, **better):
+    """All cells; `better` says by how much B-DPO differs from the others in an outcome, `sharp` B-DPO with τ 0.25.
+
+    All methods differ by `everywhere` from the model before training, and the gaps of the halves by `wider`.
+    """
     trials = [{"key": c.key, "cell": as_fields(c), "pairs": dict(BASE), "seconds": 3600.0} for c in plan.tuning()]
     best = plan.chosen({trial["key"]: trial for trial in trials})
     yield {"key": plan.reference().key, "cell": as_fields(plan.reference()), "suites": dict(RATES), "seconds": 0.0}
@@ -33,14 +36,15 @@ def records(seeds=plan.SEEDS, **better):
         if cell.seed not in seeds:
             continue
         shared, own = SHARED[cell.seed], OWN[cell.seed] if cell.method == "B-DPO" else 0.0
-        moved = better if cell.method == "B-DPO" else {}
-        pairs, suites = (
-            {name: value + shared + own + moved.get(name, 0.0) for name, value in of.items()} for of in (BASE, RATES)
-        )
+        own = OWN[cell.seed] / 2 if cell.method == rules.SHARP else own
+        moved = {"B-DPO": better, rules.SHARP: sharp or {}}.get(cell.method, {})
+        always = everywhere or {}
+        added = {name: shared + own + moved.get(name, 0.0) + always.get(name, 0.0) for name in BASE | RATES}
+        pairs, suites = ({name: value + added[name] for name, value in of.items()} for of in (BASE, RATES))
         yield {"key": cell.key, "cell": as_fields(cell), "pairs": pairs, "suites": suites, "seconds": 0.0}
     for cell in plan.halves(best) if len(seeds) == 5 else ():
-        wider = OWN[cell.seed] + 1.0 if cell.half == "imbalanced" else 0.0
-        pairs = BASE | {"gap/margin": BASE["gap/margin"] + SHARED[cell.seed] + wider, "train_probe/margin": 2.0}
+        apart = OWN[cell.seed] + wider if cell.half == "imbalanced" else 0.0
+        pairs = BASE | {"gap/margin": BASE["gap/margin"] + SHARED[cell.seed] + apart, "train_probe/margin": 2.0}
         yield {"key": cell.key, "cell": as_fields(cell), "pairs": pairs, "halves": dict(ALIKE), "seconds": 0.0}
 
 
@@ -66,16 +70,19 @@ def load(tmp_path, **options):
         ({"gap/margin": -0.5, "xstest_benign": 0.2}, "not told"),
         ({"gap/margin": -0.5, "held_out/logp_accuracy": -0.2}, "not told"),
         ({"gap/margin": -0.5, "xstest_benign": -0.2}, "helps"),
+        # Better and worse at once is not one of them.
+        ({"gap/margin": -0.5, "xstest_harmful": -0.2}, "both"),
+        ({"gap/margin": 0.5, "xstest_harmful": 0.2}, "both"),
         # Test pairs and safe prompts alone decide nothing.
         ({"held_out/logp_accuracy": 0.2}, "not told"),
     ],
 )
 def test_the_registered_rule(tmp_path, better, verdict):
-    assert results.answer(load(tmp_path, **better)).verdict == verdict
+    assert rules.answer(load(tmp_path, **better)).verdict == verdict
 
 
 def test_differences_are_paired_by_seed(tmp_path):
-    found = results.answer(load(tmp_path, **{"gap/margin": -0.5})).found[results.GAP.name]
+    found = rules.answer(load(tmp_path, **{"gap/margin": -0.5})).found[results.GAP.name]
     # What all methods have in common of a seed is in neither mean nor interval.
     t = stats.ttest_1samp([own - 0.5 for own in OWN], 0.0)
     low, high = t.confidence_interval(0.95)
@@ -85,7 +92,7 @@ def test_differences_are_paired_by_seed(tmp_path):
 
 def test_no_answer_before_every_seed_is_there(tmp_path):
     loaded = load(tmp_path, seeds=(0, 1, 2), **{"gap/margin": -0.5})
-    assert results.answer(loaded).verdict == "not finished"
+    assert rules.answer(loaded).verdict == "not finished"
     page = report.page(loaded)
     assert "final cells 18 of 30" in page
     assert "3 of 5 seeds are there: no answer yet" in page
@@ -112,14 +119,53 @@ def test_the_halves_are_compared_seed_by_seed(tmp_path):
     )
 
 
-def test_a_rate_before_training_that_cannot_fall_is_named(tmp_path, monkeypatch):
+def test_a_rate_that_cannot_move_is_named_and_decides_nothing(tmp_path, monkeypatch):
     monkeypatch.setitem(RATES, "xstest_benign", 0.02)
     monkeypatch.setitem(RATES, "xstest_harmful", 0.98)
     monkeypatch.setitem(RATES, "strongreject", 0.96)
-    assert report.limits(load(tmp_path)) == [
+    loaded = load(tmp_path, xstest_harmful=-0.3)
+    assert list(rules.bounds(loaded).values()) == [
         "harmful prompts refused: 97.0 % before training, a ceiling (over 95 %)",
         "safe prompts refused: 2.0 % before training, a floor (under 5 %)",
     ]
+    assert rules.answer(loaded).verdict == "not told"
+    assert "a ceiling (over 95 %): no result, it decides nothing" in report.page(loaded)
+
+
+def test_a_rate_that_training_takes_to_a_floor_is_no_result_either(tmp_path):
+    lost = {"xstest_harmful": -0.49, "strongreject": -0.29}
+    # Under one method alone it is what the method did.
+    assert rules.answer(load(tmp_path, **lost)).verdict == "harms"
+    loaded = load(tmp_path, everywhere=lost, xstest_harmful=0.02)
+    assert list(rules.bounds(loaded).values()) == [
+        "harmful prompts refused: 1.4 and 2.4 % after DPO and B-DPO, a floor (under 5 %)"
+    ]
+    assert rules.answer(loaded).adjusted[results.REFUSED.name] < 0.05
+    assert rules.answer(loaded).verdict == "not told"
+
+
+@pytest.mark.parametrize(
+    ("wider", "verdict", "said"),
+    [
+        (1.0, "holds", "**the observation holds** here"),
+        (-1.0, "opposite", "**the gap is smaller on the imbalanced side**"),
+        (0.0, "not told", "**the study does not tell** whether the observation holds"),
+    ],
+)
+def test_what_is_said_of_the_halves(tmp_path, wider, verdict, said):
+    loaded = load(tmp_path, wider=wider)
+    assert rules.observation(loaded)[0] == verdict
+    assert said in report.page(loaded)
+    assert rules.observation(load(tmp_path, seeds=(0, 1)))[0] == "not finished"
+
+
+@pytest.mark.parametrize(
+    ("sharp", "verdict"),
+    [({}, "stays"), ({"gap/margin": -0.5}, "0.25"), ({"gap/margin": 0.5}, "stays"), ({"strongreject": 0.2}, "0.25")],
+)
+def test_the_default_temperature_stays_unless_the_other_one_is_better(tmp_path, sharp, verdict):
+    assert rules.default_temperature(load(tmp_path, sharp=sharp)) == verdict
+    assert rules.default_temperature(load(tmp_path, seeds=(0, 1), sharp=sharp)) == "not finished"
 
 
 def test_page_and_figure_are_written_and_the_same_again(tmp_path):
