@@ -110,15 +110,18 @@ def loss_difference(rows: list[dict[str, Any]]) -> float | None:
     mine = losses.get("ours, DPO")
     if not mine or not theirs or len(mine) != len(theirs):
         return None
-    return max(abs(a - b) for a, b in zip(mine, theirs, strict=True))
+    # Of numpy, as `max` loses a NaN that is not the first.
+    return float(np.max(np.abs(np.subtract(mine, theirs))))
 
 
 def seconds_to(loss: float, curve: list[list[float]]) -> float | None:
     """Return when a curve of (seconds, loss) first reaches `loss`, by linear interpolation."""
+    if curve and curve[0][1] <= loss:
+        return curve[0][0]
     for (t0, l0), (t1, l1) in itertools.pairwise(curve):
-        if l1 <= loss < l0:
+        if l1 <= loss:
             return t0 + (t1 - t0) * (l0 - loss) / (l0 - l1)
-    return curve[0][0] if curve and curve[0][1] <= loss else None
+    return None
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

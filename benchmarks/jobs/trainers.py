@@ -244,14 +244,16 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     os.environ.pop("PL_GLOBAL_SEED", None)
     problem, train, _ = read(folder)
-    # Both trainers import them anyway, and the import should not count against the first.
+    # Imports are no part of a job; `import trl` alone leaves its trainer to be imported where it is first named.
     import datasets  # noqa: F401
     import lightning  # noqa: F401
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     if contender.startswith("TRL"):
-        import trl as _  # noqa: F401
+        from trl import DPOConfig, DPOTrainer  # noqa: F401
+    else:
+        from bdpo_pl import PreferenceDataModule, PreferenceModule  # noqa: F401
     torch.manual_seed(0)
     start = time.perf_counter()
     result = CONTENDERS[contender](problem, folder, start)

@@ -1,6 +1,7 @@
 """The end-to-end benchmark at a shape of no consequence, and what it proves on the way: our losses are TRL's."""
 
 import json
+import math
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -115,6 +116,8 @@ def test_time_to_a_loss_is_read_off_the_curve():
     assert seconds_to(0.65, curve) == pytest.approx(2.5)
     assert seconds_to(0.69, curve) == 1.0
     assert seconds_to(0.5, curve) is None
+    # The first time counts, of a curve that leaves it again too.
+    assert seconds_to(0.6, [[1.0, 0.5], [2.0, 0.7], [3.0, 0.4]]) == 1.0
     rows = [{"contender": "a", "curve": curve}, {"contender": "b", "curve": [[4.0, 0.69], [8.0, 0.65]]}]
     assert curve_lines(rows) == [
         "a: held-out DPO loss 0.6500 after 2.5 s",
@@ -156,6 +159,8 @@ def test_table_gives_ratios_and_reasons():
     assert lines[2] == "| balanced 96/96 | ours, DPO | 5.0 | 1.00 | 10 | 4.00 | – | 1,024 | 50% |"
     assert "not run: out of memory" in lines[4]
     assert loss_difference(rows) == pytest.approx(0.01)
+    rows[0]["losses"][1] = float("nan")
+    assert math.isnan(loss_difference(rows))
 
 
 def test_head_benchmark_compares_the_two_paths(tmp_path):
