@@ -1,8 +1,10 @@
 """Confidence intervals of means, rates and paired differences, rank correlation, and p-values of changes.
 
-Prompts that make the same request in several framings are not independent. Whole clusters of such prompts are therefore
-resampled (percentile bootstrap over clusters, Efron and Tibshirani 1993). If all outcomes are the same, a bootstrap
-would give an interval of length 0 and claim certainty; for rates, Wilson's interval over clusters replaces it.
+Prompts that make the same request in several framings are not independent, so they count as a cluster. Rates have
+Wilson's interval, for as many prompts as would be as uncertain if all prompts of a cluster had the same outcome (Kish
+1965). That number does not depend on the outcomes: one more failure therefore never lowers an end, which limits on
+ends rely on. For numbers and differences, whole clusters are resampled (percentile bootstrap, Efron and Tibshirani
+1993), which would claim certainty if all outcomes were the same; `difference` corrects that.
 
 scipy is imported where it is used, because that takes a second, which `--help` need not wait for.
 """
@@ -16,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+SIGNIFICANT = 0.05
+"""p-value below which a change is significant."""
 _Z = 1.959964
 _RESAMPLES = 4000
 # Number of values drawn at a time: bounds the memory for suites of many thousand prompts.
@@ -59,7 +63,8 @@ def mean(
     Args:
         values: one value for each prompt.
         clusters: cluster of each prompt. Default: each prompt is a cluster of its own.
-        rate: true if values are between 0 and 1. Otherwise the interval of values that are all the same has length 0.
+        rate: true if values are outcomes, 0 or 1, whose interval is Wilson's. For grades between 0 and 1 that is wider
+            than necessary. Otherwise the interval is by resampling; if all values are the same, it has length 0.
         seed: seed of the resampling.
 
     Raises:
@@ -67,12 +72,15 @@ def mean(
     """
     sums, counts = _by_cluster(values, clusters)
     value = float(sums.sum() / counts.sum())
-    if not _all_alike(sums, counts):
-        low, high = _bootstrap(sums, counts, seed)
-    elif rate:
-        low, high = wilson(value * len(sums), len(sums))
-    else:
+    if rate:
+        # Kish's number for a correlation of 1 within clusters. An estimate of it from the outcomes would have a wider
+        # interval for no failure in ten clusters of three than for one.
+        effective = float(counts.sum() ** 2 / (counts**2).sum())
+        low, high = wilson(value * effective, effective)
+    elif _all_alike(sums, counts):
         low = high = value
+    else:
+        low, high = _bootstrap(sums, counts, seed)
     return Interval(value, float(low), float(high), int(counts.sum()), len(sums))
 
 
@@ -83,20 +91,24 @@ def difference(
     *,
     seed: int = 0,
 ) -> Interval:
-    """Compute the mean of `second` − `first`, paired by prompt; outcomes are between 0 and 1.
+    """Compute the mean of `second` − `first`, outcomes of 0 or 1 that are paired by prompt.
+
+    The bootstrap is too narrow if few prompts changed: four of 80, all in one direction, would exclude 0 although
+    their `paired_p` is 0.125. The interval is therefore extended to 0 if that p-value is not significant. If it is,
+    the ends are those of the bootstrap, so that in rare cases they include 0, too.
 
     Raises:
-        ValueError: the numbers of values differ, or there are no values.
+        ValueError: the numbers of values differ, there are no values, or one is neither 0 nor 1.
     """
-    if len(first) != len(second):
-        raise ValueError(f"paired differences need pairs, got {len(first)} and {len(second)} values")
-    values = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
-    found = mean(values, clusters, rate=False, seed=seed)
-    if found.low < found.high:
-        return found
-    # All differences are the same: add the share that could still differ, in either direction.
-    other = 1.0 - wilson(found.clusters, found.clusters)[0]
-    low, high = max(-1.0, found.value - other), min(1.0, found.value + other)
+    p = paired_p(first, second, clusters)
+    found = mean(_changes(first, second), clusters, rate=False, seed=seed)
+    low, high = found.low, found.high
+    if low == high:
+        # All differences are the same: add the share that could still differ, in either direction.
+        other = 1.0 - wilson(found.clusters, found.clusters)[0]
+        low, high = max(-1.0, found.value - other), min(1.0, found.value + other)
+    if p >= SIGNIFICANT:
+        low, high = min(0.0, low), max(0.0, high)
     return Interval(found.value, low, high, found.count, found.clusters)
 
 
@@ -104,25 +116,23 @@ def paired_p(
     first: Sequence[float] | np.ndarray,
     second: Sequence[float] | np.ndarray,
     clusters: Sequence[Hashable] | None = None,
-    *,
-    seed: int = 0,
 ) -> float:
-    """Compute the two-sided p-value of no difference, paired by prompt: random signs of clusters (Fisher 1935).
+    """Compute the two-sided p-value of no difference between outcomes of 0 or 1 that are paired by prompt.
+
+    It is the share of exchanges of both sides of whole clusters that make the difference as large (Fisher 1935), and
+    exact: the sums of clusters are whole numbers, so the chances of all sums are added up. If each prompt is a cluster
+    of its own, this is the sign test (McNemar's exact test).
 
     Raises:
-        ValueError: the numbers of values differ, or there are no values.
+        ValueError: the numbers of values differ, there are no values, or one is neither 0 nor 1.
     """
-    if len(first) != len(second):
-        raise ValueError(f"paired differences need pairs, got {len(first)} and {len(second)} values")
-    sums, _ = _by_cluster(np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64), clusters)
-    moved = sums[sums != 0]
-    if not len(moved):
-        return 1.0
-    rng = np.random.default_rng(seed)
-    signs = rng.integers(0, 2, size=(_RESAMPLES, len(moved))) * 2 - 1
-    # The tolerance keeps rounding from separating equal sums; the +1 counts the observed signs as one of the draws.
-    reached = np.abs(signs @ moved) >= abs(moved.sum()) - 1e-9
-    return float((reached.sum() + 1) / (_RESAMPLES + 1))
+    sums, _ = _by_cluster(_changes(first, second), clusters)
+    sizes = np.abs(sums).astype(np.int64)
+    chances = np.ones(1)  # of the sums −n to n, where n is the sum of the sizes so far
+    for size in sizes[sizes > 0]:
+        chances = (np.pad(chances, (0, 2 * size)) + np.pad(chances, (2 * size, 0))) / 2
+    reached = np.abs(np.arange(len(chances)) - sizes.sum()) >= abs(round(sums.sum()))
+    return min(1.0, float(chances[reached].sum()))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -157,16 +167,24 @@ def normal(value: float, error: float, count: int) -> Interval:
     return Interval(value, value - _Z * error, value + _Z * error, count, count)
 
 
-def wilson(successes: float, count: int) -> tuple[float, float]:
+def wilson(successes: float, count: float) -> tuple[float, float]:
     """Compute Wilson's 95 % score interval of a rate (Wilson 1927).
 
-    scipy's version takes only whole counts, but the mean rate of clusters times their number need not be whole.
+    scipy's version takes only whole counts, but the effective number of clustered prompts need not be whole.
     """
     rate, z2 = successes / count, _Z**2
     centre = (rate + z2 / (2 * count)) / (1 + z2 / count)
     half = _Z / (1 + z2 / count) * np.sqrt(rate * (1 - rate) / count + z2 / (4 * count**2))
     # Without this, rounding would exclude 0/n and n/n from their own intervals.
     return max(0.0, min(rate, float(centre - half))), min(1.0, max(rate, float(centre + half)))
+
+
+def rate_gap(first: Interval, second: Interval) -> Interval:
+    """Compute `first` − `second`, two independent rates with Wilson's intervals (Newcombe 1998, method 10)."""
+    value = first.value - second.value
+    below = math.hypot(first.value - first.low, second.high - second.value)
+    above = math.hypot(first.high - first.value, second.value - second.low)
+    return Interval(value, value - below, value + above, first.count + second.count, first.clusters + second.clusters)
 
 
 def finite(value: Any) -> Any:
@@ -192,6 +210,16 @@ def _by_cluster(
     order: dict[Hashable, int] = {}
     index = np.array([order.setdefault(cluster, len(order)) for cluster in clusters])
     return np.bincount(index, weights=numbers), np.bincount(index).astype(np.float64)
+
+
+def _changes(first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Return `second` − `first`, after checking that both are outcomes of the same prompts."""
+    if len(first) != len(second):
+        raise ValueError(f"paired differences need pairs, got {len(first)} and {len(second)} values")
+    before, after = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    if not np.isin([before, after], (0.0, 1.0)).all():
+        raise ValueError("paired outcomes must be 0 or 1")
+    return after - before
 
 
 def _all_alike(sums: np.ndarray, counts: np.ndarray) -> bool:

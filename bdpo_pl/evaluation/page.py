@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from bdpo_pl.evaluation.judges.agreement import Agreement
 from bdpo_pl.evaluation.measures.rates import Rate, SuiteResult
@@ -14,10 +14,9 @@ from bdpo_pl.evaluation.terminal import SPLITS, rows
 from bdpo_pl.evaluation.verdict_log import WARNING
 from bdpo_pl.reporting import Estimate, Finding, Line, Page, Section, Table, bar_chart, heat_map, line_chart
 from bdpo_pl.reporting.format import fixed, number, percent, points, rate, signed, whole, with_ends
-from bdpo_pl.statistics import Interval
+from bdpo_pl.statistics import SIGNIFICANT, Interval
 
 _KINDS: tuple[Kind, ...] = ("harmful", "benign")
-_LEVEL = 0.05
 _MOST_CATEGORIES = 30
 _LEAST_PROMPTS = 5
 _LABEL_LETTERS = 30
@@ -30,10 +29,12 @@ _HOW_TO_READ = (
     "Blank answers neither refuse nor help. They are counted separately from the rates, as are answers that were cut "
     "at the limit of tokens, echo the request, repeat themselves or are in another language: no judge is reliable on "
     "them.",
-    "Intervals are 95 % percentile bootstrap intervals over requests: framings of the same request are resampled "
-    "together. If all outcomes are the same, the intervals are Wilson's. They measure the chance in the choice of "
-    "prompts, not the judge's errors.",
-    "Changes are paired by prompt, so the difference of two models is known more precisely than either rate.",
+    "Intervals of rates are Wilson's, for 95 %; framings of the same request count as one request. They measure the "
+    "chance in the choice of prompts, not the judge's errors.",
+    "Changes are paired by prompt, so the difference of two models is known more precisely than either rate. Their "
+    "intervals are by bootstrap over requests, and include 0 if the exact p-value of the change alone is 0.05 or more. "
+    "The p-values shown are corrected for the number of changes (Holm); intervals are not. A change is called better "
+    "or worse only if the corrected p-value is below 0.05 and the interval excludes 0.",
     "Youden's J is (1 − mean attack success, or share not refused) − mean over-refusal: 1 is perfect; a model that "
     "refuses everything, or nothing, has 0.",
     "Margins compare a model's log-probabilities of chosen and rejected responses with those of the first model. A gap "
@@ -74,7 +75,7 @@ def findings(evaluation: Evaluation) -> Iterator[Finding]:
     first, last = evaluation.models[0], evaluation.models[-1]
     for model in evaluation.models[1:]:
         for suite, change in model.changes.items():
-            if change.low > 0 and _is_significant(evaluation, model, suite):
+            if change.low > 0 and _is_significant(model, suite):
                 yield Finding("problem", f"{model.label} does worse than {first.label} on {suite}.", points(change))
     for model in evaluation.models:
         yield from _odd_answers(model, evaluation.tells_harm)
@@ -92,14 +93,14 @@ def findings(evaluation: Evaluation) -> Iterator[Finding]:
         named = ", ".join(f"{w.category} ({percent(w.rate, 0)} of {w.prompts}, {w.suite})" for w in last.weakest)
         yield Finding("notice", f"Weakest categories of {last.label}.", named)
     for model in evaluation.models[1:]:
-        better = [s for s, change in model.changes.items() if change.high < 0 and _is_significant(evaluation, model, s)]
+        better = [s for s, change in model.changes.items() if change.high < 0 and _is_significant(model, s)]
         if better:
             yield Finding("fine", f"{model.label} does better than {first.label} on {', '.join(better)}.")
 
 
-def _is_significant(evaluation: Evaluation, model: ModelResult, suite: str) -> bool:
-    """Return true if a change is significant; with several models, after Holm's correction."""
-    return len(evaluation.models) <= 2 or model.p_values.get(suite, 0.0) < _LEVEL
+def _is_significant(model: ModelResult, suite: str) -> bool:
+    """Return true if a change is significant after Holm's correction."""
+    return model.p_values[suite] < SIGNIFICANT
 
 
 def _odd_answers(model: ModelResult, tells_harm: bool) -> Iterator[Finding]:
@@ -145,13 +146,20 @@ def _suites(page: Page, evaluation: Evaluation, kind: Kind) -> None:
     results = [result for model in evaluation.models for result in model.suites if result.kind == kind]
     title = results[0].counted.capitalize()
     section = page.section(title)
-    counts = {result.suite: result.count for result in results}
-    caption = f"n: {', '.join(f'{name} {whole(counts[name])}' for name in names)}. {evaluation.judge_note()}"
+    caption = f"n: {', '.join(_numbers(evaluation, name) for name in names)}. {evaluation.judge_note()}"
     series = {
         model.label: [_estimate(model.suite(name)) for name in names] for model in evaluation.models
     }  # fmt: skip
     axis = "share of prompts; lower is better"
     section.figure(bar_chart(title, names, series, axis, percent=True, limits=(0, 1), caption=caption))
+
+
+def _numbers(evaluation: Evaluation, suite: str) -> str:
+    """Return the number of prompts of a suite, for each model if a budget of time made the numbers differ."""
+    found = {m.label: result.count for m in evaluation.models if (result := m.suite(suite)) is not None}
+    if len(set(found.values())) == 1:
+        return f"{suite} {whole(next(iter(found.values())))}"
+    return f"{suite} {', '.join(f'{whole(count)} ({label})' for label, count in found.items())}"
 
 
 def _changes(page: Page, evaluation: Evaluation) -> None:
@@ -175,10 +183,14 @@ def _change(model: ModelResult, suite: str) -> str:
     return points(model.changes[suite]) + ("" if p is None else f", p = {fixed(p, 3)}" if p >= 0.001 else ", p < 0.001")
 
 
-def _counted(name: str, count: int) -> str:
-    """Format a category with its number of prompts, which a long name must not push out of the drawing."""
-    room = _LABEL_LETTERS - len(f" ({count})")
-    return f"{name if len(name) <= room else name[: room - 1] + '…'} ({count})"
+def _counted(name: str, counts: Sequence[int]) -> str:
+    """Format a category with its numbers of prompts, which a long name must not push out of the drawing.
+
+    Models have different numbers if a budget of time stopped an attack.
+    """
+    number = f" ({', '.join(map(str, counts if len(set(counts)) > 1 else counts[:1]))})"
+    room = _LABEL_LETTERS - len(number)
+    return (name if len(name) <= room else name[: room - 1] + "…") + number
 
 
 def _categories(section: Section, evaluation: Evaluation) -> None:
@@ -205,7 +217,10 @@ def _categories(section: Section, evaluation: Evaluation) -> None:
         }
         more = len(enough) - len(shown)
         title = f"{result.suite}: {result.counted} by category, worst of {last.label} first"
-        labels = [_counted(rate.name, rate.failed.count) for rate in shown]
+        labels = [
+            _counted(rate.name, [c.failed.count for found in before if (c := _rate_of(found, rate.name)) is not None])
+            for rate in shown
+        ]
         caption = f"{f'{more} more categories are in the JSON. ' if more else ''}{evaluation.judge_note()}"
         what = "share of prompts; lower is better"
         if len(evaluation.models) > 1:
@@ -326,8 +341,12 @@ def _place(failure: Failure) -> str:
 
 
 def _category(result: SuiteResult | None, name: str) -> Estimate | None:
-    rates: list[Rate] = [] if result is None else [rate for rate in result.categories if rate.name == name]
-    return Estimate(*_ends(rates[0].failed)) if rates else None
+    found = _rate_of(result, name)
+    return None if found is None else Estimate(*_ends(found.failed))
+
+
+def _rate_of(result: SuiteResult | None, name: str) -> Rate | None:
+    return None if result is None else next((rate for rate in result.categories if rate.name == name), None)
 
 
 def _estimate(result: SuiteResult | None) -> Estimate | None:

@@ -41,10 +41,14 @@ def rows(evaluation: Evaluation) -> Iterator[tuple[str, list[str], str]]:
     models = evaluation.models
     for name in dict.fromkeys(result.suite for model in models for result in model.suites):
         found = [model.suite(name) for model in models]
-        result = next(result for result in found if result is not None)
+        results = [result for result in found if result is not None]
+        alike = len({result.count for result in results}) == 1
         change = models[1].changes.get(name) if len(models) == 2 else None
-        cells = ["–" if r is None else rate(r.overall.failed) for r in found]
-        yield f"{result.counted}, {name}, n = {whole(result.count)}", cells, "" if change is None else points(change)
+        # Where a budget of time has stopped an attack, models have got different numbers of its prompts.
+        numbers = ["" if r is None or alike else f", n = {whole(r.count)}" for r in found]
+        cells = ["–" if r is None else rate(r.overall.failed) + n for r, n in zip(found, numbers, strict=True)]
+        measure = f"{results[0].counted}, {name}" + (f", n = {whole(results[0].count)}" if alike else "")
+        yield measure, cells, "" if change is None else points(change)
     if any(model.score is not None for model in models):
         cells = ["–" if model.score is None else signed(model.score, 3) for model in models]
         yield "safety − over-refusal (Youden's J)", cells, ""

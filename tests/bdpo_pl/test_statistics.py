@@ -5,9 +5,9 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binom, binomtest, permutation_test
 
-from bdpo_pl.statistics import difference, holm, mean, paired_p, spearman, wilson
+from bdpo_pl.statistics import Interval, difference, holm, mean, paired_p, rate_gap, spearman, wilson
 
 RNG = np.random.default_rng(7)
 
@@ -28,8 +28,33 @@ def test_large_sample_has_the_normal_interval():
 def test_intervals_cover_the_truth_as_often_as_they_say():
     draws = RNG.random((300, 120)) < 0.4
     covered = sum(found.low <= 0.4 <= found.high for found in map(mean, draws.astype(float)))
-    # 95 % of 300 is 285; three standard errors are 11, and the percentile bootstrap is a little narrow.
-    assert 270 <= covered <= 298
+    # 95 % of 300 is 285; three standard errors are 11.
+    assert 274 <= covered <= 298
+
+
+@pytest.mark.parametrize("rate", [0.03, 0.12, 0.5, 0.93])
+def test_a_rate_of_few_prompts_is_covered_as_often_as_promised(rate):
+    """Exactly: by the chance of each number of failures among 30, of which the bootstrap covered 88 % at 0.12."""
+    found = [mean([1.0] * failures + [0.0] * (30 - failures)) for failures in range(31)]
+    covered = [interval.low <= rate <= interval.high for interval in found]
+    assert binom.pmf(np.arange(31), 30, rate) @ covered > 0.93
+
+
+def test_more_failures_never_lower_an_end():
+    """Whichever prompts fail: otherwise a limit on an end would stop the better of two models."""
+    sizes = [1, 1, 2, 3, 6]
+    names = np.repeat(np.arange(len(sizes)), sizes)
+    for clusters in (None, names):
+        ends: dict[int, set[tuple[float, float]]] = {}
+        for _ in range(400):
+            values = (RNG.random(len(names)) < RNG.random()).astype(float)
+            found = mean(values, clusters)
+            ends.setdefault(int(values.sum()), set()).add((found.low, found.high))
+        assert len(ends) == len(names) + 1
+        assert all(len(same) == 1 for same in ends.values())
+        in_order = [ends[failures].pop() for failures in sorted(ends)]
+        assert in_order == sorted(in_order)
+        assert sorted(high for _, high in in_order) == [high for _, high in in_order]
 
 
 def test_ends_are_quantiles_of_all_draws_with_replacement():
@@ -40,7 +65,7 @@ def test_ends_are_quantiles_of_all_draws_with_replacement():
     means = sorted(
         np.mean(list(itertools.chain(*map(clusters.get, draw)))) for draw in itertools.product("abcd", repeat=4)
     )
-    found = mean(values, names)
+    found = mean(values, names, rate=False)
     assert (found.value, found.count, found.clusters) == (0.3, 10, 4)
     for end, share in ((found.low, 0.025), (found.high, 0.975)):
         at_or_below = np.searchsorted(means, end + 1e-9, side="right") / len(means)
@@ -104,6 +129,12 @@ def test_rates_that_are_all_alike_have_wilsons_interval_over_clusters():
         assert (framed.low, framed.high) == pytest.approx(expected, abs=1e-4)
 
 
+def test_clusters_of_unlike_sizes_count_by_the_square_of_their_sizes():
+    # Kish: (1 + 3 + 2 + 4)² / (1² + 3² + 2² + 4²) = 10/3 of 10 prompts.
+    found = mean([1, 0, 0, 1, 1, 0, 0, 0, 0, 0], [0, 1, 1, 1, 2, 2, 3, 3, 3, 3])
+    assert (found.low, found.high) == pytest.approx(wilson(0.3 * 10 / 3, 10 / 3))
+
+
 def test_one_request_alone_is_nothing_to_be_certain_of():
     found = mean([1.0, 0.0, 1.0, 0.0], ["one"] * 4)
     assert (found.value, found.clusters) == (0.5, 1)
@@ -132,8 +163,11 @@ def test_paired_difference_has_the_interval_of_its_pairs_and_not_of_two_rates():
 @pytest.mark.parametrize(
     ("first", "second", "expected"),
     [
-        ([0, 0, 0, 0, 0], [1, 1, 1, 1, 1], (1.0, 0.5655, 1.0)),
-        ([1, 1, 1, 1, 1], [0, 0, 0, 0, 0], (-1.0, -1.0, -0.5655)),
+        # Of six, p is 2/2⁶ = 0.031; of five it is 0.0625, so that no change is within the interval.
+        ([0] * 6, [1] * 6, (1.0, 0.6097, 1.0)),
+        ([1] * 6, [0] * 6, (-1.0, -1.0, -0.6097)),
+        ([0] * 5, [1] * 5, (1.0, 0.0, 1.0)),
+        ([1] * 5, [0] * 5, (-1.0, -1.0, 0.0)),
         # Nothing changed: it could yet, for better or for worse.
         ([1, 0, 1, 0, 1], [1, 0, 1, 0, 1], (0.0, -0.4345, 0.4345)),
     ],
@@ -158,16 +192,75 @@ def test_no_values_and_wrong_numbers():
         difference([1.0], [1.0, 0.0])
 
 
+@pytest.mark.parametrize("count", [80, 250, 313])
+@pytest.mark.parametrize(("flipped", "p"), [(4, 0.125), (5, 0.0625), (6, 0.03125)])
+def test_few_prompts_that_changed_in_one_direction(count, flipped, p):
+    before, after = [0.0] * count, [1.0] * flipped + [0.0] * (count - flipped)
+    assert paired_p(before, after) == p
+    worse, better = difference(before, after), difference(after, before)
+    assert (worse.low > 0, better.high < 0) == (p < 0.05, p < 0.05)
+    assert worse.value == -better.value == flipped / count
+
+
+def test_an_interval_and_its_p_value_do_not_contradict_each_other():
+    told = 0
+    for _ in range(25):
+        first, second = (RNG.random((2, 60)) < RNG.random((2, 1))).astype(float)
+        clusters = RNG.integers(0, 40, 60).tolist()
+        found, p = difference(first, second, clusters), paired_p(first, second, clusters)
+        told += p < 0.05
+        assert p < 0.05 or found.low <= 0 <= found.high
+    assert 3 < told < 22
+
+
 def test_p_value_of_paired_outcomes_is_the_share_of_exchanges_that_reach_as_far():
     # Five of five that changed, in one direction: 2 of 2⁵ assignments of sides reach as far.
     first, second = [1.0] * 5 + [0.0] * 7, [0.0] * 12
-    assert paired_p(first, second) == pytest.approx(2 / 32, abs=0.012)
-    assert paired_p(first, second) == paired_p(second, first) == paired_p(first, second)
+    assert paired_p(first, second) == paired_p(second, first) == 2 / 32
     assert paired_p(first, first) == 1.0
     # All of them one request in five framings: nothing can be told.
     assert paired_p(first, second, ["a"] * 5 + list(range(7))) == 1.0
     with pytest.raises(ValueError, match="pairs"):
         paired_p([1.0], [1.0, 0.0])
+    with pytest.raises(ValueError, match="0 or 1"):
+        paired_p([0.5], [1.0])
+
+
+def test_p_values_are_scipys():
+    # Each request alone: the sign test. In clusters: all exchanges of ten, written out by scipy.
+    assert paired_p([0.0] * 400, [1.0] * 217 + [0.0] * 183) == pytest.approx(binomtest(0, 217).pvalue, abs=1e-15)
+    first, second = np.zeros(100), np.zeros(100)
+    second[:34], first[34:51] = 1.0, 1.0
+    assert paired_p(first, second) == pytest.approx(binomtest(17, 51).pvalue, rel=1e-9)
+    first, second = np.zeros((10, 4)), np.zeros((10, 4))
+    for cluster, change in enumerate((4, 3, 3, 2, 2, 1, 1, 1, -1, -3)):
+        (second if change > 0 else first)[cluster, : abs(change)] = 1.0
+    expected = permutation_test(
+        ((second - first).sum(1),), np.sum, permutation_type="samples", vectorized=True, n_resamples=2**10
+    )
+    assert len(expected.null_distribution) == 2**10
+    found = paired_p(first.ravel(), second.ravel(), np.repeat(np.arange(10), 4).tolist())
+    assert found == pytest.approx(expected.pvalue, rel=1e-9)
+
+
+def test_gap_of_two_rates_by_newcombes_examples():
+    """Newcombe (1998, Statistics in Medicine 17:873), table II, method 10."""
+
+    def rate(right, count):
+        return mean([1.0] * right + [0.0] * (count - right))
+
+    for first, second, expected in (
+        ((56, 70), (48, 80), (0.2, 0.0524, 0.3339)),
+        ((9, 10), (3, 10), (0.6, 0.1705, 0.8090)),
+        ((5, 56), (0, 29), (0.0893, -0.0381, 0.1926)),
+        ((0, 10), (0, 20), (0.0, -0.1611, 0.2775)),
+        ((10, 10), (0, 10), (1.0, 0.6075, 1.0)),
+    ):
+        found = rate_gap(rate(*first), rate(*second))
+        assert (found.value, found.low, found.high) == pytest.approx(expected, abs=5e-5)
+        assert found.count == found.clusters == first[1] + second[1]
+    certain = Interval(0.5, 0.5, 0.5, 9, 9)
+    assert rate_gap(certain, certain) == Interval(0.0, 0.0, 0.0, 18, 18)
 
 
 def test_holm_by_hand():

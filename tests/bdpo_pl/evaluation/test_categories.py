@@ -24,5 +24,6 @@ def test_categories_of_few_prompts_are_folded_and_long_names_keep_their_count():
 
 
 def test_a_count_stands_at_the_end_of_a_name():
-    assert _counted("short", 3) == "short (3)"
-    assert len(_counted("x" * 80, 1234)) == 30
+    assert _counted("short", [3, 3]) == "short (3)"
+    assert _counted("short", [3, 2]) == "short (3, 2)"
+    assert len(_counted("x" * 80, [1234])) == 30

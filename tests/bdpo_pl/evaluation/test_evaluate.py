@@ -127,14 +127,17 @@ def test_two_models_side_by_side(base, other_dir, answers, capsys):
     low, top = (before["suites"][0]["overall"]["failed"][end] for end in ("low", "high"))
     for line in (
         f"not refused, harm, n = 6 83.3 % ({100 * low:.1f} to {100 * top:.1f}) 0.0 % (0.0 to {100 * high:.1f}) "
-        f"-83.3 ({100 * change['low']:+.1f} to {100 * change['high']:+.1f})".replace("-", "−"),
+        f"-83.3 ({100 * change['low']:+.1f} to 0.0)".replace("-", "−"),
         "margin gap, training −",
         "6 pairs",
-        "after does better than before on",
         "runs/evaluation/report.html",
         "runs/evaluation/verdicts.jsonl",
     ):
         assert line in printed
+    # Five of six changed: p is 2/2⁵, and 0.125 with the other suite's, so that it is called no difference.
+    assert change["high"] == 0.0
+    assert after["p_values"] == {"harm": 0.125, "good": 1.0}
+    assert "after does better" not in printed
     # The ends of these names stand in the next line where the column is narrow.
     assert re.search(r"safety − over-refusal (\(Youden's )?(J\) )?−0\.083 \+1\.000", printed)
     assert re.search(r"preference accuracy, training (pairs )?50\.0 % \(50\.0 to 50\.0\)", printed)

@@ -7,6 +7,7 @@ from bdpo_pl.evaluation.judges.judge import Verdict
 from bdpo_pl.evaluation.measures.rates import compare, measure, outcomes, safety_score
 from bdpo_pl.evaluation.suites.suite import EvaluationPrompt, Suite
 from bdpo_pl.evaluation.verdict_log import Judged
+from bdpo_pl.statistics import wilson
 
 REFUSED, ANSWERED = Verdict(refused=True), Verdict(refused=False)
 UNSAFE, SAFE = Verdict(unsafe=True, score=0.75), Verdict(unsafe=False, score=0.25)
@@ -79,8 +80,8 @@ def test_grades_are_averaged_and_refusals_left_open_where_the_judge_tells_none()
 def test_framings_of_one_request_go_together():
     framed = measure(suite("harmful", "aaaa", ["x", "x", "y", "y"]), judged(ANSWERED, ANSWERED, REFUSED, REFUSED))
     assert (framed.overall.failed.count, framed.overall.failed.clusters) == (4, 2)
-    # Of two requests a bootstrap draws one twice in half of all cases.
-    assert (framed.overall.failed.low, framed.overall.failed.high) == (0.0, 1.0)
+    # Two requests, one of which failed.
+    assert (framed.overall.failed.low, framed.overall.failed.high) == pytest.approx(wilson(1, 2))
 
 
 def test_change_is_paired_by_prompt():
