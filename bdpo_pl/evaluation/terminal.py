@@ -59,7 +59,7 @@ def rows(evaluation: Evaluation) -> Iterator[tuple[str, list[str], str]]:
         yield from _overfitting_rows([model.overfitting for model in models])
     for ability in {a.name: a for model in models for a in model.ability}.values():
         by_model = [next((a for a in model.ability if a.name == ability.name), None) for model in models]
-        form = rate if ability.percent else number
+        form = rate if all(a.percent for a in by_model if a is not None) else number
         yield ability.name, ["–" if a is None else form(a.value) for a in by_model], ""
 
 

@@ -7,6 +7,7 @@ own LLM judges are in inspect-evals, which reads the folder that `fit` exports (
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,13 +26,22 @@ from bdpo_pl.errors import InputError, require_at_least
 from bdpo_pl.forward.generation import generate_responses
 from bdpo_pl.models.causal_lm import CausalLM
 from bdpo_pl.scoring.scoring_pass import score_pairs
-from bdpo_pl.statistics import Interval, mean, normal
+from bdpo_pl.statistics import Interval, mean, normal, wilson
 
 # A helpful answer is one of the forms that the model was taught, in full.
 _HELPFUL = re.compile("|".join(re.sub(r"\\\{\w+\\\}", ".+", re.escape(form)) for form in HELPFUL))
 _WINDOW = 512
 _LM_EVAL = "lm_eval "
 _RESAMPLES = 1000
+# Metrics of lm-evaluation-harness that are means of answers that are right (1) or wrong (0). A value between 0 and 1 is
+# no sign of a share: so are many bits per byte.
+_SHARES = frozenset(
+    (
+        "acc", "acc_all", "acc_bytes", "acc_mutual_info", "acc_norm", "accuracy", "exact_match",
+        "inst_level_loose_acc", "inst_level_strict_acc", "pass@1", "pass_at_1", "prompt_level_loose_acc",
+        "prompt_level_strict_acc",
+    )
+)  # fmt: skip
 
 
 @dataclass
@@ -69,7 +79,9 @@ class Ability:
 
     Attributes:
         name: name of the task and metric.
-        value: value with its interval; for lm-evaluation-harness ± 1.96 of its standard errors.
+        value: value with its interval. With lm-evaluation-harness, that of a share is Wilson's, for as many examples as
+            its standard error stands for; that of another number is ± 1.96 standard errors. There is none if the
+            harness gives no error, or if the error of another number is 0.
         percent: true if the value is a share, to be shown in per cent.
         higher_is_better: true if a higher value is better; None if it is not known.
     """
@@ -136,9 +148,23 @@ def _lm_eval(options: AbilityOptions, model: CausalLM, tokenizer: TokenizerLike)
             error = metrics.get(f"{metric}_stderr,{kept}")
             error = error if isinstance(error, (int, float)) else float("nan")
             name = f"{_LM_EVAL}{task}, {metric}" + (f" ({kept})" if kept != "none" else "")
-            interval = normal(float(value), error, count)
-            found.append(Ability(name, interval, percent=0 <= value <= 1, higher_is_better=higher.get(metric)))
+            share = metric in _SHARES and 0 <= value <= 1
+            interval = (_share if share else _number)(float(value), float(error), count)
+            found.append(Ability(name, interval, percent=share, higher_is_better=higher.get(metric)))
     return found
+
+
+def _share(value: float, error: float, count: int) -> Interval:
+    """Return a share with Wilson's interval; an error of 0 means that all of `count` answers were right, or wrong."""
+    examples = value * (1 - value) / error**2 if error else count
+    if not examples > 0:
+        return Interval(value, math.nan, math.nan, count, count)
+    return Interval(value, *wilson(value * examples, examples), count, count)
+
+
+def _number(value: float, error: float, count: int) -> Interval:
+    """Return a number ± 1.96 standard errors; examples that are all alike do not make it certain."""
+    return normal(value, error or math.nan, count)
 
 
 _MANAGERS: dict[str | None, Any] = {}

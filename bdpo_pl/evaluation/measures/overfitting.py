@@ -26,7 +26,7 @@ from bdpo_pl.losses.base import TIE
 from bdpo_pl.models.causal_lm import CausalLM, ModelConfig
 from bdpo_pl.models.loading import num_positions
 from bdpo_pl.scoring.scoring_pass import score_pairs
-from bdpo_pl.statistics import Interval, mean, normal
+from bdpo_pl.statistics import Interval, mean, normal, rate_gap
 
 _FILES = {
     "train": embedded.TRAIN_FILE,
@@ -85,7 +85,10 @@ class SplitMargins:
 
 @dataclass(frozen=True)
 class Overfitting:
-    """Margins of a model by split, and its gaps, training − split, with 95 % intervals of independent samples."""
+    """Margins of a model by split, and its gaps, training − split, with 95 % intervals of independent samples.
+
+    The interval of a gap in accuracy is Newcombe's, because a normal one would have length 0 if all pairs are right.
+    """
 
     splits: dict[str, SplitMargins]
     margin_gaps: dict[str, Interval]
@@ -154,16 +157,15 @@ def overfitting(first: Mapping[str, np.ndarray], logps: Mapping[str, np.ndarray]
         )
         for split in logps
     }
-    return Overfitting(splits, _gaps(margins), _gaps(right))
+    others = [split for split in splits if split != "train"] if "train" in splits else []
+    return Overfitting(
+        splits,
+        {split: _margin_gap(margins["train"], margins[split]) for split in others},
+        {split: rate_gap(splits["train"].accuracy, splits[split].accuracy) for split in others},
+    )
 
 
-def _gaps(values: Mapping[str, np.ndarray]) -> dict[str, Interval]:
-    if "train" not in values:
-        return {}
-    return {split: _gap(values["train"], other) for split, other in values.items() if split != "train"}
-
-
-def _gap(train: np.ndarray, other: np.ndarray) -> Interval:
+def _margin_gap(train: np.ndarray, other: np.ndarray) -> Interval:
     """Compute the difference of two independent means, with a normal interval."""
     value = float(train.mean() - other.mean())
     variance = sum(float(v.var(ddof=1)) / len(v) for v in (train, other) if len(v) > 1)

@@ -3,12 +3,14 @@
 import pytest
 
 from bdpo_pl.evaluation.judges.judge import Verdict
+from bdpo_pl.evaluation.measures.ability import Ability
 from bdpo_pl.evaluation.measures.rates import compare, compare_p, measure
 from bdpo_pl.evaluation.page import build_page, findings
 from bdpo_pl.evaluation.results import Evaluation, ModelResult, corrected
 from bdpo_pl.evaluation.suites.suite import EvaluationPrompt, Suite
 from bdpo_pl.evaluation.terminal import rows
 from bdpo_pl.evaluation.verdict_log import Judged
+from bdpo_pl.statistics import Interval, normal
 
 
 def suite(count, name="mine"):
@@ -76,3 +78,16 @@ def test_models_with_unlike_numbers_of_prompts_each_show_theirs():
     alone = model("after", {"mine": (20, 0)})
     (name, cells, _), _ = rows(evaluation(first, alone))
     assert (name, cells[1]) == ("over-refusal, pair, n = 80", "–")
+
+
+def test_an_ability_has_one_form_for_all_models():
+    def ability(value, percent):
+        return [Ability("task, metric", normal(value, 0.01, 50), percent)]
+
+    for values in ((1.02, 0.98), (0.98, 1.02)):
+        models = [model(f"m{v}", {"mine": (5, 1)}, ability=ability(v, v <= 1)) for v in values]
+        _, cells, _ = list(rows(evaluation(*models)))[-1]
+        assert not any("%" in cell for cell in cells)
+    share = Ability("task, acc", Interval(0.5, 0.4, 0.6, 50, 50), True)
+    _, cells, _ = list(rows(evaluation(model("m", {"mine": (5, 1)}, ability=[share]))))[-1]
+    assert cells == ["50.0 % (40.0 to 60.0)"]

@@ -4,11 +4,14 @@ import builtins
 import functools
 import json
 import random
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from makers import build_model, build_tokenizer, large, write_jsonl
+from scipy.stats import binomtest
 
 import bdpo_pl.evaluation.measures.ability as ability
 from bdpo_pl import embedded
@@ -149,11 +152,63 @@ def test_harness_on_a_task_of_our_own(harness, tasks):
         right.append(float(np.argmax(scores) == row["label"]))
     assert found.name == "lm_eval bdpo_mine, acc"
     assert (found.value.value, found.value.count) == (pytest.approx(np.mean(right)), 8)
-    half = 1.959964 * np.std(right, ddof=1) / np.sqrt(8)
-    assert (found.value.low, found.value.high) == pytest.approx((np.mean(right) - half, np.mean(right) + half))
+    # Wilson's ends are 1.96 of their own standard errors away; the harness divides by n − 1.
+    for end in (found.value.low, found.value.high):
+        assert abs(np.mean(right) - end) == pytest.approx(1.959964 * np.sqrt(end * (1 - end) / 7))
     assert (found.percent, found.higher_is_better) == (True, True)
     (few,) = measure_ability(AbilityOptions(lm_eval=["bdpo_mine"], include_path=str(tasks), limit=5), model, tokenizer)
     assert (few.value.value, few.value.count) == (pytest.approx(np.mean(right[:5])), 5)
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """Measures of a harness that tells what the test writes: metric → (value, standard error)."""
+
+    def measures(count=50, **metrics):
+        results = {"alias": "t"}
+        for metric, (value, error) in metrics.items():
+            results |= {f"{metric},none": value, f"{metric}_stderr,none": error}
+        evaluation = {"results": {"t": results}, "n-samples": {"t": {"effective": count}} if count else {}}
+        harness = SimpleNamespace(simple_evaluate=lambda **_: evaluation)
+        monkeypatch.setattr(ability, "_tasks", lambda options: (harness, None))
+        huggingface = SimpleNamespace(HFLM=lambda **_: None)
+        monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace())
+        monkeypatch.setitem(sys.modules, "lm_eval.models", SimpleNamespace(huggingface=huggingface))
+        monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", huggingface)
+        return {a.name.split(", ")[1]: a for a in measure_ability(AbilityOptions(lm_eval="t"), None, None)}
+
+    return measures
+
+
+def test_only_shares_are_in_percent_whatever_their_value(told):
+    found = told(bits_per_byte=(0.8, 0.01), acc=(0.8, 0.05), exact_match=(0.0, 0.0), f1=(0.5, 0.1))
+    assert {name: a.percent for name, a in found.items()} == {
+        "bits_per_byte": False, "acc": True, "exact_match": True, "f1": False
+    }  # fmt: skip
+    assert not told(bits_per_byte=(1.02, 0.01))["bits_per_byte"].percent
+    # No share at all, whatever the task calls it.
+    assert not told(acc=(80.0, 1.0))["acc"].percent
+
+
+def test_answers_that_are_all_right_or_all_wrong_are_not_certain(told):
+    def ends(value, error, **options):
+        interval = told(acc=(value, error), **options)["acc"].value
+        return interval.low, interval.high
+
+    assert ends(0.0, 0.0) == pytest.approx((0.0, 1.959964**2 / (50 + 1.959964**2)))
+    assert ends(1.0, 0.0) == pytest.approx((50 / (50 + 1.959964**2), 1.0))
+    # One of fifty right: not below 0, and not more certain than none.
+    low, high = ends(0.02, (0.02 * 0.98 / 49) ** 0.5)
+    assert 0 < low < 0.02
+    assert high > ends(0.0, 0.0)[1]
+    # A group of tasks has no number of its own, and a metric may have no error.
+    assert np.isnan(ends(0.0, 0.0, count=0)).all()
+    assert np.isnan(ends(0.5, "N/A")).all()
+    assert ends(0.5, 0.05, count=0) == pytest.approx(binomtest(50, 100).proportion_ci(method="wilson"), abs=1e-6)
+    # Nothing is known of the error of other numbers that are all alike.
+    numbers = told(f1=(0.0, 0.0), bits_per_byte=(0.8, 0.01))
+    assert not numbers["f1"].value.bounded
+    assert numbers["bits_per_byte"].value.low == pytest.approx(0.8 - 0.01959964)
 
 
 def test_unknown_task_is_found_before_any_model_is_loaded(harness, tasks):

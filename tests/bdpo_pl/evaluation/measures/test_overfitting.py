@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from makers import build_model, build_tokenizer, large, preference_rows, write_jsonl
+from scipy.stats import binomtest
 
 from bdpo_pl.data.loading import LoadOptions
 from bdpo_pl.errors import InputError
@@ -109,6 +110,19 @@ def test_gap_of_pairs_learnt_by_heart():
     assert result.margin_gaps["held_out"].low == pytest.approx(6.0 - half)
     assert result.accuracy_gaps["held_out"].value == 0.5
     assert overfitting({"held_out": first["held_out"]}, {"held_out": first["held_out"]}).margin_gaps == {}
+
+
+def test_accuracy_gap_of_a_model_that_is_always_right_is_not_certain():
+    first = {"train": np.zeros((2, 240)), "held_out": np.zeros((2, 40))}
+    right = {split: np.stack([np.ones(rows.shape[1]), np.zeros(rows.shape[1])]) for split, rows in first.items()}
+    gap = overfitting(first, right).accuracy_gaps["held_out"]
+    # Newcombe: as far as Wilson's intervals of 240/240 and 40/40 reach down.
+    expected = (0.0, -(1 - binomtest(240, 240).proportion_ci(method="wilson").low),
+                1 - binomtest(40, 40).proportion_ci(method="wilson").low)  # fmt: skip
+    assert (gap.value, gap.low, gap.high) == pytest.approx(expected, abs=1e-6)
+    # The first model ties with itself for certain.
+    alone = overfitting(first, first).accuracy_gaps["held_out"]
+    assert (alone.value, alone.low, alone.high) == (0.0, 0.0, 0.0)
 
 
 def test_draw_is_of_the_size_asked_for_the_same_each_time_and_told(files, models, chat_tokenizer):
