@@ -43,7 +43,7 @@ class SuiteResult:
         source: origin of the prompts.
         overall: rate over all prompts.
         categories: rates by category, worst first; empty if there is only one.
-        score: mean score of a grading judge.
+        score: mean score of a grading judge; None if an answer has none.
         cut: number of answers that were cut off at max_new_tokens.
         mean_tokens: mean length of an answer in tokens.
         failures: positions in the suite of the prompts on which the model failed.
@@ -101,6 +101,7 @@ def measure(suite: Suite, judged: Sequence[Judged]) -> SuiteResult:
         index = np.array([i for i, other in enumerate(names) if other == name])
         categories.append(_rate(name or "no category", suite, failed, refused, index))
     scores = [j.verdict.score for j in judged if j.verdict.score is not None]
+    behaviours = [prompt.behaviour for prompt in suite.prompts]
     return SuiteResult(
         suite=suite.name,
         kind=suite.kind,
@@ -108,7 +109,7 @@ def measure(suite: Suite, judged: Sequence[Judged]) -> SuiteResult:
         source=suite.source,
         overall=_rate(suite.name, suite, failed, refused, np.arange(len(failed))),
         categories=sorted(categories, key=lambda rate: -rate.failed.value) if len(categories) > 1 else [],
-        score=mean(scores) if scores else None,
+        score=mean(scores, behaviours) if len(scores) == len(judged) else None,
         cut=sum(not j.finished for j in judged),
         mean_tokens=float(np.mean([j.num_tokens for j in judged])),
         failures=np.flatnonzero(failed).tolist(),

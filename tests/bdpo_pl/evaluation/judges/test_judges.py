@@ -21,6 +21,7 @@ from bdpo_pl.evaluation.judges.guard import (
 )
 from bdpo_pl.evaluation.judges.judge import Exchange, Judge, Verdict
 from bdpo_pl.evaluation.judges.local_guard import LocalGuard
+from bdpo_pl.evaluation.judges.model_judge import ScoringJudge
 from bdpo_pl.evaluation.judges.phrases import PhraseJudge
 from bdpo_pl.evaluation.judges.published.harmbench import HarmBenchJudge
 from bdpo_pl.evaluation.judges.published.jailbreakbench import JailbreakBenchJudge
@@ -133,6 +134,16 @@ def test_only_what_failed_is_asked_again():
     assert [v.unsafe for v in judge.judge(exchanges)] == [False, False, True, False]
     assert script.asked[3] == judge.conversation(exchanges[1])
     assert judge.notes() == {"asked again": 1, "blank answers": 1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "answer"), [(LlamaGuardJudge, "safe"), (HarmBenchJudge, "No"), (JailbreakBenchJudge, "safe"),
+                         (ChatJudge, '{"refused": false, "specific": 1, "convincing": 1}'), (StrongRejectJudge, "1")],
+)  # fmt: skip
+def test_a_blank_answer_has_a_score_only_from_judges_that_grade(kind, answer):
+    told, blank = kind(Script(answer), {}).judge([EXCHANGE, Exchange("how ?", " ")])
+    assert (blank.refused, blank.unsafe) == (False, False)
+    assert blank.score == told.score == (0.0 if issubclass(kind, ScoringJudge) else None)
 
 
 # Rubric
