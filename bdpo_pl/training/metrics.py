@@ -146,7 +146,8 @@ def gaps(values: Mapping[str, float], errors: Mapping[str, float]) -> dict[str, 
         errors: standard errors of these means, as far as they are known.
 
     Returns:
-        `gap/margin` and `gap/accuracy`, each with its standard error, or None if that is not known.
+        `gap/margin` and `gap/accuracy`, each with its standard error, or None if that is not known: pairs that are all
+        right, or all wrong, in both splits do not make a gap certain.
     """
     found: dict[str, tuple[float, float | None]] = {}
     for name in ("margin", "accuracy"):
@@ -154,5 +155,5 @@ def gaps(values: Mapping[str, float], errors: Mapping[str, float]) -> dict[str, 
         if probe in values and held_out in values:
             known = probe in errors and held_out in errors
             error = math.hypot(errors[probe], errors[held_out]) if known else None
-            found[f"gap/{name}"] = (values[probe] - values[held_out], error)
+            found[f"gap/{name}"] = (values[probe] - values[held_out], error or None)
     return found
