@@ -7,6 +7,7 @@ another response changes.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,6 +22,7 @@ from bdpo_pl.data.batches import pair_documents
 from bdpo_pl.data.packing import Document, RowLayout, SequenceBatch, lay_out
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.errors import InputError, first_line
+from bdpo_pl.forward.agreement import largest, recovers
 from bdpo_pl.forward.equivalence import (
     compute_dtype,
     evaluating,
@@ -87,13 +89,13 @@ def choose_layout(
     if on_gpu and attention is None and getattr(model, "_supports_flex_attn", False):
         before = model.config._attn_implementation
         set_attention(model, "flex_attention")
-        objection = _objection(model, documents, RowLayout.ONE_ROW, pad_id, context, reference=before)
-        if objection is None:
-            sparse = _seconds(model, table, RowLayout.ONE_ROW, pad_id, context)
+        objection = _fault(model, documents, RowLayout.ONE_ROW, pad_id, context, reference=before)
+        sparse, pairs = (None, 0) if objection else _seconds(model, table, RowLayout.ONE_ROW, pad_id, context)
         set_attention(model, before)
-        if objection is None and _objection(model, documents, RowLayout.SHARED, pad_id, context) is None:
-            dense = _seconds(model, table, RowLayout.SHARED, pad_id, context)
-            if dense < _CLEARLY * sparse:
+        if sparse is not None and _fault(model, documents, RowLayout.SHARED, pad_id, context) is None:
+            dense, same = _seconds(model, table, RowLayout.SHARED, pad_id, context, pairs)
+            # Dense masks that have no memory for as many pairs are not faster.
+            if dense is not None and same == pairs and dense < _CLEARLY * sparse:
                 objection = (
                     f"dense masks are faster on these pairs ({dense * 1e3:.0f} ms against {sparse * 1e3:.0f} ms for "
                     "the same rows); set model.attn_implementation to fix the choice"
@@ -103,7 +105,7 @@ def choose_layout(
             return RowLayout.ONE_ROW
         rank_zero_info(f"Block-sparse attention is not used: {objection}")
     layout = RowLayout.ONE_ROW if attention == "flex_attention" and on_gpu else RowLayout.SHARED
-    objection = _objection(model, documents, layout, pad_id, context)
+    objection = _fault(model, documents, layout, pad_id, context)
     if objection is None:
         return layout
     if option == "always":
@@ -129,6 +131,21 @@ def _cannot_share(name: str, objection: str) -> InputError:
 
 def _on_gpu(model: CausalLM) -> bool:
     return device_of(model).type == "cuda"
+
+
+def _fault(
+    model: CausalLM,
+    documents: Sequence[Document],
+    layout: RowLayout,
+    pad_id: int,
+    context: Callable[[], AbstractContextManager[object]],
+    reference: str | None = None,
+) -> str | None:
+    """Return the result of `_objection`; ranks that hold parts of `model` all object if one of them does."""
+    objection = _objection(model, documents, layout, pad_id, context, reference)
+    if largest(model, float(objection is not None)) and objection is None:
+        return "another process objects to it"
+    return objection
 
 
 def _objection(
@@ -167,13 +184,15 @@ def _objection(
             with _attention(model, reference):
                 alone = _reading(model, documents, RowLayout.SPLIT, pad_id, whole=True, backward=backward)
     except torch.OutOfMemoryError:
-        if not backward or len(documents) == 1 or any(p.requires_grad for p in model.parameters()):
+        trained = any(p.requires_grad for p in model.parameters())
+        if not backward or len(documents) == 1 or trained or not recovers(model):
             raise
         shortest = [Document(documents[-1].context, list(enumerate(ids for _, ids in documents[-1].responses)))]
         return _objection(model, documents, layout, pad_id, context, reference, backward=False) or _objection(
             model, shortest, layout, pad_id, context, reference
         )
     except Exception as error:
+        recovers(model)
         return f"{type(model).__name__} fails on such rows ({type(error).__name__}: {first_line(error)})"
     lengths = torch.tensor([len(ids) for document in documents for _, ids in document.responses])
     bounds = rounding_of_logps(alone.logps, lengths.to(alone.logps.device), dtype)
@@ -235,22 +254,50 @@ def _seconds(
     layout: RowLayout,
     pad_id: int,
     context: Callable[[], AbstractContextManager[object]],
-) -> float:
-    """Return the seconds of a forward and a backward pass over pairs from all of `table`.
+    most: int = _TIMED_PAIRS,
+) -> tuple[float | None, int]:
+    """Return the seconds of a forward and a backward pass over pairs from all of `table`, and the number of pairs.
 
-    The first pass is not counted.
+    There are at most `most` pairs; if they do not fit into memory, half as many, and so on. The time is None if a
+    single pair does not fit. The first pass is not counted. If ranks hold parts of `model`, the slowest one counts.
     """
-    chosen = np.linspace(0, len(table) - 1, min(len(table), _TIMED_PAIRS)).astype(int)
-    documents = pair_documents([table[int(i)] for i in chosen])
-    times = []
-    with evaluating(model), context():
-        for _ in range(1 + _TIMED_RUNS):
+    pairs = min(len(table), most)
+    while pairs:
+        chosen = np.linspace(0, len(table) - 1, pairs).astype(int)
+        documents = pair_documents([table[int(i)] for i in chosen])
+        times: list[float] = []
+        while len(times) <= _TIMED_RUNS and math.inf not in times:
+            times.append(largest(model, _seconds_of_a_pass(model, documents, layout, pad_id, context)))
+        if math.inf not in times:
+            return min(times[1:]), pairs
+        pairs //= 2
+        if device_of(model).type == "cuda":
+            torch.cuda.empty_cache()
+    return None, 0
+
+
+def _seconds_of_a_pass(
+    model: CausalLM,
+    documents: Sequence[Document],
+    layout: RowLayout,
+    pad_id: int,
+    context: Callable[[], AbstractContextManager[object]],
+) -> float:
+    """Return the seconds of a forward and a backward pass; infinity if there is no memory for it.
+
+    The mode is that of evaluation, in which gradient checkpointing is off, so training may have room for more.
+    """
+    try:
+        with evaluating(model), context():
             _wait(model)
             start = time.perf_counter()
             _reading(model, documents, layout, pad_id)
             _wait(model)
-            times.append(time.perf_counter() - start)
-    return min(times[1:])
+            return time.perf_counter() - start
+    except torch.OutOfMemoryError:
+        if not recovers(model):
+            raise
+        return math.inf
 
 
 def _wait(model: CausalLM) -> None:

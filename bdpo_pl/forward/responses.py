@@ -10,18 +10,16 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from bdpo_kernels import linear_sequence_logprob, sequence_logprob
 from bdpo_pl.data.packing import SequenceBatch
+from bdpo_pl.forward.agreement import largest
 from bdpo_pl.forward.equivalence import compute_dtype, rounding_of_logps
 from bdpo_pl.forward.last_layer import scored_positions_only
 from bdpo_pl.forward.masks import model_inputs
 from bdpo_pl.models.architectures import logit_transform
 from bdpo_pl.models.causal_lm import CausalLM, Head
-from bdpo_pl.models.precision import device_of
 from bdpo_pl.parallel.tensor_parallel import VocabParallelHead, head_weight
 
 # Number of tokens whose log-probabilities are compared with those of the model's own logits, at the first such reading.
@@ -143,7 +141,8 @@ def _from_head(
         logits = model(**model_inputs(model, batch)).logits
     if not checked:
         agrees = len(results) == 2 and _agrees(results[1], logits, batch.labels[:n], compute_dtype(model))
-        _plain[model] = _everywhere(model, agrees)
+        # Ranks that share the model compute together, so all choose the same way.
+        _plain[model] = not largest(model, float(not agrees))
         if not _plain[model]:
             return None
     return results[0]
@@ -156,19 +155,6 @@ def _agrees(values: Tensor, logits: Tensor, labels: Tensor, dtype: torch.dtype) 
     own = logits[0].float().log_softmax(dim=-1).gather(1, labels.unsqueeze(1)).squeeze(1)
     bound = _LENIENCE * rounding_of_logps(own, torch.ones_like(own), dtype)
     return bool(((values - own).abs() <= bound).all())
-
-
-def _everywhere(model: CausalLM, agrees: bool) -> bool:
-    """Return true if all ranks that share `model` agree.
-
-    They compute together, so all must choose the same way.
-    """
-    device = device_of(model)
-    if not isinstance(model, FSDPModule):
-        return agrees
-    share = torch.tensor(float(agrees), device=device)
-    dist.all_reduce(share, op=dist.ReduceOp.MIN)
-    return bool(share)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Prefix sharing: rows that hold several sequences give what rows of their own give, or are not used."""
 
 import dataclasses
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -281,7 +282,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(row_layout, "_on_gpu", lambda model: True)
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flex_attention", attend_by_blocks)
     seconds = {RowLayout.ONE_ROW: 1.0, RowLayout.SHARED: 1.0}
-    monkeypatch.setattr(row_layout, "_seconds", lambda _model, _table, layout, *_: seconds[layout])
+    monkeypatch.setattr(row_layout, "_seconds", lambda _model, _table, layout, *_: (seconds[layout], 3))
     return seconds
 
 
@@ -324,7 +325,52 @@ def test_dense_masks_that_are_clearly_faster_are_taken(gpu, monkeypatch, dense, 
 
 
 def test_a_layout_can_be_timed():
-    assert row_layout._seconds(model_named("llama"), table(), RowLayout.SHARED, 0, nullcontext) > 0
+    seconds, pairs = row_layout._seconds(model_named("llama"), table(), RowLayout.SHARED, 0, nullcontext)
+    assert seconds > 0
+    assert pairs == 3
+
+
+@pytest.mark.parametrize(("room", "pairs"), [(5, 5), (4, 2), (1, 1), (0, 0)])
+def test_fewer_pairs_are_timed_if_memory_runs_out(monkeypatch, room, pairs):
+    """With gradient checkpointing a batch may fit that does not fit here, where it is off."""
+    graphs, tried = [], []
+
+    def read_if_it_fits(model, batch, documents, run):
+        assert not [graph for graph in graphs if graph() is not None]
+        tried.append(len(documents))
+        if len(documents) > room:
+            logps, _ = run()
+            graphs.append(weakref.ref(logps))
+            raise torch.OutOfMemoryError
+        return read(model, batch, documents, run)
+
+    monkeypatch.setattr(row_layout, "read", read_if_it_fits)
+    model = model_named("llama")
+    model.train()
+    seconds, timed = row_layout._seconds(model, table(n=5), RowLayout.SHARED, 0, nullcontext)
+    assert timed == pairs
+    assert (seconds is None) is (room == 0)
+    assert tried == [5] * (room < 5) + [2] * (room < 2) + [1] * (room < 1) + [pairs] * 4 * (room > 0)
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("attention", ["flex_attention", "sdpa"])
+def test_block_sparse_attention_is_kept_if_there_is_no_memory_to_time_both(gpu, monkeypatch, attention):
+    """Dense masks of fewer pairs are no comparison, however fast."""
+    asked = []
+
+    def seconds(model, table, layout, pad_id, context, most=16):
+        asked.append(most)
+        fits = 1 if model.config._attn_implementation == attention else 2
+        return 1.0 / (1 + len(asked)), min(most, fits)
+
+    monkeypatch.setattr(row_layout, "_seconds", seconds)
+    assert choose_layout(model_named("llama"), table()) is (
+        RowLayout.SHARED if attention == "flex_attention" else RowLayout.ONE_ROW
+    )
+    assert asked == [16, 1 if attention == "flex_attention" else 2]
+    monkeypatch.setattr(row_layout, "_seconds", lambda *_: (None, 0))
+    assert choose_layout(model_named("llama"), table()) is RowLayout.ONE_ROW
 
 
 def test_choosing_compiled_attention_allows_for_its_compilations():

@@ -1,6 +1,7 @@
 """Rows of which each rank has some positions: the same log-probabilities and gradients as whole rows."""
 
 import context_ranks
+import layout_ranks
 import pytest
 from makers import build_model
 from ranks import each, run_ranks
@@ -14,6 +15,7 @@ def test_two_ranks_read_what_one_reads(tmp_path):
     run_ranks(
         each,
         tmp_path,
+        layout_ranks.layouts_are_chosen_together,
         context_ranks.parts_equal_the_whole,
         context_ranks.layers_see_half_of_the_positions,
         context_ranks.block_masks_are_of_whole_rows,

@@ -1,0 +1,40 @@
+"""Trials of a model that ranks hold in parts: one answer of all ranks, and no traces of a pass that failed.
+
+The ranks compute together: if one chose another layout than the rest, they would wait for different parts of weights,
+or take the bytes of one for those of another.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from bdpo_pl.models.precision import device_of
+
+
+def largest(model: nn.Module, value: float) -> float:
+    """Return the largest `value` of the ranks that hold parts of `model`; `value` itself if this rank holds all of it.
+
+    All of these ranks call this.
+    """
+    if not isinstance(model, FSDPModule) and not any(isinstance(p, DTensor) for p in model.parameters()):
+        return value
+    found = torch.tensor(value, device=device_of(model))
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return float(found)
+
+
+def recovers(model: nn.Module) -> bool:
+    """Let `model` be called again after a pass that failed; return false if it cannot be.
+
+    FSDP2's modules stay in the middle of a backward pass that fails, and PyTorch before 2.13 cannot reset them.
+    """
+    if not isinstance(model, FSDPModule):
+        return True
+    reset = getattr(model, "reset_iter_state", None)
+    if reset is not None:
+        reset()
+    return reset is not None
