@@ -13,11 +13,15 @@ from bdpo_pl.losses.base import PairScores, PreferenceLoss, require_not_negative
 
 Generator = Literal["basu", "logistic"]
 
+# Beyond them `basu` is a straight line. Float32 ends at exp(88).
+_LARGEST_LOG_RATIO, _LARGEST_EXPONENT = 30.0, 80.0
+
 
 class BSOLoss(PreferenceLoss):
-    """BSO, arXiv:2605.12339, of log R = −(β·[D_w − D_l] + C·(s_w − s_l)), s = 1 for an unsafe response, |log R| ≤ 30.
+    """BSO, arXiv:2605.12339, of log R = −(β·[D_w − D_l] + C·(s_w − s_l)), s = 1 for an unsafe response.
 
-    `basu`: L = [λR^(1+λ) − (1+λ)R^(−λ) + 1]/(s·λ(1+λ)), s = 4. `logistic`: L = log(1 + R), SafeDPO's with Δ = C.
+    `basu`: L = [λR^(1+λ) − (1+λ)R^(−λ) + 1]/(s·λ(1+λ)), s = 4; as a straight line where |log R| > 30, or 80/(1 + λ) if
+    that is less, because the powers leave float32. `logistic`: L = log(1 + R), SafeDPO's with Δ = C.
     As for SafeDPO, the safe response of a pair is put first. The formula comes from a reimplementation, and was not
     compared with the authors' code.
 
@@ -65,6 +69,10 @@ class BSOLoss(PreferenceLoss):
         log_ratio = -(self.beta * (chosen - rejected) - self.margin * harm)
         if self.generator == "logistic":
             return self.with_sft(F.softplus(log_ratio), policy_chosen, scores)
-        log_ratio, lam = log_ratio.clamp(-30.0, 30.0), self.lam
-        value = lam * torch.exp((1 + lam) * log_ratio) - (1 + lam) * torch.exp(-lam * log_ratio) + 1.0
-        return self.with_sft(value / (4.0 * lam * (1 + lam)), policy_chosen, scores)
+        lam, bound = self.lam, min(_LARGEST_LOG_RATIO, _LARGEST_EXPONENT / (1 + self.lam))
+        within = log_ratio.clamp(-bound, bound)
+        grown, shrunk = torch.exp((1 + lam) * within), torch.exp(-lam * within)
+        value = (lam * grown - (1 + lam) * shrunk + 1.0) / (4.0 * lam * (1 + lam))
+        # A constant beyond the bound would leave the pairs that are furthest from right without a gradient.
+        slope = (grown + shrunk).detach() / 4.0
+        return self.with_sft(value + slope * (log_ratio - within), policy_chosen, scores)

@@ -75,8 +75,10 @@ def bso(p, generator):
     log_ratio = -(0.1 * margin(p) - 30 * (p.chosen_safe - p.rejected_safe))
     if generator == "logistic":
         return nls(-log_ratio)
-    R = torch.exp(log_ratio.clip(-30, 30))
-    return (0.2 * R**1.2 - 1.2 * R**-0.2 + 1) / (4 * 0.2 * 1.2)
+    within = log_ratio.clip(-30, 30)
+    R = torch.exp(within)
+    # The derivative by log R goes on as it is at the end.
+    return (0.2 * R**1.2 - 1.2 * R**-0.2 + 1) / (4 * 0.2 * 1.2) + (R**1.2 + R**-0.2) / 4 * (log_ratio - within)
 
 
 def balanced(p, tau=0.5):
@@ -173,6 +175,30 @@ def test_bso_by_the_logistic_generator_is_safe_dpo():
     torch.testing.assert_close(
         pairs.under(BSOLoss(margin=10.0, generator="logistic")), pairs.under(SafeDPOLoss()), rtol=1e-5, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("lam", [0.2, 1.0, 5.0])
+@pytest.mark.parametrize("unsafe", ["rejected", "both"])
+def test_bso_corrects_pairs_that_drift_the_wrong_way(unsafe, lam):
+    """At the default margin log R is 30 at the start: beyond its bound a gradient of 0 would leave them there."""
+    safe = torch.full((5,), unsafe == "rejected")
+    margins = torch.tensor([-500.0, -20.0, -0.01, 0.01, 20.0])
+    policy = (-60.0 + margins).requires_grad_()
+    start = torch.full((5,), -60.0)
+    lengths = torch.full((5,), 9)
+    zeros = torch.zeros(5)
+    pairs = pairs_of(
+        policy, start, lengths, lengths, start, start, zeros, zeros, safe, torch.zeros(5, dtype=torch.bool)
+    )
+    values = pairs.under(BSOLoss(lam=lam))
+    values.sum().backward()
+    assert torch.isfinite(values).all()
+    assert (values[:-1] > values[1:]).all()
+    assert torch.isfinite(policy.grad).all()
+    assert (policy.grad < 0).all()
+    if unsafe == "rejected":
+        # No pair is pulled less than one that is further ahead.
+        assert (policy.grad[:-1] <= policy.grad[1:]).all()
 
 
 def test_dr_dpo_leaves_out_pairs_that_only_fill_a_batch_and_is_dpo_for_a_large_beta_prime():
