@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from bdpo_kernels.checks import without_autocast
 from bdpo_pl.data.packing import SequenceBatch
 from bdpo_pl.errors import InputError
 from bdpo_pl.models.causal_lm import CausalLM, ModelConfig
@@ -71,13 +72,15 @@ def balancing_loss(decisions: list[Routed], batch: SequenceBatch) -> Tensor:
     real = batch.attention_mask.flatten().float()
     E = decisions[0][0].shape[-1]
     chosen_sum, probability_sum = real.new_zeros(E), real.new_zeros(E)
-    for logits, chosen in decisions:
-        probabilities = logits.float().softmax(dim=-1)
-        probability_sum = probability_sum + real @ probabilities
-        counted = torch.zeros_like(probabilities).scatter_(1, chosen, 1.0)
-        chosen_sum = chosen_sum + real @ counted
-    tokens = real.sum() * len(decisions)
-    return E * (chosen_sum / tokens * (probability_sum / tokens)).sum()
+    # Products under autocast would sum thousands of tokens in half precision.
+    with without_autocast(real.device):
+        for logits, chosen in decisions:
+            probabilities = logits.float().softmax(dim=-1)
+            probability_sum = probability_sum + real @ probabilities
+            counted = torch.zeros_like(probabilities).scatter_(1, chosen, 1.0)
+            chosen_sum = chosen_sum + real @ counted
+        tokens = real.sum() * len(decisions)
+        return E * (chosen_sum / tokens * (probability_sum / tokens)).sum()
 
 
 def _routers(model: CausalLM) -> list[nn.Module]:
