@@ -29,6 +29,16 @@ def device():
     return torch.device(DEVICE)
 
 
+@pytest.fixture
+def on_device(device):
+    """What a test makes without naming a device is on `device`, where alone Triton's kernels run."""
+    if device.type == "cpu":
+        yield
+        return
+    with device:
+        yield
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:

@@ -9,6 +9,7 @@ from bdpo_kernels import linear_preference_loss, linear_sequence_logprob
 from bdpo_kernels.chunks import head_bytes
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("on_device")
 
 N, D, V, B = 24, 8, 333, 4
 PRODUCTS = {"mm", "addmm", "addmm_"}
@@ -18,7 +19,7 @@ def losses(chosen, rejected, index):
     return -F.logsigmoid(chosen - rejected)
 
 
-def problem(dtype=torch.float32, N=N, D=D, V=V, B=B, device="cpu"):
+def problem(dtype=torch.float32, N=N, D=D, V=V, B=B, device=None):
     hidden = torch.randn(N, D, device=device).to(dtype)
     weight = torch.randn(V, D, device=device).to(dtype)
     labels = torch.zeros(N, dtype=torch.long, device=device)

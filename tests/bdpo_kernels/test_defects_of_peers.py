@@ -13,6 +13,7 @@ from counting import recorded_launches
 
 from bdpo_kernels import linear_preference_loss, linear_sequence_logprob, sequence_logprob
 
+pytestmark = pytest.mark.usefixtures("on_device")
 HALF = torch.bfloat16
 
 
@@ -369,7 +370,7 @@ def test_tensors_on_another_than_the_current_device(device):
     labels, ids = torch.randint(50, (8,)), torch.arange(8) % 2
     results = []
     for name in ("cuda:0", "cuda:1"):
-        leaves = [t.to(name).requires_grad_() for t in (hidden, weight)]
+        leaves = [t.to(name, copy=True).requires_grad_() for t in (hidden, weight)]
         loss, *_ = linear_preference_loss(
             *leaves, labels.to(name), ids.to(name), lambda c, r, i: r - c, num_pairs=1
         )  # fmt: skip

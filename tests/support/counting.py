@@ -45,9 +45,9 @@ class _Recorded:
 def recorded_launches(run=True, on_launch=lambda: None):
     """While open, a list of (name, args, kwargs) grows by each launch; without `run` nothing is computed.
 
-    `on_launch` is called before each.
+    Without `run`, tensors may be on any device, as in the interpreter. `on_launch` is called before each launch.
     """
-    from bdpo_kernels.rows import triton_kernels
+    from bdpo_kernels.rows import triton, triton_kernels
 
     launches = []
     names = [name for name, value in vars(triton_kernels).items() if hasattr(value, "fn") and not name.startswith("_")]
@@ -55,6 +55,8 @@ def recorded_launches(run=True, on_launch=lambda: None):
         for name in names:
             kernel = _Recorded(name, getattr(triton_kernels, name), launches, run, on_launch)
             stack.enter_context(mock.patch.object(triton_kernels, name, kernel))
+        if not run:
+            stack.enter_context(mock.patch.object(triton, "INTERPRETED", True))
         yield launches
 
 

@@ -11,6 +11,14 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 
+def interprets():
+    """Return whether Triton was imported for its interpreter: then its own functions are interpreted, as ours are.
+
+    On a machine with a GPU it was not, and a process cannot change that.
+    """
+    return isinstance(tl.zeros, interpreter.InterpretedFunction)
+
+
 def look_up_once():
     """Let a launch replace each module's functions once, by names that are known; what is computed is the same."""
     patch_builtin, patch_lang, numpy_type = (
