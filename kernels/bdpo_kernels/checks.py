@@ -60,11 +60,16 @@ def check_sequences(
     check_shape("sequence_ids", sequence_ids, rows, "one for each packed token")
     if num_sequences is None:
         return int(sequence_ids.max()) + 1 if sequence_ids.numel() else 0
-    if not isinstance(num_sequences, int) or isinstance(num_sequences, bool):
+    if not _is_integer(num_sequences):
         raise TypeError(f"num_sequences must be an int, got {type(num_sequences).__name__}")
     if num_sequences < 0:
         raise ValueError(f"num_sequences must be ≥ 0, got {num_sequences}")
     return num_sequences
+
+
+def _is_integer(value: object) -> bool:
+    # A dynamic size is a symbol while torch.export or torch.compile traces.
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
 
 def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> torch.dtype:
@@ -129,7 +134,7 @@ def check_sequence_values(sequence_ids: Tensor, num_sequences: int) -> None:
 
 def check_lengths(lengths: Sequence[int], S: int, labels: Tensor) -> None:
     """Raise ValueError unless `lengths` has S numbers of tokens whose sum does not exceed the number of labels."""
-    if len(lengths) != S or any(not isinstance(length, int) or length < 0 for length in lengths):
+    if len(lengths) != S or any(not _is_integer(length) or length < 0 for length in lengths):
         raise ValueError(f"lengths must be {S} ints ≥ 0, one for each sequence; got {list(lengths)[:8]}")
     if sum(lengths) > len(labels):
         raise ValueError(f"lengths add up to {sum(lengths)} tokens, but there are only {len(labels)}")

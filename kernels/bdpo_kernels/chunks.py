@@ -78,7 +78,7 @@ class ChunkSizes:
             # A gradient in half precision is cast from a sum in float32, which one chunk does without.
             saved = self.total if self.grad < self.total else 0
             if tokens * self.row <= limit + saved:
-                return Division(max(1, tokens), max(1, tokens) * self.row, self.grad)
+                return Division(max(1, tokens), max(1, tokens) * self.row, min(self.grad, self.total))
             # The cast follows when logits are released.
             limit = max(limit, self.grad if saved else 0)
         block = min(_MIN_BLOCK_TOKENS, -(-tokens // 4)) * self.block_row
@@ -168,6 +168,8 @@ def head_bytes(
     logits_dtype: torch.dtype | None = None,
 ) -> int:
     """Return the bytes of logits and the weight's gradient at the peak of `linear_preference_loss` with N tokens.
+
+    Under autocast there is also a copy of the weight in `dtype`, V·D elements, which is not counted.
 
     Args:
         N: number of tokens that count.

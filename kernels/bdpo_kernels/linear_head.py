@@ -85,7 +85,7 @@ class LinearHead:
     Attributes:
         grad_hidden: (N, D) gradient, zero at tokens that were not processed; None if not needed.
         grad_weight: (V, D) gradient, in float32 (float64 for float64) if there are several chunks, else in the weight's
-            dtype; None if not needed.
+            dtype if that is no wider than float32, or the products are in float64; None if not needed.
         grad_bias: (V,) gradient in float32 (float64 for float64); None if not needed.
     """
 
@@ -110,9 +110,12 @@ class LinearHead:
         self._bias = None if bias is None else bias.to(options.logits_dtype)
         self._shards = None if options.shard is None else ShardedRows(options.backend, options.shard)
         self._rows: PackedRows = load(options.backend) if self._shards is None else self._shards
-        self.grad_hidden = torch.zeros_like(hidden) if needs[0] else None
+        # Contiguous, as the fake implementation says, whatever the strides of `hidden` are.
+        self.grad_hidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=device) if needs[0] else None
         # Clearing it first would cost one more pass over the large matrix, so the first chunk overwrites it instead.
-        sums = options.wide if chunks > 1 else torch.promote_types(weight.dtype, options.dtype)
+        sums = torch.promote_types(weight.dtype, options.dtype)
+        if chunks > 1 or sums.itemsize > options.wide.itemsize:
+            sums = options.wide
         self.grad_weight = torch.empty(weight.shape, dtype=sums, device=weight.device) if needs[1] else None
         self._weight_is_written = False
         wants_bias = needs[2] and bias is not None
@@ -222,6 +225,20 @@ def _rows_of(memory: Tensor | None, rows: int, stride: int, dtype: torch.dtype) 
     return memory.view(-1)[:needed].view(dtype).view(rows, stride)
 
 
-def gathered(weight: Tensor) -> Tensor:
-    """Return the full `weight`: FSDP2 shards parameters as DTensors."""
-    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+def gathered(tensor: Tensor) -> Tensor:
+    """Return the full `tensor`: FSDP2 shards parameters as DTensors.
+
+    Its gradient is the mean over the ranks, each of which may have other tokens, as FSDP2 and DDP take it. If all have
+    the same tokens, this is the gradient of each.
+    """
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import DTensor, Partial
+
+    assert isinstance(tensor, DTensor)
+    ranks = tensor.device_mesh.size()
+    full = tensor.full_tensor(grad_placements=[Partial()] * tensor.device_mesh.ndim)
+    if full.requires_grad and ranks > 1:
+        # gloo has no averaging reduce-scatter; asked for one, it returns the sum.
+        full.register_hook(lambda grad: grad / ranks)
+    return full

@@ -59,19 +59,20 @@ def linear_preference_loss(
     The loss may be multiplied by any factor, and its backward runs once. The factor is applied after the gradients are
     computed, so it cannot keep float16 gradients from vanishing, which is the purpose of a gradient scaler. A pair with
     more tokens than a chunk is projected twice, unless weight and bias are frozen. Memory besides inputs and gradients:
-    one chunk of logits' gradients, a block of float32 logits, and a float32 copy of the weight's gradient if that is in
-    half precision and there is more than one chunk.
+    one chunk of logits' gradients, a block of float32 logits, a float32 copy of the weight's gradient if that is in
+    half precision and there is more than one chunk, and under autocast a copy of the weight in its dtype.
 
     Args:
         hidden: (N, D) hidden states that enter the LM head.
-        weight: (V, D) weight, in the dtype of `hidden` (any dtypes under autocast); a DTensor is gathered. Without
-            `requires_grad` (a frozen head) its product is omitted: 4·N·V·D.
+        weight: (V, D) weight, in the dtype of `hidden` (any dtypes under autocast). Without `requires_grad` (a
+            frozen head) its product is omitted: 4·N·V·D. A DTensor is gathered, and its gradient is the mean over its
+            ranks, which may have different pairs.
         labels: (N,) int64 or int32 labels. Rows labelled `ignore_index` are not computed; their gradient is exactly 0.
         sequence_ids: (N,) integers in [0, 2B), the index of each token's sequence, in any order.
         loss_fn: function that returns the loss of each of b pairs. It is called under autograd with float32
             log-probabilities that require a gradient, for a few pairs at a time, so it must not mix pairs.
         num_pairs: number of pairs B.
-        bias: (V,) bias of the LM head.
+        bias: (V,) bias of the LM head; a DTensor as for `weight`.
         softcap: bound of the logits, as in `linear_sequence_logprob`.
         logit_scale: factor of the logits.
         ignore_index: label of the tokens that are left out.
@@ -95,7 +96,9 @@ def linear_preference_loss(
         RuntimeError: backward is called twice, or a second derivative is requested.
     """
     if shard is None:
-        weight = gathered(weight)
+        weight, bias = gathered(weight), None if bias is None else gathered(bias)
+    else:
+        shard.check_rows()
     V, widest = (weight.shape[0],) * 2 if shard is None else (shard.vocab_size, shard.largest)
     dtype = check_linear(hidden, weight, bias, labels)
     transform = LogitTransform(softcap, logit_scale)

@@ -56,11 +56,12 @@ def linear_sequence_logprob(
 
     Args:
         hidden: (N, D) hidden states that enter the LM head.
-        weight: (V, D) weight, in the dtype of `hidden` (any dtypes under autocast); a DTensor is gathered.
+        weight: (V, D) weight, in the dtype of `hidden` (any dtypes under autocast). A DTensor is gathered, and
+            its gradient is the mean over its ranks.
         labels: (N,) int64 or int32 labels. Rows labelled `ignore_index` are not computed; their gradient is exactly 0.
         sequence_ids: (N,) integers, the index of each token's sequence, in any order.
         num_sequences: number of sequences S. Default: the largest index + 1, which synchronises with the GPU.
-        bias: (V,) bias of the LM head.
+        bias: (V,) bias of the LM head; a DTensor as for `weight`.
         softcap: bound of the logits (Gemma 2: 30).
         logit_scale: factor of the logits: Cohere's `logit_scale`, 1 / Granite's `logits_scaling`, 1 / temperature.
         ignore_index: label of the tokens that are left out.
@@ -85,7 +86,9 @@ def linear_sequence_logprob(
         RuntimeError: a second derivative is requested.
     """
     if shard is None:
-        weight = gathered(weight)
+        weight, bias = gathered(weight), None if bias is None else gathered(bias)
+    else:
+        shard.check_rows()
     V, widest = (weight.shape[0],) * 2 if shard is None else (shard.vocab_size, shard.largest)
     D = hidden.shape[-1]
     dtype = check_linear(hidden, weight, bias, labels)
@@ -229,7 +232,8 @@ def _op(
     # Values are checked here, not by the caller, where the check would break the graph of torch.compile.
     _check_values(labels, weight.shape[0], ignore_index, sequence_ids, num_sequences, lengths, check_labels)
     options = HeadOptions(LogitTransform(softcap, logit_scale), ignore_index, dtype, exact, backend)
-    return _forward(hidden, weight, bias, labels, sequence_ids, num_sequences, options, ChunkSizes(*sizes), lengths)
+    with without_autocast(hidden.device):
+        return _forward(hidden, weight, bias, labels, sequence_ids, num_sequences, options, ChunkSizes(*sizes), lengths)
 
 
 @_op.register_fake
@@ -269,7 +273,8 @@ def _backward_op(
     """Return the gradients of hidden, weight and bias; an empty tensor for one that is not needed."""
     options = HeadOptions(LogitTransform(softcap, logit_scale), ignore_index, dtype, exact, backend)
     wanted = (needs[0], needs[1], needs[2])
-    return _gradients(hidden, weight, bias, labels, token_grads, options, ChunkSizes(*sizes), lengths, wanted)
+    with without_autocast(hidden.device):
+        return _gradients(hidden, weight, bias, labels, token_grads, options, ChunkSizes(*sizes), lengths, wanted)
 
 
 @_backward_op.register_fake

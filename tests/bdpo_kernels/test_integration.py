@@ -71,6 +71,25 @@ def test_exported_operators_compute_the_same(packed):
         assert torch.equal(exported, plain)
 
 
+def test_number_of_sequences_may_be_a_dimension_of_an_exported_program(packed):
+    """It is a symbol then, not an int."""
+    hidden, weight, labels, ids = packed
+
+    class Sums(torch.nn.Module):
+        def forward(self, hidden, weight, labels, ids, sequences):
+            S = sequences.shape[0]
+            whole = sequence_logprob(hidden @ weight.t(), labels, ids, S)
+            return whole, linear_sequence_logprob(hidden, weight, labels, ids, S)
+
+    dynamic = (None, None, None, None, {0: torch.export.Dim("S", min=3)})
+    arguments = (hidden, weight, labels, ids)
+    program = torch.export.export(Sums(), (*arguments, torch.zeros(4)), dynamic_shapes=dynamic)
+    for S in (3, 5):
+        found, plain = (f(*arguments, torch.zeros(S)) for f in (program.module(), Sums()))
+        assert [len(sums) for sums in found] == [S, S]
+        assert all(map(torch.equal, found, plain))
+
+
 def test_compiled_caller_of_the_preference_loss_breaks_its_graph_cleanly(packed):
     hidden, weight, labels, ids = packed
 
@@ -102,8 +121,37 @@ def test_opcheck(packed, backend):
     )  # fmt: skip
 
 
-def test_sharded_weight_is_gathered(packed):
-    """A DTensor, as FSDP2 holds parameters, on a mesh of one process."""
+@pytest.mark.parametrize("which", ["hidden", "weight", "both"])
+def test_gradients_have_the_strides_that_are_foretold(packed, backend, which):
+    """Inductor asserts the strides of the fake implementation; a gradient like a transposed tensor has others."""
+    hidden, weight, labels, ids = packed
+    if which != "weight":
+        hidden = hidden.t().contiguous().t()
+    if which != "hidden":
+        weight = weight.t().contiguous().t()
+    options = (None, 1.0, IGNORED, torch.float32, True, backend, [44, 0, 0, 132, 176, 176])
+    ops, lengths = torch.ops.bdpo_kernels, [3, 1, 2]
+    for op, arguments in (
+        (ops.linear_sequence_logprob, (labels, ids, 3, *options, lengths, True)),
+        (
+            ops.linear_sequence_logprob_backward,
+            (labels, torch.ones(7, device=hidden.device), *options, lengths, [True] * 3),
+        ),
+    ):
+        torch.library.opcheck(
+            op.default, (hidden, weight, None, *arguments), test_utils=("test_schema", "test_faketensor")
+        )
+    logits = torch.randn(11, 7, device=hidden.device).t()
+    _, stats = ops.sequence_logprob(logits, labels, ids, 3, IGNORED, backend, True)
+    torch.library.opcheck(
+        ops.sequence_logprob_backward.default,
+        (logits, labels, torch.ones(7, device=hidden.device), stats, IGNORED, backend),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+def test_sharded_weight_and_bias_are_gathered(packed):
+    """DTensors, as FSDP2 holds parameters, on a mesh of one process."""
     import torch.distributed as dist
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -118,12 +166,14 @@ def test_sharded_weight_is_gathered(packed):
         )
         try:
             mesh = dist.init_device_mesh(kind, (1,))
-            sharded = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
-            plain = weight.clone().requires_grad_()
-            for w in (sharded, plain):
-                loss, *_ = linear_preference_loss(hidden, w, labels, ids, lambda c, r, i: r - c, num_pairs=2)
-                (loss + linear_sequence_logprob(hidden, w, labels, ids, 3).sum()).backward()
-            torch.testing.assert_close(sharded.grad.full_tensor(), plain.grad)
+            tensors = weight, torch.randn(11, device=hidden.device)
+            sharded = [distribute_tensor(t, mesh, [Shard(0)]).requires_grad_() for t in tensors]
+            plain = [t.clone().requires_grad_() for t in tensors]
+            for w, b in (sharded, plain):
+                loss, *_ = linear_preference_loss(hidden, w, labels, ids, lambda c, r, i: r - c, num_pairs=2, bias=b)
+                (loss + linear_sequence_logprob(hidden, w, labels, ids, 3, bias=b).sum()).backward()
+            for part, whole in zip(sharded, plain, strict=True):
+                torch.testing.assert_close(part.grad.full_tensor(), whole.grad)
         finally:
             dist.destroy_process_group()
 

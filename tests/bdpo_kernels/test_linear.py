@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bdpo_kernels import linear_preference_loss, linear_sequence_logprob
+from bdpo_kernels import VocabShard, linear_head, linear_preference_loss, linear_sequence_logprob
 from bdpo_kernels.transform import LogitTransform
 
 IGNORED = -100
@@ -254,6 +254,53 @@ def test_autocast_multiplies_in_its_dtype_and_returns_gradients_in_the_tensors(o
     for grad, other in zip(grads, expected[2], strict=True):
         assert grad.dtype == torch.float32
         torch.testing.assert_close(grad, other.float(), rtol=1e-2, atol=1e-4)
+
+
+def test_a_backward_pass_under_autocast_has_the_bits_of_one_outside(backend, device):
+    """Its products choose their own dtypes: rounded once more, a float32 weight's gradient would lose digits."""
+    *tensors, labels, ids = case(torch.float32, device, bias=True)
+    results = []
+    for inside in (True, False):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            sums = linear_sequence_logprob(
+                *leaves[:2], labels, ids, 6, bias=leaves[2], backend=backend, chunk_bytes=900
+            )
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=inside):
+            results.append((sums.detach(), *torch.autograd.grad(sums.sum(), leaves)))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_float64_weight_under_autocast_is_summed_in_float32(op, device, monkeypatch):
+    """GPUs multiply no half precision into float64."""
+    totals, product = set(), linear_head.add_weight_product
+
+    def recorded(total, *args):
+        totals.add(total.dtype)
+        product(total, *args)
+
+    monkeypatch.setattr(linear_head, "add_weight_product", recorded)
+    hidden, weight, _, labels, ids = case(torch.float32, device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        _, _, grads = by_op(op, (hidden, weight.double(), None), labels, ids, 3)
+        _, _, expected = by_op(op, (hidden, weight, None), labels, ids, 3)
+    assert totals == {torch.float32}
+    assert grads[1].dtype == torch.float64
+    torch.testing.assert_close(grads[1].float(), expected[1])
+
+
+def test_a_vocabulary_that_leaves_a_rank_without_rows_is_refused_on_every_rank(op, monkeypatch):
+    """5 rows make parts of 2 for 4 ranks: the first three would wait for the last, which has none."""
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 4)
+    call = (
+        partial(linear_preference_loss, loss_fn=lambda c, r, i: c - r, num_pairs=1)
+        if op == "loss"
+        else partial(linear_sequence_logprob, num_sequences=2)
+    )
+    for start, end in ((0, 2), (4, 5), (5, 5)):
+        with pytest.raises(ValueError, match="the last of 4 ranks would have none of the 5 rows"):
+            call(H, W[start:end], L, I, shard=VocabShard(start, 5))
 
 
 def test_half_precision_gradient_of_the_weight_is_accumulated_in_float32(backend, device):

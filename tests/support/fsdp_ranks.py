@@ -5,9 +5,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from bdpo_kernels import linear_preference_loss
+from bdpo_kernels import linear_preference_loss, linear_sequence_logprob
 
 T, D, V, B = 5, 8, 21, 4
 
@@ -72,3 +72,30 @@ def a_sharded_head(rank):
             assert isinstance(parameter.grad, DTensor), name
             # FSDP2 takes the mean over ranks.
             torch.testing.assert_close(2 * parameter.grad.full_tensor(), other.grad, msg=name)
+
+
+def a_head_past_its_hooks(rank):
+    """A sharded weight and bias passed as they are: each part's gradient is of all ranks' pairs, not of its own rank's.
+
+    Each rank has other tokens, so a gradient that is not sent is the wrong one.
+    """
+    torch.manual_seed(7)
+    hidden, labels = torch.randn(2, 2 * B * T, D), torch.randint(V, (2, 2 * B * T))
+    ids = torch.arange(2 * B).repeat_interleave(T)
+    whole = [torch.randn(V, D).requires_grad_(), torch.randn(V).requires_grad_()]
+    mesh = dist.init_device_mesh("cpu", (2,))
+    for fused in (True, False):
+        parts = [distribute_tensor(t.detach(), mesh, [Shard(0)]).requires_grad_() for t in whole]
+        total = sum(value(fused, hidden[other], *whole, labels[other], ids) for other in range(2))
+        expected = torch.autograd.grad(total, whole)
+        value(fused, hidden[rank], *parts, labels[rank], ids).backward()
+        for part, right in zip(parts, expected, strict=True):
+            # The mean over ranks, as FSDP2 and DDP take it.
+            torch.testing.assert_close(2 * part.grad.full_tensor(), right)
+
+
+def value(fused, hidden, weight, bias, labels, ids):
+    if fused:
+        return linear_preference_loss(hidden, weight, labels, ids, losses, num_pairs=B, bias=bias)[0]
+    sums = linear_sequence_logprob(hidden, weight, labels, ids, 2 * B, bias=bias)
+    return losses(sums[:B], sums[B:], None).sum()

@@ -27,7 +27,7 @@ class VocabShard:
 
     Attributes:
         start: index of the first row.
-        vocab_size: number of rows V on all ranks together.
+        vocab_size: number of rows V on all ranks together, each with at most V / ranks of them, rounded up.
         group: process group of the ranks that share the vocabulary; None: all ranks.
     """
 
@@ -39,6 +39,18 @@ class VocabShard:
     def largest(self) -> int:
         """The largest number of rows on a rank. Chunks must have the same size on every rank, so they depend on it."""
         return -(-self.vocab_size // dist.get_world_size(self.group))
+
+    def check_rows(self) -> None:
+        """Raise ValueError if a rank has no rows.
+
+        All ranks know this: if only the one without rows raised an error, the others would wait for it.
+        """
+        ranks = dist.get_world_size(self.group)
+        if self.largest * (ranks - 1) >= self.vocab_size:
+            raise ValueError(
+                f"shard: in parts of {self.largest}, the last of {ranks} ranks would have none of the "
+                f"{self.vocab_size} rows of the vocabulary; split it over fewer ranks"
+            )
 
 
 class ShardedRows:
@@ -80,7 +92,7 @@ class ShardedRows:
         largest, log_sum = self._rows.shard_statistics(logits, some, transform)
         top = largest.clone()
         dist.all_reduce(top, dist.ReduceOp.MAX, self.shard.group)
-        # A rank without columns, or whose columns are all −inf, contributes nothing.
+        # A rank whose columns are all −inf contributes nothing.
         share = torch.where(largest == -torch.inf, 0.0, torch.exp((largest - top + log_sum) * to_e))
         at_label = self._rows.shard_label(logits, some, transform, top)
         joined = torch.stack([share, torch.where(local == _NOT_HERE, 0.0, at_label)])
