@@ -64,11 +64,11 @@ def choose_layout(
 
     A notice is logged if a more efficient layout fails. On a GPU, if the user has not named an implementation,
     block-sparse attention is tried first, with a backward pass. It is kept if its results agree and dense masks are not
-    clearly faster.
+    clearly faster. Ranks that hold parts of `model` choose together.
 
     Args:
         model: causal language model, on the device that it will run on.
-        table: pairs for the trial, of which two are used (`probe_documents`).
+        table: pairs for the trial, of which two are compared (`probe_documents`), and on a GPU up to 16 are timed.
         option: `never` keeps a row for each response; `always` raises an error if the model cannot share rows.
         name: name of the model, for messages.
         attention: attention implementation that the user named, if any.
