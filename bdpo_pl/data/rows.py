@@ -138,7 +138,10 @@ def order_by_safety(row: PreferenceRow) -> PreferenceRow:
     if row.chosen_safe or row.rejected_safe:
         if row.chosen_safe:
             return row
-        return replace(row, chosen=row.rejected, rejected=row.chosen, chosen_safe=True, rejected_safe=False)
+        turns = row.turns and Turns(row.turns.prompt, row.turns.rejected, row.turns.chosen)
+        return replace(
+            row, chosen=row.rejected, rejected=row.chosen, turns=turns, chosen_safe=True, rejected_safe=False
+        )
     raise RowError(row.record, BOTH_UNSAFE, "both responses are unsafe, and the loss prefers neither")
 
 

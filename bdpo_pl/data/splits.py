@@ -55,8 +55,8 @@ class PreferenceSplits:
         return padding_id(self.tokenizer)
 
 
-def split_by_prompt(table: PairTable, fraction: float, seed: int) -> tuple[PairTable, PairTable]:
-    """Return (rest, held out): about `fraction` of the pairs held out, by `seed`, with no prompt on both sides.
+def split_by_prompt(table: PairTable, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the indices of (rest, held out): about `fraction` of the pairs, by `seed`, no prompt on both sides.
 
     Raises:
         InputError: there are fewer than two different prompts.
@@ -79,4 +79,4 @@ def split_by_prompt(table: PairTable, fraction: float, seed: int) -> tuple[PairT
         held.extend(groups[order[int(g)]])
     is_held = np.zeros(len(table), dtype=bool)
     is_held[held] = True
-    return table.select(np.flatnonzero(~is_held)), table.select(np.flatnonzero(is_held))
+    return np.flatnonzero(~is_held), np.flatnonzero(is_held)

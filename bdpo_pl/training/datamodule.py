@@ -242,9 +242,10 @@ class PreferenceDataModule(L.LightningDataModule):
             self.reports.append(report_held)
             held_out[split] = pairs_held
         if not held_out and self.held_out_fraction > 0:
-            train, held_out[HELD_OUT] = split_by_prompt(train, self.held_out_fraction, self.seed)
+            rest, held = split_by_prompt(train, self.held_out_fraction, self.seed)
+            train, weights, held_out[HELD_OUT] = train.select(rest), weights[rest], train.select(held)
             report.note("held out for validation, by prompt", len(held_out[HELD_OUT]))
-        train = repeat(train, np.array([weights[place] for place in train.places]), self.seed)
+        train = repeat(train, weights, self.seed)
         if any(given.weight != 1.0 for given in self.train_sources):
             report.note("pairs in an epoch, by the weights of the sources", len(train))
         tables, probe = {"train": train, **held_out}, None
@@ -260,15 +261,14 @@ class PreferenceDataModule(L.LightningDataModule):
                 get_console().print(example_table(train, tokenizer))
         return self.splits
 
-    def _join(self, loaded: list[tuple[PairTable, DataReport]]) -> tuple[PairTable, dict[str, float]]:
-        """Return the training pairs of all sources, and the weight of each pair by its place."""
+    def _join(self, loaded: list[tuple[PairTable, DataReport]]) -> tuple[PairTable, np.ndarray]:
+        """Return the training pairs of all sources, and the weight of each pair."""
         self.reports = [report for _, report in loaded]
         (train, _), *others = loaded
         weights = [given.weight for given in self.train_sources]
         if not others:
-            return train, dict.fromkeys(train.places, weights[0])
-        joined, each = join([table for table, _ in loaded], weights, self.reports, self.load_options.duplicates)
-        return joined, dict(zip(joined.places, each.tolist(), strict=True))
+            return train, np.full(len(train), weights[0])
+        return join([table for table, _ in loaded], weights, self.reports, self.load_options.duplicates)
 
     def _read_splits(self) -> PreferenceSplits:
         if self.splits is None:

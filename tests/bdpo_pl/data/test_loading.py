@@ -268,7 +268,7 @@ def test_safe_rlhf_missing_column_is_named(load, tmp_path, column):
 def test_held_out_split_shares_no_prompt(load, tmp_path):
     rows = [{**row, "prompt": f"prompt {i // 3}"} for i, row in enumerate(preference_rows(60))]
     table, _ = load(write_jsonl(tmp_path / "rows.jsonl", rows))
-    rest, held = split_by_prompt(table, 0.2, seed=0)
+    rest, held = (table.select(indices) for indices in split_by_prompt(table, 0.2, seed=0))
     assert len(rest) + len(held) == 60
     assert 12 <= len(held) < 15
     assert count_shared_prompts(rest, held) == 0

@@ -1,6 +1,8 @@
 """Several sources with weights, one example shown, and a report that says how the rows were read."""
 
 import io
+import re
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -71,6 +73,26 @@ def test_data_module_mixes_holds_out_and_shows(tmp_path, model_dir, capsys):
     assert data.reports[-1].notes["pairs in an epoch, by the weights of the sources"] == str(len(train))
     assert "▌" in shown
     assert "<|im_start|>assistant" in shown
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.4])
+def test_splits_of_one_source_keep_their_own_weights(tmp_path, model_dir, fraction):
+    import datasets
+
+    rows = preference_rows(20)
+    halves = {"a": rows[:10], "b": rows[10:]}
+    path = tmp_path / "saved"
+    datasets.DatasetDict({name: datasets.Dataset.from_list(half) for name, half in halves.items()}).save_to_disk(path)
+    data = PreferenceDataModule(
+        [DataSource(str(path), 3.0, split="a"), DataSource(str(path), split="b")],
+        held_out_fraction=fraction,
+        train_probe=False,
+    )
+    train = data.read(ModelSource(str(model_dir))).tables["train"]
+    asked = [data.tokenizer.decode(train[i].prompt_ids) for i in range(len(train))]
+    times = Counter(int(re.search(r" q(\d+)", text)[1]) for text in asked)
+    assert {number: count for number, count in times.items() if count != (3 if number < 10 else 1)} == {}
+    assert len(times) == (20 if fraction == 0.0 else 12)
 
 
 def test_example_shows_boundary_and_what_is_not_trained_on_and_commands_no_terminal(tmp_path):

@@ -55,6 +55,15 @@ def test_unsafe_chosen_is_exchanged_both_unsafe_is_dropped_and_both_are_counted(
     assert (report.read, report.kept) == (4, 3)
 
 
+def test_dialogues_as_turns_are_exchanged_too(load):
+    unsafe, safe = (f"\n\nHuman: how ?\n\nAssistant: {answer}" for answer in ("so .", "no ."))
+    table, report = load([{"chosen": unsafe, "rejected": safe, "chosen_safe": False, "rejected_safe": True}])
+    tokenizer = build_tokenizer()
+    said = [tokenizer.decode(ids) for ids in (table[0].chosen_ids, table[0].rejected_ids)]
+    assert said == ["no .<|im_end|>", "so .<|im_end|>"]
+    assert "of these, HH-RLHF dialogues read as turns (data.dialogues)" in report.notes
+
+
 def test_flags_change_neither_tokens_nor_the_key_of_the_scores(load):
     bare, _ = load(preference_rows(2), by_safety=False)
     said, _ = load(rows_of(FLAGS[:2]), by_safety=False)
