@@ -12,14 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from bdpo_pl.data.chat_template import ChatTemplate, Conversation, Message, opens_thought
-from bdpo_pl.data.messages import RowError, thought_of, without_thought
+from bdpo_pl.data.messages import USER_ROLES, RowError, thought_of, with_marks, without_thought
 from bdpo_pl.data.messages import split_thought as split_thought_of
+from bdpo_pl.data.rows import common_prefix_length
 from bdpo_pl.data.sources import Record
 
 Thoughts = Literal["train", "mask", "strip"]
+
+_TOOL_ROLES = tuple(role for role in USER_ROLES if role != "user")
+# Any words will do that occur in no text.
+_MARKS = ("zqthoughtqz", "zqwordsqz")
 
 
 @dataclass(frozen=True)
@@ -72,14 +77,6 @@ class Cutter:
             RowError: the template omits part of the prompt.
         """
         text = self.template.prompt(prompt)
-        for message in prompt.messages:
-            if message["role"] in ("system", "developer", "user") and message["content"].strip() not in text:
-                raise RowError(
-                    record,
-                    "left out by the template",
-                    f"the chat template leaves out (a part of) the {message['role']} message; put its text into the "
-                    "user's turn, or give a template that writes it (data.chat_template)",
-                )
         for tool in prompt.tools or ():
             name = _tool_name(tool)
             if name is not None and name not in text:
@@ -89,7 +86,49 @@ class Cutter:
                     "the chat template writes no tools; leave out the column (data.load.ignore='[tools]'), or give a "
                     "template that writes them (data.chat_template)",
                 )
+        self._check_written(record, prompt, text)
         return text
+
+    def _check_written(self, record: Record, prompt: Conversation, text: str) -> None:
+        """Raise `RowError` if `text`, the generation prompt, lacks words, calls of tools, or what these answered."""
+        for message in prompt.messages:
+            if message["role"] in ("system", "developer", "user") and message["content"].strip() not in text:
+                raise RowError(
+                    record,
+                    "left out by the template",
+                    f"the chat template leaves out (a part of) the {message['role']} message; put its text into the "
+                    "user's turn, or give a template that writes it (data.chat_template)",
+                )
+            # Templates leave thoughts out of earlier turns on purpose.
+            if message["role"] == "assistant" and not any(said in text for said in _without_thoughts(message)):
+                raise _left_out(record, "(a part of) an earlier turn of the assistant's")
+        marks: list[tuple[str, str, str]] = []  # mark, what it stands for, and its name
+
+        def mark(stands_for: str, name: str) -> str:
+            marks.append((f"zqmark{len(marks)}qz", stands_for, name))
+            return marks[-1][0]
+
+        def marked(message: Message) -> Message:
+            if message["role"] == "assistant" and message.get("tool_calls"):
+                calls = [_renamed(call, mark(str(_tool_name(call)), "tool calls")) for call in message["tool_calls"]]
+                return {**message, "tool_calls": calls}
+            if message["role"] in _TOOL_ROLES and message["content"].strip():
+                said = message["content"].strip()
+                return {**message, "content": mark(said, f"(a part of) a message of the role {message['role']!r}")}
+            return message
+
+        messages = [marked(message) for message in prompt.messages]
+        if not marks:
+            return
+        # The name of a function is among the tools too, and a template may write an answer as JSON: so not the texts
+        # are looked for, but other texts in their places.
+        try:
+            seen = self.template.prompt(Conversation(messages, prompt.tools, prompt.kwargs))
+        except Exception:  # of whatever kind: the template looks into the texts
+            seen, marks = text, [(stands_for, stands_for, name) for _, stands_for, name in marks]
+        for found, _, name in marks:
+            if found not in seen:
+                raise _left_out(record, name)
 
     def response(self, record: Record, prompt: Conversation, opened: str, response: list[Message]) -> Response:
         """Return the response behind its prompt.
@@ -195,6 +234,8 @@ class Cutter:
             before = opened if k == 0 else self.template.prompt(prompt.then(response[:k]))
             if not whole.startswith(before):
                 raise RowError(record, *_otherwise("", self.template))
+            if 0 < k == len(response) - 1:
+                self._check_written(record, prompt.then(response[:k]), before)
             start = len(before)
             is_last = k == len(response) - 1
             limit = len(whole) if is_last else self._next_turn(record, prompt.then(response[: k + 1]), whole, start)
@@ -212,11 +253,42 @@ class Cutter:
             has_thought |= bool(thought)
             self._check_part(record, message, part, thought)
             if thought and self.thoughts == "mask":
-                start += part.find(split_thought_of(message["content"])[1].strip())
+                start = self._after_thought(record, prompt, response, k, whole)
             elif not thought and extra and part.startswith(extra):
                 start += len(extra)
             spans.append((start, end + len(stop)))
-        return Response(whole[: spans[-1][1]], len(opened), spans, is_ended, added=extra, has_thought=has_thought)
+        # What the template puts before a lone turn with thoughts is not all that is left out of training.
+        added = "" if has_thought and len(spans) == 1 else extra
+        return Response(whole[: spans[-1][1]], len(opened), spans, is_ended, added=added, has_thought=has_thought)
+
+    def _after_thought(self, record: Record, prompt: Conversation, response: list[Message], k: int, whole: str) -> int:
+        """Return where the words or calls of turn `k` begin in `whole`, behind its thought and what closes it.
+
+        Both are found by rendering other texts in their places, because the words may occur in the thought.
+        """
+        message = response[k]
+        thought, said = thought_of(message), split_thought_of(message["content"])[1].strip()
+
+        def rendered(words: str) -> tuple[str, str]:
+            turns = [*response[:k], with_marks(message, _MARKS[0], words), *response[k + 1 :]]
+            head, _, rest = self.template.render(prompt.then(turns)).partition(_MARKS[0])
+            return head, rest
+
+        head, rest = rendered(_MARKS[1])
+        closing, found, tail = rest.partition(_MARKS[1])
+        if found and said and whole == head + thought + closing + said + tail:
+            return len(head + thought + closing)
+        if found and not said:
+            _, rest = rendered("")
+            shared = common_prefix_length(rest, closing)
+            if whole == head + thought + rest and shared >= len(closing.rstrip()):
+                return len(head + thought) + shared
+        raise RowError(
+            record,
+            "thoughts that cannot be masked",
+            "the chat template writes a turn's thoughts so that they cannot be told from its words; take them out with "
+            "data.thoughts=strip, or train on them with data.thoughts=train",
+        )
 
     def _next_turn(self, record: Record, upto: Conversation, whole: str, start: int) -> int:
         """Return where the turn that begins at `start` ends, in a conversation that continues after it."""
@@ -255,6 +327,29 @@ def _variants(text: str) -> Iterator[str]:
     yield text.strip()
     yield text.rstrip()
     yield text.lstrip()
+
+
+def _without_thoughts(message: Message) -> Iterator[str]:
+    """Yield the words of an assistant's turn in the forms in which templates write them in earlier turns."""
+    said = split_thought_of(message["content"])[1]
+    yield said.strip()
+    # An answer to a generation prompt that opens the thought does not open it again.
+    yield said.rpartition("</think>")[2].strip()
+
+
+def _renamed(call: dict[str, Any], name: str) -> dict[str, Any]:
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": {**call["function"], "name": name}}
+    return {**call, "name": name}
+
+
+def _left_out(record: Record, what: str) -> RowError:
+    return RowError(
+        record,
+        "left out by the template",
+        f"the chat template leaves out {what}; give a template that writes them (data.chat_template) or leave the row "
+        "out",
+    )
 
 
 def _tool_name(tool: object) -> str | None:

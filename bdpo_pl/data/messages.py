@@ -108,6 +108,16 @@ def without_thought(message: Message) -> Message:
     return {**kept, "content": split_thought(message["content"])[1]}
 
 
+def with_marks(message: Message, thought: str, words: str) -> Message:
+    """Return an assistant's message with `thought` in place of its thought and `words` in place of its words."""
+    inline, rest = split_thought(message["content"])
+    if found := _THOUGHT.match(inline):
+        inline = inline[: found.start("thought")] + _within(found["thought"], thought) + inline[found.end("thought") :]
+    named = {key: message[key] for key in REASONING_KEYS if isinstance(message.get(key), str) and message[key].strip()}
+    thoughts = {key: _within(value, thought) for key, value in named.items()}
+    return {**message, **thoughts, "content": inline + _within(rest, words)}
+
+
 def thought_of(message: Message) -> str:
     """Return the text of an assistant's thoughts, "" if there are none."""
     for key in REASONING_KEYS:
@@ -167,6 +177,12 @@ def _parse_call(record: Record, name: str, call: object) -> Any:
             arguments = function.get("arguments")
         function = {**function, "arguments": arguments}
     return {**call, "function": dict(function)} if "function" in call else dict(function)
+
+
+def _within(text: str, other: str) -> str:
+    """Return `other` between the blanks around `text`."""
+    said = text.strip()
+    return text.replace(said, other, 1) if said else other
 
 
 def _keys(message: object) -> str:

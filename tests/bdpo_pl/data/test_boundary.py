@@ -195,6 +195,39 @@ def test_thoughts_are_trained_masked_or_stripped(inline, thoughts, seen, learnt)
     assert read.counts.get("responses with thoughts", 0) == (thoughts != "strip")
 
 
+@pytest.mark.parametrize("inline", [False, True])
+@pytest.mark.parametrize("words", ["4", ""])
+def test_masked_thoughts_end_where_they_end_beside_tool_calls(inline, words):
+    tokenizer = tokenizer_for(T.QWEN3)
+    calls = [{"function": {"name": "rain", "arguments": {"days": 2}}}]
+    thought = "two and two is 4 so i ask"
+    chosen = (
+        say(f"<think>\n{thought}\n</think>\n\n{words}", tool_calls=calls)
+        if inline
+        else say(words, reasoning_content=thought, tool_calls=calls)
+    )
+    pair, _ = encode(tokenizer, [USER], chosen, say("no ."), thoughts="mask")
+    call = '<tool_call>\n{"name": "rain", "arguments": {"days": 2}}\n</tool_call><|im_end|>'
+    assert thought in tokenizer.decode(pair.chosen_ids)
+    assert tokenizer.decode(trained(pair.chosen_ids, pair.chosen_trained)) == words + call
+
+
+def test_thoughts_that_cannot_be_told_from_the_words_are_not_masked():
+    """A template that writes a thought behind the words, or twice, or no words beside a call."""
+    calls = [{"function": {"name": "rain", "arguments": {}}}]
+    for said, written in (
+        ("so .", "{{ m.content }}<think>{{ m.thinking }}</think>"),
+        ("so .", "{{ m.thinking }}{{ m.thinking }}{{ m.content }}"),
+        ("", "{{ m.thinking }}{{ m.content if not m.tool_calls }}"),
+    ):
+        template = T.CHATML.replace("{{ m.content }}", written + "{{ m.tool_calls | tojson if m.tool_calls }}")
+        error, _ = encode(
+            tokenizer_for(template), [USER], say(said, thinking="hm", tool_calls=calls), say("no ."), thoughts="mask"
+        )
+        assert isinstance(error, RowError)
+        assert "data.thoughts=strip" in str(error)
+
+
 def test_thoughts_that_the_template_drops_are_refused():
     tokenizer = tokenizer_for(T.CHATML)
     error, _ = encode(tokenizer, [USER], say("so .", reasoning_content="i wonder"), say("no ."))
@@ -255,6 +288,41 @@ def test_message_that_the_template_leaves_out_is_refused():
     tokenizer = tokenizer_for(T.CHATML.replace("{% for m in messages %}", "{% for m in messages[-2:] %}"))
     error, _ = encode(tokenizer, [SYSTEM, USER, *say("why ?"), USER], say("so ."), say("no ."))
     assert "leaves out (a part of) the system message" in str(error)
+
+
+CALL = {"function": {"name": "rain", "arguments": {"days": 2}}}
+TOOLS = [{"type": "function", "function": {"name": "rain"}}]
+HISTORY = [USER, *say("", tool_calls=[CALL]), {"role": "tool", "content": '{"none": "\\n"}'}, *say("water it ."), USER]
+_CALLS = T.QWEN3[T.QWEN3.index("{% for call") : T.QWEN3.index("<|im_end|>\n{% elif")]
+_TOOL = "<tool_response>\n{{ m.content }}\n</tool_response>"
+
+
+@pytest.mark.parametrize(
+    ("template", "left_out"),
+    [
+        (T.QWEN3.replace(_CALLS, ""), "tool calls"),
+        (T.QWEN3.replace(_TOOL, ""), "a message of the role 'tool'"),
+        (T.QWEN3.replace("{{ m.content | trim }}", "{{ m.content | trim if loop.last }}"), "an earlier turn of the"),
+        (T.QWEN3, None),
+        (T.QWEN3.replace("{{ m.content }}\n</tool", "{{ m.content | tojson }}\n</tool"), None),
+    ],
+)
+def test_earlier_turns_that_the_template_leaves_out_are_refused(template, left_out):
+    for prompt in (HISTORY, HISTORY[:3]):
+        if left_out and left_out.startswith("an earlier") and prompt is not HISTORY:
+            continue
+        pair, _ = encode(tokenizer_for(template), prompt, say("so ."), say("no ."), TOOLS)
+        assert isinstance(pair, RowError) is bool(left_out)
+        assert (left_out or "") in str(pair)
+    pair, _ = encode(tokenizer_for(template), [USER], [*HISTORY[1:], *say("so .")], say("no ."), TOOLS)
+    assert isinstance(pair, RowError) is bool(left_out)
+
+
+@pytest.mark.parametrize("said", ["<think>hm</think>why ?", "hm</think>why ?"])
+def test_thoughts_of_earlier_turns_may_go(said):
+    template = T.R1_DISTILL.replace("<｜Assistant｜><think>\n", "<｜Assistant｜>")
+    pair, _ = encode(tokenizer_for(template), [USER, *say(said), USER], say("so ."), say("no ."))
+    assert isinstance(pair, PreferencePair)
 
 
 def test_date_is_pinned():
