@@ -22,6 +22,10 @@ REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
 _SHAREGPT = {"human": "user", "gpt": "assistant", "observation": "tool", "chatgpt": "assistant", "bot": "assistant"}
 _THOUGHT = re.compile(r"\s*<(think(?:ing)?)>(?P<thought>.*?)</\1>\s*", re.DOTALL)
+# A list of mappings, or one, with the keys of messages, as JSON or as Python writes it.
+_LISTED = re.compile(r"\s*(?:\[\s*)?\{")
+_KEYED = re.compile(r"""["'](?:role|from)["']\s*:""")
+_CONTENTS = re.compile(r"""["'](?:content|value)["']\s*:""")
 # Unicode's characters that are shown as nothing (Default_Ignorable_Code_Point), control characters, blanks, and two
 # letters that are drawn blank.
 _VISIBLE = re.compile(
@@ -127,6 +131,39 @@ def thought_of(message: Message) -> str:
     return found["thought"].strip() if found else ""
 
 
+def without_nulls(value: object) -> Any:
+    """Return `value` without the nulls with which Parquet fills up a mapping."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
+
+
+def messages_in_text(record: Record, name: str, text: str) -> list[object] | None:
+    """Return the chat messages that field `name` holds as a text, as tables without lists have them; None: other text.
+
+    Raises:
+        RowError: they are not written as JSON.
+    """
+    if not _LISTED.match(text) or not _KEYED.search(text):
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        # Other texts may begin like this too, but hardly with both keys.
+        if text.lstrip()[0] != "[" or not _CONTENTS.search(text):
+            return None
+        raise RowError(
+            record,
+            "messages as a text that is not JSON",
+            f"field '{name}' is a text that spells a list of chat messages, and not in JSON; write it with json.dumps, "
+            "or give a file that holds lists (.jsonl, .parquet)",
+        ) from None
+    value = [value] if isinstance(value, dict) else value
+    return value if all(map(_is_message, value)) and _role(value[0]) in ROLES else None
+
+
 def is_blank(text: str) -> bool:
     """Return true if nothing in `text` is visible."""
     return _VISIBLE.search(text) is None
@@ -169,6 +206,8 @@ def _parse_call(record: Record, name: str, call: object) -> Any:
     function = call.get("function", call)
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise RowError(record, "wrong tool call", f"field '{name}': a tool call needs the 'name' of a function")
+    # A file of Parquet fills up the arguments of one function with those of all others, as nulls.
+    function = {**without_nulls(function), **({"arguments": {}} if function.get("arguments", "") is None else {})}
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
@@ -176,13 +215,22 @@ def _parse_call(record: Record, name: str, call: object) -> Any:
         except ValueError:
             arguments = function.get("arguments")
         function = {**function, "arguments": arguments}
-    return {**call, "function": dict(function)} if "function" in call else dict(function)
+    return {**call, "function": function} if "function" in call else function
 
 
 def _within(text: str, other: str) -> str:
     """Return `other` between the blanks around `text`."""
     said = text.strip()
     return text.replace(said, other, 1) if said else other
+
+
+def _is_message(value: object) -> bool:
+    return isinstance(value, Mapping) and ("content" in value or "value" in value or "tool_calls" in value)
+
+
+def _role(message: Mapping[str, object]) -> object:
+    role = message.get("role", message.get("from"))
+    return _SHAREGPT.get(role, role) if isinstance(role, str) else role
 
 
 def _keys(message: object) -> str:

@@ -9,7 +9,15 @@ from itertools import pairwise
 from typing import Any
 
 from bdpo_pl.data.chat_template import Message
-from bdpo_pl.data.messages import USER_ROLES, RowError, is_blank, is_unicode, parse_messages, says_nothing
+from bdpo_pl.data.messages import (
+    USER_ROLES,
+    RowError,
+    is_blank,
+    is_unicode,
+    messages_in_text,
+    parse_messages,
+    says_nothing,
+)
 from bdpo_pl.data.sources import Record
 
 __all__ = ["BOTH_UNSAFE", "Content", "Message", "PreferenceRow", "RowError", "Turns"]
@@ -177,7 +185,7 @@ def parse_weight(record: Record) -> float | None:
 
 
 def parse_content(record: Record, name: str, value: object) -> Content:
-    """Return the validated text or messages in field `name`.
+    """Return the validated text or messages in field `name`; messages may be written as JSON.
 
     Raises:
         RowError: missing, null, or neither text nor a list of {"role", "content"} messages with text in them.
@@ -189,7 +197,8 @@ def parse_content(record: Record, name: str, value: object) -> Content:
             raise RowError(
                 record, "broken unicode", f"field '{name}' holds half of a surrogate pair, which is not text"
             )
-        return value
+        written = messages_in_text(record, name, value)
+        return value if written is None else parse_messages(record, name, written)
     if isinstance(value, Sequence) and not isinstance(value, bytes):
         return parse_messages(record, name, value)
     raise RowError(

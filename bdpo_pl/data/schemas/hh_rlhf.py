@@ -8,10 +8,11 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from bdpo_pl.data.rows import PreferenceRow, RowError, Turns, check_response, check_row, parse_content
-from bdpo_pl.data.schemas.schema import SAFETY_COLUMNS, Schema, make_row, split_conversations
+from bdpo_pl.data.rows import Message, PreferenceRow, RowError, Turns, check_response, check_row, parse_content
+from bdpo_pl.data.schemas.schema import SAFETY_COLUMNS, Schema, make_row, split_conversations, with_system
 from bdpo_pl.data.sources import Record
 
+ASSISTANT = "\n\nAssistant:"
 _MARK = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
@@ -46,7 +47,15 @@ HH_RLHF = HHRLHF(
 
 def is_dialogue(text: str) -> bool:
     """Return true if `text` begins as HH-RLHF's dialogues do and contains an answer."""
-    return _opened(text).startswith("\n\nHuman:") and "\n\nAssistant:" in text
+    return _opened(text).startswith("\n\nHuman:") and ASSISTANT in text
+
+
+def prompt_turns(text: str) -> list[Message] | None:
+    """Return the turns of a prompt in HH-RLHF's format, with or without the final mark; None if it is other text."""
+    if not _opened(text).startswith("\n\nHuman:"):
+        return None
+    turns = _messages(_turns(_opened(text)))
+    return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
 
 
 def parse_dialogues(record: Record, chosen: str, rejected: str) -> PreferenceRow:
@@ -57,20 +66,25 @@ def parse_dialogues(record: Record, chosen: str, rejected: str) -> PreferenceRow
     """
     chosen, rejected = _opened(chosen), _opened(rejected)
     turns = [_turns(text) for text in (chosen, rejected)]
-    messages = [[{"role": role, "content": said.strip()} for role, said, _ in dialogue] for dialogue in turns]
-    prompt, *answers = split_conversations(record, messages[0], messages[1])
+    prompt, *answers = split_conversations(record, *map(_messages, turns))
     for name, answer in zip(("chosen", "rejected"), answers, strict=True):
         if any(not m["content"] for m in answer if m["role"] == "assistant"):
             raise RowError(record, "empty response", f"an answer after the prompt in '{name}' is empty; remove the row")
         check_response(record, name, answer)
     cuts = [dialogue[len(prompt)][2] for dialogue in turns]
     row = make_row(record, chosen[: cuts[0]], chosen[cuts[0] :], rejected[cuts[1] :], rendered=True)
-    return check_row(replace(row, turns=Turns(prompt, answers[0], answers[1])))
+    asked = with_system(record, prompt)
+    assert isinstance(asked, list)
+    return check_row(replace(row, turns=Turns(asked, answers[0], answers[1])))
 
 
 def _opened(text: str) -> str:
     """Return `text` with the two line breaks of the first mark."""
     return "\n\n" + text.lstrip("\n") if text.lstrip("\n").startswith("Human:") else text
+
+
+def _messages(turns: list[tuple[str, str, int]]) -> list[Message]:
+    return [{"role": role, "content": said.strip()} for role, said, _ in turns]
 
 
 def _turns(text: str) -> list[tuple[str, str, int]]:

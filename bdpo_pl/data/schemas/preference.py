@@ -7,7 +7,7 @@ loss), and `chosen_safe` and `rejected_safe` (true or false).
 from __future__ import annotations
 
 from bdpo_pl.data.rows import Content, Message, PreferenceRow, RowError, check_row, parse_content
-from bdpo_pl.data.schemas.hh_rlhf import is_dialogue, parse_dialogues
+from bdpo_pl.data.schemas.hh_rlhf import ASSISTANT, is_dialogue, parse_dialogues, prompt_turns
 from bdpo_pl.data.schemas.schema import SAFETY_COLUMNS, Schema, make_row, split_conversations
 from bdpo_pl.data.sources import Record
 
@@ -35,7 +35,11 @@ class Preference(Schema):
             prompt = parse_content(record, "prompt", record.fields["prompt"])
             if isinstance(chosen, list) and isinstance(rejected, list) and _is_whole(chosen, rejected):
                 prompt, chosen, rejected = _take_out(record, prompt, chosen, rejected)
-            return check_row(make_row(record, prompt, chosen, rejected))
+            elif (
+                isinstance(chosen, str) and isinstance(rejected, str) and is_dialogue(chosen) and is_dialogue(rejected)
+            ):
+                return _checked(parse_dialogues(record, chosen, rejected), prompt)
+            return make_pair(record, prompt, chosen, rejected)
         if isinstance(chosen, list) and isinstance(rejected, list):
             return check_row(make_row(record, *split_conversations(record, chosen, rejected)))
         assert isinstance(chosen, str)
@@ -56,6 +60,23 @@ PREFERENCE = Preference(
     ("prompt", *SHARED_COLUMNS),
     about="prompt (or implicit), chosen, rejected as text or messages: TRL's and UltraFeedback's forms",
 )
+
+
+def make_pair(record: Record, prompt: Content, chosen: Content, rejected: Content) -> PreferenceRow:
+    """Return the row of a prompt and two answers; a prompt in HH-RLHF's format, with its final mark, is a dialogue.
+
+    Raises:
+        RowError: they cannot be trained on.
+    """
+    if (
+        isinstance(prompt, str)
+        and isinstance(chosen, str)
+        and isinstance(rejected, str)
+        and prompt_turns(prompt)
+        and prompt.rstrip().endswith(ASSISTANT)
+    ):
+        return parse_dialogues(record, prompt + chosen, prompt + rejected)
+    return check_row(make_row(record, prompt, chosen, rejected))
 
 
 def parse_response(record: Record, name: str) -> Content:
@@ -88,15 +109,34 @@ def _take_out(
 ) -> tuple[Content, Content, Content]:
     """Return the common prompt of two whole conversations and the rest of each, if the `prompt` column agrees."""
     turns, chosen, rejected = split_conversations(record, chosen, rejected)
+    return _agreed(record, prompt, turns), chosen, rejected
+
+
+def _checked(row: PreferenceRow, prompt: Content) -> PreferenceRow:
+    """Return the row of two whole dialogues as text, if the `prompt` column says no more and no less than they do."""
+    assert row.turns is not None
+    turns = [m for m in row.turns.prompt if m["role"] != "system"]
+    given = prompt_turns(prompt) if isinstance(prompt, str) else None
+    if _agreed(row.record, prompt if given is None else given, turns) != turns:
+        raise _two_prompts(row.record)
+    return row
+
+
+def _agreed(record: Record, prompt: Content, turns: list[Message]) -> Content:
+    """Return the prompt of whole conversations, with the system message of either, if the `prompt` column agrees."""
     if isinstance(prompt, str):
         if any(m["role"] == "user" and m["content"].strip() == prompt.strip() for m in turns):
-            return turns, chosen, rejected
+            return turns
     else:
         said = [m for m in turns if m["role"] != "system"]
         if prompt[-len(turns) :] == turns or [m for m in prompt if m["role"] != "system"] == said:
             # Whichever has a system message.
-            return (prompt if len(prompt) >= len(turns) else turns), chosen, rejected
-    raise RowError(
+            return prompt if len(prompt) >= len(turns) else turns
+    raise _two_prompts(record)
+
+
+def _two_prompts(record: Record) -> RowError:
+    return RowError(
         record,
         "two prompts",
         "'chosen' and 'rejected' are whole conversations, and the prompt in them is not the one in 'prompt'; leave the "

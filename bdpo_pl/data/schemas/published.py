@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from bdpo_pl.data.messages import parse_message, parse_messages
-from bdpo_pl.data.rows import Content, Message, PreferenceRow, RowError, check_row, parse_content
-from bdpo_pl.data.schemas.preference import SHARED_COLUMNS, parse_response
+from bdpo_pl.data.rows import Content, Message, PreferenceRow, RowError, check_row, parse_content, parse_weight
+from bdpo_pl.data.schemas.preference import SHARED_COLUMNS, make_pair, parse_response
 from bdpo_pl.data.schemas.schema import Schema, SchemaContext, make_row
 from bdpo_pl.data.sources import Record
 from bdpo_pl.errors import InputError
@@ -73,11 +73,15 @@ class Azure(Schema):
         return check_row(make_row(record, prompt, sides[0], sides[1], tools=given.get("tools") or None))
 
 
+_ASKED = ("system", "tools", "chat_template_kwargs")
+"""Columns that change what the model is asked, beside the prompt."""
+
+
 class KTO(Schema):
     """The schema of single answers with a label; answers to one prompt with different labels are paired."""
 
     def rows(self, records: Iterable[Record], context: SchemaContext) -> Iterable[PreferenceRow]:
-        """Return pairs: each good answer to a prompt with a bad one, in order.
+        """Return pairs: each good answer to a prompt with a bad one, in order. Tools and the like are a part of it.
 
         Raises:
             InputError: no prompt has answers with both labels.
@@ -85,7 +89,10 @@ class KTO(Schema):
         groups: dict[str, tuple[list[Labelled], list[Labelled]]] = {}
         source = ""
         for labelled in self._parsed(records, context, parse_labelled):
-            key = json.dumps(labelled.prompt, sort_keys=True)
+            fields = labelled.record.fields
+            key = json.dumps(
+                [labelled.prompt, *(fields.get(name) or None for name in _ASKED)], sort_keys=True, default=str
+            )
             groups.setdefault(key, ([], []))[not labelled.is_good].append(labelled)
             source = labelled.record.source
         if groups and not any(good and bad for good, bad in groups.values()):
@@ -103,7 +110,14 @@ class KTO(Schema):
             for chosen, rejected in zip(good, bad, strict=False):
                 context.report.drop("paired with another answer to its prompt", rejected.record.place)
                 try:
-                    yield check_row(make_row(chosen.record, chosen.prompt, chosen.answer, rejected.answer))
+                    if parse_weight(chosen.record) != parse_weight(rejected.record):
+                        raise RowError(
+                            chosen.record,
+                            "two weights",
+                            f"its 'weight' is not that of {rejected.record.place}, the answer with which it is paired; "
+                            "give both one weight, or leave the column out with --data.load.ignore '[weight]'",
+                        )
+                    yield make_pair(chosen.record, chosen.prompt, chosen.answer, rejected.answer)
                 except RowError as error:
                     context.refuse(error, chosen.record)
             for left in (*good[pairs:], *bad[pairs:]):

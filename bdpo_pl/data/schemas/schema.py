@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
+from bdpo_pl.data.messages import without_nulls
 from bdpo_pl.data.rows import (
     Content,
     Message,
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from bdpo_pl.data.report import DataReport
 
 SAFETY_COLUMNS = ("chosen_safe", "rejected_safe")
+_CONVERSATIONS = ("messages", "conversations")
+
+_NO_TEXT = "no text"
 
 # Columns with content that a model should read, by this project's name of that content.
 _TEXT_COLUMNS = {
@@ -39,8 +43,7 @@ _TEXT_COLUMNS = {
     "messages": "prompt",
     "tools": "tools",
     "functions": "tools",
-    "images": "images",
-    "image": "images",
+    **dict.fromkeys(("images", "image", "videos", "video", "audios", "audio"), _NO_TEXT),
 }
 
 Refuse = Callable[[RowError, Record], None]
@@ -141,7 +144,7 @@ class Schema:
             value = record.fields[column]
             if column in ignore or not value or (isinstance(value, str) and not value.strip()):
                 continue
-            if column in ("messages", "conversations") and not isinstance(record.fields.get("chosen"), str):
+            if column in _CONVERSATIONS and _is_said(record, column, row):
                 continue  # the conversation once more, as in ultrafeedback_binarized
             if isinstance(row, PreferenceRow) and isinstance(value, str) and value.strip() in _words(row.prompt):
                 continue
@@ -151,11 +154,36 @@ class Schema:
 def _remedy(column: str, record: Record) -> str:
     ours = _TEXT_COLUMNS[column]
     leave_out = f"--data.load.ignore '[{column}]' leaves it out"
-    if ours == "images":
-        return f"Images are not trained on: {leave_out}"
+    if ours == _NO_TEXT:
+        return f"Only text is trained on: {leave_out}"
+    if column in _CONVERSATIONS and "chosen" not in record.fields:
+        return f"It says something else than the columns that are read: {leave_out}"
     if ours in record.fields:
         return f"There is a {ours!r} already: {leave_out}"
     return f"Read it with --data.load.columns '{{{ours}: {column}}}'; {leave_out}"
+
+
+def _is_said(record: Record, column: str, row: object) -> bool:
+    """Return true if the conversation in `column` is a part of one that `row` holds."""
+    row = row[-1] if isinstance(row, tuple) else row
+    try:
+        said = parse_content(record, column, record.fields[column])
+    except RowError:
+        return False
+    if not isinstance(said, list):
+        return False
+    source = getattr(row, "turns", None) or row
+    prompt = _as_turns(getattr(source, "prompt", ""), "user")
+    for side in ("chosen", "rejected", "answer"):
+        whole = [*prompt, *_as_turns(getattr(source, side, ""), "assistant")]
+        if any(whole[i : i + len(said)] == _as_turns(said, "") for i in range(len(whole))):
+            return True
+    return False
+
+
+def _as_turns(content: Content, role: str) -> list[tuple[str, str, object]]:
+    messages = [{"role": role, "content": content}] if isinstance(content, str) else content
+    return [(m["role"], m["content"].strip(), m.get("tool_calls")) for m in messages]
 
 
 def _words(prompt: Content) -> str:
@@ -202,7 +230,7 @@ def with_system(record: Record, prompt: Content) -> Content:
         return prompt
     system = parse_content(record, "system", value)
     if not isinstance(system, str):
-        raise RowError(record, "wrong type", f"field 'system' must be text, got {type(value).__name__}")
+        raise RowError(record, "wrong type", f"field 'system' must be text, got {type(system).__name__}")
     turns: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if turns and turns[0]["role"] in ("system", "developer"):
         if turns[0]["content"].strip() != system.strip():
@@ -256,7 +284,7 @@ def _tools(record: Record, value: object) -> list[Any] | None:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
         raise RowError(record, "wrong tools", "field 'tools' must be a list of mappings, one for each function")
-    return [_without_nulls(tool) for tool in value]
+    return [without_nulls(tool) for tool in value]
 
 
 def _template_kwargs(record: Record) -> dict[str, Any]:
@@ -271,12 +299,3 @@ def _template_kwargs(record: Record) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise RowError(record, "wrong type", "field 'chat_template_kwargs' must be a mapping of names to values")
     return {str(name): item for name, item in value.items() if item is not None}
-
-
-def _without_nulls(value: object) -> Any:
-    """Return `value` without the nulls with which Parquet fills up a mapping."""
-    if isinstance(value, Mapping):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
-    return value

@@ -80,6 +80,39 @@ ONE_ROW = {
         {"chosen": "\n\nHuman: how ?\n\nAssistant: so .", "rejected": "\n\nHuman: how ?\n\nAssistant: no ."},
         OPENED,
     ),
+    "hh-rlhf, the prompt once more": (
+        {
+            "prompt": "how ?",
+            "chosen": "\n\nHuman: how ?\n\nAssistant: so .",
+            "rejected": "\n\nHuman: how ?\n\nAssistant: no .",
+        },
+        OPENED,
+    ),
+    "hh-rlhf, the open dialogue once more": (
+        {
+            "prompt": "\n\nHuman: how ?\n\nAssistant:",
+            "chosen": "\n\nHuman: how ?\n\nAssistant: so .",
+            "rejected": "\n\nHuman: how ?\n\nAssistant: no .",
+        },
+        OPENED,
+    ),
+    "hh-rlhf, the prompt apart": (
+        {"prompt": "\n\nHuman: how ?\n\nAssistant:", "chosen": " so .", "rejected": " no ."},
+        OPENED,
+    ),
+    "hh-rlhf and a system column": (
+        {
+            "system": "be kind .",
+            "prompt": "\n\nHuman: how ?\n\nAssistant:",
+            "chosen": " so .",
+            "rejected": " no .",
+        },
+        WITH_SYSTEM,
+    ),
+    "messages as JSON": (
+        {"prompt": json.dumps([SYSTEM, USER]), "chosen": json.dumps([YES]), "rejected": json.dumps(NO)},
+        WITH_SYSTEM,
+    ),
     "parts": (
         {
             "prompt": [{"role": "user", "content": [{"type": "text", "text": "how"}, {"type": "text", "text": " ?"}]}],
@@ -104,6 +137,20 @@ def test_published_layouts_are_read(load, tokenizer, tmp_path, layout, parquet):
     else:
         table, _ = load([row], **options)
     assert parts(table, tokenizer) == [prompt, "so .<|im_end|>", "no .<|im_end|>"]
+
+
+def test_dialogues_of_an_own_prompt_column_are_whole_texts_without_a_template(load, tokenizer):
+    row = {"prompt": "\n\nHuman: how ?\n\nAssistant:", "chosen": " so .", "rejected": " no ."}
+    bare = build_tokenizer()
+    bare.chat_template = None
+    table, _ = load([row], bare)
+    assert "".join(parts(table, tokenizer)[:2]) == "\n\nHuman: how ?\n\nAssistant: so .<|im_end|>"
+
+
+def test_text_that_only_looks_like_messages_stays_text(load, tokenizer):
+    for text in ('[{"role": "admin", "name": "x"}]', '[{"a": 1}]', "{'from': 'here'}", '[{"role": ]', "[{% for %}"):
+        table, _ = load([{"prompt": "how ?", "chosen": text, "rejected": "no ."}])
+        assert parts(table, tokenizer)[1] == text + "<|im_end|>"
 
 
 @pytest.mark.parametrize("release", ["330K", "30K", "10K"])
@@ -133,6 +180,84 @@ def test_single_labelled_answers_are_paired_or_refused_by_name(load, tokenizer):
     assert report.read == len(table) + report.num_dropped
     with pytest.raises(InputError, match=r"KTO's layout.*no prompt has both"):
         load(rows[:2])
+
+
+ASKED = {"prompt": "how ?", "completion": "so .", "label": True}
+
+
+@pytest.mark.parametrize("name", ["system", "tools", "chat_template_kwargs"])
+def test_answers_to_what_is_asked_otherwise_are_no_pair(load, name):
+    values = {
+        "system": ("be kind .", "be short ."),
+        "tools": ([{"name": "rain"}], [{"name": "wind"}]),
+        "chat_template_kwargs": ({"a": 1}, {"a": 2}),
+    }[name]
+    bad = {**ASKED, "completion": "no .", "label": False}
+    rows = [{**ASKED, name: values[0]}, {**bad, name: values[1]}, {**bad, "completion": "x", name: values[0]}]
+    with pytest.raises(InputError, match="no prompt has both"):
+        load(rows[:2])
+    tokenizer = tokenizer_for(QWEN3)
+    table, report = load(rows, tokenizer)
+    assert len(table) == 1
+    assert parts(table, tokenizer)[2].endswith("x<|im_end|>")
+    assert [place[-1] for place in report.dropped["no answer of the other label to its prompt"]] == ["2"]
+
+
+def test_answers_of_two_weights_are_no_pair(load):
+    rows = [{**ASKED, "weight": 2.0}, {**ASKED, "completion": "no .", "label": False, "weight": 1.0}]
+    with pytest.raises(InputError, match=r"line 1: its 'weight' is not that of .*line 2"):
+        load(rows, bad_rows="error")
+
+
+def test_nulls_of_a_table_are_no_arguments_of_a_call(load, tmp_path):
+    tokenizer = tokenizer_for(QWEN3)
+    calls = [{"city": "Rome"}, {"days": 2}, None]
+    rows = [
+        {"prompt": [USER], "chosen": [{**NO, "tool_calls": [{"function": {"name": "f", "arguments": a}}]}],
+         "rejected": [YES]}
+        for a in calls
+    ]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    table, _ = load(tmp_path / "rows.parquet", tokenizer)
+    for i, arguments in enumerate(('{"city": "Rome"}', '{"days": 2}', "{}")):
+        assert f'"arguments": {arguments}}}' in parts(table, tokenizer, i)[1]
+    text = {"function": {"name": "f", "arguments": '{"city": null}'}}
+    table, _ = load([{"prompt": [USER], "chosen": [{**NO, "tool_calls": [text]}], "rejected": [YES]}], tokenizer)
+    assert '"arguments": {"city": null}' in parts(table, tokenizer)[1]
+
+
+MORE = [{"role": "user", "content": "why ?"}, YES, USER]
+SAFE = safe_rlhf_row("how ?", ["so .", "no ."], [True, False], better=1)
+AZURE_ROW = {"input": {"messages": [USER]}, "preferred_output": [YES], "non_preferred_output": [NO]}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "how ?", "chosen": [YES], "rejected": [NO]},
+        {"chosen": [USER, YES], "rejected": [USER, NO]},
+        {"prompt": "how ?", "chosen": "so .", "rejected": "no ."},
+        {**ASKED},
+        {**AZURE_ROW},
+        {**SAFE},
+    ],
+)
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_conversation_beside_the_pair_is_said_by_it_or_refused(load, tokenizer, row, column):
+    if column == "conversations" and isinstance(row.get("chosen"), str):
+        column = "messages"
+    rows = [row, {**row, "completion": "no .", "label": False}] if "completion" in row else [row]
+    for said in ([SYSTEM, USER], MORE, [USER, YES, USER]):
+        with pytest.raises(InputError, match=rf"'{column}' would not be read.*ignore '\[{column}\]'"):
+            load([{**one, column: said} for one in rows], format="preference" if "chosen" in row else "auto")
+    table, _ = load([{**one, column: [USER]} for one in rows], format="preference" if "chosen" in row else "auto")
+    assert parts(table, tokenizer)[0] == OPENED
+
+
+@pytest.mark.parametrize("column", ["images", "image", "videos", "video", "audios", "audio"])
+def test_what_is_no_text_is_named(load, column):
+    with pytest.raises(InputError, match=rf"Only text is trained on: --data.load.ignore '\[{column}\]'"):
+        load([{"prompt": "how ?", "chosen": "so .", "rejected": "no .", column: ["a.b"]}])
 
 
 @pytest.mark.parametrize(
@@ -185,6 +310,23 @@ def test_column_left_out_on_purpose_or_said_again_is_no_fault(load, tokenizer):
             {"chosen": "\n\nHuman: how ?\n\nAssistant: ", "rejected": "\n\nHuman: how ?\n\nAssistant: no ."},
             "an answer after the prompt in 'chosen' is empty",
         ),
+        (
+            {
+                "prompt": "why ?",
+                "chosen": "\n\nHuman: how ?\n\nAssistant: so .",
+                "rejected": "\n\nHuman: how ?\n\nAssistant: no .",
+            },
+            "not the one in 'prompt'",
+        ),
+        (
+            {
+                "prompt": "\n\nHuman: a\n\nAssistant: b\n\nHuman: how ?\n\nAssistant:",
+                "chosen": "\n\nHuman: how ?\n\nAssistant: so .",
+                "rejected": "\n\nHuman: how ?\n\nAssistant: no .",
+            },
+            "not the one in 'prompt'",
+        ),
+        ({"prompt": str([USER]), "chosen": str([YES]), "rejected": str([NO])}, "not in JSON; write it with json.dumps"),
         (
             {"chosen": "\n\nHuman: a\n\nAssistant: so .", "rejected": "\n\nHuman: b\n\nAssistant: no ."},
             "begin with nothing in common",
