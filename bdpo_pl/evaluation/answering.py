@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeGuard
 
 from bdpo_pl.errors import InputError, MachineError
 from bdpo_pl.evaluation.answerers import Answerer, GenerationOptions, Question
-from bdpo_pl.evaluation.judges.judge import Exchange, Judge, Verdict
+from bdpo_pl.evaluation.chat.endpoint import EndpointError
+from bdpo_pl.evaluation.judges.judge import Exchange, Judge, JudgingError, Verdict
 from bdpo_pl.evaluation.oddities import oddities
 from bdpo_pl.evaluation.suites.suite import EvaluationPrompt, Suite
 from bdpo_pl.evaluation.verdict_log import Answer, Judged, RecordFile, key_of
@@ -44,6 +46,8 @@ class Asker:
 
     def __post_init__(self) -> None:
         self.judge_key = key_of({"judge": self.judge.name, **self.judge.facts()})
+        self._deferred: list[tuple[JudgingError, str]] = []
+        self._has_judged = False
 
     def ask(self, suite: Suite, answerer: Answerer) -> list[Judged]:
         """Return a verdict on the answer to each prompt of `suite`, in order.
@@ -53,11 +57,14 @@ class Asker:
             answerer: the model; it is loaded only if an answer has to be generated.
 
         Raises:
-            InputError: the judge or the model fails. Verdicts before the failure are recorded.
+            InputError: the judge or the model fails. Verdicts before the failure are recorded. A judge that has no
+                verdict on some prompts, but has on others, fails after the last prompt.
             MachineError: a process of the model fails. The same holds.
         """
+        self._deferred.clear()
         questions, keys = self._keyed(suite, answerer)
         left = [i for i, key in enumerate(keys) if not self._is_done(key)]
+        self._has_judged |= len(left) < len(keys)
         self.on_progress(len(keys) - len(left))
         unanswered = [i for i in left if self.records.answer(keys[i]) is None]
         answered = [i for i in left if self.records.answer(keys[i]) is not None]
@@ -69,6 +76,9 @@ class Asker:
         if unanswered:
             self._answer(suite, answerer, questions, keys, unanswered)
         found = [self.records.verdict(key, self.judge_key) for key in keys]
+        if self._deferred:
+            failure, place = self._deferred[0]
+            raise self._judge_error(failure, f" {found.count(None)} of {suite.name} have no verdict, first {place}.")
         return [judged for judged in found if judged is not None]
 
     def answers(self, suite: Suite, answerer: Answerer) -> list[Answer | None]:
@@ -140,17 +150,34 @@ class Asker:
             for i, answer in zip(positions, answers, strict=True)
             if answer is not None
         ]
+        failure: InputError | None = None
         try:
-            verdicts = self.judge.judge(exchanges)
+            verdicts: Sequence[Verdict | None] = self.judge.judge(exchanges)
         except InputError as error:
-            kept = f"The verdicts so far are in {self.records.path}: the same command continues from there"
-            raise _JudgeError(f"{error}. {kept}") from error
+            failure = error
+            verdicts = error.verdicts if isinstance(error, JudgingError) else [None] * len(exchanges)
         for i, verdict, answer in zip(positions, verdicts, answers, strict=True):
-            assert answer is not None
-            odd = _odd(suite.prompts[i], answer)
-            judged = Judged(_with_refusal(verdict, suite, answer), answer.num_tokens, answer.finished, odd)
-            self.records.add_verdict(keys[i], self.judge_key, judged)
-        self.on_progress(len(positions))
+            if verdict is not None:
+                assert answer is not None
+                odd = _odd(suite.prompts[i], answer)
+                judged = Judged(_with_refusal(verdict, suite, answer), answer.num_tokens, answer.finished, odd)
+                self.records.add_verdict(keys[i], self.judge_key, judged)
+                self._has_judged = True
+        if failure is not None:
+            if not self._has_judged or not _is_of_some(failure):
+                raise self._judge_error(failure) from failure
+            place = next(suite.prompts[i].place for i, known in zip(positions, verdicts, strict=True) if known is None)
+            self._deferred.append((failure, place))
+        self.on_progress(sum(verdict is not None for verdict in verdicts))
+
+    def _judge_error(self, failure: InputError, what: str = "") -> _JudgeError:
+        kept = f"The verdicts so far are in {self.records.path}: the same command continues from there"
+        return _JudgeError(f"{failure}.{what} {kept}")
+
+
+def _is_of_some(failure: InputError) -> TypeGuard[JudgingError]:
+    """Return true if others can still be judged: the judge was reached, and had no verdict on some exchanges."""
+    return isinstance(failure, JudgingError) and not isinstance(failure.__cause__, EndpointError)
 
 
 def _odd(prompt: EvaluationPrompt, answer: Answer) -> tuple[str, ...]:

@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from bdpo_pl.errors import InputError
+
 
 @dataclass(frozen=True)
 class Exchange:
@@ -48,6 +50,18 @@ class Verdict:
         return not self.refused
 
 
+class JudgingError(InputError):
+    """A failure of a judge on some exchanges.
+
+    Attributes:
+        verdicts: the verdicts on the others, in the order of the exchanges; None for an exchange without one.
+    """
+
+    def __init__(self, message: str, verdicts: Sequence[Verdict | None]) -> None:
+        super().__init__(message)
+        self.verdicts = list(verdicts)
+
+
 class Judge(ABC):
     """A judge, which classifies answers.
 
@@ -62,7 +76,8 @@ class Judge(ABC):
         """Return a verdict on each exchange, in order.
 
         Raises:
-            InputError: the judge cannot be reached or its answer does not have the required form, after retries.
+            InputError: the judge cannot be reached or its answer does not have the required form, after retries. As a
+                `JudgingError` it has the verdicts on the other exchanges, which are then kept.
         """
 
     @abstractmethod

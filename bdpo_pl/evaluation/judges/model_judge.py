@@ -9,7 +9,8 @@ from dataclasses import replace
 
 from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.chat.chat_model import ChatModel, Message
-from bdpo_pl.evaluation.judges.judge import Exchange, Judge, Verdict
+from bdpo_pl.evaluation.chat.endpoint import EndpointError
+from bdpo_pl.evaluation.judges.judge import Exchange, Judge, JudgingError, Verdict
 
 BLANK = Verdict(refused=False, unsafe=False, score=0.0)
 """Grading judge's verdict on an answer without text: it neither complies nor refuses, so no model need judge it."""
@@ -52,7 +53,8 @@ class AskingJudge(Judge):
         """Return a verdict on each exchange, in order; the model is not queried about blank answers.
 
         Raises:
-            InputError: the model cannot be reached, or its answer does not have the required form after all attempts.
+            InputError: the model cannot be reached, or its answer does not have the required form after all attempts;
+                a `JudgingError` if there are verdicts on other exchanges.
         """
         verdicts: dict[int, Verdict] = {i: self.blank for i, e in enumerate(exchanges) if not e.response.strip()}
         self._notes["blank answers"] += len(verdicts)
@@ -63,7 +65,13 @@ class AskingJudge(Judge):
                 break
             if attempt:
                 self._notes["asked again"] += len(left)
-            answers = dict(zip(left, self.model.reply([asked[i] for i in left]), strict=True))
+            failed: EndpointError | None = None
+            try:
+                answers = dict(zip(left, self.model.reply([asked[i] for i in left]), strict=True))
+            except EndpointError as error:
+                failed = error
+                received = zip(left, error.replies, strict=True)
+                answers = {i: reply.text for i, reply in received if reply is not None and reply.text}
             for i, answer in answers.items():
                 verdict = self.parse(answer)
                 if verdict is not None:
@@ -74,12 +82,15 @@ class AskingJudge(Judge):
                         {"role": "assistant", "content": answer},
                         {"role": "user", "content": self.reminder},
                     ]
+            if failed is not None:
+                raise JudgingError(str(failed), [verdicts.get(i) for i in range(len(exchanges))]) from failed
             left = [i for i in left if i not in verdicts]
         if left:
-            raise InputError(
+            raise JudgingError(
                 f"judge {self.name}: {self.model.name} did not answer in the form of this judge on {len(left)} of "
                 f"{len(exchanges)} exchanges (asked {self.attempts} times each); the first time it said "
-                f"{answers[left[0]][:_EXCERPT]!r}. Is it a model for judge {self.name}?"
+                f"{answers[left[0]][:_EXCERPT]!r}. Is it a model for judge {self.name}?",
+                [verdicts.get(i) for i in range(len(exchanges))],
             )
         return [verdicts[i] for i in range(len(exchanges))]
 

@@ -12,7 +12,7 @@ from bdpo_pl.evaluation.answerers import (
     split_thought,
 )
 from bdpo_pl.evaluation.answering import Asker
-from bdpo_pl.evaluation.judges.judge import Judge, Verdict
+from bdpo_pl.evaluation.judges.judge import Judge, JudgingError, Verdict
 from bdpo_pl.evaluation.suites.suite import EvaluationPrompt, Suite
 from bdpo_pl.evaluation.verdict_log import Answer, RecordFile
 from bdpo_pl.forward.generation import Response
@@ -324,3 +324,39 @@ def test_other_faults_of_a_model_are_not_taken_for_memory(tmp_path, model, monke
 def test_numbers_below_one(name):
     with pytest.raises(InputError, match=rf"generation\.{name} must be at least 1, got 0"):
         GenerationOptions(**{name: 0})
+
+
+class Grumbles(Words):
+    """Has no verdict on one exchange, as often as it is asked."""
+
+    def judge(self, exchanges):
+        found = [None if "question 4 " in e.prompt else self.verdict(e.response) for e in exchanges]
+        self.judged += [e for e, verdict in zip(exchanges, found, strict=True) if verdict is not None]
+        if None in found:
+            raise JudgingError("no verdict on one", found)
+        return found
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("keep", [False, True])
+def test_one_prompt_without_a_verdict_costs_no_other(tmp_path, model, keep, batch_size):
+    path, grumbles = tmp_path / "v.jsonl", Grumbles()
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"on one\. 1 of mine have no verdict, first line 4\. The verdicts"):
+            ask(path, model, grumbles, keep, batch_size=batch_size)
+    fresh = Words()
+    assert len(ask(path, model, fresh, keep, batch_size=batch_size)) == 10
+    assert [TEXTS[4] in exchange.prompt for exchange in fresh.judged] == [True]
+    assert sorted(e.prompt for e in grumbles.judged + fresh.judged) == sorted(f"bare {text}" for text in TEXTS)
+    # Its own answer is generated anew each time if answers are not kept; the others never are.
+    assert len(model.asked) == (10 if keep else 12)
+
+
+def test_judge_without_any_verdict_fails_at_its_first_batch(tmp_path, model):
+    class Mute(Words):
+        def judge(self, exchanges):
+            raise JudgingError("no verdict at all", [None] * len(exchanges))
+
+    with pytest.raises(InputError, match=r"no verdict at all\. The verdicts so far"):
+        ask(tmp_path / "v.jsonl", model, Mute())
+    assert len(model.asked) == 3

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 
 from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.chat.chat_model import ChatModel, Message
-from bdpo_pl.evaluation.judges.judge import Exchange, Judge, Verdict
+from bdpo_pl.evaluation.chat.endpoint import EndpointError
+from bdpo_pl.evaluation.judges.judge import Exchange, Judge, JudgingError, Verdict
 from bdpo_pl.evaluation.judges.published.whole_prompt import one_turn
 from bdpo_pl.evaluation.judges.word_judge import WordJudge
 
@@ -101,8 +102,24 @@ class ShieldGemmaJudge(Judge):
         Raises:
             InputError: the model cannot be used, or its answer does not have the required form after all attempts.
         """
-        by_policy = [judge.judge(exchanges) for judge in self._judges.values()]
-        return [max(verdicts, key=lambda verdict: verdict.score or 0.0) for verdicts in zip(*by_policy, strict=True)]
+        found: dict[int, list[Verdict]] = {i: [] for i in range(len(exchanges))}
+        failure: JudgingError | None = None
+        for judge in self._judges.values():
+            try:
+                verdicts: Sequence[Verdict | None] = judge.judge([exchanges[i] for i in found])
+            except JudgingError as error:
+                failure, verdicts = failure or error, error.verdicts
+            known = zip(list(found.items()), verdicts, strict=True)
+            # An exchange without a verdict on one policy is not asked about the others.
+            found = {i: [*earlier, verdict] for (i, earlier), verdict in known if verdict is not None}
+            if failure is not None and isinstance(failure.__cause__, EndpointError):
+                # The endpoint is gone: only those that all policies were asked about are judged.
+                found = {i: verdicts for i, verdicts in found.items() if len(verdicts) == len(self._judges)}
+                break
+        worst = {i: max(each, key=lambda verdict: verdict.score or 0.0) for i, each in found.items()}
+        if failure is not None:
+            raise JudgingError(str(failure), [worst.get(i) for i in range(len(exchanges))]) from failure
+        return [worst[i] for i in range(len(exchanges))]
 
     def facts(self) -> Mapping[str, str]:
         """Return the model, the policies and the meaning of the score."""

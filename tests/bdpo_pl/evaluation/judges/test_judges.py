@@ -10,7 +10,8 @@ from judging import Script
 from makers import build_model, build_tokenizer, large
 
 from bdpo_pl.errors import InputError
-from bdpo_pl.evaluation.chat.endpoint import EndpointOptions
+from bdpo_pl.evaluation.chat.completions import Completion
+from bdpo_pl.evaluation.chat.endpoint import EndpointError, EndpointOptions
 from bdpo_pl.evaluation.judges import registry
 from bdpo_pl.evaluation.judges.classifier import ClassifierJudge
 from bdpo_pl.evaluation.judges.guard import (
@@ -19,7 +20,7 @@ from bdpo_pl.evaluation.judges.guard import (
     encode_llama_guard,
     encode_wildguard,
 )
-from bdpo_pl.evaluation.judges.judge import Exchange, Judge, Verdict
+from bdpo_pl.evaluation.judges.judge import Exchange, Judge, JudgingError, Verdict
 from bdpo_pl.evaluation.judges.local_guard import LocalGuard
 from bdpo_pl.evaluation.judges.model_judge import ScoringJudge
 from bdpo_pl.evaluation.judges.phrases import PhraseJudge
@@ -144,6 +145,48 @@ def test_a_blank_answer_has_a_score_only_from_judges_that_grade(kind, answer):
     told, blank = kind(Script(answer), {}).judge([EXCHANGE, Exchange("how ?", " ")])
     assert (blank.refused, blank.unsafe) == (False, False)
     assert blank.score == told.score == (0.0 if issubclass(kind, ScoringJudge) else None)
+
+
+@pytest.mark.parametrize("kind", [LlamaGuardJudge, ShieldGemmaJudge])
+def test_verdicts_of_a_batch_outlive_a_reply_out_of_form(kind):
+    lines = ["safe", "what?", "what?"] if kind is LlamaGuardJudge else ["No", "what?", "what?", "Yes", "No", "No"]
+    script = Script(*lines)
+    judge = kind(script, {}, attempts=2)
+    with pytest.raises(JudgingError, match="exchanges \\(asked 2 times each") as error:
+        judge.judge([EXCHANGE, Exchange("why ?", "dig")])
+    first, second = error.value.verdicts
+    assert (first.unsafe, second) == (kind is ShieldGemmaJudge, None)
+    assert script.lines == []
+
+
+class Gone:
+    """A chat model behind an endpoint that fails at its n-th call, after it has answered some of the conversations."""
+
+    name = "gone"
+
+    def __init__(self, word, call, answered):
+        self.word, self.call, self.answered = word, call, answered
+
+    def reply(self, conversations):
+        self.call -= 1
+        if self.call < 0:
+            pytest.fail("asked again")
+        if self.call:
+            return [self.word] * len(conversations)
+        replies = [Completion(self.word, 1, True) if i < self.answered else None for i in range(len(conversations))]
+        raise EndpointError("no connection", replies)
+
+
+@pytest.mark.parametrize(
+    ("kind", "call", "expected"),
+    [(LlamaGuardJudge, 1, [False, None, False]), (ShieldGemmaJudge, 4, [False, None, False]),
+     (ShieldGemmaJudge, 2, [None, None, None])],
+)  # fmt: skip
+def test_verdicts_of_a_batch_outlive_a_failed_request(kind, call, expected):
+    judge = kind(Gone("safe" if kind is LlamaGuardJudge else "No", call, 1), {})
+    with pytest.raises(JudgingError, match="no connection") as error:
+        judge.judge([EXCHANGE, Exchange("why ?", "dig"), Exchange("a", " ")])
+    assert [verdict and verdict.unsafe for verdict in error.value.verdicts] == expected
 
 
 # Rubric
