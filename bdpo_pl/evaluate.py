@@ -13,15 +13,18 @@ from bdpo_pl.cli.quick import answer_early
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the job. Input errors are printed without a traceback, and the exit status is 2."""
+    """Run the job.
+
+    Exit status: 1: a limit is exceeded; 2: an input error, printed without a traceback; 4: a fault of the machine; 70:
+    any other error, with its traceback; 128 + the signal's number: a signal.
+    """
     given = answer_early("evaluate", args)
     # Imported late: torch takes seconds to import, and a typo should be reported at once.
-    from bdpo_pl.cli.command import run_command
+    from bdpo_pl.cli.command import FAULT_STATUS, run_command
     from bdpo_pl.cli.evaluating import run
 
-    run_command(
-        lambda: run(given, __doc__), "the verdicts so far are kept in --folder; the same command continues from there"
-    )
+    kept = "the verdicts so far are kept in --folder; the same command continues from there"
+    run_command(lambda: run(given, __doc__), kept, FAULT_STATUS)
 
 
 if __name__ == "__main__":

@@ -146,6 +146,24 @@ def writable_folder(path: str | Path, option: str) -> Path:
     return folder
 
 
+def writable_file(path: str | Path | None, option: str) -> Path | None:
+    """Return where the file of `option` will be, in a folder that is created now; None if `path` is None.
+
+    Raises:
+        InputError: The folder cannot be created or written, or `path` is a folder; the message names `option`.
+    """
+    if path is None:
+        return None
+    file = Path(path).expanduser()
+    try:
+        try_writing(file.parent)
+    except OSError as error:
+        raise InputError(f"{option}: {file} cannot be written ({error.strerror}); name another file") from None
+    if file.is_dir():
+        raise InputError(f"{option}: {file} is a folder; name a file")
+    return file
+
+
 def _umask() -> int:
     # The mask can be read only by setting it.
     mask = os.umask(0o077)

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,12 +35,17 @@ _NOISE = (
 )
 
 
-def run_command(command: Callable[[], None], kept: str = "") -> None:
+FAULT_STATUS = 70
+"""Exit status of a bug, as `EX_SOFTWARE` of sysexits.h, where Python's own status, 1, has another meaning."""
+
+
+def run_command(command: Callable[[], None], kept: str = "", fault_status: int | None = None) -> None:
     """Run `command` and end the process with the exit status that `main` describes.
 
     Args:
         command: Function that does the work.
         kept: Text that describes what a signal leaves behind and how to continue, if the command itself does not.
+        fault_status: Exit status after the traceback of an error that is none of these; None: the error is raised.
     """
     _quieten()
     received: list[int] = []
@@ -60,6 +66,9 @@ def run_command(command: Callable[[], None], kept: str = "") -> None:
         error = cause if isinstance(cause, InputError) and not isinstance(raised, InputError) else raised
         error = machine_error(error) or error
         status = next((status for kind, status in _STATUS.items() if isinstance(error, kind)), None)
+        if status is None and fault_status is not None:
+            traceback.print_exception(raised)
+            raise SystemExit(fault_status) from raised
         if status is None:
             raise
         if isinstance(error, MachineError):

@@ -38,7 +38,7 @@ from bdpo_pl.evaluation.suites.known import known_suites, load_suite
 from bdpo_pl.evaluation.suites.suite import Suite
 from bdpo_pl.evaluation.terminal import agreement_table, results_table, suites_table, weakness_table
 from bdpo_pl.evaluation.verdict_log import RecordFile
-from bdpo_pl.files import RunFolder, writable_folder, write_whole
+from bdpo_pl.files import RunFolder, writable_file, writable_folder, write_whole
 from bdpo_pl.models.precision import choose_devices, choose_dtype
 from bdpo_pl.reporting.format import general, whole
 from bdpo_pl.reporting.progress import progress
@@ -92,6 +92,9 @@ def run(args: list[str], description: str | None) -> None:
     check_labels(subjects)
     # All errors that can be detected are detected before the first model answers.
     refine = check_refine(options.refine)
+    exported, junit, summary = (
+        writable_file(getattr(options, name), name) for name in ("export_answers", "junit", "summary")
+    )
     limits = options.limits()
     ability.check(options.ability)
     folder = writable_folder(options.folder, "folder")
@@ -104,15 +107,15 @@ def run(args: list[str], description: str | None) -> None:
     gates.check_names(limits, [suite.name for suite in suites], [one.label for one in subjects])
     with RunFolder(folder, "folder"):
         evaluation, runner = _evaluate(options, subjects, suites, attacks, folder, notes, devices)
-        paths = _write(evaluation, runner, folder, options, refine)
+        paths = _write(evaluation, runner, folder, options, refine, exported)
         outcomes = gates.judge_limits(limits, evaluation)
         seconds = time.perf_counter() - start
-        if options.junit is not None:
-            paths["limits as JUnit XML"] = Path(options.junit)
-            gates.write_junit(outcomes, paths["limits as JUnit XML"], seconds)
-        if options.summary is not None:
-            paths["summary"] = Path(options.summary)
-            gates.write_summary(evaluation, outcomes, paths["summary"])
+        if junit is not None:
+            paths["limits as JUnit XML"] = junit
+            gates.write_junit(outcomes, junit, seconds)
+        if summary is not None:
+            paths["summary"] = summary
+            gates.write_summary(evaluation, outcomes, summary)
     _print(evaluation, runner, paths, seconds)
     if failed := [outcome for outcome in outcomes if outcome.failed]:
         for outcome in failed:
@@ -160,16 +163,20 @@ def _check_budget(budget: BudgetOptions, attacks: Attacks) -> None:
 
 
 def _write(
-    evaluation: Evaluation, runner: Runner, folder: Path, options: EvaluateOptions, refine: Path | None
+    evaluation: Evaluation,
+    runner: Runner,
+    folder: Path,
+    options: EvaluateOptions,
+    refine: Path | None,
+    exported: Path | None,
 ) -> dict[str, Path]:
     """Write the results and return the path of each file by its kind."""
     paths = {"report": build_page(evaluation).write(folder / "report.html"), "numbers": folder / "evaluation.json"}
     write_whole(paths["numbers"], json.dumps(evaluation.to_json(), indent=2, ensure_ascii=False) + "\n")
     paths["answers, to handle with care" if options.keep_answers else "verdicts"] = runner.asker.records.path
-    if options.export_answers is not None:
-        path = Path(options.export_answers).expanduser()
-        write_answers(runner.exported, evaluation.judge["judge"], path)
-        paths["answers to label, to handle with care"] = path
+    if exported is not None:
+        write_answers(runner.exported, evaluation.judge["judge"], exported)
+        paths["answers to label, to handle with care"] = exported
     if refine is not None:
         write_rows(evaluation.failures, refine)
         paths["rows to complete, to handle with care"] = refine

@@ -28,7 +28,7 @@ from bdpo_pl.evaluation.results import ModelResult
 from bdpo_pl.evaluation.subjects import ServedSubject, Subject
 from bdpo_pl.evaluation.suites.suite import EvaluationPrompt, Suite
 from bdpo_pl.evaluation.verdict_log import Judged
-from bdpo_pl.files import try_writing
+from bdpo_pl.files import writable_file
 from bdpo_pl.models.causal_lm import CausalLM
 
 
@@ -267,15 +267,9 @@ def check_refine(path: str | None) -> Path | None:
     Raises:
         InputError: the file exists and has been edited since an earlier run, or its folder cannot be written.
     """
-    if path is None:
-        return None
-    file = Path(path).expanduser()
-    if file.exists() and not is_untouched(file):
+    file = writable_file(path, "refine")
+    if file is not None and file.exists() and not is_untouched(file):
         raise InputError(
             f"refine: {file} exists already, and may hold chosen responses that you wrote; name another file"
         )
-    try:
-        try_writing(file.parent)
-    except OSError as error:
-        raise InputError(f"refine: {file} cannot be written ({error.strerror}); name another file") from None
     return file

@@ -330,7 +330,11 @@ def test_model_without_a_chat_template_is_asked_plainly_and_says_so(base, tmp_pa
         (["--max_prompts=0"], "max_prompts must be at least 1"),
         (["--folder=harmful.jsonl/x"], "set folder to a folder that can"),
         (["--refine=harmful.jsonl"], "harmful.jsonl exists already"),
-        (["--refine=harmful.jsonl/x"], "refine: harmful.jsonl/x cannot be written"),
+        *(
+            ([f"--{name}=harmful.jsonl/x"], f"{name}: harmful.jsonl/x cannot be written")
+            for name in ("refine", "export_answers", "junit", "summary")
+        ),
+        (["--summary=."], "summary: . is a folder; name a file"),
         (["before=/nowhere"], "models: before names several; give each a label"),
         (["--device=nosuch"], "device 'nosuch' is not available here"),
         (["--dtype=int8"], "dtype must be auto, float32, bfloat16 or float16, not 'int8'"),
@@ -761,6 +765,26 @@ def test_limits_end_with_status_1_after_everything_is_written(base, other_dir, a
         assert part in summary
     assert "quokka" not in summary
     assert "attack_success" in fails([*command, "--fail_if=harm.attack_success > 0.1"], capsys)
+
+
+def test_folders_of_outputs_are_made(base, answers, monkeypatch):
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    main([*base, "--junit=~/ci/limits.xml", "--summary=ci/new/summary.md", "--export_answers=out/answers.jsonl"])
+    assert all(Path(name).is_file() for name in ("ci/limits.xml", "ci/new/summary.md", "out/answers.jsonl"))
+
+
+def test_a_bug_does_not_end_as_an_exceeded_limit(base, answers, capsys):
+    def rule(model, prompt):
+        raise KeyError("a bug")
+
+    answers.rule = rule
+    with pytest.raises(SystemExit) as stopped:
+        main([*base, "--fail_if=good.over_refusal > 0.1"])
+    assert stopped.value.code == 70
+    assert isinstance(stopped.value.__cause__, KeyError)
+    said = capsys.readouterr().err
+    assert "Traceback" in said
+    assert "KeyError: 'a bug'" in said
 
 
 def test_answers_are_exported_to_be_labelled(base, answers, capsys):
