@@ -7,6 +7,8 @@ with people.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -168,6 +170,17 @@ def refusal_rate(responses: Sequence[str]) -> float:
     return sum(map(is_refusal, responses)) / len(responses)
 
 
+def rules_sha256() -> str:
+    """Return the digest of every constant of this module, which all decide what counts as a refusal."""
+    return constants_sha256(globals())
+
+
+def constants_sha256(names: Mapping[str, object]) -> str:
+    """Return the digest of the constants among the `names` of a module: those in capitals."""
+    constants = {name: _in_json(value) for name, value in names.items() if name.lstrip("_").isupper()}
+    return hashlib.sha256(json.dumps(constants, sort_keys=True).encode()).hexdigest()
+
+
 def read_prompts(path: str | Path) -> list[str]:
     """Read the `prompt` column of a JSONL or Parquet file.
 
@@ -183,6 +196,14 @@ def read_prompts(path: str | Path) -> list[str]:
     if not prompts:
         raise InputError(f"{path}: no prompts")
     return prompts
+
+
+def _in_json(value: object) -> object:
+    if isinstance(value, re.Pattern):
+        return [value.pattern, value.flags]
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    return {key: _in_json(one) for key, one in value.items()} if isinstance(value, Mapping) else value
 
 
 def _plain(text: str) -> str:

@@ -280,6 +280,7 @@ def _evaluate(
             failures=runner.failures,
             notes=[*notes, *left_out, *runner.notes],
             shows_texts=options.show_texts,
+            over_refusal_judge={"judge": PhraseJudge.name, **PhraseJudge().facts()} if runner.by_phrases else {},
         ),
         runner,
     )

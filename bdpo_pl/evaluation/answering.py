@@ -12,9 +12,9 @@ from bdpo_pl.evaluation.answerers import Answerer, GenerationOptions, Question
 from bdpo_pl.evaluation.chat.endpoint import EndpointError
 from bdpo_pl.evaluation.judges.judge import Exchange, Judge, JudgingError, Verdict
 from bdpo_pl.evaluation.oddities import oddities
-from bdpo_pl.evaluation.suites.suite import EvaluationPrompt, Suite
+from bdpo_pl.evaluation.suites.suite import Suite
 from bdpo_pl.evaluation.verdict_log import Answer, Judged, RecordFile, key_of
-from bdpo_pl.refusals import is_refusal
+from bdpo_pl.refusals import is_refusal, rules_sha256
 
 
 class _JudgeError(InputError):
@@ -46,6 +46,7 @@ class Asker:
 
     def __post_init__(self) -> None:
         self.judge_key = key_of({"judge": self.judge.name, **self.judge.facts()})
+        self._phrases = rules_sha256()
         self._deferred: list[tuple[JudgingError, str]] = []
         self._has_judged = False
 
@@ -75,7 +76,7 @@ class Asker:
         unanswered.sort(key=lambda i: -questions[i].length)
         if unanswered:
             self._answer(suite, answerer, questions, keys, unanswered)
-        found = [self.records.verdict(key, self.judge_key) for key in keys]
+        found = [self._verdict(key) for key in keys]
         if self._deferred:
             failure, place = self._deferred[0]
             raise self._judge_error(failure, f" {found.count(None)} of {suite.name} have no verdict, first {place}.")
@@ -104,8 +105,13 @@ class Asker:
         return questions, keys
 
     def _is_done(self, key: str) -> bool:
-        judged = self.records.verdict(key, self.judge_key) is not None
+        judged = self._verdict(key) is not None
         return judged and (not self.needs_texts or self.records.answer(key) is not None)
+
+    def _verdict(self, key: str) -> Judged | None:
+        """Return the verdict on record; None if there is none, or if other phrases than today's contributed to it."""
+        judged = self.records.verdict(key, self.judge_key)
+        return judged if judged is not None and judged.phrases in ("", self._phrases) else None
 
     def _answer(
         self, suite: Suite, answerer: Answerer, questions: list[Question], keys: list[str], positions: Sequence[int]
@@ -159,9 +165,7 @@ class Asker:
         for i, verdict, answer in zip(positions, verdicts, answers, strict=True):
             if verdict is not None:
                 assert answer is not None
-                odd = _odd(suite.prompts[i], answer)
-                judged = Judged(_with_refusal(verdict, suite, answer), answer.num_tokens, answer.finished, odd)
-                self.records.add_verdict(keys[i], self.judge_key, judged)
+                self.records.add_verdict(keys[i], self.judge_key, self._judged(verdict, suite, i, answer))
                 self._has_judged = True
         if failure is not None:
             if not self._has_judged or not _is_of_some(failure):
@@ -169,6 +173,18 @@ class Asker:
             place = next(suite.prompts[i].place for i, known in zip(positions, verdicts, strict=True) if known is None)
             self._deferred.append((failure, place))
         self.on_progress(sum(verdict is not None for verdict in verdicts))
+
+    def _judged(self, verdict: Verdict, suite: Suite, position: int, answer: Answer) -> Judged:
+        """Add to `verdict` what is known of the answer, and whether it refuses a benign request if the judge is silent.
+
+        The phrases decide that then.
+        """
+        phrases = ""
+        if suite.kind == "benign" and verdict.refused is None:
+            phrases, verdict = self._phrases, replace(verdict, refused=is_refusal(answer.text))
+        prompt = suite.prompts[position].text
+        odd = oddities(prompt, answer.text, answer.finished, answer.unfinished_thought)
+        return Judged(verdict, answer.num_tokens, answer.finished, odd, phrases)
 
     def _judge_error(self, failure: InputError, what: str = "") -> _JudgeError:
         kept = f"The verdicts so far are in {self.records.path}: the same command continues from there"
@@ -178,14 +194,3 @@ class Asker:
 def _is_of_some(failure: InputError) -> TypeGuard[JudgingError]:
     """Return true if others can still be judged: the judge was reached, and had no verdict on some exchanges."""
     return isinstance(failure, JudgingError) and not isinstance(failure.__cause__, EndpointError)
-
-
-def _odd(prompt: EvaluationPrompt, answer: Answer) -> tuple[str, ...]:
-    return oddities(prompt.text, answer.text, answer.finished, answer.unfinished_thought)
-
-
-def _with_refusal(verdict: Verdict, suite: Suite, answer: Answer) -> Verdict:
-    """Add to `verdict` whether a benign request was refused, by phrases, if the judge does not decide that."""
-    if suite.kind == "harmful" or verdict.refused is not None:
-        return verdict
-    return replace(verdict, refused=is_refusal(answer.text))

@@ -45,6 +45,7 @@ def write_answers(rows: Iterable[Exported], judge: str, path: Path) -> int:
             "place": row.prompt.place,
             "judge": judge,
             "refused": verdict.refused,
+            "refused_by": None if verdict.refused is None else "phrases" if row.judged.phrases else judge,
             "judged_unsafe": verdict.unsafe,
             "score": verdict.score,
             "oddities": list(row.judged.oddities),

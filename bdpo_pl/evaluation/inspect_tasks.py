@@ -26,6 +26,7 @@ from bdpo_pl.evaluation.answerers import split_thought
 from bdpo_pl.evaluation.chat.endpoint import EndpointOptions
 from bdpo_pl.evaluation.judges import registry
 from bdpo_pl.evaluation.judges.judge import Exchange, Judge, Verdict
+from bdpo_pl.evaluation.judges.phrases import PhraseJudge
 from bdpo_pl.evaluation.oddities import oddities
 from bdpo_pl.evaluation.suites.known import load_suite
 from bdpo_pl.evaluation.suites.suite import EvaluationPrompt
@@ -104,6 +105,7 @@ def failures(judge: str = "phrases", judge_options: dict[str, Any] | None = None
                 "refused": verdict.refused,
                 "unsafe": verdict.unsafe,
                 "harmfulness": verdict.score,
+                "decided_by": PhraseJudge.name if kind == "benign" and verdict.refused is None else judging.name,
                 "oddities": list(oddities(state.input_text, answer.text, finished, answer.unfinished_thought)),
                 "judge": facts,
             },

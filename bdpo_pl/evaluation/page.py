@@ -53,7 +53,7 @@ def build_page(evaluation: Evaluation) -> Page:
         if found:
             failed = sum(result.overall.failed.value for result in found) / len(found)
             over = f"mean of {len(found)} suites" if len(found) > 1 else found[0].suite
-            judge = evaluation.judge.get("judge", "?")
+            judge = evaluation.judge_of(kind)
             n = sum(result.count for result in found)
             page.headline(percent(failed), f"{found[0].counted}, {last.label}, {over}, n = {whole(n)}; judge: {judge}")
     page.findings(list(findings(evaluation)))
@@ -314,7 +314,7 @@ def _asked(section: Section, evaluation: Evaluation) -> None:
     for model in evaluation.models:
         if model.attacks:
             section.table(Table(["attack", "cost"], list(model.attacks.items()), f"Attacks on {model.label}", "ll"))
-    section.table(Table(["", ""], [[k, v] for k, v in evaluation.judge.items()], "The judge, and its limits", "ll"))
+    section.table(Table(["", ""], list(evaluation.judge_facts().items()), "The judge, and its limits", "ll"))
     if evaluation.agreement is not None:
         _agreement(section, evaluation.agreement)
 

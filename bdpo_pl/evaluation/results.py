@@ -14,6 +14,7 @@ from bdpo_pl.evaluation.measures.overfitting import Overfitting
 from bdpo_pl.evaluation.measures.rates import SuiteResult
 from bdpo_pl.evaluation.next_round import Failure, Weakness
 from bdpo_pl.evaluation.oddities import ODDITIES
+from bdpo_pl.evaluation.suites.suite import Kind
 from bdpo_pl.statistics import Interval, finite, holm
 
 FORMAT = 2
@@ -104,6 +105,7 @@ class Evaluation:
         failures: failures with their texts, for the reports that show them; never in the JSON.
         notes: remarks that a reader must know.
         shows_texts: true if the HTML report contains texts.
+        over_refusal_judge: facts about the judge of over-refusal, if another one than `judge` decides it.
     """
 
     facts: Mapping[str, str]
@@ -114,6 +116,7 @@ class Evaluation:
     failures: Sequence[Failure]
     notes: Sequence[str]
     shows_texts: bool
+    over_refusal_judge: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def tells_harm(self) -> bool:
@@ -127,7 +130,18 @@ class Evaluation:
             measured = "its agreement with people is not measured here (--labels FILE measures it)"
         else:
             measured = self.agreement.sentence()
-        return f"Judge: {self.judge.get('judge', '?')}{limits}; {measured}."
+        other = self.judge_of("benign")
+        also = f" Judge of over-refusal: {other}, of which that says nothing." if self.over_refusal_judge else ""
+        return f"Judge: {self.judge_of('harmful')}{limits}; {measured}.{also}"
+
+    def judge_of(self, kind: Kind) -> str:
+        """Return the name of the judge that decides what counts as a failure in suites of this kind."""
+        facts = self.over_refusal_judge if kind == "benign" and self.over_refusal_judge else self.judge
+        return facts.get("judge", "?")
+
+    def judge_facts(self) -> dict[str, str]:
+        """Return everything that reports say of the judges."""
+        return {**self.judge, **{f"over-refusal: {name}": value for name, value in self.over_refusal_judge.items()}}
 
     def all_alike(self) -> dict[str, int]:
         """Return suite → number of prompts, for the suites on which all answers of all models had the same outcome."""
@@ -144,6 +158,7 @@ class Evaluation:
             "bdpo_pl_evaluation": FORMAT,
             "facts": dict(self.facts),
             "judge": dict(self.judge),
+            "over_refusal_judge": dict(self.over_refusal_judge),
             "agreement": None if self.agreement is None else asdict(self.agreement),
             "suites": [asdict(suite) for suite in self.suites],
             "judge_note": self.judge_note(),

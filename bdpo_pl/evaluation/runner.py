@@ -70,6 +70,7 @@ class Runner:
         self.failures: list[Failure] = []
         self.exported: list[Exported] = []
         self.notes: list[str] = []
+        self.by_phrases = False
         self._stage = ""
         self._first: dict[str, list[Judged]] = {}
         self._probe: PairProbe | None = None
@@ -149,6 +150,8 @@ class Runner:
         self, subject: Subject | ServedSubject, suite: Suite, judged: list[Judged], answerer: Answerer
     ) -> SuiteResult:
         result = measure(suite, judged)
+        # A judge of harm leaves it to the phrases whether a benign request was refused.
+        self.by_phrases |= any(one.phrases for one in judged)
         answers = self.asker.answers(suite, answerer) if self.keep_texts else [None] * len(judged)
         for position in result.failures:
             answer = answers[position]

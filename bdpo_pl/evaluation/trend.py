@@ -32,6 +32,7 @@ class Run:
         counted: kind of failure of each suite.
         prompts: digest of the prompts of each suite; suites that an attack made have none.
         judge: facts of the judge.
+        over_refusal_judge: facts of the judge of over-refusal, if it is another one.
         settings: settings of the generation.
     """
 
@@ -41,15 +42,20 @@ class Run:
     counted: dict[str, str]
     prompts: dict[str, str]
     judge: Mapping[str, str]
+    over_refusal_judge: Mapping[str, str]
     settings: list[str]
 
     def differs(self, other: Run, suite: str) -> list[str]:
         """Return in what this run's rate of `suite` was measured differently from the rate of `other`."""
         mine, theirs = self.prompts.get(suite), other.prompts.get(suite)
+        judges = [
+            (run.judge, run.over_refusal_judge if run.counted.get(suite) == "over-refusal" else {})
+            for run in (self, other)
+        ]
         return [
             what
             for what, is_other in (
-                ("judge", self.judge != other.judge),
+                ("judge", judges[0] != judges[1]),
                 ("settings", self.settings != other.settings),
                 ("prompts", mine != theirs or mine is None),
             )
@@ -82,6 +88,7 @@ def read_run(path: Path) -> Run:
             counted={result["suite"]: result["counted"] for model in found["models"] for result in model["suites"]},
             prompts={suite["name"]: suite["digest"] for suite in found["suites"]},
             judge=found["judge"],
+            over_refusal_judge=found.get("over_refusal_judge", {}),
             settings=[found["facts"][name] for name in _SETTINGS],
         )
     except OSError as error:

@@ -48,12 +48,14 @@ class Judged:
         num_tokens: length of the answer in tokens.
         finished: true if the model ended the answer by itself.
         oddities: kinds of oddities; see `bdpo_pl.evaluation.oddities`.
+        phrases: digest of the phrases, if they and not the judge decided whether the answer refuses; empty: the judge.
     """
 
     verdict: Verdict
     num_tokens: int
     finished: bool
     oddities: tuple[str, ...] = ()
+    phrases: str = ""
 
 
 def key_of(facts: Mapping[str, object]) -> str:
@@ -116,6 +118,7 @@ class RecordFile:
             {
                 "judged": key, "judge": judge, **asdict(judged.verdict),
                 "num_tokens": judged.num_tokens, "finished": judged.finished, "oddities": judged.oddities,
+                "phrases": judged.phrases,
             }
         )  # fmt: skip
 
@@ -168,6 +171,8 @@ class RecordFile:
             )
             return
         verdict = Verdict(record["refused"], record["unsafe"], record["score"])
+        # Where both are known and an earlier version does not say by whom, the phrases may have decided one.
+        phrases = record.get("phrases", "" if None in (verdict.refused, verdict.unsafe) else "unknown")
         self._verdicts[record["judged"], record["judge"]] = Judged(
-            verdict, record["num_tokens"], record["finished"], tuple(record["oddities"])
+            verdict, record["num_tokens"], record["finished"], tuple(record["oddities"]), phrases
         )

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 
 from bdpo_pl.evaluation.judges.judge import Exchange, Judge, Verdict
-from bdpo_pl.refusals import KINDS, OPENING, is_refusal
+from bdpo_pl.refusals import KINDS, OPENING, is_refusal, rules_sha256
 
 LIMITS = (
     f"reads the first {OPENING} characters of an answer: a refusal in words of its own or after a long preamble counts "
@@ -25,11 +23,10 @@ class PhraseJudge(Judge):
         return [Verdict(refused=is_refusal(e.response)) for e in exchanges]
 
     def facts(self) -> Mapping[str, str]:
-        """Return the lists' size and hash, and their limits."""
-        content = json.dumps([OPENING, dict(KINDS)]).encode()
+        """Return the lists' size, the hash of all rules, and their limits."""
         return {
             "phrases": f"{sum(map(len, KINDS.values()))} of {len(KINDS)} kinds",
-            "sha256": hashlib.sha256(content).hexdigest(),
+            "sha256": rules_sha256(),
             "blank answers": "are no refusals; they are counted apart",
             "limits": LIMITS,
         }

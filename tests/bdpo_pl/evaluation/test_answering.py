@@ -292,6 +292,23 @@ def test_judge_of_harm_alone_leaves_over_refusal_to_the_phrases(tmp_path, model,
     assert all(judged.verdict.refused for judged in ask(tmp_path / "v.jsonl", model, said, asked=suite("benign")))
 
 
+def test_other_phrases_judge_again_only_what_they_decided(tmp_path, model, monkeypatch):
+    path = tmp_path / "v.jsonl"
+    for number, phrases in enumerate(["one", "one", "two"]):
+        monkeypatch.setattr("bdpo_pl.evaluation.answering.rules_sha256", lambda phrases=phrases: phrases)
+        harm = Words("harm", verdict=lambda text: Verdict(unsafe=False))
+        refusals = Words("refusals", verdict=lambda text: Verdict(refused=True, unsafe=False))
+        for kind, judge, again in (
+            ("benign", harm, number == 2),
+            ("harmful", harm, False),
+            ("benign", refusals, False),
+        ):
+            judge.judged.clear()
+            found = ask(path, model, judge, keep=True, asked=suite(kind))
+            assert {judged.phrases for judged in found} == ({phrases} if (kind, judge) == ("benign", harm) else {""})
+            assert len(judge.judged) == (10 if number == 0 or again else 0)
+
+
 @pytest.mark.parametrize(
     "said", ["CUDA out of memory. Tried to allocate 2 GiB", "[enforce fail] DefaultCPUAllocator: can't allocate memory"]
 )

@@ -23,6 +23,7 @@ from bdpo_pl.evaluation.subjects import Subject
 from bdpo_pl.evaluation.verdict_log import WARNING
 from bdpo_pl.files import RunFolder
 from bdpo_pl.forward.generation import Response
+from bdpo_pl.refusals import rules_sha256
 from bdpo_pl.statistics import wilson
 
 EVIL = "<script>document.title='taken'</script><img src=http://127.0.0.1:8/x.png>"
@@ -265,6 +266,18 @@ def test_judge_of_harm_gives_an_attack_success(base, answers, serve, capsys):
     assert "attack success, harm, n = 6" in printed
     assert "not refused" not in printed
     assert "its agreement with people is not measured here" in " ".join(printed.split())
+    # It does not say whether an answer refuses, so the phrases decide on the benign suite.
+    report = results()
+    assert report["judge_note"].endswith(". Judge of over-refusal: phrases, of which that says nothing.")
+    assert report["over_refusal_judge"]["sha256"] == rules_sha256()
+    html = Path("runs/evaluation/report.html").read_text(encoding="utf-8")
+    assert "good, n = 4; judge: phrases" in html
+    assert "harm, n = 6; judge: llama_guard" in html
+    # Neither does it where everything is on record, or where no suite asks for it.
+    main([*base, *judged_by(server)])
+    assert results() == report
+    main(["--suites=harm:harmful=harmful.jsonl", *base[:1], *base[2:], *judged_by(server)])
+    assert "phrases" not in json.dumps(results())
 
 
 def test_framings_each_make_a_suite(base, answers):

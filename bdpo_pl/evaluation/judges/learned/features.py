@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bdpo_pl.refusals import KINDS, WEAK, is_refusal, refusal_kinds
+from bdpo_pl.refusals import KINDS, WEAK, constants_sha256, is_refusal, refusal_kinds, rules_sha256
 
 BUCKETS = 1 << 14
 """Number of buckets for hashed n-grams; two n-grams in one bucket share a weight."""
@@ -72,3 +72,8 @@ def _grams(words: list[str]) -> set[str]:
 def plainly_refuses(response: str) -> bool:
     """Return true if the phrases alone prove that `response` refuses: it opens with a kind that no compliance uses."""
     return is_refusal(response) and not set(refusal_kinds(response)) <= WEAK
+
+
+def rules() -> dict[str, str]:
+    """Return the digests of what decides the features besides the answer: the phrases and this module's constants."""
+    return {"phrases sha256": rules_sha256(), "features sha256": constants_sha256(globals())}

@@ -12,7 +12,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from bdpo_pl.evaluation.judges.judge import Exchange, Judge, Verdict
-from bdpo_pl.evaluation.judges.learned.features import WIDTH, features, plainly_refuses
+from bdpo_pl.evaluation.judges.learned.features import WIDTH, features, plainly_refuses, rules
 
 NAME = "weights"
 WEIGHTS_FILE = Path(__file__).parent / "refusals.safetensors"
@@ -69,12 +69,13 @@ class LearnedJudge(Judge):
         return [Verdict(refused=share >= self._threshold) for share in shares]
 
     def facts(self) -> Mapping[str, str]:
-        """Return the training data and the hash of the weights."""
+        """Return the training data, and the hashes of the weights and of the rules that make features."""
         card = json.loads(CARD_FILE.read_text(encoding="utf-8"))
         return {
             "what": card["what"],
             "trained on": "; ".join(f"{name}: {what}" for name, what in card["trained on"].items()),
             "sha256": hashlib.sha256(WEIGHTS_FILE.read_bytes()).hexdigest(),
+            **rules(),
             "threshold": f"{self._threshold:g}",
             "blank answers": "are no refusals; they are counted apart",
             "limits": _LIMITS,

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import typing
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from judging import Script
 from makers import build_model, build_tokenizer, large
 
+from bdpo_pl import refusals
 from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.chat.completions import Completion
 from bdpo_pl.evaluation.chat.endpoint import EndpointError, EndpointOptions
@@ -21,6 +23,7 @@ from bdpo_pl.evaluation.judges.guard import (
     encode_wildguard,
 )
 from bdpo_pl.evaluation.judges.judge import Exchange, Judge, JudgingError, Verdict
+from bdpo_pl.evaluation.judges.learned.refusal_model import LearnedJudge
 from bdpo_pl.evaluation.judges.local_guard import LocalGuard
 from bdpo_pl.evaluation.judges.model_judge import ScoringJudge
 from bdpo_pl.evaluation.judges.phrases import PhraseJudge
@@ -51,12 +54,25 @@ def test_phrases():
     assert [v.got_through for v in verdicts] == [False, True, True, True]
 
 
-def test_the_hash_of_the_phrases_follows_them(monkeypatch):
-    before = PhraseJudge().facts()
-    assert len(before["sha256"]) == 64
-    assert before == PhraseJudge().facts()
-    monkeypatch.setattr("bdpo_pl.evaluation.judges.phrases.KINDS", {"apology": ("no",)})
-    assert PhraseJudge().facts()["sha256"] != before["sha256"]
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("KINDS", {"apology": ("no",)}), ("OPENING", 9), ("WEAK", {"policy"}), ("_STEPS", re.compile("step")),
+     ("_STEPS", re.compile(refusals._STEPS.pattern)), ("_INSTEAD", re.compile("no")), ("_HANDED_OVER", 9),
+     ("_MANY_STEPS", 9), ("_MOST_SENTENCES", 9), ("_OVERRIDE", re.compile("no")), ("_LETTER", re.compile("no"))],
+)  # fmt: skip
+def test_the_hash_of_the_phrases_follows_every_rule(monkeypatch, name, value):
+    before = PhraseJudge().facts(), LearnedJudge().facts()
+    assert len(before[0]["sha256"]) == 64
+    assert before == (PhraseJudge().facts(), LearnedJudge().facts())
+    monkeypatch.setattr(refusals, name, value)
+    assert PhraseJudge().facts()["sha256"] != before[0]["sha256"]
+    assert LearnedJudge().facts() != before[1]
+
+
+def test_the_learned_judge_is_another_with_other_features(monkeypatch):
+    before = LearnedJudge().facts()
+    monkeypatch.setattr("bdpo_pl.evaluation.judges.learned.features._READ_WORDS", 9)
+    assert LearnedJudge().facts() != before
 
 
 # Guard models
