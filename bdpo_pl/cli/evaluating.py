@@ -19,6 +19,7 @@ from bdpo_pl.data.report import report_table
 from bdpo_pl.embedded import EMBEDDED
 from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation import gates
+from bdpo_pl.evaluation.answerers import GenerationOptions
 from bdpo_pl.evaluation.answering import Asker
 from bdpo_pl.evaluation.attacks.budget import Budget, BudgetOptions
 from bdpo_pl.evaluation.attacks.choice import Attacks, choose_attacks
@@ -233,6 +234,8 @@ def _evaluate(
 ) -> tuple[Evaluation, Runner]:
     judge = options.judge
     agreement, left_out = _agreement(options)
+    # What happened on the labelled answers says nothing of the models' answers.
+    on_labels = Counter(judge.notes())
     keep_texts = options.show_texts or options.refine is not None or options.export_answers is not None
     with (
         RecordFile(folder / "verdicts.jsonl", options.keep_answers) as records,
@@ -273,7 +276,7 @@ def _evaluate(
     return (
         Evaluation(
             facts=_facts(options, subjects, judge, runner),
-            judge={"judge": judge.name, **judge.facts(), **{why: str(n) for why, n in judge.notes().items()}},
+            judge={"judge": judge.name, **judge.facts()},
             agreement=agreement,
             suites=[SuiteFacts(s.name, s.kind, s.source, len(s.prompts), s.digest, dict(s.dropped)) for s in suites],
             models=models,
@@ -281,6 +284,7 @@ def _evaluate(
             notes=[*notes, *left_out, *runner.notes],
             shows_texts=options.show_texts,
             over_refusal_judge={"judge": PhraseJudge.name, **PhraseJudge().facts()} if runner.by_phrases else {},
+            judge_notes=Counter(judge.notes()) - on_labels,
         ),
         runner,
     )
@@ -295,9 +299,20 @@ def _facts(
         "judge": judge.name,
         "responses": f"greedy, up to {generation.max_new_tokens} tokens, "
         + ("in the chat template" if generation.use_template else "without chat template"),
+        **_varied(generation),
         "weights": str(runner.dtype).removeprefix("torch."),
         "device": ", ".join(map(str, (runner.device, *runner.further))),
     }
+
+
+def _varied(generation: GenerationOptions) -> dict[str, str]:
+    """Return what else the responses depend on, if it is not as by default."""
+    found = {}
+    if generation.max_thought_tokens:
+        found["thoughts"] = f"up to {generation.max_thought_tokens} tokens"
+    if generation.chat_template_kwargs:
+        found["chat template's variables"] = json.dumps(generation.chat_template_kwargs, sort_keys=True, default=str)
+    return found
 
 
 def _speed(asker: Asker) -> str:

@@ -106,6 +106,7 @@ class Evaluation:
         notes: remarks that a reader must know.
         shows_texts: true if the HTML report contains texts.
         over_refusal_judge: facts about the judge of over-refusal, if another one than `judge` decides it.
+        judge_notes: counts of what happened while the judge judged in this run, without the verdicts on record before.
     """
 
     facts: Mapping[str, str]
@@ -117,6 +118,7 @@ class Evaluation:
     notes: Sequence[str]
     shows_texts: bool
     over_refusal_judge: Mapping[str, str] = field(default_factory=dict)
+    judge_notes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def tells_harm(self) -> bool:
@@ -141,7 +143,11 @@ class Evaluation:
 
     def judge_facts(self) -> dict[str, str]:
         """Return everything that reports say of the judges."""
-        return {**self.judge, **{f"over-refusal: {name}": value for name, value in self.over_refusal_judge.items()}}
+        return {
+            **self.judge,
+            **{f"over-refusal: {name}": value for name, value in self.over_refusal_judge.items()},
+            **{f"in this run: {what}": str(count) for what, count in self.judge_notes.items()},
+        }
 
     def all_alike(self) -> dict[str, int]:
         """Return suite → number of prompts, for the suites on which all answers of all models had the same outcome."""
@@ -159,6 +165,7 @@ class Evaluation:
             "facts": dict(self.facts),
             "judge": dict(self.judge),
             "over_refusal_judge": dict(self.over_refusal_judge),
+            "judge_notes": dict(self.judge_notes),
             "agreement": None if self.agreement is None else asdict(self.agreement),
             "suites": [asdict(suite) for suite in self.suites],
             "judge_note": self.judge_note(),

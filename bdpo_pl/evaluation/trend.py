@@ -19,6 +19,10 @@ from bdpo_pl.evaluation.results import FORMAT
 from bdpo_pl.reporting.format import fixed, share
 
 _SETTINGS = ("responses", "weights")
+# Written only if they are not as by default; files of earlier versions have none of them.
+_VARIED = ("thoughts", "chat template's variables")
+# Earlier versions counted these among the judge's facts.
+_COUNTED = ("blank answers", "asked again", "cut to the judge's length")
 
 
 @dataclass(frozen=True)
@@ -87,13 +91,16 @@ def read_run(path: Path) -> Run:
             cells=rates,
             counted={result["suite"]: result["counted"] for model in found["models"] for result in model["suites"]},
             prompts={suite["name"]: suite["digest"] for suite in found["suites"]},
-            judge=found["judge"],
+            judge={name: fact for name, fact in found["judge"].items() if not (name in _COUNTED and fact.isdecimal())},
             over_refusal_judge=found.get("over_refusal_judge", {}),
-            settings=[found["facts"][name] for name in _SETTINGS],
+            settings=[
+                *(found["facts"][name] for name in _SETTINGS),
+                *(found["facts"].get(name, "") for name in _VARIED),
+            ],
         )
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); give files that bdpo_pl.evaluate wrote") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path} is no evaluation.json of bdpo_pl.evaluate") from None

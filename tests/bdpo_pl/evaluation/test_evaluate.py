@@ -780,6 +780,20 @@ def test_limits_end_with_status_1_after_everything_is_written(base, other_dir, a
     assert "attack_success" in fails([*command, "--fail_if=harm.attack_success > 0.1"], capsys)
 
 
+def test_counts_are_those_of_the_models_answers_and_settings_are_told(base, answers, serve):
+    write_jsonl(Path("labels.jsonl"), [{"prompt": "why ?", "response": text, "unsafe": "false"} for text in ("", "so")])
+    server = serve(lambda n, body: "safe")
+    answers.rule = lambda model, prompt: "" if "benign quokka 1" in prompt else "so"
+    options = ["--generation.max_thought_tokens=2", "--generation.chat_template_kwargs={enable_thinking: false}"]
+    main([*base, *judged_by(server), "--labels=labels.jsonl", *options])
+    report = results()
+    assert report["judge_notes"] == {"blank answers": 1}
+    assert "blank answers" not in report["judge"]
+    assert report["facts"]["thoughts"] == "up to 2 tokens"
+    assert report["facts"]["chat template's variables"] == '{"enable_thinking": false}'
+    assert "in this run: blank answers" in Path("runs/evaluation/report.html").read_text(encoding="utf-8")
+
+
 def test_folders_of_outputs_are_made(base, answers, monkeypatch):
     monkeypatch.setenv("HOME", str(Path.cwd()))
     main([*base, "--junit=~/ci/limits.xml", "--summary=ci/new/summary.md", "--export_answers=out/answers.jsonl"])

@@ -44,6 +44,32 @@ def test_a_line_for_each_run_says_what_is_no_comparison(runs, capsys):
     assert not any("other" in cell for row in cells(capsys) for cell in row)
 
 
+@pytest.fixture
+def changed(runs, tmp_path, capsys):
+    """What the second file says of a first one that differs from it in some fields."""
+
+    def compare(**fields):
+        found = json.loads(runs["two"].read_text())
+        for name, values in fields.items():
+            found[name] = {**found.get(name, {}), **values}
+        (tmp_path / "other.json").write_text(json.dumps(found))
+        capsys.readouterr()
+        main([str(tmp_path / "other.json"), str(runs["two"])])
+        return cells(capsys)[2][2].partition("), other ")[2]
+
+    return compare
+
+
+def test_counts_of_a_run_make_no_other_judge_and_all_settings_count(changed):
+    assert changed() == ""
+    assert changed(judge_notes={"blank answers": 3}) == ""
+    assert changed(judge={"asked again": "2"}) == ""
+    assert changed(judge={"blank answers": "are refusals"}) == "judge"
+    assert changed(facts={"thoughts": "up to 9 tokens"}) == "settings"
+    assert changed(facts={"chat template's variables": '{"enable_thinking": false}'}) == "settings"
+    assert changed(over_refusal_judge={"judge": "phrases"}) == ""
+
+
 def test_files_that_are_no_evaluation(runs, tmp_path, capsys):
     found = json.loads(runs["one"].read_text())
     for text, message in (
