@@ -11,6 +11,7 @@ from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.measures.rates import SuiteResult
 from bdpo_pl.evaluation.suites.suite import EvaluationPrompt, Suite
 from bdpo_pl.evaluation.verdict_log import WARNING
+from bdpo_pl.files import write_whole
 
 _MOST_NAMED = 3
 
@@ -52,7 +53,7 @@ def weakest(results: Iterable[SuiteResult], most: int = _MOST_NAMED) -> list[Wea
 def is_untouched(path: Path) -> bool:
     """Return true if `path` holds rows of `write_rows` that nobody has edited, so that they may be replaced."""
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in _lines(path)]
     except (OSError, ValueError):
         return False
     return all(isinstance(row, dict) and row.get("warning") == WARNING and row.get("chosen") is None for row in rows)
@@ -67,30 +68,32 @@ def write_rows(failures: Iterable[Failure], path: Path) -> int:
     Raises:
         InputError: the file exists already and has been edited, or it cannot be written.
     """
-    count = 0
+    if path.exists() and not is_untouched(path):
+        raise InputError(f"{path} exists already, and may hold chosen responses that you wrote; name another file")
+    rows = [
+        {
+            "prompt": failure.prompt.text,
+            "chosen": None,
+            "rejected": failure.response,
+            "category": failure.prompt.category,
+            "kind": failure.suite.kind,
+            "suite": failure.suite.name,
+            "attack": failure.prompt.attack,
+            "model": failure.model,
+            "place": failure.prompt.place,
+            "warning": WARNING,
+        }
+        for failure in failures
+    ]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and is_untouched(path):
-            path.unlink()
-        with path.open("x", encoding="utf-8") as file:
-            for failure in failures:
-                row = {
-                    "prompt": failure.prompt.text,
-                    "chosen": None,
-                    "rejected": failure.response,
-                    "category": failure.prompt.category,
-                    "kind": failure.suite.kind,
-                    "suite": failure.suite.name,
-                    "attack": failure.prompt.attack,
-                    "model": failure.model,
-                    "place": failure.prompt.place,
-                    "warning": WARNING,
-                }
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                count += 1
+        write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     except OSError as error:
-        if isinstance(error, FileExistsError) and path.exists():
-            message = f"{path} exists already, and may hold chosen responses that you wrote; name another file"
-            raise InputError(message) from None
         raise InputError(f"{path} cannot be written ({error.strerror}); name another file for refine") from None
-    return count
+    return len(rows)
+
+
+def _lines(path: Path) -> list[str]:
+    """Return the lines of `path`; texts may hold characters that end a line elsewhere, as U+2028."""
+    text = path.read_text(encoding="utf-8")
+    return text.removesuffix("\n").split("\n") if text else []

@@ -1,6 +1,7 @@
 """Failures as preference rows: what `fit` makes of them before and after they are filled in."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from makers import preference_rows, write_jsonl
@@ -8,7 +9,7 @@ from makers import preference_rows, write_jsonl
 from bdpo_pl import fit
 from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.measures.rates import Rate, SuiteResult
-from bdpo_pl.evaluation.next_round import Failure, Weakness, weakest, write_rows
+from bdpo_pl.evaluation.next_round import Failure, Weakness, is_untouched, weakest, write_rows
 from bdpo_pl.evaluation.runner import check_refine
 from bdpo_pl.evaluation.suites.suite import EvaluationPrompt, Suite
 from bdpo_pl.evaluation.verdict_log import WARNING
@@ -70,6 +71,26 @@ def test_existing_file_is_never_overwritten(tmp_path):
         ):
             attempt()
     assert path.read_text() == "work of mine"
+
+
+def test_untouched_file_is_replaced_whatever_an_answer_holds_and_by_a_whole_one(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    odd = [replace(one, response="sure\u2028 , \x85 zebra \r\n") for one in failures(3)]
+    assert write_rows(odd, path) == 3
+    assert is_untouched(path)
+    assert write_rows(odd[:2], path) == 2
+    before = path.read_bytes()
+    assert before.count(b"\n") == 2
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_rows(odd, path)
+    assert path.read_bytes() == before
+    path.write_text("")
+    assert is_untouched(path)
 
 
 def test_file_that_cannot_be_written_is_found_out_first(tmp_path):
