@@ -29,8 +29,9 @@ from bdpo_pl.evaluation.attacks.attack import (
     steps_of,
     succeeded,
 )
-from bdpo_pl.evaluation.attacks.budget import Budget, success_curve
+from bdpo_pl.evaluation.attacks.budget import Budget
 from bdpo_pl.evaluation.attacks.framings import BUILT_IN, SLOT, Framing
+from bdpo_pl.evaluation.attacks.pair import attempted
 from bdpo_pl.evaluation.attacks.prompt_loss import prompt_losses
 from bdpo_pl.evaluation.attacks.targets import default_target
 from bdpo_pl.evaluation.judges.judge import Exchange
@@ -143,8 +144,7 @@ class GeneticAttack(Attack):
                 step,
             )
         cost = f"{steps_of(found)} of {options.population} framings each"
-        curve = success_curve([result.details["first_success"] for result in found], limit * options.population)
-        return Attempted([result.prompt for result in found], cost, curve if found else None)
+        return attempted(found, cost, limit * options.population)
 
     def _run(
         self, prompt: EvaluationPrompt, target: Target, options: GeneticOptions, file: StateFile | None

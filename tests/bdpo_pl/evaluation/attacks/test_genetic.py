@@ -174,3 +174,8 @@ def test_budget_and_served_models(local):
 def test_wrong_options(wrong):
     with pytest.raises(InputError, match=rf"genetic\.{next(iter(wrong))} must be"):
         GeneticOptions(**wrong)
+
+
+def test_no_time_for_one_request_makes_no_prompt(local):
+    made = run(local, Model(), budget=Budget(ends=0.0, clock=lambda: 1.0))
+    assert (made.prompts, made.curve) == ([], None)
