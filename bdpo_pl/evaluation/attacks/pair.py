@@ -27,7 +27,7 @@ from bdpo_pl.evaluation.attacks.attack import (
 from bdpo_pl.evaluation.attacks.attack import Target as AttackedModel
 from bdpo_pl.evaluation.attacks.budget import Budget, success_curve
 from bdpo_pl.evaluation.attacks.pair_prompts import Proposal, feedback, once_more, opening, parse_proposal, words
-from bdpo_pl.evaluation.chat.chat_model import ChatModel, Message
+from bdpo_pl.evaluation.chat.chat_model import ChatModel, Message, model_facts
 from bdpo_pl.evaluation.chat.endpoint import Endpoint, EndpointOptions
 from bdpo_pl.evaluation.judges.judge import Exchange, Judge, Verdict
 from bdpo_pl.evaluation.suites.suite import EvaluationPrompt
@@ -189,7 +189,7 @@ class Refinement:
         return {
             "request": goal,
             "target": self.target_key,
-            "attacker": self.attacker.name,
+            "attacker": model_facts(self.attacker),
             "words": hashlib.sha256("\n".join(words()).encode()).hexdigest()[:16],
             "judge": {"name": self.judge.name, **self.judge.facts()},
             "options": asdict(self.options),

@@ -27,7 +27,7 @@ from bdpo_pl.evaluation.attacks.attack import (
 from bdpo_pl.evaluation.attacks.budget import Budget
 from bdpo_pl.evaluation.attacks.pair import Attempt, attempted, outcome, propose, rank
 from bdpo_pl.evaluation.attacks.pair_prompts import Proposal, feedback, opening, words
-from bdpo_pl.evaluation.chat.chat_model import ChatModel, Message
+from bdpo_pl.evaluation.chat.chat_model import ChatModel, Message, model_facts
 from bdpo_pl.evaluation.chat.endpoint import Endpoint, EndpointOptions
 from bdpo_pl.evaluation.judges.judge import Exchange
 from bdpo_pl.evaluation.suites.suite import EvaluationPrompt
@@ -182,7 +182,7 @@ class TreeAttack(Attack):
         return {
             "request": goal,
             "target": target.key,
-            "attacker": self._attacker.name,
+            "attacker": model_facts(self._attacker),
             "words": hashlib.sha256("\n".join([*words(), _ON_TOPIC]).encode()).hexdigest()[:16],
             "judge": {"name": target.judge.name, **target.judge.facts()},
             "options": asdict(options),

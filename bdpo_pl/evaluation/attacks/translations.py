@@ -14,7 +14,7 @@ from typing import Any
 from bdpo_pl.data.sources import read_records
 from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.attacks.attack import StateFile, attacked
-from bdpo_pl.evaluation.chat.chat_model import ChatModel, Message
+from bdpo_pl.evaluation.chat.chat_model import ChatModel, Message, model_facts
 from bdpo_pl.evaluation.suites.suite import Suite
 
 PREFIX = "translation"
@@ -61,7 +61,7 @@ def translate(suite: Suite, languages: Sequence[str], translator: ChatModel, fol
     requests = list(dict.fromkeys(prompt.behaviour for prompt in suite.prompts))
     found: dict[str, dict[str, str]] = {}
     for language in languages:
-        facts = {"language": language, "translator": translator.name, "words": _INSTRUCTION}
+        facts = {"language": language, "translator": model_facts(translator), "words": _INSTRUCTION}
         file = None if folder is None else StateFile(folder, PREFIX, facts)
         known = {row["request"]: row["text"] for row in (file.read() if file is not None else [])}
         left = [request for request in requests if request not in known]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 Message = Mapping[str, str]
 """`role` (system, user, assistant) and `content`."""
@@ -25,3 +25,17 @@ class ChatModel(Protocol):
             InputError: the model cannot be reached or answers with an error, after retries.
         """
         ...
+
+
+@runtime_checkable
+class Identified(Protocol):
+    """A model that says what its replies depend on."""
+
+    def facts(self) -> Mapping[str, str]:
+        """Return everything that the replies depend on, besides the conversations."""
+        ...
+
+
+def model_facts(model: ChatModel) -> dict[str, str]:
+    """Return what identifies `model` in saved state: its own facts, or only its name if it has none."""
+    return {"name": model.name, **(model.facts() if isinstance(model, Identified) else {})}

@@ -118,6 +118,14 @@ class Endpoint:
         self._key = Key(_read_key(options.api_key_env), options.api_key_env)
         self._limits = Limits(options.timeout, options.deadline, options.max_bytes)
 
+    def facts(self) -> dict[str, str]:
+        """Return the address and what each request asks for, which replies depend on."""
+        return {
+            "endpoint": self.url,
+            "temperature": f"{'of the server' if self.options.temperature is None else self.options.temperature}",
+            "max_tokens": f"{'of the server' if self.options.max_tokens is None else self.options.max_tokens}",
+        }
+
     def reply(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
         """Return the text of the next turn of each conversation, in order.
 

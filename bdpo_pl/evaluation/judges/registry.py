@@ -238,11 +238,11 @@ def _asking(
         if model:
             raise InputError("judge.model is loaded here and judge.endpoint is elsewhere: leave out one of them")
         there = Endpoint(endpoint)
-        return kind(there, {"endpoint": there.url}, attempts)
+        return kind(there, there.facts(), attempts)
     source = _source(model, revision, trust_remote_code, name, example, " or judge.endpoint")
     chosen, place = _dtype_and_device(dtype, device)
-    facts = _weights(source, chosen)
     tokens = max_new_tokens or kind.new_tokens
+    facts = {**_weights(source, chosen), "max_new_tokens": str(tokens)}
     if encode is not None:
         guard = LocalGuard(
             source, encode, dtype=chosen, device=place, batch_size=batch_size, max_new_tokens=tokens

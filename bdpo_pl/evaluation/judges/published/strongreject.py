@@ -14,7 +14,7 @@ from bdpo_pl.evaluation.chat.chat_model import Message
 from bdpo_pl.evaluation.judges.judge import Exchange, Verdict
 from bdpo_pl.evaluation.judges.model_judge import ScoringJudge, graded
 from bdpo_pl.evaluation.judges.published.whole_prompt import Filled, encode_whole, one_turn
-from bdpo_pl.evaluation.judges.word_judge import WordJudge
+from bdpo_pl.evaluation.judges.word_judge import Weighing, WordJudge
 
 _FINE_TUNED = """Below is an interaction between a user and an AI model.
 
@@ -101,7 +101,10 @@ class StrongRejectJudge(WordJudge):
 
     def facts(self) -> Mapping[str, str]:
         """Return the model, the meaning of the score, and what is read of an answer."""
-        return {**super().facts(), "reads": f"the last {RESPONSE_TOKENS} tokens of an answer"}
+        # Only here is there a tokenizer to cut it with.
+        here = isinstance(self.model, Weighing)
+        reads = f"the last {RESPONSE_TOKENS} tokens of an answer" if here else "whole answers, unlike the authors' code"
+        return {**super().facts(), "reads": reads}
 
 
 class StrongRejectRubricJudge(ScoringJudge):

@@ -138,6 +138,10 @@ def test_translations_by_a_model_are_made_once(tmp_path):
     more = Translator()
     assert set(translate(SUITE, ["Zulu", "Gaelic"], more, tmp_path)) == {"Zulu", "Gaelic"}
     assert len(more.asked) == 3
+    warmer = Translator()
+    warmer.facts = lambda: {"temperature": "1.0"}
+    assert translate(SUITE, ["Zulu"], warmer, tmp_path) == found
+    assert len(warmer.asked) == 3
     with pytest.raises(InputError, match=r"translator said nothing 3 times for 3 of 3 requests into Zulu"):
         translate(SUITE, ["Zulu"], Translator(silent=99), None)
 

@@ -228,6 +228,11 @@ def test_state_lies_under_a_warning_where_it_was_asked_for_and_nowhere_else(tmp_
     assert "do not publish" in head["warning"]
     assert (head["request"], head["judge"]) == (GOAL, {"name": "words", "version": "1"})
     assert len(steps) == 2
+    # An attacker of the same name at another temperature begins anew.
+    warmer = Attacker()
+    warmer.facts = lambda: {"temperature": "1.0"}
+    refinement(warmer, steps=2).attack(PROMPTS[:1], folder=tmp_path / "state")
+    assert len(warmer.seen) == 2
 
 
 def test_another_target_begins_anew(tmp_path):

@@ -138,6 +138,11 @@ def test_interrupted_tree_goes_on_to_the_same_end(tmp_path, part, fails):
     assert run(Attacker(), model, folder, width=2, branching=2, depth=3) == expected
     assert model.asked == whole.asked
     assert len(model.asked) > before
+    # An attacker of the same name at another temperature begins anew.
+    warmer = Attacker()
+    warmer.facts = lambda: {"temperature": "1.0"}
+    run(warmer, model, folder, width=2, branching=2, depth=3)
+    assert len(model.asked) > len(whole.asked)
 
 
 def test_budget_limits_the_depth():

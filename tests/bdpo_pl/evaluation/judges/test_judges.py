@@ -126,6 +126,7 @@ def test_wildguard(answer, refused, unsafe):
         (HarmBenchJudge, "Perhaps yes."),
         (ShieldGemmaJudge, "The chatbot says No."),
         (JailbreakBenchJudge, "I cannot tell."),
+        (JailbreakBenchJudge, "It is about safety."),
         (StrongRejectJudge, "Grade 5"),
         (StrongRejectJudge, "6"),
         (StrongRejectRubricJudge, "1.b 0 2.b 3"),
@@ -437,7 +438,12 @@ def test_judges_by_options(tmp_path):
     endpoint = EndpointOptions("http://127.0.0.1:1/v1", "guard")
     judge = registry.wildguard(endpoint=endpoint)
     assert isinstance(judge, WildGuardJudge)
-    assert judge.facts() == {"model": "guard", "endpoint": "http://127.0.0.1:1/v1/chat/completions"}
+    assert judge.facts() == {
+        "model": "guard",
+        "endpoint": "http://127.0.0.1:1/v1/chat/completions",
+        "temperature": "0.0",
+        "max_tokens": "512",
+    }
     script = Script('{"refused": true, "specific": 1, "convincing": 1}')
     given = registry.chat(0.25, endpoint=endpoint)
     given.model = script
@@ -490,3 +496,19 @@ def test_code_of_a_model_is_not_run_unasked(tmp_path):
 def test_an_unknown_device(model_dir):
     with pytest.raises(InputError, match=r"judge\.device 'nonesuch'"):
         registry.llama_guard(model=str(model_dir), device="nonesuch")
+
+
+@pytest.mark.parametrize("change", [{"temperature": 0.7}, {"temperature": None}, {"max_tokens": 9}])
+def test_judge_at_an_endpoint_is_another_with_other_requests(change):
+    first, same, other = (
+        registry.chat(endpoint=EndpointOptions("http://127.0.0.1:1/v1", "m", **options)).facts()
+        for options in ({}, {"parallel": 2}, change)
+    )
+    assert first == same != other
+
+
+def test_judge_in_this_process_is_another_with_longer_answers(model_dir):
+    first, same, other = (
+        registry.chat(model=str(model_dir), device="cpu", max_new_tokens=tokens).facts() for tokens in (None, 512, 9)
+    )
+    assert first == same != other
