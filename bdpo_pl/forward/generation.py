@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -25,6 +26,16 @@ InBatch = Callable[[Sequence[list[int]]], list[tuple[list[int], bool]]]
 """`padded` with everything but the prompts."""
 Generated = tuple[int, list[int], bool]
 """Number of a prompt, generated tokens without the stop token, and whether there was one."""
+
+
+# Settings of generation that look at the tokens before, and take padding for some of them → value without effect.
+# `repetition_penalty` does so in some releases of transformers: in 5.14, and not in 5.24.
+_READ_PADDING = {
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -124,8 +135,11 @@ def generate(
     with _generating(model):
         in_batches = partial(padded, model, max_new_tokens=max_new_tokens, stops=stops, pad_id=pad_id)
         if objection := why_not_continuous(model, prompts, max_new_tokens, pad_id):
-            on_note(f"Responses are generated in padded batches, which take longer: {objection}")
-            found = in_padded_batches(in_batches, prompts, longest_first(prompts), batch_size)
+            reads = _reads_padding(model)
+            alike = f", and only prompts of equal length are batched, because of {reads}" if reads else ""
+            on_note(f"Responses are generated in padded batches, which take longer: {objection}{alike}")
+            order = longest_first(prompts)
+            found = in_padded_batches(in_batches, prompts, order, batch_size, equal_lengths=bool(reads))
         else:
             decoder = Decoder(model, stops, max_new_tokens=max_new_tokens, num_slots=batch_size)
             found = in_continuous_batches(decoder, in_batches, prompts)
@@ -135,11 +149,29 @@ def generate(
 
 
 def in_padded_batches(
-    in_batch: InBatch, prompts: Sequence[list[int]], order: Sequence[int], batch_size: int
+    in_batch: InBatch,
+    prompts: Sequence[list[int]],
+    order: Sequence[int],
+    batch_size: int,
+    *,
+    equal_lengths: bool = False,
 ) -> Iterator[Generated]:
-    """Answer `prompts` in padded batches, in the given order, and yield the answers of each batch as it ends."""
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    """Answer `prompts` in padded batches, in the given order, and yield the answers of each batch as it ends.
+
+    Args:
+        in_batch: function that answers a batch.
+        prompts: token ids of each prompt.
+        order: numbers of the prompts in the order of the batches.
+        batch_size: maximum number of prompts in a batch.
+        equal_lengths: end a batch where the length changes, so that nothing is padded.
+    """
+    start = 0
+    while start < len(order):
+        chosen = list(order[start : start + batch_size])
+        if equal_lengths:
+            length = len(prompts[chosen[0]])
+            chosen = list(takewhile(lambda i, length=length: len(prompts[i]) == length, chosen))  # type: ignore[misc]
+        start += len(chosen)
         for number, row in zip(chosen, in_batch([prompts[i] for i in chosen]), strict=True):
             yield number, *row
 
@@ -175,6 +207,12 @@ def padded(
     rows = output[:, ids.shape[1] :].tolist()
     lengths = [next((k for k, token in enumerate(row) if token in stops), len(row)) for row in rows]
     return [(row[:length], length < len(row)) for row, length in zip(rows, lengths, strict=True)]
+
+
+def _reads_padding(model: CausalLM) -> str:
+    """Return the settings of the model's `generate` that take padding for earlier tokens; empty if it has none."""
+    given = {name: getattr(model.generation_config, name, None) for name in _READ_PADDING}
+    return ", ".join(name for name, value in given.items() if value is not None and value != _READ_PADDING[name])
 
 
 def stop_ids(model: CausalLM, tokenizer: TokenizerLike) -> set[int]:

@@ -153,6 +153,24 @@ def test_other_models_are_answered_in_padded_batches_and_it_is_told(make, reason
     assert [r.num_tokens for r in responses] == [len(tokens) for tokens, _ in expected]
 
 
+@pytest.mark.parametrize(
+    "changed", [{"repetition_penalty": 99.0}, {"no_repeat_ngram_size": 1}, {"encoder_repetition_penalty": 0.01}]
+)
+@torch.no_grad()
+def test_padding_is_no_token_that_an_answer_repeats(changed):
+    model, tokenizer = settings(large(build_model("gemma2")).eval(), **changed), build_tokenizer()
+    rows = prompts(lengths=(30, 9, 9, 5))
+    stops = {tokenizer.eos_token_id, 4}
+    expected = [alone(model, row, stops=stops) for row in rows]
+    # A token of the answer to a prompt that is shorter than others.
+    pad = next(token for token in expected[3][0] if token not in rows[3])
+    tokenizer.pad_token_id = pad
+    told = []
+    responses = generate(model, tokenizer, rows, max_new_tokens=NEW, batch_size=4, on_note=told.append)
+    assert [r.text for r in responses] == [tokenizer.decode(t, skip_special_tokens=True).strip() for t, _ in expected]
+    assert f"and only prompts of equal length are batched, because of {next(iter(changed))}" in told[0]
+
+
 @torch.no_grad()
 def test_trial_finds_a_model_that_does_not_heed_its_mask(monkeypatch):
     model = large(build_model("llama")).eval()
