@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,7 +18,12 @@ from bdpo_pl.errors import InputError
 
 
 def write_whole(
-    path: Path, content: str | bytes | Callable[[IO[bytes]], None], *, shared: bool = False, private: bool = False
+    path: Path,
+    content: str | bytes | Callable[[IO[bytes]], None],
+    *,
+    shared: bool = False,
+    private: bool = False,
+    keep_mode: bool = False,
 ) -> Path:
     """Write `content` to the file `path`, all or nothing, and force it to disk.
 
@@ -30,6 +36,7 @@ def write_whole(
         shared: True if several processes may write this file at once, so that each needs its own temporary name.
             Otherwise the name is fixed, and the next process overwrites what a killed process has left.
         private: True to make the file readable only by its owner.
+        keep_mode: True to keep the permissions of the file at `path`, which exists.
 
     Raises:
         OSError: The disk is full, or the folder cannot be written.
@@ -40,9 +47,10 @@ def write_whole(
         temporary = Path(name)
     else:
         temporary = path.with_name(f".{path.name}.partial")
+    mode = stat.S_IMODE(path.stat().st_mode) if keep_mode else 0o600 if private else 0o666 & ~_umask()
     try:
         with temporary.open("wb") as file:
-            temporary.chmod(0o600 if private else 0o666 & ~_umask())
+            temporary.chmod(mode)
             if callable(content):
                 content(file)
             else:

@@ -11,9 +11,13 @@ import sys
 import threading
 import webbrowser
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bdpo_pl.cli.quick import refuse
 from bdpo_pl.errors import InputError
+
+if TYPE_CHECKING:
+    from bdpo_pl.reviewing.rows import ReviewFile
 
 _HELP = "usage: bdpo review FILE [--port N] [--open false]\n\n" + (__doc__ or "").split("\n\n", 1)[1]
 
@@ -35,16 +39,22 @@ def main(args: list[str] | None = None) -> None:
             options[name] = value if has_value else (given.pop(0) if given else "")
     if len(files) != 1 or not options["--port"].isdigit():
         refuse("bdpo review takes one file, and --port a number")
-    from bdpo_pl.reviewing.rows import ReviewFile
-    from bdpo_pl.reviewing.server import make_server
+    from bdpo_pl.reviewing.rows import reviewing
 
     try:
-        file = ReviewFile(Path(files[0]))
-        server, link = make_server(file, int(options["--port"]))
+        with reviewing(Path(files[0])) as file:
+            _serve(file, int(options["--port"]), opens=options["--open"] == "true")
     except InputError as error:
         refuse(str(error))
+
+
+def _serve(file: ReviewFile, port: int, *, opens: bool) -> None:
+    """Serve the page of `file` until Ctrl-C."""
+    from bdpo_pl.reviewing.server import make_server
+
+    server, link = make_server(file, port)
     print(f"{file.left} of {len(file.rows)} rows are left. Open {link}\nCtrl-C ends it; every answer is saved at once.")
-    if options["--open"] == "true":
+    if opens:
         threading.Thread(target=webbrowser.open, args=(link,), daemon=True).start()
     try:
         server.serve_forever()

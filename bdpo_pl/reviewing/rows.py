@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
+
+from filelock import FileLock, Timeout
 
 from bdpo_pl.errors import InputError
 from bdpo_pl.files import write_whole
@@ -63,10 +67,37 @@ class ReviewFile:
             before = self.rows[index].get(self.kind)
             self.rows[index][self.kind] = value
             try:
-                write_whole(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows))
+                text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
+                # Answers to label are readable only by their owner, and stay so.
+                write_whole(self.path, text, keep_mode=True)
             except OSError as error:
                 self.rows[index][self.kind] = before
                 raise InputError(f"{self.path} cannot be written: {error.strerror}") from error
+
+
+@contextmanager
+def reviewing(path: Path) -> Iterator[ReviewFile]:
+    """Read the rows of `path`, and hold the file for this process: another one would overwrite the answers of this one.
+
+    Raises:
+        InputError: another process holds it, its folder cannot be written, or it has no such rows.
+    """
+    file = ReviewFile(path)
+    lock = FileLock(path.resolve().with_name(f".{path.resolve().name}.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise InputError(f"{path} is open in another bdpo review; end that one first") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from None
+    try:
+        # Read again: until the lock was there, another process may have saved an answer.
+        file.rows = _read(path)
+        yield file
+    finally:
+        with suppress(OSError):
+            Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from makers import write_jsonl
 
 from bdpo_pl import review
 from bdpo_pl.errors import InputError
-from bdpo_pl.reviewing.rows import ReviewFile
+from bdpo_pl.reviewing.rows import ReviewFile, reviewing
 from bdpo_pl.reviewing.server import make_server
 
 ANSWERS = [{"prompt": f"query {i} ?", "response": f"<b>answer {i}</b>", "own": i} for i in range(3)]
@@ -103,6 +103,30 @@ def test_other_files_are_refused(tmp_path, text, said, capsys):
     assert said in capsys.readouterr().err
     with pytest.raises(SystemExit):
         review.main([str(tmp_path / "nowhere.jsonl")])
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640])
+def test_saving_an_answer_keeps_the_permissions(tmp_path, mode):
+    path = write_jsonl(tmp_path / "rows.jsonl", ANSWERS)
+    path.chmod(mode)
+    ReviewFile(path).answer(0, "refusal")
+    assert lines(path)[0]["label"] == "refusal"
+    assert path.stat().st_mode & 0o777 == mode
+
+
+def test_a_file_is_reviewed_by_one_process_at_a_time(tmp_path, capsys):
+    path = write_jsonl(tmp_path / "rows.jsonl", ANSWERS)
+    (tmp_path / "other.jsonl").symlink_to(path)
+    with reviewing(path) as file:
+        for same in (path, tmp_path / "other.jsonl"):
+            with pytest.raises(SystemExit) as stopped:
+                review.main([str(same), "--open=false"])
+            assert stopped.value.code == 2
+            assert "is open in another bdpo review; end that one first" in " ".join(capsys.readouterr().err.split())
+        file.answer(0, "refusal")
+    with reviewing(path) as file:
+        assert file.left == 2
+    assert {child.name for child in tmp_path.iterdir()} == {"rows.jsonl", "other.jsonl"}
 
 
 def test_rejected_is_no_chosen(tmp_path):
