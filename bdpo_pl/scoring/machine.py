@@ -28,6 +28,7 @@ class Machine:
         world_size: number of processes.
         barrier: function that waits for all processes.
         sum_over_ranks: function that sums a tensor over all processes.
+        max_over_ranks: function that takes the largest value of a tensor over all processes.
         together: true if the model is split over the processes, so that every forward pass needs all of them.
         whole_policy: true if each process has the whole policy during training.
         cpu_offload: true if the parts of a split model are kept in the host's memory.
@@ -43,6 +44,7 @@ class Machine:
     together: bool = False
     whole_policy: bool = True
     cpu_offload: bool = False
+    max_over_ranks: Callable[[Tensor], Tensor] = _identity
 
     @classmethod
     def of(cls, trainer: L.Trainer) -> Machine:
@@ -59,4 +61,5 @@ class Machine:
             isinstance(strategy, ModelParallelStrategy),
             isinstance(strategy, SingleDeviceStrategy | DDPStrategy),
             getattr(strategy, "cpu_offload", False),
+            lambda value: strategy.reduce(value, reduce_op="max"),
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -34,7 +34,7 @@ from bdpo_pl.reporting.format import size
 from bdpo_pl.scoring.cache import ScoreCache, default_cache_dir
 from bdpo_pl.scoring.machine import Machine
 from bdpo_pl.scoring.scores import SplitScores, score_splits, split_scores, table_scores
-from bdpo_pl.scoring.scoring_pass import ScoringOptions, score_pairs, score_table
+from bdpo_pl.scoring.scoring_pass import ScoringOptions, passes_needed, score_pairs, score_table, scored_together
 
 ReferenceMode = Literal["precomputed", "live", "none"]
 ReferenceChoice = Literal["auto", ReferenceMode]
@@ -115,6 +115,7 @@ class Reference:
         self.attention: str | None = None
         self._adapted = adapted
         self._load_policy = load
+        self._machine = Machine()
         self._splits: PreferenceSplits | None = None
         self._loss: PreferenceLoss | None = None
 
@@ -146,7 +147,7 @@ class Reference:
 
     def prepare(self, machine: Machine, splits: PreferenceSplits, loss: PreferenceLoss) -> None:
         """Score every split unless that is done already (`precomputed`), or load the model (`live`)."""
-        self._splits, self._loss = splits, loss
+        self._machine, self._splits, self._loss = machine, splits, loss
         if self.mode == "live" and self._model is None and self._adapted is None:
             self._model = self._load(machine)
             self._choose_layout(self._model, machine, splits)
@@ -188,7 +189,10 @@ class Reference:
         return self._model
 
     def scores(self, split: str, pair_index: Tensor) -> SplitScores:
-        """Return the scores of the B pairs at `pair_index` of `split`, on the device of `pair_index`."""
+        """Return the scores of the B pairs at `pair_index` of `split`, on the device of `pair_index`.
+
+        If a live reference is split over the ranks, all of them call this, with any number of pairs above 0.
+        """
         device = pair_index.device
         if self.mode == "none":
             return SplitScores()
@@ -197,7 +201,8 @@ class Reference:
             assert self._loss is not None
             table, indices = self._splits.tables[split], pair_index.cpu().numpy()
             with self._live() as (model, layout):
-                scores = score_pairs(
+                score = partial(
+                    score_pairs,
                     model,
                     table,
                     indices,
@@ -208,6 +213,11 @@ class Reference:
                     hsic=self._hsic(),
                     first=self._loss.tail_weight is not None,
                 )
+                if self._machine.together:
+                    needed = passes_needed(table, indices, layout, self.options, self._machine)
+                    scores = scored_together(lambda least: score(forwards=least), needed, self._machine)
+                else:
+                    scores = score()
             table = table.select(indices)
             return split_scores(scores, table, self._loss.estimator, self._loss.tail_weight).to(device)
         held = self._scores[split] = self._scores[split].to(device)
@@ -236,8 +246,7 @@ class Reference:
         """Load the model onto the device that scores. If the policy is split, split the model over all devices too."""
         if machine.together:
             # FSDP2 alone, even under tensor parallelism: each rank computes whole layers, as a single device does.
-            split = machine.world_size > 1 or machine.cpu_offload
-            half = half_products(machine.precision) if split else None
+            half = _dtype_of_all(machine)
             mesh = init_device_mesh(machine.device.type, (machine.world_size, 1), mesh_dim_names=(DATA, TENSOR))
             # FSDP2 casts every weight before it multiplies, so the reference can be held in the dtype of its products.
             model = build_sharded(
@@ -331,4 +340,11 @@ class Reference:
             # Left out if unused, so that scores of earlier versions stay valid.
             **({} if self._loss is None or self._loss.tail_weight is None else {"first": True}),
             **({} if self._adapter is None else {"adapter": self._adapter.digest()}),
+            **({} if (half := _dtype_of_all(machine)) is None else {"split": str(half)}),
         }
+
+
+def _dtype_of_all(machine: Machine) -> torch.dtype | None:
+    """Return the dtype to which FSDP2 casts every weight, even those that autocast leaves; None: it does not."""
+    split = machine.together and (machine.world_size > 1 or machine.cpu_offload)
+    return half_products(machine.precision) if split else None

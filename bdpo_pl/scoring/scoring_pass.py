@@ -220,12 +220,10 @@ def score_table(
                 # The first rank reports its share of the passes as that of all, whose chunks differ in size and number.
                 pairs = sum(len(cache.indices(chunk)) for chunk in turn)
                 if machine.together:
-                    size = options.batch_tokens or _default_batch_tokens(machine.device)
-                    forwards = max(
-                        len(_plan(table, cache.indices(chunk), layout(), size, options.comprehension)[1])
-                        for chunk in turn
-                    )
-                    found = _scored_together(partial(score, pairs=pairs), turn, forwards, machine)
+                    # A rank without a chunk of its own repeats one of the others, because every pass needs every rank.
+                    chunk = turn[min(machine.rank, len(turn) - 1)]
+                    needed = passes_needed(table, cache.indices(chunk), layout(), options, machine)
+                    found = scored_together(partial(score, chunk, pairs=pairs), needed, machine)
                 elif machine.rank < len(turn):
                     found = score(turn[machine.rank], 0, pairs)
                 else:
@@ -244,21 +242,37 @@ def score_table(
 
 
 def _missing(chunks: list[ScoreTable | None], machine: Machine) -> list[int]:
-    """Return the numbers of the missing chunks; if the ranks score together, of those missing on any rank."""
+    """Return the numbers of the chunks that any rank misses, the same on all ranks.
+
+    They may differ from rank to rank: another job with the same key writes its chunks while this one looks.
+    """
     lacking = torch.tensor([float(scores is None) for scores in chunks], device=machine.device)
-    if machine.together:
-        lacking = machine.sum_over_ranks(lacking)
-    return lacking.nonzero().flatten().tolist()
+    return machine.sum_over_ranks(lacking).nonzero().flatten().tolist()
 
 
-def _scored_together(
-    score: Callable[[int, int], ScoreTable], turn: list[int], forwards: int, machine: Machine
-) -> ScoreTable:
-    """Score one chunk on each rank, with equally many forward passes; if one rank fails, all raise an error."""
+def passes_needed(
+    table: PairTable, indices: np.ndarray, layout: RowLayout, options: ScoringOptions, machine: Machine
+) -> int:
+    """Return the number of forward passes of the pairs at `indices`."""
+    size = options.batch_tokens or _default_batch_tokens(machine.device)
+    return len(_plan(table, indices, layout, size, options.comprehension)[1])
+
+
+def scored_together(score: Callable[[int], ScoreTable], needed: int, machine: Machine) -> ScoreTable:
+    """Score pairs on each rank, with equally many forward passes; if one rank fails, all raise an error.
+
+    Args:
+        score: function that scores this rank's pairs, given the minimum number of passes.
+        needed: number of passes that this rank's pairs need.
+        machine: ranks that all call this function.
+
+    Raises:
+        InputError: a pair of any rank cannot be scored.
+    """
+    forwards = int(machine.max_over_ranks(torch.tensor([needed], device=machine.device)).item())
     fault: InputError | None = None
     try:
-        # A rank without a chunk of its own repeats one of the others, because every pass needs every rank.
-        found = score(turn[min(machine.rank, len(turn) - 1)], forwards)
+        found = score(forwards)
     except InputError as error:
         fault = error
     faults = machine.sum_over_ranks(torch.tensor([float(fault is not None)], device=machine.device))
