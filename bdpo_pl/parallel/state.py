@@ -38,12 +38,14 @@ def local_ranges(tensor: Tensor) -> tuple[slice, ...]:
     return tuple(slice(start, end) for start, end in ranges)
 
 
-def split_like(like: Tensor, read: Callable[[tuple[slice, ...]], Tensor], device: torch.device) -> Tensor:
-    """Return the result of `read` for this rank's part of `like`, on `device`.
+def split_like(
+    like: Tensor, read: Callable[[tuple[slice, ...]], Tensor], device: torch.device, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Return the result of `read` for this rank's part of `like`, on `device`, in `dtype` (default: that of `like`).
 
     The returned tensor is split as `like` is, or whole if `like` is whole.
     """
-    local = read(local_ranges(like)).to(device=device, dtype=like.dtype).contiguous()
+    local = read(local_ranges(like)).to(device=device, dtype=dtype or like.dtype).contiguous()
     return as_part(local, like) if isinstance(like, DTensor) else local
 
 
@@ -147,8 +149,7 @@ def _part_values(parameter: Tensor, values: Mapping[str, Any]) -> dict[str, Any]
 def _part_of(value: Tensor, parameter: Tensor) -> Tensor:
     if value.shape != parameter.shape:
         return value
-    part = split_like(parameter, lambda ranges: value[ranges], parameter.device)
-    return part.to(value.dtype)
+    return split_like(parameter, lambda ranges: value[ranges], parameter.device, value.dtype)
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:

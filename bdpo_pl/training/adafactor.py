@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT
 from transformers.optimization import Adafactor as _Adafactor
 
-from bdpo_pl.parallel.state import as_part, local_part, local_ranges, whole
+from bdpo_pl.parallel.state import as_part, local_part, local_ranges, parameters_of, whole
 
 
 class Adafactor(_Adafactor):
@@ -67,6 +67,15 @@ class Adafactor(_Adafactor):
         for parameter, grad, _ in parts:
             parameter.grad = grad
         return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state, whose sums are in float32 whatever the dtype of the weights."""
+        super().load_state_dict(state_dict)
+        # That of torch rounds them to the dtype of the weights.
+        for number, parameter in enumerate(parameters_of(self)):
+            for name, value in state_dict["state"].get(number, {}).items():
+                if isinstance(value, torch.Tensor):
+                    self.state[parameter][name] = value.to(self.state[parameter][name].device, copy=True)
 
 
 def _adafactor_step_of_part(parameter: DTensor, state: dict[str, Any], group: dict[str, Any]) -> None:

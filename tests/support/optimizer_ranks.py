@@ -30,7 +30,7 @@ class Model(nn.Module):
 
 def gradients(step, model):
     generator = torch.Generator().manual_seed(step)
-    return [torch.randn(p.shape, generator=generator) for p in model.parameters()]
+    return [torch.randn(p.shape, generator=generator).to(p.dtype) for p in model.parameters()]
 
 
 def steps(numbers, model, optimizer):
@@ -98,6 +98,34 @@ def shapes(state):
     }
 
 
+def state_is_read_as_it_was_saved(kind):
+    """To the last bit with weights in bfloat16, of which some optimisers keep sums in float32; whole, and in parts."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=(DATA,))
+    for split in (False, True):
+        made = []
+        for _ in range(2):
+            model = Model().to(torch.bfloat16)
+            if split:
+                fully_shard(model, mesh=mesh)
+            made.append((model, kind(parameter_groups(model), lr=1e-2)))
+        (model, optimizer), (_, resumed) = made
+        steps(range(2), model, optimizer)
+        save = whole_optimizer_state if split else kind.state_dict
+        saved = [deepcopy(save(optimizer))]
+        dist.broadcast_object_list(saved)
+        if split:
+            load_optimizer_state(resumed, deepcopy(saved[0]))
+        else:
+            resumed.load_state_dict(deepcopy(saved[0]))
+        found = save(resumed)["state"]
+        for number, values in (saved[0]["state"] if dist.get_rank() == 0 else {}).items():
+            for name, value in values.items():
+                if isinstance(value, torch.Tensor):
+                    assert found[number][name].dtype == value.dtype, (kind, name)
+                    assert torch.equal(found[number][name], value), (kind, name)
+
+
 def every_optimizer(rank):
     for kind in (Muon, Adafactor, ScheduleFreeAdamW):
         split_steps_are_those_of_whole_weights(lambda params, kind=kind: kind(params, lr=1e-2, weight_decay=0.1))
+        state_is_read_as_it_was_saved(kind)
