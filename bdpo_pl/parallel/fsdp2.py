@@ -7,6 +7,7 @@ wrote them.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from bdpo_pl.errors import InputError
-from bdpo_pl.models.adapter_start import Start
+from bdpo_pl.models.adapter_start import START, Start
 from bdpo_pl.models.adapters import LoraOptions, add_adapters
 from bdpo_pl.models.causal_lm import CausalLM
 from bdpo_pl.models.loading import ModelSource, enable_activation_checkpointing, load_config, model_class
@@ -28,6 +29,7 @@ from bdpo_pl.models.reach import freeze_unreached
 from bdpo_pl.parallel.context_parallel import ContextGroup, share_attention, stop_sharing_attention
 from bdpo_pl.parallel.cpu_offload import backend_for, check_cpu_offload, move_other_parts, offload_policy
 from bdpo_pl.parallel.from_files import compute_buffers, fill
+from bdpo_pl.parallel.saved_parts import load_parts, partial_of, put_in_place, remove
 from bdpo_pl.parallel.state import (
     CONTEXT,
     DATA,
@@ -167,7 +169,9 @@ class ShardedStrategy(ModelParallelStrategy):
         assert self.model is not None
         if not self._save_distributed_checkpoint:
             return whole_state(self.model, trained_only=True)
-        return get_model_state_dict(self.model, options=StateDictOptions(cpu_offload=True, ignore_frozen_params=True))
+        options = StateDictOptions(cpu_offload=True, ignore_frozen_params=True)
+        starts = {name: p.detach() for name, p in self.model.named_parameters() if name.endswith(START)}
+        return get_model_state_dict(self.model, options=options) | starts
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Return the whole state of `optimizer`, in the form that it has on one device."""
@@ -175,11 +179,36 @@ class ShardedStrategy(ModelParallelStrategy):
             return super().optimizer_state(optimizer)
         return whole_optimizer_state(getattr(optimizer, "_optimizer", optimizer))
 
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: object = None) -> None:
+        """Write a checkpoint, completely or not at all. All ranks call this."""
+        if not self._save_distributed_checkpoint:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        path = Path(self.broadcast(filepath))
+        # Written over the parts of an older checkpoint, the rest of which an interruption would leave, it would be a
+        # mixture of both that looks whole.
+        partial = partial_of(path)
+        if self.is_global_zero:
+            remove(partial)
+        self.barrier()
+        try:
+            super().save_checkpoint(checkpoint, partial, storage_options)
+        except BaseException:
+            # The disk may be full of it.
+            if self.is_global_zero:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        # The first process has written the last file.
+        if self.is_global_zero:
+            put_in_place(path)
+        self.barrier()
+
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Load a checkpoint. Every rank maps the file and reads its own part."""
         path = Path(self.broadcast(checkpoint_path))
         if path.is_dir():
-            return super().load_checkpoint(path, weights_only)
+            assert self.lightning_module is not None
+            return load_parts(path, self.lightning_module, self.optimizers)
         checkpoint = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
         assert self.lightning_module is not None
         load_state(self.lightning_module, checkpoint["state_dict"])

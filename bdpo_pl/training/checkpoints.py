@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from bdpo_pl.errors import InputError, MachineError, StoppedError, first_line
 from bdpo_pl.files import write_whole
+from bdpo_pl.parallel.saved_parts import META, before, is_whole_folder
 
 LAST = "last.ckpt"
 
@@ -75,7 +76,7 @@ def write_atomically(trainer: L.Trainer) -> None:
 def is_whole(path: Path) -> bool:
     """Return true if `path` is a complete checkpoint: a file with its end, or a distributed one with its index."""
     if path.is_dir():
-        return (path / ".metadata").is_file() and (path / "meta.pt").is_file()
+        return is_whole_folder(path)
     try:
         # The directory of a zip archive is at its end, so a truncated file has none.
         with zipfile.ZipFile(path) as archive:
@@ -97,8 +98,9 @@ def find_checkpoint(path: str | None, root: Path) -> str | None:
     if path is None or "://" in path:
         return path
     if path in ("last", "auto"):
-        found = sorted(root.rglob(f"checkpoints/{LAST}"), key=lambda file: file.stat().st_mtime, reverse=True)
-        for file in found:
+        # A checkpoint in parts has the second name if the run was killed while a new one took its place.
+        found = [file for name in (LAST, before(LAST)) for file in root.rglob(f"checkpoints/{name}")]
+        for file in sorted(found, key=lambda file: file.stat().st_mtime, reverse=True):
             if is_whole(file):
                 return str(file)
             rank_zero_warn(f"--ckpt_path {path}: {file} is not whole and is passed over")
@@ -118,6 +120,44 @@ def find_checkpoint(path: str | None, root: Path) -> str | None:
             "--ckpt_path last, or write whole checkpoints with --checkpoint.save_weights_only false"
         )
     return path
+
+
+def require_same_checkpoint(trainer: L.Trainer, path: str | None, identity: str) -> None:
+    """Raise `InputError` on every process if two of them would resume from different checkpoints. All call this.
+
+    Each process looks for the newest checkpoint itself: another run may write one in between, and machines may have
+    folders of their own. Copies of one checkpoint are the same.
+
+    Args:
+        trainer: Trainer whose strategy has set up its environment.
+        path: checkpoint of this process, or None.
+        identity: key of the run's traits in a checkpoint.
+    """
+    if trainer.world_size == 1:
+        return
+    mine = _what_it_is(path, identity)
+    first, named = trainer.strategy.broadcast((mine, path))
+    if trainer.strategy.reduce_boolean_decision(differs := mine != first, all=False):
+        other = f"process {trainer.global_rank} from {path or 'none'}" if differs else "another, as it says, does not"
+        raise InputError(
+            f"processes would resume from different checkpoints: the first from {named or 'none'}, {other}; give "
+            "all of them, on every machine, one checkpoint by its path with --ckpt_path: last and auto take the newest "
+            "that each process finds"
+        )
+
+
+def _what_it_is(path: str | None, identity: str) -> str:
+    """Return the step and the run of the checkpoint at `path`, as text that is the same for copies of it."""
+    if path is None or "://" in path:
+        return str(path)
+    file = Path(path) / META if Path(path).is_dir() else Path(path)
+    try:
+        # Its tensors remain on disk.
+        saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError):
+        # If it is so on every process, loading it says why.
+        return "not readable"
+    return repr([saved.get("global_step"), saved.get("epoch"), saved.get(identity)])
 
 
 def _holds_weights_alone(path: Path) -> bool:

@@ -21,7 +21,7 @@ from bdpo_pl.errors import InputError
 from bdpo_pl.losses import PreferenceLoss
 from bdpo_pl.models.loading import model_fingerprint
 from bdpo_pl.parallel.ranks import data_ranks
-from bdpo_pl.training.checkpoints import is_amid_accumulation
+from bdpo_pl.training.checkpoints import is_amid_accumulation, require_same_checkpoint
 from bdpo_pl.training.datamodule import PreferenceDataModule
 from bdpo_pl.training.module import PreferenceModule
 from bdpo_pl.training.optim import parameter_groups
@@ -187,6 +187,7 @@ class RunIdentity(L.Callback):
         """Have the pairs read, describe the run, and compare it with the checkpoint's, before any pair is scored."""
         if stage != "fit" or self.traits:
             return
+        require_same_checkpoint(trainer, self.resume_from, _KEY)
         assert isinstance(pl_module, PreferenceModule)
         pl_module.read_pairs()
         data = trainer.datamodule  # type: ignore[attr-defined]

@@ -36,7 +36,7 @@ def train(
 
     Args:
         folder: holds `model` and `pairs`.
-        name: `ddp`, `fsdp2`, `offload`, `tp`, `context` or `one`, and anything after a dash.
+        name: `ddp`, `fsdp2`, `offload`, `parts`, `tp`, `context` or `one`, and anything after a dash.
         cache: name of the run whose scores are read; default: its own.
         sharing: batches in a step; default the processes that share data.
 
@@ -50,6 +50,7 @@ def train(
         "tp": ShardedStrategy(tensor_parallel_size=2),
         "context": ShardedStrategy(context_parallel_size=2),
         "offload": ShardedStrategy(cpu_offload=True),
+        "parts": ShardedStrategy(save_distributed_checkpoint=True),
     }[name.split("-")[0]]
     sharing = sharing or {"one": 1, **dict.fromkeys(("tp", "context"), max(1, world_size // 2))}.get(
         name.split("-")[0], world_size

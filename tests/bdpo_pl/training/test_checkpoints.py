@@ -6,11 +6,13 @@ import resource
 import signal
 import warnings
 
+import checkpoint_ranks
 import pytest
 import stopped_ranks
 import torch
 import training
 from makers import build_model, build_tokenizer, preference_rows, write_jsonl
+from ranks import run_ranks
 from sharded_jobs import spawn
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
@@ -189,6 +191,18 @@ def test_truncated_checkpoint_is_never_picked_up(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert find_checkpoint("last", tmp_path) == str(path)
+
+
+def test_a_save_in_parts_that_is_interrupted_leaves_the_checkpoint_before_it(tmp_path):
+    run_ranks(checkpoint_ranks.an_interrupted_save, tmp_path, tmp_path)
+
+
+def test_a_run_that_is_saved_in_parts_is_resumed_exactly(folder):
+    spawn(checkpoint_ranks.saved_and_resumed, folder)
+
+
+def test_ranks_that_would_resume_from_different_checkpoints_all_stop(tmp_path):
+    run_ranks(checkpoint_ranks.unlike_checkpoints, tmp_path, tmp_path)
 
 
 def test_checkpoint_that_would_run_code_is_refused(tmp_path):
