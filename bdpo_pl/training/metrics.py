@@ -155,5 +155,6 @@ def gaps(values: Mapping[str, float], errors: Mapping[str, float]) -> dict[str, 
         if probe in values and held_out in values:
             known = probe in errors and held_out in errors
             error = math.hypot(errors[probe], errors[held_out]) if known else None
-            found[f"gap/{name}"] = (values[probe] - values[held_out], error or None)
+            all_alike = name == "accuracy" and error == 0.0
+            found[f"gap/{name}"] = (values[probe] - values[held_out], None if all_alike else error)
     return found
