@@ -14,9 +14,15 @@ from bdpo_pl.models.causal_lm import CausalLM
 
 @contextmanager
 def adapters_off(model: CausalLM) -> Iterator[CausalLM]:
-    """Switch the adapters of `model` off while the context is open."""
+    """Switch the adapters of `model` off while the context is open.
+
+    peft switches all matrices of an adapter to trainable with it, also frozen ones (the starts of PiSSA and OLoRA). No
+    optimiser would clear their gradients, which would grow and shrink all others by clipping; so each gets back its own
+    state.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     for layer in layers:
         layer.enable_adapters(False)
@@ -25,6 +31,8 @@ def adapters_off(model: CausalLM) -> Iterator[CausalLM]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)
+        for parameter, is_trained in trained.items():
+            parameter.requires_grad_(is_trained)
 
 
 class BeforeTraining:

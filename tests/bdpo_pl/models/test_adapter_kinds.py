@@ -220,6 +220,19 @@ def test_before_training_is_given_back_after_an_error(model_dir, tmp_path):
     assert not torch.equal(trained, start)
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_frozen_starts_stay_frozen_after_adapters_were_off(model_dir, init):
+    lora = options(init=init)
+    model = add_adapters(load_model(ModelSource(str(model_dir)), torch.float32), lora)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    with BeforeTraining(model, lora).of(model) as reference:
+        logits(reference)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
+    for _ in range(2):
+        model(IDS).logits.square().mean().backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == trained
+
+
 # Learning rates
 
 
