@@ -20,6 +20,8 @@ from bdpo_pl.models.causal_lm import CausalLM, ModelConfig
 from bdpo_pl.models.folder import check_folder, file_digest, files_digest, gguf_file
 from bdpo_pl.models.noise import silence_modules, without_noise
 
+GENERATION_FILE = "generation_config.json"
+
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -92,7 +94,7 @@ def load_config(source: ModelSource) -> ModelConfig:
 
 
 def model_class(source: ModelSource, config: ModelConfig, dtype: torch.dtype) -> CausalLM:
-    """Build a model of `source`'s architecture without its weights.
+    """Build a model of `source`'s architecture without its weights, with its settings of generation.
 
     Under `torch.device("meta")` it takes no memory.
 
@@ -106,7 +108,31 @@ def model_class(source: ModelSource, config: ModelConfig, dtype: torch.dtype) ->
         )
     except Exception as error:
         raise InputError(f"cannot build a causal language model of {source.name!r}: {_reason(error)}") from error
+    _read_generation_settings(model, source)
     return silence_modules(model)
+
+
+def _read_generation_settings(model: CausalLM, source: ModelSource) -> None:
+    """Give `model` the settings of generation that `from_pretrained` gives it; many name a second stop token.
+
+    Raises:
+        InputError: the file of settings cannot be read.
+    """
+    from transformers import GenerationConfig
+
+    if getattr(model, "generation_config", None) is None or gguf_file(source.name) is not None:
+        return
+    # A model without a file of settings may have some in its configuration.
+    for file, more in ((GENERATION_FILE, {}), ("config.json", {"_from_model_config": True})):
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(
+                source.name, config_file_name=file, revision=source.revision, **more
+            )
+        except OSError:
+            if file == GENERATION_FILE and (Path(source.name).expanduser() / file).is_file():
+                raise InputError(f"{source.name}: {file} is not valid JSON; fetch it again") from None
+        else:
+            return
 
 
 def load_model(
@@ -118,12 +144,15 @@ def load_model(
         source: model to load.
         dtype: dtype of the weights.
         quantization: transformers configuration for quantising the weights, which are then on `device`.
-        device: device of quantised weights. Default: the CPU.
+        device: device of quantised weights, given for a model that will be trained. Default: the CPU.
 
     Raises:
-        InputError: there is no causal language model of that name, or its weights do not load.
+        InputError: there is no causal language model of that name, its weights do not load, or it will be trained and
+            its weights are quantised in its files.
     """
     config = load_config(source)
+    if device is not None:
+        check_not_quantised(config, source.name)
     kwargs: dict[str, Any] = {}
     if source.attn_implementation is not None:
         kwargs["attn_implementation"] = source.attn_implementation
@@ -253,6 +282,25 @@ def check_window(config: ModelConfig, max_length: int, name: str) -> None:
     if window is not None and max_length > window:
         raise InputError(
             f"data.max_length is {max_length}, but {name} has positions for {window} tokens; lower data.max_length"
+        )
+
+
+def check_not_quantised(config: ModelConfig, name: str) -> None:
+    """Raise `InputError` if the model's files hold quantised weights, which cannot be trained.
+
+    Only its norms and biases would learn. Files that are dequantised on loading are accepted.
+    """
+    for part in (config, config.get_text_config()):
+        stored = getattr(part, "quantization_config", None)
+        if not stored:
+            continue
+        options = stored if isinstance(stored, Mapping) else vars(stored)
+        if options.get("dequantize"):
+            continue
+        method = getattr(options.get("quant_method"), "value", options.get("quant_method")) or "unknown"
+        raise InputError(
+            f"the weights of {name} are quantised in its files ({method}), so they cannot be trained; give the model "
+            "that it was made from, unquantised (with model.lora.quantize=nf4 for QLoRA)"
         )
 
 
