@@ -24,7 +24,13 @@ from bdpo_pl.errors import InputError
 from bdpo_pl.models.adapter_start import START, Start
 from bdpo_pl.models.adapters import LoraOptions, add_adapters
 from bdpo_pl.models.causal_lm import CausalLM
-from bdpo_pl.models.loading import ModelSource, enable_activation_checkpointing, load_config, model_class
+from bdpo_pl.models.loading import (
+    ModelSource,
+    check_not_quantised,
+    enable_activation_checkpointing,
+    load_config,
+    model_class,
+)
 from bdpo_pl.models.reach import freeze_unreached
 from bdpo_pl.parallel.context_parallel import ContextGroup, share_attention, stop_sharing_attention
 from bdpo_pl.parallel.cpu_offload import backend_for, check_cpu_offload, move_other_parts, offload_policy
@@ -247,6 +253,7 @@ def build_sharded(
         InputError: the model cannot be split in this way, or its files lack a weight.
     """
     config = load_config(source)
+    check_not_quantised(config, source.name)
     data, tensor = mesh[DATA], mesh[TENSOR]
     if tensor.size() > 1:
         check_tensor_parallel(config, tensor.size(), source.name, adapted=lora is not None)
