@@ -133,7 +133,11 @@ SWITCHES = frozenset({
 """Short spellings that are true where no value follows them."""
 
 _CLASSES = ("model.loss", "model.optimizer")
-_ADAPTERS = ("--lora_", "--model.lora", "--use_dora", "--use_rslora", "--load_in_4bit")
+_ADAPTERS = ("--lora_", "--model.lora")
+_ADAPTER_SWITCHES = ("--use_dora", "--use_rslora", "--load_in_4bit")
+_EPOCHS = tuple(f"--{name}" for name, option in SHORT.items() if option == "trainer.max_epochs") + (
+    "--trainer.max_epochs",
+)
 
 
 def in_full(args: Sequence[str]) -> list[str]:
@@ -145,7 +149,7 @@ def in_full(args: Sequence[str]) -> list[str]:
         InputError: a value is unknown to its short spelling.
     """
     written: list[str] = []
-    rest = _without_doubles(args)
+    rest = _with_steps_alone(_without_doubles(args))
     while rest:
         name, has_value, value = rest.pop(0).partition("=")
         short = name.removeprefix("--")
@@ -167,25 +171,61 @@ def in_full(args: Sequence[str]) -> list[str]:
 def _without_doubles(args: Sequence[str]) -> list[str]:
     """Return `args` without those of TRL that only repeat another one.
 
-    `--use_peft` beside options of the adapters, and of `--bf16` and `--fp16` the one that is off.
+    These are `--use_peft` beside options of the adapters, of `--bf16` and `--fp16` the one that is off, and switches of
+    the adapters that are off where nothing else asks for adapters.
 
     Raises:
         InputError: `--use_peft` stands alone.
     """
     left = list(args)
+    _leave_out_adapters_that_are_off(left)
     switches = {name: _switch(left, name)[0] for name in ("--use_peft", "--bf16", "--fp16")}
     if "true" in switches.values():
         for name in ("--bf16", "--fp16"):
             if switches[name] == "false":
                 del left[_switch(left, name)[1]]
     if switches["--use_peft"] is not None:
-        if switches["--use_peft"] != "true" or not any(arg.startswith(_ADAPTERS) for arg in left):
+        if switches["--use_peft"] != "true" or not _asks_for_adapters(left):
             raise InputError(
                 "--use_peft says that there are adapters, and here an option of theirs says so: --lora_r 16 (TRL's "
                 "default, with --lora_alpha 32 and --lora_dropout 0.05); leave --use_peft false out"
             )
         del left[_switch(left, "--use_peft")[1]]
     return left
+
+
+def _asks_for_adapters(args: Sequence[str]) -> bool:
+    return any(arg.startswith(_ADAPTERS) for arg in args) or any(
+        _switch(args, name)[0] not in (None, "false") for name in _ADAPTER_SWITCHES
+    )
+
+
+def _leave_out_adapters_that_are_off(args: list[str]) -> None:
+    """Delete the switches of adapters that are off, as they are in TRL: one alone would make adapters.
+
+    Raises:
+        InputError: there is a file of options, which may have adapters that the switch is about.
+    """
+    if _asks_for_adapters(args):
+        return
+    for name in _ADAPTER_SWITCHES:
+        while _switch(args, name)[0] is not None:
+            if any(arg.partition("=")[0] in ("--config", "-c") for arg in args):
+                option = SHORT.get(name[2:]) or CHOSEN[name[2:]][0]
+                off = "none" if name == "--load_in_4bit" else "false"
+                raise InputError(
+                    f"{name} false beside --config is not clear: if the file has adapters, write --{option}={off}; "
+                    "else leave it out, because an option of the adapters makes some"
+                )
+            del args[_switch(args, name)[1]]
+
+
+def _with_steps_alone(args: list[str]) -> list[str]:
+    """Return `args` with as many epochs as `--max_steps` takes, where no option says how many: so TRL has it."""
+    steps, _ = _switch(args, "--max_steps")
+    if steps is None or not steps.isdecimal() or any(arg.partition("=")[0] in _EPOCHS for arg in args):
+        return args
+    return [*args, "--trainer.max_epochs=-1"]
 
 
 def _switch(args: Sequence[str], name: str) -> tuple[str | None, slice]:

@@ -114,7 +114,8 @@ GROUPS: dict[str, dict[str, Row]] = {
         "auto_find_batch_size": _other("--dry_run=true", "says the largest batch that fits before anything runs"),
         "gradient_accumulation_steps": _same(),
         "num_train_epochs": _same("whole epochs (`--max_steps` for parts of one); default 1, with TRL 3"),
-        "max_steps": _same(),
+        "max_steps": _same("without `--num_train_epochs`, in as many epochs as it takes; with it, training ends at "
+                           "whichever comes first, and with TRL at the steps"),
         "average_tokens_across_devices": _unneeded("a step's mean over its pairs is exact on any number of devices"),
         "dataloader_drop_last": _unneeded("a last batch that is not full has its exact share of the mean"),
         "dataloader_num_workers": _same(),

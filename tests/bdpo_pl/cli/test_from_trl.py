@@ -1,5 +1,6 @@
 """Coming from TRL: every option of TRL has a row that holds, and TRL's documented commands run here."""
 
+import csv
 import dataclasses
 import json
 import re
@@ -7,10 +8,13 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
+from makers import preference_rows, write_jsonl
 
 from bdpo_pl.cli import aliases, from_trl, known
 from bdpo_pl.cli.job import FitCLI, make_parser
 from bdpo_pl.cli.quick import answer_early
+from bdpo_pl.errors import InputError
 from bdpo_pl.fit import main
 
 ROOT = Path(__file__).parents[3]
@@ -126,6 +130,8 @@ def test_a_command_of_trl_and_its_translation_say_the_same(pair, parser, peer, m
     wanted["lr_scheduler_type"] = wanted["lr_scheduler_type"] and getattr(
         wanted["lr_scheduler_type"], "value", wanted["lr_scheduler_type"]
     )
+    if asked.max_steps > 0 and "--num_train_epochs" not in theirs:
+        wanted["num_train_epochs"] = -1  # as many as the steps take
     if wanted["output_dir"] is None:
         wanted["output_dir"] = "runs"
     assert values == wanted
@@ -181,14 +187,49 @@ def test_a_translated_command_runs(at, steps, model_dir, preference_file, tmp_pa
         (["--bf16=false"], ["--trainer.precision=32-true"]),
         (["--use_peft", "true", "--lora_r", "8"], ["--model.lora.r", "8"]),
         (["--lora_r=8", "--use_peft"], ["--model.lora.r=8"]),
+        (["--load_in_4bit", "false", "--use_dora=false", "--use_rslora", "False", "--beta=1"], ["--model.loss.beta=1"]),
+        (["--use_dora", "false", "--lora_r=8"], ["--model.lora.dora=false", "--model.lora.r=8"]),
+        (["--use_dora", "--load_in_4bit=false"], ["--model.lora.dora=true", "--model.lora.quantize=none"]),
+        (["--max_steps", "1000"], ["--trainer.max_steps", "1000", "--trainer.max_epochs=-1"]),
+        (["--max_steps=-1"], ["--trainer.max_steps=-1"]),
+        (["--max_steps=9", "--epochs=2"], ["--trainer.max_steps=9", "--trainer.max_epochs=2"]),
+        (["--trainer.max_steps=9"], ["--trainer.max_steps=9"]),
     ],
 )
 def test_switches_as_trl_has_them(given, written):
     assert aliases.in_full(given) == written
 
 
-@pytest.mark.parametrize("given", [["--use_peft"], ["--use_peft", "false", "--lora_r=8"]])
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--use_peft"],
+        ["--use_peft", "false", "--lora_r=8"],
+        ["--use_peft", "--load_in_4bit", "false"],
+        ["--use_peft", "--use_dora=false"],
+    ],
+)
 def test_use_peft_that_would_do_nothing_is_refused(given, capsys):
     with pytest.raises(SystemExit):
         answer_early("fit", given)
     assert "--lora_r 16" in capsys.readouterr().err
+
+
+def test_an_adapter_switch_that_is_off_beside_a_file_is_refused():
+    with pytest.raises(InputError, match=r"--model.lora.quantize=none"):
+        aliases.in_full(["--config", "a.yaml", "--load_in_4bit", "false"])
+
+
+def test_steps_are_taken_beyond_one_epoch_as_trl_takes_them(model_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BDPO_PL_CACHE", str(tmp_path / "cache"))
+    pairs = write_jsonl(tmp_path / "few.jsonl", preference_rows(12))
+    main([
+        "--model.policy", str(model_dir), "--data.train", str(pairs), "--data.held_out_fraction=0.4", "--max_steps", "5",
+        "--batch_size=4", "--use_cpu", "--max_length=128", "--output_dir=runs", "--trainer.enable_progress_bar=false",
+        "--export=false",
+    ])  # fmt: skip
+    with (tmp_path / "runs" / "version_0" / "metrics.csv").open() as file:
+        assert max(int(row["step"]) for row in csv.DictReader(file)) == 4
+    saved = torch.load(tmp_path / "runs" / "version_0" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 5

@@ -57,7 +57,7 @@ def test_help_and_short_spellings_name_options_that_there_are():
 @pytest.mark.parametrize(
     ("given", "written"),
     [
-        (["--max_steps", "2"], ["--trainer.max_steps", "2"]),
+        (["--max_steps", "2"], ["--trainer.max_steps", "2", "--trainer.max_epochs=-1"]),
         (["--learning_rate=1e-5"], ["--model.optimizer.lr=1e-5"]),
         (["--report_to", "none"], ["--trainer.logger=false"]),
         (["--logger", "wandb"], ["--trainer.logger=lightning.pytorch.loggers.WandbLogger"]),
