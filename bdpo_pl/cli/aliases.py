@@ -135,9 +135,7 @@ SWITCHES = frozenset({
 _CLASSES = ("model.loss", "model.optimizer")
 _ADAPTERS = ("--lora_", "--model.lora")
 _ADAPTER_SWITCHES = ("--use_dora", "--use_rslora", "--load_in_4bit")
-_EPOCHS = tuple(f"--{name}" for name, option in SHORT.items() if option == "trainer.max_epochs") + (
-    "--trainer.max_epochs",
-)
+_EPOCHS = {"--trainer.max_epochs", *(f"--{name}" for name in SHORT if SHORT[name] == "trainer.max_epochs")}
 
 
 def in_full(args: Sequence[str]) -> list[str]:

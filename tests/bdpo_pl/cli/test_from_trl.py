@@ -1,6 +1,5 @@
 """Coming from TRL: every option of TRL has a row that holds, and TRL's documented commands run here."""
 
-import csv
 import dataclasses
 import json
 import re
@@ -225,11 +224,9 @@ def test_steps_are_taken_beyond_one_epoch_as_trl_takes_them(model_dir, tmp_path,
     monkeypatch.setenv("BDPO_PL_CACHE", str(tmp_path / "cache"))
     pairs = write_jsonl(tmp_path / "few.jsonl", preference_rows(12))
     main([
-        "--model.policy", str(model_dir), "--data.train", str(pairs), "--data.held_out_fraction=0.4", "--max_steps", "5",
+        "--model.policy", str(model_dir), "--data.train", str(pairs), "--data.held_out_fraction=0.4", "--max_steps=5",
         "--batch_size=4", "--use_cpu", "--max_length=128", "--output_dir=runs", "--trainer.enable_progress_bar=false",
         "--export=false",
     ])  # fmt: skip
-    with (tmp_path / "runs" / "version_0" / "metrics.csv").open() as file:
-        assert max(int(row["step"]) for row in csv.DictReader(file)) == 4
     saved = torch.load(tmp_path / "runs" / "version_0" / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == 5
