@@ -367,7 +367,9 @@ class ChatEncoder:
             for message in conversation.messages
         ]
         tools = protect(conversation.tools, spelled) if conversation.tools else conversation.tools
-        return Conversation(messages, tools, conversation.kwargs), spelled
+        # Variables of one conversation come with the data, like its messages.
+        kwargs = {name: protect(value, spelled) for name, value in conversation.kwargs.items()}
+        return Conversation(messages, tools, kwargs), spelled
 
 
 _ATTRIBUTE = "_bdpo_pl_chat_encoder"

@@ -30,6 +30,7 @@ _MANY = 256
 
 # No author of a data set can guess it; the ids do not depend on it.
 _NONCE = secrets.token_hex(8)
+_IN_BARS = re.compile(r"<([|｜]).+\1>")
 _PLACEHOLDER = re.compile(f"zq{_NONCE}k(\\d+)zq")
 
 
@@ -58,7 +59,8 @@ class ControlTokens:
     Args:
         tokenizer: tokenizer of the model.
         markers: added tokens that are not special although the chat template opens or closes turns with them.
-        written: added tokens that are not special and that only the model may write (`<tool_call>`).
+        written: added tokens that are not special and that only the model may write (`<tool_call>`). Those that look
+            like control tokens (`<|fim_prefix|>`) are always among them.
     """
 
     def __init__(self, tokenizer: TokenizerLike, markers: Iterable[str] = (), written: Iterable[str] = ()) -> None:
@@ -71,7 +73,8 @@ class ControlTokens:
         self.ids: dict[str, int] = dict(self.special)
         self.ids |= {token.content: i for i, token in added.items() if token.content in set(markers)}
         self._said_by_model = _any_of(self.ids)
-        self.ids |= {token.content: i for i, token in added.items() if token.content in set(written)}
+        by_model = {*written, *(token.content for token in added.values() if _IN_BARS.fullmatch(token.content))}
+        self.ids |= {token.content: i for i, token in added.items() if token.content in by_model}
         self._pattern = _any_of(self.ids)
         # Searching for two characters is much faster than the regular expression, and few texts contain them.
         self._beginnings = sorted({name[:2] for name in self.ids})
@@ -95,7 +98,13 @@ class ControlTokens:
             pattern = self._said_by_model if by_model else self._pattern
             return pattern.sub(lambda match: spelled.placeholder(match[0]), value)
         if isinstance(value, Mapping):
-            return {key: self.protect(item, spelled, by_model=by_model) for key, item in value.items()}
+            # A template may write a mapping as JSON, with its keys.
+            return {
+                self.protect(key, spelled, by_model=by_model) if isinstance(key, str) else key: self.protect(
+                    item, spelled, by_model=by_model
+                )
+                for key, item in value.items()
+            }
         if isinstance(value, Sequence) and not isinstance(value, bytes):
             return [self.protect(item, spelled, by_model=by_model) for item in value]
         return value
