@@ -27,7 +27,7 @@ class Contradictions(NamedTuple):
     Attributes:
         swapped: pairs whose chosen response is the other's rejected one and vice versa.
         conflicting: pairs of which one response is chosen in one and rejected in the other, while the other responses
-            differ.
+            differ; of single answers, those that another row labels otherwise.
     """
 
     swapped: list[Match]
@@ -44,6 +44,13 @@ def contradictions(table: PairTable) -> Contradictions:
     """Return the contradictions of `table`; a swapped pair is not counted as conflicting as well."""
     prompts = table.prompt_digests()
     chosen, rejected = table.response_digests()
+    if table.desirable is not None:
+        keys = list(zip(prompts, chosen, table.desirable.tolist(), strict=True))
+        first: dict[tuple[bytes, bytes, bool], int] = {}
+        for i, key in enumerate(keys):
+            first.setdefault(key, i)
+        others = [(i, first.get((prompt, answer, not label))) for i, (prompt, answer, label) in enumerate(keys)]
+        return Contradictions([], [Match(i, other) for i, other in others if other is not None])
     pairs: dict[tuple[bytes, bytes, bytes], int] = {}
     as_chosen: dict[tuple[bytes, bytes], int] = {}
     as_rejected: dict[tuple[bytes, bytes], int] = {}

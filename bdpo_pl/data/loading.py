@@ -120,7 +120,8 @@ def load_pairs(
         report.note("good answers", int(table.desirable.sum()))
         report.note("bad answers", int((~table.desirable).sum()))
     swapped, conflicting = contradictions(table)
-    report.note("pairs that another pair contradicts", len(swapped) + len(conflicting))
+    said = "pairs that another pair contradicts" if table.desirable is None else "answers that have both labels"
+    report.note(said, len(swapped) + len(conflicting))
     return table, report
 
 
@@ -184,7 +185,7 @@ def _tokenize(
     safe: list[tuple[bool | None, bool | None]] = []
     desirable: list[bool] = []
     weights: list[float | None] = []
-    counts = {"merged": 0, "truncated": 0, "without an end": 0}
+    counts = {"merged": 0, "truncated": 0, "without an end": 0, "beside": 0}
     as_text: list[bool] = []
     bos = tokenizer.tokenizer.bos_token_id
     tokenizer.read_as = ReadAs()
@@ -201,15 +202,16 @@ def _tokenize(
                     f"{row.record.place}: some rows are dialogues that are read as plain text, and others are rendered "
                     "with the chat template; set data.dialogues to turns, or load them separately"
                 )
-            cut = truncation.apply(pair, bos)
+            single = row.desirable is not None
+            cut = truncation.apply(pair, bos, single)
             if cut is None:
-                report.drop(_too_long(truncation), row.record.place)
+                report.drop(_too_long(truncation, truncation.fits(pair, single)), row.record.place)
                 continue
             counts["merged"] += pair.merged
-            counts["truncated"] += cut is not pair
-            counts["without an end"] += len(cut.chosen_ids) + len(cut.rejected_ids) < len(pair.chosen_ids) + len(
-                pair.rejected_ids
-            )
+            counts["truncated"] += not truncation.fits(pair, single)
+            beside = len(cut.rejected_ids) < len(pair.rejected_ids)
+            counts["without an end"] += len(cut.chosen_ids) < len(pair.chosen_ids) or (beside and not single)
+            counts["beside"] += beside and single
             places.append(row.record.place)
             categories.append(row.category)
             safe.append((row.chosen_safe, row.rejected_safe))
@@ -231,12 +233,15 @@ def _tokenize(
     )
     report.note(f"truncated to {truncation.max_length} tokens ({truncation.mode})", counts["truncated"])
     report.note("of these, a response was cut and has no end", counts["without an end"])
+    report.note("answers to another prompt, beside an answer, that were cut", counts["beside"])
     report.note("token merged across the prompt/response boundary: cut before it", counts["merged"])
     report.read_as(tokenizer)
     return _deduplicate(table, options.duplicates, report)
 
 
-def _too_long(truncation: Truncation) -> str:
+def _too_long(truncation: Truncation, fits: bool) -> str:
+    if fits:
+        return "the answer to another prompt beside it has nothing of its own once it is cut"
     if truncation.mode == "drop":
         return f"longer than {truncation.max_length} tokens"
     return "chosen = rejected once truncated, or nothing left to train on"

@@ -184,13 +184,15 @@ class PairTable:
         return self._digests(middles, cuts), self._digests(cuts, self.starts[1:])
 
     def pair_digests(self) -> list[bytes]:
-        """Return a digest of each whole pair, including its boundaries, and of a single answer its label too."""
-        lengths = _bytes_of(np.stack([self.prompt_lengths, self.chosen_lengths], axis=1))
-        digests = self._digests(self.starts[:-1], self.starts[1:], lengths)
-        if self.desirable is None:
-            return digests
-        # An answer that is labelled good once and bad once is no repetition, but a contradiction.
-        return [digest + bytes([label]) for digest, label in zip(digests, self.desirable.tolist(), strict=True)]
+        """Return a digest of each whole pair with its boundaries; of a single answer, of prompt, answer and label.
+
+        The answer to another prompt that stands beside a single answer is chance. An answer that is labelled good once
+        and bad once is no repetition, but a contradiction.
+        """
+        single = self.desirable is not None
+        more = np.stack([self.prompt_lengths, self.desirable if single else self.chosen_lengths], axis=1)
+        ends = self.starts[:-1] + self.prompt_lengths + self.chosen_lengths if single else self.starts[1:]
+        return self._digests(self.starts[:-1], ends, _bytes_of(more.astype(np.int32)))
 
     def _digests(self, starts: np.ndarray, stops: np.ndarray, more: memoryview | None = None) -> list[bytes]:
         """Return a digest of each range of tokens, with its trained flags and the corresponding 8 bytes of `more`."""

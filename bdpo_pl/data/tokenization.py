@@ -345,12 +345,19 @@ class PairTokenizer:
             tuple(len(control.private(response.text[:place], texts.spelled)) for place in span)
             for span in response.spans
         ]
-        trained = []
+        trained: list[bool] = []
         start = ends[cut - 1]
-        for stop in ends[cut:]:
-            trained.append(any(first < stop and start < last for first, last in spans))
+        for place, stop in enumerate(ends[cut:], cut):
+            # Of several tokens of one character (an emoji's), all end at its end, and only the first has a width.
+            is_piece = stop == start and bool(trained) and whole[place - 1] not in self._added_tokens
+            inside = any(first < stop and start < last for first, last in spans)
+            trained.append(trained[-1] if is_piece else inside)
             start = stop
         return (*trained, *end)
+
+    @cached_property
+    def _added_tokens(self) -> frozenset[int]:
+        return frozenset(self.tokenizer.added_tokens_decoder)
 
     def _added_ids(self, added: str) -> Ids:
         if added not in self._added:

@@ -16,9 +16,11 @@ class Truncation:
     """The policy for pairs whose prompt and longer response exceed `max_length` tokens.
 
     `drop` leaves the pair out. `keep_start` and `keep_end` first shorten the prompt, from its end (the tokens that open
-    the assistant's turn remain) or from its start (a leading BOS remains), to no fewer than `max_prompt_length` tokens.
-    If the pair still does not fit, the ends of the responses are cut off, which then have no EOS. A response never
-    becomes empty.
+    the assistant's turn remain) or from its start (a leading BOS remains, unless the prompt holds that token again: it
+    opens turns then), to no fewer than `max_prompt_length` tokens. If the pair still does not fit, the ends of the
+    responses are cut off, which then have no EOS. A response never becomes empty.
+
+    Of a single answer, only the answer itself counts: the answer to another prompt beside it is cut to what is left.
 
     Args:
         max_length: window in tokens, for prompt and response together.
@@ -42,17 +44,23 @@ class Truncation:
                 f"with max_length {self.max_length}"
             )
 
-    def fits(self, pair: PreferencePair) -> bool:
-        """Return true if both sequences of `pair` fit into the window unchanged."""
-        return len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) <= self.max_length
+    def fits(self, pair: PreferencePair, single: bool = False) -> bool:
+        """Return true if both sequences of `pair` (of a `single` answer, its own) fit into the window unchanged."""
+        return len(pair.prompt_ids) + _longest(pair, single) <= self.max_length
 
-    def apply(self, pair: PreferencePair, bos_token_id: int | None) -> PreferencePair | None:
-        """Return `pair` cut to the window; None if the policy drops it or the cut leaves two equal responses."""
+    def apply(self, pair: PreferencePair, bos_token_id: int | None, single: bool = False) -> PreferencePair | None:
+        """Return `pair` cut to the window; None if the policy drops it or the cut leaves two equal responses.
+
+        Args:
+            pair: the pair; of a single answer, `rejected` answers another prompt.
+            bos_token_id: id of the token that begins texts, if there is one.
+            single: true for a single answer.
+        """
         if self.fits(pair):
             return pair
-        if self.mode == "drop":
+        if self.mode == "drop" and not (single and self.fits(pair, single)):
             return None
-        longest = max(len(pair.chosen_ids), len(pair.rejected_ids))
+        longest = _longest(pair, single)
         allowance = self.max_prompt_length or max(1, self.max_length // 2)
         prompt = self._shorten(pair.prompt_ids, max(allowance, self.max_length - longest), bos_token_id, pair.header)
         room = self.max_length - len(prompt)
@@ -75,6 +83,10 @@ class Truncation:
             # The tokens that open the assistant's turn stay: without them, the response would continue the user's.
             header = min(header, length)
             return prompt[: length - header] + (prompt[-header:] if header else [])
-        if length > 1 and prompt[0] == bos_token_id:
+        if length > 1 and prompt[0] == bos_token_id and prompt.count(prompt[0]) == 1:
             return [prompt[0], *prompt[-(length - 1) :]]
         return prompt[-length:]
+
+
+def _longest(pair: PreferencePair, single: bool) -> int:
+    return len(pair.chosen_ids) if single else max(len(pair.chosen_ids), len(pair.rejected_ids))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from bdpo_pl.data.rows import PreferenceRow, RowError, check_row
+from bdpo_pl.data.rows import Content, PreferenceRow, RowError, check_row
 from bdpo_pl.data.schemas.preference import SHARED_COLUMNS
 from bdpo_pl.data.schemas.published import Labelled, parse_labelled
 from bdpo_pl.data.schemas.schema import Schema, SchemaContext, make_row
@@ -27,7 +27,16 @@ class Single(Schema):
 
     def rows(self, records: Iterable[Record], context: SchemaContext) -> Iterable[PreferenceRow]:
         """Return a row for each answer."""
-        return self._beside_others(list(self._parsed(records, context, parse_labelled)), context)
+        answers = []
+        for labelled in self._parsed(records, context, parse_labelled):
+            try:
+                # Alone, so that no row is refused for the answer that stands beside its own.
+                _row(labelled, "b" if labelled.answer == "a" else "a")
+            except RowError as error:
+                context.refuse(error, labelled.record)
+            else:
+                answers.append(labelled)
+        return self._beside_others(answers, context)
 
     def _beside_others(self, answers: Sequence[Labelled], context: SchemaContext) -> Iterator[PreferenceRow]:
         for place, labelled in enumerate(answers):
@@ -40,11 +49,15 @@ class Single(Schema):
                         f"none of the {min(_FURTHEST, len(answers) - 1)} rows before it has another prompt and another "
                         "answer, by which KTO estimates how far the policy has drifted; shuffle the rows",
                     )
-                row = check_row(make_row(labelled.record, labelled.prompt, labelled.answer, other.answer))
+                row = _row(labelled, other.answer)
             except RowError as error:
                 context.refuse(error, labelled.record)
                 continue
             yield replace(row, desirable=labelled.is_good)
+
+
+def _row(labelled: Labelled, beside: Content) -> PreferenceRow:
+    return check_row(make_row(labelled.record, labelled.prompt, labelled.answer, beside))
 
 
 def _another(answers: Sequence[Labelled], place: int) -> Labelled | None:

@@ -160,3 +160,23 @@ def test_tokenizer_without_eos_is_refused():
     tokenizer.eos_token = None
     with pytest.raises(InputError, match="no EOS token"):
         PairTokenizer(tokenizer)
+
+
+@pytest.mark.parametrize("emoji", ["🙂", "👩‍🌾🌱"])
+def test_all_tokens_of_an_answers_last_character_are_trained(emoji):
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant] "
+        "{% endif %}"
+    )
+    chosen = [
+        {"role": "assistant", "content": f"so {emoji}"},
+        {"role": "user", "content": f"why {emoji}"},
+        {"role": "assistant", "content": f"kind {emoji}"},
+    ]
+    pair = encode(tokenizer, "how ?", chosen, [{"role": "assistant", "content": "no ."}])
+    size = len(tokenizer(f" {emoji}", add_special_tokens=False)["input_ids"])
+    assert size > 2
+    trained = [i for i, flag in zip(pair.chosen_ids, pair.chosen_trained, strict=True) if flag]
+    assert tokenizer.decode(trained).count(emoji) == 2
+    assert "why" not in tokenizer.decode(trained)

@@ -29,6 +29,11 @@ def test_keep_start_and_keep_end_shorten_the_prompt_first():
     assert Truncation(10, "keep_end").apply(PAIR, None).prompt_ids == [14, 15, 16, 17, 18, 19]
 
 
+def test_a_first_token_that_occurs_again_opens_turns_and_is_not_kept_before_an_end():
+    turns = PreferencePair([BOS, *range(10, 20), BOS, 20], [30, EOS], [40, EOS])
+    assert Truncation(8, "keep_end").apply(turns, BOS).prompt_ids == [16, 17, 18, 19, BOS, 20]
+
+
 def test_long_responses_lose_their_end_and_eos():
     long = PreferencePair([BOS, 10], [*range(30, 60), EOS], [40, EOS])
     cut = Truncation(8, "keep_end").apply(long, BOS)
