@@ -189,10 +189,11 @@ class PairTable:
         The answer to another prompt that stands beside a single answer is chance. An answer that is labelled good once
         and bad once is no repetition, but a contradiction.
         """
-        single = self.desirable is not None
-        more = np.stack([self.prompt_lengths, self.desirable if single else self.chosen_lengths], axis=1)
-        ends = self.starts[:-1] + self.prompt_lengths + self.chosen_lengths if single else self.starts[1:]
-        return self._digests(self.starts[:-1], ends, _bytes_of(more.astype(np.int32)))
+        ends, second = self.starts[1:], self.chosen_lengths
+        if self.desirable is not None:
+            ends, second = self.starts[:-1] + self.prompt_lengths + self.chosen_lengths, self.desirable
+        more = np.stack([self.prompt_lengths, second], axis=1).astype(np.int32)
+        return self._digests(self.starts[:-1], ends, _bytes_of(more))
 
     def _digests(self, starts: np.ndarray, stops: np.ndarray, more: memoryview | None = None) -> list[bytes]:
         """Return a digest of each range of tokens, with its trained flags and the corresponding 8 bytes of `more`."""
