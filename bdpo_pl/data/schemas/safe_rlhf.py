@@ -6,12 +6,15 @@ If one response is unsafe, the safe one is chosen, as in the B-DPO paper.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, Literal
 
 from bdpo_pl.data.rows import BOTH_UNSAFE, PreferenceRow, RowError, check_row, parse_content
-from bdpo_pl.data.schemas.schema import SafeRLHFOptions, Schema, SchemaContext
+from bdpo_pl.data.schemas.preference import SHARED_COLUMNS
+from bdpo_pl.data.schemas.schema import SafeRLHFOptions, Schema, SchemaContext, make_row
 from bdpo_pl.data.sources import Record
 
 REQUIRED_COLUMNS = (
@@ -47,7 +50,11 @@ class SafeRLHF(Schema):
 
 
 SAFE_RLHF = SafeRLHF(
-    "safe_rlhf", REQUIRED_COLUMNS, is_messy=True, about="PKU-SafeRLHF in all its releases; the safe response is chosen"
+    "safe_rlhf",
+    REQUIRED_COLUMNS,
+    SHARED_COLUMNS,
+    is_messy=True,
+    about="PKU-SafeRLHF in all its releases; the safe response is chosen",
 )
 
 
@@ -72,12 +79,10 @@ def parse_safe_rlhf(record: Record, both_unsafe: Literal["drop", "safer"] = "dro
             BOTH_UNSAFE,
             "both responses are unsafe; safe_rlhf.both_unsafe=safer takes the safer one",
         )
-    row = PreferenceRow(
-        prompt,
-        responses[chosen],
-        responses[1 - chosen],
-        record,
-        category=_category(record, 1 - chosen),
+    row = make_row(record, prompt, responses[chosen], responses[1 - chosen])
+    row = replace(
+        row,
+        category=_category(record, 1 - chosen) or row.category,
         chosen_safe=safe[chosen],
         rejected_safe=safe[1 - chosen],
     )
@@ -101,7 +106,7 @@ def draw_queries(
         picked = by_kind[kind]
         if asked is not None:
             shuffled = generator.sample(picked, len(picked))
-            one_each = {row.prompt: row for row in shuffled if isinstance(row.prompt, str)}
+            one_each = {json.dumps(row.prompt, sort_keys=True): row for row in shuffled}
             picked = list(one_each.values())[:asked]
         drawn[kind] = (asked, len(picked))
         taken.extend(picked)
