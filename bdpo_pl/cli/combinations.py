@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse import Namespace
 
 from bdpo_pl.data.held_out import HELD_OUT
+from bdpo_pl.embedded import EMBEDDED
 from bdpo_pl.errors import InputError
 from bdpo_pl.models.precision import most_processes
 from bdpo_pl.scoring.reference_sync import SyncOptions
@@ -38,6 +40,7 @@ def check_combinations(config: Namespace, defaults: Namespace) -> None:
                     f"data.{name} and data.max_tokens_per_batch both say how large a batch is: leave out one of them"
                 )
     _check_unread(config, defaults)
+    _check_places(config.data, defaults.data)
     _check_processes(config.trainer)
     if config.export_from == "best":
         if not config.export:
@@ -84,6 +87,50 @@ def _check_unread(config: Namespace, defaults: Namespace) -> None:
         given = _of(config, name)
         if ignored and given and given != _of(defaults, name, _DEFAULTS.get(name)):
             raise InputError(f"{name} is {given}, but it would have no effect: {why}; leave it out")
+
+
+def _check_places(data: Namespace, defaults: Namespace) -> None:
+    """Refuse split, subset and revision where no source of pairs has any."""
+    train = _sources(data.train)
+    held_out = _sources(list(data.held_out.values()) if isinstance(data.held_out, Mapping) else data.held_out)
+    given: list[tuple[str, Any, str, list[tuple[str, Mapping[str, Any]]]]] = [
+        (f"{name} of {source}", options.get(name), name, [(source, {})])
+        for source, options in (*train, *held_out)
+        for name in _PLACES
+    ]
+    for option, name, of in (
+        ("split", "split", train), ("held_out_split", "split", held_out), ("subset", "subset", train + held_out),
+        ("revision", "revision", train + held_out),
+    ):  # fmt: skip
+        if data[option] != defaults[option]:
+            given.append((f"data.{option}", data[option], name, of))
+    for option, value, name, of in given:
+        if value is not None and not any(own.get(name) is None and _has(source, name) for source, own in of):
+            raise InputError(f"{option} is {value}, but it would have no effect: {_PLACES[name]}; leave it out")
+
+
+_PLACES = {
+    "split": "a file has no splits, nor has a folder, unless a DatasetDict is saved in it",
+    "subset": "files and folders have no subsets, only datasets of the hub have",
+    "revision": "files and folders have no revisions, only datasets of the hub have",
+}
+
+
+def _sources(given: Any) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return each source of pairs with its own options."""
+    found: list[tuple[str, Mapping[str, Any]]] = []
+    for one in one_or_more(given):
+        options = {"source": one} if isinstance(one, str) else one if isinstance(one, Mapping) else vars(one)
+        found.append((str(options["source"]), options))
+    return found
+
+
+def _has(source: str, name: str) -> bool:
+    """Return true if `source` may have what the option `name` chooses."""
+    path = Path(source).expanduser()
+    if name == "split" and (path / "dataset_dict.json").is_file():
+        return True
+    return source != EMBEDDED and not path.exists()
 
 
 _DEFAULTS = {"model.scoring.chunk_pairs": ScoringOptions.chunk_pairs, "model.reference_sync.mixup": SyncOptions.mixup}

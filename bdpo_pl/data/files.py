@@ -8,6 +8,7 @@ import io
 import json
 import os
 import stat
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -128,6 +129,8 @@ def _jsonl(path: Path) -> Rows:
             ) from None
         except _TwiceError as error:
             raise InputError(f"{path}, line {number}: the key {error} is there twice; remove one") from None
+        except ValueError:
+            raise InputError(f"{path}, line {number}: {_TOO_MANY_DIGITS}") from None
         if not isinstance(fields, dict):
             hint = "; a file that is one JSON array is read as .json" if isinstance(fields, list) else ""
             raise InputError(f"{path}, line {number}: expected a JSON object, got {type(fields).__name__}{hint}")
@@ -148,15 +151,36 @@ def _json(path: Path) -> Rows:
         raise InputError(f"{path}: not JSON in UTF-8 ({error}){hint}") from None
     except _TwiceError as error:
         raise InputError(f"{path}: the key {error} is twice in one object; remove one") from None
-    if isinstance(rows, dict):
-        arrays = [value for value in rows.values() if isinstance(value, list) and value]
-        rows = arrays[0] if len(arrays) == 1 else [rows]
+    except ValueError:
+        too_long = object()
+        limit = sys.get_int_max_str_digits()
+        read = _array(json.loads(content.decode("utf-8-sig"), parse_int=lambda d: too_long if len(d) > limit else 0))
+        found = (number for number, fields in enumerate(read) if _holds(fields, too_long))
+        raise InputError(f"{path}, row {next(found, 0)}: {_TOO_MANY_DIGITS}") from None
+    rows = _array(rows)
     if not isinstance(rows, list):
         raise InputError(f"{path}: expected a JSON array of objects, got {type(rows).__name__}")
     for number, fields in enumerate(rows):
         if not isinstance(fields, dict):
             raise InputError(f"{path}, row {number}: expected a JSON object, got {type(fields).__name__}")
         yield number, fields
+
+
+def _array(content: Any) -> Any:
+    """Return the only array in a JSON object, else the object as the only row; anything else unchanged."""
+    if not isinstance(content, dict):
+        return content
+    arrays = [value for value in content.values() if isinstance(value, list) and value]
+    return arrays[0] if len(arrays) == 1 else [content]
+
+
+_TOO_MANY_DIGITS = "a whole number has more digits than Python reads; write it as text, or remove the row"
+
+
+def _holds(value: object, wanted: object) -> bool:
+    if isinstance(value, dict | list):
+        return any(_holds(item, wanted) for item in (value.values() if isinstance(value, dict) else value))
+    return value is wanted
 
 
 class _TwiceError(ValueError):

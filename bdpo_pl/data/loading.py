@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Literal
@@ -34,8 +35,8 @@ class LoadOptions:
     Args:
         format: schema of the rows; `auto` takes the first that recognises the first row, and `single` for a loss that
             reads single answers.
-        columns: mapping from our column names to yours, as in `{chosen: good_answer}`.
-        ignore: columns left out on purpose. Any other unread column that a model should read stops the run.
+        columns: mapping from our column names to yours, as in `{chosen: good_answer}`; yours must be in the data.
+        ignore: columns of the data left out on purpose. Any other unread column that a model should read stops the run.
         bad_rows: treatment of a row that cannot be trained on: stop the run (`error`) or leave the row out and count it
             (`drop`). `auto`: `drop` for published sets that are known to contain such rows (PKU-SafeRLHF, HH-RLHF,
             KTO's), else `error`.
@@ -50,6 +51,46 @@ class LoadOptions:
     bad_rows: BadRows = "auto"
     duplicates: Literal["drop", "keep"] = "drop"
     safe_rlhf: SafeRLHFOptions = field(default_factory=SafeRLHFOptions)
+
+    def __post_init__(self) -> None:
+        # What earlier sources had: the options are for all sources, and not each must have every column.
+        self._found: set[str] = set()
+        self._drawn = False
+
+    def rename(self, record: Record, seen: dict[str, None]) -> Record:
+        """Return `record` under our column names, and add its own names to `seen`."""
+        if not self.columns and not self.ignore:
+            return record
+        seen |= dict.fromkeys(record.fields)
+        taken = {*self.columns.values(), *self.ignore}
+        fields = {name: value for name, value in record.fields.items() if name not in taken}
+        fields |= {ours: record.fields[theirs] for ours, theirs in self.columns.items() if theirs in record.fields}
+        return Record(record.source, record.number, fields)
+
+    def check_used(self, source: str, seen: Mapping[str, None], schema: Schema) -> None:
+        """Raise `InputError` if an option is about what neither `source` nor one before it has.
+
+        Args:
+            source: source that has been read.
+            seen: names of its columns.
+            schema: schema of its rows.
+        """
+        self._found |= seen.keys()
+        for option, names in (("columns", self.columns.values()), ("ignore", self.ignore)):
+            for name in names:
+                if name not in self._found:
+                    near = difflib.get_close_matches(name, seen, n=1)
+                    raise InputError(
+                        f"data.load.{option} names the column {name!r}, and no row of {source} has it"
+                        + (f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(map(repr, seen))}.")
+                        + " Of several sources, the first one must have it"
+                    )
+        self._drawn |= isinstance(schema, SafeRLHF)
+        if not self._drawn and self.safe_rlhf != SafeRLHFOptions():
+            raise InputError(
+                f"data.load.safe_rlhf draws pairs from PKU-SafeRLHF, and {source} is read as {schema.name}: leave it "
+                "out. Of several sources, the first one must be PKU-SafeRLHF"
+            )
 
 
 def load_pairs(
@@ -86,7 +127,9 @@ def load_pairs(
     """
     options = options or LoadOptions()
     report = DataReport(name, source)
-    records = (_rename(record, options) for record in read_records(source, split, revision, subset, report.unread))
+    seen: dict[str, None] = {}
+    read = read_records(source, split, revision, subset, report.unread)
+    records = (options.rename(record, seen) for record in read)
     first = next(records, None)
     if first is None:
         raise InputError(f"{source}: no rows")
@@ -110,6 +153,7 @@ def load_pairs(
     if by_safety:
         rows = _by_safety(rows, report, strict)
     table = _tokenize(rows, tokenizer, truncation, options, report, strict)
+    options.check_used(source, seen, schema)
     if not len(table):
         raise InputError(_nothing_left(report, truncation))
     report.kept = len(table)
@@ -123,16 +167,6 @@ def load_pairs(
     said = "pairs that another pair contradicts" if table.desirable is None else "answers that have both labels"
     report.note(said, len(swapped) + len(conflicting))
     return table, report
-
-
-def _rename(record: Record, options: LoadOptions) -> Record:
-    """Return `record` under our column names. A mapping to an absent column is reported as that column missing."""
-    if not options.columns and not options.ignore:
-        return record
-    taken = {*options.columns.values(), *options.ignore}
-    fields = {name: value for name, value in record.fields.items() if name not in taken}
-    fields |= {ours: record.fields[theirs] for ours, theirs in options.columns.items() if theirs in record.fields}
-    return Record(record.source, record.number, fields)
 
 
 def _schema(first: Record, format: DataFormat) -> Schema:
@@ -197,6 +231,11 @@ def _tokenize(
                 continue
             if not as_text:
                 as_text.append(tokenizer.reads_as_text(row))
+                if as_text[0] and tokenizer.thoughts != "train":
+                    raise InputError(
+                        f"{row.record.place}: data.thoughts is {tokenizer.thoughts}, but the row is read as plain "
+                        "text, in which no thought is looked for; leave it out, or give a template (data.chat_template)"
+                    )
             elif as_text[0] is not tokenizer.reads_as_text(row):
                 raise InputError(
                     f"{row.record.place}: some rows are dialogues that are read as plain text, and others are rendered "
@@ -268,7 +307,12 @@ def _weights(weights: Sequence[float | None], places: Sequence[str]) -> np.ndarr
             f"{missing[0]}: no 'weight', which other rows of the source have ({len(missing):,} rows lack it); give "
             "each row one, or leave the column out with --data.load.ignore '[weight]'"
         )
-    return np.array(weights, dtype=np.float32)
+    with np.errstate(over="ignore"):
+        found = np.array(weights, dtype=np.float32)
+    if not np.isfinite(found).all():
+        place = places[int(np.flatnonzero(~np.isfinite(found))[0])]
+        raise InputError(f"{place}: field 'weight' is too large for float32; divide all weights by a number")
+    return found
 
 
 def _deduplicate(table: PairTable, policy: Literal["drop", "keep"], report: DataReport) -> PairTable:

@@ -158,6 +158,52 @@ def test_an_option_that_another_one_leaves_without_effect_is_refused(parser, opt
     check_combinations(without, defaults)
 
 
+@pytest.fixture
+def places(tmp_path):
+    """A file, and a folder with the mark of a saved DatasetDict."""
+    (tmp_path / "pairs.jsonl").write_text("{}\n{}\n")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "dataset_dict.json").write_text("{}")
+    return tmp_path
+
+
+@pytest.mark.parametrize("train", ["{0}/pairs.jsonl", "[{{source: {0}/pairs.jsonl}}]"])
+@pytest.mark.parametrize("name", ["split", "subset", "revision"])
+def test_what_only_hub_datasets_have_is_refused_of_files(parser, places, train, name):
+    defaults = parser.get_defaults()
+
+    def check(*options):
+        check_combinations(parser.parse_args(["--model.policy=a", *options]), defaults)
+
+    train = f"--data.train={train.format(places)}"
+    check(train)
+    with pytest.raises(InputError, match=rf"data\.{name} is x, but it would have no effect: .*leave it out"):
+        check(train, f"--data.{name}=x")
+    own = f"--data.train=[{{source: {places}/pairs.jsonl, {name}: x}}, {{source: owner/name}}]"
+    with pytest.raises(InputError, match=rf"{name} of .*pairs\.jsonl is x, but"):
+        check(own)
+    # One source that reads it is enough.
+    check("--data.train=owner/name", f"--data.{name}=x")
+    check(f"--data.train=[{{source: {places}/pairs.jsonl}}, {{source: owner/name}}]", f"--data.{name}=x")
+
+
+def test_splits_are_those_of_the_pairs_they_are_about(parser, places):
+    defaults = parser.get_defaults()
+
+    def check(*options):
+        check_combinations(parser.parse_args(["--model.policy=a", *options]), defaults)
+
+    check(f"--data.train={places}/saved", "--data.split=x")
+    with pytest.raises(InputError, match=r"data\.revision is x"):
+        check(f"--data.train={places}/saved", "--data.revision=x")
+    check("--data.train=owner/name", "--data.held_out=owner/other", "--data.held_out_split=x")
+    with pytest.raises(InputError, match=r"data\.held_out_split is x"):
+        check("--data.train=owner/name", f"--data.held_out={places}/pairs.jsonl", "--data.held_out_split=x")
+    check("--data.train=owner/name", f"--data.held_out={places}/pairs.jsonl", "--data.revision=x")
+    with pytest.raises(InputError, match=r"split of .*pairs\.jsonl is x"):
+        check("--data.train=owner/name", f"--data.held_out={{a: {{source: {places}/pairs.jsonl, split: x}}}}")
+
+
 class Ignores:
     def __init__(self, used: int, checked: int, kept: int, handed: int, through: int) -> None:
         if checked < 0:

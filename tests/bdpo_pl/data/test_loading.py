@@ -13,7 +13,9 @@ from makers import build_tokenizer, messy_safe_rlhf_rows, preference_rows, safe_
 from bdpo_pl.data.consistency import count_shared_prompts
 from bdpo_pl.data.loading import LoadOptions, load_pairs
 from bdpo_pl.data.report import report_table
-from bdpo_pl.data.schemas.safe_rlhf import REQUIRED_COLUMNS, SafeRLHFOptions
+from bdpo_pl.data.schemas.safe_rlhf import REQUIRED_COLUMNS, SAFE_RLHF, SafeRLHFOptions
+from bdpo_pl.data.schemas.schema import SchemaContext
+from bdpo_pl.data.sources import read_records
 from bdpo_pl.data.splits import split_by_prompt
 from bdpo_pl.data.tokenization import PairTokenizer
 from bdpo_pl.data.truncation import Truncation
@@ -231,6 +233,58 @@ def test_safe_rlhf_keeps_and_drops_what_it_should(load, messy_safe_rlhf, tokeniz
 def test_safe_rlhf_can_take_the_safer_of_two_unsafe(load, messy_safe_rlhf, tokenizer):
     table, _ = load(messy_safe_rlhf, safe_rlhf=SafeRLHFOptions(both_unsafe="safer"))
     assert ("bad .", "worse .") in texts(table, tokenizer)
+
+
+def test_safe_rlhf_reads_the_columns_that_all_layouts_share(load, tmp_path):
+    shared = {"chat_template_kwargs": {"custom": "x"}, "system": "be kind ."}
+    rows = [
+        {**safe_rlhf_row(f"q{i} ?", ["so .", "no ."], [True, False], better=0), "weight": 0.5 + i, **shared}
+        for i in range(2)
+    ]
+    path = write_jsonl(tmp_path / "weighted.jsonl", rows)
+    for options in ({}, {"safe_rlhf": SafeRLHFOptions(num_unsafe=2)}):
+        table, report = load(path, **options)
+        assert table.weights.tolist() == [0.5, 1.5]
+        assert report.notes["with a system message"] == "2"
+    context = SchemaContext(report, None, 0, SafeRLHFOptions())
+    assert all(row.template_kwargs == {"custom": "x"} for row in SAFE_RLHF.rows(read_records(str(path)), context))
+
+
+def test_columns_that_the_data_do_not_have_are_refused(load, tmp_path):
+    rows = [{**row, "scorer": 0.5, "context": "a b"} for row in preference_rows(4)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    ignore = ["context"]
+    assert load(path, columns={"weight": "scorer"}, ignore=ignore)[0].weights.tolist() == [0.5] * 4
+    with pytest.raises(InputError, match=r"columns names the column 'scoer', and no row of .*did you mean 'scorer'"):
+        load(path, columns={"weight": "scoer"}, ignore=ignore)
+    with pytest.raises(InputError, match=r"ignore names the column 'nope', and .*rows\.jsonl has it; there are"):
+        load(path, ignore=[*ignore, "nope"])
+    # A column of some rows is a column.
+    write_jsonl(path, [*rows[:3], {**GOOD, "source": "x"}])
+    assert len(load(path, ignore=[*ignore, "source"])[0]) == 4
+
+
+def test_options_are_for_all_sources_and_not_each_has_every_column(tokenizer, tmp_path):
+    first = write_jsonl(tmp_path / "first.jsonl", [{**row, "context": "a"} for row in preference_rows(4)])
+    second = write_jsonl(tmp_path / "second.jsonl", preference_rows(4, seed=1))
+    options = LoadOptions(ignore=["context"])
+    for path in (first, second):
+        assert len(load_pairs("train", str(path), tokenizer, Truncation(256), options)[0]) == 4
+    with pytest.raises(InputError, match=r"second.*the first one must have it"):
+        load_pairs("train", str(second), tokenizer, Truncation(256), LoadOptions(ignore=["context"]))
+
+
+def test_a_draw_from_safe_rlhf_is_refused_of_other_layouts(load, tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", preference_rows(4))
+    with pytest.raises(InputError, match=r"data\.load\.safe_rlhf .*rows\.jsonl is read as preference"):
+        load(path, safe_rlhf=SafeRLHFOptions(num_safe=2))
+
+
+def test_thoughts_are_refused_where_they_are_not_looked_for(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{**GOOD, "chosen": "<think>t</think>so ."}])
+    plain = PairTokenizer(build_tokenizer(chat=False), thoughts="strip")
+    with pytest.raises(InputError, match=r"rows\.jsonl, line 1: data\.thoughts is strip"):
+        load_pairs("train", str(path), plain, Truncation(64))
 
 
 def test_safe_rlhf_strict_names_the_fault(load, messy_safe_rlhf):

@@ -148,3 +148,12 @@ def test_huge_text_is_refused_before_it_is_tokenised(tmp_path):
     tokenizer = PairTokenizer(build_tokenizer())
     with pytest.raises(InputError, match=r"line 5: field 'prompt' holds a text of 5,000,000 characters"):
         load_pairs("train", str(path), tokenizer, Truncation(256))
+
+
+@pytest.mark.parametrize(("name", "place"), [("a.jsonl", "line 2"), ("a.json", "row 1")])
+def test_a_number_of_too_many_digits_is_named_with_its_row(tmp_path, name, place):
+    rows = ['{"prompt": "a"}', f'{{"prompt": "b", "x": [{{"y": {"1" * 5000}}}]}}']
+    path = tmp_path / name
+    path.write_text("\n".join(rows) if name == "a.jsonl" else f"[{', '.join(rows)}]")
+    with pytest.raises(InputError, match=rf"{name}, {place}: a whole number has more digits"):
+        list(read_records(str(path)))
