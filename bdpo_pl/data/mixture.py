@@ -39,7 +39,7 @@ class DataSource:
 
     def __post_init__(self) -> None:
         if not 0.0 < self.weight < math.inf:
-            raise InputError(f"data.train: the weight of {self.source} must be above 0, got {self.weight}")
+            raise InputError(f"the weight of {self.source} must be above 0, got {self.weight}")
         if self.limit is not None and self.limit < 1:
             raise InputError(f"the limit of {self.source} must be at least 1 pair, got {self.limit}")
 
@@ -97,17 +97,26 @@ def join(
 
 
 def repeat(table: PairTable, weights: np.ndarray, seed: int, of: str = "data.train") -> PairTable:
-    """Return `table` with each pair repeated by its weight, fractions drawn by `seed`, in the same order."""
+    """Return `table` with each pair repeated by its weight, fractions drawn by `seed`, in the same order.
+
+    The fraction gives a number of each file's pairs, exact but for rounding, not a chance for each pair.
+    """
     if np.all(weights == 1.0):
         return table
     whole = np.floor(weights)
     times = whole.astype(np.int64)
     generator = np.random.default_rng(seed)
-    for weight in np.unique(weights):
-        # The fraction gives an exact number of each source's pairs, not an independent chance for each pair.
-        places = np.flatnonzero(weights == weight)
-        extra = round((weight - math.floor(weight)) * len(places))
-        times[generator.permutation(places)[:extra]] += 1
+    by_file: dict[tuple[float, str], list[int]] = {}
+    for i, (weight, place) in enumerate(zip(weights.tolist(), table.places, strict=True)):
+        by_file.setdefault((weight, place.rpartition(", ")[0]), []).append(i)
+    done: dict[float, tuple[int, int]] = {}
+    for (weight, _), places in sorted(by_file.items(), key=lambda item: item[0][0]):
+        # Rounded along the files, so that many small ones do not add up their rounding.
+        pairs, drawn = done.get(weight, (0, 0))
+        pairs += len(places)
+        extra = round((weight - math.floor(weight)) * pairs) - drawn
+        times[generator.permutation(np.array(places))[:extra]] += 1
+        done[weight] = pairs, drawn + extra
     if not times.any():
         raise InputError(f"{of}: the weights leave no pair; raise them")
     return table.select(np.repeat(np.arange(len(table)), times))

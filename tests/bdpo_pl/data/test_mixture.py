@@ -40,8 +40,25 @@ def test_each_pair_is_there_as_often_as_its_sources_weight_says(tmp_path):
     assert repeat(joined, weights, seed=0).content_digest() == table.content_digest()
     assert repeat(joined, np.ones(30), seed=0) is joined
     for weight in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(InputError, match=r"data\.train: the weight of a must be above 0"):
+        with pytest.raises(InputError, match=r"^the weight of a must be above 0"):
             DataSource("a", weight)
+
+
+def test_a_fraction_is_drawn_from_each_source(tmp_path):
+    rows = preference_rows(40)
+    loaded = [load(write_jsonl(tmp_path / f"{n}.jsonl", part)) for n, part in (("a", rows[:20]), ("b", rows[20:]))]
+    tables, reports = zip(*loaded, strict=True)
+    joined, weights = join(tables, [0.5, 0.5], reports, "drop")
+    for seed in range(5):
+        drawn = [place.partition(",")[0] for place in repeat(joined, weights, seed).places]
+        assert [drawn.count(report.source) for report in reports] == [10, 10]
+
+
+def test_many_small_files_of_a_source_give_its_share(tmp_path):
+    for i, row in enumerate(preference_rows(30)):
+        write_jsonl(tmp_path / f"{i:02}.jsonl", [row])
+    table, _ = load(tmp_path)
+    assert len(repeat(table, np.full(30, 0.4), seed=0)) == 12
 
 
 def test_sources_that_are_read_in_different_ways_are_not_mixed(tmp_path):
