@@ -116,7 +116,7 @@ _PLACES = {
 }
 
 
-def _sources(given: Any) -> list[tuple[str, Mapping[str, Any]]]:
+def _sources(given: object) -> list[tuple[str, Mapping[str, Any]]]:
     """Return each source of pairs with its own options."""
     found: list[tuple[str, Mapping[str, Any]]] = []
     for one in one_or_more(given):

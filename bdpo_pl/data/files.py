@@ -166,7 +166,7 @@ def _json(path: Path) -> Rows:
         yield number, fields
 
 
-def _array(content: Any) -> Any:
+def _array(content: object) -> Any:
     """Return the only array in a JSON object, else the object as the only row; anything else unchanged."""
     if not isinstance(content, dict):
         return content
