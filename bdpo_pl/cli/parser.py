@@ -19,6 +19,7 @@ from bdpo_pl.errors import InputError
 
 _LOSS = "model.loss"
 _CLASSES = (_LOSS, "model.optimizer")
+_FILES = ("data.train", "data.held_out")
 _LONGEST_ERROR = 400
 _BASE_CLASSES = {"optimizer": ("torch.optim", "Optimizer"), "logger": ("lightning.pytorch.loggers", "Logger")}
 
@@ -33,6 +34,10 @@ class OptionParser(LightningArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, *rest: object, **kwargs: object) -> Namespace:
         """Parse `args`; a loss that they name replaces the previous one, including its options."""
+        for action in self._actions:
+            if action.dest in _FILES:
+                # jsonargparse would put the content of a file in the place of its path, as a file with options.
+                action._enable_path = False  # type: ignore[attr-defined]
         given = sys.argv[1:] if args is None else args
         reset = [part for arg in given for part in ([f"--{_LOSS}=null", arg] if _names_a_loss(arg) else [arg])]
         parsed = super().parse_args(reset, *rest, **kwargs)

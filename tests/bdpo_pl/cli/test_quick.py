@@ -206,3 +206,23 @@ def test_one_command_has_all_commands(capsys):
         main(["fitt"])
     assert stopped.value.code == 2
     assert "did you mean fit?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "content"),
+    [
+        ("train", "pairs.csv", "prompt,chosen,rejected\nhow ?,so .,no .\n"),
+        ("train", "pairs.json", '[{"prompt": "how ?", "chosen": "so .", "rejected": "no ."}]'),
+        ("train", "pairs.jsonl", '{"prompt": "how ?", "chosen": "so .", "rejected": "no ."}\n'),
+        ("held_out", "pairs.json", '{"prompt": "how ?", "chosen": "so .", "rejected": "no ."}'),
+        ("held_out", "pairs.csv", "prompt,chosen,rejected\nhow ?,so .,no .\n"),
+    ],
+)
+def test_a_file_of_pairs_stays_a_path(tmp_path, capsys, option, name, content):
+    """The parser reads other files, which hold options, in the place of their paths."""
+    file = tmp_path / name
+    file.write_text(content)
+    with pytest.raises(SystemExit) as ended:
+        fit([f"--data.{option}", str(file), "--print_config"])
+    assert ended.value.code == 0
+    assert yaml.safe_load(capsys.readouterr().out)["data"][option] == str(file)
