@@ -43,8 +43,8 @@ def finite_gradient_norm(trainer: L.Trainer, model: nn.Module) -> Tensor:
     """Compute the norm of all gradients of `model`, and refuse one that is not finite.
 
     Raises:
-        NonFiniteError: the norm is NaN or infinite. With fp16 no error is raised, because its loss scaling skips the
-            step.
+        NonFiniteError: the norm is NaN or infinite. Where the loss is scaled no error is raised, because the scaler
+            skips the step.
     """
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     norm = whole(torch.nn.utils.get_total_norm(grads))
@@ -58,8 +58,18 @@ def finite_gradient_norm(trainer: L.Trainer, model: nn.Module) -> Tensor:
 
 
 def scales_the_loss(trainer: L.Trainer) -> bool:
-    """Return true if the precision is fp16, whose gradients are scaled until the optimiser step."""
-    return str(trainer.precision).startswith("16")
+    """Return true if the loss is scaled, as with 16-mixed: the scaler skips steps that are not finite."""
+    return getattr(trainer.precision_plugin, "scaler", None) is not None
+
+
+def let_the_scaler_unscale(trainer: L.Trainer) -> None:
+    """Have gradients unscaled before their norm is logged and clipped, by fused optimisers too.
+
+    Fused ones would unscale them in their own step, after both. Asked this way they take gradients as they are.
+    """
+    if scales_the_loss(trainer):
+        for optimizer in trainer.optimizers:
+            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
 
 
 def check_first_loss(trainer: L.Trainer, losses: Tensor, expected: float) -> None:

@@ -18,7 +18,7 @@ from bdpo_pl.models.precision import autocast_dtype
 from bdpo_pl.parallel.ranks import counts_its_data
 from bdpo_pl.reporting.progress import memory_used
 from bdpo_pl.training.flops import peak_flops, training_flops
-from bdpo_pl.training.guards import finite_gradient_norm, scales_the_loss
+from bdpo_pl.training.guards import finite_gradient_norm, let_the_scaler_unscale
 from bdpo_pl.training.metrics import PairMeans, gaps
 from bdpo_pl.training.schedule_free import at_average, stay_at_average
 from bdpo_pl.training.throughput import Throughput
@@ -85,19 +85,20 @@ class WatchedModule(L.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the norm that `on_before_optimizer_step` has measured.
+        """Clip by value, or by the norm that `on_before_optimizer_step` has measured.
 
-        Lightning would measure it again, and would refuse to clip for a fused optimiser under bf16-mixed, although only
-        fp16's loss scaling makes that impossible.
+        Lightning would measure it again, and would refuse to clip for a fused optimiser under bf16-mixed.
         """
-        by_norm = gradient_clip_algorithm in (None, "norm")
-        if not by_norm or not gradient_clip_val or scales_the_loss(self.trainer):
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        if not gradient_clip_val:
+            return
+        if gradient_clip_algorithm not in (None, "norm"):
+            torch.nn.utils.clip_grad_value_(self.policy.parameters(), gradient_clip_val)
         elif self._grad_norm.device.type != "cpu" or self._grad_norm > gradient_clip_val:
             torch.nn.utils.clip_grads_with_norm_(self.policy.parameters(), gradient_clip_val, self._grad_norm)
 
     def on_train_start(self) -> None:
         """Log what the loss measured on the training pairs, and start the measurement of throughput."""
+        let_the_scaler_unscale(self.trainer)
         for logger in self.loggers:
             logger.log_hyperparams({f"loss.{name}": value for name, value in self.loss.state_dict().items()})
         self.throughput.flops = training_flops(self.policy)

@@ -198,8 +198,9 @@ class NaNGradient(DPOLoss):
         return losses
 
 
-def test_gradient_that_is_not_finite_stops_before_the_step(job):
-    trainer, module, data = job(loss=NaNGradient())
+@pytest.mark.parametrize("precision", ["32-true", "16-true"])
+def test_gradient_that_is_not_finite_stops_before_the_step(job, precision):
+    trainer, module, data = job(loss=NaNGradient(), trainer={"precision": precision})
     with pytest.raises(NonFiniteError, match=r"gradient's norm is (nan|inf) at optimiser step 0"):
         trainer.fit(module, data)
     assert all(torch.isfinite(p).all() for p in module.policy.parameters())

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 from training import fit, same, weights
 
 from bdpo_pl.data.packing import RowLayout
@@ -140,3 +141,49 @@ def test_clipping_is_lightnings_own(job, monkeypatch, algorithm):
     assert not same(ours, unclipped)
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6)
+
+
+class Norms(Callback):
+    """Keeps the norms that were logged, of steps that were taken."""
+
+    def on_train_batch_end(self, trainer, module, *_):
+        self.seen = [*getattr(self, "seen", []), float(trainer.callback_metrics["train/grad_norm"])]
+
+
+@pytest.mark.parametrize(("algorithm", "clip"), [("norm", 0.02), ("value", 0.02), ("norm", None)])
+def test_scaled_gradients_are_logged_and_clipped_as_they_are(job, algorithm, clip):
+    """On a CPU Lightning takes 16-mixed for bf16-mixed, unless it comes as a plugin."""
+
+    def run(name, **options):
+        norms = Norms()
+        fixed = {"max_steps": 3, "callbacks": [norms], "gradient_clip_val": clip, "num_sanity_val_steps": 0}
+        module = fit(
+            job(
+                name,
+                optimizer=lambda params: torch.optim.SGD(params, lr=1.0, fused=True),
+                trainer={**fixed, "gradient_clip_algorithm": algorithm, **options},
+            )
+        )
+        return weights(module), norms.seen
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    half, logged = run("half", plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+    exact, norms = run("exact")
+    assert logged == pytest.approx(norms, rel=0.05)
+    for name in exact:
+        torch.testing.assert_close(half[name], exact[name], rtol=0.02, atol=2e-3)
+
+
+def test_a_step_whose_scaled_gradients_overflow_is_skipped(job):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    norms = Norms()
+    options = {"max_steps": 1, "callbacks": [norms], "num_sanity_val_steps": 0}
+    trainer, module, data = job(trainer={**options, "plugins": [MixedPrecision("16-mixed", "cpu", scaler)]})
+    before = {name: weight.clone() for name, weight in module.base_model(torch.float32, "cpu").named_parameters()}
+    trainer.fit(module, data)
+    assert same(before, weights(module))
+    assert scaler.get_scale() == 2.0**39
+
+
+def test_gradients_of_a_fused_optimiser_are_clipped_by_value(job):
+    fit(job(optimizer=fused, trainer={"precision": "bf16-mixed", "max_steps": 1, "gradient_clip_algorithm": "value"}))
