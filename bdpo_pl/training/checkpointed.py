@@ -6,6 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_info
+
+from bdpo_pl.data.splits import PreferenceSplits
 from bdpo_pl.errors import InputError
 from bdpo_pl.losses import PreferenceLoss
 from bdpo_pl.models.adapters import LoraOptions, is_adapter
@@ -50,9 +53,18 @@ class CheckpointedModule(WatchedModule):
         self.sync = sync
         self.reference: Reference | None = None
         self.resumed_at: int | None = None
+        self._splits: PreferenceSplits | None = None
+        self._digests: dict[str, str] = {}
         if lora is not None:
             # Checkpoints hold the adapters alone; on_load_checkpoint makes sure that they hold all of them.
             self.strict_loading = False
+
+    @property
+    def splits(self) -> PreferenceSplits:
+        """Pairs of all splits, after `setup` has read them."""
+        if self._splits is None:
+            raise RuntimeError("the pairs are not read yet: trainer.fit(module, datamodule) has them read")
+        return self._splits
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the name of the model and the measurements so far; remove the weights that are not trained."""
@@ -60,7 +72,8 @@ class CheckpointedModule(WatchedModule):
         checkpoint[_KEY] = {
             "policy": self.source.name,
             "revision": self.source.revision,
-            "reestimation": self.reestimation.state_dict(),
+            "reestimation": self.reestimation.state_dict()
+            | ({} if self.reestimation.every_n_steps is None else {"pairs": self._pairs_digests()}),
             "loss": self.loss.state_dict(),
             **({"lora": None} if self.lora is None else self.lora.to_saved()),
             # Joined over all ranks, because the next line of the log shows their mean.
@@ -87,22 +100,50 @@ class CheckpointedModule(WatchedModule):
         """Restore the measurements; refuse the checkpoint of another model.
 
         Raises:
-            InputError: the checkpoint was written for another policy.
+            InputError: the checkpoint was written for another policy, or its reference would be lost.
         """
         saved = checkpoint.get(_KEY, {})
         _require_same_policy(
             saved, self.source.name, self.lora, self._trained_names() <= checkpoint["state_dict"].keys()
         )
+        self.check_reference_sync(checkpoint)
         self.resumed_at = checkpoint.get("global_step")
         self.loss.load_state_dict(saved.get("loss", {}))
         self.sync.load_state_dict(saved.get("reference_sync", {}), self.reference)
-        if "reestimation" in saved:
-            self.reestimation.load_state_dict(saved["reestimation"])
+        if "reestimation" in saved and self.reestimation.every_n_steps is not None:
+            self.reestimation.load_state_dict(self._of_these_pairs(saved["reestimation"]))
         if saved.get("before"):
             self.evaluations.setdefault(0, saved["before"])
         if "train_means" in saved and self.trainer.is_global_zero:
             self.train_means.take_up(saved["train_means"])
             self.throughput.take_up(saved.get("padding", [0, 0]))
+
+    def check_reference_sync(self, checkpoint: Mapping[str, Any]) -> None:
+        """Raise `InputError` if the reference of `checkpoint` has followed the policy, and would now jump back."""
+        if checkpoint.get(_KEY, {}).get("reference_sync") and self.sync.options.every is None:
+            raise InputError(
+                "the checkpoint holds a reference that has followed the policy, and without model.reference_sync.every "
+                "it would be lost for the one of the start: set model.reference_sync.every as it was, or, to keep the "
+                "reference where it is, to more steps than the run has"
+            )
+
+    def _pairs_digests(self) -> dict[str, str]:
+        """Return a digest of the pairs of each split, which do not change in a run."""
+        if not self._digests:
+            self._digests = {name: table.content_digest() for name, table in self.splits.tables.items()}
+        return self._digests
+
+    def _of_these_pairs(self, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the re-estimated comprehension in `saved` of the splits that are still of the same pairs."""
+        # Checkpoints of an earlier version do not say which pairs were measured.
+        digests = saved.get("pairs", self._pairs_digests())
+        kept = {name: v for name, v in saved["values"].items() if digests.get(name) == self._pairs_digests().get(name)}
+        if lost := sorted(saved["values"].keys() - kept.keys()):
+            rank_zero_info(
+                f"The checkpoint's comprehension under the policy is of other pairs ({', '.join(lost)}); until it is "
+                "measured again, these have that under the reference"
+            )
+        return {"step": saved["step"], "values": kept}
 
     def _trained_names(self) -> set[str]:
         """Return the names of the weights in a checkpoint: all that are trained; with LoRA, those of the adapters."""

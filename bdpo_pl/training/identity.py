@@ -36,6 +36,13 @@ _ORDER = {"batches", "seed"}
 
 _OPTIMIZER = "optimizer"
 
+_SAFETY = "safety of the data"
+_ALLOWED_AS = {_SAFETY: "data"}
+"""Traits that define a run as parts of another one, under whose name they are allowed."""
+
+_NEWER = {_SAFETY, "router_aux_loss", "gradient_clip_algorithm"}
+"""Traits that checkpoints of earlier versions lack: compared only where both runs have them."""
+
 
 @dataclass
 class ResumeOptions:
@@ -89,6 +96,9 @@ def describe_run(trainer: L.Trainer, module: PreferenceModule, data: PreferenceD
     if table.desirable is not None:
         content = _sha(f"{content} labels {hashlib.sha256(table.desirable.tobytes()).hexdigest()}")
     traits = {"data": _digest(content, f"{len(table):,} pairs of {data.train_source}")}
+    if module.loss.needs_safety and table.safe is not None:
+        flags = hashlib.sha256(table.safe.tobytes()).hexdigest()
+        traits[_SAFETY] = _digest(flags, f"{int((~table.safe).sum()):,} unsafe of {table.safe.size:,} responses")
     traits["held-out data"] = Trait(None, "none")
     for split, held_out in data.tables.items():
         if split.startswith(HELD_OUT):
@@ -110,6 +120,8 @@ def describe_run(trainer: L.Trainer, module: PreferenceModule, data: PreferenceD
     traits["warmup_ratio"] = _plain(module.warmup_ratio)
     for name in ("max_epochs", "max_steps", "limit_train_batches", "gradient_clip_val"):
         traits[name] = _plain(getattr(trainer, name))
+    traits["gradient_clip_algorithm"] = _plain(str(getattr(trainer.gradient_clip_algorithm, "value", "norm")))
+    traits["router_aux_loss"] = _plain(module.router_aux_loss)
     if (sync := module.sync.options).every is not None:
         traits["reference sync"] = _plain([sync.every, sync.mixup])
     traits["re-estimation"] = _plain(module.reestimation.every_n_steps)
@@ -136,27 +148,29 @@ def check_resume(
     Raises:
         InputError: a trait differs that must agree and is not allowed, or the optimiser is of another class.
     """
-    names = [name for name in dict.fromkeys([*now, *saved]) if _value(saved.get(name)) != _value_of(now.get(name))]
+    compared = [name for name in dict.fromkeys([*now, *saved]) if name not in _NEWER or (name in now and name in saved)]
+    names = [name for name in compared if _value(saved.get(name)) != _value_of(now.get(name))]
     lines = {name: f"{name}: {_shown(saved.get(name))} → {_shown_of(now.get(name))}" for name in names}
     if _OPTIMIZER in names:
         raise InputError(
             f"the checkpoint holds the state of another optimiser ({lines[_OPTIMIZER]}), which the new one cannot take "
             "up: resume with model.optimizer as it was, or begin a new run from the exported model"
         )
-    refused = [name for name in MUST_AGREE if name in names and name not in allow]
+    defining = {name: _ALLOWED_AS.get(name, name) for name in names if _ALLOWED_AS.get(name, name) in MUST_AGREE}
+    refused = {name: allowed_as for name, allowed_as in defining.items() if allowed_as not in allow}
     if refused:
         raise InputError(
             "the checkpoint belongs to another run: "
             + "; ".join(lines[name] for name in refused)
             + ". Resume it with the data and options it was trained with, or, to continue with the change, add "
-            f"--resume.allow '[{', '.join(sorted({*allow, *refused}))}]'"
+            f"--resume.allow '[{', '.join(sorted({*allow, *refused.values()}))}]'"
         )
     if names:
         rank_zero_info("The resumed run differs from the run of its checkpoint:")
     for name in names:
-        if name in allow:
+        if name in defining:
             what = "allowed"
-        elif name in _ORDER or name in MUST_AGREE:
+        elif name in _ORDER:
             skipped = f", so the {batches_done} batches skipped as done are other pairs" if batches_done else ""
             what = f"another order{skipped}"
         else:
@@ -194,7 +208,9 @@ class RunIdentity(L.Callback):
         self.traits = describe_run(trainer, pl_module, data)
         if self.resume_from is not None and Path(self.resume_from).is_file():
             # Its tensors remain on disk.
-            self._compare(trainer, torch.load(self.resume_from, map_location="cpu", mmap=True, weights_only=True))
+            checkpoint = torch.load(self.resume_from, map_location="cpu", mmap=True, weights_only=True)
+            pl_module.check_reference_sync(checkpoint)
+            self._compare(trainer, checkpoint)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Remember the user's options of the optimiser before the checkpoint replaces them."""

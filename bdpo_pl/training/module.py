@@ -150,7 +150,6 @@ class PreferenceModule(CheckpointedModule):
         self._reader = PolicyReader(lm_head, self.source.name)
         self._layout: RowLayout | None = None
         self._machine: Machine | None = None
-        self._splits: PreferenceSplits | None = None
         # Kept in a list so that `nn.Module` does not register it as a submodule before it becomes the policy.
         self._base: list[CausalLM] = []
         self._before: BeforeTraining | None = None
@@ -329,13 +328,6 @@ class PreferenceModule(CheckpointedModule):
     def _starts_as_reference(self) -> bool:
         """True if the first loss is known, because policy and reference are the same model before training."""
         return self.reference_mode != "none" and self.own_reference and self.loss.initial_value is not None
-
-    @property
-    def splits(self) -> PreferenceSplits:
-        """Pairs of all splits, after `setup` has read them."""
-        if self._splits is None:
-            raise RuntimeError("the pairs are not read yet: trainer.fit(module, datamodule) has them read")
-        return self._splits
 
     def _data(self) -> PreferenceDataModule:
         data = getattr(self.trainer, "datamodule", None)

@@ -14,9 +14,9 @@ from sharded_jobs import train
 from stopped_ranks import SignalAt
 
 from bdpo_pl.errors import InputError, StoppedError
-from bdpo_pl.losses import BalancedDPOLoss, BalancedLoss, DPOLoss, SFTLoss, SimPOLoss, WeightedSum, WPOLoss
+from bdpo_pl.losses import BalancedDPOLoss, BalancedLoss, DPOLoss, SafeDPOLoss, SFTLoss, SimPOLoss, WeightedSum, WPOLoss
 from bdpo_pl.training.checkpoints import StopSignals
-from bdpo_pl.training.identity import ResumeOptions, RunIdentity, _loss_traits, check_resume
+from bdpo_pl.training.identity import ResumeOptions, RunIdentity, Trait, _loss_traits, check_resume
 from bdpo_pl.training.metrics_file import MetricsRows, continue_metrics, step_first
 
 ROWS = preference_rows(24)
@@ -158,6 +158,30 @@ def test_options_of_losses_within_losses_are_compared(changed, named, caplog):
         check_resume(saved, _loss_traits(other, "loss"), [], 0)
 
 
+def test_other_labels_of_safety_are_other_data_where_the_loss_reads_them(folder):
+    def labelled(name, *unsafe):
+        rows = [{**row, "chosen_safe": True, "rejected_safe": i not in unsafe} for i, row in enumerate(ROWS)]
+        write_jsonl(folder / name, rows)
+
+    labelled("labelled.jsonl", 0)
+    options = {"loss": SafeDPOLoss(), "trainer": {"max_steps": 1}}
+    with pytest.raises(StoppedError):
+        run(folder, "one-safe", SignalAt(signal.SIGTERM, 0, 0), pairs="labelled.jsonl", **options)
+    checkpoint = folder / "one-safe" / "checkpoints" / "last.ckpt"
+    labelled("labelled.jsonl", *range(12))
+    with pytest.raises(InputError, match=r"run: safety of the data: .* unsafe of 38 .*resume\.allow '\[data\]'"):
+        run(folder, "one-labels", ckpt_path=checkpoint, pairs="labelled.jsonl", **options)
+
+
+def test_traits_that_an_earlier_version_did_not_save_are_not_compared(caplog):
+    now = {"gradient_clip_algorithm": Trait("value", "value"), "router_aux_loss": Trait(0.1, "0.1")}
+    was = {"gradient_clip_algorithm": Trait("norm", "norm"), "router_aux_loss": Trait(0.0, "0.0")}
+    assert check_resume({}, now, [], 0) == set()
+    with caplog.at_level(logging.INFO):
+        assert check_resume({name: trait.to_plain() for name, trait in was.items()}, now, [], 0) == set(now)
+    assert "gradient_clip_algorithm: norm → value (takes effect from here on)" in caplog.text
+
+
 def test_unknown_name_to_allow_is_refused():
     assert ResumeOptions(["loss", "data"]).allow == ["loss", "data"]
     with pytest.raises(InputError, match=r"resume\.allow names lr; .*data, tokenizer"):
@@ -174,6 +198,8 @@ def test_identity_is_plain_values(checkpoint):
         "reference",
         "loss",
         "optimizer.lr",
+        "router_aux_loss",
+        "gradient_clip_algorithm",
         "batches",
         "seed",
         "precision",

@@ -1,0 +1,63 @@
+"""What a resumed run takes out of its checkpoint, and what it must not."""
+
+import logging
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from makers import preference_rows, write_jsonl
+from training import fit
+
+from bdpo_pl.errors import InputError
+from bdpo_pl.losses import DPOLoss
+from bdpo_pl.scoring.reference_sync import SyncOptions
+from bdpo_pl.training.identity import RunIdentity
+
+ROWS = preference_rows(60)[40:]
+
+
+@pytest.fixture
+def begun(job, tmp_path):
+    """The checkpoint of a run of three steps."""
+
+    def run(**options):
+        keep = ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=3, save_top_k=-1, filename="{step}")
+        fit(job("begun", trainer={"max_steps": 3, "num_sanity_val_steps": 0, "callbacks": [keep]}, **options))
+        return str(tmp_path / "ckpt" / "step=3.ckpt")
+
+    return run
+
+
+def at_once(job, checkpoint, **options):
+    """The module of a run that is resumed from `checkpoint` and takes no step."""
+    trainer = {"max_steps": 3, "num_sanity_val_steps": 0, "callbacks": options.pop("callbacks", [])}
+    return fit(job("resumed", trainer=trainer, **options), ckpt_path=checkpoint)
+
+
+def test_comprehension_under_the_policy_is_taken_up_for_the_pairs_it_was_measured_on(job, begun, tmp_path, caplog):
+    checkpoint = begun(reestimate_every=2, data={"held_out": str(write_jsonl(tmp_path / "held.jsonl", ROWS[:8]))})
+    held_out = {"held_out": str(tmp_path / "held.jsonl"), "seed": 1}
+    # Of the same pairs, but another sample of them is the probe.
+    with caplog.at_level(logging.INFO):
+        resumed = at_once(job, checkpoint, reestimate_every=2, data=held_out)
+    assert resumed.reestimation.state_dict()["values"].keys() == {"train", "held_out"}
+    assert "under the policy is of other pairs (train_probe)" in caplog.text
+    write_jsonl(tmp_path / "pairs.jsonl", preference_rows(40)[::-1])
+    other = at_once(job, checkpoint, reestimate_every=2, data=held_out)
+    assert other.reestimation.state_dict()["values"].keys() == {"held_out"}
+
+
+def test_comprehension_under_the_policy_is_left_out_where_it_is_not_measured(job, begun):
+    resumed = at_once(job, begun(reestimate_every=2))
+    assert resumed.reestimation.values("train", torch.arange(2)) is None
+
+
+def test_a_reference_that_has_followed_the_policy_is_not_lost(job, begun, monkeypatch):
+    moving = {"loss": DPOLoss(), "reference_mode": "live"}
+    checkpoint = begun(reference_sync=SyncOptions(every=2), **moving)
+    with pytest.raises(InputError, match=r"set model\.reference_sync\.every as it was, or, to keep"):
+        at_once(job, checkpoint, **moving)
+    # Where the run is compared with its checkpoint, before anything is loaded.
+    monkeypatch.setattr("bdpo_pl.training.module.load_model", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(InputError, match="it would be lost for the one of the start"):
+        at_once(job, checkpoint, callbacks=[RunIdentity(checkpoint)], **moving)
