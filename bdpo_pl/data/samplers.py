@@ -57,6 +57,11 @@ class StepSampler(Sampler[list[PairKey]]):
         self.rank = rank
         self.world_size = world_size
         self.skip = 0
+        self.most: int | None = None
+
+    def stop_after(self, count: int) -> None:
+        """End each pass after `count` batches, as the Trainer does: a step cut there is a mean over its pairs."""
+        self.most = count
 
     def skip_batches(self, count: int) -> None:
         """Skip the first `count` batches of the next pass only: a resumed run has used them already."""
@@ -64,7 +69,7 @@ class StepSampler(Sampler[list[PairKey]]):
 
     @abstractmethod
     def __len__(self) -> int:
-        """Return the number of this rank's micro-batches in an epoch, the same in each epoch."""
+        """Return the number of this rank's micro-batches in a whole epoch, the same in each epoch."""
 
     @abstractmethod
     def steps(self, rng: np.random.Generator | None) -> Iterator[Step]:
@@ -78,7 +83,12 @@ class StepSampler(Sampler[list[PairKey]]):
 
     def _batches(self) -> Iterator[list[PairKey]]:
         rng = None if self.epoch is None else np.random.default_rng([self.seed, self.epoch()])
+        left = len(self) if self.most is None else self.most
         for step in self.steps(rng):
+            step = step[: left * self.world_size]
+            left -= len(step) // self.world_size
+            if not step:
+                return
             weight = self.accumulate * self.world_size / sum(map(len, step))
             for batch in step[self.rank :: self.world_size]:
                 yield [(int(i), weight) for i in batch] or [(int(step[0][0]), 0.0)]

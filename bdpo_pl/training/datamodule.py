@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import lightning as L
 import numpy as np
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
@@ -291,6 +292,8 @@ class PreferenceDataModule(L.LightningDataModule):
             seed=int(os.environ.get("PL_GLOBAL_SEED", self.seed)),
             accumulate=trainer.accumulate_grad_batches,
         )
+        limit = trainer.limit_train_batches
+        sampler.stop_after(limit if isinstance(limit, int) else int(limit * len(sampler)))
         sampler.skip_batches(self._resume_batches)
         self._train_sampler = sampler
         self._resume_batches = 0
@@ -340,6 +343,9 @@ class PreferenceDataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=_on_gpu(self._trainer()),
+            # A pass begins with a draw, which would come from the process's own generator: in a run that is resumed
+            # within an epoch after its state is restored, so that dropout would differ.
+            generator=torch.Generator().manual_seed(self.seed),
         )
 
     def _trainer(self) -> L.Trainer:

@@ -23,7 +23,7 @@ class DiskPlan:
     """Bytes that a run will write.
 
     Attributes:
-        last: size of `last.ckpt`, with policy and optimiser.
+        last: size of `last.ckpt`, with policy and optimiser, and with a reference that follows the policy.
         best: size of one best checkpoint.
         kept: number of best checkpoints that are kept; None: all of them.
         export: size of the exported model.
@@ -96,11 +96,14 @@ def plan_disk(trainer: L.Trainer, module: PreferenceModule, export: bool) -> Dis
     hidden, uneven = count_matrices(trained)
     others = sum(p.numel() for p in trained) - hidden
     optimizer = state_bytes(module.optimizer, hidden, others, trained[0].dtype, uneven)
+    state = round(weights + optimizer)
+    if module.sync.options.every is not None and module.reference is not None and module.reference.model is not None:
+        state += sum(p.numel() * p.element_size() for p in module.reference.model.parameters())
     best = 0
     kept: int | None = 0
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and not isinstance(callback, LastCheckpoint):
-            best = weights if callback.save_weights_only else round(weights + optimizer)
+            best = weights if callback.save_weights_only else state
             kept = None if callback.save_top_k == -1 else callback.save_top_k
     whole = sum(p.numel() * p.element_size() for p in parameters)
-    return DiskPlan(round(weights + optimizer), best, kept, whole if export else 0)
+    return DiskPlan(state, best, kept, whole if export else 0)

@@ -139,9 +139,10 @@ def plan_memory(
     shards = devices.data if devices.sharded else 1
     width = dtype.itemsize
     trained_width = 4 if lora is not None else width
-    base_width = _NF4_BYTES if lora is not None and lora.quantize == "nf4" else width
-    frozen = counts.all - counts.trained
-    weights = (frozen * base_width + counts.trained * trained_width) / shards
+    quantises = lora is not None and lora.quantize == "nf4"
+    quantised, block_quantised = (counts.linear, counts.block_linear) if quantises else (0, 0)
+    frozen = counts.all - counts.trained - quantised
+    weights = (quantised * _NF4_BYTES + frozen * width + counts.trained * trained_width) / shards
     product = (half_products or dtype).itemsize
     casts = half_products is not None and half_products != dtype
     gathered, moved_casts = 0.0, 0
@@ -150,10 +151,11 @@ def plan_memory(
         gathered = (counts.outside + 2 * counts.block) * product
     elif casts and activation_offloading and not gradient_checkpointing:
         # Autocast's copies of the layers' weights are saved as activations are, and moved with them.
-        gathered = (counts.outside + 2 * counts.block) * product
-        moved_casts = (counts.all - counts.outside) * product
+        gathered = (counts.outside + 2 * (counts.block - block_quantised)) * product
+        moved_casts = (counts.all - counts.outside - quantised) * product
     elif casts:
-        gathered = counts.all * product
+        # Quantised layers are multiplied outside of autocast.
+        gathered = (counts.all - quantised) * product
     gradients = counts.trained * trained_width / shards
     held_in = torch.float32 if lora is not None else dtype
     others = counts.trained - counts.trained_hidden

@@ -10,7 +10,8 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from bdpo_pl.models.adapters import LoraOptions, add_adapters
 from bdpo_pl.models.causal_lm import ModelConfig
@@ -47,7 +48,8 @@ class Devices:
 class Counts:
     """Numbers of parameters on one device of a tensor-parallel group; `hidden` ones are in matrices of the layers.
 
-    Of these, `uneven` ones are in matrices whose parts on the devices keep no blocks of 8-bit state.
+    Of these, `uneven` ones are in matrices whose parts on the devices keep no blocks of 8-bit state. `linear` ones are
+    in the frozen matrices that bitsandbytes quantises: those of linear layers, without the LM head.
     """
 
     all: int
@@ -57,6 +59,8 @@ class Counts:
     outside: int
     trained_hidden: int
     trained_uneven: int
+    linear: int
+    block_linear: int
 
 
 def count_parameters(
@@ -76,18 +80,29 @@ def count_parameters(
     outside = one[0] - block - tables + tables // devices.tensor
     trained_outside = one[1] - trained_block if lora is not None else outside
     trained = trained_outside + layers * trained_block
-    hidden, uneven = (one[i] + (layers - 1) * (two[i] - one[i]) for i in (2, 3))
-    return Counts(outside + layers * block, trained, block, trained_block, outside, hidden, uneven)
+    hidden, uneven, linear = (one[i] + (layers - 1) * (two[i] - one[i]) for i in (2, 3, 4))
+    block_linear = two[4] - one[4]
+    return Counts(
+        outside + layers * block, trained, block, trained_block, outside, hidden, uneven, linear, block_linear
+    )
 
 
 @lru_cache(maxsize=64)
-def _sizes(described: MetaModel, parts: int) -> tuple[int, int, int, int]:
-    """Return the numbers of all parameters and of trained ones, and of trained matrices: all and uneven ones."""
+def _sizes(described: MetaModel, parts: int) -> tuple[int, int, int, int, int]:
+    """Return the numbers of parameters: of all, of trained ones, of trained matrices (all, uneven), of linear ones."""
     model = described.built
     mark_tables(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     every = sum(p.numel() for p in model.parameters())
-    return every, sum(p.numel() for p in trained), *count_matrices(trained, parts)
+    return every, sum(p.numel() for p in trained), *count_matrices(trained, parts), _count_linear(model)
+
+
+def _count_linear(model: Any) -> int:
+    """Return the number of frozen weights in linear layers, as bitsandbytes finds them: without the LM head."""
+    head = model.get_output_embeddings()
+    left_out = set() if head is None else set(head.modules())
+    linear = (m for m in model.modules() if type(m) in (nn.Linear, Conv1D) and m not in left_out)
+    return sum(m.weight.numel() for m in linear if not m.weight.requires_grad)
 
 
 def count_matrices(parameters: Iterable[Tensor], parts: int | None = None) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from bdpo_pl.console import get_console
 from bdpo_pl.data.batches import PreferenceBatch
 from bdpo_pl.data.held_out import HELD_OUT, further_sets
+from bdpo_pl.parallel.ranks import data_ranks
 from bdpo_pl.reporting.format import percent, plural, seconds, signed, size, whole
 from bdpo_pl.reporting.progress import memory_used, say, shows_bars
 from bdpo_pl.training.start_warnings import warn_at_start
@@ -125,7 +126,9 @@ class RunProgress(ProgressBar):
                 said=" ".join(filter(None, [*values[:2], *_told(trainer.callback_metrics, _COMPUTED[:1]), left])),
             )
             return
-        rest = [f"{self._pairs / taken:.3g} pairs/s", *_told(trainer.callback_metrics, _COMPUTED), size(memory_used())]
+        # Counted here alone; the other ranks take as many.
+        pairs = self._pairs * data_ranks(trainer)[1]
+        rest = [f"{pairs / taken:.3g} pairs/s", *_told(trainer.callback_metrics, _COMPUTED), size(memory_used())]
         self._write(", ".join(filter(None, [f"step {step:,} of {_total(trainer):,}", *values, *rest, left])))
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -86,6 +86,7 @@ def check_start(module: Options, trainer: L.Trainer, max_length: int | None) -> 
     Raises:
         InputError: two options contradict each other, or one has no effect here.
     """
+    check_length(trainer)
     config, name = load_config(module.source), module.source.name
     if max_length is not None:
         check_window(config, max_length, name)
@@ -102,6 +103,15 @@ def check_start(module: Options, trainer: L.Trainer, max_length: int | None) -> 
     reference.check_fits(module.loss)
     module.sync.check_fits(machine, module.reference_mode, module.own_reference, module.lora is not None)
     module.reestimation.check_fits(machine, module.loss, module.scoring)
+
+
+def check_length(trainer: L.Trainer) -> None:
+    """Raise `InputError` if neither epochs nor steps end the run."""
+    if trainer.max_epochs == -1 and trainer.max_steps == -1:
+        raise InputError(
+            "trainer.max_epochs is -1, and trainer.max_steps does not end the run either, but the learning rate "
+            "depends on its length: set one of them"
+        )
 
 
 def check_parallel(module: Options, trainer: L.Trainer) -> None:

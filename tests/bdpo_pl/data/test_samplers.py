@@ -12,6 +12,10 @@ from bdpo_pl.errors import InputError
 def assert_every_pair_once_in_exact_means(ranks, num_pairs, accumulate):
     real = [i for batches in ranks for batch in batches for i, weight in batch if weight > 0]
     assert sorted(real) == list(range(num_pairs))
+    assert_exact_means(ranks, accumulate)
+
+
+def assert_exact_means(ranks, accumulate):
     # What Lightning does to the weights: each micro-batch divided by `accumulate`, then the mean over ranks.
     for start in range(0, len(ranks[0]), accumulate):
         weights = [w for batches in ranks for batch in batches[start : start + accumulate] for _, w in batch if w > 0]
@@ -38,6 +42,15 @@ def test_every_pair_once_and_every_step_a_mean(num_pairs, batch_size, accumulate
         assert len(sampler) == len(batches)
         assert all(1 <= len(batch) <= batch_size for batch in batches)
     assert_every_pair_once_in_exact_means(ranks, num_pairs, accumulate)
+    # Where the Trainer ends its epochs earlier, it takes a step with what there is.
+    most = max(1, len(ranks[0]) - 1 - epoch)
+    for sampler in samplers:
+        sampler.stop_after(most)
+    cut = [list(sampler) for sampler in samplers]
+    assert [[[i for i, _ in batch] for batch in batches] for batches in cut] == [
+        [[i for i, _ in batch] for batch in batches[:most]] for batches in ranks
+    ]
+    assert_exact_means(cut, accumulate)
 
 
 def test_orders_differ_by_epoch_and_repeat_by_seed():

@@ -5,18 +5,20 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from bdpo_pl.losses import DPOLoss
+from bdpo_pl.scoring.reference_sync import SyncOptions
 from bdpo_pl.training import callbacks
 from bdpo_pl.training.callbacks import LastCheckpoint, log_interval
 from bdpo_pl.training.disk import SaysDisk, plan_disk
 
 
-def run(job, tmp_path, save_weights_only, monitor="held_out/loss", **trainer):
+def run(job, tmp_path, save_weights_only, monitor="held_out/loss", model=None, **trainer):
     best = ModelCheckpoint(
         tmp_path / "run" / "checkpoints", "best", monitor=monitor, save_weights_only=save_weights_only,
         auto_insert_metric_name=False,
     )  # fmt: skip
     callbacks = [best, LastCheckpoint(), SaysDisk(export=True)]
-    built, module, data = job(trainer={"callbacks": callbacks, "max_epochs": 2, **trainer})
+    built, module, data = job(trainer={"callbacks": callbacks, "max_epochs": 2, **trainer}, **(model or {}))
     built.fit(module, data)
     return built, module, tmp_path / "run" / "checkpoints"
 
@@ -82,6 +84,13 @@ def test_sizes_are_said_before_the_run_and_true(job, tmp_path, caplog):
     assert plan.best * 3 == plan.last
     assert "exported model" in said
     assert "are free" in said
+
+
+def test_a_reference_that_follows_the_policy_takes_space_too(job, tmp_path):
+    model = {"loss": DPOLoss(), "reference_sync": SyncOptions(every=2)}
+    built, module, folder = run(job, tmp_path, True, "held_out/margin", model, max_epochs=1)
+    plan = plan_disk(built, module, export=False)
+    assert plan.last <= (folder / "last.ckpt").stat().st_size <= plan.last + 60_000
 
 
 def test_too_small_a_disk_is_warned_of(job, tmp_path, monkeypatch, recwarn):

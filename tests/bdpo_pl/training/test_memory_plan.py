@@ -94,8 +94,12 @@ def test_counts_are_exact():
     adapters = sum(p.numel() for p in add_adapters(build_model(**SIZES), lora).parameters() if p.requires_grad)
     adapted = plan(lora=lora)
     assert (adapted.weights, adapted.optimizer) == (4 * (numel + adapters), 8 * adapters)
-    quantised = plan(lora=LoraOptions(r=4, alpha=8, quantize="nf4"))
-    assert 4 * adapters < quantised.weights < 4 * adapters + numel * 0.6
+    qlora = LoraOptions(r=4, alpha=8, quantize="nf4")
+    # As bitsandbytes does it: the layers' matrices, not the embeddings, the LM head, norms and biases.
+    layers = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2)
+    assert plan(lora=qlora).weights == round(4 * (numel - layers + adapters) + layers * (4 + 0.127) / 8)
+    copies = plan(lora=qlora, half_products=torch.bfloat16).gathered
+    assert copies == 2 * (numel - layers + adapters) < plan(lora=lora, half_products=torch.bfloat16).gathered
 
 
 def test_a_group_of_two_holds_half_the_layers_and_of_the_vocabulary():

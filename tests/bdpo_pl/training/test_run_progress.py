@@ -39,6 +39,15 @@ def test_a_log_has_a_line_every_few_steps(run, capsys):
     assert len(re.findall(r"^after step \d+: held-out loss [\d.]+, accuracy", printed, re.M)) == 2
 
 
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_pairs_per_second_are_those_of_all_ranks(run, monkeypatch, capsys, ranks):
+    """Of a clock that goes on by a second at each look, which is once a batch of 4 pairs."""
+    monkeypatch.setattr(run_progress, "data_ranks", lambda trainer: (0, ranks))
+    ticks = iter(range(100))
+    run(max_steps=3, log_every_n_steps=1, callbacks=[RunProgress(lambda: float(next(ticks)))])
+    assert re.findall(r"(\S+) pairs/s, pad", capsys.readouterr().out) == [f"{4 * ranks}"] * 3
+
+
 def test_steps_that_end_a_run_early_are_its_total(run, capsys):
     run(max_epochs=2, max_steps=3, log_every_n_steps=1)
     assert re.findall(r"^step (\d+ of \d+)", capsys.readouterr().out, re.M) == ["1 of 3", "2 of 3", "3 of 3"]

@@ -10,6 +10,7 @@ GROUPS = ["--trainer.devices=2", "--trainer.strategy=bdpo_pl.parallel.fsdp2.Shar
 SCHEDULE_FREE = "--model.optimizer=bdpo_pl.training.schedule_free.ScheduleFreeAdamW"
 
 REFUSED = {
+    "a run without an end": (["--trainer.max_epochs=-1"], "does not end the run either"),
     "quantised weights are split": (
         [*TWO, "--model.lora.quantize=nf4"],
         "quantised weights are not split by ShardedStrategy; set it to none, or trainer.strategy to ddp",

@@ -8,6 +8,7 @@ from training import fit, same, weights
 
 from bdpo_pl.data.packing import RowLayout
 from bdpo_pl.errors import InputError
+from bdpo_pl.models.adapters import LoraOptions
 from bdpo_pl.models.loading import compile_layers
 from bdpo_pl.training.watched import WatchedModule
 
@@ -187,3 +188,31 @@ def test_a_step_whose_scaled_gradients_overflow_is_skipped(job):
 
 def test_gradients_of_a_fused_optimiser_are_clipped_by_value(job):
     fit(job(optimizer=fused, trainer={"precision": "bf16-mixed", "max_steps": 1, "gradient_clip_algorithm": "value"}))
+
+
+class Weights(Callback):
+    """Keeps the sum of the pairs' weights in each batch."""
+
+    def __init__(self):
+        self.sums = []
+
+    def on_train_batch_start(self, trainer, module, batch, *_):
+        self.sums.append(float(batch.pair_weight.sum()))
+
+
+@pytest.mark.parametrize("limit", [{"limit_train_batches": 0.2}, {"overfit_batches": 3}])
+def test_a_step_that_a_limit_cuts_is_a_mean_over_its_pairs(job, limit):
+    """Of 16 batches 3 are used, two to a step, and Lightning divides each by two."""
+    given = Weights()
+    fixed = {"accumulate_grad_batches": 2, "num_sanity_val_steps": 0, "limit_val_batches": 0, "callbacks": [given]}
+    module = fit(job(data={"batch_size": 2}, trainer=fixed | limit))
+    assert module.global_step == 2
+    assert given.sums == pytest.approx([1.0, 1.0, 2.0])
+
+
+def test_dropout_of_a_run_that_is_resumed_within_an_epoch_is_the_same(job, tmp_path):
+    keep = ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=2, save_top_k=-1, filename="{step}")
+    lora, trainer = LoraOptions(r=4, dropout=0.5), {"max_steps": 4, "num_sanity_val_steps": 0}
+    whole = fit(job("whole", lora=lora, trainer={**trainer, "callbacks": [keep]}))
+    resumed = fit(job("resumed", lora=lora, trainer=trainer), ckpt_path=str(tmp_path / "ckpt" / "step=2.ckpt"))
+    assert same(weights(whole), weights(resumed))
