@@ -124,7 +124,7 @@ def _quieten() -> None:
         r".*Total length of `list` across ranks is zero.*",  # nothing is held out, as the user requested
         r".*isinstance\(treespec, LeafSpec\).*",  # between Lightning and torch
         r".*predict returned None.*",  # diagnosis scores in the set-up, and predicts nothing
-        r".*The dirpath has changed from.*",  # a resumed run keeps its own best checkpoint
+        r".*The dirpath has changed from.*",  # of last.ckpt: `KeepsBest` takes over the best one
         r".*could not find the monitored key in the returned metrics.*",  # a run that ends before its first validation
         r".*was configured so validation will run.*",  # the user requested it
     ):

@@ -194,7 +194,7 @@ class RunIdentity(L.Callback):
         self.allow = tuple(allow)
         self.traits: dict[str, Trait] = {}
         self._compared = False
-        self._differs: set[str] = set()
+        self.differs: set[str] = set()
         self._options: list[dict[str, Any]] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -222,8 +222,8 @@ class RunIdentity(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Apply the optimiser's options and the schedule that the user gives now."""
-        changed = {name.removeprefix("optimizer.") for name in self._differs if name.startswith("optimizer.")}
-        schedule = {"lr_schedule", "warmup_ratio", "max_epochs", "max_steps", "limit_train_batches"} & self._differs
+        changed = {name.removeprefix("optimizer.") for name in self.differs if name.startswith("optimizer.")}
+        schedule = {"lr_schedule", "warmup_ratio", "max_epochs", "max_steps", "limit_train_batches"} & self.differs
         if not (changed or schedule):
             return
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
@@ -272,7 +272,7 @@ class RunIdentity(L.Callback):
                 "its run, so they cannot be compared with those of this run"
             )
             return
-        self._differs = check_resume(saved["traits"], self.traits, self.allow, saved["batches_done"])
+        self.differs = check_resume(saved["traits"], self.traits, self.allow, saved["batches_done"])
         if saved.get("amid_accumulation"):
             rank_zero_warn(
                 "The checkpoint was written in the middle of an accumulation and does not contain its gradients: the "

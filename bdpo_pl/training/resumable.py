@@ -7,6 +7,7 @@ from pathlib import Path
 
 import lightning as L
 
+from bdpo_pl.training.best_checkpoint import KeepsBest
 from bdpo_pl.training.callbacks import LastCheckpoint, RandomState, SaveOnNonFinite
 from bdpo_pl.training.checkpoints import StopSignals, find_checkpoint, write_atomically
 from bdpo_pl.training.identity import ResumeOptions, RunIdentity
@@ -20,6 +21,7 @@ def resumable(trainer: L.Trainer, ckpt_path: str | Path | None = None, allow: Se
     - A signal lets the step finish; the run then saves and stops.
     - If a loss is not finite, the last good state is saved.
     - A resumed run is compared with the original one before anything is scored.
+    - The best checkpoint before the stop stays the best until a validation is better.
     - The metrics of a resumed run continue in the folder of the stopped one.
 
     Callbacks that the trainer has already are kept as they are.
@@ -35,7 +37,7 @@ def resumable(trainer: L.Trainer, ckpt_path: str | Path | None = None, allow: Se
     checkpoint = None if ckpt_path is None else find_checkpoint(str(ckpt_path), Path(trainer.default_root_dir))
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     identity = RunIdentity(checkpoint, ResumeOptions(list(allow)).allow)
-    for callback in (SaveOnNonFinite(), RandomState(), identity, MetricsRows(), LastCheckpoint()):
+    for callback in (SaveOnNonFinite(), RandomState(), identity, KeepsBest(), MetricsRows(), LastCheckpoint()):
         if not any(isinstance(given, type(callback)) for given in callbacks):
             callbacks.append(callback)
     if not any(isinstance(given, StopSignals) for given in callbacks):

@@ -1,10 +1,12 @@
 """A Trainer built in Python resumes as exactly as the command's, with one line."""
 
+import logging
 import signal
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from makers import build_model, build_tokenizer, preference_rows, write_jsonl
 from stopped_ranks import SignalAt
@@ -14,7 +16,7 @@ import bdpo_pl
 from bdpo_pl.errors import InputError, StoppedError
 from bdpo_pl.losses import SimPOLoss
 from bdpo_pl.scoring.scoring_pass import ScoringOptions
-from bdpo_pl.training.checkpoints import AtomicCheckpointIO, StopSignals
+from bdpo_pl.training.checkpoints import LAST, AtomicCheckpointIO, StopSignals
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +79,29 @@ def test_the_rest_of_an_epoch_that_ended_early_is_trained_on(folder, tmp_path, s
     trainer, found = fit(folder, tmp_path / "early", ckpt_path=tmp_path / "early" / "checkpoints" / "last.ckpt")
     assert trainer.global_step == 6
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_the_best_checkpoint_before_a_stop_stays_the_best_in_another_folder(folder, tmp_path, caplog):
+    def best():
+        # The margin grows, so that by its least the first validation stays the best.
+        return ModelCheckpoint(monitor="held_out/margin", filename="best-{step}", save_weights_only=True)
+
+    fit(folder, tmp_path / "early", StopAfter(4), best())
+    first, last = tmp_path / "early" / "checkpoints" / "best-step=3.ckpt", tmp_path / "early" / "checkpoints" / LAST
+    score = torch.load(last, weights_only=True)["callbacks"]
+    score = next(state["best_model_score"] for state in score.values() if state.get("monitor"))
+    with caplog.at_level(logging.INFO):
+        trainer, _ = fit(folder, tmp_path / "later", kept := best(), ckpt_path=last)
+    assert trainer.global_step == 6
+    assert (kept.best_model_path, kept.best_model_score) == (str(first), score)
+    assert f"is {first} (held_out/margin {score:.4f}); it stays the best one until" in caplog.text
+    assert first.exists()
+    # One that is gone is not the best of anything.
+    first.unlink()
+    with caplog.at_level(logging.INFO):
+        fit(folder, tmp_path / "gone", found := best(), ckpt_path=last)
+    assert found.best_model_path == str(tmp_path / "gone" / "checkpoints" / "best-step=6.ckpt")
+    assert "is no longer there: the best one is chosen from the validations that follow" in caplog.text
 
 
 def test_what_the_trainer_has_already_stays(folder):

@@ -1,0 +1,69 @@
+"""The best checkpoint of a run that is resumed, which Lightning forgets if the folder is another one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
+
+from bdpo_pl.training.identity import RunIdentity
+
+_MEASURE = ("data", "held-out data", "safety", "tokenizer", "template", "reference", "loss")
+"""First words of the traits of a run on which measured values depend."""
+
+
+class KeepsBest(L.Callback):
+    """Has a resumed run compare its validations with the best ones before the stop, as an uninterrupted run would.
+
+    The checkpoints of these stay where they are: Lightning removes none from another folder.
+    """
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Change the saved state of each callback that chooses a best checkpoint, before Lightning restores it."""
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        differs = {name for c in callbacks if isinstance(c, RunIdentity) for name in c.differs}
+        changed = sorted(name for name in differs if name.startswith(_MEASURE))
+        for callback in trainer.checkpoint_callbacks:
+            state = checkpoint.get("callbacks", {}).get(callback.state_key)
+            if not isinstance(callback, ModelCheckpoint) or callback.monitor is None or callback.save_top_k == 0:
+                continue
+            if not state or not (before := state["best_model_path"]):
+                continue
+            kept = {} if changed else _still_there(trainer, state["best_k_models"])
+            state |= _state(callback, kept)
+            if kept:
+                score = f"{callback.monitor} {float(state['best_model_score']):.4f}"
+                said = f"is {state['best_model_path']} ({score}); it stays the best one until a validation is better"
+            else:
+                why = f"was measured on something else ({', '.join(changed)})" if changed else "is no longer there"
+                said = f"is {before}, which {why}: the best one is chosen from the validations that follow"
+            rank_zero_info(f"The best checkpoint before the stop {said}")
+
+
+def _still_there(trainer: L.Trainer, scores: dict[str, Any]) -> dict[str, Any]:
+    """Return the checkpoints of `scores` that exist, by their path now: there, or beside the one that is resumed."""
+    beside = Path(str(trainer.ckpt_path)).parent
+    now = {path: next(filter(Path.exists, (Path(path), beside / Path(path).name)), None) for path in scores}
+    # All ranks decide with what the first one sees, which alone writes.
+    now = trainer.strategy.broadcast(now)
+    return {str(now[path]): score for path, score in scores.items() if now[path] is not None}
+
+
+def _state(callback: ModelCheckpoint, scores: dict[str, Any]) -> dict[str, Any]:
+    """Return the state of `callback` after it has chosen the best of `scores` for its own folder."""
+    order = sorted(scores, key=lambda path: float(scores[path]), reverse=callback.mode == "max")
+    if callback.save_top_k >= 0:
+        order = order[: callback.save_top_k]
+    full = bool(order) and len(order) == callback.save_top_k
+    return {
+        "dirpath": callback.dirpath,
+        "best_model_path": order[0] if order else "",
+        "best_model_score": scores[order[0]] if order else None,
+        "best_k_models": {path: scores[path] for path in order},
+        "kth_best_model_path": order[-1] if full else "",
+        "kth_value": scores[order[-1]] if full else callback.kth_value,
+        "last_model_path": callback.last_model_path,
+    }
