@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from bdpo_pl.models.adapters import LoraOptions, add_adapters
-from bdpo_pl.models.causal_lm import ModelConfig
+from bdpo_pl.models.causal_lm import CausalLM, ModelConfig
 from bdpo_pl.models.loading import ModelSource, model_class
 from bdpo_pl.training.optimizers import is_hidden_matrix, mark_tables
 from bdpo_pl.training.split_8bit import keeps_blocks
@@ -97,12 +97,13 @@ def _sizes(described: MetaModel, parts: int) -> tuple[int, int, int, int, int]:
     return every, sum(p.numel() for p in trained), *count_matrices(trained, parts), _count_linear(model)
 
 
-def _count_linear(model: Any) -> int:
+def _count_linear(model: CausalLM) -> int:
     """Return the number of frozen weights in linear layers, as bitsandbytes finds them: without the LM head."""
     head = model.get_output_embeddings()
-    left_out = set() if head is None else set(head.modules())
-    linear = (m for m in model.modules() if type(m) in (nn.Linear, Conv1D) and m not in left_out)
-    return sum(m.weight.numel() for m in linear if not m.weight.requires_grad)
+    rest = set(model.modules()) - (set() if head is None else set(head.modules()))
+    # No subclass of them: `replace_with_bnb_linear` of transformers.
+    linear = (m.weight for m in rest if isinstance(m, nn.Linear | Conv1D) and type(m) in (nn.Linear, Conv1D))
+    return sum(weight.numel() for weight in linear if not weight.requires_grad)
 
 
 def count_matrices(parameters: Iterable[Tensor], parts: int | None = None) -> tuple[int, int]:
