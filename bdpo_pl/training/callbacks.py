@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -130,14 +132,37 @@ def _just_written(callback: L.Callback, trainer: L.Trainer) -> Path | None:
 
 
 class SaveOnNonFinite(L.Callback):
-    """Saves the state when a loss or gradient is not finite: the weights are still those of the last good step."""
+    """Saves the state when a loss or gradient is not finite: the weights are still those of the last good step.
+
+    No checkpoint contains accumulated gradients, so a run that is resumed from it takes the whole failed step again.
+    """
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Write `last-good.ckpt` beside the other checkpoints. All ranks raise the error, so all of them save."""
         if isinstance(exception, NonFiniteError) and pl_module.trainer.optimizers:
             path = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints" / "last-good.ckpt"
-            trainer.save_checkpoint(path)
+            with _before_the_step(trainer):
+                trainer.save_checkpoint(path)
             rank_zero_info(f"Saved the last good state to {path}")
+
+
+@contextmanager
+def _before_the_step(trainer: L.Trainer) -> Iterator[None]:
+    """Set Lightning's counters back to the first batch of the optimiser step that is under way, for a checkpoint."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    kept = vars(copy.deepcopy(progress))
+    done = progress.current.processed  # type: ignore[attr-defined]
+    first = done - done % trainer.accumulate_grad_batches
+    for name, value in vars(progress.current).items():
+        # `before_the_batch` counts the last one back.
+        late = value - first - (name == "ready")
+        setattr(progress.current, name, value - late)
+        setattr(progress.total, name, getattr(progress.total, name) - late)
+    try:
+        with before_the_batch(trainer):
+            yield
+    finally:
+        vars(progress).update(kept)
 
 
 class RandomState(L.Callback):

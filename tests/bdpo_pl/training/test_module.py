@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from makers import build_model, build_tokenizer
-from training import fit, same, weights
+from training import fit, rows, same, weights
 
 from bdpo_pl.errors import InputError, NonFiniteError
 from bdpo_pl.losses import BalancedDPOLoss, DPOLoss
@@ -186,6 +186,23 @@ def test_nan_loss_stops_names_the_batch_and_keeps_the_last_good_state(job, tmp_p
     checkpoint = torch.load(tmp_path / "bad" / "checkpoints" / "last-good.ckpt", weights_only=True)
     for name, value in good.items():
         assert torch.equal(checkpoint["state_dict"][f"policy.{name}"], value)
+
+
+@pytest.mark.parametrize("batch", [0, 5, 7])
+def test_the_last_good_state_amid_an_accumulation_loses_no_pair(job, tmp_path, batch):
+    """Eight batches, four to a step: the first of a step, one within it, and its last."""
+    trainer = {"accumulate_grad_batches": 4, "log_every_n_steps": 1}
+    bad, module, data = job("bad", loss=NaNAfter(batch), trainer=dict(trainer))
+    with pytest.raises(NonFiniteError, match=rf"batch {batch} \(after {batch // 4} optimiser steps"):
+        bad.fit(module, data)
+    whole = fit(job("whole", loss=DPOLoss(), trainer=dict(trainer)))
+    last = tmp_path / "bad" / "checkpoints" / "last-good.ckpt"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*in the middle of an accumulation")
+        resumed = fit(job("resumed", loss=DPOLoss(), trainer=dict(trainer)), ckpt_path=str(last))
+    assert same(weights(whole), weights(resumed))
+    steps = [[row["step"] for row in rows(tmp_path / name / "metrics.csv")] for name in ("whole", "resumed")]
+    assert steps[1] == steps[0][-len(steps[1]) :]
 
 
 class NaNGradient(DPOLoss):
