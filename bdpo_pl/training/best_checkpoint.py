@@ -46,10 +46,14 @@ class KeepsBest(L.Callback):
 def _still_there(trainer: L.Trainer, scores: dict[str, Any]) -> dict[str, Any]:
     """Return the checkpoints of `scores` that exist, by their path now: there, or beside the one that is resumed."""
     beside = Path(str(trainer.ckpt_path)).parent
-    now = {path: next(filter(Path.exists, (Path(path), beside / Path(path).name)), None) for path in scores}
+
+    def found(path: str) -> str | None:
+        here = [path] if "://" in path else map(str, filter(Path.exists, (Path(path), beside / Path(path).name)))
+        return next(iter(here), None)
+
     # All ranks decide with what the first one sees, which alone writes.
-    now = trainer.strategy.broadcast(now)
-    return {str(now[path]): score for path, score in scores.items() if now[path] is not None}
+    now = trainer.strategy.broadcast({path: found(path) for path in scores})
+    return {place: score for path, score in scores.items() if (place := now[path]) is not None}
 
 
 def _state(callback: ModelCheckpoint, scores: dict[str, Any]) -> dict[str, Any]:
