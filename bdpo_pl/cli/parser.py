@@ -37,7 +37,7 @@ class OptionParser(LightningArgumentParser):
         for action in self._actions:
             if action.dest in _FILES:
                 # jsonargparse would put the content of a file in the place of its path, as a file with options.
-                action._enable_path = False  # type: ignore[attr-defined]
+                action._enable_path = False
         given = sys.argv[1:] if args is None else args
         reset = [part for arg in given for part in ([f"--{_LOSS}=null", arg] if _names_a_loss(arg) else [arg])]
         parsed = super().parse_args(reset, *rest, **kwargs)

@@ -4,12 +4,14 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from bdpo_pl.cli import aliases, known, short_help
 from bdpo_pl.cli.job import FitCLI, make_parser
 from bdpo_pl.cli.main import COMMANDS, main
 from bdpo_pl.cli.quick import answer_early
 from bdpo_pl.cli.write_known import collect
+from bdpo_pl.fit import main as fit
 
 
 def value_of(defaults, name):
