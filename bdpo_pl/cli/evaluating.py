@@ -23,7 +23,7 @@ from bdpo_pl.evaluation.answerers import GenerationOptions
 from bdpo_pl.evaluation.answering import Asker
 from bdpo_pl.evaluation.attacks.budget import Budget, BudgetOptions
 from bdpo_pl.evaluation.attacks.choice import Attacks, choose_attacks
-from bdpo_pl.evaluation.exported import write_answers
+from bdpo_pl.evaluation.exported import check_export, write_answers
 from bdpo_pl.evaluation.judges.agreement import LABELLED_FILE, Agreement, measure_agreement, read_labelled
 from bdpo_pl.evaluation.judges.judge import Judge
 from bdpo_pl.evaluation.judges.learned.refusal_model import LearnedJudge
@@ -93,9 +93,8 @@ def run(args: list[str], description: str | None) -> None:
     check_labels(subjects)
     # All errors that can be detected are detected before the first model answers.
     refine = check_refine(options.refine)
-    exported, junit, summary = (
-        writable_file(getattr(options, name), name) for name in ("export_answers", "junit", "summary")
-    )
+    exported = check_export(options.export_answers)
+    junit, summary = (writable_file(getattr(options, name), name) for name in ("junit", "summary"))
     limits = options.limits()
     ability.check(options.ability)
     folder = writable_folder(options.folder, "folder")

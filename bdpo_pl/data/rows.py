@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -30,6 +29,9 @@ BOTH_UNSAFE = "both responses unsafe"
 
 # No real response is this long; a single text of this size would occupy a tokenizer for minutes.
 MAX_CHARACTERS = 1_000_000
+
+_LARGEST_WEIGHT = 3.4028234e38
+"""Largest number in float32, in which weights are kept."""
 
 
 @dataclass(frozen=True)
@@ -169,17 +171,17 @@ def parse_weight(record: Record) -> float | None:
     """Return the number in the column `weight`; None if there is no such column.
 
     Raises:
-        RowError: it is null, negative, infinite, or no number.
+        RowError: it is null, negative, larger than a float32, or no number.
     """
     if "weight" not in record.fields:
         return None
     value = record.fields["weight"]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= _LARGEST_WEIGHT:
         raise RowError(
             record,
             "wrong weight",
-            f"field 'weight' must be a number of at least 0, the factor of the pair's loss; got {value!r:.40}. If the "
-            "column means something else, --data.load.ignore '[weight]' leaves it out",
+            "field 'weight' must be a number of at least 0 and within float32, the factor of the pair's loss; got "
+            f"{value!r:.40}. If the column means something else, --data.load.ignore '[weight]' leaves it out",
         )
     return float(value)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.suites.suite import EvaluationPrompt, Suite
 from bdpo_pl.evaluation.verdict_log import WARNING, Answer, Judged
-from bdpo_pl.files import write_whole
+from bdpo_pl.files import writable_file, write_whole
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,30 @@ class Exported:
     prompt: EvaluationPrompt
     answer: Answer
     judged: Judged
+
+
+def check_export(path: str | None) -> Path | None:
+    """Check, before any model is queried, that the file of `export_answers` may be replaced, and return its path.
+
+    Raises:
+        InputError: people have written labels into it, or its folder cannot be written.
+    """
+    file = writable_file(path, "export_answers")
+    if file is not None and file.exists() and (labels := _count_labels(file)):
+        raise InputError(
+            f"export_answers: {file} exists already, with {labels:,} labels that people wrote; name another file"
+        )
+    return file
+
+
+def _count_labels(file: Path) -> int:
+    labels = 0
+    for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
+        # Lines that are something else are of no export.
+        with suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            labels += isinstance(row, dict) and bool(row.get("label"))
+    return labels
 
 
 def write_answers(rows: Iterable[Exported], judge: str, path: Path) -> int:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from bdpo_pl.data.rows import Content, PreferenceRow, RowError, check_row
-from bdpo_pl.data.schemas.preference import SHARED_COLUMNS
+from bdpo_pl.data.rows import Content, PreferenceRow, RowError
+from bdpo_pl.data.schemas.preference import SHARED_COLUMNS, make_pair
 from bdpo_pl.data.schemas.published import Labelled, parse_labelled
-from bdpo_pl.data.schemas.schema import Schema, SchemaContext, make_row
+from bdpo_pl.data.schemas.schema import Schema, SchemaContext
 from bdpo_pl.data.sources import Record
 
 _FURTHEST = 64
@@ -57,7 +57,7 @@ class Single(Schema):
 
 
 def _row(labelled: Labelled, beside: Content) -> PreferenceRow:
-    return check_row(make_row(labelled.record, labelled.prompt, labelled.answer, beside))
+    return make_pair(labelled.record, labelled.prompt, labelled.answer, beside)
 
 
 def _another(answers: Sequence[Labelled], place: int) -> Labelled | None:

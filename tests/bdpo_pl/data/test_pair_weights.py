@@ -52,14 +52,11 @@ def test_weights_are_read_counted_and_stay_with_their_pairs(load):
     assert repeat(joined, each, 0).weights.tolist() == [*VALUES, 1.0, 1.0, 1.0, 1.0]
 
 
-def test_a_weight_beyond_float32_is_refused_with_its_row(load):
-    with pytest.raises(InputError, match=r"rows\.jsonl, line 2: field 'weight' is too large for float32"):
-        load([1.0, 1e39])
-
-
-@pytest.mark.parametrize("value", [-0.5, math.nan, math.inf, None, True, "2"])
+@pytest.mark.parametrize("value", [-0.5, 1e39, 10**400, math.nan, math.inf, None, True, "2"])
 def test_what_is_no_weight_is_refused_with_its_row(load, value):
-    with pytest.raises(InputError, match=r"rows\.jsonl, line 2: field 'weight' must be a number of at least 0"):
+    with pytest.raises(
+        InputError, match=r"rows\.jsonl, line 2: field 'weight' must be a number of at least 0 and within float32"
+    ):
         load([1.0, value])
 
 

@@ -79,3 +79,15 @@ def test_a_bad_answer_is_refused_by_its_own_row_alone(load):
     assert [len(places) for places in report.dropped.values()] == [1]
     with pytest.raises(InputError, match="line 2"):
         load(*rows, bad_rows="error")
+
+
+def test_a_prompt_in_hh_rlhfs_format_is_a_dialogue(load, tokenizer):
+    asked = "\n\nHuman: how ?\n\nAssistant: so ?\n\nHuman: why ?\n\nAssistant:"
+    turns = [("user", "how ?"), ("assistant", "so ?"), ("user", "why ?")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    marked, _ = load((asked, " so .", True), ("when ?", "no .", False))
+    answer = [{"role": "assistant", "content": "so ."}]
+    other = ([{"role": "user", "content": "when ?"}], [{"role": "assistant", "content": "no ."}], False)
+    plain, _ = load((messages, answer, True), other)
+    place = answers(marked, tokenizer).index("so .")
+    assert marked[place].prompt_ids == plain[answers(plain, tokenizer).index("so .")].prompt_ids

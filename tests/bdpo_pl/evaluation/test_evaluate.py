@@ -836,6 +836,10 @@ def test_answers_are_exported_to_be_labelled(base, answers, capsys):
     assert "75.0 %" in printed
     assert "Left out of answers.jsonl: 2 no label yet" in printed
     assert results()["agreement"]["misses"] == 2
+    labelled = Path("answers.jsonl").read_text(encoding="utf-8")
+    assert re.search(r"answers\.jsonl exists already, with 8 labels that people wrote; name another file",
+                     fails([*base, "--export_answers=answers.jsonl"], capsys))  # fmt: skip
+    assert Path("answers.jsonl").read_text(encoding="utf-8") == labelled
 
 
 def test_finished_command_again_with_refine_or_another_judge(base, answers):
