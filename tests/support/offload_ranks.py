@@ -85,7 +85,7 @@ def placed(_, folder, world_size):
                 assert kinds([loss, logps]) == {"gpu"}
                 trained = [p for p in model.parameters() if p.requires_grad]
                 assert kinds(p.grad for p in trained) == {"cpu"}
-                norm = finite_gradient_norm(SimpleNamespace(precision="32-true"), model)
+                norm = finite_gradient_norm(SimpleNamespace(precision_plugin=None), model)
                 torch.nn.utils.clip_grads_with_norm_(model.parameters(), 0.5, norm)
                 optimizer.step()
                 optimizer.zero_grad()
