@@ -12,6 +12,7 @@ from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.suites.suite import EvaluationPrompt, Suite
 from bdpo_pl.evaluation.verdict_log import WARNING, Answer, Judged
 from bdpo_pl.files import writable_file, write_whole
+from bdpo_pl.reporting.format import whole
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def check_export(path: str | None) -> Path | None:
     file = writable_file(path, "export_answers")
     if file is not None and file.exists() and (labels := _count_labels(file)):
         raise InputError(
-            f"export_answers: {file} exists already, with {labels:,} labels that people wrote; name another file"
+            f"export_answers: {file} exists already, with {whole(labels)} labels that people wrote; name another file"
         )
     return file
 
