@@ -70,8 +70,7 @@ def parse_message(record: Record, name: str, message: object) -> Message:
     """
     fields = {k: v for k, v in message.items() if v is not None} if isinstance(message, Mapping) else {}
     if "role" not in fields and "from" in fields and "value" in fields:
-        role = fields.pop("from")
-        fields["role"] = _SHAREGPT.get(role, role) if isinstance(role, str) else role
+        fields["role"] = _our_role(fields.pop("from"))
         fields["content"] = fields.pop("value")
     role, content = fields.get("role"), fields.get("content")
     if isinstance(content, Sequence) and not isinstance(content, (str, bytes)):
@@ -161,7 +160,11 @@ def messages_in_text(record: Record, name: str, text: str) -> list[object] | Non
             "or give a file that holds lists (.jsonl, .parquet)",
         ) from None
     value = [value] if isinstance(value, dict) else value
-    return value if all(map(_is_message, value)) and _role(value[0]) in ROLES else None
+    return (
+        value
+        if all(map(_is_message, value)) and _our_role(value[0].get("role", value[0].get("from"))) in ROLES
+        else None
+    )
 
 
 def is_blank(text: str) -> bool:
@@ -228,8 +231,8 @@ def _is_message(value: object) -> bool:
     return isinstance(value, Mapping) and ("content" in value or "value" in value or "tool_calls" in value)
 
 
-def _role(message: Mapping[str, object]) -> object:
-    role = message.get("role", message.get("from"))
+def _our_role(role: object) -> object:
+    """Return ShareGPT's `role` under the name that it has here; any other unchanged."""
     return _SHAREGPT.get(role, role) if isinstance(role, str) else role
 
 

@@ -59,6 +59,14 @@ def is_untouched(path: Path) -> bool:
     return all(isinstance(row, dict) and row.get("warning") == WARNING and row.get("chosen") is None for row in rows)
 
 
+def require_untouched(path: Path) -> None:
+    """Raise `InputError` if `path` exists and is not as `write_rows` left it."""
+    if path.exists() and not is_untouched(path):
+        raise InputError(
+            f"refine: {path} exists already, and may hold chosen responses that you wrote; name another file"
+        )
+
+
 def write_rows(failures: Iterable[Failure], path: Path) -> int:
     """Write a row of `fit`'s preference schema for each failure, and return the number of rows.
 
@@ -68,8 +76,7 @@ def write_rows(failures: Iterable[Failure], path: Path) -> int:
     Raises:
         InputError: the file exists already and has been edited, or it cannot be written.
     """
-    if path.exists() and not is_untouched(path):
-        raise InputError(f"{path} exists already, and may hold chosen responses that you wrote; name another file")
+    require_untouched(path)
     rows = [
         {
             "prompt": failure.prompt.text,

@@ -23,7 +23,7 @@ from bdpo_pl.evaluation.exported import Exported
 from bdpo_pl.evaluation.measures.ability import Ability, AbilityOptions, measure_ability
 from bdpo_pl.evaluation.measures.overfitting import Overfitting, PairProbe, PairsOptions, overfitting
 from bdpo_pl.evaluation.measures.rates import SuiteResult, compare, compare_p, measure, safety_score
-from bdpo_pl.evaluation.next_round import Failure, is_untouched, weakest
+from bdpo_pl.evaluation.next_round import Failure, require_untouched, weakest
 from bdpo_pl.evaluation.results import ModelResult
 from bdpo_pl.evaluation.subjects import ServedSubject, Subject
 from bdpo_pl.evaluation.suites.suite import EvaluationPrompt, Suite
@@ -271,8 +271,6 @@ def check_refine(path: str | None) -> Path | None:
         InputError: the file exists and has been edited since an earlier run, or its folder cannot be written.
     """
     file = writable_file(path, "refine")
-    if file is not None and file.exists() and not is_untouched(file):
-        raise InputError(
-            f"refine: {file} exists already, and may hold chosen responses that you wrote; name another file"
-        )
+    if file is not None:
+        require_untouched(file)
     return file

@@ -86,13 +86,17 @@ def choose_layout(
     if option == "never":
         return RowLayout.SPLIT
     on_gpu = _on_gpu(model)
+
+    def objection_to(layout: RowLayout, reference: str | None = None) -> str | None:
+        return _agreed(model, _objection(model, documents, layout, pad_id, context, reference))
+
     if on_gpu and attention is None and getattr(model, "_supports_flex_attn", False):
         before = model.config._attn_implementation
         set_attention(model, "flex_attention")
-        objection = _fault(model, documents, RowLayout.ONE_ROW, pad_id, context, reference=before)
+        objection = objection_to(RowLayout.ONE_ROW, reference=before)
         sparse, pairs = (None, 0) if objection else _seconds(model, table, RowLayout.ONE_ROW, pad_id, context)
         set_attention(model, before)
-        if sparse is not None and _fault(model, documents, RowLayout.SHARED, pad_id, context) is None:
+        if sparse is not None and objection_to(RowLayout.SHARED) is None:
             dense, same = _seconds(model, table, RowLayout.SHARED, pad_id, context, pairs)
             # Dense masks that have no memory for as many pairs are not faster.
             if dense is not None and same == pairs and dense < _CLEARLY * sparse:
@@ -105,7 +109,7 @@ def choose_layout(
             return RowLayout.ONE_ROW
         rank_zero_info(f"Block-sparse attention is not used: {objection}")
     layout = RowLayout.ONE_ROW if attention == "flex_attention" and on_gpu else RowLayout.SHARED
-    objection = _fault(model, documents, layout, pad_id, context)
+    objection = objection_to(layout)
     if objection is None:
         return layout
     if option == "always":
@@ -133,16 +137,8 @@ def _on_gpu(model: CausalLM) -> bool:
     return device_of(model).type == "cuda"
 
 
-def _fault(
-    model: CausalLM,
-    documents: Sequence[Document],
-    layout: RowLayout,
-    pad_id: int,
-    context: Callable[[], AbstractContextManager[object]],
-    reference: str | None = None,
-) -> str | None:
-    """Return the result of `_objection`; ranks that hold parts of `model` all object if one of them does."""
-    objection = _objection(model, documents, layout, pad_id, context, reference)
+def _agreed(model: CausalLM, objection: str | None) -> str | None:
+    """Return `objection`; ranks that hold parts of `model` all object if one of them does."""
     if largest(model, float(objection is not None)) and objection is None:
         return "another process objects to it"
     return objection
@@ -271,7 +267,7 @@ def _seconds(
         if math.inf not in times:
             return min(times[1:]), pairs
         pairs //= 2
-        if device_of(model).type == "cuda":
+        if _on_gpu(model):
             torch.cuda.empty_cache()
     return None, 0
 

@@ -72,7 +72,7 @@ def make_pair(record: Record, prompt: Content, chosen: Content, rejected: Conten
         isinstance(prompt, str)
         and isinstance(chosen, str)
         and isinstance(rejected, str)
-        and prompt_turns(prompt)
+        and is_dialogue(prompt)
         and prompt.rstrip().endswith(ASSISTANT)
     ):
         return parse_dialogues(record, prompt + chosen, prompt + rejected)
