@@ -179,8 +179,11 @@ def wilson(successes: float, count: float) -> tuple[float, float]:
     return max(0.0, min(rate, float(centre - half))), min(1.0, max(rate, float(centre + half)))
 
 
-def rate_gap(first: Interval, second: Interval) -> Interval:
-    """Compute `first` − `second`, two independent rates with Wilson's intervals (Newcombe 1998, method 10)."""
+def gap(first: Interval, second: Interval) -> Interval:
+    """Compute `first` − `second`, two independent results, from their intervals (Newcombe 1998, method 10).
+
+    It is his for rates with Wilson's intervals. For normal intervals it is the normal one of the difference.
+    """
     value = first.value - second.value
     below = math.hypot(first.value - first.low, second.high - second.value)
     above = math.hypot(first.high - first.value, second.value - second.low)

@@ -86,7 +86,7 @@ def _align(cli: FitCLI, checkpoint: str | None, start: float, upload: HubUpload 
     sets = module.splits.held_out_pairs
     pairs = next(iter(sets.values()), None)
     results = module.evaluations, module.global_step, probe.before, probe.after
-    counted: Any = {"errors": module.errors, "pairs": pairs, "prompts": probe.counts, "sets": sets}
+    counted: Any = {"intervals": module.intervals, "pairs": pairs, "prompts": probe.counts, "sets": sets}
     counted["single"] = single = module.loss.needs_labels
     rows = summary_rows(*results, **counted)
     card = describe(trainer, module, data, rows, bool(probe.suites))

@@ -11,6 +11,7 @@ from torchmetrics import Metric
 
 from bdpo_pl.losses import PairScores, PreferenceLoss
 from bdpo_pl.losses.base import TIE
+from bdpo_pl.statistics import Interval, gap, normal, wilson
 
 NAMES = (
     "loss",
@@ -30,6 +31,8 @@ NAMES = (
     "logp_accuracy",
 )
 """Names of the metrics, in the order of checkpoints: a new name must be appended."""
+SHARES = ("accuracy", "logp_accuracy")
+"""Those that are shares of pairs."""
 
 
 def pair_metrics(loss: PreferenceLoss, policy: Tensor, scores: PairScores, losses: Tensor) -> dict[str, Tensor]:
@@ -85,7 +88,8 @@ class PairMeans(Metric):
     """Means of all `NAMES` over pairs, in vectors, so that ranks synchronise all of them at once.
 
     Attributes:
-        errors: standard errors of the means that `compute` returned last, for metrics of at least two pairs.
+        intervals: 95 % intervals of the means that `compute` returned last: Wilson's for shares of pairs, a normal one
+            for other metrics of at least two pairs.
     """
 
     full_state_update = False
@@ -96,7 +100,7 @@ class PairMeans(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        self.errors: dict[str, float] = {}
+        self.intervals: dict[str, Interval] = {}
         self.add_state("squares", torch.zeros(len(NAMES), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("sums", torch.zeros(len(NAMES), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("counts", torch.zeros(len(NAMES), dtype=torch.float64), dist_reduce_fx="sum")
@@ -129,32 +133,34 @@ class PairMeans(Metric):
         """Compute the mean of each metric that has values."""
         sums, counts, squares = self.sums.tolist(), self.counts.tolist(), self.squares.tolist()
         seen = [(i, name) for i, name in enumerate(NAMES) if counts[i]]
-        self.errors = {
-            # Rounding can make a variance of zero slightly negative.
-            name: math.sqrt(max(0.0, squares[i] - sums[i] ** 2 / counts[i]) / (counts[i] - 1) / counts[i])
-            for i, name in seen
-            if counts[i] > 1
-        }
+        self.intervals = {}
+        for i, name in seen:
+            mean, count = sums[i] / counts[i], int(counts[i])
+            if name in SHARES:
+                self.intervals[name] = Interval(mean, *wilson(sums[i], count), count, count)
+            elif count > 1:
+                # Rounding can make a variance of zero slightly negative.
+                variance = max(0.0, squares[i] - sums[i] ** 2 / count) / (count - 1)
+                self.intervals[name] = normal(mean, math.sqrt(variance / count), count)
         return {name: sums[i] / counts[i] for i, name in seen}
 
 
-def gaps(values: Mapping[str, float], errors: Mapping[str, float]) -> dict[str, tuple[float, float | None]]:
+def gaps(values: Mapping[str, float], intervals: Mapping[str, Interval]) -> dict[str, Interval]:
     """Compute the gaps between training and held-out pairs, which measure overfitting.
 
     Args:
         values: means of an evaluation, by `split/name`.
-        errors: standard errors of these means, as far as they are known.
+        intervals: intervals of these means, as far as they are known.
 
     Returns:
-        `gap/margin` and `gap/accuracy`, each with its standard error, or None if that is not known: pairs that are all
-        right, or all wrong, in both splits do not make a gap certain.
+        `gap/margin` and `gap/accuracy`, each with its interval; without one if that of a split is not known.
     """
-    found: dict[str, tuple[float, float | None]] = {}
+    found: dict[str, Interval] = {}
     for name in ("margin", "accuracy"):
-        probe, held_out = f"train_probe/{name}", f"held_out/{name}"
-        if probe in values and held_out in values:
-            known = probe in errors and held_out in errors
-            error = math.hypot(errors[probe], errors[held_out]) if known else None
-            all_alike = name == "accuracy" and error == 0.0
-            found[f"gap/{name}"] = (values[probe] - values[held_out], None if all_alike else error)
+        splits = f"train_probe/{name}", f"held_out/{name}"
+        if all(split in values for split in splits):
+            probe, held_out = (
+                intervals.get(split, Interval(values[split], math.nan, math.nan, 0, 0)) for split in splits
+            )
+            found[f"gap/{name}"] = gap(probe, held_out)
     return found

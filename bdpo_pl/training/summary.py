@@ -9,12 +9,11 @@ from rich.table import Table
 from rich.text import Text
 
 from bdpo_pl.reporting.format import fixed, percent, signed, signed_percent, whole
-from bdpo_pl.statistics import wilson
+from bdpo_pl.statistics import Interval, wilson
 from bdpo_pl.training.single_words import worded
 
 FEW_PAIRS = 50
 """Number of held-out pairs below which a remark says that they are few."""
-_Z = 1.96
 _ZERO = 5e-4
 _BY_DEFINITION = "by definition"
 _Form = Callable[[float], str]
@@ -57,7 +56,7 @@ def summary_table(
     rates_before: Mapping[str, float],
     rates_after: Mapping[str, float],
     *,
-    errors: Mapping[int, Mapping[str, float]] | None = None,
+    intervals: Mapping[int, Mapping[str, Interval]] | None = None,
     pairs: int | None = None,
     prompts: Mapping[str, int] | None = None,
     sets: Mapping[str, int] | None = None,
@@ -70,7 +69,7 @@ def summary_table(
         final_step: last optimiser step of the run.
         rates_before: refusal rates before training, by name.
         rates_after: refusal rates after training, by name.
-        errors: standard errors of the validation results, by optimiser step.
+        intervals: 95 % intervals of the validation results, by optimiser step.
         pairs: number of held-out pairs.
         prompts: number of prompts of each refusal rate.
         sets: number of pairs of each held-out set by its name, the monitored one first.
@@ -80,7 +79,7 @@ def summary_table(
     table.add_column("")
     for column in ("n", "before", "after"):
         table.add_column(column, justify="right")
-    counted: Any = {"errors": errors, "pairs": pairs, "prompts": prompts, "sets": sets, "single": single}
+    counted: Any = {"intervals": intervals, "pairs": pairs, "prompts": prompts, "sets": sets, "single": single}
     rows = summary_rows(evaluations, final_step, rates_before, rates_after, **counted)
     for row in rows:
         table.add_row(*row)
@@ -95,7 +94,7 @@ def summary_rows(
     rates_before: Mapping[str, float],
     rates_after: Mapping[str, float],
     *,
-    errors: Mapping[int, Mapping[str, float]] | None = None,
+    intervals: Mapping[int, Mapping[str, Interval]] | None = None,
     pairs: int | None = None,
     prompts: Mapping[str, int] | None = None,
     sets: Mapping[str, int] | None = None,
@@ -104,7 +103,7 @@ def summary_rows(
     """Return the cells of `summary_table`: measure, number, before and after; the arguments are the same."""
     rows = []
     before, after = evaluations.get(0, {}), evaluations.get(final_step, {})
-    spread = (errors or {}).get(final_step, {})
+    known = (intervals or {}).get(final_step, {})
     monitored, *others = sets or {"": 0}
     shown = [
         (label.replace("held-out", f"held-out ({monitored})") if monitored else label, name, form, pairs)
@@ -118,7 +117,7 @@ def summary_rows(
     for label, name, form, count in shown:
         if name in before or name in after:
             first = _BY_DEFINITION if _is_by_definition(before, name) else _cell(before, name, form, {}, count)
-            rows.append([label, "" if count is None else whole(count), first, _cell(after, name, form, spread, count)])
+            rows.append([label, "" if count is None else whole(count), first, _cell(after, name, form, known, count)])
     for name in dict.fromkeys([*rates_before, *rates_after]):
         count = (prompts or {}).get(name)
         cells = (_rate(rates, name, count) for rates in (rates_before, rates_after))
@@ -189,15 +188,17 @@ def _is_by_definition(before: Mapping[str, float], name: str) -> bool:
     return abs(before[name] - start) <= _ZERO
 
 
-def _cell(values: Mapping[str, float], name: str, form: _Form, errors: Mapping[str, float], pairs: int | None) -> str:
+def _cell(
+    values: Mapping[str, float], name: str, form: _Form, intervals: Mapping[str, Interval], pairs: int | None
+) -> str:
     if name not in values:
         return "–"
     value = values[name]
     text = form(value if abs(value) >= _ZERO else 0.0)
     if name.startswith("held_out/") and name.endswith(_SHARES) and pairs:
         low, high = wilson(value * pairs, pairs)
-    elif name in errors:
-        low, high = value - _Z * errors[name], value + _Z * errors[name]
+    elif name in intervals:
+        low, high = intervals[name].low, intervals[name].high
     else:
         return text
     return f"{text} [{form(low).rstrip('%')}, {form(high).rstrip('%')}]"

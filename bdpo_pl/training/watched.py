@@ -17,6 +17,7 @@ from bdpo_pl.losses import PreferenceLoss
 from bdpo_pl.models.precision import autocast_dtype
 from bdpo_pl.parallel.ranks import counts_its_data
 from bdpo_pl.reporting.progress import memory_used
+from bdpo_pl.statistics import Interval
 from bdpo_pl.training.flops import peak_flops, training_flops
 from bdpo_pl.training.guards import finite_gradient_norm, let_the_scaler_unscale
 from bdpo_pl.training.metrics import PairMeans, gaps
@@ -33,7 +34,7 @@ class WatchedModule(L.LightningModule):
         train_means: means over the training pairs since the last line of the log.
         evaluations: validation results by optimiser step; step 0 is the policy before training.
         unlogged: steps whose evaluation is not logged, because a resumed run measured it before its first step.
-        errors: standard errors of these results, for means over at least two pairs.
+        intervals: 95 % intervals of these results, as far as they have one.
         throughput: measurement of tokens and FLOPs per second, and of padding.
         monitored: name of the first of several held-out sets, whose metrics are logged under it too.
     """
@@ -47,7 +48,7 @@ class WatchedModule(L.LightningModule):
         self.monitored = ""
         self.evaluations: dict[int, dict[str, float]] = {}
         self.unlogged: set[int] = set()
-        self.errors: dict[int, dict[str, float]] = {}
+        self.intervals: dict[int, dict[str, Interval]] = {}
         self.throughput = Throughput()
         self._grad_norm = torch.zeros(())
         self._validating = ExitStack()
@@ -141,23 +142,23 @@ class WatchedModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the means of each split, and the gap between them, which measures overfitting."""
         values: dict[str, float] = {}
-        errors: dict[str, float] = {}
+        intervals: dict[str, Interval] = {}
         for split in self.split_means:
             means = self.means(split)
             called = [split] + ([f"{split}/{self.monitored}"] if split == HELD_OUT and self.monitored else [])
             computed = means.compute()
             for prefix in called:
                 values |= {f"{prefix}/{name}": value for name, value in computed.items()}
-                errors |= {f"{prefix}/{name}": value for name, value in means.errors.items()}
+                intervals |= {f"{prefix}/{name}": value for name, value in means.intervals.items()}
             means.reset()
-        for name, (gap, error) in gaps(values, errors).items():
-            values[name] = gap
-            errors |= {} if error is None else {name: error}
+        for name, gap in gaps(values, intervals).items():
+            values[name] = gap.value
+            intervals |= {name: gap} if gap.bounded else {}
         if not self.trainer.sanity_checking:
             self.unlogged.discard(self.global_step)
         elif self.global_step > 0 and self.global_step not in self.evaluations:
             self.unlogged.add(self.global_step)
         self.evaluations[self.global_step] = values
-        self.errors[self.global_step] = errors
+        self.intervals[self.global_step] = intervals
         # The means are the same on every rank; sync_dist only tells Lightning so.
         self.log_dict(values, sync_dist=True)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom, binomtest, permutation_test
 
-from bdpo_pl.statistics import Interval, difference, holm, mean, paired_p, rate_gap, spearman, wilson
+from bdpo_pl.statistics import Interval, difference, gap, holm, mean, paired_p, spearman, wilson
 
 RNG = np.random.default_rng(7)
 
@@ -256,11 +256,11 @@ def test_gap_of_two_rates_by_newcombes_examples():
         ((0, 10), (0, 20), (0.0, -0.1611, 0.2775)),
         ((10, 10), (0, 10), (1.0, 0.6075, 1.0)),
     ):
-        found = rate_gap(rate(*first), rate(*second))
+        found = gap(rate(*first), rate(*second))
         assert (found.value, found.low, found.high) == pytest.approx(expected, abs=5e-5)
         assert found.count == found.clusters == first[1] + second[1]
     certain = Interval(0.5, 0.5, 0.5, 9, 9)
-    assert rate_gap(certain, certain) == Interval(0.0, 0.0, 0.0, 18, 18)
+    assert gap(certain, certain) == Interval(0.0, 0.0, 0.0, 18, 18)
 
 
 def test_holm_by_hand():

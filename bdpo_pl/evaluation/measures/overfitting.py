@@ -26,7 +26,7 @@ from bdpo_pl.losses.base import TIE
 from bdpo_pl.models.causal_lm import CausalLM, ModelConfig
 from bdpo_pl.models.loading import num_positions
 from bdpo_pl.scoring.scoring_pass import score_pairs
-from bdpo_pl.statistics import Interval, mean, normal, rate_gap
+from bdpo_pl.statistics import Interval, gap, mean, normal
 
 _FILES = {
     "train": embedded.TRAIN_FILE,
@@ -161,7 +161,7 @@ def overfitting(first: Mapping[str, np.ndarray], logps: Mapping[str, np.ndarray]
     return Overfitting(
         splits,
         {split: _margin_gap(margins["train"], margins[split]) for split in others},
-        {split: rate_gap(splits["train"].accuracy, splits[split].accuracy) for split in others},
+        {split: gap(splits["train"].accuracy, splits[split].accuracy) for split in others},
     )
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from rich.console import Console
 
 from bdpo_pl.console import paths_table
+from bdpo_pl.statistics import normal
 from bdpo_pl.training import run_report, summary
 from bdpo_pl.training.single_words import INSTEAD
 from bdpo_pl.training.summary import remarks, summary_table
@@ -42,7 +43,7 @@ def test_counts_and_intervals_stand_beside_the_numbers():
     after = {**before, "held_out/accuracy": 2 / 3, "held_out/margin": 0.5}
     table = summary_table(
         {0: before, 7: after}, 7, {"refusal rate": 0.25}, {"refusal rate": 1.0},
-        errors={7: {"held_out/margin": 0.1}}, pairs=3, prompts={"refusal rate": 40},
+        intervals={7: {"held_out/margin": normal(0.5, 0.1, 3)}}, pairs=3, prompts={"refusal rate": 40},
     )  # fmt: skip
     rows = {row[0]: row[1:] for row in printed(table)}
     # Wilson's interval of 2 of 3, by hand.
