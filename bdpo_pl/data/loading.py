@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Literal
@@ -16,7 +16,7 @@ from bdpo_pl.data.report import DataReport
 from bdpo_pl.data.rows import BOTH_UNSAFE, PreferenceRow, RowError, order_by_safety
 from bdpo_pl.data.schemas import SCHEMAS
 from bdpo_pl.data.schemas.preference import PREFERENCE
-from bdpo_pl.data.schemas.safe_rlhf import SafeRLHF, SafeRLHFOptions
+from bdpo_pl.data.schemas.safe_rlhf import SAFE_RLHF, SafeRLHF, SafeRLHFOptions
 from bdpo_pl.data.schemas.schema import SAFETY_COLUMNS, Schema, SchemaContext
 from bdpo_pl.data.sources import Record, read_records
 from bdpo_pl.data.table import PairTable
@@ -52,11 +52,6 @@ class LoadOptions:
     duplicates: Literal["drop", "keep"] = "drop"
     safe_rlhf: SafeRLHFOptions = field(default_factory=SafeRLHFOptions)
 
-    def __post_init__(self) -> None:
-        # What earlier sources had: the options are for all sources, and not each must have every column.
-        self._found: set[str] = set()
-        self._drawn = False
-
     def rename(self, record: Record, seen: dict[str, None]) -> Record:
         """Return `record` under our column names, and add its own names to `seen`."""
         if not self.columns and not self.ignore:
@@ -66,31 +61,6 @@ class LoadOptions:
         fields = {name: value for name, value in record.fields.items() if name not in taken}
         fields |= {ours: record.fields[theirs] for ours, theirs in self.columns.items() if theirs in record.fields}
         return Record(record.source, record.number, fields)
-
-    def check_used(self, source: str, seen: Mapping[str, None], schema: Schema) -> None:
-        """Raise `InputError` if an option is about what neither `source` nor one before it has.
-
-        Args:
-            source: source that has been read.
-            seen: names of its columns.
-            schema: schema of its rows.
-        """
-        self._found |= seen.keys()
-        for option, names in (("columns", self.columns.values()), ("ignore", self.ignore)):
-            for name in names:
-                if name not in self._found:
-                    near = difflib.get_close_matches(name, seen, n=1)
-                    raise InputError(
-                        f"data.load.{option} names the column {name!r}, and no row of {source} has it"
-                        + (f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(map(repr, seen))}.")
-                        + " Of several sources, the first one must have it"
-                    )
-        self._drawn |= isinstance(schema, SafeRLHF)
-        if not self._drawn and self.safe_rlhf != SafeRLHFOptions():
-            raise InputError(
-                f"data.load.safe_rlhf draws pairs from PKU-SafeRLHF, and {source} is read as {schema.name}: leave it "
-                "out. Of several sources, the first one must be PKU-SafeRLHF"
-            )
 
 
 def load_pairs(
@@ -105,6 +75,7 @@ def load_pairs(
     by_safety: bool = False,
     subset: str | None = None,
     single: bool = False,
+    earlier: Sequence[DataReport] = (),
 ) -> tuple[PairTable, DataReport]:
     """Read, check, select, tokenise, truncate and deduplicate the pairs of `source`.
 
@@ -121,6 +92,7 @@ def load_pairs(
             must label the safety of every response.
         subset: configuration of a hub dataset that has several.
         single: read single answers with a label, and no pairs.
+        earlier: reports of the sources read before with the same options, not each of which must have every column.
 
     Raises:
         InputError: unreadable source, missing column, a bad row under `error`, or nothing left to train on.
@@ -153,7 +125,8 @@ def load_pairs(
     if by_safety:
         rows = _by_safety(rows, report, strict)
     table = _tokenize(rows, tokenizer, truncation, options, report, strict)
-    options.check_used(source, seen, schema)
+    report.columns = list(seen)
+    _check_used(options, [*earlier, report])
     if not len(table):
         raise InputError(_nothing_left(report, truncation))
     report.kept = len(table)
@@ -181,6 +154,26 @@ def _schema(first: Record, format: DataFormat) -> Schema:
             f"({{{missing[0]}: your_column}}) or set data.load.format (columns of each: {known})"
         )
     return schema
+
+
+def _check_used(options: LoadOptions, reports: Sequence[DataReport]) -> None:
+    """Raise `InputError` if an option is about what none of the sources read so far has, of which `reports` tell."""
+    last, found = reports[-1], {column for report in reports for column in report.columns}
+    for option, names in (("columns", options.columns.values()), ("ignore", options.ignore)):
+        for name in names:
+            if name not in found:
+                near = difflib.get_close_matches(name, last.columns, n=1)
+                raise InputError(
+                    f"data.load.{option} names the column {name!r}, and no row of {last.source} has it"
+                    + (f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(map(repr, last.columns))}.")
+                    + " Of several sources, the first one must have it"
+                )
+    drawn = any(report.notes["schema"] == SAFE_RLHF.name for report in reports)
+    if not drawn and options.safe_rlhf != SafeRLHFOptions():
+        raise InputError(
+            f"data.load.safe_rlhf draws pairs from PKU-SafeRLHF, and {last.source} is read as {last.notes['schema']}: "
+            "leave it out. Of several sources, the first one must be PKU-SafeRLHF"
+        )
 
 
 def _require_safety(first: Record) -> None:

@@ -32,6 +32,7 @@ class DataReport:
         templated: number of rows rendered with the chat template.
         label: name of the held-out set, if it has one.
         unit: name of what is kept, pairs or single answers.
+        columns: names of the source's columns, if options rename or ignore some.
     """
 
     name: str
@@ -44,6 +45,7 @@ class DataReport:
     templated: int = 0
     label: str = ""
     unit: str = "pairs"
+    columns: list[str] = field(default_factory=list)
 
     def drop(self, reason: str, place: str) -> None:
         """Count one dropped row."""

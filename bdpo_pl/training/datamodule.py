@@ -214,6 +214,8 @@ class PreferenceDataModule(L.LightningDataModule):
             self.control_tokens,
         )
 
+        read: list[DataReport] = []
+
         def load(name: str, given: DataSource, split: str) -> tuple[PairTable, DataReport]:
             table, report = load_pairs(
                 name,
@@ -227,7 +229,9 @@ class PreferenceDataModule(L.LightningDataModule):
                 order_by_safety,
                 given.subset or self.subset,
                 single,
+                read,
             )
+            read.append(report)
             return limited(table, given.limit, self.seed, report), report
 
         train, weights = self._join([load("train", given, self.split) for given in self.train_sources])
