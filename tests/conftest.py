@@ -1,5 +1,6 @@
 """The environment of all tests, set before anything that reads it is imported."""
 
+import atexit
 import gc
 import os
 import sys
@@ -11,6 +12,8 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 
 # What is imported is no garbage: to look through it again and again takes a tenth of the imports.
 gc.disable()
+# What is left out of collections is cleared up at the end.
+atexit.register(gc.unfreeze)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402  (reads the variables above)
@@ -36,7 +39,10 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: place.get(item.path.name, len(LONG)))
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_finish():
+    # Frozen first: the first collection would look through all that was imported.
+    gc.freeze()
     gc.enable()
     if "lightning.pytorch" in sys.modules:
         # Here, because its import takes seconds that not all tests need.
@@ -59,13 +65,14 @@ def imports_are_no_garbage():
     gc.freeze()
 
 
-@pytest.fixture(scope="session")
-def embedded_scores(tmp_path_factory):
-    """The folder of the embedded pairs' scores, one for all processes: to compute them takes some 15 s."""
-    root = tmp_path_factory.getbasetemp()
-    return (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "embedded scores"
+@pytest.fixture
+def fewer_pairs(tmp_path, monkeypatch):
+    """The embedded set of this process has every sixth of its pairs; see the module of that name."""
+    import fewer_pairs
 
+    from bdpo_pl import embedded
 
-def pytest_unconfigure():
-    """Let the interpreter clear up what was left out."""
-    gc.unfreeze()
+    for name in ("TRAIN_FILE", "HELD_OUT_FILE"):
+        monkeypatch.setattr(embedded, name, getattr(embedded, name))  # puts it back
+    fewer_pairs.take(tmp_path / "fewer pairs")
+    return fewer_pairs

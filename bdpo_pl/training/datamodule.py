@@ -281,7 +281,7 @@ class PreferenceDataModule(L.LightningDataModule):
         return self.splits
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Return the training pairs, in a different order in every epoch."""
+        """Return the training pairs, in a different order in every epoch; of `overfit_batches`, the same in all."""
         trainer = self._trainer()
         if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
             raise InputError(
@@ -292,7 +292,7 @@ class PreferenceDataModule(L.LightningDataModule):
             "train",
             self.batch_size,
             # A function, because Lightning passes the epoch to plain samplers only.
-            epoch=lambda: trainer.current_epoch,
+            epoch=lambda: 0 if trainer.overfit_batches else trainer.current_epoch,
             seed=int(os.environ.get("PL_GLOBAL_SEED", self.seed)),
             accumulate=trainer.accumulate_grad_batches,
         )

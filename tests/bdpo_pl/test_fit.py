@@ -107,8 +107,7 @@ def test_help_names_every_group():
         assert option in result.stdout
 
 
-def test_embedded_run_is_the_default_and_its_options_can_be_changed(capsys, monkeypatch, embedded_scores):
-    monkeypatch.setenv("BDPO_PL_CACHE", str(embedded_scores))
+def test_embedded_run_is_the_default_and_its_options_can_be_changed(capsys, fewer_pairs):
     main([
         "--trainer.max_steps=2",
         "--trainer.enable_progress_bar=false",
@@ -118,7 +117,8 @@ def test_embedded_run_is_the_default_and_its_options_can_be_changed(capsys, monk
         "--export=false",
     ])  # fmt: skip
     printed = capsys.readouterr().out
-    for part in ("1,200 pairs", "240 pairs", "refusal rate, harmful prompts", "over-refusal", "2 optimiser steps"):
+    counts = f"{fewer_pairs.NUM_TRAIN} pairs", f"{fewer_pairs.NUM_HELD_OUT} pairs"
+    for part in (*counts, "refusal rate, harmful prompts", "over-refusal", "2 optimiser steps"):
         assert part in printed
     config = yaml.safe_load(open("runs/version_0/config.yaml").read())  # noqa: SIM115
     assert config["model"]["optimizer"]["init_args"]["lr"] > 1e-5

@@ -14,9 +14,9 @@ from bdpo_pl.fit import main as fit
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def test_fit_in_python_learns(monkeypatch, tmp_path, embedded_scores):
+def test_fit_in_python_learns(monkeypatch, tmp_path, fewer_pairs):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("BDPO_PL_CACHE", str(embedded_scores))
+    monkeypatch.setenv("BDPO_PL_CACHE", str(tmp_path / "cache"))
     result = runpy.run_path(str(EXAMPLES / "fit_in_python.py"))["main"](max_steps=4)
     assert result["held_out/loss"] < 0.693
 
@@ -67,12 +67,12 @@ def test_own_loss_by_hand_and_from_the_command_line(monkeypatch, capsys):
     assert printed == {"class_path": "own_loss.SquaredHingeLoss", "init_args": {"beta": 0.1, "margin": 2.0}}
 
 
-def test_cells_of_the_tour_run_in_order(tmp_path, monkeypatch, embedded_scores):
+def test_cells_of_the_tour_run_in_order(tmp_path, monkeypatch):
     """In a process of its own, as the kernel of a notebook is."""
-    (tmp_path / "cache").symlink_to(embedded_scores)
     cells = json.loads((EXAMPLES / "tour.ipynb").read_text())["cells"]
     script = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-    (tmp_path / "tour.py").write_text(script)
+    fewer = f"import pathlib, fewer_pairs\nfewer_pairs.take(pathlib.Path({str(tmp_path / 'pairs')!r}))\n\n"
+    (tmp_path / "tour.py").write_text(fewer + script)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     done = command("tour", [], timeout=600, TOUR_FOLDER=str(tmp_path), TOUR_STEPS="4", TOUR_PROMPTS="4")

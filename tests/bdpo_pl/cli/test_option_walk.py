@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import inspect
 import textwrap
 from collections import Counter
@@ -47,11 +48,15 @@ def reads(tree):
     return Counter(n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load))
 
 
-READ = sum((reads(ast.parse(file.read_text(encoding="utf-8"))) for file in PACKAGE.rglob("*.py")), Counter())
+@functools.cache
+def reads_anywhere():
+    """How often the package reads each name as an attribute."""
+    return sum((reads(ast.parse(file.read_text(encoding="utf-8"))) for file in PACKAGE.rglob("*.py")), Counter())
 
 
-def unread(kind, everywhere=READ):
+def unread(kind, everywhere=None):
     """Parameters of a class that go nowhere, or into attributes that nothing but the class's own checks reads."""
+    everywhere = reads_anywhere() if everywhere is None else everywhere
     tree = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
     methods = {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef)}
     makers = [methods[name] for name in ("__init__", "__post_init__") if name in methods]

@@ -190,20 +190,30 @@ def test_gradients_of_a_fused_optimiser_are_clipped_by_value(job):
     fit(job(optimizer=fused, trainer={"precision": "bf16-mixed", "max_steps": 1, "gradient_clip_algorithm": "value"}))
 
 
-class Weights(Callback):
-    """Keeps the sum of the pairs' weights in each batch."""
+class Batches(Callback):
+    """Keeps what identifies each batch, and the sum of its pairs' weights."""
 
     def __init__(self):
-        self.sums = []
+        self.sums, self.pairs = [], []
 
     def on_train_batch_start(self, trainer, module, batch, *_):
         self.sums.append(float(batch.pair_weight.sum()))
+        self.pairs.append(batch.pair_index.tolist())
+
+
+@pytest.mark.parametrize("limit", [{"limit_train_batches": 3}, {"overfit_batches": 3}])
+def test_epochs_of_overfit_batches_have_the_same_pairs(job, limit):
+    given = Batches()
+    fixed = {"max_epochs": 2, "num_sanity_val_steps": 0, "limit_val_batches": 0, "callbacks": [given]}
+    fit(job(data={"batch_size": 2}, trainer=fixed | limit))
+    assert len(given.pairs) == 6
+    assert (given.pairs[:3] == given.pairs[3:]) is ("overfit_batches" in limit)
 
 
 @pytest.mark.parametrize("limit", [{"limit_train_batches": 0.2}, {"overfit_batches": 3}])
 def test_a_step_that_a_limit_cuts_is_a_mean_over_its_pairs(job, limit):
     """Of 16 batches 3 are used, two to a step, and Lightning divides each by two."""
-    given = Weights()
+    given = Batches()
     fixed = {"accumulate_grad_batches": 2, "num_sanity_val_steps": 0, "limit_val_batches": 0, "callbacks": [given]}
     module = fit(job(data={"batch_size": 2}, trainer=fixed | limit))
     assert module.global_step == 2

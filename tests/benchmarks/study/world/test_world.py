@@ -13,7 +13,12 @@ from benchmarks.study.world.texts import Writer, ability_questions, acts, conver
 from benchmarks.study.world.topics import HELD_OUT_RISKS, LOOK_ALIKES, RISKS, TEST_LOOK_ALIKES, VALIDATION_LOOK_ALIKES
 
 PAIRS = preference_pairs("train", 720, seed=3)
-TAUGHT = list(itertools.islice(conversations(0, 1), 4000))
+
+
+@pytest.fixture(scope="module")
+def taught():
+    """The first 4,000 conversations that the reference learns from."""
+    return list(itertools.islice(conversations(0, 1), 4000))
 
 
 def of_kind(kind):
@@ -59,10 +64,10 @@ def test_babble_is_of_no_kind():
     assert kind_of("I'm not able to help with this request. I'm not able") == "other"
 
 
-def test_test_acts_are_in_no_training_text():
+def test_test_acts_are_in_no_training_text(taught):
     held_out = {act.text for act in acts() if act.split != "train"}
     texts = [text for row in PAIRS for text in (row["prompt"], row["chosen"], row["rejected"])]
-    texts += [text for pair in TAUGHT for text in pair]
+    texts += [text for pair in taught for text in pair]
     everything = "\n".join(texts)
     assert not [act for act in held_out if act in everything]
 
@@ -72,13 +77,13 @@ def test_test_acts_are_made_of_words_that_training_knows():
     assert {word for act in acts() for word in act.text.split()} == known
 
 
-def test_held_out_categories_are_taught_and_in_no_pair():
+def test_held_out_categories_are_taught_and_in_no_pair(taught):
     assert not {row["category"] for row in PAIRS} & (HELD_OUT_RISKS | VALIDATION_LOOK_ALIKES | TEST_LOOK_ALIKES)
     assert not VALIDATION_LOOK_ALIKES & TEST_LOOK_ALIKES
     steps = {s for topic in LOOK_ALIKES if topic.name in TEST_LOOK_ALIKES for some in topic.steps for s in some}
     assert not [row for row in PAIRS if any(step in row["chosen"] + row["rejected"] for step in steps)]
     names = [act.text for act in acts() if act.category_held_out and act.split == "train"]
-    assert any(name in prompt for name in names for prompt, _ in TAUGHT)
+    assert any(name in prompt for name in names for prompt, _ in taught)
     for name, topics in ((HELD_OUT_CATEGORIES, HELD_OUT_RISKS), (HELD_OUT_LOOK_ALIKE, TEST_LOOK_ALIKES)):
         held_out = [act.text for act in acts() if act.topic.name in topics]
         assert all(any(act in prompt for act in held_out) for prompt in evaluation("test").prompts[name])
@@ -103,11 +108,11 @@ def test_evaluation_is_as_large_as_it_says():
     )
 
 
-def test_reference_is_taught_some_acts_and_answers_far_more_than_others():
+def test_reference_is_taught_some_acts_and_answers_far_more_than_others(taught):
     harmful = [act.text for act in of_kind("harmful") if act.split == "train"]
-    counts = sorted(sum(act in prompt for prompt, _ in TAUGHT) for act in harmful)
+    counts = sorted(sum(act in prompt for prompt, _ in taught) for act in harmful)
     assert counts[-1] > 10 * max(1, counts[len(counts) // 2])
-    refusals = Counter(response.split(".")[0] for _, response in TAUGHT if kind_of(response) == "refusal")
+    refusals = Counter(response.split(".")[0] for _, response in taught if kind_of(response) == "refusal")
     assert max(refusals.values()) > 5 * sorted(refusals.values())[len(refusals) // 2]
 
 
