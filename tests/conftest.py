@@ -17,8 +17,10 @@ atexit.register(gc.unfreeze)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402  (reads the variables above)
+import without_waiting  # noqa: E402
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+without_waiting.sync()
 if not torch.cuda.is_available():
     # With no GPU the Triton kernels run in Triton's interpreter.
     os.environ["TRITON_INTERPRET"] = "1"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from browser import Browser
-from children import command
+from children import command_in_ranks
 from makers import build_model, build_tokenizer, preference_rows, write_jsonl
 
 import bdpo_pl.scoring.scoring_pass
@@ -124,9 +124,9 @@ def test_two_processes_share_the_work_and_give_the_cache_of_one(base, tmp_path):
     alone, _ = results()
     ranks = ["--trainer.devices=2", "--trainer.strategy=ddp", "--model.scoring.chunk_pairs=8"]
     cache = str(tmp_path / "cache of two")
-    run = command("bdpo_pl.diagnose", [*base, *ranks, "--diagnose.folder=two"], BDPO_PL_CACHE=cache)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.count("Findings") == 1
+    runs = command_in_ranks("bdpo_pl.diagnose", [*base, *ranks, "--diagnose.folder=two"], BDPO_PL_CACHE=cache)
+    assert [run.returncode for run in runs] == [0, 0], runs
+    assert [run.stdout.count("Findings") for run in runs] == [1, 0]
     assert results("two")[0]["splits"] == alone["splits"]
     one, two = tmp_path / "cache", tmp_path / "cache of two"
     chunks = {path.relative_to(one): path.read_bytes() for path in one.rglob("*.safetensors")}

@@ -49,14 +49,41 @@ def command(module, arguments, timeout=300, **environment):
     Returns:
         A `subprocess.CompletedProcess` with what was printed.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        process = launch(module, arguments, environment, folder)
-        process.join(timeout)
-        if process.exitcode is None:
-            process.kill()
+    return _commands(module, arguments, timeout, [environment])[0]
+
+
+def command_in_ranks(module, arguments, world_size=2, timeout=300, **environment):
+    """Run `python -m module arguments` as each of `world_size` ranks of a launcher.
+
+    Lightning's own launcher would start all but the first anew, which imports for seconds.
+
+    Returns:
+        A `subprocess.CompletedProcess` of each rank.
+    """
+    shared = {**environment, "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return _commands(module, arguments, timeout, [{**shared, "LOCAL_RANK": str(rank)} for rank in range(world_size)])
+
+
+def _commands(module, arguments, timeout, environments):
+    with tempfile.TemporaryDirectory() as root:
+        folders = [Path(root) / str(i) for i in range(len(environments))]
+        for folder in folders:
+            folder.mkdir()
+        processes = [
+            launch(module, arguments, environment, folder)
+            for environment, folder in zip(environments, folders, strict=True)
+        ]
+        for process in processes:
+            process.join(timeout)
+        if any(process.exitcode is None for process in processes):
+            for process in processes:
+                process.kill()
             raise subprocess.TimeoutExpired([module, *arguments], timeout)
-        printed = [(Path(folder) / name).read_text(encoding="utf-8") for name in ("out", "err")]
-    return subprocess.CompletedProcess([module, *arguments], process.exitcode, *printed)
+        printed = [[(folder / name).read_text(encoding="utf-8") for name in ("out", "err")] for folder in folders]
+    return [
+        subprocess.CompletedProcess([module, *arguments], process.exitcode, *texts)
+        for process, texts in zip(processes, printed, strict=True)
+    ]
 
 
 def free_port():

@@ -87,13 +87,16 @@ def train(
     return whole_state(module.policy, module.lora is not None), module.evaluations, module
 
 
-def with_errors(result):
-    """Add the standard errors of the evaluations to a result of `train`; a resumed run lacks those of earlier steps."""
+def with_intervals(result):
+    """Add the intervals of the evaluations to a result of `train`; a resumed run lacks those of earlier steps."""
     state, evaluations, module = result
-    errors = {
-        step: {f"error of {name}": error for name, error in module.errors.get(step, {}).items()} for step in evaluations
+    known = {
+        step: values
+        | {f"low of {name}": interval.low for name, interval in module.intervals.get(step, {}).items()}
+        | {f"high of {name}": interval.high for name, interval in module.intervals.get(step, {}).items()}
+        for step, values in evaluations.items()
     }
-    return state, {step: values | errors[step] for step, values in evaluations.items()}, module
+    return state, known, module
 
 
 def spawn(function, *args, world_size=2):

@@ -6,7 +6,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from sharded_jobs import train, with_errors
+from sharded_jobs import train, with_intervals
 
 from bdpo_pl.errors import InputError
 from bdpo_pl.losses import BalancedDPOLoss, DPOLoss, LDLoss
@@ -119,7 +119,7 @@ def two_groups_of_two(rank, folder):
 
 
 def keep(rank, folder, name, result):
-    state, evaluations, module = with_errors(result)
+    state, evaluations, module = with_intervals(result)
     whole = sum(p.numel() for p in module.policy.parameters())
     held = sum(getattr(p, "_local_tensor", p).numel() for p in module.policy.parameters())
     if rank == 0:

@@ -22,7 +22,7 @@ from bdpo_pl.parallel.fsdp2 import ShardedStrategy
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    build_model().save_pretrained(folder)
+    build_model(num_hidden_layers=1).save_pretrained(folder)  # the pretended GPU takes its time
     return folder
 
 

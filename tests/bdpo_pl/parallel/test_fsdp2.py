@@ -6,7 +6,7 @@ import torch
 from adapters import sft_adapter
 from architectures import VISION_PARTS, tiny
 from makers import build_model, build_tokenizer, preference_rows, write_jsonl
-from sharded_jobs import spawn, train, with_errors
+from sharded_jobs import spawn, train, with_intervals
 
 # float32, 8 steps at a rate that moves weights of 0.02 by up to 0.016: orders of summation differ, nothing else does.
 VISION = tuple(VISION_PARTS["Gemma 3 (vision)"])
@@ -52,7 +52,7 @@ def one(runs):
         found[kind] = train(runs, f"one-{kind}", **sharded_ranks.RUNS[f"context-{kind}"])
     for model in set(sharded_ranks.OTHER_MODELS.values()):
         found[model] = train(runs, f"one-{model}", model=model, trainer={"max_epochs": 1})
-    return {name: with_errors(result) for name, result in found.items()}
+    return {name: with_intervals(result) for name, result in found.items()}
 
 
 # Steps of Muon and Adafactor make the rounding of a gradient that is nearly 0 as large as a gradient: they are compared
