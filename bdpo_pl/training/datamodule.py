@@ -292,7 +292,7 @@ class PreferenceDataModule(L.LightningDataModule):
             "train",
             self.batch_size,
             # A function, because Lightning passes the epoch to plain samplers only.
-            epoch=lambda: 0 if trainer.overfit_batches else trainer.current_epoch,
+            epoch=lambda: 0 if trainer.overfit_batches else trainer.current_epoch,  # type: ignore[attr-defined]
             seed=int(os.environ.get("PL_GLOBAL_SEED", self.seed)),
             accumulate=trainer.accumulate_grad_batches,
         )

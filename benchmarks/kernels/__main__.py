@@ -21,7 +21,7 @@ from benchmarks.kernels import against
 from benchmarks.kernels.contenders import LINEAR, LOGITS, OTHER_LOSS, missing_package
 from benchmarks.kernels.growth import CONTENDER, measure_growth
 from benchmarks.kernels.growth import markdown as growth_markdown
-from benchmarks.kernels.problem import SHAPES, Shape
+from benchmarks.kernels.problem import GPU_SHAPES, SHAPES, Shape
 from benchmarks.kernels.processes import child
 from benchmarks.kernels.report import markdown, plot
 from benchmarks.kernels.threads import SHAPE as THREADS_SHAPE
@@ -30,7 +30,6 @@ from benchmarks.machine import machine
 from benchmarks.written import command_line
 
 _RESULTS = Path(__file__).parents[1] / "results"
-_ON_GPU = ("qwen2-7b", "llama-3-8b", "mistral-7b", "gemma-2-9b")
 # Without contenders that compile first, import for long or need ten times as long as the others (PyTorch's own
 # `linear_cross_entropy`, whose chunks are small): the whole run takes at most two minutes.
 _ON_LAPTOP = ("naive", "ours, fused loss", "ours, linear logprob", "ours", "TRL selective_log_softmax")
@@ -141,7 +140,7 @@ def parse() -> argparse.Namespace:
     # No device and no shapes: two minutes on a laptop.
     laptop = options.device is None and options.shapes is None
     options.device = options.device or "cpu"
-    options.shapes = options.shapes or (("laptop",) if laptop else _ON_GPU if options.device == "cuda" else ("cpu",))
+    options.shapes = options.shapes or (("laptop",) if laptop else GPU_SHAPES if options.device == "cuda" else ("cpu",))
     options.rounds = options.rounds or (1 if laptop else 2)
     options.growth = laptop if options.growth is None else options.growth
     options.out = options.out or (Path("runs") if laptop else _RESULTS)

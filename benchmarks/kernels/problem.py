@@ -55,6 +55,9 @@ SHAPES = {
     "gemma-2-9b": (Shape("Gemma-2-9B", 8192, 3584, 256_000, 512, softcap=30.0, dtype=_HALF),),
 }
 
+GPU_SHAPES = ("qwen2-7b", "llama-3-8b", "mistral-7b", "gemma-2-9b")
+"""Names of the shapes that are measured on a GPU."""
+
 
 def find_shape(name: str) -> Shape:
     """Return the shape of that name, or the float32 shape described by `tokens x hidden x vocabulary x response`."""
