@@ -139,7 +139,7 @@ def runs_on_cpus(rank, folder):
     """A run of FSDP2, the same with its policy of offloading, and that resumed in the middle."""
     with pytest.raises(InputError, match=r"cpu_offload keeps weights.*leave it out"):
         train(folder, "offload-refused", 2)
-    one_epoch = {"max_epochs": 1, "log_every_n_steps": 8}
+    one_epoch = {"max_epochs": 1}
     for kind, options in (("", {}), ("-lora", {"lora": LoraOptions(r=4)})):
         plain = train(folder, f"fsdp2{kind}", 2, trainer=one_epoch, **options)
         keep(rank, folder, f"fsdp2{kind}", plain)

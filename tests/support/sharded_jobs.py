@@ -34,6 +34,8 @@ def train(
 ):
     """Two epochs on the pairs of `folder`, WORLD_BATCH of them to a step however many processes share it.
 
+    Without a line of the log for each step, each number of which the ranks would have to agree on.
+
     Args:
         folder: holds `model` and `pairs`.
         name: `ddp`, `fsdp2`, `offload`, `parts`, `tp`, `context` or `one`, and anything after a dash.
@@ -55,7 +57,7 @@ def train(
     sharing = sharing or {"one": 1, **dict.fromkeys(("tp", "context"), max(1, world_size // 2))}.get(
         name.split("-")[0], world_size
     )
-    trainer_options = {"max_epochs": 2, "log_every_n_steps": 1, **options.pop("trainer", {})}
+    trainer_options = {"max_epochs": 2, "log_every_n_steps": 8, **options.pop("trainer", {})}
     torch.manual_seed(0)
     trainer = L.Trainer(
         accelerator="cpu",

@@ -85,11 +85,6 @@ OTHER_MODELS = {
 }
 
 
-def quietly(*args, trainer=(), **options):
-    """Train without a line of the log for each step, each number of which the ranks would have to agree on."""
-    return train(*args, trainer={"log_every_n_steps": 8, **dict(trainer)}, **options)
-
-
 def every_strategy(rank, folder):
     for name, options in (RUNS | OPTIMIZED).items():
         keep(rank, folder, name, once(folder, name, **options))
@@ -101,7 +96,7 @@ def every_strategy(rank, folder):
 
 def once(folder, name, **options):
     steps = [checkpoint_at(folder, name, resumed_at(options))] if name in RESUMED.keys() - set(INTERRUPTED) else []
-    return quietly(folder, name, 2, cache=SCORED_AS.get(name), callbacks=steps, **options)
+    return train(folder, name, 2, cache=SCORED_AS.get(name), callbacks=steps, **options)
 
 
 def resumed_at(options):
@@ -115,7 +110,7 @@ def checkpoint_at(folder, name, step):
 
 def two_groups_of_two(rank, folder):
     """Two groups of ranks with different pairs, each of which shares its rows."""
-    keep(rank, folder, "context-groups", quietly(folder, "context-groups", 4))
+    keep(rank, folder, "context-groups", train(folder, "context-groups", 4))
 
 
 def keep(rank, folder, name, result):
@@ -142,12 +137,12 @@ def interrupted_and_resumed(rank, folder):
         if name in INTERRUPTED:
             callbacks = [checkpoint_at(folder, name, done), StopAt(done + 1)]
             with pytest.raises(RuntimeError, match="machine is gone"):
-                quietly(folder, name + "-part", 2, cache=cache, callbacks=callbacks, **options)
+                train(folder, name + "-part", 2, cache=cache, callbacks=callbacks, **options)
         path = str(folder / f"{name}-steps" / f"step={done}.ckpt")
-        again = quietly(folder, name + "-again", 2, cache=cache, ckpt_path=path, **options)
+        again = train(folder, name + "-again", 2, cache=cache, ckpt_path=path, **options)
         keep(rank, folder, name + "-resumed", again)
     path = str(folder / "fsdp2-steps" / "step=6.ckpt")
-    again = quietly(folder, "tp-from-fsdp2", 2, cache=SCORED_AS["tp-from-fsdp2"], ckpt_path=path)
+    again = train(folder, "tp-from-fsdp2", 2, cache=SCORED_AS["tp-from-fsdp2"], ckpt_path=path)
     keep(rank, folder, "tp-from-fsdp2", again)
 
 

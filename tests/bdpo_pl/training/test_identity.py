@@ -48,6 +48,7 @@ def checkpoint(folder):
 
 def run(folder, name, *callbacks, ckpt_path=None, allow=(), **options):
     identity = RunIdentity(None if ckpt_path is None else str(ckpt_path), allow)
+    options["trainer"] = {"log_every_n_steps": 1, **options.get("trainer", {})}
     return train(
         folder, name, callbacks=[StopSignals(), MetricsRows(), identity, *callbacks], ckpt_path=ckpt_path, **options
     )
