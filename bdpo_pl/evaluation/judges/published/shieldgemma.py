@@ -108,7 +108,8 @@ class ShieldGemmaJudge(Judge):
             try:
                 verdicts: Sequence[Verdict | None] = judge.judge([exchanges[i] for i in found])
             except JudgingError as error:
-                failure, verdicts = failure or error, error.verdicts
+                gone = isinstance(error.__cause__, EndpointError)
+                failure, verdicts = error if gone else failure or error, error.verdicts
             known = zip(list(found.items()), verdicts, strict=True)
             # An exchange without a verdict on one policy is not asked about the others.
             found = {i: [*earlier, verdict] for (i, earlier), verdict in known if verdict is not None}
@@ -118,7 +119,9 @@ class ShieldGemmaJudge(Judge):
                 break
         worst = {i: max(each, key=lambda verdict: verdict.score or 0.0) for i, each in found.items()}
         if failure is not None:
-            raise JudgingError(str(failure), [worst.get(i) for i in range(len(exchanges))]) from failure
+            known_of = [worst.get(i) for i in range(len(exchanges))]
+            # Of the same cause, by which callers tell that the endpoint is gone.
+            raise JudgingError(str(failure), known_of) from failure.__cause__
         return [worst[i] for i in range(len(exchanges))]
 
     def facts(self) -> Mapping[str, str]:

@@ -204,6 +204,20 @@ def test_verdicts_of_a_batch_outlive_a_failed_request(kind, call, expected):
     with pytest.raises(JudgingError, match="no connection") as error:
         judge.judge([EXCHANGE, Exchange("why ?", "dig"), Exchange("a", " ")])
     assert [verdict and verdict.unsafe for verdict in error.value.verdicts] == expected
+    assert isinstance(error.value.__cause__, EndpointError)
+
+
+def test_an_endpoint_that_is_gone_outweighs_a_reply_out_of_form():
+    class FirstOutOfForm(Gone):
+        def reply(self, conversations):
+            return ["what?", *super().reply(conversations)[1:]]
+
+    # On the first policy one of two replies is out of form; at the second the endpoint is gone.
+    judge = ShieldGemmaJudge(FirstOutOfForm("No", 2, 0), {}, attempts=1)
+    with pytest.raises(JudgingError, match="no connection") as error:
+        judge.judge([EXCHANGE, Exchange("why ?", "dig")])
+    assert isinstance(error.value.__cause__, EndpointError)
+    assert error.value.verdicts == [None, None]
 
 
 # Rubric
