@@ -75,7 +75,7 @@ def load_pairs(
     by_safety: bool = False,
     subset: str | None = None,
     single: bool = False,
-    earlier: Sequence[DataReport] = (),
+    alone: bool = True,
 ) -> tuple[PairTable, DataReport]:
     """Read, check, select, tokenise, truncate and deduplicate the pairs of `source`.
 
@@ -92,7 +92,8 @@ def load_pairs(
             must label the safety of every response.
         subset: configuration of a hub dataset that has several.
         single: read single answers with a label, and no pairs.
-        earlier: reports of the sources read before with the same options, not each of which must have every column.
+        alone: refuse options about what the source does not have. False if the caller asks `check_used` about several
+            sources with the same options, not each of which must have every column.
 
     Raises:
         InputError: unreadable source, missing column, a bad row under `error`, or nothing left to train on.
@@ -126,7 +127,8 @@ def load_pairs(
         rows = _by_safety(rows, report, strict)
     table = _tokenize(rows, tokenizer, truncation, options, report, strict)
     report.columns = list(seen)
-    _check_used(options, [*earlier, report])
+    if alone:
+        check_used(options, [report])
     if not len(table):
         raise InputError(_nothing_left(report, truncation))
     report.kept = len(table)
@@ -156,23 +158,23 @@ def _schema(first: Record, format: DataFormat) -> Schema:
     return schema
 
 
-def _check_used(options: LoadOptions, reports: Sequence[DataReport]) -> None:
-    """Raise `InputError` if an option is about what none of the sources read so far has, of which `reports` tell."""
-    last, found = reports[-1], {column for report in reports for column in report.columns}
+def check_used(options: LoadOptions, reports: Sequence[DataReport]) -> None:
+    """Raise `InputError` if an option is about what no source has that was read with them, of which `reports` tell."""
+    found = list(dict.fromkeys(column for report in reports for column in report.columns))
+    sources = ", ".join(dict.fromkeys(report.source for report in reports))
     for option, names in (("columns", options.columns.values()), ("ignore", options.ignore)):
         for name in names:
             if name not in found:
-                near = difflib.get_close_matches(name, last.columns, n=1)
+                near = difflib.get_close_matches(name, found, n=1)
                 raise InputError(
-                    f"data.load.{option} names the column {name!r}, and no row of {last.source} has it"
-                    + (f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(map(repr, last.columns))}.")
-                    + " Of several sources, the first one must have it"
+                    f"data.load.{option} names the column {name!r}, and no row of {sources} has it; "
+                    + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(map(repr, found))}")
                 )
     drawn = any(report.notes["schema"] == SAFE_RLHF.name for report in reports)
     if not drawn and options.safe_rlhf != SafeRLHFOptions():
         raise InputError(
-            f"data.load.safe_rlhf draws pairs from PKU-SafeRLHF, and {last.source} is read as {last.notes['schema']}: "
-            "leave it out. Of several sources, the first one must be PKU-SafeRLHF"
+            f"data.load.safe_rlhf draws pairs from PKU-SafeRLHF, and {sources} is read as "
+            f"{', '.join(dict.fromkeys(report.notes['schema'] for report in reports))}: leave it out"
         )
 
 

@@ -19,7 +19,7 @@ from bdpo_pl.data.boundary import Thoughts
 from bdpo_pl.data.consistency import count_shared_prompts
 from bdpo_pl.data.example import example_table
 from bdpo_pl.data.held_out import HELD_OUT, HeldOut, held_out_sources, split_names
-from bdpo_pl.data.loading import LoadOptions, load_pairs
+from bdpo_pl.data.loading import LoadOptions, check_used, load_pairs
 from bdpo_pl.data.mixture import DataSource, join, limited, repeat
 from bdpo_pl.data.packing import RowLayout
 from bdpo_pl.data.report import DataReport, report_table
@@ -214,8 +214,6 @@ class PreferenceDataModule(L.LightningDataModule):
             self.control_tokens,
         )
 
-        read: list[DataReport] = []
-
         def load(name: str, given: DataSource, split: str) -> tuple[PairTable, DataReport]:
             table, report = load_pairs(
                 name,
@@ -229,9 +227,8 @@ class PreferenceDataModule(L.LightningDataModule):
                 order_by_safety,
                 given.subset or self.subset,
                 single,
-                read,
+                alone=False,
             )
-            read.append(report)
             return limited(table, given.limit, self.seed, report), report
 
         train, weights = self._join([load("train", given, self.split) for given in self.train_sources])
@@ -246,6 +243,7 @@ class PreferenceDataModule(L.LightningDataModule):
             report_held.note("prompts that are also in train (a leak)", count_shared_prompts(train, pairs_held))
             self.reports.append(report_held)
             held_out[split] = pairs_held
+        check_used(self.load_options, self.reports)
         if not held_out and self.held_out_fraction > 0:
             rest, held = split_by_prompt(train, self.held_out_fraction, self.seed)
             train, weights, held_out[HELD_OUT] = train.select(rest), weights[rest], train.select(held)

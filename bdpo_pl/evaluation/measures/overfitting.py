@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bdpo_pl import embedded
-from bdpo_pl.data.loading import LoadOptions, load_pairs
+from bdpo_pl.data.loading import LoadOptions, check_used, load_pairs
 from bdpo_pl.data.report import DataReport
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.data.tokenization import PairTokenizer
@@ -113,14 +113,14 @@ class PairProbe:
         self.reports: list[DataReport] = []
         rng = np.random.default_rng(options.seed)
         for split, source in options.sources().items():
-            table, report = load_pairs(
-                split, source, pairs, Truncation(window), options.load, "train" if split == "train" else "test"
-            )
+            place = "train" if split == "train" else "test"
+            table, report = load_pairs(split, source, pairs, Truncation(window), options.load, place, alone=False)
             if options.max_pairs and len(table) > options.max_pairs:
                 report.note("not drawn (pairs.max_pairs)", len(table) - options.max_pairs)
                 table = table.select(np.sort(rng.choice(len(table), options.max_pairs, replace=False)))
             self.tables[split] = table
             self.reports.append(report)
+        check_used(options.load or LoadOptions(), self.reports)
 
     def check_reads_alike(self, tokenizer: TokenizerLike, label: str) -> None:
         """Raise `InputError` if `label` tokenises these pairs differently, which would make log-ratios meaningless."""

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from makers import preference_rows, write_jsonl
 from training import fit
 
 from bdpo_pl.data.held_out import held_out_sources
+from bdpo_pl.data.loading import LoadOptions
 from bdpo_pl.data.mixture import DataSource
 from bdpo_pl.diagnose import main as diagnose
 from bdpo_pl.errors import InputError
@@ -51,6 +53,17 @@ def test_each_set_is_a_split_of_its_own_and_the_first_is_the_monitored_one(files
     assert alone.held_out_pairs == {"": 6}
     for name in ("train", "held_out", "train_probe"):
         assert alone.tables[name].content_digest() == splits.tables[name].content_digest()
+
+
+@pytest.mark.parametrize("with_it", ["pairs", "far"])
+def test_a_column_that_one_source_has_is_none_that_no_source_has(with_it, files, model_dir):
+    rows = [{**row, "context": "a b"} for row in ROWS[:6]]
+    write_jsonl(Path(files[with_it]), rows)
+    sets = {"near": files["near"], "far": files["far"]}
+    _, splits = read(files, model_dir, held_out=sets, load=LoadOptions(ignore=["context"]))
+    assert len(splits.tables[{"pairs": "train", "far": "held_out/far"}[with_it]]) == 6
+    with pytest.raises(InputError, match=r"'contxt', and no row of .*pairs\.jsonl, .*far\.jsonl has it; did you"):
+        read(files, model_dir, held_out=sets, load=LoadOptions(ignore=["context", "contxt"]))
 
 
 def test_weight_and_limit_draw_a_part_of_a_set(files, model_dir):

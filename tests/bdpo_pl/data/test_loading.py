@@ -264,17 +264,6 @@ def test_columns_that_the_data_do_not_have_are_refused(load, tmp_path):
     assert len(load(path, ignore=[*ignore, "source"])[0]) == 4
 
 
-def test_options_are_for_all_sources_and_not_each_has_every_column(tokenizer, tmp_path):
-    first = write_jsonl(tmp_path / "first.jsonl", [{**row, "context": "a"} for row in preference_rows(4)])
-    second = write_jsonl(tmp_path / "second.jsonl", preference_rows(4, seed=1))
-    options = LoadOptions(ignore=["context"])
-    _, report = load_pairs("train", str(first), tokenizer, Truncation(256), options)
-    assert len(load_pairs("train", str(second), tokenizer, Truncation(256), options, earlier=[report])[0]) == 4
-    # What the options are used for first is forgotten.
-    with pytest.raises(InputError, match=r"second.*the first one must have it"):
-        load_pairs("train", str(second), tokenizer, Truncation(256), options)
-
-
 def test_a_draw_from_safe_rlhf_is_refused_of_other_layouts(load, tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", preference_rows(4))
     with pytest.raises(InputError, match=r"data\.load\.safe_rlhf .*rows\.jsonl is read as preference"):

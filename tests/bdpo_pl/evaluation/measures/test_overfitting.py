@@ -47,6 +47,15 @@ def logp_alone(model, tokenizer, prompt, response):
     return logp[at - 1, torch.tensor(whole)[at]].sum().item()
 
 
+def test_options_of_reading_are_for_all_sets_and_not_each_has_every_column(files, models, chat_tokenizer, tmp_path):
+    rows = [{**row, "context": "a b"} for row in preference_rows(5)]
+    given = {**files, "held_out": str(write_jsonl(tmp_path / "held_out.jsonl", rows))}
+    found = probe(chat_tokenizer, models[0], **given, load=LoadOptions(ignore=["context"]))
+    assert [len(table) for table in found.tables.values()] == [9, 5, 4]
+    with pytest.raises(InputError, match=r"'contxt', and no row of .*train\.jsonl, .* did you mean 'context'"):
+        probe(chat_tokenizer, models[0], **given, load=LoadOptions(ignore=["context", "contxt"]))
+
+
 def test_margins_accuracies_drifts_and_gaps_by_hand(files, models, chat_tokenizer):
     found = probe(chat_tokenizer, models[0], **files)
     logps = [found.logps(model, "m", 0) for model in models]
