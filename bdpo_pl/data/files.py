@@ -154,8 +154,10 @@ def _json(path: Path) -> Rows:
     except ValueError:
         too_long = object()
         limit = sys.get_int_max_str_digits()
-        read = _array(json.loads(content.decode("utf-8-sig"), parse_int=lambda d: too_long if len(d) > limit else 0))
-        found = (number for number, fields in enumerate(read) if _holds(fields, too_long))
+        text = content.decode("utf-8-sig")
+        read = _array(json.loads(text, parse_int=lambda digits: too_long if len(digits.lstrip("-")) > limit else 0))
+        # A file that is only a number has no rows.
+        found = (i for i, fields in enumerate(read if isinstance(read, list) else []) if _holds(fields, too_long))
         raise InputError(f"{path}, row {next(found, 0)}: {_TOO_MANY_DIGITS}") from None
     rows = _array(rows)
     if not isinstance(rows, list):

@@ -157,3 +157,12 @@ def test_a_number_of_too_many_digits_is_named_with_its_row(tmp_path, name, place
     path.write_text("\n".join(rows) if name == "a.jsonl" else f"[{', '.join(rows)}]")
     with pytest.raises(InputError, match=rf"{name}, {place}: a whole number has more digits"):
         list(read_records(str(path)))
+
+
+@pytest.mark.parametrize(
+    ("content", "place"), [("1" * 5000, 0), (f'[{{"x": -{"1" * 4300}}}, {{"x": {"1" * 4301}}}]', 1)]
+)
+def test_numbers_of_too_many_digits_are_told_from_the_largest_and_from_rows(tmp_path, content, place):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(InputError, match=rf"a\.json, row {place}: a whole number has more digits"):
+        list(read_records(str(tmp_path / "a.json")))
