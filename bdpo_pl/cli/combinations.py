@@ -42,6 +42,8 @@ def check_combinations(config: Namespace, defaults: Namespace) -> None:
     _check_unread(config, defaults)
     _check_places(config.data, defaults.data)
     _check_processes(config.trainer)
+    if config.trainer.fast_dev_run and config.export_from == "best":
+        raise InputError("export_from is best, but trainer.fast_dev_run keeps no checkpoint: leave out one of them")
     if config.export_from == "best":
         if not config.export:
             raise InputError("export is false, so export_from best has nothing to export: leave out one of them")
@@ -67,6 +69,34 @@ def _check_processes(trainer: Namespace) -> None:
         )
 
 
+def check_kept(trainer: Namespace) -> None:
+    """Refuse options of the Trainer that take away what a run needs, before Lightning does in its own words.
+
+    Raises:
+        InputError: the Trainer would keep no checkpoints, or measure nothing.
+    """
+    if trainer.barebones:
+        raise InputError(
+            "trainer.barebones would measure and keep nothing, and a run always does: leave it out; for a quick trial "
+            "there is trainer.fast_dev_run"
+        )
+    if trainer.enable_checkpointing is False:
+        raise InputError(
+            "trainer.enable_checkpointing is false, but a run always writes last.ckpt, from which it is resumed: leave "
+            "it out; --checkpoint.save_top_k 0 keeps no other checkpoint"
+        )
+
+
+def never_validates(trainer: Namespace) -> str | None:
+    """Return why a run with these options of the Trainer ends without a validation; None if it has one."""
+    if trainer.limit_val_batches == 0:
+        return "leave out trainer.limit_val_batches 0"
+    every, epochs = trainer.check_val_every_n_epoch, trainer.max_epochs
+    if every is not None and epochs is not None and 0 < epochs < every and not trainer.fast_dev_run:
+        return f"lower trainer.check_val_every_n_epoch {every} to at most trainer.max_epochs {epochs}"
+    return None
+
+
 def _check_unread(config: Namespace, defaults: Namespace) -> None:
     """Refuse an option that has no effect because of another one."""
     data, model = config.data, config.model
@@ -81,6 +111,8 @@ def _check_unread(config: Namespace, defaults: Namespace) -> None:
             "nothing is cached without a scoring pass",
         ),
         ("model.scoring.chunk_pairs", model.reference_mode in ("none", "live"), "there is no scoring pass"),
+        ("trainer.limit_test_batches", True, "nothing is tested here"),
+        ("trainer.limit_predict_batches", True, "nothing is predicted here"),
         ("model.reference_sync.mixup", not _of(model, "reference_sync.every"), "model.reference_sync.every is not set"),
     )
     for name, ignored, why in unread:
@@ -149,7 +181,7 @@ def one_or_more(value: object) -> list[Any]:
 
 
 def check_monitor(monitor: str | None, module: PreferenceModule, config: Namespace, probe: SafetyProbe) -> None:
-    """Refuse a `checkpoint.monitor` that will never be logged.
+    """Refuse a `checkpoint.monitor`, or a monitor of `EarlyStopping`, that will never be logged.
 
     Args:
         monitor: Name of the monitored metric.
@@ -161,18 +193,25 @@ def check_monitor(monitor: str | None, module: PreferenceModule, config: Namespa
         InputError: Nothing logs the metric.
     """
     callbacks = one_or_more(config.trainer.callbacks)
-    # The user's own callbacks may log any metric.
-    own_callbacks = any(str(c.get("class_path", "")) for c in callbacks if hasattr(c, "get"))
-    if monitor is None or own_callbacks:
+    own = [(str(c.get("class_path") or ""), c.get("init_args") or {}) for c in callbacks if hasattr(c, "get")]
+    # The user's own callbacks may log any metric; these log none.
+    if any(path and path.rpartition(".")[2] not in _SILENT for path, _ in own):
         return
+    monitors = {"checkpoint.monitor": monitor}
+    monitors |= {f"the monitor of {path.rpartition('.')[2]}": given.get("monitor") for path, given in own}
     logged = logged_names(module, config, probe)
-    if monitor in logged:
-        return
-    meant = difflib.get_close_matches(monitor, logged, n=3, cutoff=0.5)
-    raise InputError(
-        f"checkpoint.monitor is {monitor}, which this run never logs; "
-        + (f"did you mean {' or '.join(meant)}?" if meant else f"it logs {', '.join(sorted(logged))}")
-    )
+    for option, name in monitors.items():
+        if name is None or name in logged:
+            continue
+        meant = difflib.get_close_matches(name, logged, n=3, cutoff=0.5)
+        raise InputError(
+            f"{option} is {name}, which this run never logs; "
+            + (f"did you mean {' or '.join(meant)}?" if meant else f"it logs {', '.join(sorted(logged))}")
+        )
+
+
+_SILENT = ("EarlyStopping", "ModelCheckpoint", "Timer", "RichProgressBar", "TQDMProgressBar", "ModelSummary")
+"""Names of Lightning's callbacks that log no metric."""
 
 
 def logged_names(module: PreferenceModule, config: Namespace, probe: SafetyProbe) -> set[str]:

@@ -51,6 +51,7 @@ def _refused(why: str) -> Row:
 _PARTS = "the loss is summed a micro-batch at a time already, and no logits of a validation are kept"
 _LOG = "the bar, the log line and metrics.csv say what there is to say"
 _TRACKIO = "--trainer.logger=bdpo_pl.training.trackio_logger.TrackioLogger"
+_EVERY = "--checkpoint.every_n_train_steps=500 --checkpoint.monitor=null --checkpoint.save_top_k=-1"
 _SHARDED = "--trainer.strategy=bdpo_pl.parallel.fsdp2.ShardedStrategy"
 _DDP = "--trainer.strategy=lightning.pytorch.strategies.DDPStrategy --trainer.strategy."
 _ANY_LOADER = "batches of token ids are built from arrays in memory, which takes no time worth hiding"
@@ -219,9 +220,9 @@ GROUPS: dict[str, dict[str, Row]] = {
     },
     "Checkpoints and the result": {
         "output_dir": _same("folder of all runs; each has version_N below it"),
-        "save_strategy": _other("--checkpoint.every_n_train_steps=500", "for the best steps' weights; last.ckpt, from "
-                                "which one resumes, is written at every validation"),
-        "save_steps": _other("--checkpoint.every_n_train_steps=500", "for the best steps' weights"),
+        "save_strategy": _other(_EVERY, "last.ckpt, from which one resumes, is written at validations, and so are the "
+                                "best weights without these options"),
+        "save_steps": _other(_EVERY, "keeps the weights of all these steps; without it, the best of all validations"),
         "save_total_limit": _other("--checkpoint.save_top_k=2", "the best ones, beside last.ckpt"),
         "save_only_model": _other("--checkpoint.save_weights_only=true", "of the best steps, which is the default"),
         "save_on_each_node": _unneeded("a run has one folder, which all nodes see"),

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgre
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from bdpo_pl import embedded
-from bdpo_pl.cli.combinations import check_combinations, check_monitor, one_or_more
+from bdpo_pl.cli.combinations import check_combinations, check_kept, check_monitor, never_validates, one_or_more
 from bdpo_pl.cli.misfits import refuse_misfit
 from bdpo_pl.cli.parser import OptionParser
 from bdpo_pl.embedded import EMBEDDED
@@ -134,6 +134,7 @@ class FitCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: object) -> L.Trainer:
         """Return the Trainer, which stops at a gap if requested."""
+        check_kept(self.config.trainer)
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (TypeError, ValueError, ModuleNotFoundError) as error:
@@ -150,6 +151,9 @@ class FitCLI(LightningCLI):
         ):
             if wanted and self._holds_out_nothing():
                 raise InputError(f"{option} needs held-out pairs: set data.held_out, or data.held_out_fraction above 0")
+            # Completions are made before and after training too.
+            if wanted and not option.startswith("completions.") and (remedy := never_validates(config.trainer)):
+                raise InputError(f"{option} needs a validation, and the run would have none: {remedy}")
         check_combinations(config, self.parser.get_defaults())
         probe.check_monitor(config.checkpoint.monitor, config.checkpoint.mode)
         check_monitor(config.checkpoint.monitor, self.model, config, probe)

@@ -31,6 +31,7 @@ from bdpo_pl.scoring.reference import Reference, ReferenceMode
 from bdpo_pl.scoring.reference_sync import ReferenceSync
 from bdpo_pl.scoring.scoring_pass import ScoringOptions
 from bdpo_pl.training.optim import LRSchedule, check_optimizer
+from bdpo_pl.training.trainer_options import check_trainer
 
 
 class Options(Protocol):
@@ -87,6 +88,7 @@ def check_start(module: Options, trainer: L.Trainer, max_length: int | None) -> 
         InputError: two options contradict each other, or one has no effect here.
     """
     check_length(trainer)
+    check_trainer(trainer)
     config, name = load_config(module.source), module.source.name
     if max_length is not None:
         check_window(config, max_length, name)

@@ -66,6 +66,70 @@ REFUSED = {
         ["--model.lora.r=4", "--model.reference_dtype=bfloat16"],
         "in the policy's own dtype; leave it out",
     ),
+    "an average of no weights": (
+        ["--trainer.callbacks=[{class_path: StochasticWeightAveraging, init_args: {swa_lrs: 0.1}}]"],
+        "the callback StochasticWeightAveraging copies the module before the policy is loaded",
+    ),
+    "a size found too late": (["--trainer.callbacks=BatchSizeFinder"], "set data.batch_size, and see with --dry_run"),
+    "a rate that is not the module's": (["--trainer.callbacks=LearningRateFinder"], "set model.optimizer.lr"),
+    "steps of different sizes": (
+        ["--trainer.callbacks=[{class_path: GradientAccumulationScheduler, init_args: {scheduling: {0: 2}}}]"],
+        "set trainer.accumulate_grad_batches",
+    ),
+    "fewer epochs than the least": (["--trainer.min_epochs=3"], "min_epochs is 3, but the run ends after 1"),
+    "fewer steps than the least": (
+        ["--trainer.min_steps=9", "--trainer.max_steps=8"],
+        "min_steps is 9, but the run ends after 8",
+    ),
+    "clocks of several ranks": (
+        ["--trainer.devices=2", "--trainer.val_check_interval=00:00:10:00"],
+        "which each rank would take from its own clock",
+    ),
+    "the worst checkpoint": (
+        ["--checkpoint.monitor=held_out/accuracy"],
+        "checkpoint.mode is min, by which held_out/accuracy would choose the worst; set checkpoint.mode max",
+    ),
+    "the largest gap": (["--checkpoint.monitor=gap/margin", "--checkpoint.mode=max"], "set checkpoint.mode min"),
+    "a stop for being better": (
+        [
+            "--trainer.callbacks=[{class_path: EarlyStopping, init_args: {monitor: held_out/hh/margin}}]",
+            "--data.held_out={hh: embedded, pku: embedded}",
+        ],
+        "EarlyStopping has mode min, by which held_out/hh/margin would stop the run as it gets better",
+    ),
+    "a stop by what is not logged": (
+        ["--trainer.callbacks=[{class_path: EarlyStopping, init_args: {monitor: held_out/los}}]"],
+        "the monitor of EarlyStopping is held_out/los, which this run never logs; did you mean held_out/loss",
+    ),
+    "two writers of last.ckpt": (
+        ["--checkpoint.save_last=true"],
+        "checkpoint.save_last would write other content into",
+    ),
+    "another last.ckpt": (["--checkpoint.filename=last"], "checkpoint.filename last would write other content into"),
+    "weights by the loss of others": (
+        ["--checkpoint.every_n_train_steps=3"],
+        "checkpoint.every_n_train_steps would choose between weights by the held_out/loss of earlier ones",
+    ),
+    "weights of a time by the loss of others": (
+        ["--checkpoint.train_time_interval=00:01:00:00"],
+        "checkpoint.train_time_interval would choose between weights",
+    ),
+    "a checkpoint after the last epoch": (["--checkpoint.every_n_epochs=5"], "so no checkpoint would be kept"),
+    "no checkpoints at all": (["--trainer.enable_checkpointing=false"], "save_top_k 0 keeps no other checkpoint"),
+    "a bare run": (["--trainer.barebones=true"], "for a quick trial there is trainer.fast_dev_run"),
+    "a gap that is never measured": (
+        ["--trainer.limit_val_batches=0", "--stop_at_gap=0.5"],
+        "stop_at_gap needs a validation, and the run would have none: leave out trainer.limit_val_batches 0",
+    ),
+    "a validation after the last epoch": (
+        ["--trainer.check_val_every_n_epoch=2", "--export_from=best"],
+        "lower trainer.check_val_every_n_epoch 2 to at most trainer.max_epochs 1",
+    ),
+    "the best of a trial": (
+        ["--trainer.fast_dev_run=2", "--export_from=best"],
+        "trainer.fast_dev_run keeps no checkpoint: leave out one of them",
+    ),
+    "batches of no test": (["--trainer.limit_test_batches=2"], "it would have no effect: nothing is tested here"),
 }
 
 
