@@ -34,9 +34,19 @@ from bdpo_pl.training.metrics_file import step_first
 from bdpo_pl.training.model_card import describe
 from bdpo_pl.training.module import PreferenceModule
 from bdpo_pl.training.resumable import resumable
+from bdpo_pl.training.run_progress import RunProgress
 from bdpo_pl.training.run_report import read_curves, run_page
 from bdpo_pl.training.safety_probe import SafetyProbe
-from bdpo_pl.training.summary import no_step_taken, remark_line, remarks, summary_rows, summary_table
+from bdpo_pl.training.start_warnings import WarnsAtStart
+from bdpo_pl.training.summary import (
+    measured_pairs,
+    no_step_taken,
+    not_all_measured,
+    remark_line,
+    remarks,
+    summary_rows,
+    summary_table,
+)
 from bdpo_pl.training.tracking import log_files, log_options
 
 
@@ -68,6 +78,8 @@ def run(args: list[str], description: str | None) -> None:
 def _align(cli: FitCLI, checkpoint: str | None, start: float, upload: HubUpload | None) -> None:
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
     trainer.callbacks += [WarnsOfMemory(), SaysDisk(cli.config.export)]  # type: ignore[attr-defined]
+    if not isinstance(trainer.progress_bar_callback, RunProgress):
+        trainer.callbacks.append(WarnsAtStart())  # type: ignore[attr-defined]
     resumable(trainer, checkpoint, cli.config_init.resume.allow)
     if trainer.is_global_zero:
         log_options(trainer.loggers, lambda: yaml.safe_load(cli.parser.dump(cli.config, skip_none=False)))
@@ -83,7 +95,8 @@ def _align(cli: FitCLI, checkpoint: str | None, start: float, upload: HubUpload 
         return
     probe: SafetyProbe = cli.config_init.safety
     sampled: LogCompletions = cli.config_init.completions
-    sets = module.splits.held_out_pairs
+    held_out = module.splits.held_out_pairs
+    sets = measured_pairs(module.intervals.get(module.global_step, {}), held_out)
     pairs = next(iter(sets.values()), None)
     results = module.evaluations, module.global_step, probe.before, probe.after
     counted: Any = {"intervals": module.intervals, "pairs": pairs, "prompts": probe.counts, "sets": sets}
@@ -96,10 +109,12 @@ def _align(cli: FitCLI, checkpoint: str | None, start: float, upload: HubUpload 
         paths["completions"] = folder / CompletionsFile.NAME
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.best_model_path:
-            name = "last checkpoint" if isinstance(callback, LastCheckpoint) else "best checkpoint"
+            name = "last checkpoint" if isinstance(callback, LastCheckpoint) else f"best by {callback.monitor}"
+            if callback is cli.config_init.checkpoint:
+                name = "best checkpoint"
             paths[name] = Path(callback.best_model_path)
     if cli.config.export:
-        best = _best(trainer) if cli.config.export_from == "best" else None
+        best = _best(cli.config_init.checkpoint) if cli.config.export_from == "best" else None
         paths["aligned model"] = export_model(module, data.tokenizer, folder / "model", state, best, card.text())
     if cli.config.export_adapter and module.lora is not None:
         assert state is not None
@@ -109,7 +124,9 @@ def _align(cli: FitCLI, checkpoint: str | None, start: float, upload: HubUpload 
             logger.save()
     step_first(paths["metrics"])
     said = remarks(module.evaluations, pairs, bool(probe.suites), single)
-    if module.resumed_at == module.global_step:
+    if pairs is not None and sets != held_out:
+        said.insert(0, not_all_measured(pairs, next(iter(held_out.values())), "answer" if single else "pair"))
+    if module.global_step in (module.resumed_at, 0):
         said.insert(0, no_step_taken(module.global_step))
     (folder / "summary.json").write_text(json.dumps({"rows": rows, "said": said}, ensure_ascii=False), encoding="utf-8")
     taken = time.perf_counter() - start
@@ -139,11 +156,10 @@ def _is_plain(module: PreferenceModule, trainer: L.Trainer) -> bool:
     return module.lora is None and not isinstance(trainer.strategy, ModelParallelStrategy)
 
 
-def _best(trainer: L.Trainer) -> Path:
-    """Return the path of the best checkpoint, on every rank."""
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None and callback.best_model_path:
-            return Path(callback.best_model_path)
+def _best(chosen: ModelCheckpoint) -> Path:
+    """Return the path of the best checkpoint by the options of the command, not by a callback of the user's own."""
+    if chosen.best_model_path:
+        return Path(chosen.best_model_path)
     raise InputError(
         "export_from is best, but no validation chose a checkpoint: lower trainer.val_check_interval, or resume with "
         "--ckpt_path last --export_from last"

@@ -166,6 +166,9 @@ class TokenBatchSampler(StepSampler):
         for at in shuffle(np.arange(number)):
             batches[at] = np.array([next(supply[size]) for size in self._batches_of_sizes[at]])
         order = shuffle(np.arange(number))
+        if rng is None and self.most is not None and self.most < len(self):
+            # The longest pairs are in the first batches, and those that are left out shall be like those that are not.
+            order = np.random.default_rng(self.seed).permutation(order)
         window = self.world_size * self.accumulate
         for start in range(0, number, window):
             step = [batches[at] for at in order[start : start + window]]

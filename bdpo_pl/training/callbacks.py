@@ -87,9 +87,11 @@ class LastCheckpoint(ModelCheckpoint):
         self._last_checkpoint_saved = filepath
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write a postponed file; let a best checkpoint with the same weights share it."""
+        """Write a postponed file, and one after a last validation before the last step; share it with the best one."""
         if self._is_due:
             self._write_what_waits(trainer)
+        if not self._should_skip_saving_checkpoint(trainer):
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
         if self._put_off is not None:
             self.write_now(trainer, Path(self._put_off))
         super().on_train_end(trainer, pl_module)

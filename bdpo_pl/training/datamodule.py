@@ -294,8 +294,10 @@ class PreferenceDataModule(L.LightningDataModule):
             seed=int(os.environ.get("PL_GLOBAL_SEED", self.seed)),
             accumulate=trainer.accumulate_grad_batches,
         )
-        limit = trainer.limit_train_batches
-        sampler.stop_after(limit if isinstance(limit, int) else int(limit * len(sampler)))
+        self._check_interval(_limited(sampler, trainer.limit_train_batches))
+        if self._train_sampler is not None and trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
+            # A resumed run makes its loader again when it knows its epoch; after an epoch nothing is left of it.
+            self._resume_batches = self._resume_batches or self.state_dict()["batches_done"]
         sampler.skip_batches(self._resume_batches)
         self._train_sampler = sampler
         self._resume_batches = 0
@@ -303,8 +305,10 @@ class PreferenceDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """Return each held-out set, then the probe of training pairs, if they exist."""
-        names = self._read_splits().validation
-        return [self._loader(name, self._sampler(name, self.eval_batch_size)) for name in names]
+        samplers = {name: self._sampler(name, self.eval_batch_size) for name in self._read_splits().validation}
+        for sampler in samplers.values():
+            _limited(sampler, self._trainer().limit_val_batches)
+        return [self._loader(name, sampler) for name, sampler in samplers.items()]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of finished batches of the epoch, from which a resumed run continues."""
@@ -321,6 +325,16 @@ class PreferenceDataModule(L.LightningDataModule):
             self._train_sampler.skip_batches(self._resume_batches)
         if self._resume_batches:
             rank_zero_info(f"Resuming after batch {self._resume_batches} of the epoch")
+
+    def _check_interval(self, batches: int) -> None:
+        """Raise `InputError` if a validation would come after more batches than the `batches` of an epoch."""
+        trainer = self._trainer()
+        every, validates = trainer.val_check_interval, trainer.limit_val_batches != 0
+        if isinstance(every, int) and every > batches > 0 and trainer.check_val_every_n_epoch is not None and validates:
+            raise InputError(
+                f"trainer.val_check_interval is {every} batches, but an epoch has {batches}: lower it, or set "
+                "trainer.check_val_every_n_epoch to null, by which batches are counted over epochs"
+            )
 
     def _sampler(self, name: str, batch_size: int, **kwargs: Any) -> StepSampler:
         trainer, table = self._trainer(), self.tables[name]
@@ -354,6 +368,13 @@ class PreferenceDataModule(L.LightningDataModule):
         if self.trainer is None:
             raise RuntimeError("PreferenceDataModule works under a Trainer: call trainer.fit(module, datamodule)")
         return self.trainer
+
+
+def _limited(sampler: StepSampler, limit: float) -> int:
+    """End each pass of `sampler` after the Trainer's `limit`, a number of batches or a share; return their number."""
+    count = min(len(sampler), limit if isinstance(limit, int) else int(limit * len(sampler)))
+    sampler.stop_after(count)
+    return count
 
 
 def _on_gpu(trainer: L.Trainer) -> bool:

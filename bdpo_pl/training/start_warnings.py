@@ -16,8 +16,9 @@ _FEW_STEPS = 10
 
 
 def warn_at_start(trainer: L.Trainer) -> None:
-    """Warn of few optimiser steps, of validations between which nothing is trained, and of extreme balance weights."""
+    """Warn of few optimiser steps or fewer than asked for, of idle validations, and of extreme balance weights."""
     _warn_of_few_steps(trainer)
+    _warn_of_fewer_steps(trainer)
     _warn_of_idle_validations(trainer)
     _warn_of_extreme_weights(trainer.lightning_module)
 
@@ -34,6 +35,34 @@ def _warn_of_few_steps(trainer: L.Trainer) -> None:
             f"the data make only {whole(steps)} {plural(steps, 'optimiser step')}{each}; lower {option}"
             "data.batch_size, or raise trainer.max_epochs"
         )
+
+
+def _warn_of_fewer_steps(trainer: L.Trainer) -> None:
+    """Warn of a run whose epochs end it before steps that were asked for, or before the first line of the log."""
+    steps = int(trainer.estimated_stepping_batches)
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    for option, asked in (("max_steps", trainer.max_steps), ("min_steps", trainer.min_steps or 0)):
+        if asked > steps:
+            rank_zero_warn(
+                f"trainer.{option} is {whole(asked)}, but trainer.max_epochs {trainer.max_epochs} ends the run after "
+                f"{whole(steps)}: raise it, or set it to -1 with trainer.max_steps for as many epochs as those take"
+            )
+    every = int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
+    if trainer.loggers and every > steps:
+        rank_zero_warn(
+            f"trainer.log_every_n_steps is {whole(every)}, but the run has {whole(steps)} "
+            f"{plural(steps, 'optimiser step')}, so nothing of training is logged: lower it"
+        )
+
+
+class WarnsAtStart(L.Callback):
+    """Warns before the first step where no `RunProgress` does."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Warn, on the first rank."""
+        if trainer.is_global_zero:
+            warn_at_start(trainer)
 
 
 def _warn_of_idle_validations(trainer: L.Trainer) -> None:

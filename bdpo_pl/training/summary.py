@@ -165,8 +165,32 @@ def remarks(
     return said
 
 
+def measured_pairs(intervals: Mapping[str, Interval], sets: Mapping[str, int]) -> dict[str, int]:
+    """Return how many pairs of each held-out set a validation measured: all, or fewer by `trainer.limit_val_batches`.
+
+    Args:
+        intervals: intervals of its results by `held_out/name` or `held_out/SET/name`.
+        sets: number of pairs of each held-out set by its name, the monitored one first.
+    """
+    found = {}
+    for at, (name, size) in enumerate(sets.items()):
+        prefix = f"held_out/{name}/" if at else "held_out/"
+        counts = [i.count for key, i in intervals.items() if key.rpartition("/")[0] + "/" == prefix]
+        found[name] = max(counts, default=size)
+    return found
+
+
+def not_all_measured(measured: int, pairs: int, unit: str) -> tuple[str, str]:
+    """Return the remark about validations that measured a part of the held-out pairs."""
+    sentence = f"Validations measured {measured:,} of {pairs:,} held-out {unit}s: an option of the Trainer limits them "
+    return "notice", sentence + "(trainer.limit_val_batches, overfit_batches or fast_dev_run)."
+
+
 def no_step_taken(step: int) -> tuple[str, str]:
-    """Return the remark about a resumed run whose checkpoint is of its last optimiser step, `step`."""
+    """Return the remark about a run that took no step: it was resumed at its last one, `step`, or has none."""
+    if step == 0:
+        sentence = "No step was taken, and the policy is as it was: "
+        return "warning", sentence + "raise trainer.max_steps, trainer.max_epochs or trainer.limit_train_batches."
     sentence = f"No step was taken: the checkpoint is of step {step}, where this run ends. To train on, raise "
     return "notice", sentence + "trainer.max_steps or trainer.max_epochs."
 

@@ -154,6 +154,11 @@ class WatchedModule(L.LightningModule):
         for name, gap in gaps(values, intervals).items():
             values[name] = gap.value
             intervals |= {name: gap} if gap.bounded else {}
+        if self.trainer.sanity_checking and _is_cut(self.trainer):
+            # `num_sanity_val_steps` leaves pairs out, which later validations measure: not to be compared with them.
+            for split in self.split_means:
+                self.means(split).reset()
+            return
         if not self.trainer.sanity_checking:
             self.unlogged.discard(self.global_step)
         elif self.global_step > 0 and self.global_step not in self.evaluations:
@@ -162,3 +167,9 @@ class WatchedModule(L.LightningModule):
         self.intervals[self.global_step] = intervals
         # The means are the same on every rank; sync_dist only tells Lightning so.
         self.log_dict(values, sync_dist=True)
+
+
+def _is_cut(trainer: L.Trainer) -> bool:
+    """Return true if the validation before training has fewer batches than one during training."""
+    counts = zip(trainer.num_sanity_val_batches, trainer.num_val_batches, strict=True)
+    return any(few < all_ for few, all_ in counts)
