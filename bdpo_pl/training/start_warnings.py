@@ -52,7 +52,7 @@ def _warn_of_fewer_steps(trainer: L.Trainer) -> None:
     if trainer.loggers and every > steps:
         rank_zero_warn(
             f"trainer.log_every_n_steps is {whole(every)}, but the run has {whole(steps)} "
-            f"{plural(steps, 'optimiser step')}, so nothing of training is logged: lower it"
+            f"{plural(steps, 'step')}, so nothing of training is logged: lower it"
         )
 
 

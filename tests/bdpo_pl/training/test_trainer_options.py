@@ -117,7 +117,7 @@ def test_an_interval_beyond_an_epoch_is_refused(job):
 def test_steps_that_the_epochs_cut_and_a_log_without_lines_are_warned_of(job):
     with pytest.warns(UserWarning, match=r"trainer\.max_steps is 100, but trainer\.max_epochs 1 ends the run after 8"):
         fit(job("steps", trainer={"max_steps": 100, "callbacks": [WarnsAtStart()]}))
-    with pytest.warns(UserWarning, match=r"log_every_n_steps is 50, but the run has 8 optimiser steps"):
+    with pytest.warns(UserWarning, match=r"log_every_n_steps is 50, but the run has 8 steps"):
         fit(job("log", trainer={"log_every_n_steps": 50, "callbacks": [WarnsAtStart()]}))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=r"trainer\.")
