@@ -102,6 +102,7 @@ def _check_unread(config: Namespace, defaults: Namespace) -> None:
     data, model = config.data, config.model
     unread = (
         ("data.held_out_fraction", data.held_out is not None, "data.held_out says which pairs are held out"),
+        ("data.held_out_fraction", data.train == EMBEDDED, "the embedded set has held-out pairs of its own"),
         ("data.held_out_split", data.held_out is None, "it is a split of data.held_out, which is not set"),
         ("data.max_prompt_length", data.truncation == "drop", "data.truncation is drop, which cuts nothing"),
         ("model.reference_dtype", model.reference_mode == "none", "model.reference_mode is none"),
@@ -111,6 +112,8 @@ def _check_unread(config: Namespace, defaults: Namespace) -> None:
             "nothing is cached without a scoring pass",
         ),
         ("model.scoring.chunk_pairs", model.reference_mode in ("none", "live"), "there is no scoring pass"),
+        ("model.revision", _is_here(model.policy), "a folder has no revisions, only models of the hub have"),
+        ("completions.max_new_tokens", not _of(config, "completions.num_prompts"), "completions.num_prompts is 0"),
         ("trainer.limit_test_batches", True, "nothing is tested here"),
         ("trainer.limit_predict_batches", True, "nothing is predicted here"),
         ("model.reference_sync.mixup", not _of(model, "reference_sync.every"), "model.reference_sync.every is not set"),
@@ -119,6 +122,11 @@ def _check_unread(config: Namespace, defaults: Namespace) -> None:
         given = _of(config, name)
         if ignored and given and given != _of(defaults, name, _DEFAULTS.get(name)):
             raise InputError(f"{name} is {given}, but it would have no effect: {why}; leave it out")
+
+
+def _is_here(model: str) -> bool:
+    """Return true for a model on this machine."""
+    return model == EMBEDDED or Path(model).expanduser().exists()
 
 
 def _check_places(data: Namespace, defaults: Namespace) -> None:

@@ -119,7 +119,8 @@ class PreferenceDataModule(L.LightningDataModule):
             raise InputError(f"data.held_out_fraction must be in [0, 1), got {held_out_fraction}")
         if train == EMBEDDED:
             train = str(embedded.TRAIN_FILE)
-            held_out = held_out or str(embedded.HELD_OUT_FILE)
+            if held_out_fraction > 0:
+                held_out = held_out or str(embedded.HELD_OUT_FILE)
         self.train_sources = [DataSource(train)] if isinstance(train, str) else train
         if not self.train_sources:
             raise InputError("data.train: the list of sources is empty")

@@ -29,8 +29,11 @@ _UNFIT: dict[type[Callback], str] = {
     "schedule of the learning rate are made for one number; set trainer.accumulate_grad_batches",
 }
 _BETTER = {"loss": "min", "margin": "max", "accuracy": "max", "logp_accuracy": "max"}
-_VALIDATED = ("held_out/", "train_probe/", "gap/", "safety/")
-"""Beginnings of the names of metrics that only validations measure."""
+
+
+def _is_validated(monitor: str) -> bool:
+    """Return true for the name of a metric that only validations measure."""
+    return monitor.startswith(("held_out/", "train_probe/", "gap/", "safety/"))
 
 
 def check_trainer(trainer: L.Trainer) -> None:
@@ -54,6 +57,11 @@ def check_trainer(trainer: L.Trainer) -> None:
                 raise InputError(f"the callback {type(callback).__name__} {reason}")
         if isinstance(callback, ModelCheckpoint) and not isinstance(callback, LastCheckpoint):
             _check_checkpoint(callback, trainer, keeps_last)
+        elif isinstance(callback, EarlyStopping) and trainer.limit_val_batches == 0 and _is_validated(callback.monitor):
+            raise InputError(
+                f"EarlyStopping has the monitor {callback.monitor}, which validations measure, and there are none: "
+                "leave out trainer.limit_val_batches 0"
+            )
         elif isinstance(callback, EarlyStopping) and callback.mode != (wanted := better(callback.monitor)) and wanted:
             raise InputError(
                 f"EarlyStopping has mode {callback.mode}, by which {callback.monitor} would stop the run as it gets "
@@ -100,7 +108,7 @@ def _check_checkpoint(callback: ModelCheckpoint, trainer: L.Trainer, keeps_last:
             "folder"
         )
     by_time = callback._train_time_interval is not None
-    if callback.save_top_k != 0 and monitor.startswith(_VALIDATED) and (by_time or callback._every_n_train_steps > 0):
+    if callback.save_top_k != 0 and _is_validated(monitor) and (by_time or callback._every_n_train_steps > 0):
         raise InputError(
             f"checkpoint.{'train_time_interval' if by_time else 'every_n_train_steps'} would choose between weights by "
             f"the {monitor} of earlier ones, which the validation before had: leave it out, and weights are chosen at "

@@ -152,6 +152,10 @@ def parser():
         (["--model.reference_mode=live", "--model.scoring.cache_dir=x"], "nothing is cached"),
         (["--model.reference_mode=live", "--model.scoring.chunk_pairs=9"], "there is no scoring pass"),
         (["--model.reference_sync.mixup=0.5"], "model.reference_sync.every is not set"),
+        (["--data.train=embedded", "--data.held_out_fraction=0.2"], "the embedded set has held-out pairs of its own"),
+        (["--model.policy=.", "--model.revision=main"], "a folder has no revisions"),
+        (["--completions.max_new_tokens=9"], "completions.num_prompts is 0"),
+        (["--trainer.limit_predict_batches=9"], "nothing is predicted here"),
     ],
 )
 def test_an_option_that_another_one_leaves_without_effect_is_refused(parser, options, fault):

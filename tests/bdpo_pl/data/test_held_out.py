@@ -66,6 +66,12 @@ def test_a_column_that_one_source_has_is_none_that_no_source_has(with_it, files,
         read(files, model_dir, held_out=sets, load=LoadOptions(ignore=["context", "contxt"]))
 
 
+def test_nothing_of_the_embedded_set_is_held_out_if_that_is_asked_for(files):
+    assert PreferenceDataModule().held_out_sources
+    assert not PreferenceDataModule(held_out_fraction=0.0).held_out_sources
+    assert PreferenceDataModule(held_out=files["near"], held_out_fraction=0.0).held_out_source == files["near"]
+
+
 def test_weight_and_limit_draw_a_part_of_a_set(files, model_dir):
     sets = {"near": DataSource(files["near"], limit=4), "far": DataSource(files["far"], weight=0.5)}
     data, splits = read(files, model_dir, held_out=sets)

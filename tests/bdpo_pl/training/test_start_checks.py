@@ -101,6 +101,13 @@ REFUSED = {
         ["--trainer.callbacks=[{class_path: EarlyStopping, init_args: {monitor: held_out/los}}]"],
         "the monitor of EarlyStopping is held_out/los, which this run never logs; did you mean held_out/loss",
     ),
+    "a stop by what is not measured": (
+        [
+            "--trainer.callbacks=[{class_path: EarlyStopping, init_args: {monitor: held_out/loss}}]",
+            "--trainer.limit_val_batches=0",
+        ],
+        "which validations measure, and there are none: leave out trainer.limit_val_batches 0",
+    ),
     "two writers of last.ckpt": (
         ["--checkpoint.save_last=true"],
         "checkpoint.save_last would write other content into",
