@@ -42,6 +42,7 @@ from bdpo_pl.training.summary import (
     measured_pairs,
     no_step_taken,
     not_all_measured,
+    not_all_trained,
     remark_line,
     remarks,
     summary_rows,
@@ -126,6 +127,9 @@ def _align(cli: FitCLI, checkpoint: str | None, start: float, upload: HubUpload 
     said = remarks(module.evaluations, pairs, bool(probe.suites), single)
     if pairs is not None and sets != held_out:
         said.insert(0, not_all_measured(pairs, next(iter(held_out.values())), "answer" if single else "pair"))
+    share = data.trained_share(module.global_step)
+    if 0 < share < 1 and "gap/margin" in module.evaluations.get(module.global_step, {}):
+        said.insert(0, not_all_trained(share))
     if module.global_step in (module.resumed_at, 0):
         said.insert(0, no_step_taken(module.global_step))
     (folder / "summary.json").write_text(json.dumps({"rows": rows, "said": said}, ensure_ascii=False), encoding="utf-8")

@@ -311,6 +311,16 @@ class PreferenceDataModule(L.LightningDataModule):
             _limited(sampler, self._trainer().limit_val_batches)
         return [self._loader(name, sampler) for name, sampler in samplers.items()]
 
+    def trained_share(self, steps: int) -> float:
+        """Return the share of an epoch's batches that a run of `steps` optimiser steps has trained on, at most 1."""
+        trainer, sampler = self._trainer(), self._train_sampler
+        if not sampler or not len(sampler):
+            return 0.0
+        batches = steps * trainer.accumulate_grad_batches
+        if trainer.overfit_batches:  # type: ignore[attr-defined]
+            batches = min(batches, int(trainer.num_training_batches))
+        return min(1.0, batches / len(sampler))
+
     def state_dict(self) -> dict[str, Any]:
         """Return the number of finished batches of the epoch, from which a resumed run continues."""
         trainer = self._trainer()

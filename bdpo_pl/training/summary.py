@@ -186,6 +186,12 @@ def not_all_measured(measured: int, pairs: int, unit: str) -> tuple[str, str]:
     return "notice", sentence + "(trainer.limit_val_batches, overfit_batches or fast_dev_run)."
 
 
+def not_all_trained(share: float) -> tuple[str, str]:
+    """Return the remark about the gap of a run that trained on a `share` of an epoch only."""
+    sentence = f"The run trained on {percent(share, 0)} of an epoch, and the gap is measured on pairs of all of it. "
+    return "notice", sentence + "On those trained on it is larger: give the run these alone (data.train, limit)."
+
+
 def no_step_taken(step: int) -> tuple[str, str]:
     """Return the remark about a run that took no step: it was resumed at its last one, `step`, or has none."""
     if step == 0:

@@ -48,6 +48,22 @@ def test_pairs_that_a_limit_leaves_out_are_not_counted(command):
             "(trainer.limit_val_batches, overfit_batches or fast_dev_run)."] in summary["said"]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("options", "share"),
+    [
+        (["--trainer.max_steps=2"], "25%"),
+        (["--trainer.overfit_batches=2", "--trainer.max_epochs=9"], "25%"),
+        (["--trainer.max_epochs=1"], None),
+        (["--trainer.max_steps=2", "--data.train_probe=false"], None),
+    ],
+)
+def test_a_gap_of_pairs_that_were_not_all_trained_on_says_so(command, options, share):
+    """Of eight batches."""
+    summary, _ = command(*options, "--export=false")
+    remarks = [text for _, text in summary["said"] if "of an epoch" in text]
+    assert [text.split(" of an epoch")[0] for text in remarks] == ([f"The run trained on {share}"] if share else [])
+
+
 def test_the_best_checkpoint_is_that_of_the_command(command):
     """A checkpoint callback of the user's own came first, and its weights were exported as the best ones."""
     from safetensors.torch import load_file
