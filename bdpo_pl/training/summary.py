@@ -182,8 +182,8 @@ def measured_pairs(intervals: Mapping[str, Interval], sets: Mapping[str, int]) -
 
 def not_all_measured(measured: int, pairs: int, unit: str) -> tuple[str, str]:
     """Return the remark about validations that measured a part of the held-out pairs."""
-    sentence = f"Validations measured {measured:,} of {pairs:,} held-out {unit}s: an option of the Trainer limits them "
-    return "notice", sentence + "(trainer.limit_val_batches, overfit_batches or fast_dev_run)."
+    sentence = f"Validations measured {whole(measured)} of {whole(pairs)} held-out {unit}s: an option of the Trainer "
+    return "notice", sentence + "limits them (trainer.limit_val_batches, overfit_batches or fast_dev_run)."
 
 
 def not_all_trained(share: float) -> tuple[str, str]:

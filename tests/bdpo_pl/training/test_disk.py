@@ -11,11 +11,14 @@ from bdpo_pl.training import callbacks
 from bdpo_pl.training.callbacks import LastCheckpoint, log_interval
 from bdpo_pl.training.disk import SaysDisk, plan_disk
 
+# The drift of the chosen grows, so that by its least the first validation stays the best.
+FIRST_IS_BEST = {"monitor": "held_out/drift_chosen", "mode": "min"}
 
-def run(job, tmp_path, save_weights_only, monitor="held_out/loss", model=None, **trainer):
+
+def run(job, tmp_path, save_weights_only, by=None, model=None, **trainer):
     best = ModelCheckpoint(
-        tmp_path / "run" / "checkpoints", "best", monitor=monitor, save_weights_only=save_weights_only,
-        auto_insert_metric_name=False,
+        tmp_path / "run" / "checkpoints", "best", save_weights_only=save_weights_only, auto_insert_metric_name=False,
+        **(by or {"monitor": "held_out/loss"}),
     )  # fmt: skip
     callbacks = [best, LastCheckpoint(), SaysDisk(export=True)]
     built, module, data = job(trainer={"callbacks": callbacks, "max_epochs": 2, **trainer}, **(model or {}))
@@ -32,8 +35,7 @@ def test_best_and_last_of_one_step_are_one_file(job, tmp_path):
 
 
 def test_last_is_a_file_of_its_own_where_an_earlier_step_was_better(job, tmp_path):
-    # The margin grows, so that by its least the first validation stays the best.
-    _, _, folder = run(job, tmp_path, save_weights_only=False, monitor="held_out/margin")
+    _, _, folder = run(job, tmp_path, save_weights_only=False, by=FIRST_IS_BEST)
     assert not (folder / "best.ckpt").samefile(folder / "last.ckpt")
     assert torch.load(folder / "best.ckpt", weights_only=True)["global_step"] == 8
     assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 16
@@ -73,8 +75,8 @@ def test_best_weights_that_are_not_the_last_ones_keep_their_file(job, tmp_path):
 
 def test_sizes_are_said_before_the_run_and_true(job, tmp_path, caplog):
     caplog.set_level("INFO")
-    # The first validation stays the best, so each checkpoint has a file of its own.
-    built, module, folder = run(job, tmp_path, save_weights_only=True, monitor="held_out/margin")
+    # Each checkpoint has a file of its own.
+    built, module, folder = run(job, tmp_path, save_weights_only=True, by=FIRST_IS_BEST)
     said = next(r.getMessage() for r in caplog.records if r.getMessage().startswith("On the disk"))
     plan = plan_disk(built, module, export=True)
     # The rest is names, random state and counters.
@@ -88,7 +90,7 @@ def test_sizes_are_said_before_the_run_and_true(job, tmp_path, caplog):
 
 def test_a_reference_that_follows_the_policy_takes_space_too(job, tmp_path):
     model = {"loss": DPOLoss(), "reference_sync": SyncOptions(every=2)}
-    built, module, folder = run(job, tmp_path, True, "held_out/margin", model, max_epochs=1)
+    built, module, folder = run(job, tmp_path, True, FIRST_IS_BEST, model, max_epochs=1)
     plan = plan_disk(built, module, export=False)
     assert plan.last <= (folder / "last.ckpt").stat().st_size <= plan.last + 60_000
 

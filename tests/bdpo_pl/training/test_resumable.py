@@ -83,8 +83,8 @@ def test_the_rest_of_an_epoch_that_ended_early_is_trained_on(folder, tmp_path, s
 
 def test_the_best_checkpoint_before_a_stop_stays_the_best_in_another_folder(folder, tmp_path, caplog):
     def best():
-        # The margin grows, so that by its least the first validation stays the best.
-        return ModelCheckpoint(monitor="held_out/margin", filename="best-{step}", save_weights_only=True)
+        # The drift of the chosen grows, so that by its least the first validation stays the best.
+        return ModelCheckpoint(monitor="held_out/drift_chosen", filename="best-{step}", save_weights_only=True)
 
     fit(folder, tmp_path / "early", StopAfter(4), best())
     first, last = tmp_path / "early" / "checkpoints" / "best-step=3.ckpt", tmp_path / "early" / "checkpoints" / LAST
@@ -94,7 +94,7 @@ def test_the_best_checkpoint_before_a_stop_stays_the_best_in_another_folder(fold
         trainer, _ = fit(folder, tmp_path / "later", kept := best(), ckpt_path=last)
     assert trainer.global_step == 6
     assert (kept.best_model_path, kept.best_model_score) == (str(first), score)
-    assert f"is {first} (held_out/margin {score:.4f}); it stays the best one until" in caplog.text
+    assert f"is {first} (held_out/drift_chosen {score:.4f}); it stays the best one until" in caplog.text
     assert first.exists()
     # One that is gone is not the best of anything.
     first.unlink()
