@@ -38,7 +38,7 @@ class OptionParser(LightningArgumentParser):
             if action.dest in _FILES:
                 # jsonargparse would put the content of a file in the place of its path, as a file with options.
                 action._enable_path = False
-        given = sys.argv[1:] if args is None else args
+        given = _single_source(sys.argv[1:] if args is None else args)
         reset = [part for arg in given for part in ([f"--{_LOSS}=null", arg] if _names_a_loss(arg) else [arg])]
         parsed = super().parse_args(reset, *rest, **kwargs)
         try:
@@ -70,6 +70,19 @@ class OptionParser(LightningArgumentParser):
         if not self.exit_on_error:
             super().error(message, ex)
         refuse(_shortened(message))
+
+
+def _single_source(arguments: Sequence[str]) -> list[str]:
+    """Return `arguments` with a single source of pairs that has options as a list of one; else it would be a path."""
+    found = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        option, equals, value = argument.partition("=")
+        if option == "--data.train" and value.lstrip().startswith("{"):
+            argument = f"{option}{equals}[{value}]"
+        elif before == "--data.train" and argument.lstrip().startswith("{"):
+            argument = f"[{argument}]"
+        found.append(argument)
+    return found
 
 
 def _shortened(message: str) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 import numpy as np
 
@@ -27,7 +28,8 @@ class DataSource:
         limit: maximum number of its pairs that are used, drawn by `data.seed`. Default: all.
 
     Raises:
-        InputError: the weight is not a positive number, or the limit is below 1.
+        InputError: the weight is not a positive number, the limit is below 1, or the source is a list or mapping that
+            was not understood.
     """
 
     source: str
@@ -38,6 +40,12 @@ class DataSource:
     limit: int | None = None
 
     def __post_init__(self) -> None:
+        # The command line takes a list or mapping with an unknown name in it for text.
+        if self.source.lstrip().startswith(("[", "{")) and not Path(self.source).exists():
+            raise InputError(
+                f"sources of pairs are not understood: {self.source}; write [{{source: a.jsonl, weight: 2}}, "
+                f"{{source: b.jsonl}}], each with {', '.join(field.name for field in fields(self))} and nothing else"
+            )
         if not 0.0 < self.weight < math.inf:
             raise InputError(f"the weight of {self.source} must be above 0, got {self.weight}")
         if self.limit is not None and self.limit < 1:

@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import yaml
 from chat_templates import QWEN3, tokenizer_for
 from makers import build_tokenizer, preference_rows, write_jsonl
 from rich.console import Console
@@ -16,6 +17,7 @@ from bdpo_pl.data.mixture import DataSource, join, repeat
 from bdpo_pl.data.tokenization import PairTokenizer
 from bdpo_pl.data.truncation import Truncation
 from bdpo_pl.errors import InputError
+from bdpo_pl.fit import main as fit
 from bdpo_pl.models.loading import ModelSource
 from bdpo_pl.training.datamodule import PreferenceDataModule
 
@@ -90,6 +92,27 @@ def test_data_module_mixes_holds_out_and_shows(tmp_path, model_dir, capsys):
     assert data.reports[-1].notes["pairs in an epoch, by the weights of the sources"] == str(len(train))
     assert "▌" in shown
     assert "<|im_start|>assistant" in shown
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_single_source_has_options_of_its_own(tmp_path, capsys, apart):
+    """It was taken for a path."""
+    given = f"{{source: {tmp_path / 'pairs.jsonl'}, limit: 5}}"
+    arguments = ["--data.train", given] if apart else [f"--data.train={given}"]
+    with pytest.raises(SystemExit):
+        fit([*arguments, "--model.policy=model", "--print_config"])
+    (printed,) = yaml.safe_load(capsys.readouterr().out)["data"]["train"]
+    assert (printed["source"], printed["limit"]) == (str(tmp_path / "pairs.jsonl"), 5)
+
+
+def test_an_unknown_name_in_a_source_is_told(tmp_path, model_dir, capsys):
+    for given in ("{sorce: a.jsonl, limit: 5}", "[{source: a.jsonl, limits: 5}]"):
+        with pytest.raises(SystemExit) as ended:
+            fit(["--data.train", given, f"--model.policy={model_dir}"])
+        assert ended.value.code == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert given.strip("[]") in said
+        assert "each with source, weight, split, revision, subset, limit and nothing else" in said
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.4])
