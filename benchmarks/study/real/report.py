@@ -64,6 +64,12 @@ def page(
         exploration=differences(results, [real.against(real.BDPO, name) for name in others], real.OUTCOMES).text
         if others
         else "",
+        margins=means(results, [real.group(name) for name in methods], real.MARGINS) if methods else "",
+        margin_differences=differences(
+            results, [real.against(real.BDPO, name) for name in methods if name != real.BDPO], real.MARGINS
+        ).text
+        if others
+        else "",
         limits=rules.bounds(results).values(),
         halves=halves(results),
         trials=trials(results),

@@ -30,6 +30,16 @@ PAIR_OUTCOMES = (
 )
 """What is measured of the halves, for which no prompts are asked."""
 
+MARGINS = (
+    *PAIR_OUTCOMES[:2],
+    Measure(
+        "lost on test pairs",
+        lambda cell: cell["pairs"]["gap/margin"] / cell["pairs"]["train_probe/margin"],
+        better=-1,
+    ),
+)
+"""What a margin gap is made of: both margins, and the gap as a share of the training margin. Not registered."""
+
 
 def load_real(path: Path, name: str | None = None) -> Results:
     """Load the results in a file of records, the model before training as the final cells' reference.
