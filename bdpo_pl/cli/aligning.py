@@ -115,7 +115,7 @@ def _align(cli: FitCLI, checkpoint: str | None, start: float, upload: HubUpload 
                 name = "best checkpoint"
             paths[name] = Path(callback.best_model_path)
     if cli.config.export:
-        best = _best(cli.config_init.checkpoint) if cli.config.export_from == "best" else None
+        best = _best(cli.config_init.checkpoint, module) if cli.config.export_from == "best" else None
         paths["aligned model"] = export_model(module, data.tokenizer, folder / "model", state, best, card.text())
     if cli.config.export_adapter and module.lora is not None:
         assert state is not None
@@ -160,8 +160,15 @@ def _is_plain(module: PreferenceModule, trainer: L.Trainer) -> bool:
     return module.lora is None and not isinstance(trainer.strategy, ModelParallelStrategy)
 
 
-def _best(chosen: ModelCheckpoint) -> Path:
-    """Return the path of the best checkpoint by the options of the command, not by a callback of the user's own."""
+def _best(chosen: ModelCheckpoint, module: PreferenceModule) -> Path | None:
+    """Return the path of the best checkpoint by the options of the command, not by a callback of the user's own.
+
+    None: the weights at the end are better. They are no candidates of Lightning's if the last validation was before.
+    """
+    at_end = module.evaluations.get(module.global_step, {}).get(str(chosen.monitor))
+    before = None if chosen.best_model_score is None else float(chosen.best_model_score)
+    if at_end is not None and (before is None or (at_end < before if chosen.mode == "min" else at_end > before)):
+        return None
     if chosen.best_model_path:
         return Path(chosen.best_model_path)
     raise InputError(

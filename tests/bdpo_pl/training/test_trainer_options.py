@@ -77,6 +77,18 @@ def test_the_best_checkpoint_is_that_of_the_command(command):
     assert all(torch.equal(value, kept[f"policy.{name}"]) for name, value in exported.items())
 
 
+@pytest.mark.parametrize("interval", [3, 8])
+def test_weights_that_are_validated_after_the_last_step_may_be_the_best(command, interval):
+    """Of eight steps, the last of which is the best one, whether the loop validates after it or not."""
+    from safetensors.torch import load_file
+
+    _, folder = command("--export_from=best", f"--trainer.val_check_interval={interval}")
+    exported = load_file(folder / "model" / "model.safetensors")
+    kept = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert kept["global_step"] == 8
+    assert all(torch.equal(value, kept["state_dict"][f"policy.{name}"]) for name, value in exported.items())
+
+
 def test_a_run_without_a_step_says_so(command):
     summary, _ = command("--trainer.limit_train_batches=0", "--export=false")
     assert summary["said"][0] == [
