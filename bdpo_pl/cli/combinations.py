@@ -124,9 +124,9 @@ def _check_unread(config: Namespace, defaults: Namespace) -> None:
             raise InputError(f"{name} is {given}, but it would have no effect: {why}; leave it out")
 
 
-def _is_here(model: str) -> bool:
-    """Return true for a model on this machine."""
-    return model == EMBEDDED or Path(model).expanduser().exists()
+def _is_here(name: str) -> bool:
+    """Return true for a model, or a source of pairs, on this machine."""
+    return name == EMBEDDED or Path(name).expanduser().exists()
 
 
 def _check_places(data: Namespace, defaults: Namespace) -> None:
@@ -167,10 +167,9 @@ def _sources(given: object) -> list[tuple[str, Mapping[str, Any]]]:
 
 def _has(source: str, name: str) -> bool:
     """Return true if `source` may have what the option `name` chooses."""
-    path = Path(source).expanduser()
-    if name == "split" and (path / "dataset_dict.json").is_file():
+    if name == "split" and (Path(source).expanduser() / "dataset_dict.json").is_file():
         return True
-    return source != EMBEDDED and not path.exists()
+    return not _is_here(source)
 
 
 _DEFAULTS = {"model.scoring.chunk_pairs": ScoringOptions.chunk_pairs, "model.reference_sync.mixup": SyncOptions.mixup}

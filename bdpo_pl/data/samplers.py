@@ -59,9 +59,17 @@ class StepSampler(Sampler[list[PairKey]]):
         self.skip = 0
         self.most: int | None = None
 
-    def stop_after(self, count: int) -> None:
-        """End each pass after `count` batches, as the Trainer does: a step cut there is a mean over its pairs."""
-        self.most = count
+    def stop_after(self, limit: float) -> int:
+        """End each pass where the Trainer does, so that a step cut there is a mean over its pairs.
+
+        Args:
+            limit: number of batches (int), or share of all batches (float).
+
+        Returns:
+            The number of batches in a pass.
+        """
+        self.most = min(len(self), limit if isinstance(limit, int) else int(limit * len(self)))
+        return self.most
 
     def skip_batches(self, count: int) -> None:
         """Skip the first `count` batches of the next pass only: a resumed run has used them already."""

@@ -295,7 +295,7 @@ class PreferenceDataModule(L.LightningDataModule):
             seed=int(os.environ.get("PL_GLOBAL_SEED", self.seed)),
             accumulate=trainer.accumulate_grad_batches,
         )
-        self._check_interval(_limited(sampler, trainer.limit_train_batches))
+        self._check_interval(sampler.stop_after(trainer.limit_train_batches))
         if self._train_sampler is not None and trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
             # A resumed run makes its loader again when it knows its epoch; after an epoch nothing is left of it.
             self._resume_batches = self._resume_batches or self.state_dict()["batches_done"]
@@ -308,13 +308,13 @@ class PreferenceDataModule(L.LightningDataModule):
         """Return each held-out set, then the probe of training pairs, if they exist."""
         samplers = {name: self._sampler(name, self.eval_batch_size) for name in self._read_splits().validation}
         for sampler in samplers.values():
-            _limited(sampler, self._trainer().limit_val_batches)
+            sampler.stop_after(self._trainer().limit_val_batches)
         return [self._loader(name, sampler) for name, sampler in samplers.items()]
 
     def trained_share(self, steps: int) -> float:
         """Return the share of an epoch's batches that a run of `steps` optimiser steps has trained on, at most 1."""
         trainer, sampler = self._trainer(), self._train_sampler
-        if not sampler or not len(sampler):
+        if not sampler:
             return 0.0
         batches = steps * trainer.accumulate_grad_batches
         if trainer.overfit_batches:  # type: ignore[attr-defined]
@@ -379,13 +379,6 @@ class PreferenceDataModule(L.LightningDataModule):
         if self.trainer is None:
             raise RuntimeError("PreferenceDataModule works under a Trainer: call trainer.fit(module, datamodule)")
         return self.trainer
-
-
-def _limited(sampler: StepSampler, limit: float) -> int:
-    """End each pass of `sampler` after the Trainer's `limit`, a number of batches or a share; return their number."""
-    count = min(len(sampler), limit if isinstance(limit, int) else int(limit * len(sampler)))
-    sampler.stop_after(count)
-    return count
 
 
 def _on_gpu(trainer: L.Trainer) -> bool:

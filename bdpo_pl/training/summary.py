@@ -10,6 +10,7 @@ from rich.text import Text
 
 from bdpo_pl.reporting.format import fixed, percent, signed, signed_percent, whole
 from bdpo_pl.statistics import Interval, wilson
+from bdpo_pl.training.metrics import SHARES
 from bdpo_pl.training.single_words import worded
 
 FEW_PAIRS = 50
@@ -39,7 +40,7 @@ _FURTHER: tuple[tuple[str, str, _Form], ...] = (
     ("drift of the chosen, nats", "drift_chosen", signed),
     ("drift of the rejected, nats", "drift_rejected", signed),
 )
-_SHARES = ("/accuracy", "/logp_accuracy")
+_SHARES = tuple(f"/{name}" for name in SHARES)
 # Values of every policy that equals its reference.
 _AT_START = {
     "held_out/accuracy": 0.5, "held_out/margin": 0.0, "gap/margin": 0.0, "gap/accuracy": 0.0,

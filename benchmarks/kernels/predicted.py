@@ -14,7 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,7 +23,7 @@ import torch
 
 from bdpo_kernels import linear_head, linear_preference_loss
 from bdpo_kernels.backends import load, resolve_backend
-from benchmarks.calculated.kernels import GPU, Counted, Prediction, ideal_seconds, predict
+from benchmarks.calculated.kernels import GPU, Counted, ideal_seconds, predict
 from benchmarks.kernels.measure import seconds
 from benchmarks.kernels.problem import GPU_SHAPES, SHAPES, Problem, make_problem, pair_losses
 from benchmarks.machine import machine
@@ -184,7 +184,6 @@ def compare(gpu: GPU, problem: Problem, case: str, device: str = "cuda") -> dict
     observed = [observe(run, device) for _ in range(_REPEATS)]
     step = counted(observed[0], problem.shape.D, problem.shape.V)
     expected = predict(gpu, step)
-    predicted = {field.name: getattr(expected, field.name) for field in fields(Prediction)}
     measured = {
         part: statistics.median(sum(call.seconds for call in calls if call.part == part) for calls in observed)
         for part in ("logits", "grad_hidden", "grad_weight", "rows")
@@ -194,7 +193,7 @@ def compare(gpu: GPU, problem: Problem, case: str, device: str = "cuda") -> dict
     return {
         "shape": problem.shape.name,
         "case": case,
-        "predicted_s": {**predicted, "total": expected.total},
+        "predicted_s": {**asdict(expected), "total": expected.total},
         "measured_s": {**measured, "total": whole},
         "of_cublas": {"predicted": ideal / expected.total, "measured": ideal / whole},
         "work": asdict(step),
