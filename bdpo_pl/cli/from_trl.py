@@ -145,8 +145,7 @@ GROUPS: dict[str, dict[str, Row]] = {
         "precompute_ref_log_probs": _same("default true here, and cached between runs"),
         "precompute_ref_batch_size": _other("--model.scoring.batch_tokens=16384", "in tokens; found from the memory by "
                                             "default"),
-        "sync_ref_model": _other("--model.reference_sync.every=512 --model.loss.tau=0.25", "Balanced DPO needs a "
-                                 "number for τ then"),
+        "sync_ref_model": _other("--model.reference_sync.every=512"),
         "ref_model_sync_steps": _same(),
         "ref_model_mixup_alpha": _same(),
         "use_liger_kernel": _unneeded("LM head and loss run fused, by kernels of this project, wherever a trial shows "

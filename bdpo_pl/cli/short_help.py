@@ -42,7 +42,7 @@ _JOB = {
             "model.loss", "loss_type", "BalancedDPOLoss", "loss: DPOLoss, IPOLoss, CPOLoss, SimPOLoss, SafeDPOLoss, …"
         ),
         Option("model.loss.beta", "beta", "0.1", "β; larger values keep the policy closer to its reference"),
-        Option("model.loss.tau", "tau", "auto", "imbalance at which the weights are e : 1; auto: its spread"),
+        Option("model.loss.tau", "tau", "0.25 for pmi", "imbalance at which the weights are e : 1; auto: its spread"),
         Option("model.lora.r", "lora_r", "off", "rank of LoRA adapters to train; raise the learning rate ten times"),
     ),
     "Training": (

@@ -139,15 +139,13 @@ def _balance(diagnosis: Diagnosis) -> Iterator[Finding]:
 
 
 def _temperature(diagnosis: Diagnosis) -> Iterator[Finding]:
-    """Check that τ suits the spread of the imbalance, to which it should be about equal."""
+    """Check τ against the spread of the imbalance, at which the typical pair has weights of about 2 to 1."""
     tau, suggested = diagnosis.tau, diagnosis.suggested_tau
     spread = diagnosis.splits["train"].overall.spread
     if tau is None or suggested is None or spread is None:
         return
     now = next(row for row in diagnosis.temperatures if row.tau == tau)
     then = next(row for row in diagnosis.temperatures if row.tau == suggested)
-    extreme = now.p95 > EXTREME_RATIO
-    # Usually τ suits the pairs if it is about their spread.
     suits, advised, within = spread, then.tau, ratio(then.p95)
     fine = f"τ = {general(tau)} is about the spread of the imbalance, {general(spread, 2)}."
     if then.p95 > EXTREME_RATIO:
@@ -155,20 +153,21 @@ def _temperature(diagnosis: Diagnosis) -> Iterator[Finding]:
         suits = advised = _rounded_up(then.tau * math.log(then.p95) / math.log(EXTREME_RATIO))
         within = ratio(EXTREME_RATIO)
         fine = f"At τ = {general(tau)} 95 % of the pairs have weights within {ratio(now.p95)} times of each other."
-    if not extreme and 1 / SPREADS_APART <= tau / suits <= SPREADS_APART:
+    if now.p95 <= EXTREME_RATIO and 1 / SPREADS_APART <= tau / suits <= SPREADS_APART:
         yield Finding("fine", fine)
         return
+    sharp = now.p95 > EXTREME_RATIO or tau < suits
     consequence = (
-        f"In 5 % of the pairs one response gets more than {ratio(now.p95)} times the other's weight, at most "
-        f"{ratio(now.largest)} times: the smaller side is hardly trained."
-        if extreme or tau < suits
+        f"One response gets more than {ratio(now.median)} times the other's weight in half of the pairs, more than "
+        f"{ratio(now.p95)} times in 5 %, where the other is hardly trained."
+        if sharp
         else "Balance weights hardly differ, and B-DPO is nearly DPO."
     )
     yield Finding(
-        "problem" if extreme else "notice",
+        "problem" if now.median > EXTREME_RATIO else "notice",
         f"τ is {general(tau)}, and the spread of the imbalance, which tau auto takes, is {general(spread, 2)}.",
-        f"{consequence} Suggested: --tau {general(advised)}, at which 95 % stay within {within} times"
-        + (", or model.loss.max_weight_ratio." if extreme else "."),
+        f"{consequence} {'Milder' if sharp else 'Sharper'}: --tau {general(advised)}, at which 95 % stay within "
+        f"{within} times" + (", or model.loss.max_weight_ratio." if sharp else "."),
     )
 
 

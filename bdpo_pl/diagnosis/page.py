@@ -39,7 +39,9 @@ def build_page(diagnosis: Diagnosis, measured: Mapping[str, Measured]) -> Page:
     unit = f" {diagnosis.unit}" if diagnosis.unit else ""
     page.headline(percent(train.overall.strong), "of the training pairs re-weighted strongly")
     if train.overall.spread is not None:
-        page.headline(fixed(train.overall.spread, 2), f"spread of the imbalance{unit and ','}{unit}: what τ should be")
+        page.headline(
+            fixed(train.overall.spread, 2), f"spread of the imbalance{unit and ','}{unit}: what tau auto takes"
+        )
     page.headline(whole(len(train.swapped)), "pairs contradicted, sides swapped")
     leaks = diagnosis.leaks
     page.headline("–" if leaks is None else whole(len(leaks.prompts)), "held-out pairs with a training prompt")
@@ -126,8 +128,8 @@ def _weights(section: Section, diagnosis: Diagnosis, measured: Mapping[str, Meas
             for row in diagnosis.temperatures
         ]
         section.text(
-            "τ should be about the spread of the imbalance. Far below it the smaller side of most pairs is hardly "
-            "trained; far above it B-DPO is nearly DPO."
+            "With τ at the spread of the imbalance (`auto`) the typical pair has weights of about 2 to 1. Far below it "
+            "the smaller side of most pairs is hardly trained; far above it B-DPO is nearly DPO."
         )
         caption = "What τ makes of the training pairs: larger weight over smaller"
         section.table(Table(["τ", "median", "95 % within", "largest"], rows, caption))

@@ -3,8 +3,8 @@
 For a pair (x, y_w, y_l), a policy π_θ and its frozen reference π_ref, with the comprehension c of both responses
 (`bdpo_pl.comprehension`), measured before training:
 
-1. Balance weights: w_w = σ(−d), w_l = σ(d), d = (c_w − c_l)/τ (`balance_weights`); τ is the spread of c_w − c_l over
-   the training pairs (`imbalance_spread`) or a number.
+1. Balance weights: w_w = σ(−d), w_l = σ(d), d = (c_w − c_l)/τ (`balance_weights`); τ is a number, or the spread of
+   c_w − c_l over the training pairs (`imbalance_spread`).
 2. Scaling factor: s = 2, or s = √(2/(w_w² + w_l²)) (`scaling_factor`).
 3. Log-ratios: D = log π_θ(y|x) − log π_ref(y|x) of each response (`PairScores.log_ratios`).
 4. Loss: z = β·s·(w_w·D_w − w_l·D_l), L = −log σ(z) (`BalancedDPOLoss`).
@@ -34,7 +34,11 @@ Weighting = Literal["softmax", "ratio"]
 WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
 
 EXTREME_RATIO = 50.0
-"""Ratio of a pair's larger balance weight to its smaller one that is warned of if 5 % of the pairs exceed it."""
+"""Ratio of a pair's larger balance weight to its smaller one that is warned of if half of the pairs exceed it."""
+
+DEFAULT_TAU = 0.25
+"""τ of the estimator `pmi`, in nats per token: of the two values that a registered trial on a real model compared, the
+one that its rule chose (docs/study_real_results.md). The other estimators have other units: τ is `auto`."""
 
 _EPSILON = 1e-6
 _SMALLEST_WEIGHT = 1e-12
@@ -141,7 +145,8 @@ class BalancedDPOLoss(PreferenceLoss):
         beta: scale of the log-ratios, β > 0; a larger β keeps the policy closer to the reference.
         balance: apply balance weights. If false, w = (1, 1).
         tau: temperature of the `softmax` weighting in the estimator's unit (nats per token for `pmi`): a number > 0, or
-            `auto`, the spread of c_w − c_l over the training pairs, measured after they are scored.
+            `auto`, the spread of c_w − c_l over the training pairs, measured after they are scored. Default: 0.25 for
+            `pmi`, `auto` for the other estimators.
         weighting: formula of the balance weights: `softmax`, or `ratio` for the positive estimators `ifd` and `hsic`.
         estimator: estimator of comprehension: `pmi`, `pmi_sum`, `ifd` or `hsic` (`bdpo_pl.comprehension`).
         scale: scaling factor s: a number > 0, or `norm` for s = √(2/(w_w² + w_l²)). Default: 2 with balance, 1 without.
@@ -158,7 +163,7 @@ class BalancedDPOLoss(PreferenceLoss):
         self,
         beta: float = 0.1,
         balance: bool = True,
-        tau: float | Literal["auto"] = "auto",
+        tau: float | Literal["auto"] | None = None,
         weighting: Weighting = "softmax",
         estimator: Estimator = "pmi",
         scale: float | Literal["norm"] | None = None,
@@ -168,6 +173,8 @@ class BalancedDPOLoss(PreferenceLoss):
     ) -> None:
         if scale is None:
             scale = 2.0 if balance else 1.0
+        if tau is None:
+            tau = DEFAULT_TAU if estimator == "pmi" else "auto"
         require_positive("beta", beta)
         if tau != "auto":
             require_positive("tau", tau)
@@ -270,8 +277,8 @@ class BalancedDPOLoss(PreferenceLoss):
             return
         if "tau" not in state:
             raise InputError(
-                "model.loss.tau is auto, but the checkpoint was written with a number (0.25 was the default of version "
-                "0.1); to continue, give --model.loss.tau that number"
+                "model.loss.tau is auto, but the checkpoint was written with a number (0.25 is the default for "
+                "pmi); to continue, give --model.loss.tau that number"
             )
         self._spread = state["tau"]
 

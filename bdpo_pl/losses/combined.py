@@ -118,7 +118,7 @@ class BalancedLoss(Outer):
 
     Args:
         loss: loss that reads only the two log-ratios of the policy (DPO, IPO, hinge, robust, Dr.DPO, APO, SafeDPO, …).
-        tau: temperature of the `softmax` weighting, or `auto`, as in `BalancedDPOLoss`.
+        tau: temperature of the `softmax` weighting, or `auto`; default as in `BalancedDPOLoss`: 0.25 for `pmi`.
         weighting: formula of the balance weights, `softmax` or `ratio`.
         estimator: estimator of comprehension: `pmi`, `pmi_sum`, `ifd` or `hsic`.
         scale: scaling factor s: a number > 0, or `norm`.
@@ -131,7 +131,7 @@ class BalancedLoss(Outer):
     def __init__(
         self,
         loss: PreferenceLoss,
-        tau: float | Literal["auto"] = "auto",
+        tau: float | Literal["auto"] | None = None,
         weighting: Weighting = "softmax",
         estimator: Estimator = "pmi",
         scale: float | Literal["norm"] = 2.0,

@@ -88,9 +88,9 @@ def _warn_of_extreme_weights(module: L.LightningModule) -> None:
         return
     ratios = weight_ratios(torch.stack((weights.chosen, weights.rejected)).double().numpy())
     median, high = np.quantile(ratios, (0.5, 0.95), method="lower")
-    if high > EXTREME_RATIO:
+    if median > EXTREME_RATIO:
         rank_zero_warn(
-            f"in 5 % of the training pairs one response gets more than {ratio(high)} times the weight of the other, in "
-            f"half of them more than {ratio(median)} times, and the other is hardly trained; raise model.loss.tau, or "
-            "set model.loss.max_weight_ratio. `diagnose` shows what each τ makes of these pairs"
+            f"in half of the training pairs one response gets more than {ratio(median)} times the weight of the other, "
+            f"in 5 % of them more than {ratio(high)} times, and the other is hardly trained; raise model.loss.tau, set "
+            "it to auto, or set model.loss.max_weight_ratio. `diagnose` shows what each τ makes of these pairs"
         )

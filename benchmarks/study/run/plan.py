@@ -58,7 +58,7 @@ METHODS = (
 )
 
 BDPO_AUTO = Method("B-DPO, τ auto", _BALANCED, _DPO_BETAS, (("tau", "auto"),))
-"""What `BalancedDPOLoss` does by default; the whole study was made before τ could be `auto`."""
+"""What `BalancedDPOLoss` did by default for a while; the whole study was made before τ could be `auto`."""
 
 LEARNING_RATES = (3e-5, 6e-5, 1.2e-4, 2.4e-4)
 EPOCHS = (1, 2)

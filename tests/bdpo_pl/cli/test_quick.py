@@ -12,6 +12,7 @@ from bdpo_pl.cli.main import COMMANDS, main
 from bdpo_pl.cli.quick import answer_early
 from bdpo_pl.cli.write_known import collect
 from bdpo_pl.fit import main as fit
+from bdpo_pl.losses import BalancedDPOLoss
 
 
 def value_of(defaults, name):
@@ -33,12 +34,13 @@ def test_help_shows_the_defaults_of_a_model_of_ones_own():
     parser = make_parser(FitCLI)
     defaults = parser.parse_args(["--model.policy=x", "--data.train=y"])
     shown = {option.name: option.default for group in short_help.SHORT_HELP["fit"].values() for option in group}
-    same = ("data.held_out_fraction", "model.loss.beta", "model.loss.tau", "model.optimizer.lr", "model.lr_schedule",
+    same = ("data.held_out_fraction", "model.loss.beta", "model.optimizer.lr", "model.lr_schedule",
             "model.warmup_ratio", "trainer.max_epochs", "trainer.max_steps", "data.batch_size",
             "trainer.accumulate_grad_batches", "seed_everything", "trainer.devices", "trainer.default_root_dir",
             "export_from")  # fmt: skip
     assert {name: str(value_of(defaults, name)) for name in same} == {name: shown[name] for name in same}
     assert defaults.model.loss.class_path.endswith(shown["model.loss"])
+    assert f"{BalancedDPOLoss().tau} for pmi" == shown["model.loss.tau"]
     assert (defaults.model.lora, shown["model.lora.r"]) == (None, "off")
     assert (defaults.safety.harmful, shown["safety.harmful"]) == (None, "none")
     assert (defaults.trainer.precision or "32-true", defaults.trainer.val_check_interval) == ("32-true", None)
@@ -164,7 +166,7 @@ def test_an_option_that_is_null_by_default_may_be_left_out(fit_parser):
             "--model.optimizer.x: there is no such option",
         ),
         (["--model.loss.beta=some"], "error: --model.loss.beta must be a number; got some\n"),
-        (["--model.loss.tau=some"], "error: --model.loss.tau must be a number or auto; got some\n"),
+        (["--model.loss.tau=some"], "error: --model.loss.tau must be a number or auto or null; got some\n"),
         (["--model.lora.r=some"], "error: --model.lora.r must be a whole number or null; got some\n"),
         (["--data.load.safe_rlhf.num_safe=x"], "data.load.safe_rlhf.num_safe must be a whole number or null; got x\n"),
         (["--data.load.bad_rows=x"], "error: --data.load.bad_rows must be auto, error, drop; got x\n"),

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from pairs import Pairs, pairs_of
 
 from bdpo_pl.errors import InputError
-from bdpo_pl.losses import BalancedDPOLoss, DPOLoss, PreferenceLoss
+from bdpo_pl.losses import BalancedDPOLoss, BalancedLoss, DPOLoss, PreferenceLoss
 from bdpo_pl.losses.balanced_dpo import balance_weights, imbalance_spread, scaling_factor
 
 
@@ -178,7 +178,7 @@ def test_a_loss_of_the_form_before_is_refused_with_the_form_of_today():
 
 def test_tau_auto_is_the_robust_spread_of_the_training_pairs_and_goes_on_from_a_checkpoint():
     pairs = make_pairs(B=999, requires_grad=False)
-    loss, given = BalancedDPOLoss(), BalancedDPOLoss(tau=0.25)
+    loss, given = BalancedDPOLoss(tau="auto"), BalancedDPOLoss()
     with pytest.raises(ValueError, match="tau is auto"):
         loss.weights(pairs)
     for each in (loss, given, DPOLoss()):
@@ -191,11 +191,18 @@ def test_tau_auto_is_the_robust_spread_of_the_training_pairs_and_goes_on_from_a_
     assert loss.temperature() == pytest.approx(1.5 * math.sqrt(2), rel=0.1)
     assert loss.state_dict() == {"tau": loss.temperature()}
     assert given.state_dict() == DPOLoss().state_dict() == {}
-    resumed = BalancedDPOLoss()
+    resumed = BalancedDPOLoss(tau="auto")
     resumed.load_state_dict(loss.state_dict())
     assert torch.equal(resumed.weights(pairs).chosen, loss.weights(pairs).chosen)
     with pytest.raises(InputError, match="written with a number"):
         resumed.load_state_dict({})
+
+
+def test_tau_is_a_number_by_default_only_in_the_unit_that_the_trial_was_made_in():
+    assert BalancedDPOLoss().temperature() == 0.25
+    for make in (BalancedDPOLoss, partial(BalancedLoss, DPOLoss())):
+        assert not make().needs_all_pairs
+        assert all(make(estimator=each).needs_all_pairs for each in ("pmi_sum", "ifd", "hsic"))
 
 
 @pytest.mark.parametrize(

@@ -216,7 +216,10 @@ def test_dr_dpo_leaves_out_pairs_that_only_fill_a_batch_and_is_dpo_for_a_large_b
 
 def test_tau_of_a_part_is_found_kept_and_taken_up():
     pairs = make_pairs()
-    for make in (lambda: BalancedLoss(HingeLoss()), lambda: WeightedSum([SFTLoss(), BalancedDPOLoss()])):
+    for make in (
+        lambda: BalancedLoss(HingeLoss(), "auto"),
+        lambda: WeightedSum([SFTLoss(), BalancedDPOLoss(tau="auto")]),
+    ):
         loss, again = make(), make()
         assert loss.needs_all_pairs
         assert loss.needs_comprehension

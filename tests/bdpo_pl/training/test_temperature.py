@@ -14,7 +14,7 @@ from bdpo_pl.losses import BalancedDPOLoss
 
 def test_tau_is_the_spread_of_the_training_pairs_in_log_and_checkpoint_and_a_resume_goes_on_with_it(job, tmp_path):
     keep = ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=5, save_top_k=-1, filename="{step}")
-    whole = fit(job("whole", trainer={"callbacks": [keep]}))
+    whole = fit(job("whole", trainer={"callbacks": [keep]}, loss=BalancedDPOLoss(tau="auto")))
     chosen, rejected = whole.reference.scores("train", torch.arange(32)).comprehension.double()
     difference = chosen - rejected
     tau = 1.4826 * (difference - difference.quantile(0.5)).abs().quantile(0.5).item()
@@ -28,7 +28,7 @@ def test_tau_is_the_spread_of_the_training_pairs_in_log_and_checkpoint_and_a_res
     assert logged
     assert yaml.safe_load((tmp_path / "whole" / "hparams.yaml").read_text()) == {"loss.tau": pytest.approx(tau)}
     # Of the checkpoint, whatever this run's pairs would give.
-    resumed = fit(job("resumed"), ckpt_path=str(path))
+    resumed = fit(job("resumed", loss=BalancedDPOLoss(tau="auto")), ckpt_path=str(path))
     assert same(weights(whole), weights(resumed))
     number = fit(job("number", loss=BalancedDPOLoss(tau=tau)))
     assert same(weights(whole), weights(number))
@@ -36,4 +36,4 @@ def test_tau_is_the_spread_of_the_training_pairs_in_log_and_checkpoint_and_a_res
 
 def test_a_live_reference_has_no_scores_to_find_tau_from(job):
     with pytest.raises(InputError, match=r"live there are none.*or give model\.loss\.tau a number"):
-        fit(job(reference_mode="live"))
+        fit(job(reference_mode="live", loss=BalancedDPOLoss(tau="auto")))

@@ -7,6 +7,7 @@ from training import fit
 
 from bdpo_pl.cli.aliases import in_full
 from bdpo_pl.errors import InputError
+from bdpo_pl.losses import BalancedDPOLoss
 from bdpo_pl.training.tracking import log_completions, log_files, log_options
 
 
@@ -25,7 +26,7 @@ def test_a_run_is_logged_whole_and_here_alone(trackio, job, tmp_path):
     log_options([logger], lambda: {"model": {"loss": {"beta": 0.1}}})
     rows = [{"step": 0, "prompt": "<b>p</b>", "completion": "c"}]
     log_completions([logger], "held_out", rows, 0)
-    trainer, module, data = job(trainer={"logger": logger})
+    trainer, module, data = job(trainer={"logger": logger}, loss=BalancedDPOLoss(tau="auto"))
     fit((trainer, module, data))
     report = tmp_path / "report.html"
     report.write_text("<html>")
