@@ -1,7 +1,7 @@
 """Align a model: `python -m bdpo_pl.fit [--config FILE] [any option]`.
 
 Without arguments it aligns the small embedded model on the embedded preference set, on any machine.
-`--help` and `--print_config` show every option.
+`--help` shows the most used options, `--help_all` and `--print_config` every one.
 """
 
 from __future__ import annotations

@@ -23,7 +23,10 @@ def main(args: list[str] | None = None) -> None:
     if not given or given[0] in ("-h", "--help"):
         print("usage: bdpo COMMAND [--option VALUE ...]\n\nCommands, in the order of use:")
         print("\n".join(f"  {name:<10}{what}" for name, what in COMMANDS.items()))
-        print("\nbdpo COMMAND --help shows a command's options. Without options, it uses the embedded model and pairs.")
+        print(
+            "\nbdpo COMMAND --help shows a command's options. Without options, diagnose,\n"
+            "fit and evaluate use the embedded model and pairs."
+        )
         sys.exit(0)
     command, *rest = given
     if command not in COMMANDS:

@@ -97,7 +97,7 @@ _EVALUATE = {
         Option("max_prompts", "", "all", "maximum number of prompts of each suite"),
         Option("attacks.framings", "", "none", "jailbreak framings by name, or all"),
         Option("generation.max_new_tokens", "", "64", "maximum tokens of an answer; a judge of harm needs 256"),
-        Option("generation.batch_size", "", "32", "prompts answered at a time"),
+        Option("generation.batch_size", "", "64", "prompts answered at a time"),
     ),
     "Judge": (
         Option(

@@ -91,6 +91,7 @@ def _warn_of_extreme_weights(module: L.LightningModule) -> None:
     if median > EXTREME_RATIO:
         rank_zero_warn(
             f"in half of the training pairs one response gets more than {ratio(median)} times the weight of the other, "
-            f"in 5 % of them more than {ratio(high)} times, and the other is hardly trained; raise model.loss.tau, set "
-            "it to auto, or set model.loss.max_weight_ratio. `diagnose` shows what each τ makes of these pairs"
+            f"in 5 % of them more than {ratio(high)} times, and the other is hardly trained; give "
+            "model.loss.tau a larger number, or set model.loss.max_weight_ratio. `diagnose` shows what each τ makes of "
+            "these pairs"
         )

@@ -5,12 +5,15 @@ import sys
 
 import pytest
 import yaml
+from jsonargparse import ArgumentParser
 
 from bdpo_pl.cli import aliases, known, short_help
+from bdpo_pl.cli.diagnosing import DiagnoseCLI
 from bdpo_pl.cli.job import FitCLI, make_parser
 from bdpo_pl.cli.main import COMMANDS, main
 from bdpo_pl.cli.quick import answer_early
 from bdpo_pl.cli.write_known import collect
+from bdpo_pl.evaluation.options import add_options
 from bdpo_pl.fit import main as fit
 from bdpo_pl.losses import BalancedDPOLoss
 
@@ -44,6 +47,23 @@ def test_help_shows_the_defaults_of_a_model_of_ones_own():
     assert (defaults.model.lora, shown["model.lora.r"]) == (None, "off")
     assert (defaults.safety.harmful, shown["safety.harmful"]) == (None, "none")
     assert (defaults.trainer.precision or "32-true", defaults.trainer.val_check_interval) == ("32-true", None)
+
+
+def test_help_shows_the_defaults_of_evaluate_and_diagnose():
+    evaluate = ArgumentParser()
+    add_options(evaluate)
+    same = {
+        "evaluate": (
+            "generation.max_new_tokens", "generation.batch_size", "judge.kind", "folder", "keep_answers", "show_texts",
+            "dtype", "device", "devices",
+        ),
+        "diagnose": ("diagnose.folder", "diagnose.strong_ratio", "diagnose.extremes", "diagnose.show_texts"),
+    }  # fmt: skip
+    for command, parser in (("evaluate", evaluate), ("diagnose", make_parser(DiagnoseCLI))):
+        defaults = parser.get_defaults()
+        shown = {option.name: option.default for group in short_help.SHORT_HELP[command].values() for option in group}
+        found = {name: str(value_of(defaults, name)) for name in same[command]}
+        assert {name: value.lower() for name, value in found.items()} == {name: shown[name] for name in found}
 
 
 def test_help_and_short_spellings_name_options_that_there_are():
