@@ -24,6 +24,13 @@ without_waiting.sync()
 if not torch.cuda.is_available():
     # With no GPU the Triton kernels run in Triton's interpreter.
     os.environ["TRITON_INTERPRET"] = "1"
+# From Python 3.14 on, servers of processes have keys.
+if "PYTEST_XDIST_WORKER" in os.environ and sys.version_info < (3, 14):
+    import preloaded  # noqa: F401
+    from children import fork_server
+
+    gc.disable()
+    fork_server()
 
 
 LONG = (

@@ -6,7 +6,9 @@ import socket
 import subprocess
 import sys
 import tempfile
-from multiprocessing import forkserver, get_context
+import threading
+from contextlib import suppress
+from multiprocessing import connection, forkserver, get_context
 from pathlib import Path
 
 import torch.multiprocessing as mp
@@ -103,6 +105,37 @@ def serve():
         del os.environ["PYTHONPATH"]
         if before is not None:
             os.environ["PYTHONPATH"] = before
+
+
+def fork_server():
+    """Fork the server from this process, which has imported `preloaded` too: a server of its own imports for seconds.
+
+    To be called before this process has threads that compute, and before pytest watches anything but its output.
+    """
+    server = forkserver._forkserver
+    address = connection.arbitrary_address("AF_UNIX")
+    # All processes that may ask hold the writing end; the server ends when the last of them has.
+    alive, ours = os.pipe()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen()
+        pid = os.fork()
+        if pid == 0:
+            os.close(ours)
+            _as_fresh()
+            with suppress(SystemExit):
+                forkserver.main(listener.detach(), alive, [])
+            os._exit(0)
+    os.close(alive)
+    server._forkserver_address, server._forkserver_alive_fd, server._forkserver_pid = address, ours, pid
+
+
+def _as_fresh():
+    """Undo what pytest does to a process, so that its children write and report as those of a fresh interpreter do."""
+    sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # noqa: SIM115 - as long as the process
+    sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.unraisablehook, threading.excepthook = sys.__unraisablehook__, threading.__excepthook__
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not type(finder).__module__.startswith("_pytest")]
 
 
 def _with_environment(first, environment, function, args):

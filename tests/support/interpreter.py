@@ -2,10 +2,13 @@
 
 A launch replaces the functions of `triton.language` by interpreted ones. The interpreter looks for them anew in every
 launch, and at every call of a helper within it: half of the time of a small kernel. NumPy's type of a tensor it looks
-up in a table that it makes anew for each operation.
+up in a table that it makes anew for each operation. The shape of each tensor it wraps and unwraps anew, it broadcasts
+tensors that have one shape, and of each sum and product of integers it computes whether they overflow, of which nothing
+comes without its debug mode.
 """
 
 import inspect
+from dataclasses import replace
 
 import triton.language as tl
 from triton.runtime import interpreter
@@ -59,3 +62,39 @@ def look_up_once():
         return types[name]
 
     interpreter._patch_builtin, interpreter._patch_lang, interpreter._get_np_dtype = by_name, once, type_of
+    _keep_shapes()
+    semantic = interpreter.interpreter_semantic
+    semantic.builder.options = replace(semantic.builder.options, sanitize_overflow=False)
+    broadcast = semantic.broadcast_impl_value
+
+    def broadcast_unless_alike(left, right):
+        if left.type.is_block() and right.type.is_block() and left.type.shape.values == right.type.shape.values:
+            return left, right
+        return broadcast(left, right)
+
+    semantic.broadcast_impl_value = broadcast_unless_alike
+
+
+def _keep_shapes():
+    """Let tensors and types of blocks of one shape share what is derived from it."""
+    make_block = tl.block_type.__init__
+    blocks, shapes = {}, {}
+
+    def block(self, element_ty, shape):
+        sizes = tuple([size.value if isinstance(size, tl.constexpr) else size for size in shape])
+        if (sizes, element_ty.name) not in blocks:
+            make_block(self, element_ty, shape)
+            blocks[sizes, element_ty.name] = self.shape, self.numel, self.name
+        self.element_ty = element_ty
+        self.shape, self.numel, self.name = blocks[sizes, element_ty.name]
+
+    def tensor(self, handle, type):
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        sizes = tuple(type.shape.values) if type.is_block() else ()
+        if sizes not in shapes:
+            make_tensor(self, handle, type)
+            shapes[sizes] = self.shape, self.numel
+        self.shape, self.numel = shapes[sizes]
+
+    make_tensor = tl.tensor.__init__
+    tl.block_type.__init__, tl.tensor.__init__ = block, tensor
