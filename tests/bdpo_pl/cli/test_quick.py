@@ -54,10 +54,10 @@ def test_help_shows_the_defaults_of_evaluate_and_diagnose():
     add_options(evaluate)
     same = {
         "evaluate": (
-            "generation.max_new_tokens", "generation.batch_size", "judge.kind", "folder", "keep_answers", "show_texts",
+            "generation.max_new_tokens", "generation.batch_size", "folder", "keep_answers", "show_texts",
             "dtype", "device", "devices",
         ),
-        "diagnose": ("diagnose.folder", "diagnose.strong_ratio", "diagnose.extremes", "diagnose.show_texts"),
+        "diagnose": ("diagnose.strong_ratio", "diagnose.extremes", "diagnose.show_texts"),
     }  # fmt: skip
     for command, parser in (("evaluate", evaluate), ("diagnose", make_parser(DiagnoseCLI))):
         defaults = parser.get_defaults()
