@@ -16,16 +16,20 @@ gc.disable()
 atexit.register(gc.unfreeze)
 
 import pytest  # noqa: E402
-import torch  # noqa: E402  (reads the variables above)
 import without_waiting  # noqa: E402
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 without_waiting.sync()
-if not torch.cuda.is_available():
-    # With no GPU the Triton kernels run in Triton's interpreter.
-    os.environ["TRITON_INTERPRET"] = "1"
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+# What starts the workers runs no test, and they wait for what it imports.
+if IS_WORKER or "-n" not in sys.argv:
+    import torch  # reads the variables above
+
+    if not torch.cuda.is_available():
+        # With no GPU the Triton kernels run in Triton's interpreter.
+        os.environ["TRITON_INTERPRET"] = "1"
 # From Python 3.14 on, servers of processes have keys.
-if "PYTEST_XDIST_WORKER" in os.environ and sys.version_info < (3, 14):
+if IS_WORKER and sys.version_info < (3, 14):
     import preloaded  # noqa: F401
     from children import fork_server
 

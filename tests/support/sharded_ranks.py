@@ -16,45 +16,41 @@ from bdpo_pl.training.optimizers import Muon
 from bdpo_pl.training.schedule_free import ScheduleFreeAdamW
 
 LORA = LoraOptions(r=4, alpha=8)
+SHORT = {"trainer": {"max_epochs": 1}}
 RUNS = {
     "ddp": {},
     "fsdp2": {},
-    "fsdp2-checkpointing": {"gradient_checkpointing": True, "trainer": {"max_epochs": 1}},
-    "fsdp2-logits": {"lm_head": "logits", "prefix_sharing": "never", "trainer": {"max_epochs": 1}},
+    "fsdp2-checkpointing": {"gradient_checkpointing": True, **SHORT},
+    "fsdp2-logits": {"lm_head": "logits", "prefix_sharing": "never", **SHORT},
     "fsdp2-accumulating": {"trainer": {"accumulate_grad_batches": 2, "max_epochs": 1}, "sharing": 4},
-    "tp": {},
-    "tp-logits": {"lm_head": "logits", "trainer": {"max_epochs": 1}},
-    "context": {},
-    "context-logits": {
-        "lm_head": "logits",
-        "prefix_sharing": "never",
-        "gradient_checkpointing": True,
-        "trainer": {"max_epochs": 1},
-    },
-    "context-dpo": {"loss": DPOLoss(), "trainer": {"max_epochs": 1}},
+    "tp": SHORT,
+    "tp-logits": {"lm_head": "logits", **SHORT},
+    "context": SHORT,
+    "context-logits": {"lm_head": "logits", "prefix_sharing": "never", "gradient_checkpointing": True, **SHORT},
+    "context-dpo": {"loss": DPOLoss(), **SHORT},
     # Its log-probabilities are of parts of responses, and it is fused with the head here.
-    "context-ld": {"loss": LDLoss(BalancedDPOLoss()), "trainer": {"max_epochs": 1}},
-    "ddp-lora": {"lora": LORA},
-    "fsdp2-lora": {"lora": LORA},
-    "context-lora": {"lora": LORA},
-    "fsdp2-pissa": {"lora": LoraOptions(r=4, init="pissa")},
-    "fsdp2-dora": {"lora": LoraOptions(r=4, dora=True, modules_to_save=["lm_head"]), "trainer": {"max_epochs": 1}},
+    "context-ld": {"loss": LDLoss(BalancedDPOLoss()), **SHORT},
+    "ddp-lora": {"lora": LORA, **SHORT},
+    "fsdp2-lora": {"lora": LORA, **SHORT},
+    "context-lora": {"lora": LORA, **SHORT},
+    "fsdp2-pissa": {"lora": LoraOptions(r=4, init="pissa"), **SHORT},
+    "fsdp2-dora": {"lora": LoraOptions(r=4, dora=True, modules_to_save=["lm_head"]), **SHORT},
 }
 # The same eps as that of `training.adamw`, for the same reason.
 KINDS = {"muon": (Muon, {}), "adafactor": (Adafactor, {}), "free": (ScheduleFreeAdamW, {"eps": 1e-6})}
 OPTIMIZED = {
     f"fsdp2-{name}": {"optimizer": partial(kind, lr=5e-3, weight_decay=0.1, **options), "lr_schedule": "constant"}
     # The average is left again after a validation, so this one goes on after one.
-    | ({} if name == "free" else {"trainer": {"max_epochs": 1}})
+    | ({} if name == "free" else SHORT)
     for name, (kind, options) in KINDS.items()
 }
 RESUMED = {
     **OPTIMIZED,
     "fsdp2": {},
-    "tp": {},
-    "fsdp2-lora": {"lora": LORA},
-    "ddp-lora": {"lora": LORA},
-    "fsdp2-vision": {"model": "vision", "trainer": {"max_epochs": 1}},
+    "tp": SHORT,
+    "fsdp2-lora": {"lora": LORA, **SHORT},
+    "ddp-lora": {"lora": LORA, **SHORT},
+    "fsdp2-vision": {"model": "vision", **SHORT},
 }
 INTERRUPTED = ("fsdp2",)
 """Resumed after an error; the others from a checkpoint that the uninterrupted run left on its way."""
@@ -69,7 +65,7 @@ FROM_ADAPTER = ("ddp-adapter", "fsdp2-adapter")
 
 
 def from_adapter(folder):
-    return {"lora": LoraOptions(adapter=str(folder / "sft")), "trainer": {"max_epochs": 1}}
+    return {"lora": LoraOptions(adapter=str(folder / "sft")), **SHORT}
 
 
 OTHER_MODELS = {
@@ -91,7 +87,7 @@ def every_strategy(rank, folder):
     for name in FROM_ADAPTER:
         keep(rank, folder, name, once(folder, name, **from_adapter(folder)))
     for name, model in OTHER_MODELS.items():
-        keep(rank, folder, name, once(folder, name, model=model, trainer={"max_epochs": 1}))
+        keep(rank, folder, name, once(folder, name, model=model, **SHORT))
 
 
 def once(folder, name, **options):
@@ -110,7 +106,7 @@ def checkpoint_at(folder, name, step):
 
 def two_groups_of_two(rank, folder):
     """Two groups of ranks with different pairs, each of which shares its rows."""
-    keep(rank, folder, "context-groups", train(folder, "context-groups", 4))
+    keep(rank, folder, "context-groups", train(folder, "context-groups", 4, **SHORT))
 
 
 def keep(rank, folder, name, result):

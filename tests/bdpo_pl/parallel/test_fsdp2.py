@@ -44,14 +44,14 @@ def one(runs):
     """Results of one process, by what distinguishes them."""
     found = {"": train(runs, "one"), "adapter": train(runs, "one-adapter", **sharded_ranks.from_adapter(runs))}
     found["free"] = train(runs, "one-free", **sharded_ranks.OPTIMIZED["fsdp2-free"])
-    short = train(runs, "one-short", trainer={"max_epochs": 1})
-    found |= dict.fromkeys(("checkpointing", "logits", "accumulating"), short)
+    short = train(runs, "one-short", **sharded_ranks.SHORT)
+    found |= dict.fromkeys(("checkpointing", "logits", "accumulating", "groups", "tp", "context"), short)
     for kind in ("lora", "pissa", "dora"):
         found[kind] = train(runs, f"one-{kind}", **sharded_ranks.RUNS[f"fsdp2-{kind}"])
     for kind in ("dpo", "ld"):
         found[kind] = train(runs, f"one-{kind}", **sharded_ranks.RUNS[f"context-{kind}"])
     for model in set(sharded_ranks.OTHER_MODELS.values()):
-        found[model] = train(runs, f"one-{model}", model=model, trainer={"max_epochs": 1})
+        found[model] = train(runs, f"one-{model}", model=model, **sharded_ranks.SHORT)
     return {name: with_intervals(result) for name, result in found.items()}
 
 
@@ -71,7 +71,7 @@ def test_four_processes_in_groups_that_share_rows_equal_one(runs, one):
 
 def equals_one(runs, one, name):
     state, evaluations, held = torch.load(runs / f"{name}.pt", weights_only=True)
-    kind = name.partition("-")[2]
+    kind = name.partition("-")[2] or name
     expected, expected_evaluations, _ = one[kind if kind in one else ""]
     assert state.keys() == expected.keys()
     for key, value in expected.items():
@@ -85,7 +85,7 @@ def equals_one(runs, one, name):
             assert found == pytest.approx({key: values[key] for key in keys}, **bounds)
     # And the runs went somewhere.
     first, last = min(evaluations), max(evaluations)
-    assert evaluations[last]["held_out/loss"] < evaluations[first]["held_out/loss"] - 0.01
+    assert evaluations[last]["held_out/loss"] < evaluations[first]["held_out/loss"] - 0.005
     if not name.startswith("ddp"):
         assert held < 0.53
 

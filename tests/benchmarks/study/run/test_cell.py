@@ -2,12 +2,10 @@
 
 import json
 import logging
-import multiprocessing
 
 import numpy as np
 import pytest
 import torch
-from children import serve
 
 from bdpo_pl.errors import InputError
 from benchmarks.study.run import plan
@@ -67,10 +65,8 @@ def test_a_cell_is_measured_in_full(cell):
     assert json.loads(json.dumps(record)) == record
 
 
-def test_a_cell_is_the_same_in_another_process_and_is_not_run_again(cell, folder, tmp_path, monkeypatch):
-    """The process is forked from the tests' server, which hashes by another seed, as one that is spawned would."""
-    serve()
-    monkeypatch.setattr(multiprocessing, "get_context", lambda _, get=multiprocessing.get_context: get("forkserver"))
+def test_a_cell_is_the_same_in_another_process_and_is_not_run_again(cell, folder, tmp_path):
+    """The process is spawned, so that it hashes by another seed."""
     setting, record = cell
     out = tmp_path / "records.jsonl"
     append(out, {"machine": "this one"})
