@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from benchmarks.study.run.records import key_of
 
-Section = Literal["reference", "tuning", "final", "halves"]
+Section = Literal["reference", "tuning", "final", "halves", "confirmation"]
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "DPO": ("DPOLoss", {}),
@@ -22,6 +22,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 
 BETAS = (0.1, 0.3)
 LEARNING_RATES = (5e-6, 2e-5)
+CONFIRMED = ("DPO", "B-DPO")
 HALVES = ("balanced", "imbalanced")
 HALF_PAIRS = 128
 TUNING_SEED = 1000
@@ -135,6 +136,11 @@ def halves(best: Mapping[str, Cell]) -> list[Cell]:
         return []
     fields = asdict(best["DPO"]) | {"section": "halves", "num_pairs": HALF_PAIRS}
     return [HalfCell(**{**fields, "seed": seed}, half=half) for seed in SEEDS for half in HALVES]
+
+
+def confirmation(best: Mapping[str, Cell]) -> list[Cell]:
+    """Return the cells on a second model: DPO and B-DPO as they were chosen on the first, seed by seed, no prompts."""
+    return [replace(best[method], section="confirmation", seed=seed) for seed in SEEDS for method in CONFIRMED]
 
 
 def all_cells(records: Mapping[str, Mapping[str, Any]]) -> Sequence[Cell]:

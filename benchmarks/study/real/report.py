@@ -19,7 +19,7 @@ from bdpo_pl.errors import InputError
 from benchmarks import pages
 from benchmarks.study.real import results as real
 from benchmarks.study.real import rules
-from benchmarks.study.real.plan import HALVES, METHODS
+from benchmarks.study.real.plan import CONFIRMED, HALVES, METHODS, SEEDS
 from benchmarks.study.report.__main__ import ROOT, name_of, read_reading
 from benchmarks.study.report.figures import Figures, draw_all, methods_figure
 from benchmarks.study.report.results import Results
@@ -38,7 +38,11 @@ FIGURES: Figures = {
 
 
 def page(
-    results: Results, imbalance: Sequence[dict[str, Any]] = (), reading: str = "", figures: str = "study_real_results"
+    results: Results,
+    imbalance: Sequence[dict[str, Any]] = (),
+    reading: str = "",
+    figures: str = "study_real_results",
+    second: Results | None = None,
 ) -> str:
     """Return the whole page.
 
@@ -47,6 +51,7 @@ def page(
         imbalance: results of `python -m benchmarks.study.real.imbalance`; none: no such section.
         reading: a person's interpretation, in Markdown; empty: none.
         figures: folder of the figures, relative to the page.
+        second: results of the confirmation on a second model; None: no such section.
     """
     measured = [row for one in imbalance for row in one["rows"]]
     methods = results.methods("final", list(METHODS))
@@ -72,6 +77,7 @@ def page(
         else "",
         limits=rules.bounds(results).values(),
         halves=halves(results),
+        confirmation=None if second is None else confirmation(second),
         trials=trials(results),
         figure=f"![{FIGURES['methods.svg'][0]}]({figures}/methods.svg)" if methods else "",
         hours=sum(cell["seconds"] for cell in results.cells) / 3600,
@@ -117,6 +123,22 @@ def halves(results: Results) -> dict[str, Any] | None:
         "verdict": verdict,
         "half_width": number(gap.half, 2),
         "alike": {name: number(value, 2) for name, value in found[0]["halves"].items()},
+    }
+
+
+def confirmation(second: Results) -> dict[str, Any]:
+    """Return tables of DPO and B-DPO on a second model, and whether they confirm the first one's answer."""
+    groups = [real.confirmed(method) for method in CONFIRMED]
+    compared = contrast(real.confirmed(real.BDPO), real.confirmed(real.DPO))
+    measures = (*real.PAIR_OUTCOMES, real.MARGINS[-1])
+    verdict, gap = rules.confirmation(second)
+    return {
+        "name": second.name,
+        "seeds": (gap.count, len(SEEDS)),
+        "means": means(second, groups, measures),
+        "differences": differences(second, [compared], measures).text,
+        "verdict": verdict,
+        "hours": sum(cell["seconds"] for cell in second.cells) / 3600,
     }
 
 
@@ -206,7 +228,13 @@ def _versions(head: dict[str, Any]) -> list[str]:
     return [f"{name} {versions[name]}" for name in ("torch", "transformers", "lightning") if name in versions]
 
 
-def write(records: Path, out: Path, imbalance: Sequence[Path] = (), with_figures: bool = True) -> list[Path]:
+def write(
+    records: Path,
+    out: Path,
+    imbalance: Sequence[Path] = (),
+    with_figures: bool = True,
+    second: Path | None = None,
+) -> list[Path]:
     """Write the page and its figure; return the paths of the written files.
 
     Args:
@@ -214,11 +242,13 @@ def write(records: Path, out: Path, imbalance: Sequence[Path] = (), with_figures
         out: path of the page; its figure goes to a folder of the same name beside it.
         imbalance: files that `python -m benchmarks.study.real.imbalance` has written, if they are to be shown.
         with_figures: whether to draw the figure too, which needs matplotlib.
+        second: records of the confirmation on a second model, if they are to be shown.
     """
     results = real.load_real(records, name_of(records))
     measured = [json.loads(file.read_text(encoding="utf-8")) for file in imbalance]
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page(results, measured, read_reading(out), out.stem), encoding="utf-8")
+    confirming = None if second is None else real.load_real(second, name_of(second))
+    out.write_text(page(results, measured, read_reading(out), out.stem, confirming), encoding="utf-8")
     folder = out.with_suffix("")
     return [out, *(folder / name for name in draw_all(results, folder, FIGURES))] if with_figures else [out]
 
@@ -230,11 +260,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--imbalance", type=Path, nargs="+", default=[], help="files that `benchmarks.study.real.imbalance` has written"
     )
+    parser.add_argument("--confirmation", type=Path, help="records of a second model, by `--settings RECORDS`")
     parser.add_argument("--out", type=Path, default=PAGE, help="path of the page")
     parser.add_argument("--no-figures", action="store_true", help="leave the figure as it is; needs no matplotlib")
     options = parser.parse_args(arguments)
     try:
-        written = write(options.records, options.out, options.imbalance, not options.no_figures)
+        written = write(options.records, options.out, options.imbalance, not options.no_figures, options.confirmation)
     except InputError as error:
         raise SystemExit(str(error)) from None
     print("Written:", *written, sep="\n  ")

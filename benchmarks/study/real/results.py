@@ -79,6 +79,11 @@ def against(first: str, second: str) -> Contrast:
     return contrast(group(first), group(second))
 
 
+def confirmed(method: str) -> Group:
+    """Return the cells of a method on the second model."""
+    return Group(method, "confirmation", method)
+
+
 def half(name: str) -> Group:
     """Return the cells of DPO on one half of the pairs."""
     return Group(f"{name} half", "halves", DPO, name)

@@ -15,6 +15,7 @@ from benchmarks.study.real.results import (
     REFUSED,
     SAFE_REFUSED,
     against,
+    confirmed,
     group,
     half,
 )  # fmt: skip
@@ -114,6 +115,18 @@ def observation(results: Results) -> tuple[str, Interval]:
     if holm([one.p for one in found])[at] >= SIGNIFICANT:
         return "not told", gap
     return "holds" if gap.mean > 0 else "opposite", gap
+
+
+def confirmation(results: Results) -> tuple[str, Interval]:
+    """Return whether the smaller margin gap is confirmed on a second model, and the difference B-DPO − DPO in nats.
+
+    Returns:
+        `confirmed` if its 95 % interval lies below 0, `opposite` if above, `not told`, or `not finished`.
+    """
+    gap = contrast(confirmed(BDPO), confirmed(DPO)).of(results, GAP)
+    if gap.count < len(SEEDS):
+        return "not finished", gap
+    return "confirmed" if _wholly(gap, -1) else "opposite" if _wholly(gap, 1) else "not told", gap
 
 
 def default_temperature(results: Results) -> str:

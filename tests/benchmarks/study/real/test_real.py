@@ -148,3 +148,21 @@ def test_processes_share_the_cells(place, tmp_path, monkeypatch, capsys):
     build_model(vocab_size=401).save_pretrained(place.model)
     with pytest.raises(SystemExit, match=r"out\.jsonl has cells of another model than .*model; give another file with"):
         command.main(arguments)
+
+
+def test_settings_of_the_first_model_are_confirmed_on_a_second_one(tmp_path, capsys):
+    first = tmp_path / "first.jsonl"
+    command.main(["--plan", "--out", str(tmp_path / "none.jsonl")])
+    with pytest.raises(SystemExit):
+        command.main(["--plan", "--settings", str(first)])
+    assert "has not all trials of DPO and B-DPO" in capsys.readouterr().err
+    for cell in plan.tuning():
+        pairs = {"held_out/logp_accuracy": 0.5 + cell.arguments["beta"], "held_out/drift_chosen": cell.learning_rate}
+        append(first, {"key": cell.key, "cell": vars(cell), "pairs": pairs})
+    command.main(["--plan", "--settings", str(first), "--out", str(tmp_path / "second.jsonl")])
+    printed = capsys.readouterr().out
+    assert "confirmation: 0 of 10 cells" in printed
+    assert "AdaDPO" not in printed
+    cells = plan.confirmation(plan.chosen(read_records(first)))
+    assert {(cell.arguments["beta"], cell.learning_rate, cell.held_out) for cell in cells} == {(0.3, 5e-6, "test")}
+    assert not any(cell.asks_prompts for cell in cells)

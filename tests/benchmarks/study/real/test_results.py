@@ -48,6 +48,16 @@ def records(seeds=plan.SEEDS, everywhere=None, sharp=None, wider=1.0, **better):
         yield {"key": cell.key, "cell": as_fields(cell), "pairs": pairs, "halves": dict(ALIKE), "seconds": 0.0}
 
 
+def second_records(seeds=plan.SEEDS, gap=0.0):
+    """Cells of the confirmation, in which the gap of B-DPO differs by `gap`."""
+    trials = {cell.key: {"pairs": BASE} for cell in plan.tuning()}
+    for cell in plan.confirmation(plan.chosen(trials)):
+        if cell.seed in seeds:
+            own = OWN[cell.seed] + gap if cell.method == "B-DPO" else 0.0
+            pairs = BASE | {"gap/margin": BASE["gap/margin"] + SHARED[cell.seed] + own, "train_probe/margin": 2.2}
+            yield {"key": cell.key, "cell": as_fields(cell), "pairs": pairs, "seconds": 1800.0}
+
+
 def as_fields(cell):
     return json.loads(json.dumps(vars(cell)))
 
@@ -181,3 +191,28 @@ def test_page_and_figure_are_written_and_the_same_again(tmp_path):
 def test_what_is_no_file_of_records_is_an_error(tmp_path):
     with pytest.raises(InputError, match=r"no such file; run `python -m benchmarks.study.real` first"):
         results.load_real(tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("options", "verdict", "said"),
+    [
+        ({"gap": -0.3}, "confirmed", "the smaller margin gap is confirmed"),
+        ({"gap": 0.3}, "opposite", "the gap of B-DPO is the larger one here"),
+        ({}, "not told", "**not confirmed**"),
+        ({"gap": -0.3, "seeds": (0, 1)}, "not finished", "2 of 5 seeds have both methods"),
+    ],
+)
+def test_a_second_model_confirms_or_not(tmp_path, options, verdict, said):
+    path = tmp_path / "second.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in (HEAD, *second_records(**options))))
+    second = results.load_real(path, "second.jsonl")
+    found, gap = rules.confirmation(second)
+    assert found == verdict
+    assert gap.mean == pytest.approx(
+        options.get("gap", 0.0)
+        + sum(OWN[s] for s in options.get("seeds", plan.SEEDS)) / len(options.get("seeds", plan.SEEDS))
+    )
+    text = report.page(load(tmp_path), second=second)
+    assert said in text
+    assert "Records: `second.jsonl`" in text
+    assert "Confirmation on a second model" not in report.page(load(tmp_path))
