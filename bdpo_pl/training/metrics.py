@@ -107,12 +107,14 @@ class PairMeans(Metric):
 
     def update(self, values: dict[str, Tensor], counted: Tensor) -> None:
         """Add the (B,) `values` of the pairs for which `counted` (B,) is true."""
+        absent = torch.zeros_like(next(iter(values.values())))
         number = counted.sum()
-        for i, name in enumerate(NAMES):
-            if name in values:
-                self.sums[i] += torch.where(counted, values[name], 0.0).sum(dtype=self.sums.dtype)
-                self.squares[i] += torch.where(counted, values[name].double().square(), 0.0).sum()
-                self.counts[i] += number
+        none = torch.zeros_like(number)
+        rows = torch.where(counted, torch.stack([values.get(name, absent) for name in NAMES]), 0.0)
+        # Each row is summed alone: a sum over one axis of all of them may differ in its last digits.
+        self.sums += torch.stack([row.sum(dtype=self.sums.dtype) for row in rows])
+        self.squares += torch.stack([row.sum() for row in rows.double().square()])
+        self.counts += torch.stack([number if name in values else none for name in NAMES])
 
     def joined(self, reduce: Callable[..., Tensor]) -> dict[str, Tensor]:
         """Return sums and counts over all ranks, by a strategy's `reduce`; all ranks call this method."""
