@@ -1,6 +1,7 @@
 """Checks that preference pairs agree with each other, and that held-out pairs are really new.
 
-All comparisons except `near_leaks` compare tokens, after template and truncation: the input of the model.
+All comparisons except `near_leaks` compare tokens, after template and truncation: the input of the model. Prompts are
+also the same if they were before truncation.
 """
 
 from __future__ import annotations
@@ -40,20 +41,39 @@ def repeats(keys: Sequence[bytes]) -> list[Match]:
     return [Match(i, j) for i, key in enumerate(keys) if (j := first.setdefault(key, i)) != i]
 
 
+def first_of_prompt(table: PairTable) -> list[int]:
+    """Return for each pair the index of the first pair that has the same prompt, directly or by way of others."""
+    parents: list[int] = []
+    first: dict[bytes, int] = {}
+
+    def root(i: int) -> int:
+        while parents[i] != i:
+            parents[i] = parents[parents[i]]
+            i = parents[i]
+        return i
+
+    for i, keys in enumerate(table.prompt_keys()):
+        parents.append(i)
+        for key in keys:
+            earlier, later = sorted((root(first.setdefault(key, i)), root(i)))
+            parents[later] = earlier
+    return [root(i) for i in range(len(parents))]
+
+
 def contradictions(table: PairTable) -> Contradictions:
     """Return the contradictions of `table`; a swapped pair is not counted as conflicting as well."""
-    prompts = table.prompt_digests()
+    prompts = first_of_prompt(table)
     chosen, rejected = table.response_digests()
     if table.desirable is not None:
         keys = list(zip(prompts, chosen, table.desirable.tolist(), strict=True))
-        first: dict[tuple[bytes, bytes, bool], int] = {}
+        first: dict[tuple[int, bytes, bool], int] = {}
         for i, key in enumerate(keys):
             first.setdefault(key, i)
         others = [(i, first.get((prompt, answer, not label))) for i, (prompt, answer, label) in enumerate(keys)]
         return Contradictions([], [Match(i, other) for i, other in others if other is not None])
-    pairs: dict[tuple[bytes, bytes, bytes], int] = {}
-    as_chosen: dict[tuple[bytes, bytes], int] = {}
-    as_rejected: dict[tuple[bytes, bytes], int] = {}
+    pairs: dict[tuple[int, bytes, bytes], int] = {}
+    as_chosen: dict[tuple[int, bytes], int] = {}
+    as_rejected: dict[tuple[int, bytes], int] = {}
     for i, (x, good, bad) in enumerate(zip(prompts, chosen, rejected, strict=True)):
         pairs.setdefault((x, good, bad), i)
         as_chosen.setdefault((x, good), i)
@@ -72,9 +92,11 @@ def contradictions(table: PairTable) -> Contradictions:
 def leaks(table: PairTable, held_out: PairTable) -> list[Match]:
     """Return the pairs of `held_out` whose prompt also occurs in `table`, each with the first such pair of `table`."""
     known: dict[bytes, int] = {}
-    for i, digest in enumerate(table.prompt_digests()):
-        known.setdefault(digest, i)
-    return [Match(i, known[digest]) for i, digest in enumerate(held_out.prompt_digests()) if digest in known]
+    for i, keys in enumerate(table.prompt_keys()):
+        for key in keys:
+            known.setdefault(key, i)
+    found = ([known[key] for key in keys if key in known] for keys in held_out.prompt_keys())
+    return [Match(i, min(others)) for i, others in enumerate(found) if others]
 
 
 def near_leaks(table: Sequence[str], held_out: Sequence[str]) -> list[Match]:
@@ -92,5 +114,4 @@ def _words(text: str) -> str:
 
 def count_shared_prompts(table: PairTable, other: PairTable) -> int:
     """Count the pairs of `other` whose prompt also occurs in `table`: a leak if one is held out from the other."""
-    known = set(table.prompt_digests())
-    return sum(digest in known for digest in other.prompt_digests())
+    return len(leaks(table, other))

@@ -19,7 +19,7 @@ from bdpo_pl.data.schemas.preference import PREFERENCE
 from bdpo_pl.data.schemas.safe_rlhf import SAFE_RLHF, SafeRLHF, SafeRLHFOptions
 from bdpo_pl.data.schemas.schema import SAFETY_COLUMNS, Schema, SchemaContext
 from bdpo_pl.data.sources import Record, read_records
-from bdpo_pl.data.table import PairTable
+from bdpo_pl.data.table import PairTable, prompt_digest
 from bdpo_pl.data.tokenization import PairTokenizer, PreferencePair, ReadAs
 from bdpo_pl.data.truncation import Truncation
 from bdpo_pl.errors import InputError
@@ -214,6 +214,7 @@ def _tokenize(
     safe: list[tuple[bool | None, bool | None]] = []
     desirable: list[bool] = []
     weights: list[float | None] = []
+    whole_prompts: dict[int, bytes] = {}
     counts = {"merged": 0, "truncated": 0, "without an end": 0, "beside": 0}
     as_text: list[bool] = []
     bos = tokenizer.tokenizer.bos_token_id
@@ -246,6 +247,8 @@ def _tokenize(
             beside = len(cut.rejected_ids) < len(pair.rejected_ids)
             counts["without an end"] += len(cut.chosen_ids) < len(pair.chosen_ids) or (beside and not single)
             counts["beside"] += beside and single
+            if len(cut.prompt_ids) < len(pair.prompt_ids):
+                whole_prompts[len(places)] = prompt_digest(pair.prompt_ids)
             places.append(row.record.place)
             categories.append(row.category)
             safe.append((row.chosen_safe, row.rejected_safe))
@@ -264,7 +267,7 @@ def _tokenize(
         safe=_safety(safe),
         weights=_weights(weights, places),
         desirable=np.array(desirable) if desirable else None,
-    )
+    ).with_whole_prompts(whole_prompts)
     report.note(f"truncated to {truncation.max_length} tokens ({truncation.mode})", counts["truncated"])
     report.note("of these, a response was cut and has no end", counts["without an end"])
     report.note("answers to another prompt, beside an answer, that were cut", counts["beside"])

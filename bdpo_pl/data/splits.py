@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bdpo_pl.data.consistency import first_of_prompt
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.data.tokenization import padding_id
 from bdpo_pl.data.tokenizer_like import TokenizerLike
@@ -61,10 +62,9 @@ def split_by_prompt(table: PairTable, fraction: float, seed: int) -> tuple[np.nd
     Raises:
         InputError: there are fewer than two different prompts.
     """
-    digests = table.prompt_digests()
-    groups: dict[bytes, list[int]] = {}
-    for i, digest in enumerate(digests):
-        groups.setdefault(digest, []).append(i)
+    groups: dict[int, list[int]] = {}
+    for i, first in enumerate(first_of_prompt(table)):
+        groups.setdefault(first, []).append(i)
     if len(groups) < 2:
         raise InputError(
             "data.held_out_fraction: cannot hold out pairs of a set with a single prompt; give data.held_out, or set "

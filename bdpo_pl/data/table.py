@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
 from bdpo_pl.data.tokenization import Ids, PreferencePair
+
+_DIGEST_SIZE = 16
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class PairTable:
         trained: (total,) bool, true for response tokens that are trained on (unused in prompts); None: all are.
         weights: (M,) float32, factor of each pair's loss; None: all are 1.
         desirable: (M,) bool, whether each single answer is good; None for pairs.
+        whole_prompts: (M, 16) uint8, digest of each prompt before truncation; None: no prompt was cut.
     """
 
     tokens: np.ndarray
@@ -44,6 +47,7 @@ class PairTable:
     trained: np.ndarray | None = None
     weights: np.ndarray | None = None
     desirable: np.ndarray | None = None
+    whole_prompts: np.ndarray | None = None
 
     @classmethod
     def from_pairs(
@@ -135,6 +139,7 @@ class PairTable:
             None if trained is None or trained.all() else trained,
             None if self.weights is None else self.weights[indices],
             None if self.desirable is None else self.desirable[indices],
+            None if self.whole_prompts is None else self.whole_prompts[indices],
         )
 
     @classmethod
@@ -159,6 +164,7 @@ class PairTable:
             None if all(table.trained is None for table in tables) else np.concatenate(trained),
             _joined_weights(tables),
             np.concatenate(labels) if len(labels) == len(tables) else None,
+            _joined_whole_prompts(tables),
         )
 
     @property
@@ -171,8 +177,28 @@ class PairTable:
         prompts = self.prompt_lengths if shared else 2 * self.prompt_lengths
         return (prompts + self.chosen_lengths + self.rejected_lengths).astype(np.int64)
 
+    def with_whole_prompts(self, cut: Mapping[int, bytes]) -> PairTable:
+        """Return the table with the `prompt_digest` of each prompt that was cut, by the index of its pair."""
+        if not cut:
+            return self
+        digests = self.prompt_digests()
+        for index, digest in cut.items():
+            digests[index] = digest
+        return replace(self, whole_prompts=_rows_of(digests))
+
+    def prompt_keys(self) -> list[tuple[bytes, ...]]:
+        """Return digests of each pair's prompt, as it is read and as it was before truncation.
+
+        What truncation leaves of a prompt depends on the responses. Two pairs have a prompt in common if they have a
+        digest in common.
+        """
+        read = self.prompt_digests()
+        if self.whole_prompts is None:
+            return [(digest,) for digest in read]
+        return [(digest, whole.tobytes()) for digest, whole in zip(read, self.whole_prompts, strict=True)]
+
     def prompt_digests(self) -> list[bytes]:
-        """Return a digest of each pair's prompt tokens: equal digests mean equal prompts."""
+        """Return a digest of each pair's prompt tokens, as they are read: equal digests mean equal prompts."""
         ends = self.starts[:-1] + self.prompt_lengths
         tokens = _bytes_of(self.tokens)
         return [_digest(tokens[4 * a : 4 * b]) for a, b in zip(self.starts[:-1].tolist(), ends.tolist(), strict=True)]
@@ -224,6 +250,11 @@ class PairTable:
         return digest.hexdigest()
 
 
+def prompt_digest(ids: Ids) -> bytes:
+    """Return the digest that a prompt of these token ids has in a table."""
+    return _digest(_bytes_of(np.array(ids, dtype=np.int32)))
+
+
 def _joined_weights(tables: Sequence[PairTable]) -> np.ndarray | None:
     """Return the weights of the pairs of all `tables`, 1 in a table without; None if there are no others."""
     if all(table.weights is None for table in tables):
@@ -233,13 +264,27 @@ def _joined_weights(tables: Sequence[PairTable]) -> np.ndarray | None:
     )
 
 
+def _joined_whole_prompts(tables: Sequence[PairTable]) -> np.ndarray | None:
+    """Return the digests of the whole prompts of all `tables`; None if no prompt was cut."""
+    if all(table.whole_prompts is None for table in tables):
+        return None
+    return np.concatenate(
+        [_rows_of(table.prompt_digests()) if table.whole_prompts is None else table.whole_prompts for table in tables]
+    )
+
+
+def _rows_of(digests: Sequence[bytes]) -> np.ndarray:
+    """Return digests as (M, 16) uint8."""
+    return np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, _DIGEST_SIZE)
+
+
 def _bytes_of(array: np.ndarray) -> memoryview:
     """Return the bytes of `array` as a view, so that slices are not copied."""
     return np.ascontiguousarray(array).view(np.uint8).reshape(-1).data
 
 
 def _digest(first: memoryview, *parts: memoryview) -> bytes:
-    digest = hashlib.blake2b(first, digest_size=16)
+    digest = hashlib.blake2b(first, digest_size=_DIGEST_SIZE)
     for part in parts:
         digest.update(part)
     return digest.digest()

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bdpo_pl.data.consistency import Match, contradictions, leaks, near_leaks, repeats
+from bdpo_pl.data.consistency import Match, contradictions, first_of_prompt, leaks, near_leaks, repeats
 from bdpo_pl.data.held_out import HELD_OUT
 from bdpo_pl.data.report import DataReport
 from bdpo_pl.data.table import PairTable
@@ -212,7 +212,7 @@ def diagnose_split(
         duplicates_dropped=bool(dropped),
         swapped=_places(found.swapped, table, table),
         conflicting=_places(found.conflicting, table, table),
-        repeated_prompts=len(repeats(table.prompt_digests())),
+        repeated_prompts=sum(first != i for i, first in enumerate(first_of_prompt(table))),
         repeated_chosen=len(repeats(chosen)),
         repeated_rejected=len(repeats(rejected)),
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from bdpo_pl.data.consistency import count_shared_prompts, first_of_prompt
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.statistics import Interval, finite, independent, normal
 
@@ -118,21 +119,20 @@ def diagnose_single(table: PairTable, values: Mapping[str, np.ndarray], train: P
     """
     assert table.desirable is not None
     good = table.desirable
-    prompts, answers = table.prompt_digests(), table.response_digests()[0]
-    labels: dict[tuple[bytes, bytes], set[bool]] = {}
+    prompts, answers = first_of_prompt(table), table.response_digests()[0]
+    labels: dict[tuple[int, bytes], set[bool]] = {}
     repeated = 0
     keys = list(zip(prompts, answers, strict=True))
     for key, label in zip(keys, good.tolist(), strict=True):
         repeated += label in labels.setdefault(key, set())
         labels[key].add(label)
-    known = None if train is None else set(train.prompt_digests())
     return SingleSplit(
         int(good.sum()),
         int((~good).sum()),
         {name: _means(value[good], value[~good]) for name, value in values.items()},
         repeated,
         sum(len(labels[key]) > 1 for key in keys),
-        None if known is None else sum(prompt in known for prompt in prompts),
+        None if train is None else count_shared_prompts(train, table),
     )
 
 

@@ -1,9 +1,11 @@
 """Repeats, contradictions and leaks, against a comparison of every pair with every other."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from bdpo_pl.data.consistency import Match, contradictions, leaks, near_leaks, repeats
+from bdpo_pl.data.consistency import Match, contradictions, first_of_prompt, leaks, near_leaks, repeats
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.data.tokenization import PreferencePair
 
@@ -62,6 +64,19 @@ def test_repeats_name_the_first():
 def test_leak_is_a_prompt_on_both_sides():
     train = table(([2], [5], [6]), ([3], [5], [6]), ([3], [7], [6]))
     assert leaks(train, table(([4], [5], [6]), ([3], [8], [9]))) == [Match(1, 1)]
+
+
+def test_prompts_are_the_same_before_or_after_a_cut():
+    """Pair 0 is read as pair 1 is, whose prompt was that of pair 2 before it was cut; pair 3 is another."""
+    cut = table(([2], [5], [6]), ([2], [7], [6]), ([2, 3], [6], [8]), ([4], [5], [6]))
+    whole = table(([9, 2], [5], [6]), ([3, 2], [5], [6]), ([3, 2], [5], [6]), ([4], [5], [6]))
+    digests = np.frombuffer(b"".join(whole.prompt_digests()), dtype=np.uint8).reshape(4, 16)
+    cut = dataclasses.replace(cut, whole_prompts=digests)
+    assert first_of_prompt(cut) == [0, 0, 0, 3]
+    assert contradictions(cut) == ([], [Match(0, 2), Match(1, 2), Match(2, 0)])
+    # Held-out pairs leak if they share the prompt itself with a training pair.
+    assert leaks(cut.select([0]), cut.select([1, 2, 3])) == [Match(0, 0)]
+    assert leaks(cut.select([1]), cut.select([0, 2, 3])) == [Match(0, 0), Match(1, 0)]
 
 
 def test_near_leaks_look_past_case_spacing_and_punctuation():

@@ -3,6 +3,7 @@
 import io
 import json
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -10,13 +11,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from makers import build_tokenizer, messy_safe_rlhf_rows, preference_rows, safe_rlhf_row, write_jsonl
 
-from bdpo_pl.data.consistency import count_shared_prompts
+from bdpo_pl.data.consistency import Match, count_shared_prompts, first_of_prompt, leaks
 from bdpo_pl.data.loading import LoadOptions, load_pairs
 from bdpo_pl.data.report import report_table
 from bdpo_pl.data.schemas.safe_rlhf import REQUIRED_COLUMNS, SAFE_RLHF, SafeRLHFOptions
 from bdpo_pl.data.schemas.schema import SchemaContext
 from bdpo_pl.data.sources import read_records
 from bdpo_pl.data.splits import split_by_prompt
+from bdpo_pl.data.table import PairTable
 from bdpo_pl.data.tokenization import PairTokenizer
 from bdpo_pl.data.truncation import Truncation
 from bdpo_pl.errors import InputError
@@ -320,6 +322,31 @@ def test_held_out_split_shares_no_prompt(load, tmp_path):
     single, _ = load(write_jsonl(tmp_path / "one.jsonl", [{**row, "prompt": "same"} for row in preference_rows(4)]))
     with pytest.raises(InputError, match="single prompt"):
         split_by_prompt(single, 0.2, seed=0)
+
+
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+def test_a_prompt_that_is_cut_to_several_lengths_is_one_prompt(load, tmp_path, mode):
+    """The cut depends on the responses, so what is left of one prompt has several lengths."""
+    rows = []
+    for k in range(12):
+        prompt = " ".join(f"q{k} w{i}" for i in range(20))
+        rows += [{"prompt": prompt, "chosen": "so . " * n, "rejected": "no ."} for n in (2, 9)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    table, report = load(path, max_length=48, truncation=mode)
+    assert report.notes[f"truncated to 48 tokens ({mode})"] == "24"
+    assert len(set(table.prompt_digests())) == 24
+    rest, held = split_by_prompt(table, 0.25, seed=0)
+    assert len(held) == 6
+    assert not {i // 2 for i in rest.tolist()} & {i // 2 for i in held.tolist()}
+    short, long = table.select(np.arange(0, 24, 2)), table.select(np.arange(1, 24, 2))
+    assert leaks(short, long) == [Match(i, i) for i in range(12)]
+    assert count_shared_prompts(PairTable.concatenate([short, long]), table) == 24
+    # A table without a cut prompt tells its prompts as one with some does.
+    whole, _ = load(path, max_length=400)
+    assert whole.whole_prompts is None
+    assert leaks(whole, short) == [Match(i, 2 * i) for i in range(12)]
+    both = PairTable.concatenate([whole, short])
+    assert first_of_prompt(both) == [i // 2 * 2 for i in range(24)] + [2 * i for i in range(12)]
 
 
 def test_report_table_shows_every_count(load, messy_safe_rlhf):
