@@ -222,16 +222,24 @@ class PairTable:
         return self._digests(self.starts[:-1], ends, _bytes_of(more))
 
     def _digests(self, starts: np.ndarray, stops: np.ndarray, more: memoryview | None = None) -> list[bytes]:
-        """Return a digest of each range of tokens, with its trained flags and the corresponding 8 bytes of `more`."""
-        tokens, trained = _bytes_of(self.tokens), None if self.trained is None else _bytes_of(self.trained)
+        """Return a digest of each range of tokens, with the corresponding 8 bytes of `more`.
+
+        The trained flags belong to it where not all are true, so that the digest is the same in every table.
+        """
+        tokens, trained, masked = _bytes_of(self.tokens), None, None
+        if self.trained is not None:
+            total = np.concatenate([[0], np.cumsum(~self.trained, dtype=np.int64)])
+            trained, masked = _bytes_of(self.trained), (total[stops] > total[starts]).tolist()
         found = []
         for i, (a, b) in enumerate(zip(starts.tolist(), stops.tolist(), strict=True)):
             parts = [tokens[4 * a : 4 * b]]
-            if trained is not None:
-                parts.append(trained[a:b])
             if more is not None:
                 parts.append(more[8 * i : 8 * i + 8])
-            found.append(_digest(*parts))
+            if trained is not None and masked is not None and masked[i]:
+                # Marked, because flags could otherwise be read as further tokens.
+                found.append(_digest(*parts, trained[a:b], person=b"trained"))
+            else:
+                found.append(_digest(*parts))
         return found
 
     def content_digest(self) -> str:
@@ -283,8 +291,8 @@ def _bytes_of(array: np.ndarray) -> memoryview:
     return np.ascontiguousarray(array).view(np.uint8).reshape(-1).data
 
 
-def _digest(first: memoryview, *parts: memoryview) -> bytes:
-    digest = hashlib.blake2b(first, digest_size=_DIGEST_SIZE)
+def _digest(first: memoryview, *parts: memoryview, person: bytes = b"") -> bytes:
+    digest = hashlib.blake2b(first, digest_size=_DIGEST_SIZE, person=person)
     for part in parts:
         digest.update(part)
     return digest.digest()

@@ -1,5 +1,7 @@
 """Batches of pairs, and the table that they come from."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,20 @@ from bdpo_pl.data.batches import PairDataset
 from bdpo_pl.data.packing import RowLayout
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.data.tokenization import PreferencePair
+
+
+def test_a_pair_has_the_same_digests_beside_a_masked_one():
+    pair = PreferencePair([1, 2], [3, 4, 5, 6], [7])
+    masked = replace(pair, chosen_trained=(True, False, False, False))
+    # Its flags as bytes are those of a further token, 1.
+    longer = replace(pair, chosen_ids=[3, 4, 5, 6, 1])
+    alone, beside = (PairTable.from_pairs(pairs, [9]) for pairs in ([pair], [masked, pair, longer]))
+    assert beside.pair_digests()[1:2] == alone.pair_digests()
+    assert len(set(beside.pair_digests())) == 3
+    (chosen, rejected), (only_chosen, only_rejected) = beside.response_digests(), alone.response_digests()
+    assert len(set(chosen)) == 3
+    assert chosen[1:2] == only_chosen
+    assert rejected == only_rejected * 3
 
 
 def test_training_batch_holds_chosen_then_rejected():

@@ -46,6 +46,18 @@ def test_each_pair_is_there_as_often_as_its_sources_weight_says(tmp_path):
             DataSource("a", weight)
 
 
+def test_a_row_of_several_turns_hides_no_duplicate(tmp_path):
+    """Of its response, the user's turn is not trained on; of the other rows, everything is."""
+    rows = preference_rows(6)
+    user, assistant = ({"role": role, "content": "so ."} for role in ("user", "assistant"))
+    several = {"prompt": [user], "chosen": [assistant, user, assistant], "rejected": [{**assistant, "content": "no ."}]}
+    loaded = [load(write_jsonl(tmp_path / f"{n}.jsonl", part)) for n, part in (("a", rows), ("b", [*rows, several]))]
+    tables, reports = zip(*loaded, strict=True)
+    assert [table.trained is None for table in tables] == [True, False]
+    assert len(join(tables, [1.0, 1.0], reports, "drop")[0]) == 7
+    assert set(tables[0].response_digests()[0]) < set(tables[1].response_digests()[0])
+
+
 def test_a_fraction_is_drawn_from_each_source(tmp_path):
     rows = preference_rows(40)
     loaded = [load(write_jsonl(tmp_path / f"{n}.jsonl", part)) for n, part in (("a", rows[:20]), ("b", rows[20:]))]
