@@ -52,15 +52,33 @@ class LoadOptions:
     duplicates: Literal["drop", "keep"] = "drop"
     safe_rlhf: SafeRLHFOptions = field(default_factory=SafeRLHFOptions)
 
-    def rename(self, record: Record, seen: dict[str, None]) -> Record:
-        """Return `record` under our column names, and add its own names to `seen`."""
+    def rename(self, record: Record, seen: dict[str, Record]) -> Record:
+        """Return `record` under our column names, and add its own names to `seen`, each with the first record.
+
+        Raises:
+            RowError: the record lacks a column that an earlier one has, and would be read by another column of its own.
+            InputError: an earlier record was read so, which lacks a column that this one has.
+        """
         if not self.columns and not self.ignore:
             return record
-        seen |= dict.fromkeys(record.fields)
         taken = {*self.columns.values(), *self.ignore}
         fields = {name: value for name, value in record.fields.items() if name not in taken}
+        for ours, theirs in self.columns.items():
+            if theirs in seen and theirs not in record.fields and ours in fields:
+                raise RowError(record, f"missing {theirs}", _lacks(ours, theirs, seen[theirs]))
+            if theirs in record.fields and theirs not in seen and ours in seen and ours not in taken:
+                raise InputError(f"{seen[ours].place}: {_lacks(ours, theirs, record)}")
+        for name in record.fields:
+            seen.setdefault(name, record)
         fields |= {ours: record.fields[theirs] for ours, theirs in self.columns.items() if theirs in record.fields}
         return Record(record.source, record.number, fields)
+
+
+def _lacks(ours: str, theirs: str, other: Record) -> str:
+    return (
+        f"there is no {theirs!r}, which data.load.columns reads as {ours!r}, and {other.place} has it; the row's own "
+        f"{ours!r} may mean something else. Give each row {theirs!r}, or make such rows a source of their own"
+    )
 
 
 def load_pairs(
@@ -100,9 +118,17 @@ def load_pairs(
     """
     options = options or LoadOptions()
     report = DataReport(name, source)
-    seen: dict[str, None] = {}
-    read = read_records(source, split, revision, subset, report.unread)
-    records = (options.rename(record, seen) for record in read)
+    seen: dict[str, Record] = {}
+
+    def renamed() -> Iterator[Record]:
+        for record in read_records(source, split, revision, subset, report.unread):
+            try:
+                yield options.rename(record, seen)
+            except RowError as error:
+                report.read += 1
+                refuse(error, record)
+
+    records = renamed()
     first = next(records, None)
     if first is None:
         raise InputError(f"{source}: no rows")

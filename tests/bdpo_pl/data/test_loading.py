@@ -252,6 +252,29 @@ def test_safe_rlhf_reads_the_columns_that_all_layouts_share(load, tmp_path):
     assert all(row.template_kwargs == {"custom": "x"} for row in SAFE_RLHF.rows(read_records(str(path)), context))
 
 
+def test_a_row_without_a_renamed_column_does_not_lend_its_own_one(load, tokenizer, tmp_path):
+    rows = [{"prompt": f"q{i} ?", "good": f"g{i} .", "rejected": "no .", "chosen": f"other{i} ."} for i in range(3)]
+    del rows[1]["good"]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(InputError, match=r"line 2: there is no 'good', which data\.load\.columns reads as 'chosen'"):
+        load(path, columns={"chosen": "good"})
+    table, report = load(path, columns={"chosen": "good"}, bad_rows="drop")
+    assert (len(table), report.read, report.dropped) == (2, 3, {"missing good": [f"{path}, line 2"]})
+    # The rows before the first one with the column are read by then.
+    path = write_jsonl(tmp_path / "late.jsonl", [rows[1], rows[0]])
+    for bad_rows in ("error", "drop"):
+        with pytest.raises(InputError, match=r"line 1: there is no 'good', .*'chosen', and .*late\.jsonl, line 2"):
+            load(path, columns={"chosen": "good"}, bad_rows=bad_rows)
+    # A source in which no row has the column, beside one that has it, is read by its own.
+    path = write_jsonl(tmp_path / "own.jsonl", [rows[1]])
+    renamed = LoadOptions(columns={"chosen": "good"})
+    assert len(load_pairs("train", str(path), tokenizer, Truncation(256), renamed, alone=False)[0]) == 1
+    # Exchanged columns are no own ones.
+    path = write_jsonl(tmp_path / "exchanged.jsonl", [{**GOOD, "chosen": "x ."}, {"prompt": "w ?", "chosen": "y ."}])
+    with pytest.raises(InputError, match="line 2: field 'chosen' is missing"):
+        load(path, columns={"chosen": "rejected", "rejected": "chosen"})
+
+
 def test_columns_that_the_data_do_not_have_are_refused(load, tmp_path):
     rows = [{**row, "scorer": 0.5, "context": "a b"} for row in preference_rows(4)]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
