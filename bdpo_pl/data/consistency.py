@@ -34,6 +34,10 @@ class Contradictions(NamedTuple):
     swapped: list[Match]
     conflicting: list[Match]
 
+    def all(self) -> list[Match]:
+        """Return the contradictions of both kinds."""
+        return self.swapped + self.conflicting
+
 
 def repeats(keys: Sequence[bytes]) -> list[Match]:
     """Return every key that also occurs earlier, with its first index."""

@@ -10,7 +10,6 @@ from typing import Literal
 
 import numpy as np
 
-from bdpo_pl.data.consistency import contradictions
 from bdpo_pl.data.encoding import encoded
 from bdpo_pl.data.report import DataReport
 from bdpo_pl.data.rows import BOTH_UNSAFE, PreferenceRow, RowError, order_by_safety
@@ -157,16 +156,7 @@ def load_pairs(
         check_used(options, [report])
     if not len(table):
         raise InputError(_nothing_left(report, truncation))
-    report.kept = len(table)
-    report.lengths(table)
-    report.weights(table)
-    if table.desirable is not None:
-        report.unit = "answers"
-        report.note("good answers", int(table.desirable.sum()))
-        report.note("bad answers", int((~table.desirable).sum()))
-    swapped, conflicting = contradictions(table)
-    said = "pairs that another pair contradicts" if table.desirable is None else "answers that have both labels"
-    report.note(said, len(swapped) + len(conflicting))
+    report.describe(table)
     return table, report
 
 

@@ -62,8 +62,9 @@ def limited(table: PairTable, limit: int | None, seed: int, report: DataReport) 
     if limit is None or len(table) <= limit:
         return table
     report.note("left out by the limit of the source", len(table) - limit)
-    report.kept = limit
-    return table.select(np.sort(np.random.default_rng(seed).choice(len(table), limit, replace=False)))
+    table = table.select(np.sort(np.random.default_rng(seed).choice(len(table), limit, replace=False)))
+    report.describe(table)
+    return table
 
 
 def join(
@@ -74,7 +75,7 @@ def join(
     Args:
         tables: pairs of each source.
         weights: weight of each source.
-        reports: report of each source; a pair that also occurs in an earlier source is counted in its own source's
+        reports: report of each source. A pair that also occurs in an earlier source is counted in its own source's
             report.
         duplicates: treatment of such pairs: leave out (`drop`) or `keep`.
 
@@ -98,10 +99,12 @@ def join(
             for i in np.flatnonzero(~new):
                 report.drop("duplicate of a pair in an earlier source", table.places[int(i)])
             table = table.select(np.flatnonzero(new))
-            report.kept = len(table)
         kept.append(table)
     joined = PairTable.concatenate(kept)
-    return joined, np.repeat(np.array(weights, dtype=np.float64), [len(table) for table in kept])
+    sources = np.repeat(np.arange(len(kept)), [len(table) for table in kept])
+    for table, report in zip(kept, reports, strict=True):
+        report.describe(table)
+    return joined, np.array(weights, dtype=np.float64)[sources]
 
 
 def repeat(table: PairTable, weights: np.ndarray, seed: int, of: str = "data.train") -> PairTable:

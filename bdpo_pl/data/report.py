@@ -9,11 +9,17 @@ import numpy as np
 from rich.table import Table
 
 from bdpo_pl.data.chat_template import PINNED_DATE
+from bdpo_pl.data.consistency import contradictions
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.data.tokenization import PairTokenizer
 
 _EXAMPLES = 3
 _ALIKE = 0.25
+_PROPERTIES = (
+    "prompt tokens:", "response tokens:", "responses that begin with", "weights of pairs:", "pairs of weight 0",
+    "good answers", "bad answers", "pairs that another", "answers that have both",
+)  # fmt: skip
+"""Beginnings of the notes about the pairs that are used."""
 _THOUGHTS = {"train": "trained on", "mask": "read, not trained on", "strip": "taken out"}
 
 
@@ -92,6 +98,27 @@ class DataReport:
             date = encoder.template.kwargs.get("date_string") or f"{PINNED_DATE:%d %b %Y}"
             self.notes["date that the template writes, pinned (chat_template_kwargs.date_string)"] = str(date)
 
+    def describe(self, table: PairTable, contradicted: int | None = None) -> None:
+        """Count `table`, the pairs that are used, and note their properties instead of those noted before.
+
+        Args:
+            table: pairs or single answers.
+            contradicted: number of them that another one contradicts. Default: those that one of `table` does.
+        """
+        self.kept = len(table)
+        for what in [what for what in self.notes if what.startswith(_PROPERTIES)]:
+            del self.notes[what]
+        self.lengths(table)
+        self.weights(table)
+        if table.desirable is not None:
+            self.unit = "answers"
+            self.note("good answers", int(table.desirable.sum()))
+            self.note("bad answers", int((~table.desirable).sum()))
+        if contradicted is None:
+            contradicted = len(contradictions(table).all())
+        said = "pairs that another pair contradicts" if table.desirable is None else "answers that have both labels"
+        self.note(said, contradicted)
+
     def lengths(self, table: PairTable) -> None:
         """Note the token lengths of the kept pairs, and the share of responses with the same beginning."""
         responses = table.trained_lengths.reshape(-1)
@@ -106,7 +133,7 @@ class DataReport:
 
     def weights(self, table: PairTable) -> None:
         """Note the factors of the pairs' losses, where the data gives them."""
-        if table.weights is None:
+        if table.weights is None or not len(table):
             return
         smallest, mean, largest = table.weights.min(), table.weights.mean(), table.weights.max()
         self.notes["weights of pairs: smallest / mean / largest"] = f"{smallest:.3g} / {mean:.3g} / {largest:.3g}"

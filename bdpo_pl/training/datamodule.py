@@ -240,7 +240,9 @@ class PreferenceDataModule(L.LightningDataModule):
         ):
             pairs_held, report_held = load(split, given, self.held_out_split)
             pairs_held = repeat(pairs_held, np.full(len(pairs_held), given.weight), self.seed, of=label or split)
-            report_held.label, report_held.kept = label, len(pairs_held)
+            report_held.label = label
+            if given.weight != 1.0:
+                report_held.describe(pairs_held)
             report_held.note("prompts that are also in train (a leak)", count_shared_prompts(train, pairs_held))
             self.reports.append(report_held)
             held_out[split] = pairs_held

@@ -4,6 +4,7 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from makers import preference_rows, write_jsonl
@@ -78,6 +79,10 @@ def test_weight_and_limit_draw_a_part_of_a_set(files, model_dir):
     assert splits.held_out_pairs == {"near": 4, "far": 5}
     assert [report.kept for report in data.reports] == [24, 4, 5]
     assert data.reports[1].notes["left out by the limit of the source"] == "2"
+    said, lengths = "prompt tokens: median / 95 % / max", splits.tables["held_out/far"].prompt_lengths
+    assert (
+        data.reports[2].notes[said] == f"{np.median(lengths):.0f} / {np.percentile(lengths, 95):.0f} / {lengths.max()}"
+    )
     _, again = read(files, model_dir, held_out=sets)
     assert again.tables["held_out/far"].places == splits.tables["held_out/far"].places
     # A limit on a source of training pairs.

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from bdpo_pl.data.example import example_table, readable
 from bdpo_pl.data.loading import load_pairs
-from bdpo_pl.data.mixture import DataSource, join, repeat
+from bdpo_pl.data.mixture import DataSource, join, limited, repeat
 from bdpo_pl.data.tokenization import PairTokenizer
 from bdpo_pl.data.truncation import Truncation
 from bdpo_pl.errors import InputError
@@ -56,6 +56,27 @@ def test_a_row_of_several_turns_hides_no_duplicate(tmp_path):
     assert [table.trained is None for table in tables] == [True, False]
     assert len(join(tables, [1.0, 1.0], reports, "drop")[0]) == 7
     assert set(tables[0].response_digests()[0]) < set(tables[1].response_digests()[0])
+
+
+def test_the_report_describes_the_pairs_that_are_used(tmp_path):
+    """It described those before the limit, and before duplicates of an earlier source were left out."""
+    rows = [{**row, "weight": float(i)} for i, row in enumerate(preference_rows(20))]
+    table, report = load(write_jsonl(tmp_path / "a.jsonl", rows))
+    few = limited(table, 3, 1, report)
+    weights = sorted(few.weights.tolist())
+    said = "weights of pairs: smallest / mean / largest"
+    assert report.notes[said] == f"{weights[0]:.3g} / {np.mean(weights):.3g} / {weights[2]:.3g}"
+    assert (report.kept, report.notes["left out by the limit of the source"]) == (3, "17")
+    # Only what is as it was in the file is not of these pairs.
+    assert list(report.notes)[:2] == ["schema", "rendered with the chat template"]
+    assert report.notes["rendered with the chat template"] == "20"
+    later, of_later = load(write_jsonl(tmp_path / "b.jsonl", [*rows, {**rows[0], "prompt": "and ?", "weight": 7.0}]))
+    join([table, later], [1.0, 1.0], [report, of_later], "drop")
+    assert (of_later.kept, of_later.notes[said]) == (1, "7 / 7 / 7")
+    of_nothing = load(tmp_path / "a.jsonl")[1]
+    join([table, table], [1.0, 1.0], [report, of_nothing], "drop")
+    assert of_nothing.kept == 0
+    assert not [what for what in of_nothing.notes if "tokens" in what or "weight" in what]
 
 
 def test_a_fraction_is_drawn_from_each_source(tmp_path):
