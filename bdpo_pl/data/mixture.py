@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bdpo_pl.data.consistency import contradictions
 from bdpo_pl.data.report import DataReport
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.errors import InputError
@@ -76,7 +77,7 @@ def join(
         tables: pairs of each source.
         weights: weight of each source.
         reports: report of each source. A pair that also occurs in an earlier source is counted in its own source's
-            report.
+            report, and so is one that a pair of any source contradicts.
         duplicates: treatment of such pairs: leave out (`drop`) or `keep`.
 
     Raises:
@@ -102,8 +103,9 @@ def join(
         kept.append(table)
     joined = PairTable.concatenate(kept)
     sources = np.repeat(np.arange(len(kept)), [len(table) for table in kept])
-    for table, report in zip(kept, reports, strict=True):
-        report.describe(table)
+    contradicted = np.bincount(sources[[match.at for match in contradictions(joined).all()]], minlength=len(kept))
+    for table, report, count in zip(kept, reports, contradicted.tolist(), strict=True):
+        report.describe(table, count)
     return joined, np.array(weights, dtype=np.float64)[sources]
 
 

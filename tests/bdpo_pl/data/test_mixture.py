@@ -79,6 +79,18 @@ def test_the_report_describes_the_pairs_that_are_used(tmp_path):
     assert not [what for what in of_nothing.notes if "tokens" in what or "weight" in what]
 
 
+def test_contradictions_between_sources_are_counted(tmp_path):
+    rows = preference_rows(6)
+    swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows[:4]]
+    again = [{**swapped[0], "prompt": "and ?"}, {**rows[0], "prompt": "and ?"}]
+    loaded = [load(write_jsonl(tmp_path / f"{n}.jsonl", part)) for n, part in (("a", rows), ("b", [*swapped, *again]))]
+    tables, reports = zip(*loaded, strict=True)
+    said = "pairs that another pair contradicts"
+    assert [report.notes.get(said) for report in reports] == [None, "2"]
+    join(tables, [1.0, 1.0], reports, "drop")
+    assert [report.notes[said] for report in reports] == ["4", "6"]
+
+
 def test_a_fraction_is_drawn_from_each_source(tmp_path):
     rows = preference_rows(40)
     loaded = [load(write_jsonl(tmp_path / f"{n}.jsonl", part)) for n, part in (("a", rows[:20]), ("b", rows[20:]))]
