@@ -173,7 +173,6 @@ def _diagnose(
             weights.scale.double().numpy(),
             options.strong_ratio,
         )
-    reports = {report.name: report for report in data.reports}
     shown = splits.tokenizer if options.show_texts else None
     strong = tau = None
     if isinstance(balance, BalancedDPOLoss) and balance.weighting == "softmax":
@@ -190,7 +189,8 @@ def _diagnose(
         strong_imbalance=strong,
         weights_of=weights_of,
         splits={
-            name: diagnose_split(name, m, reports.get(name), options.extremes, shown) for name, m in measured.items()
+            name: diagnose_split(name, m, [r for r in data.reports if r.name == name], options.extremes, shown)
+            for name, m in measured.items()
         },
         leaks=find_leaks(splits.tables, splits.tokenizer),
         loading=data.reports,

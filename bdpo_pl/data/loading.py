@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from bdpo_pl.data.encoding import encoded
-from bdpo_pl.data.report import DataReport
+from bdpo_pl.data.report import DUPLICATE, DataReport
 from bdpo_pl.data.rows import BOTH_UNSAFE, PreferenceRow, RowError, order_by_safety
 from bdpo_pl.data.schemas import SCHEMAS
 from bdpo_pl.data.schemas.preference import PREFERENCE
@@ -334,7 +334,7 @@ def _deduplicate(table: PairTable, policy: Literal["drop", "keep"], report: Data
         report.note("duplicates kept", len(repeats))
         return table
     for i in repeats:
-        report.drop("duplicate of an earlier pair", table.places[i])
+        report.drop(DUPLICATE, table.places[i])
     return table.select(np.flatnonzero(first))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from bdpo_pl.data.consistency import contradictions
-from bdpo_pl.data.report import DataReport
+from bdpo_pl.data.report import DUPLICATE_IN_SOURCES, DataReport
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.errors import InputError
 
@@ -98,7 +98,7 @@ def join(
         seen.update(digests)
         if duplicates == "drop":
             for i in np.flatnonzero(~new):
-                report.drop("duplicate of a pair in an earlier source", table.places[int(i)])
+                report.drop(DUPLICATE_IN_SOURCES, table.places[int(i)])
             table = table.select(np.flatnonzero(new))
         kept.append(table)
     joined = PairTable.concatenate(kept)

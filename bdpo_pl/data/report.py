@@ -13,6 +13,11 @@ from bdpo_pl.data.consistency import contradictions
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.data.tokenization import PairTokenizer
 
+DUPLICATE = "duplicate of an earlier pair"
+"""Reason for leaving out a pair that repeats one of its own source."""
+DUPLICATE_IN_SOURCES = "duplicate of a pair in an earlier source"
+"""Reason for leaving out a pair that repeats one of another source."""
+
 _EXAMPLES = 3
 _ALIKE = 0.25
 _PROPERTIES = (

@@ -10,7 +10,7 @@ import numpy as np
 
 from bdpo_pl.data.consistency import Match, contradictions, first_of_prompt, leaks, near_leaks, repeats
 from bdpo_pl.data.held_out import HELD_OUT
-from bdpo_pl.data.report import DataReport
+from bdpo_pl.data.report import DUPLICATE, DUPLICATE_IN_SOURCES, DataReport
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.data.tokenizer_like import TokenizerLike
 from bdpo_pl.diagnosis.measures import (
@@ -26,7 +26,6 @@ from bdpo_pl.diagnosis.measures import (
 )
 from bdpo_pl.statistics import finite
 
-DUPLICATE = "duplicate of an earlier pair"
 TEXTS_WARNING = (
     "This file holds prompts and responses of the data, which may be harmful or private. "
     "Do not pass it on without need; without --diagnose.show_texts the texts are left out."
@@ -179,14 +178,18 @@ def pair_lines(
 
 
 def diagnose_split(
-    name: str, measured: Measured, report: DataReport | None, num_extremes: int, tokenizer: TokenizerLike | None = None
+    name: str,
+    measured: Measured,
+    reports: Sequence[DataReport],
+    num_extremes: int,
+    tokenizer: TokenizerLike | None = None,
 ) -> SplitDiagnosis:
     """Diagnose one split.
 
     Args:
         name: name of the split.
         measured: measurements of its pairs.
-        report: report of its loading, which counts the duplicates that were left out.
+        reports: report of the loading of each of its sources, which counts the duplicates that were left out.
         num_extremes: number of pairs listed at each end of the imbalance.
         tokenizer: tokenizer that decodes the texts of listed pairs; None hides the texts.
     """
@@ -194,7 +197,12 @@ def diagnose_split(
     chosen, rejected = table.response_digests()
     found = contradictions(table)
     high, low = extremes(measured, num_extremes)
-    dropped = report.dropped.get(DUPLICATE, []) if report is not None else []
+    dropped = [
+        place
+        for report in reports
+        for reason in (DUPLICATE, DUPLICATE_IN_SOURCES)
+        for place in report.dropped.get(reason, [])
+    ]
     kept = [table.places[match.at] for match in repeats(table.pair_digests())]
     return SplitDiagnosis(
         overall=group(measured, name),

@@ -45,7 +45,7 @@ def measured(num=60, categories=("a", "b", ""), strong_ratio=1.5, shift=0.0, **f
 
 def diagnosis(m, **fields):
     values = {"facts": {}, "unit": "nats per token", "strong_ratio": 1.5, "strong_imbalance": 0.4, "weights_of": None}
-    values |= {"splits": {"train": diagnose_split("train", m, None, 3)}, "leaks": Leaks([], [], 0, 9), "loading": []}
+    values |= {"splits": {"train": diagnose_split("train", m, [], 3)}, "leaks": Leaks([], [], 0, 9), "loading": []}
     return Diagnosis(**{**values, **fields})
 
 
@@ -127,7 +127,7 @@ def test_weight_of_zero_is_no_division_by_zero():
 
 
 def test_faults_are_problems_and_come_first():
-    split = diagnose_split("train", measured(), None, 0)
+    split = diagnose_split("train", measured(), [], 0)
     split = dataclasses.replace(split, swapped=[Places("line 1", "line 2")] * 2)
     found = find(diagnosis(measured(), splits={"train": split}, leaks=Leaks([Places("h", "t")], [], 4, 9)))
     assert "2 pairs contradict another" in titles(found, "problem")
@@ -157,17 +157,21 @@ def test_notices_of_strength_direction_and_missing_weights():
 def test_held_out_pairs_of_another_kind_are_noticed():
     near = measured(num=60)
     far = dataclasses.replace(near, comprehension=3 * near.comprehension)
-    splits = {name: diagnose_split(name, m, None, 0) for name, m in (("train", near), ("held_out", far))}
+    splits = {name: diagnose_split(name, m, [], 0) for name, m in (("train", near), ("held_out", far))}
     assert "Held-out pairs are 3.0 times as imbalanced" in titles(find(diagnosis(near, splits=splits)), "notice")
 
 
 def test_duplicates_dropped_on_loading_are_told_from_those_kept():
     m = measured()
-    report = DataReport("train", "x.jsonl", dropped={"duplicate of an earlier pair": ["x.jsonl, line 9"]})
-    dropped = diagnose_split("train", m, report, 0)
-    assert (dropped.duplicates, dropped.duplicates_dropped) == (["x.jsonl, line 9"], True)
+    reports = [
+        DataReport("train", "x.jsonl", dropped={"duplicate of an earlier pair": ["x.jsonl, line 9"]}),
+        DataReport("train", "y.jsonl", dropped={"duplicate of a pair in an earlier source": ["y.jsonl, line 1"]}),
+        DataReport("train", "z.jsonl"),
+    ]
+    dropped = diagnose_split("train", m, reports, 0)
+    assert (dropped.duplicates, dropped.duplicates_dropped) == (["x.jsonl, line 9", "y.jsonl, line 1"], True)
     twice = m.table.select(np.array([0, 1, 0]))
-    kept = diagnose_split("train", measured(3, table=twice), DataReport("train", "x.jsonl"), 0)
+    kept = diagnose_split("train", measured(3, table=twice), reports[2:], 0)
     assert (kept.duplicates, kept.duplicates_dropped) == (["pair 0"], False)
 
 
