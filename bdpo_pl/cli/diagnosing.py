@@ -26,7 +26,7 @@ from bdpo_pl.diagnosis.results import Diagnosis, diagnose_split, find_leaks, pai
 from bdpo_pl.diagnosis.terminal import numbers_table, tau_table
 from bdpo_pl.errors import InputError
 from bdpo_pl.files import writable_folder, write_whole
-from bdpo_pl.losses import BalancedDPOLoss, PairWeights, PreferenceLoss
+from bdpo_pl.losses import BalancedDPOLoss, PairScores, PairWeights, PreferenceLoss
 from bdpo_pl.reporting.terminal import findings_table
 from bdpo_pl.scoring.machine import Machine
 from bdpo_pl.scoring.scores import SplitScores, table_scores
@@ -159,8 +159,7 @@ def _diagnose(
     precision: str,
     options: DiagnoseOptions,
 ) -> tuple[Diagnosis, dict[str, Measured]]:
-    balance, weights_of = _balance(module.loss)
-    balance.prepare(table_scores(splits.tables["train"], scores["train"]))
+    balance, weights_of = _balance(module.loss, table_scores(splits.tables["train"], scores["train"]))
     measured = {}
     for name, split in scores.items():
         assert split.reference is not None
@@ -203,11 +202,15 @@ def _diagnose(
     return diagnosis, measured
 
 
-def _balance(loss: PreferenceLoss) -> tuple[PreferenceLoss, str | None]:
-    """Return the loss whose weights are reported: `loss` if it has any, else Balanced DPO, with its name."""
-    if loss.needs_comprehension and type(loss).weights is not PreferenceLoss.weights:
-        return loss, None
-    return BalancedDPOLoss(estimator=loss.estimator), f"BalancedDPOLoss(estimator={loss.estimator})"
+def _balance(loss: PreferenceLoss, train: PairScores) -> tuple[PreferenceLoss, str | None]:
+    """Return the loss whose weights are reported, prepared: `loss` if it has any, else Balanced DPO, with its name."""
+    if loss.needs_comprehension:
+        loss.prepare(train)
+        if loss.weights(train) is not None:
+            return loss, None
+    balance = BalancedDPOLoss(estimator=loss.estimator)
+    balance.prepare(train)
+    return balance, f"BalancedDPOLoss(estimator={loss.estimator})"
 
 
 def _weights(balance: PreferenceLoss, table: PairTable, scores: SplitScores) -> PairWeights:

@@ -277,6 +277,19 @@ def test_loss_without_weights_is_told_those_of_balanced_dpo(base):
     assert len({line["weight_chosen"] for line in pairs}) > 10
 
 
+def test_sum_of_losses_without_weights_and_duplicates_of_every_source_are_told(base, tmp_path, rows):
+    parts = {"a": [*rows[:6], rows[2]], "b": rows[5:12], "c": rows[12:20]}
+    sources = [write_jsonl(tmp_path / f"{name}.jsonl", part) for name, part in parts.items()]
+    base[1] = f"--data.train=[{', '.join(f'{{source: {path}}}' for path in sources)}]"
+    losses = "[{class_path: RMiPOLoss}, {class_path: SFTLoss}]"
+    main([*base[:-1], "--model.loss=WeightedSum", f"--model.loss.losses={losses}"])
+    report, _ = results()
+    assert report["weights_of"].startswith("BalancedDPOLoss")
+    split = report["splits"]["train"]
+    assert split["duplicates"] == [f"{sources[0]}, line 7", f"{sources[1]}, line 1"]
+    assert split["duplicates_dropped"]
+
+
 def test_weights_by_ratio_have_no_threshold_of_the_imbalance(base):
     main([*base, "--model.loss=BalancedDPOLoss", "--model.loss.estimator=ifd", "--model.loss.weighting=ratio"])
     report, pairs = results()
