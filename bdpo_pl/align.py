@@ -6,17 +6,25 @@ stopped, the same command continues: finished stages are skipped, and training r
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
 
 from bdpo_pl.cli import short_help
 from bdpo_pl.cli.quick import answer_early, refuse
 
 _STATE = "align.json"
 _EVALUATES = "--evaluate."
+_READS = ("--data.", "--safety.", "--config", "--suites", "--pairs.")
+"""Beginnings of the options that name files with pairs, prompts or options."""
 _SHORT = {"--suites": "--suites", "--max_prompts": "--max_prompts"}
 
 
@@ -131,21 +139,93 @@ def help_page() -> str:
 def _take_up(plan: Plan) -> dict[str, object]:
     """Return which stages are finished in the folder.
 
-    The folder of another job is refused, because its stages would be mistaken for this job's.
+    The folder of another job is refused, because its stages would be mistaken for this job's; so is one of other
+    contents of the files that the job reads. The evaluation alone is repeated.
     """
     path = plan.folder / _STATE
     job = {"model": plan.model, "data": plan.data, "training": plan.training}
+    files = _contents([f"--data.train={plan.data}", *plan.training])
+    evaluated = _contents(plan.evaluation)
     if path.is_file():
-        state: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))
+        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if state["job"] != job:
-            changed = ", ".join(name for name, value in job.items() if state["job"][name] != value)  # type: ignore[index]
+            changed = ", ".join(name for name, value in job.items() if state["job"][name] != value)
             refuse(f"{plan.folder} holds another job (it differs in {changed}); name another --folder")
-        if state.get("evaluated_with") != plan.evaluation and "evaluation" in state["done"]:  # type: ignore[operator]
-            state["done"].remove("evaluation")  # type: ignore[attr-defined]
+        # The states of earlier versions have no contents.
+        if state["done"] and (other := _changed(files, state.get("files", files))):
+            refuse(
+                f"{plan.folder} holds results of other contents of {', '.join(other)}; name another --folder, or put "
+                "the former contents back"
+            )
+        again = state.get("evaluated_with") != plan.evaluation
+        if again or _changed(evaluated, state.get("evaluated_files", evaluated)):
+            state["done"] = [name for name in state["done"] if name != "evaluation"]
     else:
         state = {"job": job, "done": []}
-    state["evaluated_with"] = plan.evaluation
+    state |= {"files": files, "evaluated_with": plan.evaluation, "evaluated_files": evaluated}
     return state
+
+
+def _contents(options: Sequence[str]) -> dict[str, str]:
+    """Return a digest of each file and folder on this machine that `options` read, by its name there."""
+    found: dict[str, str] = {}
+    for option in [*options, *_options_in_files(options)]:
+        name, _, value = option.partition("=")
+        if not name.startswith(_READS):
+            continue
+        # Alone, in a list or mapping of sources, or after the name of a suite.
+        parts = [value, *re.split(r"[\[\]{},]", value)]
+        ends = (end.strip(" '\"") for part in parts for end in (part, part.partition(": ")[2], part.partition("=")[2]))
+        for path in {end: Path(end).expanduser() for end in ends if end}.values():
+            if os.path.isfile(path):
+                found[str(path)] = _digest([path])
+            elif os.path.isdir(path):
+                found[str(path)] = _digest(_data_files(path))
+    return found
+
+
+def _options_in_files(options: Sequence[str]) -> Iterator[str]:
+    """Return the options in the files that `--config` names, as on the command line."""
+    for option in options:
+        name, _, file = option.partition("=")
+        if name != "--config" or not os.path.isfile(file):
+            continue
+        try:
+            sections = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError):
+            # The command that reads it says what is wrong.
+            continue
+        for section, content in sections.items() if isinstance(sections, dict) else ():
+            inner = {f".{key}": value for key, value in content.items()} if isinstance(content, dict) else {"": content}
+            for key, value in inner.items():
+                written = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+                yield f"--{section}{key}={written}"
+
+
+def _data_files(folder: Path) -> list[Path]:
+    """Return the files of a folder that are read as data."""
+    from bdpo_pl.data.files import list_folder
+
+    if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
+        return sorted(path for path in folder.rglob("*") if path.is_file())
+    return [path for path in list_folder(folder) if path.is_file()]
+
+
+def _digest(files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.name}\n".encode())
+        try:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            refuse(f"{path}: not readable ({error.strerror})")
+    return digest.hexdigest()
+
+
+def _changed(now: Mapping[str, str], before: Mapping[str, str]) -> list[str]:
+    """Return the files of other contents; of one that is gone, what was made of it is still right."""
+    return [name for name, digest in now.items() if before.get(name) != digest]
 
 
 def _stage(name: str, state: dict[str, object], plan: Plan, run: Callable[[], None]) -> None:

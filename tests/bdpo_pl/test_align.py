@@ -41,6 +41,55 @@ def test_wrong_options_are_refused_before_anything_begins(given, said, capsys, t
     assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture
+def job(tmp_path):
+    """A job that is finished, with its files."""
+    for name in ("pairs", "more", "held_out", "suite"):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": name, "chosen": "b", "rejected": "c"}])
+    (tmp_path / "folder").mkdir()
+    write_jsonl(tmp_path / "folder" / "d.jsonl", [{"prompt": "d"}])
+    (tmp_path / "c.yaml").write_text("data: {held_out: {a: held_out.jsonl, b: {source: folder, limit: 5}}}\nseed: 1\n")
+    given = ["m", "--data", "[{source: pairs.jsonl}, {source: more.jsonl, weight: 2}]", "--config=c.yaml"]
+    plan = align.parse([*given, "--suites", "a:harmful=suite.jsonl,embedded_benign"])
+    plan.folder.mkdir(parents=True)
+    state = align._take_up(plan)
+    state["done"] = ["diagnosis", "training", "evaluation"]
+    align._write(plan.folder / "align.json", state)
+    return plan
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "more.jsonl", "held_out.jsonl", "folder/d.jsonl", "c.yaml"])
+def test_results_of_other_pairs_are_not_taken_up(job, name, tmp_path, capsys):
+    """The files were compared by name alone."""
+    assert align._take_up(job)["done"] == ["diagnosis", "training", "evaluation"]
+    former = (tmp_path / name).read_text()
+    (tmp_path / name).write_text(former.replace('"d"', '"e"').replace('"b"', '"x"').replace("seed: 1", "seed: 2"))
+    with pytest.raises(SystemExit) as stopped:
+        align._take_up(job)
+    assert stopped.value.code == 2
+    said = f"align holds results of other contents of {name.partition('/')[0]}; name another --folder"
+    assert said in capsys.readouterr().err
+    (tmp_path / name).write_text(former)
+    assert len(align._take_up(job)["done"]) == 3
+    # Nothing has been made of them yet.
+    state = json.loads((job.folder / "align.json").read_text())
+    align._write(job.folder / "align.json", {**state, "done": []})
+    (tmp_path / name).unlink()
+    assert align._take_up(job)["done"] == []
+
+
+def test_other_prompts_are_evaluated_again(job, tmp_path):
+    write_jsonl(tmp_path / "suite.jsonl", [{"prompt": "another"}])
+    assert align._take_up(job)["done"] == ["diagnosis", "training"]
+
+
+def test_a_folder_of_an_earlier_version_is_taken_up(job):
+    path = job.folder / "align.json"
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps({name: state[name] for name in ("job", "done", "evaluated_with")}))
+    assert len(align._take_up(job)["done"]) == 3
+
+
 def test_the_whole_way_and_on_from_where_it_was_cut_off(model_dir, preference_file, monkeypatch, capsys):
     (given := [str(model_dir), "--data", str(preference_file), "--folder=out"]).extend(
         ["--data.held_out_fraction=0.2", "--trainer.accelerator=cpu", "--max_steps=3", "--lr=1e-3"]
