@@ -10,8 +10,9 @@ from typing import Literal
 
 import numpy as np
 
+from bdpo_pl.data.consistency import repeats
 from bdpo_pl.data.encoding import encoded
-from bdpo_pl.data.report import DUPLICATE, DataReport
+from bdpo_pl.data.report import DUPLICATE, LABELS_DIFFER, DataReport
 from bdpo_pl.data.rows import BOTH_UNSAFE, PreferenceRow, RowError, order_by_safety
 from bdpo_pl.data.schemas import SCHEMAS
 from bdpo_pl.data.schemas.preference import PREFERENCE
@@ -325,17 +326,18 @@ def _weights(weights: Sequence[float | None], places: Sequence[str]) -> np.ndarr
 
 
 def _deduplicate(table: PairTable, policy: Literal["drop", "keep"], report: DataReport) -> PairTable:
-    seen: dict[bytes, int] = {}
-    first = [seen.setdefault(digest, i) == i for i, digest in enumerate(table.pair_digests())]
-    repeats = [i for i, is_first in enumerate(first) if not is_first]
-    if not repeats:
+    found = repeats(table.pair_digests())
+    if not found:
         return table
     if policy == "keep":
-        report.note("duplicates kept", len(repeats))
+        report.note("duplicates kept", len(found))
         return table
-    for i in repeats:
-        report.drop(DUPLICATE, table.places[i])
-    return table.select(np.flatnonzero(first))
+    is_first = np.ones(len(table), dtype=bool)
+    for at, _ in found:
+        report.drop(DUPLICATE, table.places[at])
+        is_first[at] = False
+    report.note(LABELS_DIFFER, sum(table.labels_differ(at, table, other) for at, other in found))
+    return table.select(np.flatnonzero(is_first))
 
 
 def _refuse(error: RowError, record: Record, report: DataReport, strict: bool) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from bdpo_pl.data.consistency import contradictions
-from bdpo_pl.data.report import DUPLICATE_IN_SOURCES, DataReport
+from bdpo_pl.data.report import DUPLICATE_IN_SOURCES, LABELS_DIFFER, DataReport
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.errors import InputError
 
@@ -90,16 +90,19 @@ def join(
                 f"{report.source}: its rows are read as plain text and those of {reports[0].source} with the chat "
                 "template, or the other way round; bring them into one form, or set data.dialogues"
             )
-    seen: set[bytes] = set()
+    first: dict[bytes, tuple[int, int]] = {}
     kept: list[PairTable] = []
-    for table, report in zip(tables, reports, strict=True):
-        digests = table.pair_digests()
-        new = np.array([digest not in seen for digest in digests], dtype=bool)
-        seen.update(digests)
+    for number, (table, report) in enumerate(zip(tables, reports, strict=True)):
+        found = [first.setdefault(digest, (number, i)) for i, digest in enumerate(table.pair_digests())]
         if duplicates == "drop":
-            for i in np.flatnonzero(~new):
-                report.drop(DUPLICATE_IN_SOURCES, table.places[int(i)])
-            table = table.select(np.flatnonzero(new))
+            is_new, differ = np.ones(len(table), dtype=bool), 0
+            for i, (source, at) in enumerate(found):
+                if source != number:
+                    report.drop(DUPLICATE_IN_SOURCES, table.places[i])
+                    is_new[i] = False
+                    differ += table.labels_differ(i, tables[source], at)
+            report.note(f"{LABELS_DIFFER} (of another source)", differ)
+            table = table.select(np.flatnonzero(is_new))
         kept.append(table)
     joined = PairTable.concatenate(kept)
     sources = np.repeat(np.arange(len(kept)), [len(table) for table in kept])

@@ -17,6 +17,8 @@ DUPLICATE = "duplicate of an earlier pair"
 """Reason for leaving out a pair that repeats one of its own source."""
 DUPLICATE_IN_SOURCES = "duplicate of a pair in an earlier source"
 """Reason for leaving out a pair that repeats one of another source."""
+LABELS_DIFFER = "duplicates left out whose weight or safety labels are not those of the first"
+"""Note about such pairs; of each, the first is used."""
 
 _EXAMPLES = 3
 _ALIKE = 0.25

@@ -242,6 +242,17 @@ class PairTable:
                 found.append(_digest(*parts))
         return found
 
+    def labels_differ(self, index: int, other: PairTable, at: int) -> bool:
+        """Return true if a pair has another weight than the pair `at` of `other`, or safety, where both have labels."""
+        here, there = (
+            1.0 if table.weights is None else float(table.weights[i]) for table, i in ((self, index), (other, at))
+        )
+        if here != there:
+            return True
+        if self.safe is None or other.safe is None:
+            return False
+        return bool((self.safe[:, index] != other.safe[:, at]).any())
+
     def content_digest(self) -> str:
         """Return the SHA-256 of all that a model would read: token ids, boundaries and null prompt."""
         digest = hashlib.sha256()

@@ -14,6 +14,7 @@ from rich.console import Console
 from bdpo_pl.data.example import example_table, readable
 from bdpo_pl.data.loading import load_pairs
 from bdpo_pl.data.mixture import DataSource, join, limited, repeat
+from bdpo_pl.data.report import LABELS_DIFFER
 from bdpo_pl.data.tokenization import PairTokenizer
 from bdpo_pl.data.truncation import Truncation
 from bdpo_pl.errors import InputError
@@ -89,6 +90,21 @@ def test_contradictions_between_sources_are_counted(tmp_path):
     assert [report.notes.get(said) for report in reports] == [None, "2"]
     join(tables, [1.0, 1.0], reports, "drop")
     assert [report.notes[said] for report in reports] == ["4", "6"]
+
+
+def test_duplicates_with_other_labels_are_counted(tmp_path):
+    """Of a pair and its duplicates the first is used, whatever the others say of it."""
+    safe = {"chosen_safe": True, "rejected_safe": False}
+    rows = [{**row, "weight": 2.0, **safe} for row in preference_rows(4)]
+    again = [{**rows[0], "weight": 1.0}, {**rows[1], "rejected_safe": True}, rows[2]]
+    table, report = load(write_jsonl(tmp_path / "a.jsonl", [*rows, *again]))
+    assert (table.weights.tolist(), len(table)) == ([2.0] * 4, 4)
+    assert report.notes[LABELS_DIFFER] == "2"
+    later, of_later = load(write_jsonl(tmp_path / "b.jsonl", again))
+    joined, _ = join([table, later], [1.0, 1.0], [report, of_later], "drop")
+    assert len(joined) == 4
+    assert LABELS_DIFFER not in of_later.notes
+    assert of_later.notes[f"{LABELS_DIFFER} (of another source)"] == "2"
 
 
 def test_a_fraction_is_drawn_from_each_source(tmp_path):
