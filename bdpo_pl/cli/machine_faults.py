@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Iterator
 
 from bdpo_pl.errors import MachineError, first_line, is_out_of_memory
 
@@ -17,18 +18,14 @@ _LOWER = (
 
 def machine_error(error: BaseException) -> MachineError | None:
     """Return `error` as one that names a remedy, if it is a fault of the machine; else None."""
-    text = str(error)
-    first = first_line(error)
     if isinstance(error, MachineError):
         return error
     if is_out_of_memory(error):
-        return MachineError(f"out of memory: {first}. {_LOWER}")
-    if isinstance(error, RuntimeError) and re.search(
-        r"DataLoader worker .*(killed by signal|exited unexpectedly)", text
-    ):
+        return MachineError(f"out of memory: {first_line(error)}. {_LOWER}")
+    if (died := next(filter(_says_that_a_worker_died, _with_causes(error)), None)) is not None:
         return MachineError(
-            f"a process that builds batches died: {first}. The system kills such processes when memory runs out: lower "
-            "data.num_workers, or set it to 0; then resume with --ckpt_path last"
+            f"a process that builds batches died: {first_line(died).rstrip('.')}. The system kills such processes when "
+            "memory runs out: lower data.num_workers, or set it to 0; then resume with --ckpt_path last"
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return MachineError(
@@ -36,3 +33,18 @@ def machine_error(error: BaseException) -> MachineError | None:
             "--ckpt_path last"
         )
     return None
+
+
+def _says_that_a_worker_died(error: BaseException) -> bool:
+    said = r"DataLoader worker .*(killed by signal|exited unexpectedly)"
+    return isinstance(error, RuntimeError) and re.search(said, str(error)) is not None
+
+
+def _with_causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield `error` and the errors behind it: torch tells of a death amid any code, which may raise its own."""
+    seen: set[int] = set()
+    behind: BaseException | None = error
+    while behind is not None and id(behind) not in seen:
+        seen.add(id(behind))
+        yield behind
+        behind = behind.__cause__ or (None if behind.__suppress_context__ else behind.__context__)

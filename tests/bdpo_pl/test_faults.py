@@ -70,6 +70,28 @@ def test_killed_data_worker_is_named(run, monkeypatch):
     assert re.search(r"error: a process that builds batches died: .*data\.num_workers.*--ckpt_path last", said)
 
 
+@pytest.mark.parametrize("how", ["from it", "while it was handled", "twice"])
+def test_killed_data_worker_is_named_from_within_another_error(how):
+    """Torch tells of it in a handler of a signal, amid any code, which may turn it into an error of its own."""
+    said = "DataLoader worker (pid 7) is killed by signal: Killed."
+    found = None
+    try:
+        try:
+            raise RuntimeError(said)
+        except RuntimeError as died:
+            if how == "while it was handled":
+                raise KeyError("unsupported callable")  # noqa: B904
+            try:
+                raise TypeError("unsupported callable") from died
+            except TypeError as error:
+                if how == "twice":
+                    raise ValueError("no signature") from error
+                raise
+    except Exception as error:
+        found = machine_error(error)
+    assert f"a process that builds batches died: {said} The system" in str(found)
+
+
 def test_workers_that_die_later_do_not_change_the_exit_status(monkeypatch, capfd):
     def another_worker_died(number, frame):
         raise RuntimeError("DataLoader worker (pid 2) is killed by signal: Killed.")
