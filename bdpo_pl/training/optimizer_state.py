@@ -25,14 +25,16 @@ def state_bytes(
         uneven: number of `hidden` in weights whose parts keep no blocks, so that their state is not held in 8 bits.
     """
     model = nn.Module()
-    # No smaller ones: bitsandbytes holds the state of a small matrix in 32 bits.
-    model.hidden, model.table = nn.Linear(64, 64, bias=False), nn.Embedding(64, 64)
-    mark_tables(model)
-    parameters = [p.requires_grad_() for p in model.to(dtype).parameters()]
-    made = optimizer([{"params": parameters}])
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    made.step()
+    # A resumed run has its random state again by now, and a draw here would change its dropout.
+    with torch.random.fork_rng(devices=[]):
+        # No smaller ones: bitsandbytes holds the state of a small matrix in 32 bits.
+        model.hidden, model.table = nn.Linear(64, 64, bias=False), nn.Embedding(64, 64)
+        mark_tables(model)
+        parameters = [p.requires_grad_() for p in model.to(dtype).parameters()]
+        made = optimizer([{"params": parameters}])
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        made.step()
     saved = made.state_dict()
     order = [number for group in saved["param_groups"] for number in group["params"]]
     members = [parameter for group in made.param_groups for parameter in group["params"]]

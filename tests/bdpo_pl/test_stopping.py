@@ -5,6 +5,7 @@ import re
 import signal
 
 import pytest
+import torch
 from makers import preference_rows, write_jsonl
 from training import rows
 
@@ -146,3 +147,24 @@ def test_in_training_and_after_it(runs, whole, monkeypatch, capfd, request, plac
     table = said[said.index("What changed") :]
     assert "–" not in table[: table.index("Written")]
     assert (folder / "model").is_dir()
+
+
+def test_dropout_after_a_stop_is_that_of_a_run_that_nothing_stops(runs, monkeypatch):
+    """Whatever the command's own callbacks compute before the first step draws no number."""
+
+    def run(version, *options):
+        options += "--model.lora.r=4", "--model.lora.dropout=0.5", "--trainer.max_steps=3", "--export=false"
+        return runs(*options, f"--trainer.logger.init_args.version={version}")
+
+    def last(version):
+        return runs.folder / "runs" / version / "checkpoints" / "last.ckpt"
+
+    assert run("dropout") is None
+    with monkeypatch.context() as patch:
+        signal_in(patch, "bdpo_pl.training.module:PreferenceModule.training_step", signal.SIGTERM, 2)
+        assert run("dropout-stopped") == 143
+    assert run("dropout-stopped", f"--ckpt_path={last('dropout-stopped')}") is None
+    expected, found = (
+        torch.load(last(name), weights_only=True)["state_dict"] for name in ("dropout", "dropout-stopped")
+    )
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
