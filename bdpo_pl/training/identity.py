@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,18 +10,11 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import nn
 
-from bdpo_pl.data.held_out import HELD_OUT
-from bdpo_pl.data.tokenizer_like import TokenizerLike
 from bdpo_pl.errors import InputError
-from bdpo_pl.losses import PreferenceLoss
-from bdpo_pl.models.loading import model_fingerprint
-from bdpo_pl.parallel.ranks import data_ranks
 from bdpo_pl.training.checkpoints import is_amid_accumulation, require_same_checkpoint
-from bdpo_pl.training.datamodule import PreferenceDataModule
 from bdpo_pl.training.module import PreferenceModule
-from bdpo_pl.training.optim import parameter_groups
+from bdpo_pl.training.traits import HELD_OUT_TRAITS, OPTIMIZER, SAFETY, Trait, describe_run
 
 _KEY = "bdpo_pl_run"
 
@@ -34,14 +24,11 @@ MUST_AGREE = ("data", "tokenizer", "template", "policy", "reference", "loss")
 _ORDER = {"batches", "seed"}
 """Traits that determine the order of the pairs: if one differs, the skipped batches contain other pairs."""
 
-_OPTIMIZER = "optimizer"
-
-_SAFETY = "safety of the data"
-_ALLOWED_AS = {_SAFETY: "data"}
+_ALLOWED_AS = {SAFETY: "data"}
 """Traits that define a run as parts of another one, under whose name they are allowed."""
 
-_NEWER = {_SAFETY, "router_aux_loss", "gradient_clip_algorithm"}
-"""Traits that checkpoints of earlier versions lack: compared only where both runs have them."""
+_NEWER = (SAFETY, *HELD_OUT_TRAITS[1:], "router_aux_loss", "gradient_clip_algorithm")
+"""First words of traits that checkpoints of earlier versions lack: compared only where both runs have them."""
 
 
 @dataclass
@@ -66,71 +53,6 @@ class ResumeOptions:
             )
 
 
-@dataclass(frozen=True)
-class Trait:
-    """One trait of a run.
-
-    Attributes:
-        value: value that is compared: a digest or plain values.
-        shown: text in messages.
-    """
-
-    value: Any
-    shown: str
-
-    def to_plain(self) -> dict[str, Any]:
-        """Return the trait as values that a checkpoint may contain."""
-        return {"value": self.value, "shown": self.shown}
-
-
-def describe_run(trainer: L.Trainer, module: PreferenceModule, data: PreferenceDataModule) -> dict[str, Trait]:
-    """Return the traits of this run by name; its data must be loaded.
-
-    Raises:
-        InputError: the optimiser refuses its options.
-    """
-    table = data.tables["train"]
-    content = table.content_digest()
-    if table.weights is not None:
-        content = _sha(f"{content} {hashlib.sha256(table.weights.tobytes()).hexdigest()}")
-    if table.desirable is not None:
-        content = _sha(f"{content} labels {hashlib.sha256(table.desirable.tobytes()).hexdigest()}")
-    traits = {"data": _digest(content, f"{len(table):,} pairs of {data.train_source}")}
-    if module.loss.needs_safety and table.safe is not None:
-        flags = hashlib.sha256(table.safe.tobytes()).hexdigest()
-        traits[_SAFETY] = _digest(flags, f"{int((~table.safe).sum()):,} unsafe of {table.safe.size:,} responses")
-    traits["held-out data"] = Trait(None, "none")
-    for split, held_out in data.tables.items():
-        if split.startswith(HELD_OUT):
-            _, _, name = split.partition("/")
-            called = f"held-out data, {name}" if name else "held-out data"
-            traits[called] = _digest(held_out.content_digest(), f"{len(held_out):,} pairs")
-    traits["tokenizer"] = _digest(_tokenizer_digest(data.tokenizer), str(data.tokenizer.name_or_path))
-    template = None if data.chat_template == "none" else data.tokenizer.chat_template
-    traits["template"] = Trait(None, "none") if not template else _digest(_sha(str(template)), data.chat_template)
-    if module.lora is not None:
-        # The checkpoint contains the adapters alone.
-        adapter = module.lora.digest()
-        digest = model_fingerprint(module.source)
-        traits["policy"] = _digest(digest if adapter is None else _sha(f"{digest} {adapter}"), module.source.name)
-    traits["reference"] = _reference(module, trainer)
-    traits |= _loss_traits(module.loss, "loss")
-    traits |= _optimizer_traits(module)
-    traits["lr_schedule"] = _plain(module.lr_schedule)
-    traits["warmup_ratio"] = _plain(module.warmup_ratio)
-    for name in ("max_epochs", "max_steps", "limit_train_batches", "gradient_clip_val"):
-        traits[name] = _plain(getattr(trainer, name))
-    traits["gradient_clip_algorithm"] = _plain(str(getattr(trainer.gradient_clip_algorithm, "value", "norm")))
-    traits["router_aux_loss"] = _plain(module.router_aux_loss)
-    if (sync := module.sync.options).every is not None:
-        traits["reference sync"] = _plain([sync.every, sync.mixup])
-    traits["re-estimation"] = _plain(module.reestimation.every_n_steps)
-    traits["precision"] = _plain(f"{trainer.precision}, weights in {module.dtype_used}")
-    traits["batches"] = _batches(trainer, data)
-    traits["seed"] = _plain(int(os.environ.get("PL_GLOBAL_SEED", data.seed)))
-    return traits
-
-
 def check_resume(
     saved: Mapping[str, Mapping[str, Any]], now: Mapping[str, Trait], allow: Sequence[str], batches_done: int
 ) -> set[str]:
@@ -148,12 +70,13 @@ def check_resume(
     Raises:
         InputError: a trait differs that must agree and is not allowed, or the optimiser is of another class.
     """
-    compared = [name for name in dict.fromkeys([*now, *saved]) if name not in _NEWER or (name in now and name in saved)]
+    both = now.keys() & saved.keys()
+    compared = [name for name in dict.fromkeys([*now, *saved]) if name in both or not name.startswith(_NEWER)]
     names = [name for name in compared if _value(saved.get(name)) != _value_of(now.get(name))]
     lines = {name: f"{name}: {_shown(saved.get(name))} → {_shown_of(now.get(name))}" for name in names}
-    if _OPTIMIZER in names:
+    if OPTIMIZER in names:
         raise InputError(
-            f"the checkpoint holds the state of another optimiser ({lines[_OPTIMIZER]}), which the new one cannot take "
+            f"the checkpoint holds the state of another optimiser ({lines[OPTIMIZER]}), which the new one cannot take "
             "up: resume with model.optimizer as it was, or begin a new run from the exported model"
         )
     defining = {name: _ALLOWED_AS.get(name, name) for name in names if _ALLOWED_AS.get(name, name) in MUST_AGREE}
@@ -278,110 +201,6 @@ class RunIdentity(L.Callback):
                 "The checkpoint was written in the middle of an accumulation and does not contain its gradients: the "
                 "run continues without them. last.ckpt is written between steps, and a run resumes from it exactly"
             )
-
-
-def _loss_traits(loss: PreferenceLoss, name: str) -> dict[str, Trait]:
-    """Return one trait for the classes of the loss and of its inner losses, and one for each of their options."""
-    inner = _inner_losses(loss)
-    parts: dict[str, Trait] = {}
-    for place, part in inner.items():
-        parts |= _loss_traits(part, f"{name}.{place}")
-    made_of = ", ".join(str(parts.pop(f"{name}.{place}").value) for place in inner)
-    kind = f"{type(loss).__module__}.{type(loss).__qualname__}"
-    traits = {name: _plain(f"{kind}({made_of})" if inner else kind)}
-    for option, value in sorted(vars(loss).items()):
-        values = value if isinstance(value, list | tuple) else [value]
-        if not option.startswith("_") and all(isinstance(v, None | bool | int | float | str) for v in values):
-            traits[f"{name}.{option}"] = _plain(value)
-    return traits | parts
-
-
-def _inner_losses(loss: PreferenceLoss) -> dict[str, PreferenceLoss]:
-    """Return the losses among the attributes of `loss`, alone or in sequences, each once, by name or index."""
-    found: dict[str, PreferenceLoss] = {}
-    kept = [(name.lstrip("_"), value) for name, value in vars(loss).items()]
-    # Single losses first: an attribute's name says more than an index in a sequence.
-    for name, value in sorted(kept, key=lambda item: isinstance(item[1], list | tuple)):
-        places = enumerate(value) if isinstance(value, list | tuple) else [("", value)]
-        for i, part in places:
-            if isinstance(part, PreferenceLoss) and all(part is not other for other in found.values()):
-                found[name if i == "" else str(i)] = part
-    return found
-
-
-def _optimizer_traits(module: PreferenceModule) -> dict[str, Trait]:
-    """Return the optimiser's class and options, from one made for two small parameters before the policy exists."""
-    model = nn.Module()
-    model.matrix, model.vector = nn.Parameter(torch.zeros(1, 1)), nn.Parameter(torch.zeros(1))
-    optimizer = checked_optimizer(module.optimizer, model)
-    options = {
-        name: value
-        for name, value in optimizer.param_groups[0].items()
-        if name not in ("params", "initial_lr") and isinstance(value, None | bool | int | float | str | tuple | list)
-    }
-    traits = {_OPTIMIZER: _plain(f"{type(optimizer).__module__}.{type(optimizer).__qualname__}")}
-    return traits | {f"{_OPTIMIZER}.{name}": _plain(value) for name, value in options.items()}
-
-
-def checked_optimizer(make: Callable[[Any], torch.optim.Optimizer], model: nn.Module) -> torch.optim.Optimizer:
-    """Make the optimiser of the parameters of `model`.
-
-    Raises:
-        InputError: the optimiser refuses its options.
-    """
-    try:
-        return make(parameter_groups(model))
-    except (ValueError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"model.optimizer: {error}") from error
-
-
-def _reference(module: PreferenceModule, trainer: L.Trainer) -> Trait:
-    if module.reference_mode == "none":
-        return Trait(None, "none")
-    source = module.reference_source
-    dtype = module.dtype_of_reference(str(trainer.precision))
-    adapter = module.lora.digest() if module.lora is not None and module.own_reference else None
-    digest = _sha(f"{model_fingerprint(source)} {source.revision} {dtype}" + (f" {adapter}" if adapter else ""))
-    return _digest(digest, f"{source.name} in {str(dtype).removeprefix('torch.')}")
-
-
-def _batches(trainer: L.Trainer, data: PreferenceDataModule) -> Trait:
-    _, ranks = data_ranks(trainer)
-    accumulate = trainer.accumulate_grad_batches
-    if data.max_tokens_per_batch is not None:
-        value: list[Any] = ["tokens", data.max_tokens_per_batch, ranks, accumulate]
-        return Trait(value, f"{data.max_tokens_per_batch} tokens on each of {ranks} ranks, {accumulate} to a step")
-    # Ranks take pairs in the epoch's order, so two ranks with four pairs each equal one rank with eight.
-    pairs = data.batch_size * ranks
-    return Trait(["pairs", pairs, accumulate], f"{pairs} pairs over all ranks, {accumulate} to a step")
-
-
-def _tokenizer_digest(tokenizer: TokenizerLike) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        described: Any = sorted(tokenizer.get_vocab().items())
-    else:
-        described = json.loads(backend.to_str())
-        # These are settings of the last call, not of the tokenizer.
-        described.pop("truncation", None)
-        described.pop("padding", None)
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    return _sha(json.dumps([described, special], sort_keys=True))
-
-
-def _digest(digest: str, what: str) -> Trait:
-    return Trait(digest, f"{what} (sha256 {digest[:12]})")
-
-
-def _plain(value: object) -> Trait:
-    plain = list(value) if isinstance(value, tuple) else value
-    return Trait(plain, str(value))
-
-
-def _sha(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _value(saved: Mapping[str, Any] | None) -> Any:

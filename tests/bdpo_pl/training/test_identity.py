@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import re
 import shutil
 import signal
 
@@ -14,10 +15,21 @@ from sharded_jobs import train
 from stopped_ranks import SignalAt
 
 from bdpo_pl.errors import InputError, StoppedError
-from bdpo_pl.losses import BalancedDPOLoss, BalancedLoss, DPOLoss, SafeDPOLoss, SFTLoss, SimPOLoss, WeightedSum, WPOLoss
+from bdpo_pl.losses import (
+    BalancedDPOLoss,
+    BalancedLoss,
+    DPOLoss,
+    KTOLoss,
+    SafeDPOLoss,
+    SFTLoss,
+    SimPOLoss,
+    WeightedSum,
+    WPOLoss,
+)
 from bdpo_pl.training.checkpoints import StopSignals
-from bdpo_pl.training.identity import ResumeOptions, RunIdentity, Trait, _loss_traits, check_resume
+from bdpo_pl.training.identity import ResumeOptions, RunIdentity, check_resume
 from bdpo_pl.training.metrics_file import MetricsRows, continue_metrics, step_first
+from bdpo_pl.training.traits import Trait, loss_traits
 
 ROWS = preference_rows(24)
 
@@ -148,15 +160,15 @@ def losses(**changed):
     ],
 )
 def test_options_of_losses_within_losses_are_compared(changed, named, caplog):
-    saved = {name: trait.to_plain() for name, trait in _loss_traits(losses(), "loss").items()}
-    assert check_resume(saved, _loss_traits(losses(), "loss"), [], 0) == set()
+    saved = {name: trait.to_plain() for name, trait in loss_traits(losses(), "loss").items()}
+    assert check_resume(saved, loss_traits(losses(), "loss"), [], 0) == set()
     with caplog.at_level(logging.INFO):
-        assert check_resume(saved, _loss_traits(losses(**changed), "loss"), [], 0) == named
+        assert check_resume(saved, loss_traits(losses(**changed), "loss"), [], 0) == named
     assert next(iter(named)) in caplog.text
     # Another class within is another loss.
     other = WPOLoss(WeightedSum([BalancedLoss(DPOLoss(), 0.5), SFTLoss()], [1.0, 0.5]))
     with pytest.raises(InputError, match=r"another run: loss: \S+WPOLoss\(\S+WeightedSum\(.*SimPOLoss.* → .*SFTLoss"):
-        check_resume(saved, _loss_traits(other, "loss"), [], 0)
+        check_resume(saved, loss_traits(other, "loss"), [], 0)
 
 
 def test_other_labels_of_safety_are_other_data_where_the_loss_reads_them(folder):
@@ -174,9 +186,42 @@ def test_other_labels_of_safety_are_other_data_where_the_loss_reads_them(folder)
         run(folder, "one-labels", ckpt_path=checkpoint, pairs="labelled.jsonl", **options)
 
 
+def answers(good):
+    return [{"prompt": f"q {i} ?", "completion": f"water {i} .", "label": i % 2 == good} for i in range(8)]
+
+
+def flagged(unsafe):
+    return [{**row, "chosen_safe": True, "rejected_safe": i >= unsafe} for i, row in enumerate(ROWS[:6])]
+
+
+@pytest.mark.parametrize(
+    ("loss", "rows", "said"),
+    [
+        (KTOLoss, answers, r"labels of the held-out data: 4 good of 8 answers .* → 4 good of 8 answers"),
+        (SafeDPOLoss, flagged, r"safety of the held-out data: 0 unsafe of 12 responses .* → 1 unsafe of 12 responses"),
+    ],
+)
+def test_other_labels_of_held_out_pairs_are_other_held_out_data(folder, caplog, loss, rows, said):
+    name = f"one-{loss.__name__}"
+    write_jsonl(folder / "labelled.jsonl", rows(0))
+    options = {"loss": loss(), "pairs": "labelled.jsonl", "trainer": {"max_steps": 1}}
+    options["data"] = {"held_out": str(folder / "held.jsonl")}
+    write_jsonl(folder / "held.jsonl", rows(0))
+    with pytest.raises(StoppedError):
+        run(folder, name, SignalAt(signal.SIGTERM, 0, 0), **options)
+    checkpoint = folder / name / "checkpoints" / "last.ckpt"
+    write_jsonl(folder / "held.jsonl", rows(1))
+    with caplog.at_level(logging.INFO):
+        run(folder, f"{name}-labels", ckpt_path=checkpoint, **options)
+    assert re.search(rf"  {said} .*\(takes effect from here on\)", caplog.text)
+    assert "  held-out data" not in caplog.text
+
+
 def test_traits_that_an_earlier_version_did_not_save_are_not_compared(caplog):
     now = {"gradient_clip_algorithm": Trait("value", "value"), "router_aux_loss": Trait(0.1, "0.1")}
     was = {"gradient_clip_algorithm": Trait("norm", "norm"), "router_aux_loss": Trait(0.0, "0.0")}
+    for name in ("labels of the held-out data, hh", "safety of the held-out data"):
+        now[name], was[name] = Trait("a", "a"), Trait("b", "b")
     assert check_resume({}, now, [], 0) == set()
     with caplog.at_level(logging.INFO):
         assert check_resume({name: trait.to_plain() for name, trait in was.items()}, now, [], 0) == set(now)
