@@ -41,6 +41,7 @@ from bdpo_pl.training.start_warnings import WarnsAtStart
 from bdpo_pl.training.summary import (
     measured_pairs,
     no_step_taken,
+    none_before,
     not_all_measured,
     not_all_trained,
     remark_line,
@@ -125,6 +126,8 @@ def _align(cli: FitCLI, checkpoint: str | None, start: float, upload: HubUpload 
             logger.save()
     step_first(paths["metrics"])
     said = remarks(module.evaluations, pairs, bool(probe.suites), single)
+    if pairs is not None and module.changed_measures and 0 not in module.evaluations:
+        said.append(none_before("held-out measures", module.changed_measures))
     if pairs is not None and sets != held_out:
         said.insert(0, not_all_measured(pairs, next(iter(held_out.values())), "answer" if single else "pair"))
     share = data.trained_share(module.global_step)

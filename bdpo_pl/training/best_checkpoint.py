@@ -9,10 +9,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from bdpo_pl.training.identity import RunIdentity
-
-_MEASURE = ("data", "held-out data", "safety", "tokenizer", "template", "reference", "loss")
-"""First words of the traits of a run on which measured values depend."""
+from bdpo_pl.training.watched import WatchedModule
 
 
 class KeepsBest(L.Callback):
@@ -23,9 +20,8 @@ class KeepsBest(L.Callback):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Change the saved state of each callback that chooses a best checkpoint, before Lightning restores it."""
-        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        differs = {name for c in callbacks if isinstance(c, RunIdentity) for name in c.differs}
-        changed = sorted(name for name in differs if name.startswith(_MEASURE))
+        assert isinstance(pl_module, WatchedModule)
+        changed = pl_module.changed_measures
         for callback in trainer.checkpoint_callbacks:
             state = checkpoint.get("callbacks", {}).get(callback.state_key)
             if not isinstance(callback, ModelCheckpoint) or callback.monitor is None or callback.save_top_k == 0:

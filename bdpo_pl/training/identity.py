@@ -14,7 +14,15 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from bdpo_pl.errors import InputError
 from bdpo_pl.training.checkpoints import is_amid_accumulation, require_same_checkpoint
 from bdpo_pl.training.module import PreferenceModule
-from bdpo_pl.training.traits import HELD_OUT_TRAITS, OPTIMIZER, SAFETY, Trait, describe_run
+from bdpo_pl.training.traits import (
+    HELD_OUT_TRAITS,
+    OPTIMIZER,
+    SAFETY,
+    VALIDATED,
+    Trait,
+    change_measures,
+    describe_run,
+)
 
 _KEY = "bdpo_pl_run"
 
@@ -27,7 +35,7 @@ _ORDER = {"batches", "seed"}
 _ALLOWED_AS = {SAFETY: "data"}
 """Traits that define a run as parts of another one, under whose name they are allowed."""
 
-_NEWER = (SAFETY, *HELD_OUT_TRAITS[1:], "router_aux_loss", "gradient_clip_algorithm")
+_NEWER = (SAFETY, *HELD_OUT_TRAITS[1:], VALIDATED, "router_aux_loss", "gradient_clip_algorithm")
 """First words of traits that checkpoints of earlier versions lack: compared only where both runs have them."""
 
 
@@ -133,7 +141,7 @@ class RunIdentity(L.Callback):
             # Its tensors remain on disk.
             checkpoint = torch.load(self.resume_from, map_location="cpu", mmap=True, weights_only=True)
             pl_module.check_reference_sync(checkpoint)
-            self._compare(trainer, checkpoint)
+            self._compare(pl_module, checkpoint)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Remember the user's options of the optimiser before the checkpoint replaces them."""
@@ -178,13 +186,22 @@ class RunIdentity(L.Callback):
         }
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Restore the validations; compare the runs if that could not be done earlier."""
+        """Restore the validations that those of this run compare with; compare the runs if that was not possible."""
         assert isinstance(pl_module, PreferenceModule)
-        self._compare(trainer, checkpoint)
+        self._compare(pl_module, checkpoint)
         earlier = checkpoint.get(_KEY, {}).get("evaluations", {})
-        pl_module.evaluations = {**earlier, **pl_module.evaluations}
+        if not pl_module.changed_measures:
+            pl_module.evaluations = {**earlier, **pl_module.evaluations}
+            return
+        # The module has taken up those before training from its own part of the checkpoint.
+        pl_module.evaluations.pop(0, None)
+        if earlier:
+            rank_zero_info(
+                "The validations before the stop measured something else "
+                f"({', '.join(pl_module.changed_measures)}): they are not compared with those that follow"
+            )
 
-    def _compare(self, trainer: L.Trainer, checkpoint: Mapping[str, Any]) -> None:
+    def _compare(self, module: PreferenceModule, checkpoint: Mapping[str, Any]) -> None:
         if self._compared:
             return
         self._compared = True
@@ -196,6 +213,7 @@ class RunIdentity(L.Callback):
             )
             return
         self.differs = check_resume(saved["traits"], self.traits, self.allow, saved["batches_done"])
+        module.changed_measures = change_measures(self.differs)
         if saved.get("amid_accumulation"):
             rank_zero_warn(
                 "The checkpoint was written in the middle of an accumulation and does not contain its gradients: the "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -200,6 +200,12 @@ def no_step_taken(step: int) -> tuple[str, str]:
         return "warning", sentence + "raise trainer.max_steps, trainer.max_epochs or trainer.limit_train_batches."
     sentence = f"No step was taken: the checkpoint is of step {step}, where this run ends. To train on, raise "
     return "notice", sentence + "trainer.max_steps or trainer.max_epochs."
+
+
+def none_before(what: str, changed: Sequence[str]) -> tuple[str, str]:
+    """Return the remark about a resumed run whose values before training, `what`, are of another measurement."""
+    sentence = f"No {what} before training are shown: before it was resumed, the run measured something else "
+    return "notice", f"{sentence}({', '.join(changed)})."
 
 
 def remark_line(level: str, sentence: str) -> Text:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,11 @@ SAFETY = "safety of the data"
 HELD_OUT_TRAITS = ("held-out data", "labels of the held-out data", "safety of the held-out data")
 """Names of traits of held-out pairs; those of one of several sets have its name after a comma."""
 
+VALIDATED = "limit_val_batches"
+
+_MEASURE = ("data", *HELD_OUT_TRAITS, SAFETY, VALIDATED, "tokenizer", "template", "policy", "reference", "loss")
+"""First words of traits on which measured values depend."""
+
 
 @dataclass(frozen=True)
 class Trait:
@@ -45,6 +50,11 @@ class Trait:
     def to_plain(self) -> dict[str, Any]:
         """Return the trait as values that a checkpoint may contain."""
         return {"value": self.value, "shown": self.shown}
+
+
+def change_measures(differs: Iterable[str]) -> list[str]:
+    """Return those traits of `differs` for which values measured before and after the change are no comparison."""
+    return sorted(name for name in differs if name.startswith(_MEASURE))
 
 
 def describe_run(trainer: L.Trainer, module: PreferenceModule, data: PreferenceDataModule) -> dict[str, Trait]:
@@ -94,6 +104,7 @@ def describe_run(trainer: L.Trainer, module: PreferenceModule, data: PreferenceD
     traits["re-estimation"] = _plain(module.reestimation.every_n_steps)
     traits["precision"] = _plain(f"{trainer.precision}, weights in {module.dtype_used}")
     traits["batches"] = _batches(trainer, data)
+    traits[VALIDATED] = _validated(trainer, data)
     traits["seed"] = _plain(int(os.environ.get("PL_GLOBAL_SEED", data.seed)))
     return traits
 
@@ -174,6 +185,18 @@ def _batches(trainer: L.Trainer, data: PreferenceDataModule) -> Trait:
     # Ranks take pairs in the epoch's order, so two ranks with four pairs each equal one rank with eight.
     pairs = data.batch_size * ranks
     return Trait(["pairs", pairs, accumulate], f"{pairs} pairs over all ranks, {accumulate} to a step")
+
+
+def _validated(trainer: L.Trainer, data: PreferenceDataModule) -> Trait:
+    limit = trainer.limit_val_batches
+    # An int counts batches: 1 is not 1.0, all of them.
+    if isinstance(limit, float) and limit == 1.0:
+        return Trait(None, "all")
+    _, ranks = data_ranks(trainer)
+    size, unit = data.max_tokens_per_batch, "tokens"
+    if size is None:
+        size, unit = data.eval_batch_size, "pairs"
+    return Trait([str(limit), size, unit, ranks], f"{limit}, of batches of {size} {unit} on each of {ranks} ranks")
 
 
 def _safety(safe: np.ndarray) -> Trait:

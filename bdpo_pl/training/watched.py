@@ -35,6 +35,7 @@ class WatchedModule(L.LightningModule):
         evaluations: validation results by optimiser step; step 0 is the policy before training.
         unlogged: steps whose evaluation is not logged, because a resumed run measured it before its first step.
         intervals: 95 % intervals of these results, as far as they have one.
+        changed_measures: traits that a resumed run changed, so that validations before it measured something else.
         throughput: measurement of tokens and FLOPs per second, and of padding.
         monitored: name of the first of several held-out sets, whose metrics are logged under it too.
     """
@@ -48,6 +49,7 @@ class WatchedModule(L.LightningModule):
         self.monitored = ""
         self.evaluations: dict[int, dict[str, float]] = {}
         self.unlogged: set[int] = set()
+        self.changed_measures: list[str] = []
         self.intervals: dict[int, dict[str, Interval]] = {}
         self.throughput = Throughput()
         self._grad_norm = torch.zeros(())

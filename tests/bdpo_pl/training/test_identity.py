@@ -117,7 +117,7 @@ def test_what_is_allowed_or_changes_the_order_or_takes_effect_is_said(folder, ch
         "trainer": {"max_epochs": 3},
     }
     with caplog.at_level(logging.INFO):
-        _, _, module = run(folder, "one-said", ckpt_path=checkpoint, **options)
+        run(folder, "one-said", ckpt_path=checkpoint, **options)
     said = caplog.text
     for line in (
         "swapped.jsonl", "(allowed)", "loss.beta: 0.1 → 5.0 (takes effect", "lr_schedule: cosine → constant (takes",
@@ -130,7 +130,28 @@ def test_what_is_allowed_or_changes_the_order_or_takes_effect_is_said(folder, ch
     with (folder / "one-said" / "metrics.csv").open() as file:
         rates = {float(row["train/lr"]) for row in csv.DictReader(file) if row["train/lr"]}
     assert sorted(rates) == [pytest.approx(1e-2)]
-    assert 0 in module.evaluations
+
+
+@pytest.mark.parametrize(
+    ("options", "changed"),
+    [
+        ({"trainer": {"max_epochs": 3}}, None),
+        ({"data": {"held_out": "other.jsonl"}, "allow": ["data"]}, "data, held-out data"),
+        ({"loss": BalancedDPOLoss(beta=0.2)}, r"loss\.beta"),
+        ({"trainer": {"limit_val_batches": 1}}, "limit_val_batches"),
+    ],
+)
+def test_validations_of_something_else_are_no_before_of_those_that_follow(
+    folder, checkpoint, caplog, monkeypatch, options, changed
+):
+    monkeypatch.chdir(folder)
+    write_jsonl(folder / "other.jsonl", ROWS[:4])
+    with caplog.at_level(logging.INFO):
+        _, evaluations, _ = run(folder, "one-before", ckpt_path=checkpoint, **options)
+    assert 0 in torch.load(checkpoint, weights_only=True)["bdpo_pl_run"]["evaluations"]
+    assert (0 in evaluations) is (changed is None)
+    said = rf"The validations before the stop measured something else \({changed}\): they are not compared"
+    assert bool(re.search(said, caplog.text)) is (changed is not None)
 
 
 def test_the_same_run_says_nothing_and_an_older_checkpoint_says_that(folder, checkpoint, caplog, tmp_path):

@@ -67,6 +67,13 @@ def test_remarks_warn_of_few_pairs_of_definitions_and_of_safety_that_was_not_mea
     assert "No pair was held out" in remarks({}, None, measures_safety=True)[0][1]
 
 
+def test_a_remark_says_why_nothing_stands_before():
+    level, said = summary.none_before("held-out measures", ["held-out data", "loss.beta"])
+    assert level == "notice"
+    assert said.startswith("No held-out measures before training are shown")
+    assert said.endswith("(held-out data, loss.beta).")
+
+
 def test_only_paths_that_exist_are_listed(tmp_path):
     rows = printed(paths_table({"metrics": tmp_path, "aligned model": Path("nowhere")}))
     assert [row[0] for row in rows] == ["metrics"]
