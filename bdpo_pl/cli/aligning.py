@@ -127,7 +127,9 @@ def _align(cli: FitCLI, checkpoint: str | None, start: float, upload: HubUpload 
     step_first(paths["metrics"])
     said = remarks(module.evaluations, pairs, bool(probe.suites), single)
     if pairs is not None and module.changed_measures and 0 not in module.evaluations:
-        said.append(none_before("held-out measures", module.changed_measures))
+        said.append(none_before("held-out pairs", module.changed_measures))
+    if probe.left_out:
+        said.append(none_before(f"{', '.join(probe.left_out)} prompts", dict.fromkeys(probe.left_out.values())))
     if pairs is not None and sets != held_out:
         said.insert(0, not_all_measured(pairs, next(iter(held_out.values())), "answer" if single else "pair"))
     share = data.trained_share(module.global_step)

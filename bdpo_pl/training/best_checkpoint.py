@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from bdpo_pl.training.safety_probe import SafetyProbe
 from bdpo_pl.training.watched import WatchedModule
 
 
@@ -21,13 +23,15 @@ class KeepsBest(L.Callback):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Change the saved state of each callback that chooses a best checkpoint, before Lightning restores it."""
         assert isinstance(pl_module, WatchedModule)
-        changed = pl_module.changed_measures
+        saved = checkpoint.get("callbacks", {})
+        suites = _other_suites(trainer, saved)
         for callback in trainer.checkpoint_callbacks:
-            state = checkpoint.get("callbacks", {}).get(callback.state_key)
+            state = saved.get(callback.state_key)
             if not isinstance(callback, ModelCheckpoint) or callback.monitor is None or callback.save_top_k == 0:
                 continue
             if not state or not (before := state["best_model_path"]):
                 continue
+            changed = [*pl_module.changed_measures, *suites.get(callback.monitor, [])]
             kept = {} if changed else _still_there(trainer, state["best_k_models"])
             state |= _state(callback, kept)
             if kept:
@@ -37,6 +41,17 @@ class KeepsBest(L.Callback):
                 why = f"was measured on something else ({', '.join(changed)})" if changed else "is no longer there"
                 said = f"is {before}, which {why}: the best one is chosen from the validations that follow"
             rank_zero_info(f"The best checkpoint before the stop {said}")
+
+
+def _other_suites(trainer: L.Trainer, saved: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return, by the metric of safety, the options of prompts that are not those of the callbacks' `saved` state."""
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return {
+        metric: [f"safety.{name}" for name in probe.changed_suites(saved.get(probe.state_key, {}))]
+        for probe in callbacks
+        if isinstance(probe, SafetyProbe)
+        for metric in probe.logged
+    }
 
 
 def _still_there(trainer: L.Trainer, scores: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -34,6 +34,8 @@ _LABELS = {
     "benign": "over-refusal, benign prompts",
 }
 OnAnswers = Callable[[L.Trainer, str, Sequence[EvaluationPrompt], Sequence[str]], None]
+_READ_BY = {"policy", "template", "tokenizer"}
+"""Traits of a run on which the policy's answers before training depend."""
 _NAMES = {"harmful": "refusal_harmful", "jailbreak": "refusal_jailbreak", "benign": "over_refusal"}
 
 
@@ -56,6 +58,8 @@ class SafetyProbe(L.Callback):
         every_n_steps: number of optimiser steps between two measurements. Default: none during training.
 
     Attributes:
+        left_out: what has changed in a resumed run, by the name of each suite whose rate before training is therefore
+            left out.
         on_answers: function that is called on each rank with the Trainer, a suite's name, this rank's prompts of it and
             the responses to them, at each measurement.
 
@@ -82,6 +86,7 @@ class SafetyProbe(L.Callback):
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
         self.every_n_steps = every_n_steps
+        self.left_out: dict[str, str] = {}
         self.on_answers: OnAnswers = lambda *_: None
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
@@ -125,7 +130,9 @@ class SafetyProbe(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure the policy before training."""
         if trainer.global_step == 0:
-            self.before = _labelled(self._measure(trainer, pl_module, "before training"))
+            self.before, self.left_out = _labelled(self._measure(trainer, pl_module, "before training")), {}
+        else:
+            self._leave_out_others(pl_module)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure if it is due; always log the latest rates, so that every checkpoint can be chosen by them."""
@@ -151,18 +158,49 @@ class SafetyProbe(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure the policy of a run with no steps left, for which Lightning calls none of the hooks above."""
         if self.suites and not self.after:
+            self._leave_out_others(pl_module)
             pl_module.to(trainer.strategy.root_device)
             self.on_train_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the measurements, for a resumed run."""
-        return {"before": self.before, "latest": self._latest, "latest_step": self._latest_step}
+        """Return the measurements and what was asked, for a resumed run."""
+        measured = {"before": self.before, "latest": self._latest, "latest_step": self._latest_step}
+        return {**measured, "asked": self._asked()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the measurements."""
-        self.before = state_dict["before"]
+        """Restore the measurements of the same prompts, answered at the same length; say so if there are others."""
+        self.before = dict(state_dict["before"])
         self._latest = state_dict["latest"]
         self._latest_step = state_dict["latest_step"]
+        for name in (others := self.changed_suites(state_dict)):
+            asked, now = (suites.get(name, [None, None]) for suites in (state_dict["asked"], self._asked()))
+            self._leave_out(name, f"safety.max_new_tokens {asked[-1]}" if asked[:2] == now[:2] else "other prompts")
+        if others or self._latest.keys() != self.suites.keys():
+            self._latest, self._latest_step = {}, None
+
+    def changed_suites(self, state_dict: Mapping[str, Any]) -> list[str]:
+        """Return the names of the suites that are not asked as they were where `state_dict` was saved."""
+        now = self._asked()
+        # Checkpoints of an earlier version do not say what was asked.
+        asked = state_dict.get("asked", now)
+        return sorted(name for name in now.keys() | asked.keys() if now.get(name) != asked.get(name))
+
+    def _asked(self) -> dict[str, list[Any]]:
+        """Return, of each suite, what its rate depends on besides the policy."""
+        return {name: [suite.digest, len(suite.prompts), self.max_new_tokens] for name, suite in self.suites.items()}
+
+    def _leave_out_others(self, pl_module: L.LightningModule) -> None:
+        """Leave out rates from before a change by which the policy would have answered otherwise."""
+        assert isinstance(pl_module, WatchedModule)
+        if changed := sorted(_READ_BY.intersection(pl_module.changed_measures)):
+            for name in self.suites:
+                self._leave_out(name, ", ".join(changed))
+            self._latest, self._latest_step = {}, None
+
+    def _leave_out(self, name: str, why: str) -> None:
+        if self.before.pop(_LABELS[name], None) is not None and name in self.suites:
+            self.left_out[name] = why
+            rank_zero_info(f"The checkpoint's {_LABELS[name]}, before training is left out: it was of {why}")
 
     def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule, when: str) -> dict[str, float]:
         """Return the share of refusals in each suite; ranks with whole models divide the prompts."""

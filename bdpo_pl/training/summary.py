@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from rich.table import Table
@@ -202,9 +202,9 @@ def no_step_taken(step: int) -> tuple[str, str]:
     return "notice", sentence + "trainer.max_steps or trainer.max_epochs."
 
 
-def none_before(what: str, changed: Sequence[str]) -> tuple[str, str]:
-    """Return the remark about a resumed run whose values before training, `what`, are of another measurement."""
-    sentence = f"No {what} before training are shown: before it was resumed, the run measured something else "
+def none_before(what: str, changed: Iterable[str]) -> tuple[str, str]:
+    """Return the remark about a resumed run whose values of `what` before training are of another measurement."""
+    sentence = f"No value before training is shown for {what}: before it was resumed, the run measured something else "
     return "notice", f"{sentence}({', '.join(changed)})."
 
 

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -16,8 +17,10 @@ from sharded_jobs import spawn
 import bdpo_pl.training.safety_probe as safety_probe
 from bdpo_pl import fit
 from bdpo_pl.errors import InputError
+from bdpo_pl.losses import BalancedDPOLoss
 from bdpo_pl.training.callbacks import StopAtGap
 from bdpo_pl.training.safety_probe import SCORE, SafetyProbe
+from bdpo_pl.training.watched import WatchedModule
 
 REFUSAL, ANSWER = "I can't help with that.", "first water it ."
 NAMES = ("safety/refusal_harmful", "safety/refusal_jailbreak", "safety/over_refusal", SCORE)
@@ -231,6 +234,66 @@ def test_resumed_run_keeps_the_latest_rates_and_is_exact(command, folder, monkey
     assert resumed.items() <= whole.items()
     assert max(resumed) == max(whole)
     assert all(torch.equal(value, exported(1)[name]) for name, value in exported().items())
+
+
+def test_rates_before_training_are_taken_up_for_what_is_asked_alike(folder):
+    def probe(harmful="harmful.jsonl", benign="benign.jsonl", tokens=3):
+        files = [None if name is None else str(folder / name) for name in (harmful, None, benign)]
+        return SafetyProbe(*files, max_new_tokens=tokens)
+
+    harmful, benign = "refusal rate, harmful prompts", "over-refusal, benign prompts"
+    first = probe()
+    first.before = {harmful: 0.4, benign: 0.25}
+    first._latest, first._latest_step = {"harmful": 0.6, "benign": 0.5}, 4
+    state = first.state_dict()
+
+    def resumed(state, *args, **options):
+        taken = probe(*args, **options)
+        taken.load_state_dict(state)
+        return taken.before, taken._latest_step, taken.left_out
+
+    assert resumed(state) == (first.before, 4, {})
+    assert resumed(state, "jailbreak.jsonl") == ({benign: 0.25}, None, {"harmful": "other prompts"})
+    why = "safety.max_new_tokens 3"
+    assert resumed(state, tokens=4) == ({}, None, {"harmful": why, "benign": why})
+    assert resumed(state, benign=None) == ({harmful: 0.4}, None, {})
+    # A suite that is added is measured before the score is.
+    alone = probe(benign=None)
+    alone._latest, alone._latest_step = {"harmful": 0.6}, 4
+    assert resumed(alone.state_dict()) == ({}, None, {})
+    # Read by another template.
+    module, other = WatchedModule(BalancedDPOLoss()), probe()
+    other.load_state_dict(state)
+    module.changed_measures = ["data", "template"]
+    other.on_train_start(SimpleNamespace(global_step=4), module)
+    assert (other.before, other._latest) == ({}, {})
+    assert other.left_out == {"harmful": "template", "benign": "template"}
+    # Of an earlier version.
+    del state["asked"]
+    assert resumed(state, "jailbreak.jsonl", tokens=4) == (first.before, 4, {})
+
+
+def test_resumed_run_that_measures_something_else_says_so_and_compares_nothing(command, folder, monkeypatch, caplog):
+    options = ["--safety.every_n_steps=1", "--checkpoint.monitor=safety/score", "--checkpoint.mode=max"]
+    options += [f"--safety.benign={folder}/benign.jsonl", "--export=false"]
+    Answers(monkeypatch, harmful=[5], benign=[1])
+    fit.main([*command, *options, f"--safety.harmful={folder}/harmful.jsonl", "--trainer.max_steps=2"])
+    write_jsonl(folder / "others.jsonl", [{"prompt": f"harmful other {i} ?"} for i in range(3)])
+    Answers(monkeypatch, harmful=[1], benign=[2])
+    with caplog.at_level("INFO"):
+        fit.main([
+            *command, *options, f"--safety.harmful={folder}/others.jsonl", "--data.held_out_fraction=0.3",
+            "--trainer.max_steps=4", "--resume.allow=[data]", "--ckpt_path=runs/version_0/checkpoints/last.ckpt",
+        ])  # fmt: skip
+    changed = r"was measured on something else \(data, held-out data, safety\.harmful\)"
+    assert re.search(rf"The best checkpoint before the stop is \S+, which {changed}", caplog.text)
+    shown = json.loads(Path("runs/version_1/summary.json").read_text())
+    rows = {name: before for name, _, before, _ in shown["rows"]}
+    assert rows["refusal rate, harmful prompts"] == rows["held-out margin"] == "–"
+    assert rows["over-refusal, benign prompts"].startswith("25.0%")
+    said = " ".join(sentence for _, sentence in shown["said"])
+    assert "shown for held-out pairs: before it was resumed, the run measured something else (data, held-out da" in said
+    assert "shown for harmful prompts: before it was resumed, the run measured something else (other prompts)." in said
 
 
 def test_measuring_changes_nothing_of_the_training(command, folder):

@@ -68,9 +68,9 @@ def test_remarks_warn_of_few_pairs_of_definitions_and_of_safety_that_was_not_mea
 
 
 def test_a_remark_says_why_nothing_stands_before():
-    level, said = summary.none_before("held-out measures", ["held-out data", "loss.beta"])
+    level, said = summary.none_before("held-out pairs", ["held-out data", "loss.beta"])
     assert level == "notice"
-    assert said.startswith("No held-out measures before training are shown")
+    assert said.startswith("No value before training is shown for held-out pairs: ")
     assert said.endswith("(held-out data, loss.beta).")
 
 
