@@ -19,7 +19,7 @@ from bdpo_pl.parallel.state import reshard, whole
 from bdpo_pl.scoring.reestimation import Reestimation
 from bdpo_pl.scoring.reference import Reference
 from bdpo_pl.scoring.reference_sync import ReferenceSync
-from bdpo_pl.training.checkpoints import keep_epoch_open
+from bdpo_pl.training.checkpoints import RUN, keep_epoch_open
 from bdpo_pl.training.schedule_free import averaged_weights
 from bdpo_pl.training.watched import WatchedModule
 
@@ -75,6 +75,7 @@ class CheckpointedModule(WatchedModule):
             "reestimation": self.reestimation.state_dict()
             | ({} if self.reestimation.every_n_steps is None else {"pairs": self._pairs_digests()}),
             "loss": self.loss.state_dict(),
+            "estimator": self._estimator,
             **({"lora": None} if self.lora is None else self.lora.to_saved()),
             # Joined over all ranks, because the next line of the log shows their mean.
             "train_means": self.train_means.joined(self.trainer.strategy.reduce),
@@ -108,10 +109,17 @@ class CheckpointedModule(WatchedModule):
         )
         self.check_reference_sync(checkpoint)
         self.resumed_at = checkpoint.get("global_step")
-        self.loss.load_state_dict(saved.get("loss", {}))
+        other = self._other_estimator(checkpoint)
+        if other is None:
+            self.loss.load_state_dict(saved.get("loss", {}))
+        elif found := self.loss.state_dict():
+            rank_zero_info(
+                f"What the loss measured is not taken from the checkpoint, whose estimator is {other}; by "
+                f"{self._estimator}: {', '.join(f'{name} {value:.4g}' for name, value in found.items())}"
+            )
         self.sync.load_state_dict(saved.get("reference_sync", {}), self.reference)
         if "reestimation" in saved and self.reestimation.every_n_steps is not None:
-            self.reestimation.load_state_dict(self._of_these_pairs(saved["reestimation"]))
+            self.reestimation.load_state_dict(self._still_valid(saved["reestimation"], other))
         if saved.get("before"):
             self.evaluations.setdefault(0, saved["before"])
         if "train_means" in saved and self.trainer.is_global_zero:
@@ -133,15 +141,35 @@ class CheckpointedModule(WatchedModule):
             self._digests = {name: table.content_digest() for name, table in self.splits.tables.items()}
         return self._digests
 
-    def _of_these_pairs(self, saved: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the re-estimated comprehension in `saved` of the splits that are still of the same pairs."""
+    @property
+    def _estimator(self) -> str | None:
+        """Estimator of the comprehension that the loss reads; None if it reads none."""
+        return self.loss.estimator if self.loss.needs_comprehension else None
+
+    def _other_estimator(self, checkpoint: Mapping[str, Any]) -> str | None:
+        """Return the estimator of the run of `checkpoint` if it is not this run's, or `none`; None if it is."""
+        # Checkpoints of an earlier version have it among the traits of the run, those of version 0.1 nowhere.
+        traits = checkpoint.get(RUN, {}).get("traits", {})
+        of_run = traits.get("loss.estimator", {}).get("value", self._estimator)
+        was = checkpoint.get(_KEY, {}).get("estimator", of_run)
+        return None if self._estimator is None or was == self._estimator else str(was).lower()
+
+    def _still_valid(self, saved: Mapping[str, Any], other: str | None) -> dict[str, Any]:
+        """Return the re-estimated comprehension in `saved` that is of the same pairs and by this run's estimator.
+
+        Args:
+            saved: state of the re-estimation.
+            other: estimator by which it was measured, if that is not this run's.
+        """
         # Checkpoints of an earlier version do not say which pairs were measured.
         digests = saved.get("pairs", self._pairs_digests())
-        kept = {name: v for name, v in saved["values"].items() if digests.get(name) == self._pairs_digests().get(name)}
+        same = [name for name in saved["values"] if digests.get(name) == self._pairs_digests().get(name)]
+        kept = {} if other is not None else {name: saved["values"][name] for name in same}
         if lost := sorted(saved["values"].keys() - kept.keys()):
+            what = "of other pairs" if other is None else f"by the estimator {other}"
             rank_zero_info(
-                f"The checkpoint's comprehension under the policy is of other pairs ({', '.join(lost)}); until it is "
-                "measured again, these have that under the reference"
+                f"The checkpoint's comprehension under the policy is {what} ({', '.join(lost)}); until it is measured "
+                "again, these have that under the reference"
             )
         return {"step": saved["step"], "values": kept}
 

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from bdpo_pl.errors import InputError
-from bdpo_pl.training.checkpoints import is_amid_accumulation, require_same_checkpoint
+from bdpo_pl.training.checkpoints import RUN, is_amid_accumulation, require_same_checkpoint
 from bdpo_pl.training.module import PreferenceModule
 from bdpo_pl.training.traits import (
     HELD_OUT_TRAITS,
@@ -23,8 +23,6 @@ from bdpo_pl.training.traits import (
     change_measures,
     describe_run,
 )
-
-_KEY = "bdpo_pl_run"
 
 MUST_AGREE = ("data", "tokenizer", "template", "policy", "reference", "loss")
 """Traits that define a run; a run is not resumed if one of them differs."""
@@ -132,7 +130,7 @@ class RunIdentity(L.Callback):
         """Have the pairs read, describe the run, and compare it with the checkpoint's, before any pair is scored."""
         if stage != "fit" or self.traits:
             return
-        require_same_checkpoint(trainer, self.resume_from, _KEY)
+        require_same_checkpoint(trainer, self.resume_from, RUN)
         assert isinstance(pl_module, PreferenceModule)
         pl_module.read_pairs()
         data = trainer.datamodule  # type: ignore[attr-defined]
@@ -178,7 +176,7 @@ class RunIdentity(L.Callback):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the traits of the run and its validations so far, the first of which the final table shows."""
         assert isinstance(pl_module, PreferenceModule)
-        checkpoint[_KEY] = {
+        checkpoint[RUN] = {
             "traits": {name: trait.to_plain() for name, trait in self.traits.items()},
             "evaluations": {step: dict(values) for step, values in pl_module.evaluations.items()},
             "batches_done": trainer.datamodule.state_dict()["batches_done"],  # type: ignore[attr-defined]
@@ -189,7 +187,7 @@ class RunIdentity(L.Callback):
         """Restore the validations that those of this run compare with; compare the runs if that was not possible."""
         assert isinstance(pl_module, PreferenceModule)
         self._compare(pl_module, checkpoint)
-        earlier = checkpoint.get(_KEY, {}).get("evaluations", {})
+        earlier = checkpoint.get(RUN, {}).get("evaluations", {})
         if not pl_module.changed_measures:
             pl_module.evaluations = {**earlier, **pl_module.evaluations}
             return
@@ -205,7 +203,7 @@ class RunIdentity(L.Callback):
         if self._compared:
             return
         self._compared = True
-        saved = checkpoint.get(_KEY)
+        saved = checkpoint.get(RUN)
         if saved is None:
             rank_zero_info(
                 "The checkpoint was written by an earlier version and does not record the data, loss and options of "

@@ -9,7 +9,8 @@ from makers import preference_rows, write_jsonl
 from training import fit
 
 from bdpo_pl.errors import InputError
-from bdpo_pl.losses import DPOLoss
+from bdpo_pl.losses import BalancedDPOLoss, DPOLoss
+from bdpo_pl.losses.balanced_dpo import imbalance_spread
 from bdpo_pl.scoring.reference_sync import SyncOptions
 from bdpo_pl.training.identity import RunIdentity
 
@@ -45,6 +46,37 @@ def test_comprehension_under_the_policy_is_taken_up_for_the_pairs_it_was_measure
     write_jsonl(tmp_path / "pairs.jsonl", preference_rows(40)[::-1])
     other = at_once(job, checkpoint, reestimate_every=2, data=held_out)
     assert other.reestimation.state_dict()["values"].keys() == {"held_out"}
+
+
+def auto(estimator, **options):
+    return BalancedDPOLoss(tau="auto", estimator=estimator, **options)
+
+
+@pytest.mark.parametrize("version", ["of now", "without its own estimator"])
+def test_another_estimator_has_its_own_tau_and_comprehension(job, begun, caplog, version):
+    path = begun(loss=auto("pmi_sum"), reestimate_every=2)
+    saved = torch.load(path, weights_only=True)
+    if version != "of now":
+        del saved["bdpo_pl"]["estimator"]
+        saved["bdpo_pl_run"] = {"traits": {"loss.estimator": {"value": "pmi_sum", "shown": "pmi_sum"}}}
+        torch.save(saved, path)
+    with caplog.at_level(logging.INFO):
+        resumed = at_once(job, path, loss=auto("ifd"), reestimate_every=2)
+    chosen, rejected = resumed.reference.scores("train", torch.arange(32)).comprehension
+    tau = imbalance_spread(chosen, rejected)
+    assert resumed.loss.temperature() == pytest.approx(tau)
+    assert saved["bdpo_pl"]["loss"]["tau"] > 10 * tau
+    assert resumed.reestimation.state_dict() == {"step": 2, "values": {}}
+    assert f"not taken from the checkpoint, whose estimator is pmi_sum; by ifd: tau {tau:.4g}" in caplog.text
+    assert "under the policy is by the estimator pmi_sum (held_out, train, train_probe); until it is" in caplog.text
+
+
+@pytest.mark.parametrize(("loss", "was"), [(BalancedDPOLoss(estimator="pmi"), "pmi"), (DPOLoss(), "none")])
+def test_tau_is_measured_where_the_checkpoint_has_none_of_the_estimator(job, begun, caplog, loss, was):
+    checkpoint = begun(loss=loss)
+    with caplog.at_level(logging.INFO):
+        resumed = at_once(job, checkpoint, loss=auto("ifd"))
+    assert f"whose estimator is {was}; by ifd: tau {resumed.loss.temperature():.4g}" in caplog.text
 
 
 def test_comprehension_under_the_policy_is_left_out_where_it_is_not_measured(job, begun):
