@@ -147,7 +147,7 @@ def _weights(section: Section, diagnosis: Diagnosis, measured: Mapping[str, Meas
 
 def _tau(tau: float, diagnosis: Diagnosis) -> str:
     marks = [
-        word for word, value in (("in use", diagnosis.tau), ("suggested", diagnosis.suggested_tau)) if tau == value
+        word for word, value in (("in use", diagnosis.tau), ("auto", diagnosis.suggested_tau)) if tau == value
     ]
     return general(tau) + (f" ({', '.join(marks)})" if marks else "")
 

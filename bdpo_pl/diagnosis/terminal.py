@@ -44,12 +44,12 @@ def _row(name: Text, group: Group) -> list[Text | str]:
 
 
 def tau_table(diagnosis: Diagnosis) -> Table:
-    """Return the effects of several τ on the training pairs, including the one in use and the suggested one."""
+    """Return the effects of several τ on the training pairs, including the one in use and that of `auto`."""
     table = Table(title="τ: larger weight over smaller", title_justify="left")
     for column in ("τ", "", "median", "95 % within", "largest"):
         table.add_column(column, justify="left" if not column else "right")
     for row in diagnosis.temperatures:
-        marks = [w for w, tau in (("in use", diagnosis.tau), ("suggested", diagnosis.suggested_tau)) if tau == row.tau]
+        marks = [w for w, tau in (("in use", diagnosis.tau), ("auto", diagnosis.suggested_tau)) if tau == row.tau]
         style = "bold" if marks else ""
         table.add_row(
             general(row.tau), ", ".join(marks), *(ratio(x) for x in (row.median, row.p95, row.largest)), style=style

@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Sin
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
+from bdpo_pl.data.consistency import first_of_prompt
 from bdpo_pl.data.held_out import HELD_OUT
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.data.tokenizer_like import TokenizerLike
@@ -173,10 +174,10 @@ def choose_prompts(table: PairTable, number: int, most_tokens: int | None) -> li
     Raises:
         InputError: no prompt is that short.
     """
-    first: dict[bytes, int] = {}
-    for i, digest in enumerate(table.prompt_digests()):
+    first: dict[int, int] = {}
+    for i, prompt in enumerate(first_of_prompt(table)):
         if most_tokens is None or table.prompt_lengths[i] <= most_tokens:
-            first.setdefault(digest, i)
+            first.setdefault(prompt, i)
     if not first:
         raise InputError(
             "completions.num_prompts: no held-out prompt and completions.max_new_tokens more tokens fit into the "

@@ -70,7 +70,7 @@ def test_numbers_are_those_of_the_model_alone(base, tmp_path, capsys):
         "held-out",
         "spread",
         "in use",
-        "suggested",
+        "auto",
         "Findings",
         "re-weighted strongly",
         "report.html",

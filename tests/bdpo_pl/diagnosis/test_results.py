@@ -213,7 +213,7 @@ def test_tau_is_held_against_the_spread_of_the_imbalance():
         diagnosis(m, tau=0.3, suggested_tau=1.5, temperatures=temperatures(m, 0.3)), {"train": m}
     ).render()
     assert "0.3 (in use)" in html
-    assert "1.5 (suggested)" in html
+    assert "1.5 (auto)" in html
 
 
 def test_where_all_pairs_lean_the_same_way_a_tau_above_the_spread_is_suggested():
