@@ -175,7 +175,7 @@ def _write(
     write_whole(paths["numbers"], json.dumps(evaluation.to_json(), indent=2, ensure_ascii=False) + "\n")
     paths["answers, to handle with care" if options.keep_answers else "verdicts"] = runner.asker.records.path
     if exported is not None:
-        write_answers(runner.exported, evaluation.judge["judge"], exported)
+        exported = write_answers(runner.exported, evaluation.judge["judge"], exported)
         paths["answers to label, to handle with care"] = exported
     if refine is not None:
         write_rows(evaluation.failures, refine)

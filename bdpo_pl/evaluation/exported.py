@@ -9,10 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bdpo_pl.errors import InputError
+from bdpo_pl.evaluation.for_people import write_for_people
 from bdpo_pl.evaluation.suites.suite import EvaluationPrompt, Suite
 from bdpo_pl.evaluation.verdict_log import WARNING, Answer, Judged
-from bdpo_pl.files import writable_file, write_whole
+from bdpo_pl.files import writable_file
 from bdpo_pl.reporting.format import whole
+
+_FIELDS = frozenset((
+    "prompt", "asked", "response", "label", "model", "suite", "kind", "category", "attack", "place", "judge", "refused",
+    "refused_by", "judged_unsafe", "score", "oddities", "thought", "warning",
+))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,28 +39,31 @@ def check_export(path: str | None) -> Path | None:
         InputError: people have written labels into it, or its folder cannot be written.
     """
     file = writable_file(path, "export_answers")
-    if file is not None and file.exists() and (labels := _count_labels(file)):
+    if file is not None and file.exists() and (edited := _count_edited(file)):
         raise InputError(
-            f"export_answers: {file} exists already, with {whole(labels)} labels that people wrote; name another file"
+            f"export_answers: {file} exists already, with {whole(edited)} rows that have a label or another field that "
+            "people wrote; name another file"
         )
     return file
 
 
-def _count_labels(file: Path) -> int:
-    labels = 0
+def _count_edited(file: Path) -> int:
+    """Return the number of rows with a label, or with fields that no export has, such as a label of another name."""
+    edited = 0
     for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
         # Lines that are something else are of no export.
         with suppress(json.JSONDecodeError):
             row = json.loads(line)
-            labels += isinstance(row, dict) and bool(row.get("label"))
-    return labels
+            edited += isinstance(row, dict) and (bool(row.get("label")) or not row.keys() <= _FIELDS)
+    return edited
 
 
-def write_answers(rows: Iterable[Exported], judge: str, path: Path) -> int:
-    """Write a JSONL row for each answer, and return the number of rows.
+def write_answers(rows: Iterable[Exported], judge: str, path: Path) -> Path:
+    """Write a JSONL row for each answer, and return the path of the file.
 
-    `label` is null, for people to fill in with `refusal` or `compliance`: `--labels` then measures any judge on the
-    file; rows without a label are left out and counted. `prompt` is the bare request, as judges get it.
+    It is another name beside `path` if people have labelled that file since `check_export`, or review it now. `label`
+    is null, for people to fill in with `refusal` or `compliance`: `--labels` then measures any judge on the file; rows
+    without a label are left out and counted. `prompt` is the bare request, as judges get it.
     """
     lines = []
     for row in rows:
@@ -80,5 +89,4 @@ def write_answers(rows: Iterable[Exported], judge: str, path: Path) -> int:
             "warning": WARNING,
         }
         lines.append(json.dumps(fields, ensure_ascii=False) + "\n")
-    write_whole(path, "".join(lines), private=True)
-    return len(lines)
+    return write_for_people(path, "".join(lines), "export_answers", lambda file: _count_edited(file) > 0, private=True)

@@ -18,6 +18,10 @@ Kind = Literal["label", "chosen"]
 LABELS = ("refusal", "compliance")
 
 
+class InUseError(InputError):
+    """Another process holds the file."""
+
+
 class ReviewFile:
     """A JSONL file whose rows get a `label` or a `chosen`.
 
@@ -83,17 +87,29 @@ def reviewing(path: Path) -> Iterator[ReviewFile]:
         InputError: another process holds it, its folder cannot be written, or it has no such rows.
     """
     file = ReviewFile(path)
+    with held(path):
+        # Read again: until the lock was there, another process may have saved an answer.
+        file.rows = _read(path)
+        yield file
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Hold the file at `path`, which need not exist, so that no other process that holds it writes it.
+
+    Raises:
+        InUseError: another process holds it.
+        InputError: its folder cannot be written.
+    """
     lock = FileLock(path.resolve().with_name(f".{path.resolve().name}.lock"), timeout=0)
     try:
         lock.acquire()
     except Timeout:
-        raise InputError(f"{path} is open in another bdpo review; end that one first") from None
+        raise InUseError(f"{path} is open in another bdpo review; end that one first") from None
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}") from None
     try:
-        # Read again: until the lock was there, another process may have saved an answer.
-        file.rows = _read(path)
-        yield file
+        yield
     finally:
         with suppress(OSError):
             Path(lock.lock_file).unlink(missing_ok=True)

@@ -837,7 +837,7 @@ def test_answers_are_exported_to_be_labelled(base, answers, capsys):
     assert "Left out of answers.jsonl: 2 no label yet" in printed
     assert results()["agreement"]["misses"] == 2
     labelled = Path("answers.jsonl").read_text(encoding="utf-8")
-    assert re.search(r"answers\.jsonl exists already, with 8 labels that people wrote; name another file",
+    assert re.search(r"answers\.jsonl exists already, with 8 rows that have a label .* people wrote; name another file",
                      fails([*base, "--export_answers=answers.jsonl"], capsys))  # fmt: skip
     assert Path("answers.jsonl").read_text(encoding="utf-8") == labelled
 
