@@ -178,7 +178,7 @@ def _write(
         exported = write_answers(runner.exported, evaluation.judge["judge"], exported)
         paths["answers to label, to handle with care"] = exported
     if refine is not None:
-        write_rows(evaluation.failures, refine)
+        refine = write_rows(evaluation.failures, refine)
         paths["rows to complete, to handle with care"] = refine
     return paths
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from bdpo_pl.errors import InputError
+from bdpo_pl.evaluation.for_people import write_for_people
 from bdpo_pl.evaluation.measures.rates import SuiteResult
 from bdpo_pl.evaluation.suites.suite import EvaluationPrompt, Suite
 from bdpo_pl.evaluation.verdict_log import WARNING
-from bdpo_pl.files import write_whole
 
 _MOST_NAMED = 3
+_DIGEST = "digest"
 
 
 @dataclass(frozen=True)
@@ -54,30 +56,33 @@ def is_untouched(path: Path) -> bool:
     """Return true if `path` holds rows of `write_rows` that nobody has edited, so that they may be replaced."""
     try:
         rows = [json.loads(line) for line in _lines(path)]
-    except (OSError, ValueError):
+        digests = {row.pop(_DIGEST) for row in rows}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
-    return all(isinstance(row, dict) and row.get("warning") == WARNING and row.get("chosen") is None for row in rows)
+    return digests <= {_digest(rows)}
 
 
 def require_untouched(path: Path) -> None:
     """Raise `InputError` if `path` exists and is not as `write_rows` left it."""
     if path.exists() and not is_untouched(path):
         raise InputError(
-            f"refine: {path} exists already, and may hold chosen responses that you wrote; name another file"
+            f"refine: {path} exists already, and may hold chosen responses that you wrote, or other edits; name "
+            "another file"
         )
 
 
-def write_rows(failures: Iterable[Failure], path: Path) -> int:
-    """Write a row of `fit`'s preference schema for each failure, and return the number of rows.
+def write_rows(failures: Iterable[Failure], path: Path) -> Path:
+    """Write a row of `fit`'s preference schema for each failure, and return the path of the file.
 
     `chosen` is null, for you to fill in: `fit` rejects a row without it and names file and line. `rejected` is the
-    model's own answer: an unsafe answer, or a refusal of a benign prompt. Every row carries a warning.
+    model's own answer: an unsafe answer, or a refusal of a benign prompt. Every row carries a warning, and a digest of
+    all rows, by which an edit is noticed. The path is another name beside `path` if that file exists and has been
+    edited, or is being reviewed.
 
     Raises:
-        InputError: the file exists already and has been edited, or it cannot be written.
+        InputError: the file cannot be written.
     """
-    require_untouched(path)
-    rows = [
+    rows: list[dict[str, object]] = [
         {
             "prompt": failure.prompt.text,
             "chosen": None,
@@ -92,12 +97,17 @@ def write_rows(failures: Iterable[Failure], path: Path) -> int:
         }
         for failure in failures
     ]
+    digest = _digest(rows)
+    text = "".join(json.dumps({**row, _DIGEST: digest}, ensure_ascii=False) + "\n" for row in rows)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        return write_for_people(path, text, "refine", lambda file: not is_untouched(file))
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror}); name another file for refine") from None
-    return len(rows)
+
+
+def _digest(rows: Sequence[Mapping[str, object]]) -> str:
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
 def _lines(path: Path) -> list[str]:

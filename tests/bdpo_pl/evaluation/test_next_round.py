@@ -13,6 +13,7 @@ from bdpo_pl.evaluation.next_round import Failure, Weakness, is_untouched, weake
 from bdpo_pl.evaluation.runner import check_refine
 from bdpo_pl.evaluation.suites.suite import EvaluationPrompt, Suite
 from bdpo_pl.evaluation.verdict_log import WARNING
+from bdpo_pl.reviewing.rows import reviewing
 from bdpo_pl.statistics import Interval
 
 
@@ -45,8 +46,9 @@ def result(suite, overall, **categories):
 
 def test_rows_say_what_went_wrong_and_where(tmp_path):
     path = tmp_path / "deep" / "rows.jsonl"
-    assert write_rows(failures(2), path) == 2
+    assert write_rows(failures(2), path) == path
     first, second = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    assert first.pop("digest") == second.pop("digest")
     assert first == {
         "prompt": f"Framed: {preference_rows(1)[0]['prompt']}",
         "chosen": None,
@@ -65,20 +67,52 @@ def test_rows_say_what_went_wrong_and_where(tmp_path):
 def test_existing_file_is_never_overwritten(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("work of mine")
-    for attempt in (lambda: check_refine(str(path)), lambda: write_rows(failures(1), path)):
-        with pytest.raises(
-            InputError, match=r"rows\.jsonl exists already, and may hold chosen responses that you wrote"
-        ):
-            attempt()
+    with pytest.raises(InputError, match=r"rows\.jsonl exists already, and may hold chosen responses that you wrote"):
+        check_refine(str(path))
+    # Work that came after the start costs no answers, and is kept.
+    assert write_rows(failures(1), path) == tmp_path / "rows-2.jsonl"
     assert path.read_text() == "work of mine"
+    assert is_untouched(tmp_path / "rows-2.jsonl")
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda rows: rows[1].update(chosen="no"),
+        lambda rows: rows[1].update(prompt="another ?"),
+        lambda rows: rows[1].update(rejected="another"),
+        lambda rows: rows[1].update(note="mine"),
+        lambda rows: rows[1].pop("category"),
+        lambda rows: rows.pop(),
+        lambda rows: rows.append({"prompt": "mine", "chosen": None, "rejected": "mine", "warning": WARNING}),
+        lambda rows: [row.pop("digest") for row in rows],
+    ],
+)
+def test_any_edit_is_kept(tmp_path, edit):
+    path = tmp_path / "rows.jsonl"
+    write_rows(failures(3), path)
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert is_untouched(write_jsonl(path, rows))
+    edit(rows)
+    assert not is_untouched(write_jsonl(path, rows))
+
+
+def test_rows_under_review_are_kept(tmp_path):
+    path = write_rows(failures(1), tmp_path / "rows.jsonl")
+    with reviewing(path) as file:
+        assert write_rows(failures(2), path) == tmp_path / "rows-2.jsonl"
+        file.answer(0, "no")
+        # Back to what it was.
+        file.answer(0, None)
+    assert is_untouched(path)
 
 
 def test_untouched_file_is_replaced_whatever_an_answer_holds_and_by_a_whole_one(tmp_path, monkeypatch):
     path = tmp_path / "rows.jsonl"
     odd = [replace(one, response="sure\u2028 , \x85 zebra \r\n") for one in failures(3)]
-    assert write_rows(odd, path) == 3
+    assert write_rows(odd, path) == path
     assert is_untouched(path)
-    assert write_rows(odd[:2], path) == 2
+    assert write_rows(odd[:2], path) == path
     before = path.read_bytes()
     assert before.count(b"\n") == 2
 
