@@ -146,9 +146,7 @@ def _weights(section: Section, diagnosis: Diagnosis, measured: Mapping[str, Meas
 
 
 def _tau(tau: float, diagnosis: Diagnosis) -> str:
-    marks = [
-        word for word, value in (("in use", diagnosis.tau), ("auto", diagnosis.suggested_tau)) if tau == value
-    ]
+    marks = [word for word, value in (("in use", diagnosis.tau), ("auto", diagnosis.suggested_tau)) if tau == value]
     return general(tau) + (f" ({', '.join(marks)})" if marks else "")
 
 

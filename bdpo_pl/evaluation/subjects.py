@@ -20,7 +20,7 @@ from bdpo_pl.evaluation.answerers import Answerer, GenerationOptions, LocalAnswe
 from bdpo_pl.evaluation.chat.endpoint import EndpointOptions
 from bdpo_pl.evaluation.spread import SpreadAnswerer
 from bdpo_pl.models.causal_lm import CausalLM
-from bdpo_pl.models.checkpoint import checkpoint_model, read_checkpoint
+from bdpo_pl.models.checkpoint import checkpoint_model, read_checkpoint, require_same_base, require_same_reading
 from bdpo_pl.models.loading import (
     ModelSource,
     frozen,
@@ -51,17 +51,27 @@ class Subject:
         """Tokenizer of the source.
 
         Raises:
-            InputError: it cannot be loaded.
+            InputError: it cannot be loaded, or the run of the checkpoint had another tokenizer or chat template.
         """
-        return load_tokenizer(self.source)
+        tokenizer = load_tokenizer(self.source)
+        if self.checkpoint is not None:
+            require_same_reading(self.checkpoint, tokenizer, self.source.name)
+        return tokenizer
 
     @cached_property
     def _own_fingerprint(self) -> str:
         # Digest over all files of the source.
-        return model_fingerprint(self.source)
+        found = model_fingerprint(self.source)
+        if self.checkpoint is not None:
+            require_same_base(self.checkpoint, self.source, found)
+        return found
 
     def fingerprint(self) -> str:
-        """String that identifies the weights."""
+        """String that identifies the weights.
+
+        Raises:
+            InputError: the source is another model than the one that the checkpoint's adapters were trained on.
+        """
         own = self._own_fingerprint
         if self.checkpoint is None:
             return own
@@ -100,7 +110,7 @@ class Subject:
             return own
         # A copy without what this one has cached, because it is sent to processes.
         bare = replace(self)
-        return SpreadAnswerer(own, options, [(str(device), partial(bare.load, dtype, device)) for device in further])
+        return SpreadAnswerer(own, options, [(str(device), partial(bare._load, dtype, device)) for device in further])
 
     @staticmethod
     def never() -> NoReturn:
@@ -111,8 +121,14 @@ class Subject:
         """Return (model in evaluation mode on `device`, its tokenizer).
 
         Raises:
-            InputError: the model cannot be loaded.
+            InputError: the model cannot be loaded, or it is not the one that the checkpoint's adapters were trained on.
         """
+        if self.checkpoint is not None:
+            self.fingerprint()
+        return self._load(dtype, device)
+
+    def _load(self, dtype: torch.dtype, device: torch.device) -> tuple[CausalLM, TokenizerLike]:
+        """Load the model without another look at all files of its source."""
         tokenizer = self.tokenizer
         if self.checkpoint is None:
             model = load_model(self.source, dtype)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bdpo_pl.data.tokenizer_like import TokenizerLike
 from bdpo_pl.errors import InputError
 from bdpo_pl.models.adapter_export import merged
+from bdpo_pl.models.adapter_folder import adapter_digest
 from bdpo_pl.models.adapters import LoraOptions
 from bdpo_pl.models.causal_lm import CausalLM
-from bdpo_pl.models.loading import ModelSource, load_config, load_model, model_class
+from bdpo_pl.models.folder import text_digest
+from bdpo_pl.models.loading import ModelSource, load_config, load_model, model_class, tokenizer_fingerprint
 from bdpo_pl.models.reach import unreached
 
 _PREFIX = "policy."
@@ -46,6 +50,70 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(saved, dict) or "bdpo_pl" not in saved:
         raise InputError(f"{path} was not written by bdpo_pl.fit; give the folder of its exported model")
     return saved
+
+
+def require_same_reading(path: Path, tokenizer: TokenizerLike, name: str) -> None:
+    """Raise `InputError` if the run of a checkpoint read its pairs in another way than `tokenizer` reads prompts.
+
+    Checkpoints of earlier versions do not say how their run read its pairs.
+
+    Args:
+        path: path of the checkpoint.
+        tokenizer: tokenizer of the model that the run began with.
+        name: name of that model.
+    """
+    traits = _traits(read_checkpoint(path))
+    template = str(tokenizer.chat_template or "")
+    others = [
+        f"another {what} than {name} has: {traits[trait]['shown']}"
+        for what, trait, digest in (
+            ("tokenizer", "tokenizer", tokenizer_fingerprint(tokenizer)),
+            # A run without a template leaves that of its tokenizer as it is.
+            ("chat template", "template", text_digest(template)),
+        )
+        if traits.get(trait, {}).get("value") not in (None, digest)
+    ]
+    if others:
+        raise InputError(
+            f"{path} is of a run with {'; and '.join(others)}. Its weights alone do not bring these along, and the "
+            "model would be asked in another way than it was trained. Give the folder of its exported model, which has "
+            "them; fit with --ckpt_path writes one if the run had export=false"
+        )
+
+
+def require_same_base(path: Path, source: ModelSource, fingerprint: str) -> None:
+    """Raise `InputError` if the adapters of a checkpoint were trained on another model than `source` is now.
+
+    That cannot be told for checkpoints of earlier versions, and for a run that began with an adapter that is gone.
+
+    Args:
+        path: path of the checkpoint; if it has no adapters, it has every weight of its own.
+        source: model that the run began with.
+        fingerprint: `model_fingerprint` of `source`.
+    """
+    saved = read_checkpoint(path)
+    lora, began = saved["bdpo_pl"]["lora"], _traits(saved).get("policy")
+    if lora is None or began is None:
+        return
+    also = ""
+    if (adapter := lora.get("adapter")) is not None:
+        try:
+            fingerprint = text_digest(f"{fingerprint} {adapter_digest(adapter)}")
+        except OSError:
+            return
+        also = f", or the adapter in {adapter},"
+    if fingerprint != began["value"]:
+        raise InputError(
+            f"{path} holds adapters of {began['shown']}, and what is at {source.name} now{also} is something else, "
+            "with which they were not trained. Put the former files back, or give the folder of the run's exported "
+            "model"
+        )
+
+
+def _traits(saved: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    """Return the traits of the run that wrote a checkpoint; empty in those of earlier versions."""
+    traits: Mapping[str, Mapping[str, Any]] = saved.get("bdpo_pl_run", {}).get("traits", {})
+    return traits
 
 
 def checkpoint_model(path: Path, source: ModelSource, dtype: torch.dtype) -> CausalLM:

@@ -5,6 +5,7 @@ Nothing is fetched or executed that the user did not name: code from the hub is 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from bdpo_pl.data.tokenizer_like import TokenizerLike
 from bdpo_pl.errors import InputError, first_line
 from bdpo_pl.models.architectures import auto_class, decoder_layers
 from bdpo_pl.models.causal_lm import CausalLM, ModelConfig
-from bdpo_pl.models.folder import check_folder, file_digest, files_digest, gguf_file
+from bdpo_pl.models.folder import check_folder, file_digest, files_digest, gguf_file, text_digest
 from bdpo_pl.models.noise import silence_modules, without_noise
 
 GENERATION_FILE = "generation_config.json"
@@ -332,6 +333,20 @@ def model_fingerprint(source: ModelSource) -> str:
         commit = getattr(load_config(source), "_commit_hash", None)
         return f"{source.name}@{commit or source.revision}"
     return files_digest(folder)
+
+
+def tokenizer_fingerprint(tokenizer: TokenizerLike) -> str:
+    """Return a SHA-256 over all that affects how `tokenizer` reads a text, without its chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        described: Any = sorted(tokenizer.get_vocab().items())
+    else:
+        described = json.loads(backend.to_str())
+        # These are settings of the last call, not of the tokenizer.
+        described.pop("truncation", None)
+        described.pop("padding", None)
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return text_digest(json.dumps([described, special], sort_keys=True))
 
 
 def _reason(error: Exception) -> str:

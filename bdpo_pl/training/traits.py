@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,10 +14,10 @@ import torch
 from torch import nn
 
 from bdpo_pl.data.held_out import HELD_OUT
-from bdpo_pl.data.tokenizer_like import TokenizerLike
 from bdpo_pl.errors import InputError
 from bdpo_pl.losses import PreferenceLoss
-from bdpo_pl.models.loading import model_fingerprint
+from bdpo_pl.models.folder import text_digest
+from bdpo_pl.models.loading import model_fingerprint, tokenizer_fingerprint
 from bdpo_pl.parallel.ranks import data_ranks
 from bdpo_pl.training.datamodule import PreferenceDataModule
 from bdpo_pl.training.module import PreferenceModule
@@ -66,9 +65,9 @@ def describe_run(trainer: L.Trainer, module: PreferenceModule, data: PreferenceD
     table = data.tables["train"]
     content = table.content_digest()
     if table.weights is not None:
-        content = _sha(f"{content} {_sha_of(table.weights)}")
+        content = text_digest(f"{content} {_sha_of(table.weights)}")
     if table.desirable is not None:
-        content = _sha(f"{content} labels {_sha_of(table.desirable)}")
+        content = text_digest(f"{content} labels {_sha_of(table.desirable)}")
     traits = {"data": _digest(content, f"{len(table):,} pairs of {data.train_source}")}
     if module.loss.needs_safety and table.safe is not None:
         traits[SAFETY] = _safety(table.safe)
@@ -82,14 +81,18 @@ def describe_run(trainer: L.Trainer, module: PreferenceModule, data: PreferenceD
                 traits[labels] = _digest(_sha_of(good), f"{int(good.sum()):,} good of {good.size:,} answers")
             if module.loss.needs_safety and held_out.safe is not None:
                 traits[safety] = _safety(held_out.safe)
-    traits["tokenizer"] = _digest(_tokenizer_digest(data.tokenizer), str(data.tokenizer.name_or_path))
+    traits["tokenizer"] = _digest(tokenizer_fingerprint(data.tokenizer), str(data.tokenizer.name_or_path))
     template = None if data.chat_template == "none" else data.tokenizer.chat_template
-    traits["template"] = Trait(None, "none") if not template else _digest(_sha(str(template)), data.chat_template)
+    traits["template"] = (
+        Trait(None, "none") if not template else _digest(text_digest(str(template)), data.chat_template)
+    )
     if module.lora is not None:
         # The checkpoint contains the adapters alone.
         adapter = module.lora.digest()
         digest = model_fingerprint(module.source)
-        traits["policy"] = _digest(digest if adapter is None else _sha(f"{digest} {adapter}"), module.source.name)
+        traits["policy"] = _digest(
+            digest if adapter is None else text_digest(f"{digest} {adapter}"), module.source.name
+        )
     traits["reference"] = _reference(module, trainer)
     traits |= loss_traits(module.loss, "loss")
     traits |= _optimizer_traits(module)
@@ -172,7 +175,7 @@ def _reference(module: PreferenceModule, trainer: L.Trainer) -> Trait:
     source = module.reference_source
     dtype = module.dtype_of_reference(str(trainer.precision))
     adapter = module.lora.digest() if module.lora is not None and module.own_reference else None
-    digest = _sha(f"{model_fingerprint(source)} {source.revision} {dtype}" + (f" {adapter}" if adapter else ""))
+    digest = text_digest(f"{model_fingerprint(source)} {source.revision} {dtype}" + (f" {adapter}" if adapter else ""))
     return _digest(digest, f"{source.name} in {str(dtype).removeprefix('torch.')}")
 
 
@@ -203,19 +206,6 @@ def _safety(safe: np.ndarray) -> Trait:
     return _digest(_sha_of(safe), f"{int((~safe).sum()):,} unsafe of {safe.size:,} responses")
 
 
-def _tokenizer_digest(tokenizer: TokenizerLike) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        described: Any = sorted(tokenizer.get_vocab().items())
-    else:
-        described = json.loads(backend.to_str())
-        # These are settings of the last call, not of the tokenizer.
-        described.pop("truncation", None)
-        described.pop("padding", None)
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    return _sha(json.dumps([described, special], sort_keys=True))
-
-
 def _digest(digest: str, what: str) -> Trait:
     return Trait(digest, f"{what} (sha256 {digest[:12]})")
 
@@ -227,7 +217,3 @@ def _plain(value: object) -> Trait:
 
 def _sha_of(values: np.ndarray) -> str:
     return hashlib.sha256(values.tobytes()).hexdigest()
-
-
-def _sha(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

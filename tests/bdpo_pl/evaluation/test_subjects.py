@@ -1,6 +1,7 @@
 """Which model a name stands for, and that a checkpoint's weights are those that its run exported."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from bdpo_pl.evaluation.runner import check_labels
 from bdpo_pl.evaluation.subjects import newest_run, subject
 from bdpo_pl.forward.generation import generate_responses, stop_ids
 from bdpo_pl.models import precision
+from bdpo_pl.models.adapter_folder import adapter_digest
+from bdpo_pl.models.folder import text_digest
 from bdpo_pl.models.loading import ModelSource, model_fingerprint
 from bdpo_pl.models.precision import choose_device, choose_devices, choose_dtype
 
@@ -144,6 +147,96 @@ def test_bad_checkpoints(tmp_path, runs):
     torch.save(saved, path)
     with pytest.raises(InputError, match=r"does not hold the weights of .*model\.norm\.weight"):
         subject(str(path)).load(torch.float32, CPU)
+
+
+@pytest.fixture
+def moved(runs, tmp_path):
+    """Function that copies a run's last checkpoint, with changes, and its model; it returns both paths."""
+
+    def copy(kind, change=lambda saved: None):
+        path = runs[kind] / "checkpoints" / "last.ckpt"
+        saved = torch.load(path, weights_only=True)
+        shutil.copytree(saved["bdpo_pl"]["policy"], tmp_path / "base")
+        saved["bdpo_pl"]["policy"] = str(tmp_path / "base")
+        change(saved)
+        torch.save(saved, tmp_path / "last.ckpt")
+        return tmp_path / "last.ckpt", tmp_path / "base"
+
+    return copy
+
+
+def halve_weights(base):
+    model = build_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+    model.save_pretrained(base)
+
+
+def test_adapters_are_not_merged_into_another_model(moved):
+    path, base = moved("lora")
+    subject(str(path)).load(torch.float32, CPU)
+    halve_weights(base)
+    for ask in (lambda one: one.load(torch.float32, CPU), lambda one: one.fingerprint()):
+        with pytest.raises(InputError, match=r"last\.ckpt holds adapters of .*/base \(sha256 .* is something else"):
+            ask(subject(str(path)))
+
+
+def test_checkpoint_with_all_weights_needs_only_a_model_like_its_own(moved):
+    path, base = moved("whole")
+    expected, _ = subject(str(path)).load(torch.float32, CPU)
+    halve_weights(base)
+    found, _ = subject(str(path)).load(torch.float32, CPU)
+    weights = dict(expected.named_parameters())
+    assert all(torch.equal(value, weights[name]) for name, value in found.named_parameters())
+
+
+def test_adapters_that_began_with_an_adapter(moved, tmp_path):
+    def change(saved):
+        saved["bdpo_pl"]["lora"]["adapter"] = str(tmp_path)
+        policy = saved["bdpo_pl_run"]["traits"]["policy"]
+        policy["value"] = text_digest(f"{policy['value']} {adapter_digest(str(tmp_path))}")
+
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_text(name)
+    path, base = moved("lora", change)
+    subject(str(path)).fingerprint()
+    halve_weights(base)
+    with pytest.raises(InputError, match="or the adapter in"):
+        subject(str(path)).fingerprint()
+    # Its files may be gone: then nothing can be compared.
+    (tmp_path / "adapter_config.json").unlink()
+    subject(str(path)).fingerprint()
+
+
+@pytest.mark.parametrize("what", ["chat template", "tokenizer"])
+def test_checkpoint_is_asked_as_its_run_was_trained_or_not_at_all(moved, what):
+    def change(saved):
+        trait = {"chat template": "template", "tokenizer": "tokenizer"}[what]
+        saved["bdpo_pl_run"]["traits"][trait] = {"value": "other", "shown": "mine.jinja"}
+
+    path, _ = moved("whole", change)
+    options = GenerationOptions()
+    for ask in (
+        lambda one: one.load(torch.float32, CPU),
+        lambda one: one.answerer(torch.float32, one.never, options),
+    ):
+        with pytest.raises(InputError, match=rf"of a run with another {what} than .*mine\.jinja.*its exported model"):
+            ask(subject(str(path)))
+
+
+def test_checkpoints_that_do_not_tell_their_run_are_taken_as_they_are(moved):
+    path, base = moved("lora", lambda saved: saved.pop("bdpo_pl_run"))
+    halve_weights(base)
+    subject(str(path)).load(torch.float32, CPU)
+
+
+def test_run_without_a_template_keeps_that_of_its_tokenizer(moved):
+    def change(saved):
+        saved["bdpo_pl_run"]["traits"]["template"] = {"value": None, "shown": "none"}
+
+    path, _ = moved("whole", change)
+    assert subject(str(path)).tokenizer.chat_template
 
 
 def test_model_that_is_not_there(tmp_path):
