@@ -19,6 +19,7 @@ from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.answerers import Answerer, GenerationOptions, LocalAnswerer, ServedAnswerer
 from bdpo_pl.evaluation.chat.endpoint import EndpointOptions
 from bdpo_pl.evaluation.spread import SpreadAnswerer
+from bdpo_pl.forward.response_text import ResponseText
 from bdpo_pl.models.causal_lm import CausalLM
 from bdpo_pl.models.checkpoint import checkpoint_model, read_checkpoint, require_same_base, require_same_reading
 from bdpo_pl.models.loading import (
@@ -105,6 +106,9 @@ class Subject:
             further: devices that answer too, besides that of `load`.
         """
         facts = {"model": self.fingerprint(), "dtype": str(dtype)}
+        if ResponseText(self.tokenizer).is_special:
+            # Earlier versions recorded answers and verdicts that do not tell thoughts from the rest.
+            facts["thoughts"] = "between special tokens"
         own = LocalAnswerer(facts, self.tokenizer, load, options)
         if not further:
             return own

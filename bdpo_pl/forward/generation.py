@@ -18,6 +18,7 @@ from bdpo_pl.forward.decoding import Decoder, longest_first
 from bdpo_pl.forward.decoding_trial import why_not_continuous
 from bdpo_pl.forward.equivalence import evaluating
 from bdpo_pl.forward.masks import set_attention
+from bdpo_pl.forward.response_text import ResponseText
 from bdpo_pl.models.causal_lm import CausalLM
 from bdpo_pl.models.loading import num_positions
 from bdpo_pl.models.precision import device_of
@@ -43,7 +44,8 @@ class Response:
     """A model's response to a prompt.
 
     Attributes:
-        text: text of the response, without special tokens.
+        text: text of the response, without special tokens, but with `<think>` and `</think>` around thoughts; see
+            `ResponseText`.
         num_tokens: number of generated tokens, without the stop token.
         finished: true if the model stopped by itself, before `max_new_tokens`.
     """
@@ -126,10 +128,10 @@ def generate(
     stops = stop_ids(model, tokenizer)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops, default=0)
     responses: dict[int, Response] = {}
+    text_of = ResponseText(tokenizer)
 
     def take(number: int, tokens: list[int], finished: bool) -> None:
-        text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
-        responses[number] = Response(text, len(tokens), finished)
+        responses[number] = Response(text_of(tokens), len(tokens), finished)
         on_response(number, responses[number])
 
     with _generating(model):

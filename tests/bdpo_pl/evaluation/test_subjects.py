@@ -290,6 +290,18 @@ def test_devices_by_number(monkeypatch):
             choose_devices(name, count)
 
 
+def test_records_that_hold_special_thoughts_in_answers_are_not_taken_up(tmp_path):
+    build_model().save_pretrained(tmp_path)
+    facts = []
+    for special in (False, True):
+        tokenizer = build_tokenizer()
+        tokenizer.add_tokens(["<think>", "</think>"], special_tokens=special)
+        tokenizer.save_pretrained(tmp_path)
+        one = subject(str(tmp_path))
+        facts.append(one.answerer(torch.float32, one.never, GenerationOptions()).facts.keys())
+    assert facts[1] - facts[0] == {"thoughts"}
+
+
 def test_servers_of_one_model():
     both = subject("m=http://a:1/v1,http://b:2/v1#name")
     assert (both.label, both.url, both.model) == ("m", "http://a:1/v1,http://b:2/v1", "name")
