@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import get_args
 
 from bdpo_pl import embedded
-from bdpo_pl.data.sources import read_records
+from bdpo_pl.data.sources import Record, read_records
 from bdpo_pl.errors import InputError
-from bdpo_pl.evaluation.suites.layouts import LayoutName, UnusableRowError, choose_layout, rename
+from bdpo_pl.evaluation.suites.layouts import Layout, LayoutName, UnusableRowError, choose_layout, rename
 from bdpo_pl.evaluation.suites.suite import EvaluationPrompt, Kind, Suite, spread
 
 _SPEC = re.compile(r"(?P<name>[^=:]+)(?::(?P<kind>[^=:]+))?(?:=(?P<source>.+))?", re.DOTALL)
@@ -189,7 +189,7 @@ def _read(
         raise InputError(f"suite {options.name}: {error}{_remedy(source, options.name, own)}") from error
     if first is None:
         raise InputError(f"suite {options.name}: {source} has no rows")
-    layout = choose_layout(rename(first, options.columns), options.layout or (known.layout if own and known else None))
+    layout = _layout(rename(first, options.columns), options, known, is_own=own is not None)
     kind = options.kind or (known.kind if known else layout.kind)
     if kind is None:
         raise InputError(
@@ -214,6 +214,22 @@ def _read(
             f"suite {options.name}: no prompts are left of {source} ({reasons}); give another file, or say its `layout`"
         )
     return list(prompts.values()), kind, dropped, _place(source, split, subset, options.revision)
+
+
+def _layout(first: Record, options: SuiteOptions, known: KnownSuite | None, *, is_own: bool) -> Layout:
+    """Return the layout of a suite's file, given its first row; `is_own`: it is the known suite's own source."""
+    if options.layout or known is None:
+        return choose_layout(first, options.layout)
+    if known.layout != "xstest":
+        return choose_layout(first, known.layout if is_own else None)
+    # A file of the user's may be in any layout that tells the kind, but that of XSTest has prompts of both kinds.
+    if not {"type", "label"} & first.fields.keys():
+        raise InputError(
+            f"suite {options.name}: {first.source} has no column 'type' or 'label', which tell XSTest's safe prompts "
+            f"from its unsafe ones; if all of them are {known.kind}, give the suite a name of your own, as in "
+            f"mine:{known.kind}={first.source}"
+        )
+    return choose_layout(first, "xstest")
 
 
 def _remedy(source: str, name: str, known: KnownSuite | None) -> str:

@@ -7,10 +7,11 @@
 | `jailbreakbench` | `Goal`, `Behavior`, `Category` | `Target` | one kind a file |
 | `advbench` | `goal`, `target` | | harmful |
 | `xstest` | `prompt`, `type` | `label` | both kinds in one file |
-| `prompts` | `prompt` | `category`, `target`, `context`, `behaviour`, `attack` | one kind a file |
+| `prompts` | `prompt` | `category`, `target`, `context`, `behaviour`, `attack`, `label` | one kind a file |
 
 Sources: arXiv:2402.10260, 2402.04249, 2404.01318, 2307.15043, 2308.01263 in this order. The last layout is this
-project's own; most copies of the others on the hub have it too.
+project's own; most copies of the others on the hub have it too. If a `label` there is `safe` or `unsafe`, as in copies
+of XSTest without its types, it tells the kind of its row; any other value is a label of something else.
 """
 
 from __future__ import annotations
@@ -43,12 +44,14 @@ class Layout:
         kind: kind of all prompts; None: the file does not state it, or contains both.
         parse: function that returns the prompt of a row, for a suite of the given kind. It raises `UnusableRowError`
             for a row that does not belong to the suite.
+        or_columns: other columns with which a file may have the layout, if it is named.
     """
 
     name: LayoutName
     columns: tuple[str, ...]
     kind: Kind | None
     parse: Callable[[Record, Kind], EvaluationPrompt]
+    or_columns: tuple[str, ...] | None = None
 
 
 def _text(record: Record, column: str) -> str:
@@ -103,16 +106,24 @@ def _advbench(record: Record, kind: Kind) -> EvaluationPrompt:
 
 
 def _xstest(record: Record, kind: Kind) -> EvaluationPrompt:
-    # In releases without a label only the type shows that a prompt is unsafe.
-    label = _text(record, "label") or ("unsafe" if _text(record, "type").startswith("contrast_") else "safe")
+    label, type_ = _text(record, "label"), _text(record, "type")
+    if type_ and not label:
+        # In releases without a label only the type shows that a prompt is unsafe.
+        label = "unsafe" if type_.startswith("contrast_") else "safe"
     if label not in ("safe", "unsafe"):
         raise InputError(f"{record.place}: column 'label' must be safe or unsafe, not {label!r}; correct the row")
+    _require_kind(label, kind)
+    return _prompt(record, "prompt", "type" if type_ else "category")
+
+
+def _require_kind(label: str, kind: Kind) -> None:
     if (label == "safe") != (kind == "benign"):
         raise UnusableRowError(f"labelled {label}, and the suite is of {kind} prompts")
-    return _prompt(record, "prompt", "type")
 
 
 def _own(record: Record, kind: Kind) -> EvaluationPrompt:
+    if (label := record.fields.get("label")) in ("safe", "unsafe"):
+        _require_kind(label, kind)
     plain = _prompt(record, "prompt", "category", context="context")
     return EvaluationPrompt(
         plain.text,
@@ -130,7 +141,7 @@ LAYOUTS = (
     Layout("harmbench", ("Behavior", "BehaviorID", "FunctionalCategory"), "harmful", _harmbench),
     Layout("jailbreakbench", ("Goal", "Behavior", "Category"), None, _jailbreakbench),
     Layout("advbench", ("goal", "target"), "harmful", _advbench),
-    Layout("xstest", ("prompt", "type"), None, _xstest),
+    Layout("xstest", ("prompt", "type"), None, _xstest, ("prompt", "label")),
     Layout("prompts", ("prompt",), None, _own),
 )
 
@@ -149,7 +160,9 @@ def choose_layout(first: Record, name: LayoutName | None = None) -> Layout:
         raise InputError(f"there is no layout {name!r} of prompts; choose {', '.join(get_args(LayoutName))}")
     tried = [layout for layout in LAYOUTS if name in (None, layout.name)]
     for layout in tried:
-        if all(column in first.fields for column in layout.columns):
+        if set(layout.columns) <= first.fields.keys():
+            return layout
+        if name is not None and layout.or_columns is not None and set(layout.or_columns) <= first.fields.keys():
             return layout
     wanted = "; ".join(f"{layout.name}: {', '.join(layout.columns)}" for layout in tried)
     raise InputError(
