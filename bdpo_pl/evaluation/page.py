@@ -259,7 +259,7 @@ def _overfitting(page: Page, evaluation: Evaluation) -> None:
     section = page.section("Overfitting")
     splits = list(found[0][1].splits)
     series = {
-        model.label: [Estimate(*_ends(o.splits[split].margin)) for split in splits] for model, o in found
+        model.label: [_drawn(o.splits[split].margin) for split in splits] for model, o in found
     }  # fmt: skip
     names = [f"{SPLITS[split]} pairs" for split in splits]
     section.figure(bar_chart("Margin over the first model", names, series, "nats; higher is better"))
@@ -342,7 +342,7 @@ def _place(failure: Failure) -> str:
 
 def _category(result: SuiteResult | None, name: str) -> Estimate | None:
     found = _rate_of(result, name)
-    return None if found is None else Estimate(*_ends(found.failed))
+    return None if found is None else _drawn(found.failed)
 
 
 def _rate_of(result: SuiteResult | None, name: str) -> Rate | None:
@@ -350,8 +350,8 @@ def _rate_of(result: SuiteResult | None, name: str) -> Rate | None:
 
 
 def _estimate(result: SuiteResult | None) -> Estimate | None:
-    return None if result is None else Estimate(*_ends(result.overall.failed))
+    return None if result is None else _drawn(result.overall.failed)
 
 
-def _ends(interval: Interval) -> tuple[float, float, float]:
-    return interval.value, interval.low, interval.high
+def _drawn(interval: Interval) -> Estimate:
+    return Estimate(interval.value, *((interval.low, interval.high) if interval.bounded else ()))

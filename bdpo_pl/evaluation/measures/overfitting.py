@@ -26,7 +26,7 @@ from bdpo_pl.losses.base import TIE
 from bdpo_pl.models.causal_lm import CausalLM, ModelConfig
 from bdpo_pl.models.loading import num_positions
 from bdpo_pl.scoring.scoring_pass import score_pairs
-from bdpo_pl.statistics import Interval, gap, mean, normal
+from bdpo_pl.statistics import Interval, gap, independent, mean
 
 _FILES = {
     "train": embedded.TRAIN_FILE,
@@ -149,7 +149,7 @@ def overfitting(first: Mapping[str, np.ndarray], logps: Mapping[str, np.ndarray]
     right = {split: np.where(np.abs(m) <= TIE, 0.5, m > 0).astype(np.float64) for split, m in margins.items()}
     splits = {
         split: SplitMargins(
-            mean(margins[split], rate=False),
+            _margin(margins[split]),
             # A model compared with itself ties on every pair, so the value has no sampling error.
             mean(right[split], rate=bool((right[split] != 0.5).any())),
             float((logps[split] - first[split])[0].mean()),
@@ -165,8 +165,11 @@ def overfitting(first: Mapping[str, np.ndarray], logps: Mapping[str, np.ndarray]
     )
 
 
+def _margin(margins: np.ndarray) -> Interval:
+    """Compute the mean of (M,) margins; a single one has no interval, because it does not tell how much they vary."""
+    return mean(margins, rate=False) if len(margins) > 1 else independent(margins, 2)
+
+
 def _margin_gap(train: np.ndarray, other: np.ndarray) -> Interval:
-    """Compute the difference of two independent means, with a normal interval."""
-    value = float(train.mean() - other.mean())
-    variance = sum(float(v.var(ddof=1)) / len(v) for v in (train, other) if len(v) > 1)
-    return normal(value, variance**0.5, len(train) + len(other))
+    """Compute the difference of two independent means, with a normal interval if both are of at least two margins."""
+    return gap(independent(train, 2), independent(other, 2))

@@ -4,10 +4,11 @@ from types import SimpleNamespace
 
 from bdpo_pl.evaluation.page import _categories, _counted
 from bdpo_pl.reporting import Page
+from bdpo_pl.statistics import Interval
 
 
 def rate(name, count):
-    return SimpleNamespace(name=name, failed=SimpleNamespace(value=0.5, low=0.2, high=0.8, count=count))
+    return SimpleNamespace(name=name, failed=Interval(0.5, 0.2, 0.8, count, count))
 
 
 def test_categories_of_few_prompts_are_folded_and_long_names_keep_their_count():

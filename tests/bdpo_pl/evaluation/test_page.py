@@ -1,9 +1,11 @@
 """What the report says of changes, and of models with unlike numbers of prompts, from verdicts that were made up."""
 
+import numpy as np
 import pytest
 
 from bdpo_pl.evaluation.judges.judge import Verdict
 from bdpo_pl.evaluation.measures.ability import Ability
+from bdpo_pl.evaluation.measures.overfitting import overfitting
 from bdpo_pl.evaluation.measures.rates import compare, compare_p, measure
 from bdpo_pl.evaluation.page import build_page, findings
 from bdpo_pl.evaluation.results import Evaluation, ModelResult, corrected
@@ -91,3 +93,16 @@ def test_an_ability_has_one_form_for_all_models():
     share = Ability("task, acc", Interval(0.5, 0.4, 0.6, 50, 50), True)
     _, cells, _ = list(rows(evaluation(model("m", {"mine": (5, 1)}, ability=[share]))))[-1]
     assert cells == ["50.0 % (40.0 to 60.0)"]
+
+
+def test_margin_without_an_interval_is_shown_and_written_without_one():
+    found = overfitting(
+        {"train": np.zeros((2, 1)), "held_out": np.zeros((2, 2))},
+        {"train": np.array([[2.0], [1.0]]), "held_out": np.array([[2.0, 3.0], [1.0, 1.0]])},
+    )
+    made = evaluation(model("m", {"mine": (5, 1)}, overfitting=found))
+    cells = {name: cells for name, cells, _ in rows(made)}
+    assert cells["margin gap, training − held-out, nats"] == ["-0.500"]
+    assert "nan" not in build_page(made).render()
+    gap = made.to_json()["models"][0]["overfitting"]["margin_gaps"]["held_out"]
+    assert (gap["value"], gap["low"], gap["high"]) == (-0.5, None, None)

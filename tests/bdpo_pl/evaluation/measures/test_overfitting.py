@@ -121,6 +121,17 @@ def test_gap_of_pairs_learnt_by_heart():
     assert overfitting({"held_out": first["held_out"]}, {"held_out": first["held_out"]}).margin_gaps == {}
 
 
+@pytest.mark.parametrize("sizes", [(1, 1), (1, 3), (3, 1)])
+def test_margin_of_one_pair_has_no_interval_and_no_gap_to_it_has_one(sizes):
+    first = {split: np.zeros((2, size)) for split, size in zip(("train", "held_out"), sizes, strict=True)}
+    result = overfitting(first, {split: rows + np.array([[2.0], [1.0]]) for split, rows in first.items()})
+    for split, size in zip(first, sizes, strict=True):
+        margin = result.splits[split].margin
+        assert (margin.value, margin.bounded) == (1.0, size > 1)
+    gap = result.margin_gaps["held_out"]
+    assert (gap.value, gap.count, gap.bounded) == (0.0, sum(sizes), False)
+
+
 def test_accuracy_gap_of_a_model_that_is_always_right_is_not_certain():
     first = {"train": np.zeros((2, 240)), "held_out": np.zeros((2, 40))}
     right = {split: np.stack([np.ones(rows.shape[1]), np.zeros(rows.shape[1])]) for split, rows in first.items()}
