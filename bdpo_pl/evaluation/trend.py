@@ -66,6 +66,14 @@ class Run:
             if is_other
         ]
 
+    def score_differs(self, other: Run) -> list[str]:
+        """Return in what this run's scores, which all suites make up, were measured differently from `other`'s."""
+        common = self.counted.keys() & other.counted.keys()
+        found = {what for suite in common for what in self.differs(other, suite)}
+        if common != self.counted.keys() | other.counted.keys():
+            found.add("suites")
+        return sorted(found)
+
 
 def read_run(path: Path) -> Run:
     """Read an `evaluation.json`.
@@ -117,14 +125,22 @@ def trend(runs: Sequence[Run]) -> Iterator[str]:
     for run in runs:
         for i, (label, score) in enumerate(run.models):
             cells = [_cell(run, last, i, suite) for suite in suites]
-            yield table_row([run.place, label, *cells, *(["–" if score is None else fixed(score, 3)] * scored)])
+            yield table_row([run.place, label, *cells, *([_score(run, last, score)] * scored)])
 
 
 def _cell(run: Run, last: Run, model: int, suite: str) -> str:
     if (model, suite) not in run.cells:
         return "–"
     others = run.differs(last, suite) if run is not last and suite in last.counted else []
-    return run.cells[model, suite] + (f", other {' and '.join(others)}" if others else "")
+    return _marked(run.cells[model, suite], others)
+
+
+def _score(run: Run, last: Run, score: float | None) -> str:
+    return "–" if score is None else _marked(fixed(score, 3), [] if run is last else run.score_differs(last))
+
+
+def _marked(value: str, others: Sequence[str]) -> str:
+    return value + (f", other {' and '.join(others)}" if others else "")
 
 
 def main(files: Sequence[str]) -> None:

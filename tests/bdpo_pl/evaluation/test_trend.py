@@ -44,6 +44,37 @@ def test_a_line_for_each_run_says_what_is_no_comparison(runs, capsys):
     assert not any("other" in cell for row in cells(capsys) for cell in row)
 
 
+def test_score_says_what_is_no_comparison(tmp_path, capsys):
+    def write(name, score, suites, judge="phrases", tokens=3):
+        rate = {"overall": {"failed": {"value": 0.5, "low": 0.4, "high": 0.6}}, "counted": "not refused"}
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps({
+            "bdpo_pl_evaluation": 2,
+            "facts": {"responses": f"greedy, up to {tokens} tokens", "weights": "float32"},
+            "judge": {"judge": judge},
+            "suites": [{"name": suite, "digest": digest} for suite, digest in suites.items() if digest],
+            "models": [{"label": "m", "score": score, "suites": [{"suite": suite, **rate} for suite in suites]}],
+        }))  # fmt: skip
+        return str(path)
+
+    main([
+        write("judge", 0.9, {"a": "1", "b": "2"}, "learned"),
+        write("prompts", 0.8, {"a": "1", "b": "3"}),
+        write("all", 0.7, {"a": "3"}, "learned", 4),
+        write("more", 0.6, {"a": "1", "b": "2", "c": "3"}),
+        write("none", None, {"a": "1"}),
+        write("same", 0.5, {"a": "1", "b": "2"}),
+        write("last", 0.4, {"a": "1", "b": "2"}),
+    ])  # fmt: skip
+    assert [row[-1] for row in cells(capsys)[2:]] == [
+        "0.900, other judge", "0.800, other prompts", "0.700, other judge and prompts and settings and suites",
+        "0.600, other suites", "–", "0.500", "0.400",
+    ]  # fmt: skip
+    # An attack makes its own prompts in each run.
+    main([write(name, 0.9, {"a": "1", "a+gcg": None}) for name in ("before", "after")])
+    assert [row[-1] for row in cells(capsys)[2:]] == ["0.900, other prompts", "0.900"]
+
+
 @pytest.fixture
 def changed(runs, tmp_path, capsys):
     """What the second file says of a first one that differs from it in some fields."""
