@@ -34,7 +34,7 @@ from bdpo_pl.evaluation.options import EvaluateOptions, parse
 from bdpo_pl.evaluation.page import build_page, findings
 from bdpo_pl.evaluation.results import Evaluation, SuiteFacts, corrected
 from bdpo_pl.evaluation.runner import Runner, check_labels, check_refine, fit_suites
-from bdpo_pl.evaluation.subjects import ServedSubject, Subject, newest_run, subject
+from bdpo_pl.evaluation.subjects import ServedSubject, ServerOptions, Subject, newest_run, subject
 from bdpo_pl.evaluation.suites.known import known_suites, load_suite
 from bdpo_pl.evaluation.suites.suite import Suite
 from bdpo_pl.evaluation.terminal import agreement_table, results_table, suites_table, weakness_table
@@ -126,8 +126,10 @@ def run(args: list[str], description: str | None) -> None:
 
 
 def _check_served(subjects: list[Subject | ServedSubject], options: EvaluateOptions) -> None:
-    """Raise `InputError` for options that need the weights of a model behind a server."""
+    """Raise `InputError` for options that need the weights of a model behind a server, or a model behind one."""
     served = [one.label for one in subjects if isinstance(one, ServedSubject)]
+    if not served and options.server != ServerOptions():
+        raise InputError("server is for models behind a server, and none is named: leave it out")
     if options.devices != 1 and len(served) == len(subjects):
         raise InputError(
             f"devices is {options.devices}, and no model is loaded here; leave it out, and write several servers of "

@@ -10,6 +10,8 @@ from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
+from bdpo_pl.embedded import EMBEDDED
+from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.answerers import GenerationOptions
 from bdpo_pl.evaluation.attacks.budget import BudgetOptions
 from bdpo_pl.evaluation.attacks.choice import AttackOptions
@@ -65,6 +67,9 @@ class EvaluateOptions:
             GPUs. Attacks' searches, pairs, ability and a judge that is loaded here stay on the first device.
         attn_implementation: attention implementation, as in transformers.
         trust_remote_code: run Python code that comes with a model. It runs with your permissions, so read it first.
+
+    Raises:
+        InputError: an option is given without the one that it belongs to.
     """
 
     list_suites: bool = False
@@ -99,6 +104,11 @@ class EvaluateOptions:
             self.suites = split_suites(self.suites)
         if isinstance(self.fail_if, str):
             self.fail_if = [self.fail_if]
+        if self.junit is not None and not self.fail_if:
+            raise InputError("junit is for limits, and there is none: give fail_if, or leave it out")
+        for name in ("labels_columns", "labels_by"):
+            if getattr(self, name) and self.labels in (None, EMBEDDED):
+                raise InputError(f"{name} is for a file of labels of your own, and there is none: give labels")
 
     def limits(self) -> list[Limit]:
         """Parsed limits of `fail_if`."""

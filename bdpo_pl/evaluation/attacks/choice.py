@@ -59,7 +59,8 @@ class AttackOptions:
             starts from the beginning.
 
     Raises:
-        InputError: an attack is requested without the model that it needs, or a number is below 1.
+        InputError: an attack is requested without the model that it needs, a number is below 1, or an option is given
+            that no chosen attack reads.
     """
 
     framings: list[str] | str = field(default_factory=list)
@@ -93,6 +94,22 @@ class AttackOptions:
             raise InputError("attacks.translator needs languages: set attacks.languages")
         if self.max_prompts < 1:
             raise InputError(f"attacks.max_prompts must be at least 1, got {self.max_prompts}")
+        self._refuse_unread()
+
+    def _refuse_unread(self) -> None:
+        """Raise `InputError` for an option that no chosen attack reads."""
+        led = self.refinement is not None or self.tree is not None
+        searches = led or self.gcg is not None or self.genetic is not None or bool(self.more)
+        saves = searches or bool(self.languages)
+        starts = saves or bool(self.framings or self.framings_file or self.prefill or self.translations)
+        for name, is_read, read_by in (
+            ("attacker", led, "refinement and tree"),
+            ("max_prompts", searches, "gcg, genetic, refinement, tree and more"),
+            ("folder", saves, "gcg, genetic, refinement, tree, more and languages"),
+            ("suite", starts, "attacks on harmful requests"),
+        ):
+            if not is_read and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise InputError(f"attacks.{name} is for {read_by}, and none is chosen: choose one, or leave it out")
 
     @property
     def state_folder(self) -> Path | None:

@@ -57,7 +57,7 @@ class AbilityOptions:
         batch_size: number of examples processed at a time.
 
     Raises:
-        InputError: a number is out of range.
+        InputError: a number is out of range, or an option of lm-evaluation-harness is given without `lm_eval`.
     """
 
     embedded: bool = False
@@ -71,6 +71,9 @@ class AbilityOptions:
         if isinstance(self.lm_eval, str):
             self.lm_eval = self.lm_eval.split(",")
         require_at_least("ability", self, limit=1, num_fewshot=0, batch_size=1)
+        for name in ("include_path", "limit", "num_fewshot", "batch_size"):
+            if not self.lm_eval and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise InputError(f"ability.{name} is for tasks of lm_eval, and there are none: give ability.lm_eval")
 
 
 @dataclass(frozen=True)

@@ -345,8 +345,21 @@ def test_model_without_a_chat_template_is_asked_plainly_and_says_so(base, tmp_pa
         (["--refine=harmful.jsonl"], "harmful.jsonl exists already"),
         *(
             ([f"--{name}=harmful.jsonl/x"], f"{name}: harmful.jsonl/x cannot be written")
-            for name in ("refine", "export_answers", "junit", "summary")
+            for name in ("refine", "export_answers", "summary")
         ),
+        (["--junit=harmful.jsonl/x", "--fail_if=score < 0"], "junit: harmful.jsonl/x cannot be written"),
+        (["--junit=limits.xml"], "junit is for limits, and there is none: give fail_if"),
+        (["--labels_by=two of us"], "labels_by is for a file of labels of your own, and there is none: give labels"),
+        (["--labels_columns={response: r}", "--labels=embedded"], "labels_columns is for a file of labels of your own"),
+        (["--server.timeout=5"], "server is for models behind a server, and none is named"),
+        (["--ability.num_fewshot=3"], "ability.num_fewshot is for tasks of lm_eval"),
+        (
+            ["--attacks.attacker.url=http://h/v1", "--attacks.attacker.model=m", "--attacks.framings=fiction"],
+            "attacks.attacker is for refinement and tree, and none is chosen",
+        ),
+        (["--attacks.max_prompts=9", "--attacks.framings=fiction"], "attacks.max_prompts is for gcg, genetic,"),
+        (["--attacks.folder=x", "--attacks.prefill"], "attacks.folder is for gcg, genetic,"),
+        (["--attacks.suite=harm"], "attacks.suite is for attacks on harmful requests, and none is chosen"),
         (["--summary=."], "summary: . is a folder; name a file"),
         (["before=/nowhere"], "models: before names several; give each a label"),
         (["--device=nosuch"], "device 'nosuch' is not available here"),
@@ -453,6 +466,13 @@ def test_file_names_models_and_suites_and_the_command_line_goes_before_it(base, 
         (["--judge.threshold=0.25", "--judge.kind", "learned"], [], {"judge.name": "learned"}),
         (["--fail_if=a.over_refusal > 0.1"], [], {"fail_if": ["a.over_refusal > 0.1"]}),
         (["--pairs.load.bad_rows=drop"], [], {"pairs.load.bad_rows": "drop"}),
+        (["--attacks.folder=x", "--attacks.gcg"], [], {"attacks.folder": "x"}),
+        (["--attacks.max_prompts=9", "--attacks.genetic"], [], {"attacks.max_prompts": 9}),
+        (
+            ["--attacks.attacker.url=http://h/v1", "--attacks.attacker.model", "m", "--attacks.tree"],
+            [],
+            {"attacks.tree.depth": 4, "attacks.attacker.model": "m"},
+        ),
         (
             ["--attacks.refinement", "--attacks.attacker.url=http://h/v1", "--attacks.attacker.model", "m"],
             [],
@@ -796,7 +816,8 @@ def test_counts_are_those_of_the_models_answers_and_settings_are_told(base, answ
 
 def test_folders_of_outputs_are_made(base, answers, monkeypatch):
     monkeypatch.setenv("HOME", str(Path.cwd()))
-    main([*base, "--junit=~/ci/limits.xml", "--summary=ci/new/summary.md", "--export_answers=out/answers.jsonl"])
+    main([*base, "--junit=~/ci/limits.xml", "--summary=ci/new/summary.md", "--export_answers=out/answers.jsonl",
+          "--fail_if=score < -1"])  # fmt: skip
     assert all(Path(name).is_file() for name in ("ci/limits.xml", "ci/new/summary.md", "out/answers.jsonl"))
 
 
