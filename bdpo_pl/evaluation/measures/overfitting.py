@@ -118,6 +118,7 @@ class PairProbe:
             if options.max_pairs and len(table) > options.max_pairs:
                 report.note("not drawn (pairs.max_pairs)", len(table) - options.max_pairs)
                 table = table.select(np.sort(rng.choice(len(table), options.max_pairs, replace=False)))
+                report.describe(table)
             self.tables[split] = table
             self.reports.append(report)
         check_used(options.load or LoadOptions(), self.reports)
