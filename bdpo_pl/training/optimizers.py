@@ -25,13 +25,16 @@ def chosen_name(optimizer: torch.optim.Optimizer) -> str:
 
 
 def mark_tables(model: nn.Module) -> None:
-    """Mark the weights of embeddings and of the LM head: matrices whose rows are tokens."""
+    """Mark the weights of embeddings and of the LM head, and their adapters' factors that have an axis of tokens."""
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     find_head = getattr(model, "get_output_embeddings", None)
     head = find_head() if callable(find_head) else None
-    for module in [*tables, *([] if head is None else [head])]:
-        for parameter in module.parameters(recurse=False):
-            setattr(parameter, _TABLE, True)
+    if head is not None:
+        tables += [head, *getattr(head, "lora_B", nn.ModuleDict()).values()]
+    marked = [parameter for module in tables for parameter in module.parameters(recurse=False)]
+    marked += [parameter for name, parameter in model.named_parameters() if ".lora_embedding_A." in name]
+    for parameter in marked:
+        setattr(parameter, _TABLE, True)
 
 
 def is_hidden_matrix(parameter: torch.Tensor) -> bool:

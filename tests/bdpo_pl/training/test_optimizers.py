@@ -12,6 +12,7 @@ from ranks import run_ranks
 from training import fit, same, weights
 
 from bdpo_pl.errors import InputError
+from bdpo_pl.models.adapters import LoraOptions, attach_adapters
 from bdpo_pl.parallel.fsdp2 import ShardedStrategy
 from bdpo_pl.training.adafactor import Adafactor
 from bdpo_pl.training.optim import check_optimizer, parameter_groups
@@ -55,6 +56,16 @@ def test_muon_steps_along_an_orthogonal_matrix_of_adams_size(matrix):
     # In the directions of the first mean, which is that of the gradient.
     wanted = torch.linalg.svd(gradients[0], full_matrices=False)
     assert torch.allclose(left @ right, wanted[0] @ wanted[2], atol=0.05)
+
+
+def test_factors_of_adapters_with_an_axis_of_tokens_go_to_adamw_too():
+    model = build_model(tie_word_embeddings=False)
+    attach_adapters(model, LoraOptions(r=2, target_modules=["embed_tokens", "lm_head", "q_proj"]))
+    parameter_groups(model)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    tokens = {name for name, p in trained.items() if model.config.vocab_size in p.shape}
+    assert {name for name, p in trained.items() if not is_hidden_matrix(p)} == tokens
+    assert sorted(name.split(".lora_")[1].split(".")[0] for name in tokens) == ["B", "embedding_A"]
 
 
 def test_muon_gives_tables_and_vectors_to_adamw():
