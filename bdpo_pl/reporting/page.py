@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from urllib.parse import quote
 
 from markupsafe import Markup
 
@@ -32,7 +33,7 @@ class Section:
 
     def links(self, targets: Mapping[str, str]) -> None:
         """Add a list of links: text by target, a path relative to the page."""
-        self.items([element("link", target, text) for target, text in targets.items()])
+        self.items([element("link", quote(target), text) for target, text in targets.items()])
 
     def quote(self, label: str, text: str) -> None:
         """Add a text of the data, with its line breaks."""

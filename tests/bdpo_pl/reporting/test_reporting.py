@@ -205,3 +205,11 @@ def test_what_cannot_be_drawn_is_refused(draw):
 def test_ticks_are_round(low, high, labels):
     assert [label for _, label in ticks(low, high)] == labels
     assert all(low <= value <= high for value, _ in ticks(low, high))
+
+
+def test_a_link_leads_to_a_file_of_any_name():
+    page = Page("Runs", "", {})
+    page.section("Reports").links({"beta=0.1 #2 50%/report.html": "a <run>"})
+    html = page.render()
+    assert 'href="beta%3D0.1%20%232%2050%25/report.html"' in html
+    assert "a &lt;run&gt;" in html
