@@ -96,7 +96,11 @@ def free_port():
 
 
 def serve():
-    """Start the server, if it is not there yet."""
+    """Start the server, if it is not there yet; one of its own processes asks it, and starts no second one."""
+    server = forkserver._forkserver
+    if server._forkserver_pid is None and server._forkserver_address is not None:
+        server.ensure_running = lambda: None
+        return
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [before])])
     try:
