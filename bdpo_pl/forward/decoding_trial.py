@@ -27,7 +27,7 @@ _WITHOUT_EFFECT = frozenset({
     "_from_model_config", "bos_token_id", "cache_implementation", "continuous_batching_config", "do_sample",
     "early_stopping", "eos_token_id", "epsilon_cutoff", "eta_cutoff", "length_penalty", "max_length", "max_new_tokens",
     "min_p", "num_beams", "output_attentions", "output_hidden_states", "output_logits",
-    "output_scores", "pad_token_id", "repetition_penalty", "return_dict_in_generate", "temperature", "top_h", "top_k",
+    "output_scores", "pad_token_id", "prompt_lookup_num_tokens", "repetition_penalty", "return_dict_in_generate", "temperature", "top_h", "top_k",
     "top_p", "transformers_version", "typical_p", "use_cache",
 })  # fmt: skip
 _NEUTRAL: tuple[object, ...] = (None, False, 0, 1.0, [], {})
@@ -99,7 +99,7 @@ def _objection(model: CausalLM, prompts: Sequence[list[int]], pad_id: int) -> st
             alone = model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=_TRIAL_TOKENS, do_sample=False,
                 num_beams=1, use_cache=True, eos_token_id=None, pad_token_id=pad_id, temperature=None, top_p=None,
-                top_k=None, output_scores=True, return_dict_in_generate=True,
+                top_k=None, prompt_lookup_num_tokens=None, output_scores=True, return_dict_in_generate=True,
             )  # fmt: skip
             # The model may end a continuation sooner.
             for row, (scores,) in zip(logits[number], alone.scores, strict=False):  # type: ignore[attr-defined]

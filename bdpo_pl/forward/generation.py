@@ -10,6 +10,7 @@ from itertools import takewhile
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from bdpo_pl.data.chat_template import Conversation, Message, chat_encoder
 from bdpo_pl.data.tokenizer_like import TokenizerLike
@@ -29,13 +30,15 @@ Generated = tuple[int, list[int], bool]
 """Number of a prompt, generated tokens without the stop token, and whether there was one."""
 
 
-# Settings of generation that look at the tokens before, and take padding for some of them → value without effect.
+# Settings of generation that look at the tokens before, or count them, and take padding for some of them → value
+# without effect.
 # `repetition_penalty` does so in some releases of transformers: in 5.14, and not in 5.24.
 _READ_PADDING = {
     "repetition_penalty": 1.0,
     "encoder_repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
     "encoder_no_repeat_ngram_size": 0,
+    "min_length": 0,
 }
 
 
@@ -135,7 +138,7 @@ def generate(
         on_response(number, responses[number])
 
     with _generating(model):
-        in_batches = partial(padded, model, max_new_tokens=max_new_tokens, stops=stops, pad_id=pad_id)
+        in_batches = partial(padded, model, tokenizer, max_new_tokens=max_new_tokens, stops=stops, pad_id=pad_id)
         if objection := why_not_continuous(model, prompts, max_new_tokens, pad_id):
             reads = _reads_padding(model)
             alike = f", and only prompts of equal length are batched, because of {reads}" if reads else ""
@@ -187,11 +190,49 @@ def in_continuous_batches(decoder: Decoder, in_batch: InBatch, prompts: Sequence
             yield done.number, done.tokens, done.finished
 
 
+class _StopStrings:
+    """A condition that ends each response behind one of the model's stop strings, as transformers does.
+
+    Args:
+        tokenizer: tokenizer of the model.
+        strings: one string or several.
+        width: number of tokens of the prompts.
+
+    Attributes:
+        ends: row of the batch → its number of generated tokens when a string first ended it. Padding follows.
+    """
+
+    def __init__(self, tokenizer: TokenizerLike, strings: str | list[str], width: int) -> None:
+        from transformers import StopStringCriteria
+
+        self._found = StopStringCriteria(tokenizer, strings)
+        self._width = width
+        self.ends: dict[int, int] = {}
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **options: object) -> Tensor:
+        """Return which rows end here, (B,) bool."""
+        done: Tensor = self._found(input_ids, scores, **options)
+        for row in done.nonzero().flatten().tolist():
+            self.ends.setdefault(row, input_ids.shape[1] - self._width)
+        return done
+
+
 def padded(
-    model: CausalLM, prompts: Sequence[list[int]], *, max_new_tokens: int, stops: set[int], pad_id: int
+    model: CausalLM,
+    tokenizer: TokenizerLike,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    stops: set[int],
+    pad_id: int,
 ) -> list[tuple[list[int], bool]]:
-    """Return the generated tokens without the stop token, and whether there was one, of each of `prompts`."""
+    """Return the generated tokens without the stop token, and whether there was one, of each of `prompts`.
+
+    A stop string of the model's settings ends a response as well, and remains in it.
+    """
     ids, mask = pad_left(prompts, pad_id, device_of(model))
+    strings = getattr(model.generation_config, "stop_strings", None)
+    at_strings = _StopStrings(tokenizer, strings, ids.shape[1]) if strings else None
     output = model.generate(
         input_ids=ids,
         attention_mask=mask,
@@ -201,14 +242,22 @@ def padded(
         use_cache=True,
         eos_token_id=sorted(stops) or None,
         pad_token_id=pad_id,
+        stop_strings=None,
+        stopping_criteria=[at_strings] if at_strings else None,
+        return_dict_in_generate=False,
+        # It changes no token, and does not go with batches.
+        prompt_lookup_num_tokens=None,
         # Greedy decoding ignores a model's sampling defaults, and would warn about each of them.
         temperature=None,
         top_p=None,
         top_k=None,
     )
-    rows = output[:, ids.shape[1] :].tolist()
-    lengths = [next((k for k, token in enumerate(row) if token in stops), len(row)) for row in rows]
-    return [(row[:length], length < len(row)) for row, length in zip(rows, lengths, strict=True)]
+    found = []
+    for number, row in enumerate(output[:, ids.shape[1] :].tolist()):
+        length = next((k for k, token in enumerate(row) if token in stops), len(row))
+        end = at_strings.ends.get(number, len(row) + 1) if at_strings else len(row) + 1
+        found.append((row[: min(length, end)], length < len(row) or end <= length))
+    return found
 
 
 def _reads_padding(model: CausalLM) -> str:
@@ -264,7 +313,7 @@ def check_fits(model: CausalLM, prompts: Sequence[list[int]], max_new_tokens: in
         )
 
 
-def pad_left(rows: Sequence[list[int]], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_left(rows: Sequence[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return token ids and attention mask of `rows`, padded on the left, so that generation follows the last token."""
     width = max(map(len, rows))
     ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)

@@ -6,7 +6,7 @@ import lightning as L
 import torch
 from children import free_port, start
 from lightning.pytorch.loggers import CSVLogger
-from training import adamw
+from training import fused_adamw
 
 from bdpo_pl.parallel.fsdp2 import ShardedStrategy
 from bdpo_pl.parallel.state import whole_state
@@ -76,7 +76,7 @@ def train(
     module = PreferenceModule(
         str(folder / model),
         **{
-            "optimizer": adamw,
+            "optimizer": fused_adamw,
             "scoring": ScoringOptions(cache_dir=str(folder / "cache" / (cache or name)), chunk_pairs=8),
             **options,
         },

@@ -4,11 +4,11 @@ from functools import partial
 
 from sharded_jobs import train
 from sharded_ranks import checkpoint_at, keep
-from training import adamw
+from training import fused_adamw
 
 from bdpo_pl.training.schedule_free import ScheduleFreeAdamW
 
-OPTIMIZERS = {"adamw": adamw, "free": partial(ScheduleFreeAdamW, lr=5e-3, weight_decay=0.1, eps=1e-6)}
+OPTIMIZERS = {"adamw": fused_adamw, "free": partial(ScheduleFreeAdamW, lr=5e-3, weight_decay=0.1, eps=1e-6)}
 STRATEGIES = ("fsdp2", "tp")
 
 
