@@ -68,8 +68,8 @@ def parts_equal_the_whole(rank):
                 batch = lay_out(pair_documents(pairs), layout, 0)
                 if pairs is PAIRS:
                     batch = parts_of(batch, torch.tensor([1, 2, 1, 2]))
+                expected, gradients = read(model, lambda b=batch, m=model: response_logps(m, b))
                 for fused in (False, True):
-                    expected, gradients = read(model, lambda b=batch, m=model: response_logps(m, b))
                     found, parts = read(model, lambda b=batch, m=model, f=fused: logps_together(m, b, group, fused=f))
                     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
                     for key, gradient in gradients.items():
