@@ -5,11 +5,19 @@ import inspect
 import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import LocalTokenNotFoundError
+from huggingface_hub.utils import get_session
 
 from bdpo_pl.cli import aligning
 from bdpo_pl.errors import InputError, MachineError
 from bdpo_pl.fit import main
 from bdpo_pl.training.hub import HubUpload
+
+
+def cut():
+    """The error of the client that huggingface_hub speaks through: httpx's, which is no OSError, or requests'."""
+    client = type(get_session()).__module__.partition(".")[0]
+    package = __import__(client)
+    return getattr(package, "ConnectError", getattr(package, "ConnectionError", None))("the line is cut")
 
 
 class Hub:
@@ -74,9 +82,14 @@ def test_a_hub_that_refuses_ends_the_run_before_it_trains(command, tmp_path, cap
     assert not (tmp_path / "runs" / "version_0" / "metrics.csv").exists()
 
 
+def test_a_hub_that_cannot_be_reached_is_an_error_that_says_what_to_do():
+    with pytest.raises(InputError, match=r"no repository me/safe \(the line is cut\).*leave push_to_hub out"):
+        HubUpload("me/safe", True, Hub(refuses=cut())).make_repository()
+
+
 def test_an_upload_that_fails_leaves_a_whole_run_and_says_how_to_repeat_it(command, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        command(Hub(breaks=OSError("the line is cut")), "--push_to_hub=me/safe")
+        command(Hub(breaks=cut()), "--push_to_hub=me/safe")
     assert stopped.value.code == 4
     said = " ".join(capsys.readouterr().err.split())
     assert "failed (the line is cut). Repeat it with: hf upload me/safe" in said
