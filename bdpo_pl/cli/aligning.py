@@ -44,6 +44,7 @@ from bdpo_pl.training.summary import (
     none_before,
     not_all_measured,
     not_all_trained,
+    not_reported,
     remark_line,
     remarks,
     summary_rows,
@@ -139,24 +140,28 @@ def _align(cli: FitCLI, checkpoint: str | None, start: float, upload: HubUpload 
         said.insert(0, no_step_taken(module.global_step))
     (folder / "summary.json").write_text(json.dumps({"rows": rows, "said": said}, ensure_ascii=False), encoding="utf-8")
     taken = time.perf_counter() - start
-    curves = read_curves(paths["metrics"])
     device = str(trainer.strategy.root_device)
     title = f"{card.base}, {card.loss}"
-    completions = read_rows(folder) if sampled.num_prompts else []
-    shown = (list(sets), completions, sampled.show_texts, single)
-    page = run_page(title, card.facts, rows, said, curves, device, taken, *shown)
-    page.write(folder / "report.html")
+    try:
+        curves = read_curves(paths["metrics"])
+        completions = read_rows(folder) if sampled.num_prompts else []
+        shown = (list(sets), completions, sampled.show_texts, single)
+        page = run_page(title, card.facts, rows, said, curves, device, taken, *shown)
+        page.write(paths["report of the run"])
+    except Exception as error:  # a page that fails must not cost the steps after it
+        said.append(not_reported(error))
+        del paths["report of the run"]
     console = get_console()
     console.print(summary_table(*results, **counted))
     for level, sentence in said:
         console.print(remark_line(level, sentence))
     console.print(paths_table(paths))
+    log_files(trainer.loggers, [paths[name] for name in ("report of the run", "configuration") if name in paths])
     if upload is not None:
-        # Last of all: whatever happens to it, the run is complete.
+        # After all else: whatever happens to it, the run is complete.
         sent = paths.get("aligned model", paths.get("adapter"))
         assert sent is not None
         console.print(f"Uploaded to {upload.send(sent, title)}")
-    log_files(trainer.loggers, [paths["report of the run"], paths["configuration"]])
     steps = module.global_step
     console.print(f"Done in {seconds(taken)}, {steps} {plural(steps, 'optimiser step')}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import transformers
 from bdpo_pl import __version__
 from bdpo_pl.data.held_out import HELD_OUT
 from bdpo_pl.reporting import Finding, Line, Page, Section, Table, line_chart
+from bdpo_pl.reporting.format import plural
 from bdpo_pl.training.completions_file import Row
 from bdpo_pl.training.completions_section import add_completions
 from bdpo_pl.training.single_words import worded
@@ -143,12 +145,29 @@ def _curves(
         metrics = [name.partition("/")[2] for _, name in names if name.startswith(f"{HELD_OUT}/")][:1]
         if title != "Drift from the reference":
             names += tuple((f"held-out, {one}", f"{HELD_OUT}/{one}/{metric}") for metric in metrics for one in sets[1:])
-        lines = {
-            worded(label, single): Line(*curves[name]) for label, name in names if len(curves.get(name, ((),))[0]) > 1
-        }
+        lines: dict[str, Line] = {}
+        left_out = 0
+        for label, name in names:
+            line, without = _finite(*curves.get(name, ((), ())))
+            left_out += without
+            if len(line.x) > 1:
+                lines[worded(label, single)] = line
         if lines:
             shown, y_shown, said = (worded(text, single) for text in (title, y_label, caption))
+            if left_out:
+                said = f"{said} Not drawn, because not finite: {left_out} {plural(left_out, 'value')}.".strip()
             section.figure(line_chart(shown, lines, "optimiser step", y_shown, caption=said))
             drawn = True
     if not drawn:
         section.text("Too few steps were logged to draw a line; see trainer.log_every_n_steps.")
+
+
+def _finite(steps: Sequence[float], values: Sequence[float]) -> tuple[Line, int]:
+    """Return the line of the finite values, and the number of the others, such as the norm of a step that overflowed.
+
+    Args:
+        steps: optimiser steps.
+        values: value at each step.
+    """
+    kept = [(step, value) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
+    return Line([step for step, _ in kept], [value for _, value in kept]), len(values) - len(kept)

@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from bdpo_pl.errors import first_line
 from bdpo_pl.reporting.format import fixed, percent, signed, signed_percent, whole
 from bdpo_pl.statistics import Interval, wilson
 from bdpo_pl.training.metrics import SHARES
@@ -206,6 +207,12 @@ def none_before(what: str, changed: Iterable[str]) -> tuple[str, str]:
     """Return the remark about a resumed run whose values of `what` before training are of another measurement."""
     sentence = f"No value before training is shown for {what}: before it was resumed, the run measured something else "
     return "notice", f"{sentence}({', '.join(changed)})."
+
+
+def not_reported(error: Exception) -> tuple[str, str]:
+    """Return the remark about a report that could not be written because of `error`."""
+    sentence = f"The report was not written ({type(error).__name__}: {first_line(error)}). "
+    return "warning", sentence + "All else is: the table is in summary.json, the curves are in metrics.csv."
 
 
 def remark_line(level: str, sentence: str) -> Text:

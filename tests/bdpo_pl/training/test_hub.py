@@ -82,6 +82,21 @@ def test_a_hub_that_refuses_ends_the_run_before_it_trains(command, tmp_path, cap
     assert not (tmp_path / "runs" / "version_0" / "metrics.csv").exists()
 
 
+def test_a_report_that_fails_does_not_cost_the_upload(command, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise ValueError("no such axis")
+
+    monkeypatch.setattr(aligning, "run_page", fail)
+    hub, logged = Hub(), []
+    monkeypatch.setattr(aligning, "log_files", lambda _, files: logged.extend(file.name for file in files))
+    command(hub, "--push_to_hub=me/safe")
+    assert [call[0] for call in hub.calls] == ["create", "upload"]
+    assert logged == ["config.yaml"]
+    said = " ".join(capsys.readouterr().out.split())
+    assert "warning: The report was not written (ValueError: no such axis)" in said
+    assert "report of the run" not in said
+
+
 def test_a_hub_that_cannot_be_reached_is_an_error_that_says_what_to_do():
     with pytest.raises(InputError, match=r"no repository me/safe \(the line is cut\).*leave push_to_hub out"):
         HubUpload("me/safe", True, Hub(refuses=cut())).make_repository()

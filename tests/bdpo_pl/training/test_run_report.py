@@ -35,6 +35,16 @@ def test_a_run_too_short_for_a_line_says_so():
     assert "Too few steps" in page({"train/loss": ([1.0], [0.6])}).render()
 
 
+def test_values_that_are_not_finite_are_counted_and_not_drawn(tmp_path):
+    """Under 16-mixed the norm of a step that the scaler skips is infinite."""
+    (tmp_path / "metrics.csv").write_text("step,train/grad_norm,train/lr\n0,inf,0.1\n1,2.5,0.2\n2,nan,0.3\n3,2.0,0.4\n")
+    text = page(read_curves(tmp_path / "metrics.csv")).render()
+    assert text.count("<figure") == 2
+    assert text.count("Not drawn, because not finite: 2 values.") == 1
+    alone = page({"train/grad_norm": ([0.0, 1.0], [float("inf"), 1.0])}).render()
+    assert "Too few steps" in alone
+
+
 def test_page_is_whole_at_any_width_in_light_and_dark(tmp_path):
     names = ("train/loss", "held_out/loss", "train_probe/margin", "held_out/margin", "gap/margin",
              "held_out/drift_chosen", "held_out/drift_rejected", "train/weight_chosen", "train/lr")  # fmt: skip
