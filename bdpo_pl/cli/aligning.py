@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from bdpo_pl.cli.job import FitCLI, parse_options
 from bdpo_pl.console import get_console, paths_table
 from bdpo_pl.errors import InputError, StoppedError
 from bdpo_pl.files import RunFolder
+from bdpo_pl.models.checkpoint import read_checkpoint
 from bdpo_pl.parallel.state import whole_state
 from bdpo_pl.reporting.format import plural, seconds
 from bdpo_pl.training.callbacks import LastCheckpoint
@@ -45,6 +47,7 @@ from bdpo_pl.training.summary import (
     not_all_measured,
     not_all_trained,
     not_reported,
+    of_another_step,
     remark_line,
     remarks,
     summary_rows,
@@ -99,13 +102,16 @@ def _align(cli: FitCLI, checkpoint: str | None, start: float, upload: HubUpload 
     probe: SafetyProbe = cli.config_init.safety
     sampled: LogCompletions = cli.config_init.completions
     held_out = module.splits.held_out_pairs
-    sets = measured_pairs(module.intervals.get(module.global_step, {}), held_out)
+    last = module.global_step
+    exported = _choose(cli.config_init.checkpoint, module) if cli.config.export_from == "best" else _Exported(last)
+    step, best = exported.step, exported.path
+    sets = measured_pairs(module.intervals.get(step, module.intervals.get(last, {})), held_out)
     pairs = next(iter(sets.values()), None)
-    results = module.evaluations, module.global_step, probe.before, probe.after
+    results = module.evaluations, step, probe.before, probe.after if step == last else probe.measured.get(step, {})
     counted: Any = {"intervals": module.intervals, "pairs": pairs, "prompts": probe.counts, "sets": sets}
     counted["single"] = single = module.loss.needs_labels
     rows = summary_rows(*results, **counted)
-    card = describe(trainer, module, data, rows, bool(probe.suites))
+    card = describe(trainer, module, data, rows, pairs, bool(probe.suites), exported.said)
     paths = {"report of the run": folder / "report.html", "configuration": folder / "config.yaml"}
     paths["metrics"] = folder / "metrics.csv"
     if sampled.num_prompts:
@@ -117,11 +123,10 @@ def _align(cli: FitCLI, checkpoint: str | None, start: float, upload: HubUpload 
                 name = "best checkpoint"
             paths[name] = Path(callback.best_model_path)
     if cli.config.export:
-        best = _best(cli.config_init.checkpoint, module) if cli.config.export_from == "best" else None
         paths["aligned model"] = export_model(module, data.tokenizer, folder / "model", state, best, card.text())
     if cli.config.export_adapter and module.lora is not None:
         assert state is not None
-        paths["adapter"] = export_adapters(module, folder / "adapter", state, card.of_adapter().text())
+        paths["adapter"] = export_adapters(module, folder / "adapter", state, best, card.of_adapter().text())
     for logger in trainer.loggers:
         if isinstance(logger, CSVLogger):
             logger.save()
@@ -133,11 +138,14 @@ def _align(cli: FitCLI, checkpoint: str | None, start: float, upload: HubUpload 
         said.append(none_before(f"{', '.join(probe.left_out)} prompts", dict.fromkeys(probe.left_out.values())))
     if pairs is not None and sets != held_out:
         said.insert(0, not_all_measured(pairs, next(iter(held_out.values())), "answer" if single else "pair"))
-    share = data.trained_share(module.global_step)
-    if 0 < share < 1 and "gap/margin" in module.evaluations.get(module.global_step, {}):
-        said.insert(0, not_all_trained(share))
-    if module.global_step in (module.resumed_at, 0):
-        said.insert(0, no_step_taken(module.global_step))
+    share = data.trained_share(step)
+    if 0 < share < 1 and "gap/margin" in module.evaluations.get(step, {}):
+        said.insert(0, not_all_trained(share, "The run" if step == last else "What is exported"))
+    if step != last:
+        complete = step in module.evaluations and all(row[-1] != "–" for row in rows)
+        said.insert(0, of_another_step(exported.said, complete))
+    if last in (module.resumed_at, 0):
+        said.insert(0, no_step_taken(last))
     (folder / "summary.json").write_text(json.dumps({"rows": rows, "said": said}, ensure_ascii=False), encoding="utf-8")
     taken = time.perf_counter() - start
     device = str(trainer.strategy.root_device)
@@ -162,26 +170,48 @@ def _align(cli: FitCLI, checkpoint: str | None, start: float, upload: HubUpload 
         sent = paths.get("aligned model", paths.get("adapter"))
         assert sent is not None
         console.print(f"Uploaded to {upload.send(sent, title)}")
-    steps = module.global_step
-    console.print(f"Done in {seconds(taken)}, {steps} {plural(steps, 'optimiser step')}")
+    console.print(f"Done in {seconds(taken)}, {last} {plural(last, 'optimiser step')}")
 
 
 def _is_plain(module: PreferenceModule, trainer: L.Trainer) -> bool:
     return module.lora is None and not isinstance(trainer.strategy, ModelParallelStrategy)
 
 
-def _best(chosen: ModelCheckpoint, module: PreferenceModule) -> Path | None:
-    """Return the path of the best checkpoint by the options of the command, not by a callback of the user's own.
+@dataclass(frozen=True)
+class _Exported:
+    """The weights that are exported.
 
-    None: the weights at the end are better. They are no candidates of Lightning's if the last validation was before.
+    Attributes:
+        step: optimiser step that they are of.
+        path: checkpoint that holds them; None: they are the last ones.
+        said: which they are, if they were chosen.
     """
-    at_end = module.evaluations.get(module.global_step, {}).get(str(chosen.monitor))
+
+    step: int
+    path: Path | None = None
+    said: str = ""
+
+
+def _choose(chosen: ModelCheckpoint, module: PreferenceModule) -> _Exported:
+    """Return the best weights by the options of the command, not by a callback of the user's own.
+
+    Those at the end may be the best ones. They are no candidates of Lightning's if the last validation was before.
+    """
+    monitor, last = str(chosen.monitor), module.global_step
+    at_end = module.evaluations.get(last, {}).get(monitor)
     before = None if chosen.best_model_score is None else float(chosen.best_model_score)
     if at_end is not None and (before is None or (at_end < before if chosen.mode == "min" else at_end > before)):
-        return None
+        return _Exported(last, None, _which(last, last, monitor, at_end))
     if chosen.best_model_path:
-        return Path(chosen.best_model_path)
+        path = Path(chosen.best_model_path)
+        step = int(read_checkpoint(path)["global_step"])
+        return _Exported(step, path, _which(step, last, monitor, before))
     raise InputError(
         "export_from is best, but no validation chose a checkpoint: lower trainer.val_check_interval, or resume with "
         "--ckpt_path last --export_from last"
     )
+
+
+def _which(step: int, last: int, monitor: str, score: float | None) -> str:
+    by = monitor if score is None else f"{monitor} {score:.4g}"
+    return f"those of step {step:,} of {last:,}, the best by {by}"

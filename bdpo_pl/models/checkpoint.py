@@ -52,6 +52,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return saved
 
 
+def policy_state(saved: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the policy's weights in a checkpoint from `read_checkpoint`, by their names in the policy."""
+    weights = saved["state_dict"].items()
+    return {name.removeprefix(_PREFIX): value for name, value in weights if name.startswith(_PREFIX)}
+
+
 def require_same_reading(path: Path, tokenizer: TokenizerLike, name: str) -> None:
     """Raise `InputError` if the run of a checkpoint read its pairs in another way than `tokenizer` reads prompts.
 
@@ -128,9 +134,7 @@ def checkpoint_model(path: Path, source: ModelSource, dtype: torch.dtype) -> Cau
         InputError: the checkpoint cannot be read, or its weights are not those of a model like `source`.
     """
     saved = read_checkpoint(path)
-    state = {
-        name.removeprefix(_PREFIX): value for name, value in saved["state_dict"].items() if name.startswith(_PREFIX)
-    }
+    state = policy_state(saved)
     lora = saved["bdpo_pl"]["lora"]
     if lora is not None:
         return plain_model(source, dtype, state, LoraOptions.from_saved(lora, saved["bdpo_pl"].get("adapter_config")))

@@ -12,7 +12,7 @@ from bdpo_pl.data.tokenizer_like import TokenizerLike
 from bdpo_pl.files import write_whole_folder
 from bdpo_pl.models.adapter_export import export_adapter
 from bdpo_pl.models.causal_lm import CausalLM
-from bdpo_pl.models.checkpoint import checkpoint_model, plain_model
+from bdpo_pl.models.checkpoint import checkpoint_model, plain_model, policy_state, read_checkpoint
 from bdpo_pl.models.loading import ModelSource, load_model, processor_files
 from bdpo_pl.training.module import PreferenceModule
 
@@ -74,15 +74,20 @@ def export_model(
     return export_policy(policy, tokenizer, _free(folder), card, module.source)
 
 
-def export_adapters(module: PreferenceModule, folder: Path, state: dict[str, Tensor], card: str | None = None) -> Path:
+def export_adapters(
+    module: PreferenceModule, folder: Path, state: dict[str, Tensor], best: Path | None, card: str | None = None
+) -> Path:
     """Export the adapters in `state` to `folder` or the next free name; return the folder.
 
     Args:
         module: module after training.
         folder: folder to write.
         state: weights from `whole_state`.
+        best: checkpoint whose adapters are exported instead of those in `state`.
         card: text of the README, instead of peft's empty one.
     """
+    if best is not None:
+        state = policy_state(read_checkpoint(best))
     lora, base = module.lora, load_model(module.source, module.dtype_used)
     assert lora is not None
 

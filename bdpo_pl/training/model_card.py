@@ -35,7 +35,7 @@ class ModelCard:
         papers: arXiv numbers of the papers of the loss.
         facts: further facts by name.
         rows: rows of the final table: measure, number, before and after.
-        pairs: number of held-out pairs; None without held-out pairs.
+        pairs: number of held-out pairs that were measured; None without held-out pairs.
         safety: true if refusals were measured.
         adapter: true if the folder contains only adapters.
         unit: name of what was trained on, pairs or answers.
@@ -81,7 +81,9 @@ def describe(
     module: PreferenceModule,
     data: PreferenceDataModule,
     rows: Sequence[Sequence[str]],
+    pairs: int | None,
     safety: bool,
+    weights: str = "",
 ) -> ModelCard:
     """Make the card of a finished run.
 
@@ -90,10 +92,11 @@ def describe(
         module: module of the run.
         data: data module of the run.
         rows: rows of the final table.
+        pairs: number of held-out pairs that were measured; None without held-out pairs.
         safety: true if refusals were measured.
+        weights: which weights are exported, if they were chosen.
     """
     name = module.source.name
-    held_out = data.tables.get("held_out")
     base = Path(name).name if Path(name).exists() else name
     loss, single = settings_of(module.loss), module.loss.needs_labels
     return ModelCard(
@@ -109,9 +112,10 @@ def describe(
             )
             or "none",
             **run_settings(trainer, module, data),
+            **({"weights": weights} if weights else {}),
         },
         rows,
-        None if held_out is None else len(held_out),
+        pairs,
         safety,
         unit="answers" if single else "pairs",
     )

@@ -60,6 +60,9 @@ class SafetyProbe(L.Callback):
     Attributes:
         left_out: what has changed in a resumed run, by the name of each suite whose rate before training is therefore
             left out.
+        before: refusal rates before training, by name.
+        after: those after training.
+        measured: those of each optimiser step at which this run has measured.
         on_answers: function that is called on each rank with the Trainer, a suite's name, this rank's prompts of it and
             the responses to them, at each measurement.
 
@@ -90,6 +93,7 @@ class SafetyProbe(L.Callback):
         self.on_answers: OnAnswers = lambda *_: None
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
+        self.measured: dict[int, dict[str, float]] = {}
         self._latest: dict[str, float] = {}
         self._latest_step: int | None = None
 
@@ -228,6 +232,7 @@ class SafetyProbe(L.Callback):
             refused = torch.tensor(float(sum(map(is_refusal, responses))), device=pl_module.device)
             total = refused if together else trainer.strategy.reduce(refused, reduce_op="sum")
             rates[name] = float(total) / len(suite.prompts)
+        self.measured[trainer.global_step] = _labelled(rates)
         return rates
 
 

@@ -68,7 +68,7 @@ def summary_table(
 
     Args:
         evaluations: validation results by optimiser step.
-        final_step: last optimiser step of the run.
+        final_step: optimiser step of the weights after training: the last one, or that of the exported checkpoint.
         rates_before: refusal rates before training, by name.
         rates_after: refusal rates after training, by name.
         intervals: 95 % intervals of the validation results, by optimiser step.
@@ -188,10 +188,21 @@ def not_all_measured(measured: int, pairs: int, unit: str) -> tuple[str, str]:
     return "notice", sentence + "limits them (trainer.limit_val_batches, overfit_batches or fast_dev_run)."
 
 
-def not_all_trained(share: float) -> tuple[str, str]:
-    """Return the remark about the gap of a run that trained on a `share` of an epoch only."""
-    sentence = f"The run trained on {percent(share, 0)} of an epoch, and the gap is measured on pairs of all of it. "
+def not_all_trained(share: float, subject: str = "The run") -> tuple[str, str]:
+    """Return the remark about the gap of a run, or of other weights, that trained on a `share` of an epoch only."""
+    sentence = f"{subject} trained on {percent(share, 0)} of an epoch, and the gap is measured on pairs of all of it. "
     return "notice", sentence + "On those trained on it is larger: give the run these alone (data.train, limit)."
+
+
+def of_another_step(weights: str, measured: bool) -> tuple[str, str]:
+    """Return the remark about a run that exports other weights than its last ones.
+
+    Args:
+        weights: which weights are exported.
+        measured: true if all that the table has was measured on them.
+    """
+    sentence = f"The exported weights are {weights}. The column after is of these, not of the last ones."
+    return "notice", sentence if measured else f"{sentence} A dash: this run did not measure it at that step."
 
 
 def no_step_taken(step: int) -> tuple[str, str]:

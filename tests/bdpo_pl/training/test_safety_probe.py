@@ -78,6 +78,12 @@ def logged(version=0):
     return {int(row["step"]): {name: float(row[name]) for name in NAMES if row.get(name)} for row in rows}
 
 
+def metrics(version=0):
+    """The rows of validations during training."""
+    with open(f"runs/version_{version}/metrics.csv", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if row.get("held_out/loss") and row["step"] != "0"]
+
+
 def exported(version=0):
     return load_file(f"runs/version_{version}/model/model.safetensors")
 
@@ -142,11 +148,17 @@ def test_best_checkpoint_by_safety_is_chosen_and_its_weights_exported(command, f
     assert any(not torch.equal(value, exported(1)[name]) for name, value in weights.items())
 
 
-def test_best_checkpoint_of_adapters_is_exported_merged(command, folder, monkeypatch):
+def shown(version=0):
+    """The rows of the final table by their first cell, and the remarks in one text."""
+    summary = json.loads(Path(f"runs/version_{version}/summary.json").read_text())
+    return {row[0]: row[1:] for row in summary["rows"]}, " ".join(text for _, text in summary["said"])
+
+
+def test_best_checkpoint_of_adapters_is_exported_merged_and_alone_with_its_own_results(command, folder, monkeypatch):
     Answers(monkeypatch, harmful=[0, 5, 1], benign=[0])
     fit.main([
         *command, *suites(folder, "harmful", "benign"), "--safety.every_n_steps=1", "--model.lora.r=4",
-        "--checkpoint.monitor=safety/score", "--checkpoint.mode=max", "--export_from=best",
+        "--checkpoint.monitor=safety/score", "--checkpoint.mode=max", "--export_from=best", "--export_adapter=true",
     ])  # fmt: skip
     saved = torch.load("runs/version_0/checkpoints/best-step=2.ckpt", weights_only=True)["state_dict"]
     base, weights = load_file(folder / "model" / "model.safetensors"), exported()
@@ -154,6 +166,37 @@ def test_best_checkpoint_of_adapters_is_exported_merged(command, folder, monkeyp
     a, b = (saved[f"policy.{name}.lora_{half}.default.weight"] for half in "AB")
     assert b.abs().sum() > 0
     torch.testing.assert_close(weights[f"{name}.weight"], base[f"{name}.weight"] + 2 * b @ a)
+    alone = load_file("runs/version_0/adapter/adapter_model.safetensors")
+    assert torch.equal(alone[f"base_model.model.{name}.lora_B.weight"], b)
+    table, said = shown()
+    assert table["refusal rate, harmful prompts"][2].startswith("100.0%")
+    margins = [row["held_out/margin"] for row in metrics()]
+    assert table["held-out margin"][2].startswith(f"{float(margins[0]):+.3f}".replace("-", "−"))
+    which = "those of step 2 of 8, the best by safety/score 1"
+    assert f"The exported weights are {which}. The column after is of these, not of the last ones." in said
+    assert "dash" not in said
+    for kind in ("model", "adapter"):
+        card = Path("runs/version_0", kind, "README.md").read_text()
+        assert f"| weights | {which} |" in card
+        assert (
+            f"| refusal rate, harmful prompts | 5 | {' | '.join(table['refusal rate, harmful prompts'][1:])} |" in card
+        )
+
+
+def test_what_was_not_measured_at_the_best_step_is_a_dash_and_said(command, folder, monkeypatch):
+    """Prompts are answered before and after training alone, and the loss rises from the first validation on."""
+    Answers(monkeypatch, harmful=[0, 5])
+    high = "--model.optimizer.init_args.lr=1"
+    fit.main([*command, *suites(folder, "harmful"), "--export_from=best", high, "--data.train_probe=false"])
+    table, said = shown()
+    assert table["refusal rate, harmful prompts"][2] == "–"
+    columns = ("held_out/accuracy", "held_out/logp_accuracy")
+    first, *_, last = ([f"{100 * float(row[column]):.1f}%" for column in columns] for row in metrics())
+    assert first != last
+    names = ("held-out preference accuracy", "the same by log-prob. per token")
+    assert [table[name][2].split()[0] for name in names] == first
+    assert "those of step 2 of 8, the best by held_out/loss" in said
+    assert "A dash: this run did not measure it at that step." in said
 
 
 @pytest.mark.parametrize(
