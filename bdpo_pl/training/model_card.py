@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +24,11 @@ from bdpo_pl.training.summary import FEW_PAIRS
 _TEMPLATES = Environment(  # noqa: S701 - Markdown, whose cells are escaped below
     loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True
 )
+_NO_OPTION = ("_", "needs_", "initial_")
+_OF_RUN = re.compile(r"model(-\d+)?")
+_MERGED = ", merged"
+_RENAMED = {"weights": "factors"}
+_UNKNOWN = object()
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,7 @@ class ModelCard:
     """The contents of a card.
 
     Attributes:
-        base: name of the base model; for a folder only the last part of its path, because the rest may be private.
+        base: name of the base model; for a folder only the end of its path, because the rest may be private.
         hub_name: name of the base model on the hub, if it has one.
         loss: loss with its settings.
         papers: arXiv numbers of the papers of the loss.
@@ -72,8 +79,11 @@ class ModelCard:
         )
 
     def of_adapter(self) -> ModelCard:
-        """Return the card of the adapters."""
-        return replace(self, adapter=True)
+        """Return the card of the adapters, which are merged into nothing."""
+        facts = {
+            name: value.removesuffix(_MERGED) if name == "trained" else value for name, value in self.facts.items()
+        }
+        return replace(self, adapter=True, facts=facts)
 
 
 def describe(
@@ -97,7 +107,7 @@ def describe(
         weights: which weights are exported, if they were chosen.
     """
     name = module.source.name
-    base = Path(name).name if Path(name).exists() else name
+    base = base_name(name)
     loss, single = settings_of(module.loss), module.loss.needs_labels
     return ModelCard(
         base,
@@ -125,12 +135,15 @@ def run_settings(trainer: L.Trainer, module: PreferenceModule, data: PreferenceD
     """Return the settings of a run, by name."""
     optimizer = trainer.optimizers[0]
     group = optimizer.param_groups[0]
-    batch = f"{data.batch_size} pairs" if data.max_tokens_per_batch is None else f"{data.max_tokens_per_batch:,} tokens"
+    unit = "answers" if module.loss.needs_labels else "pairs"
+    batch = (
+        f"{data.batch_size} {unit}" if data.max_tokens_per_batch is None else f"{data.max_tokens_per_batch:,} tokens"
+    )
     batches = trainer.accumulate_grad_batches * data_ranks(trainer)[1]
     lora = module.lora
     return {
         "loss": settings_of(module.loss),
-        "trained": "all weights" if lora is None else f"{lora.described}, merged",
+        "trained": "all weights" if lora is None else f"{lora.described}{_MERGED}",
         "optimiser": f"{chosen_name(optimizer)}, learning rate {group.get('initial_lr', group['lr']):g}, "
         f"{module.lr_schedule} schedule, warm-up {module.warmup_ratio:.0%}, weight decay "
         f"{group.get('weight_decay', 0):g}",
@@ -141,9 +154,52 @@ def run_settings(trainer: L.Trainer, module: PreferenceModule, data: PreferenceD
 
 
 def settings_of(loss: PreferenceLoss) -> str:
-    """Format a loss with its settings, as a call of its constructor."""
-    given = ", ".join(f"{k}={v}" for k, v in vars(loss).items() if not k.startswith(("_", "needs_", "initial_")))
-    return f"{type(loss).__name__}({given})"
+    """Format a loss with its settings, as a call of its constructor, with the losses that it is built from."""
+    options = {name: _kept(loss, name) for name in inspect.signature(type(loss)).parameters}
+    if _UNKNOWN in options.values():
+        # A loss of someone's own may keep its arguments under other names.
+        options = {k.lstrip("_"): v for k, v in vars(loss).items() if not k.startswith(_NO_OPTION) or _is_inner(v)}
+    measured = loss.state_dict()
+    said = [
+        f"{k}={_value(v)}" + (f" (measured: {measured[k]:.4g})" if k in measured else "") for k, v in options.items()
+    ]
+    return f"{type(loss).__name__}({', '.join(said)})"
+
+
+def _kept(loss: PreferenceLoss, name: str) -> object:
+    """Return the argument `name` of a loss's constructor, from where the loss keeps it; `_UNKNOWN` if it does not."""
+    own = vars(loss)
+    parts = own.get("_parts", ())
+    if name == "losses" and parts:
+        return parts
+    if name == "loss" and "_loss" not in own and len(parts) == 1:
+        return parts[0]
+    # A sum keeps its weights under another name, and what balances a loss is a part of its own.
+    places = [(own, _RENAMED.get(name, name)), (own, f"_{name}"), *((vars(part), name) for part in parts)]
+    return next((place[key] for place, key in places if key in place), _UNKNOWN)
+
+
+def _is_inner(value: object) -> bool:
+    """Return true for a loss, or for several."""
+    several = isinstance(value, list | tuple)
+    return isinstance(value, PreferenceLoss) or (several and any(isinstance(v, PreferenceLoss) for v in value))
+
+
+def _value(value: object) -> str:
+    if isinstance(value, PreferenceLoss):
+        return settings_of(value)
+    return f"[{', '.join(map(_value, value))}]" if isinstance(value, list | tuple) else str(value)
+
+
+def base_name(name: str) -> str:
+    """Return what a card calls a base model: a folder by its own name, `model` and `model-2` of a run by the run's."""
+    path = Path(name)
+    if not path.exists():
+        return name
+    parent = path.absolute().parent.name
+    if not parent or not _OF_RUN.fullmatch(path.name):
+        return path.name
+    return parent if path.name == "model" else f"{parent}/{path.name}"
 
 
 def _source(source: str) -> str:

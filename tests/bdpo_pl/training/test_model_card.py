@@ -1,5 +1,6 @@
 """What the card of an exported model cites: the papers of the loss that was used, and the software."""
 
+import inspect
 import re
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import yaml
 
 from bdpo_pl import losses
 from bdpo_pl.losses import BalancedDPOLoss, BalancedLoss, DPOLoss, IPOLoss, LDLoss, SFTLoss, WeightedSum, WPOLoss
-from bdpo_pl.training.model_card import ModelCard, settings_of
+from bdpo_pl.training.model_card import ModelCard, base_name, settings_of
 
 BDPO, DPO, RPO, IPO = "2603.22829", "2305.18290", "2404.19733", "2310.12036"
 CITATION = Path(__file__).parents[3] / "CITATION.cff"
@@ -80,6 +81,78 @@ def test_a_card_cites_the_papers_of_its_loss_and_no_others(loss, papers):
             assert word not in text
     if not papers:
         assert f"`{type(loss).__name__}`, names no paper" in text
+
+
+class Renamed(DPOLoss):
+    """A loss that keeps an argument under another name."""
+
+    def __init__(self, inner, strength=2.0):
+        super().__init__()
+        self.inner, self.k = inner, strength
+
+
+BALANCE = "tau=0.7, weighting=softmax, estimator=pmi, scale=2.0, max_weight_ratio=None"
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        (
+            WeightedSum([DPOLoss(beta=0.3), SFTLoss()], [1.0, 0.2]),
+            "WeightedSum(losses=[DPOLoss(beta=0.3, label_smoothing=0.0, sft_weight=0.0), SFTLoss()], "
+            "weights=[1.0, 0.2])",
+        ),
+        (BalancedLoss(IPOLoss(0.2), tau=0.7), f"BalancedLoss(loss=IPOLoss(beta=0.2), {BALANCE})"),
+        (
+            LDLoss(BalancedLoss(IPOLoss(0.2), tau=0.7), 0.4),
+            f"LDLoss(loss=BalancedLoss(loss=IPOLoss(beta=0.2), {BALANCE}), alpha=0.4)",
+        ),
+        (WPOLoss(SFTLoss()), "WPOLoss(loss=SFTLoss())"),
+        (losses.KTOLoss(0.2), "KTOLoss(beta=0.2, desirable_weight=1.0, undesirable_weight=1.0)"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_loss_is_shown_as_a_call_of_its_constructor(loss, said):
+    assert settings_of(loss) == said
+
+
+def test_all_arguments_of_our_losses_are_found():
+    for name in losses.__all__:
+        kind = getattr(losses, name)
+        if name.endswith("Loss") and name not in ("PreferenceLoss", "BalancedLoss", "LDLoss", "WPOLoss"):
+            options = inspect.signature(kind).parameters
+            assert re.findall(r"(\w+)=", settings_of(kind())) == list(options)
+
+
+def test_a_loss_of_ones_own_shows_all_that_it_keeps():
+    said = settings_of(Renamed(IPOLoss(0.2), 3.0))
+    assert "inner=IPOLoss(beta=0.2)" in said
+    assert "k=3.0" in said
+    assert "beta=0.1" in said
+
+
+def test_tau_that_was_measured_is_shown():
+    for loss in (BalancedDPOLoss(tau="auto"), BalancedLoss(IPOLoss(), tau="auto")):
+        loss.load_state_dict({"tau": 0.31234})
+        assert "tau=auto (measured: 0.3123)," in settings_of(loss)
+    both = WeightedSum([BalancedDPOLoss(tau="auto"), SFTLoss()])
+    both.load_state_dict({"0.tau": 0.5})
+    assert "tau=auto (measured: 0.5)," in settings_of(both)
+
+
+def test_the_card_of_adapters_does_not_say_that_they_are_merged():
+    facts = {"loss": "as above", "trained": "LoRA of rank 4, merged"}
+    merged = ModelCard("it", None, "DPOLoss()", [], facts, [], None, False)
+    assert "| trained | LoRA of rank 4, merged |" in merged.text()
+    assert "| trained | LoRA of rank 4 |" in merged.of_adapter().text()
+
+
+def test_a_folder_called_model_is_named_by_its_parent(tmp_path):
+    for name in ("version_0/model", "version_0/model-2", "mine"):
+        (tmp_path / name).mkdir(parents=True)
+    found = [base_name(str(tmp_path / name)) for name in ("version_0/model", "version_0/model-2", "mine")]
+    assert found == ["version_0", "version_0/model-2", "mine"]
+    assert base_name("Qwen/model") == "Qwen/model"
 
 
 def test_a_card_cites_the_software_as_the_project_does():
