@@ -38,7 +38,7 @@ def command(model_dir, preference_file, tmp_path, monkeypatch):
 
 def test_pairs_that_a_limit_leaves_out_are_not_counted(command):
     """Of two held-out batches one is measured; the intervals said eight pairs."""
-    summary, _ = command("--trainer.limit_val_batches=1", "--trainer.max_steps=1", "--export=false")
+    summary, folder = command("--trainer.limit_val_batches=1", "--trainer.max_steps=1")
     rows = {row[0]: row[1:] for row in summary["rows"]}
     n, _, after = rows["held-out preference accuracy"]
     assert n == "4"
@@ -46,6 +46,9 @@ def test_pairs_that_a_limit_leaves_out_are_not_counted(command):
     assert after.endswith(f"[{100 * low:.1f}, {100 * high:.1f}]")
     assert ["notice", "Validations measured 4 of 8 held-out pairs: an option of the Trainer limits them "
             "(trainer.limit_val_batches, overfit_batches or fast_dev_run)."] in summary["said"]  # fmt: skip
+    card = (folder / "model" / "README.md").read_text()
+    assert "Measured on 4 held-out pairs" in card
+    assert "| held-out pairs | 8 |" in card
 
 
 @pytest.mark.parametrize(
