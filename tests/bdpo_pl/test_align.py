@@ -2,6 +2,7 @@
 
 import html
 import json
+import re
 
 import pytest
 from makers import write_jsonl
@@ -143,6 +144,7 @@ def test_the_whole_way_with_single_answers(tmp_path, capsys):
         for word in ("held-out pair", "preference accuracy", "the same by log-prob", "the chosen", "it prefers"):
             assert word not in text
     card = (out / "version_0" / "model" / "README.md").read_text(encoding="utf-8")
+    assert re.search(r"\| steps \| 2, of \d+ batches of \d+ answers \|", card)
     assert "| training answers | " in card
     assert "held-out answers, with 95 % intervals" in card
     assert "[arXiv:2402.01306]" in card
