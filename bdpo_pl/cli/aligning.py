@@ -12,7 +12,7 @@ from typing import Any
 import lightning as L
 import yaml  # type: ignore[import-untyped]
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -67,6 +67,8 @@ def run(args: list[str], description: str | None) -> None:
     checkpoint = find_checkpoint(cli.config.ckpt_path, Path(trainer.default_root_dir))
     # Only rank 0 knows the folder and writes it; the other ranks wait for it where the strategy sets up.
     first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    if first and checkpoint is None:
+        _refuse_finished(trainer)
     named = cli.config.push_to_hub
     upload = HubUpload(named, cli.config.hub_private_repo) if named is not None and first else None
     if upload is not None:
@@ -79,6 +81,24 @@ def run(args: list[str], description: str | None) -> None:
                 raise
             saved = what_is_saved(Path(trainer.log_dir or trainer.default_root_dir), checkpoint)
             raise StoppedError(f"{stopped}; {saved}", stopped.signal, saved=True) from None
+
+
+def _refuse_finished(trainer: L.Trainer) -> None:
+    """Refuse to begin a run in the folder of a finished one, whose exported model would lie beside the new results.
+
+    Raises:
+        InputError: the logger names such a folder.
+    """
+    if not isinstance(trainer.logger, CSVLogger | TensorBoardLogger):
+        # Other loggers give runs no folders of their own.
+        return
+    folder = Path(trainer.logger.log_dir)
+    if found := [name for name in ("model", "adapter", "summary.json") if (folder / name).exists()]:
+        raise InputError(
+            f"{folder} is the folder of a finished run (it has {', '.join(found)}), and this one begins anew: leave "
+            "trainer.logger.init_args.version out, which gives it a new folder, or set it to another name; to train "
+            "that run on, give --ckpt_path"
+        )
 
 
 def _align(cli: FitCLI, checkpoint: str | None, start: float, upload: HubUpload | None) -> None:

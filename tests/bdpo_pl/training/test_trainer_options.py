@@ -92,6 +92,22 @@ def test_weights_that_are_validated_after_the_last_step_may_be_the_best(command,
     assert all(torch.equal(value, kept["state_dict"][f"policy.{name}"]) for name, value in exported.items())
 
 
+def test_a_run_that_begins_in_the_folder_of_a_finished_one_is_refused(command, capsys):
+    """It left the old model beside the new configuration and metrics, and wrote its own as model-2."""
+    options = "--trainer.max_steps=1", "--trainer.logger.init_args.version=version_0"
+    _, folder = command(*options)
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    with pytest.raises(SystemExit) as stopped:
+        command(*options, "--trainer.max_steps=2")
+    assert stopped.value.code == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "is the folder of a finished run (it has model, summary.json)" in said
+    assert "leave trainer.logger.init_args.version out" in said
+    assert before == {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    command(*options, "--trainer.max_steps=2", "--ckpt_path=runs/version_0/checkpoints/last.ckpt")
+    assert (folder / "model-2").is_dir()
+
+
 def test_a_run_without_a_step_says_so(command):
     summary, _ = command("--trainer.limit_train_batches=0", "--export=false")
     assert summary["said"][0] == [
