@@ -79,11 +79,9 @@ class ModelCard:
         )
 
     def of_adapter(self) -> ModelCard:
-        """Return the card of the adapters, which are merged into nothing."""
-        facts = {
-            name: value.removesuffix(_MERGED) if name == "trained" else value for name, value in self.facts.items()
-        }
-        return replace(self, adapter=True, facts=facts)
+        """Return the card of the adapters, which are not merged."""
+        trained = {name: value.removesuffix(_MERGED) for name, value in self.facts.items() if name == "trained"}
+        return replace(self, adapter=True, facts={**self.facts, **trained})
 
 
 def describe(
@@ -159,11 +157,11 @@ def settings_of(loss: PreferenceLoss) -> str:
     if _UNKNOWN in options.values():
         # A loss of someone's own may keep its arguments under other names.
         options = {k.lstrip("_"): v for k, v in vars(loss).items() if not k.startswith(_NO_OPTION) or _is_inner(v)}
-    measured = loss.state_dict()
-    said = [
-        f"{k}={_value(v)}" + (f" (measured: {measured[k]:.4g})" if k in measured else "") for k, v in options.items()
-    ]
-    return f"{type(loss).__name__}({', '.join(said)})"
+    said = {name: _value(value) for name, value in options.items()}
+    for name, value in loss.state_dict().items():
+        if name in said:
+            said[name] += f" (measured: {value:.4g})"
+    return f"{type(loss).__name__}({', '.join(f'{name}={text}' for name, text in said.items())})"
 
 
 def _kept(loss: PreferenceLoss, name: str) -> object:
@@ -175,20 +173,23 @@ def _kept(loss: PreferenceLoss, name: str) -> object:
     if name == "loss" and "_loss" not in own and len(parts) == 1:
         return parts[0]
     # A sum keeps its weights under another name, and what balances a loss is a part of its own.
-    places = [(own, _RENAMED.get(name, name)), (own, f"_{name}"), *((vars(part), name) for part in parts)]
+    balance = vars(own["_balance"]) if isinstance(own.get("_balance"), PreferenceLoss) else {}
+    places = [(own, _RENAMED.get(name, name)), (own, f"_{name}"), (balance, name)]
     return next((place[key] for place, key in places if key in place), _UNKNOWN)
 
 
 def _is_inner(value: object) -> bool:
     """Return true for a loss, or for several."""
-    several = isinstance(value, list | tuple)
-    return isinstance(value, PreferenceLoss) or (several and any(isinstance(v, PreferenceLoss) for v in value))
+    several = value if isinstance(value, list | tuple) else [value]
+    return any(isinstance(one, PreferenceLoss) for one in several)
 
 
 def _value(value: object) -> str:
     if isinstance(value, PreferenceLoss):
         return settings_of(value)
-    return f"[{', '.join(map(_value, value))}]" if isinstance(value, list | tuple) else str(value)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(_value(one) for one in value)}]"
+    return str(value)
 
 
 def base_name(name: str) -> str:
