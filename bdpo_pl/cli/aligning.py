@@ -131,7 +131,9 @@ def _align(cli: FitCLI, checkpoint: str | None, start: float, upload: HubUpload 
     counted: Any = {"intervals": module.intervals, "pairs": pairs, "prompts": probe.counts, "sets": sets}
     counted["single"] = single = module.loss.needs_labels
     rows = summary_rows(*results, **counted)
-    card = describe(trainer, module, data, rows, pairs, bool(probe.suites), exported.said)
+    complete = step == last or (step in module.evaluations and all(row[-1] != "–" for row in rows))
+    weights = exported.said if complete else f"{exported.said}; a dash: not measured at that step"
+    card = describe(trainer, module, data, rows, pairs, bool(probe.suites), weights)
     paths = {"report of the run": folder / "report.html", "configuration": folder / "config.yaml"}
     paths["metrics"] = folder / "metrics.csv"
     if sampled.num_prompts:
@@ -162,7 +164,6 @@ def _align(cli: FitCLI, checkpoint: str | None, start: float, upload: HubUpload 
     if 0 < share < 1 and "gap/margin" in module.evaluations.get(step, {}):
         said.insert(0, not_all_trained(share, "The run" if step == last else "What is exported"))
     if step != last:
-        complete = step in module.evaluations and all(row[-1] != "–" for row in rows)
         said.insert(0, of_another_step(exported.said, complete))
     if last in (module.resumed_at, 0):
         said.insert(0, no_step_taken(last))

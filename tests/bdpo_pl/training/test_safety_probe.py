@@ -197,6 +197,8 @@ def test_what_was_not_measured_at_the_best_step_is_a_dash_and_said(command, fold
     assert [table[name][2].split()[0] for name in names] == first
     assert "those of step 2 of 8, the best by held_out/loss" in said
     assert "A dash: this run did not measure it at that step." in said
+    card = Path("runs/version_0/model/README.md").read_text()
+    assert re.search(r"\| weights \| those of step 2 of 8, .*; a dash: not measured at that step \|", card)
 
 
 @pytest.mark.parametrize(
