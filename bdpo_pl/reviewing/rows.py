@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -39,7 +42,7 @@ class ReviewFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.Lock()
-        self.rows = _read(path)
+        self.rows, self._digest = _read(path)
         if all(isinstance(row.get("response"), str) for row in self.rows):
             self.kind: Kind = "label"
         elif all(isinstance(row.get("rejected"), str) for row in self.rows):
@@ -59,24 +62,32 @@ class ReviewFile:
         """Set the answer of a row (None removes it), and save the file, whole or not at all.
 
         Raises:
-            InputError: there is no such row, or the answer is not valid.
+            InputError: there is no such row, the answer is not valid, or the file was changed by something else or
+                cannot be written.
         """
         if not 0 <= index < len(self.rows):
             raise InputError(f"there is no row {index}")
         if value is not None and (not value.strip() or (self.kind == "label" and value not in LABELS)):
             raise InputError(f"that is not a valid {self.kind}")
+        if value is not None and re.search("[\ud800-\udfff]", value):
+            raise InputError("the answer has half a character (a lone surrogate); delete that and type it again")
         if self.kind == "chosen" and value == self.rows[index]["rejected"]:
             raise InputError("the chosen response is the rejected one")
         with self._lock:
-            before = self.rows[index].get(self.kind)
-            self.rows[index][self.kind] = value
+            rows = [*self.rows]
+            rows[index] = {**rows[index], self.kind: value}
+            content = b"".join(map(_line, rows))
             try:
-                text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
+                if _digest_of(self.path.read_bytes()) != self._digest:
+                    raise InputError(
+                        f"{self.path} was changed by something else since it was read, and saving would undo that; "
+                        "copy your text, end bdpo review with Ctrl-C, and start it again"
+                    )
                 # Answers to label are readable only by their owner, and stay so.
-                write_whole(self.path, text, keep_mode=True)
+                write_whole(self.path, content, keep_mode=True)
             except OSError as error:
-                self.rows[index][self.kind] = before
                 raise InputError(f"{self.path} cannot be written: {error.strerror}") from error
+            self.rows, self._digest = rows, _digest_of(content)
 
 
 @contextmanager
@@ -86,11 +97,10 @@ def reviewing(path: Path) -> Iterator[ReviewFile]:
     Raises:
         InputError: another process holds it, its folder cannot be written, or it has no such rows.
     """
-    file = ReviewFile(path)
+    ReviewFile(path)
     with held(path):
         # Read again: until the lock was there, another process may have saved an answer.
-        file.rows = _read(path)
-        yield file
+        yield ReviewFile(path)
 
 
 @contextmanager
@@ -116,22 +126,36 @@ def held(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def _read(path: Path) -> tuple[list[dict[str, Any]], bytes]:
+    """Return the rows of the file, and the digest of its bytes."""
     rows = []
     try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise InputError(f"{path}, line {number}: not JSON ({error.msg})") from error
-                if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-                    raise InputError(f"{path}, line {number}: a row needs a text in prompt")
-                rows.append(row)
+        content = path.read_bytes()
+        lines = io.StringIO(content.decode(), newline=None)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}, line {number}: not JSON ({error.msg})") from error
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+            raise InputError(f"{path}, line {number}: a row needs a text in prompt")
+        rows.append(row)
     if not rows:
         raise InputError(f"{path}: no rows")
-    return rows
+    return rows, _digest_of(content)
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    """Return the row as a line of JSON, escaped if a text of it has no UTF-8."""
+    try:
+        return f"{json.dumps(row, ensure_ascii=False)}\n".encode()
+    except UnicodeEncodeError:
+        return f"{json.dumps(row)}\n".encode()
+
+
+def _digest_of(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()

@@ -86,11 +86,14 @@ class _Handler(BaseHTTPRequestHandler):
             given = json.loads(self.rfile.read(int(length)))
             index, value = given["index"], given["value"]
             if type(index) is not int or not isinstance(value, str | None):
-                raise InputError("that is not a valid answer")
+                raise TypeError
+        except (ValueError, KeyError, TypeError):
+            self._json(400, {"error": "that is not a valid answer"})
+            return
+        try:
             self.file.answer(index, value)
-        except (ValueError, KeyError, TypeError) as error:
-            # InputError is a ValueError.
-            self._json(400, {"error": str(error) if isinstance(error, InputError) else "that is not a valid answer"})
+        except InputError as error:
+            self._json(400, {"error": str(error)})
             return
         self._json(200, {"left": self.file.left})
 
@@ -104,7 +107,8 @@ class _Handler(BaseHTTPRequestHandler):
         return asked.path
 
     def _json(self, status: int, value: dict[str, Any]) -> None:
-        self._send(status, json.dumps(value, ensure_ascii=False).encode(), "application/json; charset=utf-8")
+        # Escaped: a text of the file may hold half of a surrogate pair, which has no UTF-8.
+        self._send(status, json.dumps(value).encode(), "application/json; charset=utf-8")
 
     def _send(self, status: int, body: bytes, kind: str, nonce: str = "none") -> None:
         self.send_response(status)

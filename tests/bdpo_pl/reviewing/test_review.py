@@ -38,7 +38,8 @@ def serve(tmp_path):
     servers = []
 
     def start(rows):
-        path = write_jsonl(tmp_path / "rows.jsonl", rows)
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         server, link = make_server(ReviewFile(path))
         threading.Thread(target=server.serve_forever, daemon=True).start()
         servers.append(server)
@@ -76,6 +77,53 @@ def test_what_is_no_answer_changes_nothing(serve, body):
     before = path.read_bytes()
     assert ask(link, "POST", "/answer", body=body)[0] == 400
     assert path.read_bytes() == before
+
+
+def test_half_a_surrogate_pair_in_the_file_stays_and_blocks_nothing(serve):
+    rows = [{"prompt": "é", "response": "cut here \ud83d"}, {"prompt": "é", "response": "whole"}]
+    path, link = serve(rows)
+    for index in (1, 0):
+        assert ask(link, "POST", "/answer", body={"index": index, "value": "refusal"})[0] == 200
+    labelled = [{**row, "label": "refusal"} for row in rows]
+    assert lines(path) == labelled
+    assert path.read_text(encoding="utf-8").splitlines()[1].startswith('{"prompt": "é"')
+    assert json.loads(ask(link, "GET", "/rows")[1])["rows"] == labelled
+
+
+def test_half_a_surrogate_pair_in_an_answer_is_refused(serve):
+    path, link = serve(FAILURES)
+    status, text = ask(link, "POST", "/answer", body={"index": 0, "value": "good \ud83d"})
+    assert (status, "half a character" in text) == (400, True)
+    assert ask(link, "POST", "/answer", body={"index": 1, "value": "good \U0001f600"}) == (200, '{"left": 1}')
+    assert [row["chosen"] for row in lines(path)] == [None, "good \U0001f600"]
+
+
+def test_what_something_else_wrote_is_not_overwritten(serve):
+    path, link = serve(FAILURES)
+    assert ask(link, "POST", "/answer", body={"index": 0, "value": "mine"})[0] == 200
+    path.write_text(path.read_text().replace("mine", "from an editor"))
+    before = path.read_bytes()
+    status, text = ask(link, "POST", "/answer", body={"index": 1, "value": "also mine"})
+    assert status == 400
+    assert "was changed by something else" in text
+    assert "start it again" in text
+    assert path.read_bytes() == before
+
+
+def test_a_row_is_not_answered_while_its_file_cannot_be_written(tmp_path, monkeypatch):
+    file = ReviewFile(write_jsonl(tmp_path / "rows.jsonl", ANSWERS))
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("bdpo_pl.reviewing.rows.write_whole", fail)
+    for error in (OSError(28, "No space left on device"), MemoryError()):
+        with pytest.raises(InputError if isinstance(error, OSError) else MemoryError):
+            file.answer(0, "refusal")
+        assert file.rows == ANSWERS
+    monkeypatch.undo()
+    file.answer(0, "refusal")
+    assert file.left == 2
 
 
 def test_only_who_has_the_link_is_served(serve):
