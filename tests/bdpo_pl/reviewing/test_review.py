@@ -1,8 +1,11 @@
 """The page to label answers and to write chosen ones."""
 
 import json
+import shutil
+import subprocess
 import threading
 from http.client import HTTPConnection
+from importlib import resources
 from urllib.parse import urlsplit
 
 import pytest
@@ -26,6 +29,43 @@ const until = (id, text) => new Promise((done, lost) => {
 });
 const press = (key, more = {}, on = document) =>
   on.dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true, ...more}));
+"""
+
+# A document of named elements, just enough for the script of the page, which follows and runs in node.
+DOCUMENT = """
+const elements = {}, listeners = {};
+const element = () => ({value: '', textContent: '', setAttribute() {}, focus() {}, blur() {}});
+const getElementById = id => elements[id] ??= element();
+globalThis.document = {getElementById, querySelectorAll: () => [], addEventListener() {}};
+globalThis.window = {addEventListener: (name, run) => { listeners[name] = run; }};
+globalThis.location = {search: '?token=x'};
+const given = [{prompt: 'a', rejected: 'x', chosen: 'old'}, {prompt: 'b', rejected: 'y'}];
+let refuses = false;
+const file = {kind: 'chosen', name: 'f', rows: given};
+globalThis.fetch = async path => ({
+  ok: !refuses, json: async () => refuses ? {error: 'full disk'} : path === '/rows' ? file : {left: 0},
+});
+"""
+VISIT = """
+const settle = () => new Promise(done => setTimeout(done));
+const type = text => { elements.write.value = text; elements.write.oninput(); };
+const leaves = () => {
+  let asked = false;
+  listeners.beforeunload({preventDefault() { asked = true; }});
+  return !asked;
+};
+(async () => {
+  const seen = [];
+  const see = () => seen.push([elements.prompt.textContent, elements.write.value, leaves()]);
+  await settle(); see();
+  type('a long answer'); see();
+  for (const way of ['next', 'back', 'open', 'next', 'back']) { elements[way].onclick(); see(); }
+  elements.next.onclick(); refuses = true; elements.save.onclick(); await settle(); see();
+  refuses = false; elements.save.onclick(); await settle(); see();
+  seen.push(elements.said.textContent);
+  elements.back.onclick(); type('changed'); elements.back.onclick(); see(); type('old'); see();
+  console.log(JSON.stringify(seen));
+})();
 """
 
 
@@ -218,3 +258,39 @@ def test_a_visitor_writes_chosen_answers(serve, tmp_path):
         browser.visit(link, script=script)
     assert [row["chosen"] for row in lines(path)] == ["good\n0", "good 1"]
     assert [row["suite"] for row in lines(path)] == ["s", "s"]
+
+
+def test_typed_text_stays_with_its_row_until_it_is_saved():
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("no node here to run the script of the page: apt-get install nodejs")
+    page = resources.files("bdpo_pl.reviewing").joinpath("review.html").read_text(encoding="utf-8")
+    script = page.partition('<script nonce="{{nonce}}">')[2].partition("</script>")[0]
+    done = subprocess.run([node, "-"], input=DOCUMENT + script + VISIT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    *seen, changed, restored = json.loads(done.stdout)
+    typed, other = ["b", "a long answer", False], ["a", "old", False]
+    assert seen == [
+        ["b", "", True], typed,
+        typed, other, typed, typed, other,
+        typed, ["b", "a long answer", True], "Every row has an answer. You may close this page.",
+    ]  # fmt: skip
+    assert (changed, restored) == (["a", "changed", False], ["a", "old", True])
+
+
+def test_a_visitor_goes_away_from_typed_text_and_comes_back(serve, tmp_path):
+    path, link = serve(FAILURES)
+    script = f"""(async () => {{ {EYES}
+      await until('prompt', 'query 0');
+      const write = document.getElementById('write');
+      write.value = 'typed'; write.dispatchEvent(new Event('input'));
+      press('n'); await until('prompt', 'query 1');
+      if (write.value) throw new Error('text of another row');
+      if (window.dispatchEvent(new Event('beforeunload', {{cancelable: true}}))) throw new Error('left without a word');
+      press('ArrowLeft'); await until('place', 'not saved');
+      press('Enter', {{ctrlKey: true}}, write); await until('said', 'saved; 1 left');
+      if (!window.dispatchEvent(new Event('beforeunload', {{cancelable: true}}))) throw new Error('held back');
+    }})()"""
+    with Browser(tmp_path / "profile") as browser:
+        browser.visit(link, script=script)
+    assert [row["chosen"] for row in lines(path)] == ["typed", None]
