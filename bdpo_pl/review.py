@@ -19,6 +19,7 @@ from bdpo_pl.errors import InputError
 if TYPE_CHECKING:
     from bdpo_pl.reviewing.rows import ReviewFile
 
+_LAST_PORT = 65535
 _HELP = "usage: bdpo review FILE [--port N] [--open false]\n\n" + (__doc__ or "").split("\n\n", 1)[1]
 
 
@@ -37,13 +38,18 @@ def main(args: list[str] | None = None) -> None:
             refuse(f"there is no option {name}; there are --port and --open")
         else:
             options[name] = value if has_value else (given.pop(0) if given else "")
-    if len(files) != 1 or not options["--port"].isdigit():
-        refuse("bdpo review takes one file, and --port a number")
+    if len(files) != 1:
+        refuse("bdpo review takes one file")
+    port = options["--port"]
+    if not port.isdecimal() or int(port) > _LAST_PORT:
+        refuse(f"--port is {port!r}; give a number from 1 to {_LAST_PORT}, or 0 for any port that is free")
+    if options["--open"] not in ("true", "false"):
+        refuse(f"--open is {options['--open']!r}; give true or false")
     from bdpo_pl.reviewing.rows import reviewing
 
     try:
         with reviewing(Path(files[0])) as file:
-            _serve(file, int(options["--port"]), opens=options["--open"] == "true")
+            _serve(file, int(port), opens=options["--open"] == "true")
     except InputError as error:
         refuse(str(error))
 

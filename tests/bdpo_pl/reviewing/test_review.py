@@ -193,6 +193,15 @@ def test_other_files_are_refused(tmp_path, text, said, capsys):
         review.main([str(tmp_path / "nowhere.jsonl")])
 
 
+@pytest.mark.parametrize("option", ["--port=99999", "--port=-1", "--port=²", "--port", "--open=yes"])
+def test_wrong_options_are_refused_by_name(tmp_path, option, capsys):
+    path = write_jsonl(tmp_path / "rows.jsonl", ANSWERS)
+    with pytest.raises(SystemExit) as stopped:
+        review.main([str(path), option])
+    assert stopped.value.code == 2
+    assert f"{option.partition('=')[0]} is '{option.partition('=')[2]}'; give" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("mode", [0o600, 0o640])
 def test_saving_an_answer_keeps_the_permissions(tmp_path, mode):
     path = write_jsonl(tmp_path / "rows.jsonl", ANSWERS)
