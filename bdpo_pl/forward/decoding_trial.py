@@ -27,8 +27,8 @@ _WITHOUT_EFFECT = frozenset({
     "_from_model_config", "bos_token_id", "cache_implementation", "continuous_batching_config", "do_sample",
     "early_stopping", "eos_token_id", "epsilon_cutoff", "eta_cutoff", "length_penalty", "max_length", "max_new_tokens",
     "min_p", "num_beams", "output_attentions", "output_hidden_states", "output_logits",
-    "output_scores", "pad_token_id", "prompt_lookup_num_tokens", "repetition_penalty", "return_dict_in_generate", "temperature", "top_h", "top_k",
-    "top_p", "transformers_version", "typical_p", "use_cache",
+    "output_scores", "pad_token_id", "prompt_lookup_num_tokens", "repetition_penalty", "return_dict_in_generate",
+    "temperature", "top_h", "top_k", "top_p", "transformers_version", "typical_p", "use_cache",
 })  # fmt: skip
 _NEUTRAL: tuple[object, ...] = (None, False, 0, 1.0, [], {})
 _TRIAL_TOKENS, _TRIAL_LENGTHS = 3, (24, 17, 9)

@@ -31,8 +31,7 @@ Generated = tuple[int, list[int], bool]
 
 
 # Settings of generation that look at the tokens before, or count them, and take padding for some of them → value
-# without effect.
-# `repetition_penalty` does so in some releases of transformers: in 5.14, and not in 5.24.
+# without effect. `repetition_penalty` does so in some releases of transformers: in 5.14, and not in 5.24.
 _READ_PADDING = {
     "repetition_penalty": 1.0,
     "encoder_repetition_penalty": 1.0,

@@ -171,6 +171,52 @@ def test_padding_is_no_token_that_an_answer_repeats(changed):
     assert f"and only prompts of equal length are batched, because of {next(iter(changed))}" in told[0]
 
 
+def compare_with_single_prompts(model, tokenizer, rows, stops):
+    """Responses to `rows`, which are those of each prompt alone by `generate` of transformers."""
+    responses = generate(model, tokenizer, rows, max_new_tokens=NEW, batch_size=4)
+    for row, found in zip(rows, responses, strict=True):
+        output = model.generate(
+            torch.tensor([row]), max_new_tokens=NEW, do_sample=False, eos_token_id=sorted(stops), pad_token_id=0,
+            return_dict_in_generate=False, tokenizer=tokenizer,
+        )[0, len(row) :].tolist()  # fmt: skip
+        kept = output[:-1] if output[-1] in stops else output
+        assert found.num_tokens == len(kept)
+        assert found.text == tokenizer.decode(kept, skip_special_tokens=True).strip()
+    return responses
+
+
+@torch.no_grad()
+def test_a_minimal_length_is_that_of_each_prompt_alone():
+    many = list(range(5, 200))
+    model = settings(large(build_model()).eval(), min_length=10, eos_token_id=many)
+    tokenizer = build_tokenizer()
+    responses = compare_with_single_prompts(model, tokenizer, prompts(), {*many, tokenizer.eos_token_id, 4})
+    assert len({response.num_tokens for response in responses}) > 1
+
+
+@torch.no_grad()
+def test_answers_end_at_the_stop_strings_of_the_model():
+    model, tokenizer, rows = large(build_model()).eval(), build_tokenizer(), prompts()
+    # What the model writes in the middle of its first answer, and, in two tokens, at the end of its second.
+    strings = ["do", "bouror"]
+    settings(model, stop_strings=strings)
+    responses = compare_with_single_prompts(model, tokenizer, rows, {tokenizer.eos_token_id, 4})
+    assert (responses[0].num_tokens, responses[0].finished) == (3, True)
+    assert responses[0].text.endswith("do")
+    assert (responses[1].num_tokens, responses[1].finished) == (NEW, True)
+    assert any(not response.finished for response in responses)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"return_dict_in_generate": True, "no_repeat_ngram_size": 2}, {"prompt_lookup_num_tokens": 3},
+                {"prompt_lookup_num_tokens": 3, "no_repeat_ngram_size": 2}]
+)  # fmt: skip
+@torch.no_grad()
+def test_settings_that_change_no_token(changed):
+    model, tokenizer = settings(large(build_model()).eval(), **changed), build_tokenizer()
+    compare_with_single_prompts(model, tokenizer, prompts(), {tokenizer.eos_token_id, 4})
+
+
 @torch.no_grad()
 def test_trial_finds_a_model_that_does_not_heed_its_mask(monkeypatch):
     model = large(build_model("llama")).eval()
