@@ -102,7 +102,9 @@ class Start:
         if self.folder is not None:
             return self.folder.read(name, tuple(shape))
         if ".lora_magnitude_vector." in name:
-            return torch.linalg.norm(self._base(model, name, weight), dim=1)
+            # One number for each output: the rows of a linear layer's weight, the columns of an embedding's.
+            by_column = model.get_submodule(name.rpartition(".")[0]).fan_in_fan_out
+            return torch.linalg.norm(self._whole(name, weight), dim=0 if by_column else 1)
         if self._init == "zero":
             return noise_or_zero(name, shape)
         module = _module_of(name)
@@ -116,9 +118,12 @@ class Start:
 
     def _base(self, model: nn.Module, name: str, weight: Callable[[str], Tensor]) -> Tensor:
         """Return, in float32, the (out, in) base weight to which the adapter with the parameter `name` belongs."""
-        module = _module_of(name)
-        found = weight(f"{module}.base_layer.weight").detach().float()
-        return found.T if model.get_submodule(module).fan_in_fan_out else found
+        found = self._whole(name, weight)
+        return found.T if model.get_submodule(_module_of(name)).fan_in_fan_out else found
+
+    def _whole(self, name: str, weight: Callable[[str], Tensor]) -> Tensor:
+        """Return that weight in float32 as it is stored."""
+        return weight(f"{_module_of(name)}.base_layer.weight").detach().float()
 
 
 def noise_or_zero(name: str, shape: torch.Size) -> Tensor:

@@ -54,6 +54,7 @@ def models(tmp_path_factory):
 
 KINDS = {
     "dora, whole head": ("plain", {"dora": True, "modules_to_save": ["lm_head"]}),
+    "dora, embedding": ("plain", {"dora": True, "target_modules": ["embed_tokens", "q_proj"]}),
     "pissa, rank-stabilised": ("plain", {"init": "pissa_niter_8", "rslora": True}),
     "olora": ("plain", {"init": "olora"}),
     "whole, tied": ("tied", {"modules_to_save": ["embed_tokens"]}),
@@ -105,6 +106,19 @@ def test_training_is_that_of_pefts_own_start(init):
             optimizer.step()
     assert (logits(ours) - logits(build_model())).abs().max() > 1e-2
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-3, atol=1e-4)
+
+
+def test_norms_of_dora_start_as_pefts():
+    from peft import LoraConfig, get_peft_model
+
+    modules = ["embed_tokens", "q_proj", "down_proj"]
+    ours = add_adapters(build_model(), options(dora=True, target_modules=modules))
+    theirs = get_peft_model(build_model(), LoraConfig(r=4, use_dora=True, target_modules=modules))
+    expected = {n.removeprefix("base_model.model."): p for n, p in theirs.named_parameters() if "magnitude" in n}
+    found = {n: p for n, p in ours.named_parameters() if "magnitude" in n}
+    assert found.keys() == expected.keys()
+    for name, parameter in found.items():
+        torch.testing.assert_close(parameter, expected[name])
 
 
 def test_pissa_starts_as_the_model_to_the_last_bit_and_its_base_stays():
