@@ -37,7 +37,13 @@ class DrDPOLoss(BetaLoss):
 
     def preference(self, chosen: Tensor, rejected: Tensor, scores: PairScores) -> Tensor:
         """Compute −β′·log mean exp(log σ(β·[D_w − D_l])/β′), the same number for every pair, (B,) float32."""
-        logs = F.logsigmoid(self.beta * (chosen - rejected)) / self.beta_prime
+        logs = F.logsigmoid(self.beta * (chosen - rejected))
         counted = torch.ones_like(logs, dtype=torch.bool) if scores.counted is None else scores.counted
-        mean = torch.logsumexp(logs.masked_fill(~counted, -math.inf), dim=0) - counted.sum().clamp_min(1).log()
-        return (-self.beta_prime * mean).expand_as(logs) if counted.any() else 0.0 * logs
+        if not counted.any():
+            return 0.0 * logs
+        # Of differences from the largest, so that nothing overflows for a small β′; by expm1 and log1p, because for a
+        # large β′ the result is a small difference from 1, multiplied by β′.
+        largest = logs.detach().masked_fill(~counted, -math.inf).max()
+        scaled = ((logs - largest) / self.beta_prime).masked_fill(~counted, 0.0)
+        mean = torch.expm1(scaled).sum() / counted.sum()
+        return (-largest - self.beta_prime * torch.log1p(mean)).expand_as(logs)
