@@ -3,15 +3,17 @@
     python examples/sweep.py --vary beta=0.05,0.1,0.3 --vary tau=0.25,0.5 --into runs/sweep -- \
         --model.policy MODEL --data.train pairs.jsonl
 
-What follows `--` are options of fit. Each combination is a run in a folder of its own; one that is finished is not run
-again, so a sweep that was stopped is given the same command. For a search that chooses the next values by the last
-results, call `fit` in the objective of a library such as Optuna, and read the last row of its `metrics.csv`.
+What follows `--` are options of fit. Each combination is a run in a folder of its own, whose `options.json` has its
+options. One that is finished is not run again, so a sweep that was stopped is given the same command; with other
+options, it is refused. For a search that chooses the next values by the last results, call `fit` in the objective of a
+library such as Optuna, and read the last row of its `metrics.csv`.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +31,8 @@ COLUMNS = {
     "benign refused": "safety/over_refusal",
 }
 
+OPTIONS = "options.json"
+
 
 def combinations(given: Sequence[str]) -> Iterator[dict[str, str]]:
     """Yield every combination of the values in `NAME=VALUE,VALUE` texts."""
@@ -44,6 +48,17 @@ def fit(options: Sequence[str]) -> None:
     """Run fit in a process of its own, which all devices may have."""
     # The options are those that the user gave this script.
     subprocess.run([sys.executable, "-m", "bdpo_pl.fit", *options], check=True)  # noqa: S603
+
+
+def is_finished(folder: Path, options: list[str]) -> bool:
+    """Return true if `folder` holds a finished run with these options; exit if it holds one with others."""
+    if not any(folder.glob("version_*/summary.json")):
+        return False
+    kept = folder / OPTIONS
+    if kept.exists() and json.loads(kept.read_text(encoding="utf-8")) == options:
+        return True
+    what = f"other options, those in {kept}" if kept.exists() else f"unknown options: there is no {kept}"
+    raise SystemExit(f"{folder} holds a run with {what}; give this sweep another --into, or remove that folder")
 
 
 def newest(folder: Path) -> Path:
@@ -88,8 +103,11 @@ def main(args: Sequence[str] | None = None, run: Callable[[list[str]], object] =
     for values in combinations(given.vary):
         label = ", ".join(f"{name} {value}" for name, value in values.items())
         folder = given.into / label.replace(", ", "-").replace(" ", "_").replace("/", "_")
-        if not any(folder.glob("version_*/summary.json")):
-            run([*given.options, *(f"--{name}={value}" for name, value in values.items()), f"--output_dir={folder}"])
+        options = [*given.options, *(f"--{name}={value}" for name, value in values.items())]
+        if not is_finished(folder, options):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / OPTIONS).write_text(json.dumps(options, ensure_ascii=False), encoding="utf-8")
+            run([*options, f"--output_dir={folder}"])
         runs[label] = (values, folder)
     written = compare(given.into, runs)
     print(f"The runs side by side: {written}")
