@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import itertools
 import random
 import subprocess
 import sys
@@ -71,6 +72,12 @@ def draw_pairs(source: Path, target: Path, pairs: int, seed: int = 0) -> Path:
     return target
 
 
+def fresh(folder: Path) -> Path:
+    """Return the first of `folder`, `folder`-2, `folder`-3, … that does not exist: an earlier run stays."""
+    others = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
+    return next(path for path in itertools.chain([folder], others) if not path.exists())
+
+
 def run(module: str, *options: str) -> None:
     """Run one of the project's commands in a process of its own, as a user would."""
     print(f"\n$ python -m bdpo_pl.{module} {' '.join(options)}", flush=True)
@@ -98,17 +105,18 @@ def main() -> None:
         model = str(unpack(fetch_model(options.folder / "base"), options.folder / "SmolLM2-135M-Instruct"))
         pairs = str(draw_pairs(options.data / PAIRS, options.folder / "pairs.jsonl", options.pairs))
         suites = ",".join(f"{name}={options.data / 'suites' / file}.csv.gz" for name, file in SUITES.items())
+    aligned = fresh(options.folder / "run")
     said(2, "alignment", start)
     run(
         "fit", "--model.policy", model, "--data.train", pairs, "--data.held_out_fraction", "0.25",
         "--data.batch_size", "8", "--data.max_length", "512",
         "--learning_rate", "1e-5",
-        "--trainer.logger.init_args.save_dir", str(options.folder), "--trainer.logger.init_args.version", "run",
+        "--trainer.logger.init_args.save_dir", str(options.folder), "--trainer.logger.init_args.version", aligned.name,
         "--checkpoint.save_top_k", "0",
     )  # fmt: skip
     said(3, "evaluation, before and after", start)
     run(
-        "evaluate", f"before={model}", f"after={options.folder / 'run' / 'model'}", "--suites", suites,
+        "evaluate", f"before={model}", f"after={aligned / 'model'}", "--suites", suites,
         "--max_prompts", str(options.prompts), "--generation.max_new_tokens", "48",
         "--folder", str(options.folder / "evaluation"),
     )  # fmt: skip

@@ -51,8 +51,32 @@ def test_sweep_runs_each_combination_once_and_compares_them(monkeypatch, tmp_pat
     assert "safety" not in text
     sweep(options, run)
     assert len(ran) == 2
+    with pytest.raises(SystemExit, match=r"sweep/beta_0\.05 holds a run with other options.*give this sweep another"):
+        sweep([*options, "--data.limit=8"], run)
+    (tmp_path / "sweep" / "beta_0.05" / "options.json").unlink()
+    with pytest.raises(SystemExit, match="holds a run with unknown options"):
+        sweep(options, run)
+    assert len(ran) == 2
     with pytest.raises(SystemExit, match="write NAME=VALUE,VALUE"):
         sweep(["--vary=beta"], run)
+
+
+def test_a_second_demo_evaluates_its_own_run(monkeypatch, tmp_path):
+    demo = runpy.run_path(str(EXAMPLES / "demo_real.py"))["main"]
+    monkeypatch.setattr("sys.argv", ["demo_real.py", "--hub", "--folder", str(tmp_path)])
+    evaluated = []
+
+    def run(module, *options):
+        if module == "fit":
+            version = options[options.index("--trainer.logger.init_args.version") + 1]
+            (tmp_path / version / "model").mkdir(parents=True)
+        else:
+            evaluated.append(options[1])
+
+    monkeypatch.setitem(demo.__globals__, "run", run)
+    demo()
+    demo()
+    assert evaluated == [f"after={tmp_path / 'run' / 'model'}", f"after={tmp_path / 'run-2' / 'model'}"]
 
 
 def test_own_loss_by_hand_and_from_the_command_line(monkeypatch, capsys):
