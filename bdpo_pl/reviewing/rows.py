@@ -84,7 +84,7 @@ class ReviewFile:
                         "copy your text, end bdpo review with Ctrl-C, and start it again"
                     )
                 # Answers to label are readable only by their owner, and stay so.
-                write_whole(self.path, content, keep_mode=True)
+                write_whole(self.path.resolve(), content, keep_mode=True)
             except OSError as error:
                 raise InputError(f"{self.path} cannot be written: {error.strerror}") from error
             self.rows, self._digest = rows, _digest_of(content)

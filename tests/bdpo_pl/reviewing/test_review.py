@@ -226,6 +226,14 @@ def test_a_file_is_reviewed_by_one_process_at_a_time(tmp_path, capsys):
     assert {child.name for child in tmp_path.iterdir()} == {"rows.jsonl", "other.jsonl"}
 
 
+def test_answers_through_a_link_go_to_the_file_behind_it(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", ANSWERS)
+    (tmp_path / "other.jsonl").symlink_to(path)
+    ReviewFile(tmp_path / "other.jsonl").answer(0, "refusal")
+    assert lines(path)[0]["label"] == "refusal"
+    assert (tmp_path / "other.jsonl").is_symlink()
+
+
 def test_rejected_is_no_chosen(tmp_path):
     file = ReviewFile(write_jsonl(tmp_path / "rows.jsonl", FAILURES))
     with pytest.raises(InputError, match="is the rejected one"):
