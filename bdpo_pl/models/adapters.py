@@ -44,7 +44,8 @@ class LoraOptions:
             reference is quantised in the same way; the exported model is not quantised.
         adapter: folder of a LoRA adapter that training starts from, for example one from supervised fine-tuning. The
             reference is the model with that adapter. Rank, alpha and modules are those of the adapter.
-        dora: train the norm of each row of a weight separately from its direction (DoRA, arXiv:2402.09353).
+        dora: train the norm of each row (of an embedding: of each column) of a weight separately from its direction
+            (DoRA, arXiv:2402.09353).
         init: initial values of the adapters. `zero`: no effect. `pissa` (arXiv:2404.02948; `pissa_niter_16` by a fast
             approximate decomposition) and `olora` (arXiv:2406.01775): the principal part of each weight.
         lr_ratio: learning rate of the B matrices, divided by that of all others (LoRA+, arXiv:2402.12354); 1: equal.

@@ -58,6 +58,6 @@ def test_generated_thought_is_told_from_the_answer(monkeypatch):
     tokenizer = with_tokens("<think>", "</think>")
     said = ids_of(tokenizer, "<think>set traps</think>i cannot help .")
     monkeypatch.setattr(generation, "why_not_continuous", lambda *_: "a stand-in answers")
-    monkeypatch.setattr(generation, "padded", lambda model, prompts, **_: [(said, True)] * len(prompts))
+    monkeypatch.setattr(generation, "padded", lambda model, tokenizer, prompts, **_: [(said, True)] * len(prompts))
     (response,) = generation.generate(build_model(), tokenizer, [[5, 6]])
     assert response == generation.Response("<think>set traps</think>i cannot help .", len(said), True)
