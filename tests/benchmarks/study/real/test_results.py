@@ -215,4 +215,6 @@ def test_a_second_model_confirms_or_not(tmp_path, options, verdict, said):
     text = report.page(load(tmp_path), second=second)
     assert said in text
     assert "Records: `second.jsonl`" in text
+    rows = [line for line in text.splitlines() if line.startswith("| B-DPO − DPO | ") and "nats" not in line]
+    assert any("**" in row for row in rows[-1:]) == (verdict in ("confirmed", "opposite"))
     assert "Confirmation on a second model" not in report.page(load(tmp_path))
