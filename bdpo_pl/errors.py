@@ -1,5 +1,7 @@
 """Errors whose message says what the user should fix, with their exit statuses."""
 
+import dataclasses
+
 
 class InputError(ValueError):
     """A wrong option, file, row or model; the message names it and says what to do.
@@ -45,6 +47,12 @@ def first_line(error: BaseException) -> str:
     """Return the first line of the message of `error`, or its type's name if the message is empty."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def is_given(options: object, name: str) -> bool:
+    """Return true if the option `name` of a dataclass of options, which has a default, is another one than that."""
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}  # type: ignore[arg-type]
+    return bool(getattr(options, name) != defaults[name])
 
 
 def require_at_least(group: str, options: object, **least: int) -> None:

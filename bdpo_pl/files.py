@@ -65,6 +65,16 @@ def write_whole(
     return path
 
 
+def free_folder(folder: Path) -> Path:
+    """Return `folder`, or the next free name beside it (`folder`-2, `folder`-3, …) if it exists."""
+    number = 1
+    free = folder
+    while free.exists():
+        number += 1
+        free = folder.with_name(f"{folder.name}-{number}")
+    return free
+
+
 def write_whole_folder(folder: Path, write: Callable[[Path], None]) -> Path:
     """Have `write` fill a folder under a temporary name, and rename it when it is complete.
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import itertools
 import random
 import subprocess
 import sys
@@ -72,12 +71,6 @@ def draw_pairs(source: Path, target: Path, pairs: int, seed: int = 0) -> Path:
     return target
 
 
-def fresh(folder: Path) -> Path:
-    """Return the first of `folder`, `folder`-2, `folder`-3, … that does not exist: an earlier run stays."""
-    others = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
-    return next(path for path in itertools.chain([folder], others) if not path.exists())
-
-
 def run(module: str, *options: str) -> None:
     """Run one of the project's commands in a process of its own, as a user would."""
     print(f"\n$ python -m bdpo_pl.{module} {' '.join(options)}", flush=True)
@@ -105,7 +98,10 @@ def main() -> None:
         model = str(unpack(fetch_model(options.folder / "base"), options.folder / "SmolLM2-135M-Instruct"))
         pairs = str(draw_pairs(options.data / PAIRS, options.folder / "pairs.jsonl", options.pairs))
         suites = ",".join(f"{name}={options.data / 'suites' / file}.csv.gz" for name, file in SUITES.items())
-    aligned = fresh(options.folder / "run")
+    from bdpo_pl.files import free_folder
+
+    # An earlier run stays.
+    aligned = free_folder(options.folder / "run")
     said(2, "alignment", start)
     run(
         "fit", "--model.policy", model, "--data.train", pairs, "--data.held_out_fraction", "0.25",

@@ -29,7 +29,7 @@ PINNED_DATE = date(2024, 7, 26)
 # Any words will do that occur in no template and that templates leave unchanged.
 _SENTINEL = "zqsentinel{}qz"
 _OPEN_THOUGHT = re.compile(r"<think(?:ing)?>\s*$")
-_THOUGHT = re.compile(r"</?think(?:ing)?>")
+THOUGHT_MARK = re.compile(r"</?think(?:ing)?>")
 _PLAIN = (str, bool, int, float, type(None))
 _NO_KEY = ""
 _OF_DICTS = frozenset(dir(dict))
@@ -201,11 +201,11 @@ class ChatTemplate:
             text = self.render(turns) + self.render(turns, generation=True)
         except Exception:  # a template may refuse any conversation, with an error of its own
             return set()
-        return {name for name in self._added if name in text and not _THOUGHT.fullmatch(name)}
+        return {name for name in self._added if name in text and not THOUGHT_MARK.fullmatch(name)}
 
     def written(self) -> set[str]:
         """Return the added tokens that the template's source names, without those around thoughts."""
-        return {name for name in self._added if name in self._all_text and not _THOUGHT.fullmatch(name)}
+        return {name for name in self._added if name in self._all_text and not THOUGHT_MARK.fullmatch(name)}
 
     @cached_property
     def _added(self) -> set[str]:

@@ -22,11 +22,6 @@ LABELS_DIFFER = "duplicates left out whose weight or safety labels are not those
 
 _EXAMPLES = 3
 _ALIKE = 0.25
-_PROPERTIES = (
-    "prompt tokens:", "response tokens:", "responses that begin with", "weights of pairs:", "pairs of weight 0",
-    "good answers", "bad answers", "pairs that another", "answers that have both",
-)  # fmt: skip
-"""Beginnings of the notes about the pairs that are used."""
 _THOUGHTS = {"train": "trained on", "mask": "read, not trained on", "strip": "taken out"}
 
 
@@ -59,6 +54,10 @@ class DataReport:
     label: str = ""
     unit: str = "pairs"
     columns: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        # No field: it is not among the counts that a report is written with.
+        self._described: set[str] = set()
 
     def drop(self, reason: str, place: str) -> None:
         """Count one dropped row."""
@@ -113,8 +112,9 @@ class DataReport:
             contradicted: number of them that another one contradicts. Default: those that one of `table` does.
         """
         self.kept = len(table)
-        for what in [what for what in self.notes if what.startswith(_PROPERTIES)]:
-            del self.notes[what]
+        for what in self._described:
+            self.notes.pop(what, None)
+        others = set(self.notes)
         self.lengths(table)
         self.weights(table)
         if table.desirable is not None:
@@ -125,6 +125,7 @@ class DataReport:
             contradicted = len(contradictions(table).all())
         said = "pairs that another pair contradicts" if table.desirable is None else "answers that have both labels"
         self.note(said, contradicted)
+        self._described = self.notes.keys() - others
 
     def lengths(self, table: PairTable) -> None:
         """Note the token lengths of the kept pairs, and the share of responses with the same beginning."""

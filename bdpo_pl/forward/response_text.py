@@ -5,12 +5,11 @@ Some tokenizers have special tokens around thoughts. Without them, a thought wou
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 
+from bdpo_pl.data.chat_template import THOUGHT_MARK
 from bdpo_pl.data.tokenizer_like import TokenizerLike
 
-_MARK = re.compile(r"</?think(?:ing)?>")
 _CHANNEL, _MESSAGE = "<|channel|>", "<|message|>"
 # The channel of gpt-oss for what the user sees; the others are for thoughts and calls of tools.
 _ANSWER = "final"
@@ -34,7 +33,7 @@ class ResponseText:
         self._tokenizer = tokenizer
         self._special = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._has_channels = {_CHANNEL, _MESSAGE} <= set(self._special.values())
-        self.is_special = self._has_channels or any(map(_MARK.fullmatch, self._special.values()))
+        self.is_special = self._has_channels or any(map(THOUGHT_MARK.fullmatch, self._special.values()))
 
     def __call__(self, tokens: Sequence[int]) -> str:
         """Return the text of `tokens`, without blanks around it."""
@@ -42,8 +41,8 @@ class ResponseText:
         names = {name for name, _ in pieces}
         if self._has_channels and _CHANNEL in names:
             return _in_channels(pieces)
-        if any(map(_MARK.fullmatch, names)):
-            return "".join((name if _MARK.fullmatch(name) else "") + text for name, text in pieces).strip()
+        if any(map(THOUGHT_MARK.fullmatch, names)):
+            return "".join((name if THOUGHT_MARK.fullmatch(name) else "") + text for name, text in pieces).strip()
         return self._decode(tokens).strip()
 
     def _pieces(self, tokens: Sequence[int]) -> Iterator[tuple[str, str]]:

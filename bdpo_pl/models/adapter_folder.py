@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bdpo_pl.errors import InputError
-from bdpo_pl.models.folder import check_links, file_digest
+from bdpo_pl.models.folder import check_links, file_digest, text_digest
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -126,6 +126,11 @@ def stored_name(name: str) -> str:
     for part in ("lora_magnitude_vector.default.weight", "lora_embedding_A.default", "lora_embedding_B.default"):
         name = name.replace(f".{part}", f".{part.split('.')[0]}")
     return PREFIX + name
+
+
+def digest_with_adapter(model: str, adapter: str | None) -> str:
+    """Return the digest of a model with an adapter, of the digests of both; that of the model if it has none."""
+    return model if adapter is None else text_digest(f"{model} {adapter}")
 
 
 def adapter_digest(folder: str) -> str:

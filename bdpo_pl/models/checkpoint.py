@@ -12,7 +12,7 @@ from torch import Tensor
 from bdpo_pl.data.tokenizer_like import TokenizerLike
 from bdpo_pl.errors import InputError
 from bdpo_pl.models.adapter_export import merged
-from bdpo_pl.models.adapter_folder import adapter_digest
+from bdpo_pl.models.adapter_folder import adapter_digest, digest_with_adapter
 from bdpo_pl.models.adapters import LoraOptions
 from bdpo_pl.models.causal_lm import CausalLM
 from bdpo_pl.models.folder import text_digest
@@ -20,6 +20,9 @@ from bdpo_pl.models.loading import ModelSource, load_config, load_model, model_c
 from bdpo_pl.models.reach import unreached
 
 _PREFIX = "policy."
+
+RUN = "bdpo_pl_run"
+"""Key of a checkpoint's part that describes its run."""
 
 
 def plain_model(
@@ -104,7 +107,7 @@ def require_same_base(path: Path, source: ModelSource, fingerprint: str) -> None
     also = ""
     if (adapter := lora.get("adapter")) is not None:
         try:
-            fingerprint = text_digest(f"{fingerprint} {adapter_digest(adapter)}")
+            fingerprint = digest_with_adapter(fingerprint, adapter_digest(adapter))
         except OSError:
             return
         also = f", or the adapter in {adapter},"
@@ -118,7 +121,7 @@ def require_same_base(path: Path, source: ModelSource, fingerprint: str) -> None
 
 def _traits(saved: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
     """Return the traits of the run that wrote a checkpoint; empty in those of earlier versions."""
-    traits: Mapping[str, Mapping[str, Any]] = saved.get("bdpo_pl_run", {}).get("traits", {})
+    traits: Mapping[str, Mapping[str, Any]] = saved.get(RUN, {}).get("traits", {})
     return traits
 
 

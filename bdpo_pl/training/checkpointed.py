@@ -12,6 +12,7 @@ from bdpo_pl.data.splits import PreferenceSplits
 from bdpo_pl.errors import InputError
 from bdpo_pl.losses import PreferenceLoss
 from bdpo_pl.models.adapters import LoraOptions, is_adapter
+from bdpo_pl.models.checkpoint import RUN
 from bdpo_pl.models.loading import ModelSource
 from bdpo_pl.models.reach import frozen_names
 from bdpo_pl.models.tied import parameters_with_names
@@ -19,7 +20,7 @@ from bdpo_pl.parallel.state import reshard, whole
 from bdpo_pl.scoring.reestimation import Reestimation
 from bdpo_pl.scoring.reference import Reference
 from bdpo_pl.scoring.reference_sync import ReferenceSync
-from bdpo_pl.training.checkpoints import RUN, keep_epoch_open
+from bdpo_pl.training.checkpoints import keep_epoch_open
 from bdpo_pl.training.schedule_free import averaged_weights
 from bdpo_pl.training.watched import WatchedModule
 

@@ -25,9 +25,6 @@ from bdpo_pl.parallel.saved_parts import META, before, is_whole_folder
 
 LAST = "last.ckpt"
 
-RUN = "bdpo_pl_run"
-"""Key of a checkpoint's part that describes its run."""
-
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint under a temporary name, flushes it to the disk and only then renames it."""

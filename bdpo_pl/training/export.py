@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from bdpo_pl.data.tokenizer_like import TokenizerLike
-from bdpo_pl.files import write_whole_folder
+from bdpo_pl.files import free_folder, write_whole_folder
 from bdpo_pl.models.adapter_export import export_adapter
 from bdpo_pl.models.causal_lm import CausalLM
 from bdpo_pl.models.checkpoint import checkpoint_model, plain_model, policy_state, read_checkpoint
@@ -71,7 +71,7 @@ def export_model(
         policy = checkpoint_model(best, module.source, module.dtype_used)
     elif state is not None:
         policy = plain_model(module.source, module.dtype_used, state, module.lora)
-    return export_policy(policy, tokenizer, _free(folder), card, module.source)
+    return export_policy(policy, tokenizer, free_folder(folder), card, module.source)
 
 
 def export_adapters(
@@ -97,7 +97,7 @@ def export_adapters(
         if card is not None:
             (partial / "README.md").write_text(card, encoding="utf-8")
 
-    return write_whole_folder(_free(folder), write)
+    return write_whole_folder(free_folder(folder), write)
 
 
 def _forget_machine(config: Path) -> None:
@@ -107,13 +107,3 @@ def _forget_machine(config: Path) -> None:
     settings = json.loads(config.read_text(encoding="utf-8"))
     if settings.pop("local_files_only", None) is not None:
         config.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _free(folder: Path) -> Path:
-    """Return `folder`, or the next free name beside it if an earlier export of a resumed run is there."""
-    number = 1
-    free = folder
-    while free.exists():
-        number += 1
-        free = folder.with_name(f"{folder.name}-{number}")
-    return free

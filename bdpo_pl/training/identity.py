@@ -12,7 +12,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from bdpo_pl.errors import InputError
-from bdpo_pl.training.checkpoints import RUN, is_amid_accumulation, require_same_checkpoint
+from bdpo_pl.models.checkpoint import RUN
+from bdpo_pl.training.checkpoints import is_amid_accumulation, require_same_checkpoint
 from bdpo_pl.training.module import PreferenceModule
 from bdpo_pl.training.traits import (
     HELD_OUT_TRAITS,

@@ -16,6 +16,7 @@ from torch import nn
 from bdpo_pl.data.held_out import HELD_OUT
 from bdpo_pl.errors import InputError
 from bdpo_pl.losses import PreferenceLoss
+from bdpo_pl.models.adapter_folder import digest_with_adapter
 from bdpo_pl.models.folder import text_digest
 from bdpo_pl.models.loading import model_fingerprint, tokenizer_fingerprint
 from bdpo_pl.parallel.ranks import data_ranks
@@ -88,11 +89,8 @@ def describe_run(trainer: L.Trainer, module: PreferenceModule, data: PreferenceD
     )
     if module.lora is not None:
         # The checkpoint contains the adapters alone.
-        adapter = module.lora.digest()
-        digest = model_fingerprint(module.source)
-        traits["policy"] = _digest(
-            digest if adapter is None else text_digest(f"{digest} {adapter}"), module.source.name
-        )
+        digest = digest_with_adapter(model_fingerprint(module.source), module.lora.digest())
+        traits["policy"] = _digest(digest, module.source.name)
     traits["reference"] = _reference(module, trainer)
     traits |= loss_traits(module.loss, "loss")
     traits |= _optimizer_traits(module)

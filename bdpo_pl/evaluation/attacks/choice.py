@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from bdpo_pl.errors import InputError
+from bdpo_pl.errors import InputError, is_given
 from bdpo_pl.evaluation.attacks.artifacts import read_artifact
 from bdpo_pl.evaluation.attacks.attack import Attack
 from bdpo_pl.evaluation.attacks.framings import BUILT_IN, LONG, begin_answers, read_framings, wrap
@@ -108,7 +108,7 @@ class AttackOptions:
             ("folder", saves, "gcg, genetic, refinement, tree, more and languages"),
             ("suite", starts, "attacks on harmful requests"),
         ):
-            if not is_read and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+            if not is_read and is_given(self, name):
                 raise InputError(f"attacks.{name} is for {read_by}, and none is chosen: choose one, or leave it out")
 
     @property

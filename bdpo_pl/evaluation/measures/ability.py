@@ -22,7 +22,7 @@ from bdpo_pl.data.tokenization import PairTokenizer, padding_id
 from bdpo_pl.data.tokenizer_like import TokenizerLike
 from bdpo_pl.data.truncation import Truncation
 from bdpo_pl.embedded.make.responses import HELPFUL
-from bdpo_pl.errors import InputError, require_at_least
+from bdpo_pl.errors import InputError, is_given, require_at_least
 from bdpo_pl.forward.generation import generate_responses
 from bdpo_pl.models.causal_lm import CausalLM
 from bdpo_pl.scoring.scoring_pass import score_pairs
@@ -72,7 +72,7 @@ class AbilityOptions:
             self.lm_eval = self.lm_eval.split(",")
         require_at_least("ability", self, limit=1, num_fewshot=0, batch_size=1)
         for name in ("include_path", "limit", "num_fewshot", "batch_size"):
-            if not self.lm_eval and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+            if not self.lm_eval and is_given(self, name):
                 raise InputError(f"ability.{name} is for tasks of lm_eval, and there are none: give ability.lm_eval")
 
 
