@@ -45,7 +45,7 @@ def check_combinations(config: Namespace, defaults: Namespace) -> None:
     if config.trainer.fast_dev_run and config.export_from == "best":
         raise InputError("export_from is best, but trainer.fast_dev_run keeps no checkpoint: leave out one of them")
     if config.export_from == "best":
-        if not config.export:
+        if not (config.export or config.export_adapter):
             raise InputError("export is false, so export_from best has nothing to export: leave out one of them")
         if config.checkpoint.save_top_k == 0:
             raise InputError("export_from is best, but checkpoint.save_top_k 0 keeps no checkpoint; set it to 1")
@@ -100,6 +100,7 @@ def never_validates(trainer: Namespace) -> str | None:
 def _check_unread(config: Namespace, defaults: Namespace) -> None:
     """Refuse an option that has no effect because of another one."""
     data, model = config.data, config.model
+    asks = any(_of(config, f"safety.{kind}") for kind in ("harmful", "jailbreak", "benign"))
     unread = (
         ("data.held_out_fraction", data.held_out is not None, "data.held_out says which pairs are held out"),
         ("data.held_out_fraction", data.train == EMBEDDED, "the embedded set has held-out pairs of its own"),
@@ -114,6 +115,10 @@ def _check_unread(config: Namespace, defaults: Namespace) -> None:
         ("model.scoring.chunk_pairs", model.reference_mode in ("none", "live"), "there is no scoring pass"),
         ("model.revision", _is_here(model.policy), "a folder has no revisions, only models of the hub have"),
         ("completions.max_new_tokens", not _of(config, "completions.num_prompts"), "completions.num_prompts is 0"),
+        *(
+            (f"safety.{name}", not asks, "no prompts are given with safety.harmful, safety.jailbreak or safety.benign")
+            for name in ("max_new_tokens", "max_prompts", "batch_size")
+        ),
         ("trainer.limit_test_batches", True, "nothing is tested here"),
         ("trainer.limit_predict_batches", True, "nothing is predicted here"),
         ("model.reference_sync.mixup", not _of(model, "reference_sync.every"), "model.reference_sync.every is not set"),

@@ -98,6 +98,9 @@ def describe_run(trainer: L.Trainer, module: PreferenceModule, data: PreferenceD
     traits["warmup_ratio"] = _plain(module.warmup_ratio)
     for name in ("max_epochs", "max_steps", "limit_train_batches", "gradient_clip_val"):
         traits[name] = _plain(getattr(trainer, name))
+    if type(trainer.limit_train_batches) is int and trainer.limit_train_batches == 1:
+        # An int counts batches: 1 is not 1.0, all of them, but compares as equal.
+        traits["limit_train_batches"] = _plain("1 batch")
     traits["gradient_clip_algorithm"] = _plain(str(getattr(trainer.gradient_clip_algorithm, "value", "norm")))
     traits["router_aux_loss"] = _plain(module.router_aux_loss)
     if (sync := module.sync.options).every is not None:
@@ -190,7 +193,6 @@ def _batches(trainer: L.Trainer, data: PreferenceDataModule) -> Trait:
 
 def _validated(trainer: L.Trainer, data: PreferenceDataModule) -> Trait:
     limit = trainer.limit_val_batches
-    # An int counts batches: 1 is not 1.0, all of them.
     if isinstance(limit, float) and limit == 1.0:
         return Trait(None, "all")
     _, ranks = data_ranks(trainer)

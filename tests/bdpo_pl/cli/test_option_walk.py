@@ -155,6 +155,9 @@ def parser():
         (["--data.train=embedded", "--data.held_out_fraction=0.2"], "the embedded set has held-out pairs of its own"),
         (["--model.policy=.", "--model.revision=main"], "a folder has no revisions"),
         (["--completions.max_new_tokens=9"], "completions.num_prompts is 0"),
+        (["--safety.max_new_tokens=9"], "no prompts are given with safety.harmful, "),
+        (["--safety.max_prompts=9"], "no prompts are given with safety.harmful, "),
+        (["--safety.batch_size=9"], "no prompts are given with safety.harmful, "),
         (["--trainer.limit_predict_batches=9"], "nothing is predicted here"),
     ],
 )
@@ -165,6 +168,16 @@ def test_an_option_that_another_one_leaves_without_effect_is_refused(parser, opt
         check_combinations(config, defaults)
     without = parser.parse_args(["--model.policy=a", "--data.train=a", *options[:-1]])
     check_combinations(without, defaults)
+
+
+def test_an_option_that_is_read_is_not_refused(parser):
+    options = ["--safety.benign=embedded", "--safety.max_new_tokens=9"]
+    check_combinations(parser.parse_args(["--model.policy=a", "--data.train=a", *options]), parser.get_defaults())
+
+
+def test_the_adapter_alone_may_be_of_the_best_checkpoint(parser):
+    options = ["--export=false", "--export_adapter=true", "--export_from=best", "--model.lora.r=4"]
+    check_combinations(parser.parse_args(["--model.policy=a", "--data.train=a", *options]), parser.get_defaults())
 
 
 @pytest.fixture

@@ -154,6 +154,12 @@ def test_validations_of_something_else_are_no_before_of_those_that_follow(
     assert bool(re.search(said, caplog.text)) is (changed is not None)
 
 
+def test_one_batch_is_not_all_of_them(folder, checkpoint, caplog):
+    with caplog.at_level(logging.INFO):
+        run(folder, "one-batch", ckpt_path=checkpoint, trainer={"limit_train_batches": 1})
+    assert "limit_train_batches: 1.0 → 1 batch (takes effect" in caplog.text
+
+
 def test_the_same_run_says_nothing_and_an_older_checkpoint_says_that(folder, checkpoint, caplog, tmp_path):
     with caplog.at_level(logging.INFO):
         run(folder, "one-same", ckpt_path=checkpoint)
