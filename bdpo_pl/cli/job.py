@@ -154,8 +154,8 @@ class FitCLI(LightningCLI):
             # Completions are made before and after training too.
             if wanted and not option.startswith("completions.") and (remedy := never_validates(config.trainer)):
                 raise InputError(f"{option} needs a validation, and the run would have none: {remedy}")
-        check_combinations(config, self.parser.get_defaults())
         probe.check_monitor(config.checkpoint.monitor, config.checkpoint.mode)
+        check_combinations(config, self.parser.get_defaults())
         check_monitor(config.checkpoint.monitor, self.model, config, probe)
         if config.export_from == "best" and config.checkpoint.monitor is None:
             raise InputError("export_from is best, but no checkpoint is chosen: set checkpoint.monitor")

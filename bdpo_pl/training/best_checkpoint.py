@@ -1,4 +1,4 @@
-"""The best checkpoint of a run that is resumed, which Lightning forgets if the folder is another one."""
+"""The best values before a stop: a resumed run goes on from them, or forgets those of another measurement."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from bdpo_pl.training.safety_probe import SafetyProbe
@@ -17,7 +17,8 @@ from bdpo_pl.training.watched import WatchedModule
 class KeepsBest(L.Callback):
     """Has a resumed run compare its validations with the best ones before the stop, as an uninterrupted run would.
 
-    The checkpoints of these stay where they are: Lightning removes none from another folder.
+    The checkpoints of these stay where they are: Lightning forgets the best one if the folder is another one, and
+    removes none from there. Where validations measure something else from here on, `EarlyStopping` begins again too.
     """
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -41,6 +42,14 @@ class KeepsBest(L.Callback):
                 why = f"was measured on something else ({', '.join(changed)})" if changed else "is no longer there"
                 said = f"is {before}, which {why}: the best one is chosen from the validations that follow"
             rank_zero_info(f"The best checkpoint before the stop {said}")
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks:
+            if not isinstance(callback, EarlyStopping) or callback.state_key not in saved:
+                continue
+            if changed := [*pl_module.changed_measures, *suites.get(callback.monitor, [])]:
+                del saved[callback.state_key]
+                why = f"was measured on something else ({', '.join(changed)})"
+                rank_zero_info(f"EarlyStopping begins again: its best {callback.monitor} before the stop {why}")
 
 
 def _other_suites(trainer: L.Trainer, saved: Mapping[str, Any]) -> dict[str, list[str]]:

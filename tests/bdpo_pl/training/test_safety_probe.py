@@ -47,12 +47,12 @@ def command(folder, tmp_path, monkeypatch):
         f"--model.policy={folder / 'model'}", f"--data.train={folder / 'pairs.jsonl'}", "--data.held_out_fraction=0.2",
         "--model.optimizer=torch.optim.AdamW", "--model.optimizer.init_args.lr=2e-3", "--trainer.accelerator=cpu",
         "--trainer.enable_progress_bar=false", "--trainer.max_epochs=2", "--trainer.val_check_interval=2",
-        "--safety.max_new_tokens=3",
     ]  # fmt: skip
 
 
 def suites(folder, *names):
-    return [f"--safety.{name}={folder / name}.jsonl" for name in names or ("harmful", "jailbreak", "benign")]
+    names = names or ("harmful", "jailbreak", "benign")
+    return ["--safety.max_new_tokens=3", *(f"--safety.{name}={folder / name}.jsonl" for name in names)]
 
 
 class Answers:
@@ -231,7 +231,7 @@ def test_what_was_not_measured_at_the_best_step_is_a_dash_and_said(command, fold
 )  # fmt: skip
 def test_what_cannot_be_is_told_before_anything_is_loaded(command, folder, capsys, monkeypatch, options, fault):
     monkeypatch.setattr(L.Trainer, "fit", lambda *_, **__: pytest.fail("training began"))
-    given = [option if option.startswith("-") else suites(folder, option)[0] for option in options]
+    given = [option if option.startswith("-") else suites(folder, option)[1] for option in options]
     assert fault in fails([*command, *given], capsys)
 
 
@@ -320,7 +320,9 @@ def test_rates_before_training_are_taken_up_for_what_is_asked_alike(folder):
 
 def test_resumed_run_that_measures_something_else_says_so_and_compares_nothing(command, folder, monkeypatch, caplog):
     options = ["--safety.every_n_steps=1", "--checkpoint.monitor=safety/score", "--checkpoint.mode=max"]
-    options += [f"--safety.benign={folder}/benign.jsonl", "--export=false"]
+    options += [*suites(folder, "benign"), "--export=false", "--trainer.callbacks+=EarlyStopping"]
+    options += ["--trainer.callbacks.monitor=safety/score", "--trainer.callbacks.mode=max"]
+    options += ["--trainer.callbacks.patience=1"]
     Answers(monkeypatch, harmful=[5], benign=[1])
     fit.main([*command, *options, f"--safety.harmful={folder}/harmful.jsonl", "--trainer.max_steps=2"])
     write_jsonl(folder / "others.jsonl", [{"prompt": f"harmful other {i} ?"} for i in range(3)])
@@ -328,10 +330,13 @@ def test_resumed_run_that_measures_something_else_says_so_and_compares_nothing(c
     with caplog.at_level("INFO"):
         fit.main([
             *command, *options, f"--safety.harmful={folder}/others.jsonl", "--data.held_out_fraction=0.3",
-            "--trainer.max_steps=4", "--resume.allow=[data]", "--ckpt_path=runs/version_0/checkpoints/last.ckpt",
+            "--trainer.max_steps=6", "--resume.allow=[data]", "--ckpt_path=runs/version_0/checkpoints/last.ckpt",
         ])  # fmt: skip
     changed = r"was measured on something else \(data, held-out data, safety\.harmful\)"
     assert re.search(rf"The best checkpoint before the stop is \S+, which {changed}", caplog.text)
+    assert re.search(f"EarlyStopping begins again: its best safety/score before the stop {changed}", caplog.text)
+    # The scores are below that of the other prompts: the first of them would have been one wait too many.
+    assert max(logged(1)) > 4
     shown = json.loads(Path("runs/version_1/summary.json").read_text())
     rows = {name: before for name, _, before, _ in shown["rows"]}
     assert rows["refusal rate, harmful prompts"] == rows["held-out margin"] == "–"
