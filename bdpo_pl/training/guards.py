@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import lightning as L
 import torch
@@ -14,15 +14,19 @@ from bdpo_pl.losses import PreferenceLoss
 from bdpo_pl.parallel.state import whole
 
 
-def require_finite_loss(trainer: L.Trainer, loss: Tensor, places: Sequence[str], batch_idx: int) -> None:
+def require_finite_loss(
+    trainer: L.Trainer, loss: Tensor, find_places: Callable[[], Sequence[str]], batch_idx: int
+) -> None:
     """Raise an error on every rank if `loss` is not finite on any rank.
 
-    This happens before the backward pass, so the weights are still those of the last good step.
+    This happens before the backward pass, so the weights are still those of the last good step, and before the batch is
+    counted, so the metrics of a resumed run are finite. It waits for the device once.
 
     Args:
         trainer: Trainer of the run.
         loss: loss of a micro-batch.
-        places: file and row of each of its pairs.
+        find_places: function that returns file and row of each of its pairs; called only if `loss` is not finite,
+            because it waits for the device.
         batch_idx: number of the micro-batch in the epoch.
 
     Raises:
@@ -31,7 +35,8 @@ def require_finite_loss(trainer: L.Trainer, loss: Tensor, places: Sequence[str],
     finite = bool(torch.isfinite(loss.detach()))
     if trainer.strategy.reduce_boolean_decision(finite, all=True):
         return
-    culprit = "" if finite else f" Its pairs: {'; '.join(places[:8])}{'; …' if len(places) > 8 else ''}."
+    places = [] if finite else find_places()
+    culprit = f" Its pairs: {'; '.join(places[:8])}{'; …' if len(places) > 8 else ''}." if places else ""
     raise NonFiniteError(
         f"the loss is {loss.item()} in epoch {trainer.current_epoch}, batch {batch_idx} (after {trainer.global_step} "
         f"optimiser steps).{culprit} The weights are those of the last good step. "

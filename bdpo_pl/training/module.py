@@ -293,8 +293,7 @@ class PreferenceModule(CheckpointedModule):
         if decisions:
             # A batch has the weight of its pairs.
             loss = loss + self.router_aux_loss * batch.pair_weight.sum() * balancing_loss(decisions, batch.sequences)
-        places = [self.splits.tables["train"].places[i] for i in batch.pair_index.tolist()]
-        require_finite_loss(self.trainer, loss, places, batch_idx)
+        require_finite_loss(self.trainer, loss, lambda: self._places(batch), batch_idx)
         self.observe(self.train_means, pair_metrics(self.loss, logps, scores, losses), batch)
         self.throughput.add(batch, counts_its_data(self.trainer))
         if self.global_step == 0 and batch_idx == 0 and self._starts_as_reference:
@@ -323,6 +322,10 @@ class PreferenceModule(CheckpointedModule):
         assert self.reference is not None
         latest = self.reestimation.values(split, batch.pair_index)
         return pair_scores(batch, self.reference.scores(split, batch.pair_index), latest)
+
+    def _places(self, batch: PreferenceBatch) -> list[str]:
+        """Return file and row of each of the training pairs in `batch`."""
+        return [self.splits.tables["train"].places[i] for i in batch.pair_index.tolist()]
 
     @property
     def _starts_as_reference(self) -> bool:

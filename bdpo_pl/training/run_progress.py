@@ -10,6 +10,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from rich.progress import BarColumn, Progress, TextColumn
+from torch import Tensor
 
 from bdpo_pl.console import get_console
 from bdpo_pl.data.batches import PreferenceBatch
@@ -52,7 +53,8 @@ class RunProgress(ProgressBar):
         self._task: Any = None
         self._enabled = True
         self._start = self._last = self._paused = 0.0
-        self._pairs = self._batches = 0
+        self._pairs: int | Tensor = 0
+        self._batches = 0
         self._first_step = self._said_step = 0
         self._due: int | None = None
 
@@ -86,7 +88,8 @@ class RunProgress(ProgressBar):
         batch_idx: int,
     ) -> None:
         """Count the batch, and decide whether a line is due."""
-        self._pairs += int((batch.pair_weight > 0).sum())
+        # Added up on the device, so that a batch does not wait for it.
+        self._pairs = self._pairs + (batch.pair_weight > 0).sum()
         self._batches += 1
         now, step = self.clock(), trainer.global_step
         if not self._enabled:
@@ -127,7 +130,7 @@ class RunProgress(ProgressBar):
             )
             return
         # Counted here alone; the other ranks take as many.
-        pairs = self._pairs * data_ranks(trainer)[1]
+        pairs = int(self._pairs) * data_ranks(trainer)[1]
         rest = [f"{pairs / taken:.3g} pairs/s", *_told(trainer.callback_metrics, _COMPUTED), size(memory_used())]
         self._write(", ".join(filter(None, [f"step {step:,} of {_total(trainer):,}", *values, *rest, left])))
 

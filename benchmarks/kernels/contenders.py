@@ -24,14 +24,21 @@ class NotRunError(RuntimeError):
     """A contender that cannot run here, with the reason."""
 
 
-def ours_fused_loss(p: Problem) -> Tensor:
+def ours_fused_loss(p: Problem, exact: bool = True) -> Tensor:
     """Compute the loss by bdpo_kernels.linear_preference_loss."""
     B = p.num_pairs
     loss, _, _ = linear_preference_loss(
         p.hidden, p.weight, p.labels, p.sequence_ids, pair_losses, num_pairs=B, softcap=p.shape.softcap,
-        check_labels=False,
+        check_labels=False, exact=exact,
     )  # fmt: skip
     return loss / B
+
+
+def ours_rounded(p: Problem) -> Tensor:
+    """Compute the same from logits that are rounded to half precision."""
+    if p.shape.dtype == torch.float32:
+        raise NotRunError("float32 logits are not rounded")
+    return ours_fused_loss(p, exact=False)
 
 
 def ours_linear_logprob(p: Problem) -> Tensor:
@@ -170,6 +177,7 @@ def logits_quack(p: Problem, logits: Tensor) -> Tensor:
 LINEAR: dict[str, LinearContender] = {
     "naive": naive,
     "ours, fused loss": ours_fused_loss,
+    "ours, exact=False": ours_rounded,
     "ours, linear logprob": ours_linear_logprob,
     "naive, compiled": naive_compiled,
     "TRL selective_log_softmax": trl_selective,

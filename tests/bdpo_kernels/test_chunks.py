@@ -4,9 +4,11 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bdpo_kernels import linear_head, linear_preference_loss
 from bdpo_kernels.chunks import chunk_sizes, even_sizes, head_bytes, pairs_evenly, split_evenly
 
 GIB = 1 << 30
@@ -119,3 +121,38 @@ def test_blocks_of_logits_have_rows_enough_for_the_product(V, D, weight_dtype, w
         division = sizes.of(N, weight_grad)
         largest = max(even_sizes(N, division.tokens))
         assert sizes.block(largest, division) >= 250, N
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.usefixtures("on_device")
+def test_both_projections_of_a_long_pair_have_the_same_logits(backend, exact, monkeypatch):
+    """So log-probability and gradient are those of one model. In other chunks sums may differ by their rounding."""
+    N, V, D = 24, 60, 576
+    hidden, weight = torch.randn(N, D).bfloat16(), (torch.randn(V, D) / D**0.5).bfloat16()
+    labels, ids = torch.randint(V, (N,)), torch.arange(N) % 2
+    written, write = [], linear_head.write_logits
+
+    def recorded(out, rows, *rest):
+        write(out, rows, *rest)
+        written.append((rows.clone(), out.clone()))
+
+    monkeypatch.setattr(linear_head, "write_logits", recorded)
+    results = []
+    for tokens, projections in ((N, 1), (5, 2)):
+        written.clear()
+        leaves = [t.clone().requires_grad_() for t in (hidden, weight)]
+        loss, *both = linear_preference_loss(
+            *leaves, labels, ids, lambda c, r, i: -F.logsigmoid(0.1 * (c - r)), num_pairs=1, backend=backend,
+            chunk_bytes=tokens * 64 * (4 if exact else 2), exact=exact,
+        )  # fmt: skip
+        loss.backward()
+        results.append([loss.detach(), *both, *(leaf.grad for leaf in leaves)])
+        once = len(written) // projections
+        assert sum(len(rows) for rows, _ in written[:once]) == N
+        for first, last in zip(written[:once], written[-once:], strict=True):
+            assert all(map(torch.equal, first, last))
+    (*numbers, of_hidden, of_weight), (*in_parts, hidden_in_parts, weight_in_parts) = results
+    for one, other in zip(numbers, in_parts, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5 if exact else 1e-2, atol=0)
+    torch.testing.assert_close(of_hidden, hidden_in_parts, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(of_weight, weight_in_parts, rtol=1e-2, atol=1e-2)

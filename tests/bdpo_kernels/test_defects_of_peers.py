@@ -254,7 +254,7 @@ def test_soft_cap_does_not_count_what_is_beyond_the_row(backend, device, V):
 
 
 def test_a_pair_in_two_parts_has_the_bits_of_a_whole_one(backend, device):
-    """Its logits are computed twice: both must round alike (marin #8217). Exact sums, so bit for bit."""
+    """Its logits are computed twice: both must round alike (marin #8217). Quarters: sums in any order are exact."""
     N, V = 24, 60
     hidden, weight = torch.randint(-4, 5, (N, 8)).to(HALF) / 4, torch.randint(-4, 5, (V, 8)).to(HALF) / 4
     labels, ids = torch.randint(V, (N,)), torch.arange(N) % 2

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -95,6 +96,29 @@ class Operators(TorchDispatchMode):
     def names(self):
         """The operators' names."""
         return [name for name, _ in self.calls]
+
+
+class HostReads(TorchFunctionMode):
+    """Notes the calls that read a tensor's values into Python, and wait for a GPU if it is there.
+
+    Attributes:
+        calls: their names, in their order.
+    """
+
+    _READING = (
+        "tolist", "item", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy", "nonzero", "argwhere",
+        "unique", "equal", "allclose",
+    )  # fmt: skip
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        if name in self._READING:
+            self.calls.append(name)
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

@@ -407,6 +407,25 @@ def test_on_a_real_gpu_gradients_of_twenty_row_lengths_are_those_of_rows_alone(d
         assert choose_layout(model, some, attention="flex_attention") is not RowLayout.SPLIT
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("tokens", [512, 2_048, 8_192])
+def test_on_a_real_gpu_both_layouts_are_timed(tokens, record_property):
+    """Four pairs with short answers; `pytest --junitxml FILE` keeps the times."""
+    model = build_model("llama", hidden_size=64, head_dim=32, max_position_embeddings=tokens)
+    model = model.to("cuda", torch.bfloat16).eval()
+    some = PairTable.from_pairs(
+        [PreferencePair(*(torch.randint(5, 400, (n,)).tolist() for n in (tokens // 4 - 64, 32, 32))) for _ in range(4)],
+        [3, 8],
+    )
+    for implementation, layout in (("sdpa", RowLayout.SHARED), ("flex_attention", RowLayout.ONE_ROW)):
+        set_attention(model, implementation)
+        seconds, pairs = row_layout._seconds(model, some, layout, 0, nullcontext)
+        record_property(f"{implementation}, {tokens} tokens, ms", seconds * 1e3)
+        assert 0 < seconds < 60
+        assert pairs == 4
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_half_precision_shares_too(dtype):
     assert choose_layout(model_named("llama").to(dtype), table()) is RowLayout.SHARED

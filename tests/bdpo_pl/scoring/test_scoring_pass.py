@@ -239,3 +239,20 @@ def test_passes_beyond_those_needed_change_nothing(model, table):
     assert len(passes) == 2 * needed + 3
     assert sum(shares) == pytest.approx(1.0)
     np.testing.assert_array_equal(expected.reference, more.reference)
+
+
+def test_scores_are_read_one_batch_late(model, table, monkeypatch):
+    """So that a GPU computes a batch while Python reads the one before; the last is read at the end."""
+    happened, tolist = [], torch.Tensor.tolist
+
+    def read(tensor):
+        # Positions are integers that never leave the host.
+        if tensor.is_floating_point():
+            happened.append("read")
+        return tolist(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", read)
+    handle = model.register_forward_pre_hook(lambda *_: happened.append("forward"))
+    score_pairs(model, table, [0, 3, 7], batch_tokens=1, comprehension=False)
+    handle.remove()
+    assert happened == ["forward"] + ["forward", "read"] * 5 + ["read"]

@@ -3,11 +3,13 @@
 import csv
 import gc
 import math
+import sys
 import warnings
 
 import lightning as L
 import pytest
 import torch
+from counting import HostReads
 from lightning.pytorch.callbacks import ModelCheckpoint
 from makers import build_model, build_tokenizer
 from training import fit, rows, same, weights
@@ -203,6 +205,35 @@ def test_the_last_good_state_amid_an_accumulation_loses_no_pair(job, tmp_path, b
     assert same(weights(whole), weights(resumed))
     steps = [[row["step"] for row in rows(tmp_path / name / "metrics.csv")] for name in ("whole", "resumed")]
     assert steps[1] == steps[0][-len(steps[1]) :]
+
+
+def test_a_batch_is_waited_for_once_and_a_step_once_more(job, monkeypatch):
+    """Whether the loss is finite, before its batch is counted, and whether the gradient's norm is, before the step."""
+    # Lengths that the collate function has counted are only checked on a CPU.
+    monkeypatch.setattr(sys.modules["bdpo_kernels.linear_preference_loss"], "check_length_values", lambda *_: None)
+    quick = {"max_steps": 2, "max_epochs": -1, "limit_val_batches": 0, "num_sanity_val_steps": 0}
+    trainer, module, data = job(trainer={"accumulate_grad_batches": 2, **quick})
+    found = []
+
+    def counted(name):
+        method = getattr(module, name)
+
+        def call(*args):
+            with HostReads() as reads:
+                result = method(*args)
+            found.append((name, reads.calls))
+            return result
+
+        monkeypatch.setattr(module, name, call)
+
+    for name in ("training_step", "on_before_optimizer_step"):
+        counted(name)
+    trainer.fit(module, data)
+    (_, first), *found = found
+    # Trials, and the comparison of the first loss.
+    assert len(first) > 1
+    batch, step = ("training_step", ["__bool__"]), ("on_before_optimizer_step", ["__bool__"])
+    assert found == [batch, step, batch, batch, step]
 
 
 class NaNGradient(DPOLoss):

@@ -4,9 +4,11 @@ import math
 import re
 import warnings
 from io import StringIO
+from types import SimpleNamespace
 
 import pytest
 import torch
+from counting import HostReads
 from rich.console import Console
 
 from bdpo_pl.losses import BalancedDPOLoss, DPOLoss
@@ -46,6 +48,16 @@ def test_pairs_per_second_are_those_of_all_ranks(run, monkeypatch, capsys, ranks
     ticks = iter(range(100))
     run(max_steps=3, log_every_n_steps=1, callbacks=[RunProgress(lambda: float(next(ticks)))])
     assert re.findall(r"(\S+) pairs/s, pad", capsys.readouterr().out) == [f"{4 * ranks}"] * 3
+
+
+def test_a_batch_is_counted_without_waiting_for_its_device():
+    progress, trainer = RunProgress(), SimpleNamespace(global_step=1)
+    progress.disable()
+    with HostReads() as reads:
+        for weights in ([0.5, 0.0], [0.5, 0.5]):
+            progress.on_train_batch_end(trainer, None, None, SimpleNamespace(pair_weight=torch.tensor(weights)), 0)
+    assert reads.calls == []
+    assert int(progress._pairs) == 3
 
 
 def test_steps_that_end_a_run_early_are_its_total(run, capsys):

@@ -1,9 +1,11 @@
 """Two results side by side: what is a regression, and what is noise."""
 
 import json
+import sys
 
 import pytest
 
+from benchmarks.kernels.__main__ import main
 from benchmarks.kernels.against import changes, markdown, read, remarks
 
 MB = 1 << 20
@@ -70,6 +72,20 @@ def test_a_file_that_is_no_result_is_refused(tmp_path, text, message):
         path.write_text(text)
     with pytest.raises(SystemExit, match=message):
         read(path)
+
+
+def test_the_command_fails_on_a_regression_alone(tmp_path, monkeypatch, capsys):
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    old.write_text(json.dumps(OLD))
+    monkeypatch.setattr(sys, "argv", ["kernels", "--against", str(old), "--load", str(new)])
+    new.write_text(json.dumps(OLD))
+    main()
+    new.write_text(json.dumps(report(naive=([1.0, 1.0], 300), ours=([0.6, 0.6], 60))))
+    with pytest.raises(SystemExit, match="1 of 2 are slower or larger than before") as stopped:
+        main()
+    # Python prints a text, and exits with status 1.
+    assert isinstance(stopped.value.code, str)
+    assert "SLOWER" in capsys.readouterr().out
 
 
 def test_committed_results_can_be_read_and_compared_with_themselves():

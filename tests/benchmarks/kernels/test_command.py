@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,19 @@ def test_kernels_for_hopper_say_that_they_need_one(contender):
 
     with pytest.raises(NotRunError, match="Hopper"):
         LINEAR[contender](make_problem(find_shape("tiny"), "cpu"))
+
+
+def test_rounded_logits_are_a_contender_in_half_precision_alone():
+    from benchmarks.kernels.contenders import LINEAR, NotRunError
+    from benchmarks.kernels.problem import find_shape, make_problem
+
+    shape = find_shape("tiny")
+    with pytest.raises(NotRunError, match="float32 logits are not rounded"):
+        LINEAR["ours, exact=False"](make_problem(shape, "cpu"))
+    half = make_problem(replace(shape, dtype=torch.bfloat16), "cpu")
+    exact, rounded = (LINEAR[name](half).item() for name in ("ours, fused loss", "ours, exact=False"))
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, rel=0.05)
 
 
 def test_pytorchs_own_linear_cross_entropy_agrees_with_plain_cross_entropy():
