@@ -43,13 +43,13 @@ class KeepsBest(L.Callback):
                 said = f"is {before}, which {why}: the best one is chosen from the validations that follow"
             rank_zero_info(f"The best checkpoint before the stop {said}")
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        for callback in callbacks:
-            if not isinstance(callback, EarlyStopping) or callback.state_key not in saved:
+        for stops in callbacks:
+            if not isinstance(stops, EarlyStopping) or stops.state_key not in saved:
                 continue
-            if changed := [*pl_module.changed_measures, *suites.get(callback.monitor, [])]:
-                del saved[callback.state_key]
+            if changed := [*pl_module.changed_measures, *suites.get(stops.monitor, [])]:
+                del saved[stops.state_key]
                 why = f"was measured on something else ({', '.join(changed)})"
-                rank_zero_info(f"EarlyStopping begins again: its best {callback.monitor} before the stop {why}")
+                rank_zero_info(f"EarlyStopping begins again: its best {stops.monitor} before the stop {why}")
 
 
 def _other_suites(trainer: L.Trainer, saved: Mapping[str, Any]) -> dict[str, list[str]]:
