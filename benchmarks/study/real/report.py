@@ -23,6 +23,7 @@ from benchmarks.study.real.plan import CONFIRMED, HALVES, METHODS, SEEDS
 from benchmarks.study.report.__main__ import ROOT, name_of, read_reading
 from benchmarks.study.report.figures import Figures, draw_all, methods_figure
 from benchmarks.study.report.results import Results
+from benchmarks.study.report.statistics import Interval
 from benchmarks.study.report.tables import MISSING, contrast, difference_text, differences, means, number, table
 
 PAGE = ROOT / "docs" / "study_real_results.md"
@@ -102,11 +103,15 @@ def primary(results: Results) -> str:
                 f"{measure.head}, {unit}" if measure.percent else measure.head,
                 difference_text(one, measure.digits, p),
                 MISSING if math.isnan(p) else f"{p:.3f}",
-                MISSING if math.isnan(one.half) else number(one.half, measure.digits),
+                _half_width(one, measure.digits),
             ]
         )
     head = ["B-DPO − DPO", "difference [95 % interval]", "p after Holm", "half width"]
     return table(head, rows)
+
+
+def _half_width(found: Interval, digits: int) -> str:
+    return MISSING if math.isnan(found.half) else number(found.half, digits)
 
 
 def halves(results: Results) -> dict[str, Any] | None:
@@ -121,7 +126,7 @@ def halves(results: Results) -> dict[str, Any] | None:
         "means": means(results, [balanced, imbalanced], real.PAIR_OUTCOMES),
         "differences": compared.text,
         "verdict": verdict,
-        "half_width": number(gap.half, 2),
+        "half_width": _half_width(gap, 2),
         "alike": {name: number(value, 2) for name, value in found[0]["halves"].items()},
     }
 
