@@ -1,12 +1,16 @@
 """The results' page of the study with a real model: the registered rule on invented records, and its tables."""
 
 import json
+import re
+import shlex
+import shutil
 
 import pytest
 from scipy import stats
 
 from bdpo_pl.errors import InputError
 from benchmarks.study.real import plan, report, results, rules
+from benchmarks.study.report.__main__ import ROOT, reading_of
 
 HEAD = {
     "command": ["python", "-m", "benchmarks.study.real"],
@@ -185,6 +189,19 @@ def test_page_and_figure_are_written_and_the_same_again(tmp_path):
     for one, other in zip(*written, strict=True):
         assert one.read_bytes() == other.read_bytes()
     assert "![Every method" in written[0][0].read_text()
+
+
+def test_the_committed_page_is_what_its_command_makes(tmp_path, monkeypatch):
+    text = report.PAGE.read_text(encoding="utf-8")
+    named = re.search(r"```\npython -m benchmarks\.study\.real\.report ([^`]+)```", text)
+    assert named, f"{report.PAGE} does not say by which command it is made"
+    out = tmp_path / report.PAGE.name
+    shutil.copy(reading_of(report.PAGE), reading_of(out))
+    monkeypatch.chdir(ROOT)
+    report.main([*shlex.split(named[1].replace("\\\n", " ")), "--no-figures", "--out", str(out)])
+    assert out.read_text(encoding="utf-8") == text
+    for figure in re.findall(r"\]\((study_real_results/\w+\.svg)\)", text):
+        assert (report.PAGE.parent / figure).is_file()
 
 
 def test_what_is_no_file_of_records_is_an_error(tmp_path):
