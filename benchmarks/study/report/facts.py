@@ -132,8 +132,8 @@ def imbalance(results: Results) -> Facts:
         "tau": TAUS[0],
         "means": means(results, groups, [*sizes, better, *strong]),
         "label": groups[0].label,
-        "strong": mean_text(strongly, 1) if math.isfinite(share.half) else None,
-        "half": share.low <= 50 <= share.high,
+        "strong": mean_text(strongly, 1) if share.count > 1 else None,
+        "half": not (share.low > 50 or share.high < 50),
     }
 
 

@@ -77,25 +77,25 @@ def methods_figure(
         order: names of the methods from top to bottom; others follow.
     """
     names = results.methods("final", order)
-    figure, axes = _panels(1, len(measures), 2.3, 0.8 + 0.28 * len(names))
+    figure, axes = panels(1, len(measures), 2.3, 0.8 + 0.28 * len(names))
     reference = results.pick("final", "reference")
     for axis, measure in zip(axes[0], measures, strict=True):
         for row, name in enumerate(names):
             values = list(results.series(measure, "final", name).values())
             colour = COLOURS.get(name, INK)
             axis.plot(values, [row] * len(values), "o", color=colour, alpha=0.25, markersize=3, markeredgewidth=0)
-            _error_bar(axis, interval(values), row, colour, 4, 1.5)
+            error_bar(axis, interval(values), row, colour, 4, 1.5)
         if reference and math.isfinite(measure.of(reference[0])):
             axis.axvline(measure.of(reference[0]), color=INK, linestyle=":", linewidth=0.8)
         _label(axis, measure, "%")
-        _rows(axis, names if axis is axes[0][0] else None, len(names))
+        label_rows(axis, names if axis is axes[0][0] else None, len(names))
     return figure
 
 
 def imbalance_figure(results: Results) -> Any:
     """Plot quantiles of c_w − c_l over the pairs, as means over seeds."""
     groups = imbalance_groups(results)
-    figure, axes = _panels(1, 1, 7.5, 0.9 + 0.32 * len(groups))
+    figure, axes = panels(1, 1, 7.5, 0.9 + 0.32 * len(groups))
     axis = axes[0][0]
     for row, group in enumerate(groups):
         cells = described(group.cells(results))
@@ -109,7 +109,7 @@ def imbalance_figure(results: Results) -> Any:
     for place in (-strong, 0, strong):
         axis.axvline(place, color=INK, linestyle="--" if place else ":", linewidth=0.8)
     axis.set_xlabel("comprehension of the chosen − of the rejected, nats per token", fontsize=8)
-    _rows(axis, [group.label for group in groups], len(groups))
+    label_rows(axis, [group.label for group in groups], len(groups))
     return figure
 
 
@@ -126,7 +126,7 @@ def sensitivity_figure(results: Results) -> Any:
 def curves_figure(results: Results) -> Any:
     """Plot safety and gap over optimiser steps, with t bands over seeds."""
     groups = curve_groups(results)
-    figure, axes = _panels(1, len(CHIEF), 2.9, 2.6)
+    figure, axes = panels(1, len(CHIEF), 2.9, 2.6)
     for axis, measure in zip(axes[0], CHIEF, strict=True):
         for group in groups:
             steps, found = curve(results, group, measure)
@@ -201,7 +201,7 @@ def sensitivity_contrasts(results: Results) -> list[Contrast]:
 
 
 def _forest(results: Results, contrasts: Sequence[Contrast], measures: Sequence[Measure]) -> Any:
-    figure, axes = _panels(1, len(measures), 2.3, 0.8 + 0.28 * len(contrasts))
+    figure, axes = panels(1, len(measures), 2.3, 0.8 + 0.28 * len(contrasts))
     for axis, measure in zip(axes[0], measures, strict=True):
         found = [each.of(results, measure) for each in contrasts]
         # Zero differences, and those due to rounding alone, would be drawn as if they were large.
@@ -212,11 +212,11 @@ def _forest(results: Results, contrasts: Sequence[Contrast], measures: Sequence[
                 text, side = (f"{text} →", "right") if one.mean > 0 else (f"← {text}", "left")
                 axis.text(math.copysign(shown, one.mean), row, text, ha=side, va="center")
             else:
-                _error_bar(axis, one, row, INK, 3, 1.2)
+                error_bar(axis, one, row, INK, 3, 1.2)
         axis.axvline(0, color=INK, linestyle=":", linewidth=0.8)
         axis.set_xlim(-1.05 * shown, 1.05 * shown)
         _label(axis, measure, "points")
-        _rows(axis, [each.label for each in contrasts] if axis is axes[0][0] else None, len(contrasts))
+        label_rows(axis, [each.label for each in contrasts] if axis is axes[0][0] else None, len(contrasts))
     return figure
 
 
@@ -230,13 +230,15 @@ def _shown(reaches: Sequence[float]) -> float:
     return second if second and first > 4 * second else first
 
 
-def _error_bar(axis: Any, found: Interval, row: int, colour: str, size: float, width: float) -> None:
+def error_bar(axis: Any, found: Interval, row: int, colour: str, size: float, width: float) -> None:
+    """Plot a mean with its interval, if there is one."""
     if found.count:
         half = [np.nan_to_num(found.half)]
         axis.errorbar([found.mean], [row], xerr=half, fmt="o", color=colour, markersize=size, linewidth=width)
 
 
-def _panels(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
+def panels(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
+    """Return a figure and its axes, (rows, columns), each of `width` × `height` inches."""
     from matplotlib import pyplot
 
     return pyplot.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained")
@@ -251,7 +253,8 @@ def _label(axis: Any, measure: Measure, unit: str) -> None:
     axis.locator_params(axis="x", nbins=4)
 
 
-def _rows(axis: Any, names: Sequence[str] | None, number: int) -> None:
+def label_rows(axis: Any, names: Sequence[str] | None, number: int) -> None:
+    """Give an axis `number` rows from top to bottom, with `names` or without."""
     axis.set_yticks(range(number), names if names is not None else [""] * number)
     axis.set_ylim(number - 0.5, -0.5)
     axis.grid(axis="x", alpha=0.25)

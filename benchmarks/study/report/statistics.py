@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from scipy import stats
 
 LEVEL = 0.95
+ROUNDING = 1e-6
+"""Relative size of differences that are rounding errors: measures are often means in float32."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,7 @@ class Interval:
 
     Attributes:
         mean: mean of the values; NaN if there are none.
-        half: half the interval's width; NaN for fewer than two values.
+        half: half the interval's width; NaN for fewer than two values, or if all are equal.
         count: number of seeds.
         p: two-sided p of the mean against the requested bound.
     """
@@ -43,23 +45,24 @@ def quantile(freedom: int, level: float = LEVEL) -> float:
     return float(stats.t.ppf((1 + level) / 2, freedom))
 
 
-def interval(values: Sequence[float], bound: float = 0.0) -> Interval:
+def interval(values: Sequence[float], bound: float = 0.0, scale: float = 0.0) -> Interval:
     """Return the mean of `values` with its t interval.
 
-    If all values are equal, t has no error estimate: the interval has zero width, and p is the sign test's.
+    If all values are equal, t has no error estimate: there is no interval, and p is the sign test's.
 
     Args:
         values: finite values, one per seed.
         bound: value with which p compares the mean.
+        scale: size of the numbers that the values are differences of, if they are: each has their rounding error.
     """
     count = len(values)
     if count < 2:
         return Interval(values[0] if count else math.nan, math.nan, count, math.nan)
     mean = math.fsum(values) / count
     variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
-    # Rounding residues of equal values are no variance.
-    if math.sqrt(variance) <= 1e-12 * max(1.0, abs(mean)):
-        return Interval(mean, 0.0, count, 1.0 if abs(mean - bound) <= 1e-12 else 0.5 ** (count - 1))
+    rounding = ROUNDING * max(scale, *map(abs, values))
+    if math.sqrt(variance) <= rounding:
+        return Interval(mean, math.nan, count, 1.0 if abs(mean - bound) <= rounding else 0.5 ** (count - 1))
     error = math.sqrt(variance / count)
     p = float(2 * stats.t.sf(abs(mean - bound) / error, count - 1))
     return Interval(mean, quantile(count - 1) * error, count, p)
@@ -73,7 +76,9 @@ def paired(first: Mapping[int, float], second: Mapping[int, float], bound: float
         second: values to subtract, by seed.
         bound: value with which p compares the mean.
     """
-    return interval([first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())], bound)
+    seeds = sorted(first.keys() & second.keys())
+    scale = max((abs(values[seed]) for values in (first, second) for seed in seeds), default=0.0)
+    return interval([first[seed] - second[seed] for seed in seeds], bound, scale)
 
 
 def holm(ps: Sequence[float]) -> list[float]:

@@ -60,21 +60,27 @@ def number(value: float, digits: int, sign: bool = False) -> str:
 
 
 def mean_text(found: Interval, digits: int) -> str:
-    """Format a mean as `41.3 ± 2.1`; the result of a single seed is marked as having no interval."""
+    """Format a mean as `41.3 ± 2.1`; a single seed is marked, and a dash takes the place of a missing interval."""
     if not found.count:
         return MISSING
-    if math.isnan(found.half):
+    if found.count == 1:
         return f"{number(found.mean, digits)} (1 seed)"
-    return f"{number(found.mean, digits)} ± {number(found.half, digits)}"
+    half = MISSING if math.isnan(found.half) else number(found.half, digits)
+    return f"{number(found.mean, digits)} ± {half}"
 
 
 def difference_text(found: Interval, digits: int, adjusted: float = math.nan) -> str:
-    """Format a difference as `−3.2 [−5.0, −1.4]`, bold if Holm's adjusted p is below 0.05."""
+    """Format a difference as `−3.2 [−5.0, −1.4]`, bold if Holm's adjusted p is below 0.05.
+
+    A single seed is marked, and a dash takes the place of a missing interval.
+    """
     if not found.count:
         return MISSING
-    if math.isnan(found.half):
-        return f"{number(found.mean, digits, sign=True)} (1 seed)"
-    text = f"{number(found.mean, digits, sign=True)} [{number(found.low, digits)}, {number(found.high, digits)}]"
+    mean = number(found.mean, digits, sign=True)
+    if found.count == 1:
+        return f"{mean} (1 seed)"
+    ends = MISSING if math.isnan(found.half) else f"{number(found.low, digits)}, {number(found.high, digits)}"
+    text = f"{mean} [{ends}]"
     return f"**{text}**" if adjusted < SIGNIFICANT else text
 
 

@@ -8,7 +8,7 @@ from makers import build_model, build_tokenizer, safe_rlhf_row, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from bdpo_pl.fit import main
-from benchmarks.calculated.recipes import PAGE, RECIPES, hours, page
+from benchmarks.calculated.recipes import CELLS, PAGE, RECIPES, cell_cost, hours, page
 
 ROOT = Path(__file__).parents[3]
 WORDS = ("water", "set", "keep", "ask", "read", "trap", "find", "poison", "help", "do", "it", "with")
@@ -30,6 +30,17 @@ def test_operations_by_hand():
     rate = 8 * 989e12 * 0.4 * 3600
     assert hours(recipe, 8) == pytest.approx((training / rate, scoring / rate))
     assert hours(recipe, 1)[1] == pytest.approx(8 * hours(recipe, 8)[1])
+
+
+def test_a_cell_of_the_real_study_by_hand():
+    recipe = RECIPES[1]
+    found, (training, scoring) = cell_cost(recipe), hours(recipe, 1)
+    assert found.training == pytest.approx(3600 * training * 256 / 20_000)
+    assert found.scoring == pytest.approx(3600 * scoring * 2 * 456 / 20_000)
+    # 24 groups of prompts, 48 tokens each, two bytes a weight.
+    assert found.answers == pytest.approx(24 * 48 * 2 * 7_248_023_552 / 3.0e12)
+    assert found.weights == pytest.approx(3 * 2 * 7_248_023_552 / 2e9)
+    assert CELLS == 1 + 24 + 30 + 10
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.architecture)

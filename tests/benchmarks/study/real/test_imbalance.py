@@ -51,6 +51,11 @@ def test_estimators_are_compared_pair_by_pair():
     assert found["same_sign"] == np.mean(first * second > 0)
 
 
+def test_sizes_are_read_from_ratios_of_weights():
+    ratios = {name: np.exp(size / 0.25) for name, size in (("median", 0.4), ("p95", 2.0), ("largest", 4.8))}
+    assert report.sizes({"temperatures": [{"tau": 0.25, **ratios}]}) == pytest.approx([0.4, 2.0, 4.8])
+
+
 def run(name, *options):
     done = children.command(f"bdpo_pl.{name}", options)
     assert done.returncode == 0, done.stderr
@@ -87,3 +92,8 @@ def test_every_estimator_is_measured_and_shown(data, tmp_path, monkeypatch):
     assert report.imbalance_table(rows).count("tiny, HH-RLHF") == 4
     assert "`pmi` and `hsic`" in report.agreement_table(rows)
     assert report.temperature_table(rows).count("tiny") >= 4
+    categories = report.category_table(rows).splitlines()[2:]
+    assert [line.split(" | ")[:3] for line in categories] == [
+        ["| tiny, refusal against compliance", f"`{name}`", "1"] for name in ("x", "y")
+    ]
+    assert report.category_table([row for row in rows if row["set"] == "hh"]) == ""

@@ -1,12 +1,16 @@
 """The results' page of the study with a real model: the registered rule on invented records, and its tables."""
 
 import json
+import re
+import shlex
+import shutil
 
 import pytest
 from scipy import stats
 
 from bdpo_pl.errors import InputError
 from benchmarks.study.real import plan, report, results, rules
+from benchmarks.study.report.__main__ import ROOT, reading_of
 
 HEAD = {
     "command": ["python", "-m", "benchmarks.study.real"],
@@ -124,9 +128,8 @@ def test_the_page_has_the_answer_the_tables_and_the_floor(tmp_path):
 def test_the_halves_are_compared_seed_by_seed(tmp_path):
     page = report.page(load(tmp_path))
     assert "of the 150 matched pairs on each side the mean |imbalance| is 0.10 and 0.90 nats a token" in page
-    assert (
-        "| imbalanced half − balanced half | 0.00 [0.00, 0.00] | 0.00 [0.00, 0.00] | **+1.00 [1.00, 1.00]** |" in page
-    )
+    # Margins that are the same in every seed have no interval.
+    assert "| imbalanced half − balanced half | 0.00 [–] | 0.00 [–] | **+1.00 [1.00, 1.00]** |" in page
 
 
 def test_a_rate_that_cannot_move_is_named_and_decides_nothing(tmp_path, monkeypatch):
@@ -186,6 +189,19 @@ def test_page_and_figure_are_written_and_the_same_again(tmp_path):
     for one, other in zip(*written, strict=True):
         assert one.read_bytes() == other.read_bytes()
     assert "![Every method" in written[0][0].read_text()
+
+
+def test_the_committed_page_is_what_its_command_makes(tmp_path, monkeypatch):
+    text = report.PAGE.read_text(encoding="utf-8")
+    named = re.search(r"```\npython -m benchmarks\.study\.real\.report ([^`]+)```", text)
+    assert named, f"{report.PAGE} does not say by which command it is made"
+    out = tmp_path / report.PAGE.name
+    shutil.copy(reading_of(report.PAGE), reading_of(out))
+    monkeypatch.chdir(ROOT)
+    report.main([*shlex.split(named[1].replace("\\\n", " ")), "--no-figures", "--out", str(out)])
+    assert out.read_text(encoding="utf-8") == text
+    for figure in re.findall(r"\]\((study_real_results/\w+\.svg)\)", text):
+        assert (report.PAGE.parent / figure).is_file()
 
 
 def test_what_is_no_file_of_records_is_an_error(tmp_path):
