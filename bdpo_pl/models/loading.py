@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from bdpo_pl.data.tokenizer_like import TokenizerLike
-from bdpo_pl.errors import InputError, first_line
+from bdpo_pl.errors import InputError, first_line, is_out_of_memory
 from bdpo_pl.models.architectures import auto_class, decoder_layers
 from bdpo_pl.models.causal_lm import CausalLM, ModelConfig
 from bdpo_pl.models.folder import check_folder, file_digest, files_digest, gguf_file, text_digest
@@ -164,6 +164,8 @@ def load_model(
             **source.location, config=config, dtype=dtype, output_loading_info=True, **kwargs
         )
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise InputError(f"cannot load a causal language model from {source.name!r}: {_reason(error)}") from error
     require_all_weights(info, f"{source.name}: the checkpoint", model, "a causal language model's")
     if gguf_file(source.name) is not None:
