@@ -267,13 +267,6 @@ def compile_layers(model: CausalLM, backend: str) -> None:
         layer.compile(backend=backend)
 
 
-def resolve_dtype(name: DTypeName, precision: str) -> torch.dtype:
-    """Return the dtype of the weights: `name`, or for `auto` the one that Lightning's `precision` requires."""
-    if name != "auto":
-        return getattr(torch, name)
-    return {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision, torch.float32)
-
-
 def num_positions(config: ModelConfig) -> int | None:
     """Return the maximum number of positions of the model; None if its configuration sets no limit."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -42,7 +42,7 @@ def test_too_little_memory_is_no_fault_of_the_model(folder, monkeypatch):
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 800000000 bytes")
 
     monkeypatch.setattr(loading, "auto_class", lambda config: Large)
-    with pytest.raises(RuntimeError, match="^DefaultCPUAllocator"):
+    with pytest.raises(RuntimeError, match=r"^DefaultCPUAllocator: can"):
         load_model(ModelSource(str(folder)), torch.float32)
 
 
