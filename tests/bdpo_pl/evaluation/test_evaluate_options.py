@@ -174,6 +174,14 @@ def test_options_as_users_write_them(given, models, expected):
         assert found == value
 
 
+@pytest.mark.parametrize("name", ["gcg", "genetic", "refinement", "tree"])
+def test_an_attack_in_a_file_may_be_true_for_all_its_defaults(name):
+    attacker = {"url": "http://h/v1", "model": "m"} if name in ("refinement", "tree") else None
+    Path("job.yaml").write_text(yaml.safe_dump({"attacks": {name: True, "attacker": attacker}}))
+    found = getattr(parse(["--config=job.yaml"])[1].attacks, name)
+    assert found == type(found)()
+
+
 def test_help_is_readable_and_every_switch_and_list_has_its_short_form(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["--help_all"])
