@@ -243,9 +243,9 @@ def _stage(name: str, state: dict[str, object], plan: Plan, run: Callable[[], No
 
 
 def _write(path: Path, state: dict[str, object]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(state, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    from bdpo_pl.files import write_whole
+
+    write_whole(path, json.dumps(state, indent=2, ensure_ascii=False) + "\n")
 
 
 def _resumed(plan: Plan) -> list[str]:

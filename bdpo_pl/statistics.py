@@ -190,7 +190,7 @@ def gap(first: Interval, second: Interval) -> Interval:
     return Interval(value, value - below, value + above, first.count + second.count, first.clusters + second.clusters)
 
 
-def finite(value: Any) -> Any:
+def finite(value: object) -> Any:
     """Return JSON values with null for numbers that JSON does not have, such as the ends of a missing interval."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}

@@ -40,8 +40,9 @@ if IS_WORKER and sys.version_info < (3, 14):
 LONG = (
     "test_fsdp2.py", "test_examples.py", "test_compiled.py", "test_jobs.py", "test_fit.py", "test_memory_plan.py",
     "test_cpu_offload.py", "test_linear.py", "test_module.py", "test_cell.py", "test_checkpoints.py",
-    "test_training_options.py", "test_safety_probe.py", "test_diagnose.py", "test_planned_host.py", "test_evaluate.py",
-    "test_flex_attention.py", "test_ranks.py", "test_completions.py", "test_stopping.py", "test_adapters.py",
+    "test_training_options.py", "test_safety_probe.py", "test_diagnose.py", "test_planned_host.py",
+    "test_evaluate_servers.py", "test_evaluate.py", "test_flex_attention.py", "test_ranks.py", "test_completions.py",
+    "test_stopping.py", "test_adapters.py",
 )  # fmt: skip
 """Files that take longest, in this order: begun first, so that no process waits for another at the end."""
 

@@ -17,7 +17,7 @@ FLOORS = [
 
 _LARGEST = 400
 _LARGEST_OF = {"bdpo_pl.training.module": 350}
-_MOST_ANY = 40
+_MOST_ANY = 26
 _STILL_LARGE: set[str] = set()
 _STILL_ALIKE: set[tuple[str, str]] = set()
 

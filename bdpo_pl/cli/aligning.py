@@ -95,9 +95,9 @@ def _refuse_finished(trainer: L.Trainer) -> None:
     folder = Path(trainer.logger.log_dir)
     if found := [name for name in ("model", "adapter", "summary.json") if (folder / name).exists()]:
         raise InputError(
-            f"{folder} is the folder of a finished run (it has {', '.join(found)}), and this one begins anew: leave "
-            "trainer.logger.init_args.version out, which gives it a new folder, or set it to another name; to train "
-            "that run on, give --ckpt_path"
+            f"{folder} is the folder of a finished run (it has {', '.join(found)}), and this one starts from the "
+            "beginning: leave trainer.logger.init_args.version out, which gives it a new folder, or set it to "
+            "another name; to train that run on, give --ckpt_path"
         )
 
 
@@ -205,7 +205,7 @@ class _Exported:
     Attributes:
         step: optimiser step that they are of.
         path: checkpoint that holds them; None: they are the last ones.
-        said: which they are, if they were chosen.
+        said: description of them, if they were chosen.
     """
 
     step: int

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
 import torch
 
@@ -58,7 +58,7 @@ def parse_options(args: list[str], description: str | None) -> tuple[list[str], 
         InputError: A number out of its range, `null` where an option has no such value, or options that do not fit.
     """
 
-    def check(parsed: Any) -> None:
+    def check(parsed: object) -> None:
         check_nulls(parsed, get_type_hints(EvaluateOptions))
         check_ranges(parsed)
 

@@ -24,7 +24,7 @@ class Row(NamedTuple):
         kind: `same` (accepted by TRL's name), `other` (another name), `unneeded`, or `refused` (not there).
         here: our options for it, as on the command line; empty for `unneeded` and `refused`, and for `same` filled in
             from the short spellings.
-        remark: what differs, or why there is no such option.
+        remark: difference from TRL, or the reason why there is no such option.
     """
 
     kind: Literal["same", "other", "unneeded", "refused"]

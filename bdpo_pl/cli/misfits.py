@@ -15,7 +15,7 @@ KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 """Description of the values that an option takes, by its type."""
 
 
-def check_nulls(options: Any, hints: Mapping[str, Any]) -> None:
+def check_nulls(options: object, hints: Mapping[str, Any]) -> None:
     """Check that no option among `options` is `null` unless its type allows that.
 
     Args:
@@ -52,7 +52,7 @@ def refuse_misfit(error: ValueError) -> NoReturn:
 _ABSENT = object()
 
 
-def _nulls(value: Any, hint: Any, name: str) -> Iterator[tuple[str, Any]]:
+def _nulls(value: object, hint: object, name: str) -> Iterator[tuple[str, object]]:
     """Yield each option at or below `name` that is null and may not be, with its type hint."""
     if value is None:
         if not _may_be_null(hint):
@@ -70,19 +70,19 @@ def _nulls(value: Any, hint: Any, name: str) -> Iterator[tuple[str, Any]]:
                     yield from _nulls(items.get(field, _ABSENT), expected, f"{name}.{field}")
 
 
-def _items(value: Any) -> Mapping[str, Any]:
+def _items(value: object) -> Mapping[str, Any]:
     if isinstance(value, Mapping):
         return value
     return vars(value) if type(value).__name__ == "Namespace" else {}
 
 
-def _may_be_null(hint: Any) -> bool:
+def _may_be_null(hint: object) -> bool:
     if hint is None or hint is Any or isinstance(hint, str | typing.TypeVar):
         return True
     return hint is type(None) or type(None) in typing.get_args(hint) or None in typing.get_args(hint)
 
 
-def _arguments(path: Any) -> dict[str, Any]:
+def _arguments(path: object) -> dict[str, object]:
     """Return the type hints of a class's arguments, without those whose default is null; empty if there are none."""
     module, _, name = str(path).rpartition(".")
     try:

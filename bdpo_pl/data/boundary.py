@@ -286,8 +286,8 @@ class Cutter:
         raise RowError(
             record,
             "thoughts that cannot be masked",
-            "the chat template writes a turn's thoughts so that they cannot be told from its words; take them out with "
-            "data.thoughts=strip, or train on them with data.thoughts=train",
+            "the chat template writes a turn's thoughts so that they cannot be separated from its words; take them "
+            "out with data.thoughts=strip, or train on them with data.thoughts=train",
         )
 
     def _next_turn(self, record: Record, upto: Conversation, whole: str, start: int) -> int:

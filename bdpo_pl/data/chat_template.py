@@ -283,7 +283,7 @@ def _compiled(source: str) -> Any:
     ask = environment.is_safe_attribute
     known: dict[tuple[type, str], bool] = {}
 
-    def is_safe_attribute(obj: Any, attribute: str, value: Any) -> bool:
+    def is_safe_attribute(obj: object, attribute: str, value: object) -> bool:
         key = type(obj), attribute
         if key not in known:
             known[key] = ask(obj, attribute, value)
@@ -291,7 +291,7 @@ def _compiled(source: str) -> Any:
 
     read = environment.getattr
 
-    def read_attribute(obj: Any, name: str) -> Any:
+    def read_attribute(obj: object, name: str) -> Any:
         if type(obj) is dict and name not in _OF_DICTS:
             return obj[name] if name in obj else environment.undefined(obj=obj, name=name)
         return read(obj, name)
@@ -300,7 +300,7 @@ def _compiled(source: str) -> Any:
     return environment.from_string(source)
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: object) -> bool:
     return type(value) in _PLAIN or (type(value) is list and all(type(item) in _PLAIN for item in value))
 
 

@@ -66,8 +66,8 @@ class PreferenceRow:
         tools: descriptions of the functions that the model may call.
         template_kwargs: variables of the chat template, for this row only.
         weight: factor of the pair's loss; None if the data has none.
-        desirable: of a single answer, which is `chosen` whether it is good or bad, while `rejected` answers another
-            prompt: true if it is good. None for a pair.
+        desirable: true if a single answer is good, false if it is bad; None for a pair. A single answer is always
+            `chosen`, and `rejected` answers another prompt.
     """
 
     prompt: Content

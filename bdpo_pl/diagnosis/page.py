@@ -9,7 +9,7 @@ from bdpo_pl.diagnosis.findings import find
 from bdpo_pl.diagnosis.measures import Group, Measured
 from bdpo_pl.diagnosis.results import TEXTS_WARNING, Diagnosis, Places, SplitDiagnosis
 from bdpo_pl.reporting import Cell, Estimate, Line, Page, Section, Table, bar_chart, histogram, line_chart, scatter
-from bdpo_pl.reporting.format import fixed, general, percent, plus_minus, ratio, signed, whole
+from bdpo_pl.reporting.format import fixed, general, mean_text, percent, ratio, signed, whole
 from bdpo_pl.statistics import Interval
 
 _MOST_LISTED = 50
@@ -292,11 +292,6 @@ def group_table(kind: str, groups: Sequence[Group], caption: str) -> Table:
         for g in groups
     ]  # fmt: skip
     return Table([kind, "pairs", "c chosen", "c rejected", "imbalance", "|imbalance|", "strong"], rows, caption)
-
-
-def mean_text(mean: Interval) -> str:
-    """Format a mean with half the width of its 95 % interval."""
-    return plus_minus(mean.value, mean.high if mean.bounded else None)
 
 
 def estimate(mean: Interval) -> Estimate:

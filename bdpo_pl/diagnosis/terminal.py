@@ -7,9 +7,8 @@ from rich.text import Text
 
 from bdpo_pl.data.held_out import called
 from bdpo_pl.diagnosis.measures import Group
-from bdpo_pl.diagnosis.page import mean_text
 from bdpo_pl.diagnosis.results import Diagnosis
-from bdpo_pl.reporting.format import fixed, general, percent, ratio, whole
+from bdpo_pl.reporting.format import fixed, general, mean_text, percent, ratio, whole
 
 _MOST_CATEGORIES = 6
 

@@ -32,18 +32,20 @@ class EvaluationParser(ArgumentParser):
     def parse_string(self, *args: str, **kwargs: Any) -> Namespace:
         """Parse the text of a file, in which a judge may be a name or a mapping with a `kind`."""
         if args:
-            args = (_text_in_full(args[0]), *args[1:])
+            args = (_text_in_full(self, args[0]), *args[1:])
         else:
-            kwargs = {key: _text_in_full(value) if key in _TEXT else value for key, value in kwargs.items()}
+            kwargs = {key: _text_in_full(self, value) if key in _TEXT else value for key, value in kwargs.items()}
         return super().parse_string(*args, **kwargs)
 
 
-def _text_in_full(text: str) -> str:
+def _text_in_full(parser: ArgumentParser, text: str) -> str:
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError:
         return text  # the parser reports the syntax error
-    return yaml.safe_dump(_in_full(content), allow_unicode=True, sort_keys=False) if isinstance(content, dict) else text
+    if not isinstance(content, dict):
+        return text
+    return yaml.safe_dump(_in_full(parser, content), allow_unicode=True, sort_keys=False)
 
 
 def class_of(named: object, aliases: Mapping[str, str]) -> Any:
@@ -58,7 +60,7 @@ def class_of(named: object, aliases: Mapping[str, str]) -> Any:
     return named
 
 
-def _in_full(content: dict[str, Any]) -> dict[str, Any]:
+def _in_full(parser: ArgumentParser, content: dict[str, Any]) -> dict[str, Any]:
     content = dict(content)
     if content.get("judge") is not None:
         content["judge"] = class_of(content["judge"], registry.ALIASES)
@@ -66,10 +68,8 @@ def _in_full(content: dict[str, Any]) -> dict[str, Any]:
     if isinstance(attacks, dict):
         more = attacks.get("more")
         attacks = {**attacks, "more": [class_of(one, choice.ALIASES) for one in more]} if more else dict(attacks)
-        content["attacks"] = {
-            **attacks,
-            **{name: {} for name in ("gcg", "genetic", "refinement", "tree") if attacks.get(name) is True},
-        }
+        alone = [name for name, value in attacks.items() if value is True and _is_group(parser, f"--attacks.{name}")]
+        content["attacks"] = {**attacks, **{name: {} for name in alone}}
     return content
 
 

@@ -40,7 +40,7 @@ class Decoded:
     Attributes:
         number: number of the prompt.
         tokens: generated tokens, without the stop token; None if rounding could have decided one of them.
-        finished: whether a stop token was generated.
+        finished: true if a stop token was generated.
     """
 
     number: int

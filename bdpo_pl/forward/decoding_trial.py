@@ -1,7 +1,7 @@
 """A trial of whether a model can be decoded in continuous batches.
 
 Nothing is assumed: short prompts are continued in such batches and one at a time by `transformers`, and both must give
-the same logits up to rounding. What a short trial cannot show is told by the configuration.
+the same logits up to rounding. The configuration says what a short trial cannot show.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from torch import Tensor
 from bdpo_pl.data.batches import pair_documents
 from bdpo_pl.data.packing import Document, RowLayout, SequenceBatch, lay_out
 from bdpo_pl.data.table import PairTable
-from bdpo_pl.errors import InputError, first_line
+from bdpo_pl.errors import InputError, first_line, is_out_of_memory
 from bdpo_pl.forward.agreement import largest, recovers
 from bdpo_pl.forward.equivalence import (
     compute_dtype,
@@ -179,7 +179,10 @@ def _objection(
                 )
             with _attention(model, reference):
                 alone = _reading(model, documents, RowLayout.SPLIT, pad_id, whole=True, backward=backward)
-    except torch.OutOfMemoryError:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            recovers(model)
+            return f"{type(model).__name__} fails on such rows ({type(error).__name__}: {first_line(error)})"
         trained = any(p.requires_grad for p in model.parameters())
         if not backward or len(documents) == 1 or trained or not recovers(model):
             raise
@@ -187,9 +190,6 @@ def _objection(
         return _objection(model, documents, layout, pad_id, context, reference, backward=False) or _objection(
             model, shortest, layout, pad_id, context, reference
         )
-    except Exception as error:
-        recovers(model)
-        return f"{type(model).__name__} fails on such rows ({type(error).__name__}: {first_line(error)})"
     lengths = torch.tensor([len(ids) for document in documents for _, ids in document.responses])
     bounds = rounding_of_logps(alone.logps, lengths.to(alone.logps.device), dtype)
     # Only the first sequence was changed.
@@ -290,8 +290,8 @@ def _seconds_of_a_pass(
             _reading(model, documents, layout, pad_id)
             _wait(model)
             return time.perf_counter() - start
-    except torch.OutOfMemoryError:
-        if not recovers(model):
+    except Exception as error:
+        if not is_out_of_memory(error) or not recovers(model):
             raise
         return math.inf
 

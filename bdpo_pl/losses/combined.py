@@ -30,7 +30,10 @@ class Outer(PreferenceLoss):
     def _take_from(self, losses: Sequence[PreferenceLoss]) -> None:
         for loss in losses:
             if loss.needs_labels:
-                raise InputError(f"loss: {type(loss).__name__} reads single answers and no pairs, so it stands alone")
+                raise InputError(
+                    f"loss: {type(loss).__name__} reads single answers and no pairs, so it cannot be combined with "
+                    "other losses; use it alone"
+                )
         self._parts = tuple(losses)
         self.beta = losses[0].beta
         tails = {loss.tail_weight for loss in losses}

@@ -93,7 +93,7 @@ def require_same_reading(path: Path, tokenizer: TokenizerLike, name: str) -> Non
 def require_same_base(path: Path, source: ModelSource, fingerprint: str) -> None:
     """Raise `InputError` if the adapters of a checkpoint were trained on another model than `source` is now.
 
-    That cannot be told for checkpoints of earlier versions, and for a run that began with an adapter that is gone.
+    Checkpoints of earlier versions do not say which model it was, nor do those of a run whose first adapter is gone.
 
     Args:
         path: path of the checkpoint; if it has no adapters, it has every weight of its own.

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from bdpo_pl.data.tokenizer_like import TokenizerLike
-from bdpo_pl.errors import InputError, first_line
+from bdpo_pl.errors import InputError, first_line, is_out_of_memory
 from bdpo_pl.models.architectures import auto_class, decoder_layers
 from bdpo_pl.models.causal_lm import CausalLM, ModelConfig
 from bdpo_pl.models.folder import check_folder, file_digest, files_digest, gguf_file, text_digest
@@ -164,6 +164,8 @@ def load_model(
             **source.location, config=config, dtype=dtype, output_loading_info=True, **kwargs
         )
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise InputError(f"cannot load a causal language model from {source.name!r}: {_reason(error)}") from error
     require_all_weights(info, f"{source.name}: the checkpoint", model, "a causal language model's")
     if gguf_file(source.name) is not None:
@@ -263,13 +265,6 @@ def compile_layers(model: CausalLM, backend: str) -> None:
         raise InputError(f"model.compile: the layers of {type(model).__name__} are not recognised; leave it unset")
     for layer in layers:
         layer.compile(backend=backend)
-
-
-def resolve_dtype(name: DTypeName, precision: str) -> torch.dtype:
-    """Return the dtype of the weights: `name`, or for `auto` the one that Lightning's `precision` requires."""
-    if name != "auto":
-        return getattr(torch, name)
-    return {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision, torch.float32)
 
 
 def num_positions(config: ModelConfig) -> int | None:

@@ -21,6 +21,13 @@ def half_products(precision: str) -> torch.dtype | None:
     return torch.bfloat16 if precision == "bf16-mixed" else None
 
 
+def resolve_dtype(name: str, precision: str) -> torch.dtype:
+    """Return the dtype of the weights: `name`, or for `auto` the one that Lightning's `precision` requires."""
+    if name != "auto":
+        return getattr(torch, name)
+    return {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision, torch.float32)
+
+
 def choose_dtype(name: str, device: torch.device, option: str = "dtype") -> torch.dtype:
     """Return the dtype called `name`; `auto` is bfloat16 on a GPU that supports it, otherwise float32.
 

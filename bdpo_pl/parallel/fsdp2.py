@@ -114,7 +114,7 @@ class ShardedStrategy(ModelParallelStrategy):
         return bool(self._save_distributed_checkpoint)
 
     def check_sizes(self, devices: int) -> None:
-        """Raise `InputError` if so many `devices` do not make whole groups of the requested sizes."""
+        """Raise `InputError` if groups of the requested sizes do not divide the number of `devices`."""
         for name in ("tensor_parallel_size", "context_parallel_size"):
             if devices % (size := getattr(self, name)):
                 raise InputError(

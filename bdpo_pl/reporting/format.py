@@ -64,6 +64,11 @@ def plus_minus(mean: float, high: float | None, decimals: int = 3) -> str:
     return text if high is None else f"{text} ± {high - mean:.{decimals}f}"
 
 
+def mean_text(mean: Interval) -> str:
+    """Format a mean with half the width of its 95 % interval."""
+    return plus_minus(mean.value, mean.high if mean.bounded else None)
+
+
 def with_ends(form: Callable[[float], str], value: float, low: float, high: float) -> str:
     """Format a value with the ends of its interval, each by `form`."""
     return f"{form(value)} ({form(low)} to {form(high)})"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -11,7 +10,7 @@ from markupsafe import Markup
 from bdpo_pl.console import printable
 
 
-def _visible(value: Any) -> Any:
+def _visible(value: object) -> object:
     """Escape the control characters of texts, and of markup that holds texts; other values remain."""
     if isinstance(value, Markup):
         return Markup(printable(value))  # noqa: S704 - was markup before; escapes like \x1b hold nothing to interpret
@@ -27,6 +26,6 @@ TEMPLATES = Environment(
 )
 
 
-def element(macro: str, *values: Any) -> Markup:
+def element(macro: str, *values: object) -> Markup:
     """Return the markup of one element: the macro of that name in `elements.html`, for `values`."""
     return Markup(getattr(TEMPLATES.get_template("elements.html").module, macro)(*values))  # noqa: S704 - a template's

@@ -87,7 +87,7 @@ class Reference:
             model in memory and score each batch; `none`: no reference, for losses that need none.
         dtype: dtype of the weights. With the policy's own dtype, the log-ratio is exactly zero at the start.
         options: options of the scoring pass.
-        prefix_sharing: whether a prompt is read once for all responses that follow it; see `choose_layout`.
+        prefix_sharing: choice to read a prompt once for all responses that follow it; see `choose_layout`.
         adapted: policy with adapters whose state before training is the reference, so that no second model is loaded.
         load: function that loads the policy's model before training, if that model is the reference too. It is loaded
             once for both.

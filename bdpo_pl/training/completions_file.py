@@ -81,7 +81,7 @@ class CompletionsFile:
         self.num_rows, self.digest = num_rows, digest
 
     def begin(self, trainer: L.Trainer) -> None:
-        """Keep the rows from before the checkpoint if they are in the run's folder, else begin anew.
+        """Keep the rows from before the checkpoint if they are in the run's folder, else begin with an empty file.
 
         All ranks call this; later calls do nothing. Runs with some loggers share a folder, and the digest tells their
         files apart.
@@ -95,7 +95,10 @@ class CompletionsFile:
         lines = _lines(self._path)[: self.num_rows]
         if _digest(lines) != self.digest:
             if self._path.is_file():
-                rank_zero_warn(f"{self._path} has not the rows from before the checkpoint, and is begun anew")
+                rank_zero_warn(
+                    f"{self._path} does not hold the rows from before the checkpoint, so it is emptied and gets "
+                    "only the rows from here on"
+                )
             lines = []
         self.num_rows, self.digest = len(lines), _digest(lines)
         folder.mkdir(parents=True, exist_ok=True)

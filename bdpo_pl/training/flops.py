@@ -77,7 +77,7 @@ class TrainingFlops:
             (1 + number of reaches,) int64 on the batch's device, so that nothing waits for the device.
         """
         own, real = batch.sequences.position_ids, batch.sequences.documents >= 0
-        # Positions begin anew in each sequence: a token sees as many before it as its position says, and itself.
+        # Positions begin at 0 in each sequence: a token sees as many before it as its position says, and itself.
         seen = [torch.where(real, _reach(own, layers), 0).sum() for layers in self.attention]
         return torch.stack([batch.lengths.sum().to(own.device), *seen])
 

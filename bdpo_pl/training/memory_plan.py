@@ -26,8 +26,8 @@ from bdpo_pl.data.stripes import stripe_of
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.models.adapters import LoraOptions
 from bdpo_pl.models.causal_lm import ModelConfig
-from bdpo_pl.models.loading import ModelSource, load_config, num_positions, resolve_dtype
-from bdpo_pl.models.precision import autocast_dtype
+from bdpo_pl.models.loading import ModelSource, load_config, num_positions
+from bdpo_pl.models.precision import autocast_dtype, resolve_dtype
 from bdpo_pl.training.datamodule import PreferenceDataModule
 from bdpo_pl.training.module import PreferenceModule
 from bdpo_pl.training.optimizer_state import state_bytes

@@ -102,7 +102,7 @@ def describe(
         rows: rows of the final table.
         pairs: number of held-out pairs that were measured; None without held-out pairs.
         safety: true if refusals were measured.
-        weights: which weights are exported, if they were chosen.
+        weights: description of the exported weights, if they were chosen.
     """
     name = module.source.name
     base = base_name(name)

@@ -30,8 +30,8 @@ from bdpo_pl.models.loading import (
     check_vocabulary,
     load_config,
     load_model,
-    resolve_dtype,
 )
+from bdpo_pl.models.precision import resolve_dtype
 from bdpo_pl.models.reach import frozen_names
 from bdpo_pl.parallel.ranks import counts_its_data
 from bdpo_pl.scoring.machine import Machine

@@ -15,7 +15,7 @@ from bdpo_pl.training.optimizers import mark_tables
 def state_bytes(
     optimizer: Callable[[Any], torch.optim.Optimizer], hidden: int, others: int, dtype: torch.dtype, uneven: int = 0
 ) -> float:
-    """Return the bytes of the state for so many parameters.
+    """Return the bytes of the optimiser state of `hidden` and `others` parameters.
 
     Args:
         optimizer: function that makes the optimiser.

@@ -31,11 +31,11 @@ class Activations:
     """Bytes of activations.
 
     Attributes:
-        device: at the end of the forward pass; if they are recomputed and not moved to the host, with those of one
-            layer.
-        layer: on the device in the backward pass of the first layer, the last to be computed, with the gradients of its
-            hidden states.
-        host: moved to the host by one process.
+        device: bytes on the device at the end of the forward pass; if they are recomputed and not moved to the host,
+            with those of one layer.
+        layer: bytes on the device in the backward pass of the first layer, the last to be computed, with the gradients
+            of its hidden states.
+        host: bytes moved to the host by one process.
     """
 
     device: int

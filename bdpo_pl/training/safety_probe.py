@@ -58,8 +58,8 @@ class SafetyProbe(L.Callback):
         every_n_steps: number of optimiser steps between two measurements. Default: none during training.
 
     Attributes:
-        left_out: what has changed in a resumed run, by the name of each suite whose rate before training is therefore
-            left out.
+        left_out: changes in a resumed run because of which the rate before training is left out, by the name of the
+            suite.
         before: refusal rates before training, by name.
         after: those after training.
         measured: those of each optimiser step at which this run has measured.

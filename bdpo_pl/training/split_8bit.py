@@ -4,7 +4,7 @@ bitsandbytes holds the state of a weight in blocks of 256 numbers, each with a s
 by rows, so the part of a rank is a stretch of the whole. Where every part begins at the beginning of a block, its
 blocks are those of the whole weight: steps and checkpoints are those of one device, to the last bit. Where it does not,
 there is no such state in 8 bits, and that of the whole weight is held in 32 bits on every rank. Scales are never
-computed anew from the numbers of a block: the most negative code is −0.993, not −1, so they would shrink.
+computed again from the numbers of a block: the most negative code is −0.993, not −1, so they would shrink.
 """
 
 from __future__ import annotations

@@ -190,7 +190,7 @@ def not_all_measured(measured: int, pairs: int, unit: str) -> tuple[str, str]:
 
 def not_all_trained(share: float, subject: str = "The run") -> tuple[str, str]:
     """Return the remark about the gap of a run, or of other weights, that trained on a `share` of an epoch only."""
-    sentence = f"{subject} trained on {percent(share, 0)} of an epoch, and the gap is measured on pairs of all of it. "
+    sentence = f"{subject} trained on {percent(share, 0)} of an epoch, and the gap is measured on all its pairs. "
     return "notice", sentence + "On those trained on it is larger: give the run these alone (data.train, limit)."
 
 
@@ -198,7 +198,7 @@ def of_another_step(weights: str, measured: bool) -> tuple[str, str]:
     """Return the remark about a run that exports other weights than its last ones.
 
     Args:
-        weights: which weights are exported.
+        weights: description of the exported weights.
         measured: true if all that the table has was measured on them.
     """
     sentence = f"The exported weights are {weights}. The column after is of these, not of the last ones."

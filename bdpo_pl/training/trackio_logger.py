@@ -28,7 +28,7 @@ class TrackioLogger(CSVLogger):
         space_id: Hugging Face Space, OWNER/NAME, that gets the run. Default: this machine only.
         bucket_id: Hugging Face bucket in which the Space stores its data.
         private: make the Space private, if it does not exist yet. Default: as the owner's spaces are.
-        resume: whether a run in trackio is continued by its `name`: `never`, `allow` (if there is one) or `must`.
+        resume: choice to continue the run of this `name` in trackio: `never`, `allow` (if there is one) or `must`.
         save_dir: folder of all runs.
         version: name of the run's folder. Default: the next `version_N`.
 

@@ -51,7 +51,7 @@ def choose(model, seconds, objects=False, room=None):
             return read(model, batch, documents, run)
 
         def no_memory(gradient):
-            raise torch.OutOfMemoryError
+            raise torch.OutOfMemoryError("CUDA out of memory")
 
         def keep(module, args, output):
             output.register_hook(no_memory)

@@ -247,7 +247,8 @@ def _check_url(url: str) -> None:
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise InputError(
             "endpoint.url holds more than an address, and may hold a key, which would be written into files: leave out "
-            "what stands before an @ and after a ?, and put the key into the variable that endpoint.api_key_env names"
+            "the part before an @ and the parts after a ? or a #, and put the key into the variable that "
+            "endpoint.api_key_env names"
         )
 
 

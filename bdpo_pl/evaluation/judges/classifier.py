@@ -82,6 +82,7 @@ class ClassifierJudge(Judge):
             "model": source.name,
             **(facts or {}),
             "reads": f"{reads}, up to {self._max_length} tokens",
+            # Part of the key of kept verdicts: other words would have answers judged again.
             "refused": ", ".join(refused_labels) or "not told",
             "unsafe": ", ".join(unsafe_labels) or "not told",
         }

@@ -10,6 +10,7 @@ from makers import build_model, build_tokenizer
 from training import fit
 
 from bdpo_pl.errors import InputError
+from bdpo_pl.models import loading
 from bdpo_pl.models.loading import ModelSource, check_vocabulary, load_config, load_model, load_tokenizer
 from bdpo_pl.models.loading import model_fingerprint as fingerprint
 
@@ -32,6 +33,17 @@ def test_a_missing_tokenizer_is_the_models_fault(folder):
     )
     with pytest.raises(InputError, match="transformers would make an empty one that cannot read text"):
         load_tokenizer(ModelSource(str(folder)))
+
+
+def test_too_little_memory_is_no_fault_of_the_model(folder, monkeypatch):
+    class Large:
+        @staticmethod
+        def from_pretrained(*args, **kwargs):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 800000000 bytes")
+
+    monkeypatch.setattr(loading, "auto_class", lambda config: Large)
+    with pytest.raises(RuntimeError, match=r"^DefaultCPUAllocator: can"):
+        load_model(ModelSource(str(folder)), torch.float32)
 
 
 def test_a_peft_adapter_is_named_as_one(tmp_path):

@@ -170,7 +170,7 @@ def test_a_file_of_another_run_is_begun_anew(tmp_path):
     other.append([row(step=0, completion="other"), row(step=4)])
     resumed = CompletionsFile()
     resumed.take_up(mine.num_rows, mine.digest)
-    with pytest.warns(UserWarning, match="is begun anew"):
+    with pytest.warns(UserWarning, match="does not hold the rows from before"):
         resumed.begin(trainer)
     assert read_rows(tmp_path) == []
     resumed.append([row(step=8)])
