@@ -184,6 +184,11 @@ class Reference:
             torch.cuda.empty_cache()
 
     @property
+    def scored(self) -> bool:
+        """True once the pairs are scored, if the mode is `precomputed`."""
+        return bool(self._scores)
+
+    @property
     def model(self) -> CausalLM | None:
         """The live model; None if the mode is not `live`, or if the policy serves as its own reference."""
         return self._model

@@ -171,6 +171,9 @@ class PreferenceModule(CheckpointedModule):
             self.reference = self.make_reference(self.reference_mode, machine.precision)
             say_unscored(self.loss, self.reference_mode)
         self.reference.prepare(machine, splits, self.loss)
+        if stage == "fit":
+            self.reestimation.begin(self.global_step)
+            self.sync.begin(self.global_step)
 
     def make_reference(self, mode: ReferenceMode, precision: str) -> Reference:
         """Make the reference that the options describe; nothing is scored yet.
@@ -201,13 +204,12 @@ class PreferenceModule(CheckpointedModule):
         """Let the data module read the pairs for this policy and loss, once, if the options go together.
 
         Raises:
-            InputError: two options contradict each other, or a file cannot be read.
+            InputError: two options contradict each other, a file cannot be read, or an earlier fit had other pairs.
         """
         data = self._data()
         check_start(self, self.trainer, data.max_length)
         needs = {"order_by_safety": self.loss.needs_safety, "single": self.loss.needs_labels}
-        self._splits = data.read(self.source, row_layout=lambda: self.row_layout, **needs)
-        return self._splits
+        return self.keep_pairs(data.read(self.source, row_layout=lambda: self.row_layout, **needs))
 
     def configure_model(self) -> None:
         """Load the policy, once. The scoring pass has freed the reference before."""

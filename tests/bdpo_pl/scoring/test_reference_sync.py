@@ -77,6 +77,10 @@ def test_a_resumed_run_meets_the_reference_as_it_was(job, tmp_path):
         assert same(dict(whole.reference.model.named_parameters()), dict(resumed.reference.model.named_parameters()))
     saved = torch.load(tmp_path / "best" / "end.ckpt", weights_only=True)["bdpo_pl"]
     assert "reference_sync" not in saved
+    # In another fit of the same module it follows again from the first steps on, and until then it is not lost.
+    whole.sync.begin(0)
+    assert whole.sync.due(2)
+    assert whole.sync.state_dict(whole.reference)["weights"].keys()
 
 
 @pytest.mark.parametrize(
