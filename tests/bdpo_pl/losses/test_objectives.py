@@ -170,6 +170,13 @@ def test_balanced_dpo_is_dpo_under_balance_weights():
         torch.testing.assert_close(a.policy_chosen.grad, b.policy_chosen.grad, rtol=1e-4, atol=1e-7)
 
 
+def test_a_sum_of_losses_has_balance_weights_as_each_of_them():
+    pairs, parts = make_pairs(), [DPOLoss(0.2), HingeLoss(0.3)]
+    whole = pairs.under(BalancedLoss(WeightedSum(parts, [0.5, 2.0]), 0.4))
+    single = [pairs.under(BalancedLoss(part, 0.4)) for part in parts]
+    torch.testing.assert_close(whole, 0.5 * single[0] + 2.0 * single[1])
+
+
 def test_bso_by_the_logistic_generator_is_safe_dpo():
     pairs = make_pairs()
     torch.testing.assert_close(
