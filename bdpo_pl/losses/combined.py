@@ -164,6 +164,20 @@ class BalancedLoss(Outer):
         """Return the papers to cite: that of the balance weights, and those of the loss."""
         return list(dict.fromkeys([*super().papers(), *self._loss.papers()]))
 
+    def prepare(self, scores: PairScores) -> None:
+        """Prepare the balance weights and the loss."""
+        super().prepare(scores)
+        self._loss.prepare(scores)
+
+    def state_dict(self) -> dict[str, float]:
+        """Return the results of `prepare` of the balance weights, and those of the loss with `loss.` in front."""
+        return super().state_dict() | {f"loss.{name}": value for name, value in self._loss.state_dict().items()}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Restore the results of both."""
+        super().load_state_dict(state)
+        self._loss.load_state_dict({k.removeprefix("loss."): v for k, v in state.items() if k.startswith("loss.")})
+
     def __call__(self, policy_chosen: Tensor, policy_rejected: Tensor, scores: PairScores) -> Tensor:
         """Compute the loss of each pair, (B,) float32."""
         weights = self._balance.weights(scores)

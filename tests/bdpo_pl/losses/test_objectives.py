@@ -236,6 +236,35 @@ def test_tau_of_a_part_is_found_kept_and_taken_up():
         assert torch.equal(pairs.under(again), pairs.under(loss))
 
 
+class Shifted(DPOLoss):
+    """Measures the mean log-probability of the chosen responses under the reference."""
+
+    needs_all_pairs = True
+    mean: float | None = None
+
+    def prepare(self, scores):
+        self.mean = scores.reference_chosen.mean().item()
+
+    def state_dict(self):
+        return {} if self.mean is None else {"mean": self.mean}
+
+    def load_state_dict(self, state):
+        self.mean = state.get("mean")
+
+
+@pytest.mark.parametrize("tau", ["auto", 0.4])
+def test_the_loss_under_balance_weights_is_prepared_too(tau):
+    pairs = make_pairs()
+    loss, again, before = (BalancedLoss(Shifted(), tau) for _ in range(3))
+    loss.prepare(pairs)
+    again.load_state_dict(loss.state_dict())
+    assert again._loss.mean == pairs.reference_chosen.mean().item()
+    assert again.state_dict() == loss.state_dict()
+    # In checkpoints of earlier versions.
+    before.load_state_dict({name: value for name, value in loss.state_dict().items() if name == "tau"})
+    assert before._loss.mean is None
+
+
 @pytest.mark.parametrize(
     ("make", "fault"),
     [
