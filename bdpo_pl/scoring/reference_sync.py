@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from bdpo_pl.errors import InputError
@@ -75,9 +75,18 @@ class ReferenceSync:
             if hindered:
                 raise InputError(f"model.reference_sync {why}")
 
-    def begin(self, step: int) -> None:
-        """Begin a fit at optimiser step `step`; an earlier fit of the same module may have come further."""
+    def begin(self, step: int, dtype: torch.dtype) -> None:
+        """Begin a fit at optimiser step `step`, and warn of updates that the `dtype` of the reference would lose.
+
+        An earlier fit of the same module may have come further.
+        """
         self._step = min(self._step, step)
+        if self.options.every is not None and self.options.mixup < 0.5 and dtype.itemsize < 4:
+            rank_zero_warn(
+                f"model.reference_sync.mixup is {self.options.mixup:g}, and the reference's weights are in "
+                f"{str(dtype).removeprefix('torch.')}: it does not follow small changes of the policy, which rounding "
+                "loses; use trainer.precision bf16-mixed, or a mixup of at least 0.5"
+            )
 
     def due(self, step: int) -> bool:
         """Return true if the reference must still be updated after optimiser step `step`."""

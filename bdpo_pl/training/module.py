@@ -173,7 +173,7 @@ class PreferenceModule(CheckpointedModule):
         self.reference.prepare(machine, splits, self.loss)
         if stage == "fit":
             self.reestimation.begin(self.global_step)
-            self.sync.begin(self.global_step)
+            self.sync.begin(self.global_step, self.reference.dtype)
 
     def make_reference(self, mode: ReferenceMode, precision: str) -> Reference:
         """Make the reference that the options describe; nothing is scored yet.
