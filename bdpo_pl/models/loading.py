@@ -228,8 +228,8 @@ def hold_products_in(model: nn.Module, dtype: torch.dtype) -> None:
 
 def head_bias(model: nn.Module) -> nn.Parameter | None:
     """Return the bias of the LM head of `model`; None if it has none."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return getattr(head, "bias", None)
+    find = getattr(model, "get_output_embeddings", None)
+    return None if find is None else getattr(find(), "bias", None)
 
 
 def frozen(model: _Model, device: torch.device | None = None) -> _Model:
