@@ -150,6 +150,7 @@ class PreferenceModule(CheckpointedModule):
         self._reader = PolicyReader(lm_head, self.source.name)
         self._layout: RowLayout | None = None
         self._machine: Machine | None = None
+        self._trained = False
         # Kept in a list so that `nn.Module` does not register it as a submodule before it becomes the policy.
         self._base: list[CausalLM] = []
         self._before: BeforeTraining | None = None
@@ -307,6 +308,7 @@ class PreferenceModule(CheckpointedModule):
     def on_train_batch_end(self, outputs: STEP_OUTPUT, batch: PreferenceBatch, batch_idx: int) -> None:
         """Let the reference follow the policy, before a validation compares them."""
         super().on_train_batch_end(outputs, batch, batch_idx)
+        self._trained = True
         self._sync()
 
     def _sync(self) -> None:
@@ -329,7 +331,8 @@ class PreferenceModule(CheckpointedModule):
     @property
     def _starts_as_reference(self) -> bool:
         """True if the first loss is known, because policy and reference are the same model before training."""
-        return self.reference_mode != "none" and self.own_reference and self.loss.initial_value is not None
+        own = self.own_reference and not self._trained
+        return self.reference_mode != "none" and own and self.loss.initial_value is not None
 
     def _data(self) -> PreferenceDataModule:
         data = getattr(self.trainer, "datamodule", None)

@@ -1,6 +1,7 @@
 """What a resumed run takes out of its checkpoint, and what it must not."""
 
 import logging
+import warnings
 
 import pytest
 import torch
@@ -53,7 +54,9 @@ def test_a_second_fit_goes_on_with_its_pairs_and_refuses_others(job, tmp_path):
     module = fit(job(trainer=dict(trainer), reestimate_every=1))
     module.reestimation.load_state_dict({"step": 8, "values": {}})
     again, _, data = job(trainer=trainer | {"max_steps": 2})
-    again.fit(module, data)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*first loss.*")
+        again.fit(module, data)
     # The steps of a fit are counted from its beginning.
     assert module.reestimation.state_dict()["step"] == 1
     write_jsonl(tmp_path / "pairs.jsonl", ROWS)
