@@ -23,30 +23,48 @@ from bdpo_pl.data.tokenization import Ids, PreferencePair
 class PreferenceBatch:
     """B pairs ready for a training or validation step.
 
+    Weights are stored as the bits of float32, because Lightning rounds all floating-point tensors of a batch in
+    `16-true` and `bf16-true`; `bits_of` makes them.
+
     Attributes:
         sequences: 2·B sequences, the chosen responses first, then the rejected ones.
         pair_index: (B,) int64, index of each pair in its table.
-        pair_weight: (B,) float32, share of each pair in the mean over a step; zero for one that only fills a batch.
+        pair_weight_bits: (B,) int32, bits of `pair_weight`.
         lengths: (2, B) int64, numbers of trained tokens in the chosen and in the rejected responses.
         num_tokens: number of tokens in the rows, without padding.
         safe: (2, B) bool, safety of the chosen and of the rejected responses; None if the data does not label it.
-        given_weight: (B,) float32, the data's own factor of each pair's loss; None if it has none.
+        given_weight_bits: (B,) int32, bits of `given_weight`; None if the data has none.
         desirable: (B,) bool, whether each single answer is good; None for pairs.
     """
 
     sequences: SequenceBatch
     pair_index: Tensor
-    pair_weight: Tensor
+    pair_weight_bits: Tensor
     lengths: Tensor
     num_tokens: int
     safe: Tensor | None = None
-    given_weight: Tensor | None = None
+    given_weight_bits: Tensor | None = None
     desirable: Tensor | None = None
+
+    @property
+    def pair_weight(self) -> Tensor:
+        """Share of each pair in the mean over a step, (B,) float32; zero for one that only fills a batch."""
+        return self.pair_weight_bits.view(torch.float32)
+
+    @property
+    def given_weight(self) -> Tensor | None:
+        """The data's own factor of each pair's loss, (B,) float32; None if it has none."""
+        return None if self.given_weight_bits is None else self.given_weight_bits.view(torch.float32)
 
     @property
     def loss_weight(self) -> Tensor:
         """Factor of each pair's loss, (B,) float32: `pair_weight` times the data's own."""
         return self.pair_weight if self.given_weight is None else self.pair_weight * self.given_weight
+
+
+def bits_of(weights: Tensor) -> Tensor:
+    """Return the bits of `weights` (B,) as float32, (B,) int32."""
+    return weights.float().view(torch.int32)
 
 
 def pair_documents(pairs: Sequence[PreferencePair]) -> list[Document]:
@@ -99,10 +117,12 @@ class PairDataset(Dataset[PairKey]):
         return PreferenceBatch(
             sequences,
             pair_index=torch.from_numpy(index),
-            pair_weight=torch.tensor([weight for _, weight in keys], dtype=torch.float32),
+            pair_weight_bits=bits_of(torch.tensor([weight for _, weight in keys], dtype=torch.float32)),
             lengths=torch.from_numpy(lengths.astype(np.int64)),
             num_tokens=int(sequences.num_tokens),
             safe=None if self.table.safe is None else torch.from_numpy(self.table.safe[:, index]),
-            given_weight=None if self.table.weights is None else torch.from_numpy(self.table.weights[index]),
+            given_weight_bits=(
+                None if self.table.weights is None else bits_of(torch.from_numpy(self.table.weights[index]))
+            ),
             desirable=None if self.table.desirable is None else torch.from_numpy(self.table.desirable[index]),
         )

@@ -24,6 +24,10 @@ Routed = tuple[Tensor, Tensor]
 """The (R·T, E) logits of a router, and the (R·T, k) indices of the experts that it chose."""
 
 
+_SILENT = ("doge", "ernie4_5_vl_moe_text")
+"""Types of models with an auxiliary loss that record other logits than one of each expert, and no choice."""
+
+
 def check_router(config: ModelConfig, coefficient: float, name: str) -> None:
     """Raise `InputError` if a model of `config` has no auxiliary loss, or `coefficient` is not a valid factor.
 
@@ -39,6 +43,11 @@ def check_router(config: ModelConfig, coefficient: float, name: str) -> None:
             f"model.router_aux_loss is {coefficient}, but {name} ({config.model_type}) has no router that is trained "
             "with an auxiliary loss; set it to 0"
         )
+    if coefficient and config.get_text_config().model_type in _SILENT:
+        raise InputError(
+            f"model.router_aux_loss is {coefficient}, but {name} ({config.model_type}) does not say which experts its "
+            "routers choose; set it to 0"
+        )
 
 
 @contextmanager
@@ -50,8 +59,15 @@ def routed(model: CausalLM) -> Iterator[list[Routed]]:
     """
     found: list[Routed] = []
 
-    def keep(module: nn.Module, args: object, output: tuple[Tensor, Tensor, Tensor]) -> None:
-        logits, _, chosen = output
+    def keep(module: nn.Module, args: object, output: tuple[Tensor, ...]) -> None:
+        if len(output) == 3:
+            logits, _, chosen = output
+        elif _is_llama4(module):
+            # It returns the scores of all experts and the logits, and chooses by the largest logits.
+            _, logits = output
+            chosen = logits.topk(int(module.top_k), dim=1).indices  # type: ignore[arg-type]
+        else:
+            raise _not_recognised(model)
         found.append((logits, chosen))
 
     handles = [module.register_forward_hook(keep) for module in _routers(model)]
@@ -92,7 +108,13 @@ def _routers(model: CausalLM) -> list[nn.Module]:
     classes = tuple({getattr(recorder, "target_class", recorder) for recorder in recorders})
     routers = [module for module in model.modules() if classes and isinstance(module, classes)]
     if not routers:
-        raise InputError(
-            f"model.router_aux_loss: the routers of {type(model).__name__} are not recognised; set it to 0"
-        )
+        raise _not_recognised(model)
     return routers
+
+
+def _is_llama4(router: nn.Module) -> bool:
+    return type(router).__name__ == "Llama4Router"
+
+
+def _not_recognised(model: CausalLM) -> InputError:
+    return InputError(f"model.router_aux_loss: the routers of {type(model).__name__} are not recognised; set it to 0")

@@ -41,6 +41,7 @@ DEFAULT_TAU = 0.25
 one that its rule chose (docs/study_real_results.md). The other estimators have other units: τ is `auto`."""
 
 _EPSILON = 1e-6
+_ROUNDING = 1e-5
 _SMALLEST_WEIGHT = 1e-12
 
 
@@ -50,7 +51,8 @@ def imbalance_spread(comprehension_chosen: Tensor, comprehension_rejected: Tenso
     It is 1.4826 · MAD, the median absolute deviation from the median. For a normal distribution this equals the
     standard deviation, but outliers do not change it (Huber, Robust Statistics, 1981). Its lower bound is a tenth of
     the median of |Δ|, which matters if all pairs are imbalanced alike. If more than half of the pairs are balanced,
-    both are 0, and the standard deviation is used instead; if every pair is balanced, the result is 1.
+    both are 0, and the standard deviation is used instead; if every pair is balanced, the result is 1. A Δ that may be
+    mere rounding is 0.
 
     Args:
         comprehension_chosen: (M,) c_w of all training pairs.
@@ -59,7 +61,10 @@ def imbalance_spread(comprehension_chosen: Tensor, comprehension_rejected: Tenso
     Returns:
         A number above 0, in the estimator's unit.
     """
-    return robust_spread((comprehension_chosen - comprehension_rejected).double().cpu().numpy()) or 1.0
+    rounding = _ROUNDING * (comprehension_chosen.abs() + comprehension_rejected.abs())
+    imbalance = comprehension_chosen - comprehension_rejected
+    imbalance = imbalance.where(imbalance.abs() > rounding, imbalance.new_zeros(()))
+    return robust_spread(imbalance.double().cpu().numpy()) or 1.0
 
 
 def robust_spread(imbalance: np.ndarray) -> float:

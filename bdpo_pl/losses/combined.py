@@ -36,9 +36,12 @@ class Outer(PreferenceLoss):
                 )
         self._parts = tuple(losses)
         self.beta = losses[0].beta
-        tails = {loss.tail_weight for loss in losses}
-        if len(tails) > 1:
-            raise InputError("loss: LDLoss weights tokens for all losses; put it around the sum, not inside it")
+        if len({loss.tail_weight for loss in losses}) > 1:
+            whole = [type(loss).__name__ for loss in losses if loss.tail_weight is None and not reads_log_ratios(loss)]
+            raise InputError(
+                "loss: LDLoss weights tokens for all losses; "
+                + (f"it cannot be combined with {', '.join(whole)}" if whole else "put one around them, not inside")
+            )
         self.tail_weight = losses[0].tail_weight
         for name in ("needs_reference", "needs_comprehension", "needs_safety", "needs_all_pairs", "mixes_pairs"):
             setattr(self, name, any(getattr(loss, name) for loss in losses))
@@ -83,6 +86,13 @@ class Outer(PreferenceLoss):
         return self._parts[0].rewards(policy_chosen, policy_rejected, scores)
 
 
+def reads_log_ratios(loss: PreferenceLoss) -> bool:
+    """Return true if `loss` reads nothing of the policy but its two log-ratios, with balance weights or without."""
+    if isinstance(loss, WeightedSum):
+        return all(reads_log_ratios(part) for part in loss._parts)
+    return (loss.two_log_ratios or isinstance(loss, BalancedDPOLoss | BalancedLoss)) and not loss.sft_weight
+
+
 class WeightedSum(Outer):
     """L = Σ a_i·L_i, as MPO mixes losses (arXiv:2411.10442).
 
@@ -102,6 +112,7 @@ class WeightedSum(Outer):
             require_not_negative("weights", factor)
         self._take_from(losses)
         self.factors = factors
+        self.two_log_ratios = all(loss.two_log_ratios and not loss.sft_weight for loss in losses)
         values = [loss.initial_value for loss in losses]
         if None not in values:
             self.initial_value = sum(a * v for a, v in zip(factors, values, strict=True) if v is not None)
@@ -155,6 +166,20 @@ class BalancedLoss(Outer):
     def papers(self) -> list[str]:
         """Return the papers to cite: that of the balance weights, and those of the loss."""
         return list(dict.fromkeys([*super().papers(), *self._loss.papers()]))
+
+    def prepare(self, scores: PairScores) -> None:
+        """Prepare the balance weights and the loss."""
+        super().prepare(scores)
+        self._loss.prepare(scores)
+
+    def state_dict(self) -> dict[str, float]:
+        """Return the results of `prepare` of the balance weights, and those of the loss with `loss.` in front."""
+        return super().state_dict() | {f"loss.{name}": value for name, value in self._loss.state_dict().items()}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Restore the results of both."""
+        super().load_state_dict(state)
+        self._loss.load_state_dict({k.removeprefix("loss."): v for k, v in state.items() if k.startswith("loss.")})
 
     def __call__(self, policy_chosen: Tensor, policy_rejected: Tensor, scores: PairScores) -> Tensor:
         """Compute the loss of each pair, (B,) float32."""

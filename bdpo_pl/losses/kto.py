@@ -46,7 +46,9 @@ class KTOLoss(PreferenceLoss):
         """Compute the loss of each answer, (B,) float32."""
         lead = self._lead(policy_chosen, policy_rejected, scores)
         assert scores.desirable is not None
-        weight = torch.where(scores.desirable, self.desirable_weight, self.undesirable_weight)
+        # In the default dtype they would be rounded under `16-true` and `bf16-true`.
+        good, bad = (lead.new_full((), weight) for weight in (self.desirable_weight, self.undesirable_weight))
+        weight = torch.where(scores.desirable, good, bad)
         return weight * torch.sigmoid(-lead)
 
     def rewards(self, policy_chosen: Tensor, policy_rejected: Tensor, scores: PairScores) -> tuple[Tensor, Tensor]:
@@ -67,4 +69,4 @@ class KTOLoss(PreferenceLoss):
         if scores.desirable is None:
             raise ValueError("KTO needs to know which answers are good, and these do not say")
         drift = self.drift(policy_rejected, scores) if scores.drift is None else scores.drift
-        return torch.where(scores.desirable, 1.0, -1.0) * self.beta * (own - drift)
+        return self.beta * torch.where(scores.desirable, own - drift, drift - own)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from bdpo_pl.errors import InputError
-from bdpo_pl.losses.balanced_dpo import BalancedDPOLoss
 from bdpo_pl.losses.base import PairScores, PreferenceLoss
-from bdpo_pl.losses.combined import BalancedLoss, Outer
+from bdpo_pl.losses.combined import Outer, reads_log_ratios
 
 
 class LDLoss(Outer):
@@ -19,18 +18,19 @@ class LDLoss(Outer):
     the LM head. Lengths and comprehension remain those of whole responses.
 
     Args:
-        loss: loss that reads only the two log-ratios of the policy, or Balanced DPO.
+        loss: loss that reads only the two log-ratios of the policy, Balanced DPO, or a sum of such losses.
         alpha: weight α in [0, 1] of the tokens beyond the length of the pair's shorter response.
 
     Raises:
-        InputError: α is out of its range, or the loss reads more of the policy than its log-ratios.
+        InputError: α is out of its range, the loss reads more of the policy than its log-ratios, or weights tokens.
     """
 
     def __init__(self, loss: PreferenceLoss, alpha: float = 0.5) -> None:
         if not 0.0 <= alpha <= 1.0:
             raise InputError(f"loss: alpha must be in [0, 1], got {alpha}")
-        reads_ratios = loss.two_log_ratios or isinstance(loss, BalancedDPOLoss | BalancedLoss)
-        if not reads_ratios or loss.sft_weight:
+        if loss.tail_weight is not None:
+            raise InputError("loss: LDLoss is around another LDLoss, whose alpha would change nothing; leave out one")
+        if not reads_log_ratios(loss):
             raise InputError(
                 f"loss: {type(loss).__name__} as configured reads more of the policy than its two log-ratios, so "
                 "LD-DPO does not apply to it"

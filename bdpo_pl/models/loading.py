@@ -214,8 +214,9 @@ def hold_products_in(model: nn.Module, dtype: torch.dtype) -> None:
     """Store the weights of linear layers in `dtype`, the dtype of autocast: half the memory, the same results.
 
     All other weights keep their dtype, also those that a linear layer shares with an embedding, because autocast does
-    not cast embeddings.
+    not cast embeddings, and the bias of the LM head, which the kernels add to float32 logits.
     """
+    kept = head_bias(model)
     shared: dict[int, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -223,8 +224,14 @@ def hold_products_in(model: nn.Module, dtype: torch.dtype) -> None:
     for module in model.modules():
         if type(module) is nn.Linear:
             for parameter in module.parameters(recurse=False):
-                if shared[id(parameter)] == 1:
+                if shared[id(parameter)] == 1 and parameter is not kept:
                     parameter.data = parameter.data.to(dtype)
+
+
+def head_bias(model: nn.Module) -> nn.Parameter | None:
+    """Return the bias of the LM head of `model`; None if it has none."""
+    find = getattr(model, "get_output_embeddings", None)
+    return None if find is None else getattr(find(), "bias", None)
 
 
 def frozen(model: _Model, device: torch.device | None = None) -> _Model:

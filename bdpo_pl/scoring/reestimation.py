@@ -57,6 +57,15 @@ class Reestimation:
                 "strategy splits it"
             )
 
+    @property
+    def measured(self) -> bool:
+        """True once comprehension has been measured on the policy."""
+        return bool(self._values)
+
+    def begin(self, step: int) -> None:
+        """Begin a fit at optimiser step `step`; an earlier fit of the same module may have come further."""
+        self._step = min(self._step, step)
+
     def due(self, step: int) -> bool:
         """Return true if comprehension must still be measured before optimiser step `step`."""
         return self.every_n_steps is not None and step > self._step and step % self.every_n_steps == 0

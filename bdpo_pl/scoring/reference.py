@@ -25,7 +25,16 @@ from bdpo_pl.forward.prefix_sharing import PrefixSharing, choose_layout
 from bdpo_pl.losses import PreferenceLoss
 from bdpo_pl.models.adapters import LoraOptions
 from bdpo_pl.models.causal_lm import CausalLM
-from bdpo_pl.models.loading import ModelSource, frozen, hold_products_in, load_model, model_fingerprint
+from bdpo_pl.models.loading import (
+    ModelSource,
+    frozen,
+    head_bias,
+    hold_products_in,
+    load_config,
+    load_model,
+    model_class,
+    model_fingerprint,
+)
 from bdpo_pl.models.precision import autocast_dtype, half_products
 from bdpo_pl.parallel.from_files import mapped_model
 from bdpo_pl.parallel.fsdp2 import build_sharded
@@ -118,6 +127,7 @@ class Reference:
         self._machine = Machine()
         self._splits: PreferenceSplits | None = None
         self._loss: PreferenceLoss | None = None
+        self._head_bias: bool | None = None
 
     def check_fits(self, loss: PreferenceLoss) -> None:
         """Raise `InputError` if `loss` reads scores that this reference does not provide."""
@@ -182,6 +192,11 @@ class Reference:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    @property
+    def scored(self) -> bool:
+        """True once the pairs are scored, if the mode is `precomputed`."""
+        return bool(self._scores)
 
     @property
     def model(self) -> CausalLM | None:
@@ -341,7 +356,23 @@ class Reference:
             **({} if self._loss is None or self._loss.tail_weight is None else {"first": True}),
             **({} if self._adapter is None else {"adapter": self._adapter.digest()}),
             **({} if (half := _dtype_of_all(machine)) is None else {"split": str(half)}),
+            # Earlier versions rounded it.
+            **({"head_bias": "whole"} if self._keeps_head_bias(machine) else {}),
         }
+
+    def _keeps_head_bias(self, machine: Machine) -> bool:
+        """Return true if the LM head has a bias that is held in another dtype than the weights of its products."""
+        if machine.together or self._adapted is not None or autocast_dtype(machine.precision) in (None, self.dtype):
+            return False
+        if self._head_bias is None:
+            try:
+                with torch.device("meta"):
+                    built = model_class(self.source, load_config(self.source), self.dtype)
+            except InputError:  # a model that cannot be built without its weights may have one
+                self._head_bias = True
+            else:
+                self._head_bias = head_bias(built) is not None
+        return self._head_bias
 
 
 def _dtype_of_all(machine: Machine) -> torch.dtype | None:

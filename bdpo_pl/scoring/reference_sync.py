@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from bdpo_pl.errors import InputError
@@ -50,6 +50,7 @@ class ReferenceSync:
     def __init__(self, options: SyncOptions) -> None:
         self.options = options
         self._step = 0
+        self._moved = False
 
     def check_fits(self, machine: Machine, mode: str, own: bool, adapted: bool) -> None:
         """Raise `InputError` if the reference cannot follow the policy.
@@ -74,6 +75,19 @@ class ReferenceSync:
             if hindered:
                 raise InputError(f"model.reference_sync {why}")
 
+    def begin(self, step: int, dtype: torch.dtype) -> None:
+        """Begin a fit at optimiser step `step`, and warn of updates that the `dtype` of the reference would lose.
+
+        An earlier fit of the same module may have come further.
+        """
+        self._step = min(self._step, step)
+        if self.options.every is not None and self.options.mixup < 0.5 and dtype.itemsize < 4:
+            rank_zero_warn(
+                f"model.reference_sync.mixup is {self.options.mixup:g}, and the reference's weights are in "
+                f"{str(dtype).removeprefix('torch.')}: it does not follow small changes of the policy, which rounding "
+                "loses; use trainer.precision bf16-mixed, or a mixup of at least 0.5"
+            )
+
     def due(self, step: int) -> bool:
         """Return true if the reference must still be updated after optimiser step `step`."""
         every = self.options.every
@@ -85,12 +99,12 @@ class ReferenceSync:
             assert reference is not None
             assert reference.model is not None
             mix(policy, reference.model, self.options.mixup)
-            self._step = step
+            self._step, self._moved = step, True
             rank_zero_info(f"The reference follows the policy at step {step} (α {self.options.mixup:g})")
 
     def state_dict(self, reference: Reference | None) -> dict[str, Any]:
-        """Return the step of the last update and the weights of `reference`, which no file has; empty before it."""
-        if self._step == 0 or reference is None or reference.model is None:
+        """Return the step of the last update and the weights of `reference`, which no file has; empty before one."""
+        if not self._moved or reference is None or reference.model is None:
             return {}
         weights = {name: value.detach().cpu() for name, value in reference.model.named_parameters()}
         return {"step": self._step, "weights": weights}
@@ -100,7 +114,7 @@ class ReferenceSync:
         """Restore a saved state, for an exact resume."""
         if self.options.every is None or not state or reference is None or reference.model is None:
             return
-        self._step = state["step"]
+        self._step, self._moved = state["step"], True
         for name, weight in reference.model.named_parameters():
             weight.copy_(state["weights"][name])
 

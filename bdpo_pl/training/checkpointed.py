@@ -67,6 +67,24 @@ class CheckpointedModule(WatchedModule):
             raise RuntimeError("the pairs are not read yet: trainer.fit(module, datamodule) has them read")
         return self._splits
 
+    def keep_pairs(self, splits: PreferenceSplits) -> PreferenceSplits:
+        """Keep the pairs of a fit, and return them.
+
+        Raises:
+            InputError: the module holds scores of other pairs, from an earlier fit.
+        """
+        if splits is not self._splits:
+            if self.reestimation.measured or (self.reference is not None and self.reference.scored):
+                held, now = self._pairs_digests(), _digests_of(splits)
+                if other := [name for name, digest in now.items() if held.get(name) != digest]:
+                    raise InputError(
+                        "this module has scored its pairs in an earlier fit, and these are others "
+                        f"({', '.join(other)}): make a new PreferenceModule for them; to go on from the trained "
+                        "policy, export it, and give the folder as policy"
+                    )
+            self._splits, self._digests = splits, {}
+        return splits
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the name of the model and the measurements so far; remove the weights that are not trained."""
         keep_epoch_open(self.trainer, checkpoint)
@@ -139,7 +157,7 @@ class CheckpointedModule(WatchedModule):
     def _pairs_digests(self) -> dict[str, str]:
         """Return a digest of the pairs of each split, which do not change in a run."""
         if not self._digests:
-            self._digests = {name: table.content_digest() for name, table in self.splits.tables.items()}
+            self._digests = _digests_of(self.splits)
         return self._digests
 
     @property
@@ -180,6 +198,10 @@ class CheckpointedModule(WatchedModule):
             # Weights that text never reaches do not change, and FSDP2 does not gather them.
             return set(self.state_dict()) - {f"policy.{name}" for name in frozen_names(self.policy)}
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad or is_adapter(name)}
+
+
+def _digests_of(splits: PreferenceSplits) -> dict[str, str]:
+    return {name: table.content_digest() for name, table in splits.tables.items()}
 
 
 def _require_same_policy(saved: Mapping[str, Any], name: str, lora: LoraOptions | None, whole: bool) -> None:

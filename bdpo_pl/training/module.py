@@ -150,6 +150,7 @@ class PreferenceModule(CheckpointedModule):
         self._reader = PolicyReader(lm_head, self.source.name)
         self._layout: RowLayout | None = None
         self._machine: Machine | None = None
+        self._trained = False
         # Kept in a list so that `nn.Module` does not register it as a submodule before it becomes the policy.
         self._base: list[CausalLM] = []
         self._before: BeforeTraining | None = None
@@ -171,6 +172,9 @@ class PreferenceModule(CheckpointedModule):
             self.reference = self.make_reference(self.reference_mode, machine.precision)
             say_unscored(self.loss, self.reference_mode)
         self.reference.prepare(machine, splits, self.loss)
+        if stage == "fit":
+            self.reestimation.begin(self.global_step)
+            self.sync.begin(self.global_step, self.reference.dtype)
 
     def make_reference(self, mode: ReferenceMode, precision: str) -> Reference:
         """Make the reference that the options describe; nothing is scored yet.
@@ -201,13 +205,12 @@ class PreferenceModule(CheckpointedModule):
         """Let the data module read the pairs for this policy and loss, once, if the options go together.
 
         Raises:
-            InputError: two options contradict each other, or a file cannot be read.
+            InputError: two options contradict each other, a file cannot be read, or an earlier fit had other pairs.
         """
         data = self._data()
         check_start(self, self.trainer, data.max_length)
         needs = {"order_by_safety": self.loss.needs_safety, "single": self.loss.needs_labels}
-        self._splits = data.read(self.source, row_layout=lambda: self.row_layout, **needs)
-        return self._splits
+        return self.keep_pairs(data.read(self.source, row_layout=lambda: self.row_layout, **needs))
 
     def configure_model(self) -> None:
         """Load the policy, once. The scoring pass has freed the reference before."""
@@ -304,6 +307,7 @@ class PreferenceModule(CheckpointedModule):
     def on_train_batch_end(self, outputs: STEP_OUTPUT, batch: PreferenceBatch, batch_idx: int) -> None:
         """Let the reference follow the policy, before a validation compares them."""
         super().on_train_batch_end(outputs, batch, batch_idx)
+        self._trained = True
         self._sync()
 
     def _sync(self) -> None:
@@ -330,7 +334,8 @@ class PreferenceModule(CheckpointedModule):
     @property
     def _starts_as_reference(self) -> bool:
         """True if the first loss is known, because policy and reference are the same model before training."""
-        return self.reference_mode != "none" and self.own_reference and self.loss.initial_value is not None
+        own = self.own_reference and not self._trained
+        return self.reference_mode != "none" and own and self.loss.initial_value is not None
 
     def _data(self) -> PreferenceDataModule:
         data = getattr(self.trainer, "datamodule", None)

@@ -24,7 +24,10 @@ _SLAB_BYTES = 1 << 26
 
 
 def write_logits(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Compute out (n, V) = hidden (n, D) @ weight (V, D)ᵀ + bias (V,), rounded once, to the dtype of `out`."""
+    """Compute out (n, V) = hidden (n, D) @ weight (V, D)ᵀ + bias (V,) in the dtype of `out`.
+
+    The products are summed in float32 or wider and rounded once; a half-precision sum with a bias may round once more.
+    """
     if out.dtype == hidden.dtype and not _by_slabs(hidden):
         if bias is None:
             torch.mm(hidden, weight.t(), out=out)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import HalfPrecision
 
 from bdpo_pl.data.batches import PairDataset
 from bdpo_pl.data.packing import RowLayout
@@ -33,6 +34,17 @@ def test_training_batch_holds_chosen_then_rejected():
     assert batch.lengths.tolist() == [[1, 2], [3, 1]]
     assert batch.pair_index.tolist() == [1, 0]
     assert batch.num_tokens == 3 + 3 + 5 + 2
+
+
+@pytest.mark.parametrize("precision", ["16-true", "bf16-true"])
+def test_half_precision_rounds_no_weight(precision):
+    pairs = [PreferencePair([1], [2, 3], [4]), PreferencePair([1, 1], [5], [6, 7, 8])]
+    table = PairTable.from_pairs(pairs, [1], weights=np.array([0.3, 1.7], dtype=np.float32))
+    batch = PairDataset(table, 0).collate([(1, 1 / 3), (0, 2 / 3)])
+    given = HalfPrecision(precision).convert_input(batch)
+    for name in ("pair_weight", "given_weight", "loss_weight"):
+        assert torch.equal(getattr(given, name), getattr(batch, name))
+    assert given.loss_weight.tolist() == pytest.approx([1.7 / 3, 0.6 / 3], rel=1e-6)
 
 
 def test_shared_batch_reads_each_prompt_once():

@@ -7,6 +7,7 @@ import torch
 from architectures import tiny
 from makers import build_model, build_tokenizer, large
 from training import fit
+from transformers import AutoConfig
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from bdpo_pl.data.batches import pair_documents
@@ -46,6 +47,22 @@ def test_value_and_gradient_are_those_of_transformers(name):
         assert (grad is None) == (expected is None)
         if grad is not None:
             torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_llama_4_chooses_by_its_logits():
+    model = large(build_model("llama4_text", num_local_experts=4, num_experts_per_tok=2, head_dim=8), 0.1)
+    rows = batch()
+    scores = []
+    for module in model.modules():
+        if type(module).__name__ == "Llama4Router":
+            module.register_forward_hook(lambda module, args, output: scores.append(output[0]))
+    with routed(model) as decisions:
+        response_logps(model, rows)
+    assert len(decisions) == len(scores) == 2
+    for (logits, chosen), weights in zip(decisions, scores, strict=True):
+        assert logits.shape == (rows.input_ids.numel(), 4)
+        assert torch.equal(torch.zeros_like(weights, dtype=torch.bool).scatter_(1, chosen, True), weights > 0)
+    assert balancing_loss(decisions, rows).isfinite()
 
 
 def test_autocast_rounds_no_sum_over_tokens():
@@ -92,3 +109,6 @@ def test_what_has_no_router_is_refused(job):
             check_router(build_model("mixtral").config, value, "M")
     with pytest.raises(InputError, match="no router that is trained with an auxiliary loss"):
         check_router(tiny("DeepSeek-V3").config, 0.1, "M")
+    for name in ("doge", "ernie4_5_vl_moe"):
+        with pytest.raises(InputError, match="does not say which experts its routers choose"):
+            check_router(AutoConfig.for_model(name), 0.1, "M")

@@ -223,6 +223,13 @@ def test_spread_by_hand(difference, expected):
     assert imbalance_spread(torch.tensor(difference), torch.zeros(())) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize(("last", "expected"), [(5.0, math.sqrt(75) / 4), (0.0, 1.0)])
+def test_spread_is_not_that_of_rounding(last, expected):
+    rejected = torch.full((4,), 0.7)
+    chosen = rejected + torch.tensor([1e-7, -1e-7, 2e-7, last])
+    assert imbalance_spread(chosen, rejected) == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.parametrize(("weighting", "estimator"), [("softmax", "pmi"), ("ratio", "ifd")])
 def test_ratio_of_the_weights_is_capped_and_gentle_pairs_keep_theirs(weighting, estimator):
     pairs = make_pairs(requires_grad=False)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import HalfPrecision
 from makers import build_tokenizer, write_jsonl
 from training import fit, same, sgd, weights
 
@@ -49,6 +50,13 @@ def test_value_and_gradient_by_hand(drift):
     grads = torch.autograd.grad(losses.sum(), (own, others), allow_unused=True)
     assert torch.allclose(grads[0], torch.autograd.grad(wanted.sum(), own)[0], rtol=0, atol=1e-6)
     assert grads[1] is None
+
+
+def test_half_precision_rounds_no_weight():
+    own, others, scores = drawn()
+    expected = KTOLoss(0.3, 1.33, 0.7)(own, others, scores)
+    with HalfPrecision("bf16-true").forward_context():
+        assert torch.equal(KTOLoss(0.3, 1.33, 0.7)(own, others, scores), expected)
 
 
 def test_drift_that_is_known_before_stands_for_the_other_answers():

@@ -21,6 +21,7 @@ from bdpo_pl.losses import (
     DPOLoss,
     HingeLoss,
     LDLoss,
+    PairScores,
     SFTLoss,
     WeightedSum,
     WPOLoss,
@@ -150,14 +151,27 @@ def test_training_is_shared_or_apart_alike_live_or_precomputed_and_never_fused(j
         fit(job("fused", trainer=dict(trainer), lm_head="fused", **make))
 
 
+@pytest.mark.parametrize("parts", [[DPOLoss(), HingeLoss()], [BalancedDPOLoss(tau=0.7), DPOLoss()]])
+def test_a_sum_of_losses_of_log_ratios_has_its_tokens_weighted(parts):
+    logps, known = torch.tensor([[-3.0, -4.0], [-5.0, -2.0]])
+    scores = PairScores(*torch.tensor([[3, 2], [4, 5]]), -known, -logps, *torch.rand(2, 2))
+    total = WeightedSum(parts, [0.5, 2.0])
+    loss = LDLoss(total, 0.3)
+    assert loss.tail_weight == 0.3
+    assert torch.equal(loss(logps, known, scores), total(logps, known, scores))
+
+
 @pytest.mark.parametrize(
     ("make", "fault"),
     [
         (lambda: LDLoss(DPOLoss(), 1.5), r"alpha must be in \[0, 1\]"),
         (lambda: LDLoss(AdaDPOLoss()), "more of the policy than its two log-ratios"),
         (lambda: LDLoss(DPOLoss(sft_weight=0.1)), "more of the policy than its two log-ratios"),
-        (lambda: WeightedSum([LDLoss(DPOLoss()), SFTLoss()]), "put it around the sum"),
-        (lambda: BalancedLoss(LDLoss(DPOLoss())), "put it around the sum"),
+        (lambda: LDLoss(LDLoss(DPOLoss(), 0.5), 0.3), "around another LDLoss"),
+        (lambda: LDLoss(WeightedSum([DPOLoss(sft_weight=0.1)])), "more of the policy than its two log-ratios"),
+        (lambda: WeightedSum([LDLoss(DPOLoss()), SFTLoss()]), "cannot be combined with SFTLoss"),
+        (lambda: WeightedSum([LDLoss(DPOLoss()), HingeLoss()]), "put one around them"),
+        (lambda: BalancedLoss(LDLoss(DPOLoss())), "put one around them"),
         (lambda: WPOLoss(LDLoss(DPOLoss())), "use only one of them"),
     ],
 )

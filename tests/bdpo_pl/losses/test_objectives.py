@@ -170,6 +170,13 @@ def test_balanced_dpo_is_dpo_under_balance_weights():
         torch.testing.assert_close(a.policy_chosen.grad, b.policy_chosen.grad, rtol=1e-4, atol=1e-7)
 
 
+def test_a_sum_of_losses_has_balance_weights_as_each_of_them():
+    pairs, parts = make_pairs(), [DPOLoss(0.2), HingeLoss(0.3)]
+    whole = pairs.under(BalancedLoss(WeightedSum(parts, [0.5, 2.0]), 0.4))
+    single = [pairs.under(BalancedLoss(part, 0.4)) for part in parts]
+    torch.testing.assert_close(whole, 0.5 * single[0] + 2.0 * single[1])
+
+
 def test_bso_by_the_logistic_generator_is_safe_dpo():
     pairs = make_pairs()
     torch.testing.assert_close(
@@ -227,6 +234,35 @@ def test_tau_of_a_part_is_found_kept_and_taken_up():
         again.load_state_dict(loss.state_dict())
         assert torch.equal(again.weights(pairs).chosen, loss.weights(pairs).chosen)
         assert torch.equal(pairs.under(again), pairs.under(loss))
+
+
+class Shifted(DPOLoss):
+    """Measures the mean log-probability of the chosen responses under the reference."""
+
+    needs_all_pairs = True
+    mean: float | None = None
+
+    def prepare(self, scores):
+        self.mean = scores.reference_chosen.mean().item()
+
+    def state_dict(self):
+        return {} if self.mean is None else {"mean": self.mean}
+
+    def load_state_dict(self, state):
+        self.mean = state.get("mean")
+
+
+@pytest.mark.parametrize("tau", ["auto", 0.4])
+def test_the_loss_under_balance_weights_is_prepared_too(tau):
+    pairs = make_pairs()
+    loss, again, before = (BalancedLoss(Shifted(), tau) for _ in range(3))
+    loss.prepare(pairs)
+    again.load_state_dict(loss.state_dict())
+    assert again._loss.mean == pairs.reference_chosen.mean().item()
+    assert again.state_dict() == loss.state_dict()
+    # In checkpoints of earlier versions.
+    before.load_state_dict({name: value for name, value in loss.state_dict().items() if name == "tau"})
+    assert before._loss.mean is None
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,10 @@ from ranks import run_ranks
 
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.data.tokenization import PreferencePair
+from bdpo_pl.models.loading import ModelSource
+from bdpo_pl.scoring.machine import Machine
+from bdpo_pl.scoring.reference import Reference
+from bdpo_pl.scoring.scoring_pass import ScoringOptions
 
 
 @pytest.fixture(scope="module")
@@ -34,3 +38,13 @@ def test_scores_are_not_shared_where_fsdp2_casts_more_than_autocast(table, tmp_p
 
 def test_ranks_that_find_other_chunks_missing_score_the_same_ones(table, tmp_path):
     run_ranks(reference_ranks.another_job_writes, tmp_path, tmp_path, table)
+
+
+@pytest.mark.parametrize("architecture", ["phi", "qwen2"])
+def test_scores_whose_heads_bias_was_rounded_are_found_no_more(architecture, tmp_path):
+    """Only under autocast, and all other scores of earlier versions are."""
+    build_model(architecture).save_pretrained(tmp_path)
+    for precision, dtype in (("bf16-mixed", torch.float32), ("32-true", torch.float32), ("bf16-mixed", torch.bfloat16)):
+        reference = Reference(ModelSource(str(tmp_path)), "precomputed", dtype, ScoringOptions())
+        rounded = architecture == "phi" and precision == "bf16-mixed" and dtype == torch.float32
+        assert reference._keeps_head_bias(Machine(precision=precision)) == rounded

@@ -12,7 +12,7 @@ from training import fit, same, weights
 from bdpo_pl.errors import InputError
 from bdpo_pl.losses import DPOLoss
 from bdpo_pl.models.adapters import LoraOptions
-from bdpo_pl.scoring.reference_sync import SyncOptions, mix
+from bdpo_pl.scoring.reference_sync import ReferenceSync, SyncOptions, mix
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +77,10 @@ def test_a_resumed_run_meets_the_reference_as_it_was(job, tmp_path):
         assert same(dict(whole.reference.model.named_parameters()), dict(resumed.reference.model.named_parameters()))
     saved = torch.load(tmp_path / "best" / "end.ckpt", weights_only=True)["bdpo_pl"]
     assert "reference_sync" not in saved
+    # In another fit of the same module it follows again from the first steps on, and until then it is not lost.
+    whole.sync.begin(0, torch.float32)
+    assert whole.sync.due(2)
+    assert whole.sync.state_dict(whole.reference)["weights"].keys()
 
 
 @pytest.mark.parametrize(
@@ -90,6 +94,19 @@ def test_a_resumed_run_meets_the_reference_as_it_was(job, tmp_path):
 def test_what_does_not_fit_is_refused(job, options, fault):
     with pytest.raises(InputError, match=fault):
         fit(job(loss=DPOLoss(), reference_sync=SyncOptions(every=2), **options))
+
+
+def test_small_changes_that_rounding_loses_are_warned_of(recwarn):
+    reference, policy = (torch.nn.Linear(1, 1, bias=False).bfloat16() for _ in range(2))
+    reference.weight.data[:], policy.weight.data[:] = 1.0, 1.0 + 2**-7
+    mix(policy, reference, 0.4)
+    assert reference.weight == 1.0
+    with pytest.warns(UserWarning, match=r"mixup is 0\.4, .* in bfloat16: .* small changes .* bf16-mixed"):
+        ReferenceSync(SyncOptions(every=2, mixup=0.4)).begin(0, torch.bfloat16)
+    for options, dtype in (({"mixup": 0.4}, torch.float32), ({"mixup": 0.5}, torch.bfloat16)):
+        ReferenceSync(SyncOptions(every=2, **options)).begin(0, dtype)
+    ReferenceSync(SyncOptions(mixup=0.4)).begin(0, torch.bfloat16)
+    assert not recwarn
 
 
 @pytest.mark.parametrize("values", [{"every": 0}, {"mixup": 0.0}, {"mixup": 1.1}])

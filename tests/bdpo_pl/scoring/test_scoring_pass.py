@@ -227,6 +227,18 @@ def test_products_held_in_half_give_the_scores_that_autocast_gives(table, tied):
     np.testing.assert_array_equal(before.null, after.null)
 
 
+def test_products_held_in_half_leave_the_bias_of_the_head(table):
+    model = build_model("phi")
+    with torch.no_grad():
+        model.lm_head.bias.normal_()
+    autocast = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
+    before = score_pairs(model, table, range(6), context=autocast)
+    hold_products_in(model, torch.bfloat16)
+    assert {p.dtype for p in model.model.layers[0].mlp.parameters()} == {torch.bfloat16}
+    after = score_pairs(model, table, range(6), context=autocast)
+    np.testing.assert_array_equal(before.reference, after.reference)
+
+
 def test_passes_beyond_those_needed_change_nothing(model, table):
     """As a rank runs that has less to score than another, where both are needed for each pass."""
     passes = []

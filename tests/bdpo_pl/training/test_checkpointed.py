@@ -1,6 +1,7 @@
 """What a resumed run takes out of its checkpoint, and what it must not."""
 
 import logging
+import warnings
 
 import pytest
 import torch
@@ -46,6 +47,22 @@ def test_comprehension_under_the_policy_is_taken_up_for_the_pairs_it_was_measure
     write_jsonl(tmp_path / "pairs.jsonl", preference_rows(40)[::-1])
     other = at_once(job, checkpoint, reestimate_every=2, data=held_out)
     assert other.reestimation.state_dict()["values"].keys() == {"held_out"}
+
+
+def test_a_second_fit_goes_on_with_its_pairs_and_refuses_others(job, tmp_path):
+    trainer = {"max_steps": 1, "num_sanity_val_steps": 0, "limit_val_batches": 0}
+    module = fit(job(trainer=dict(trainer), reestimate_every=1))
+    module.reestimation.load_state_dict({"step": 8, "values": {}})
+    again, _, data = job(trainer=trainer | {"max_steps": 2})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*first loss.*")
+        again.fit(module, data)
+    # The steps of a fit are counted from its beginning.
+    assert module.reestimation.state_dict()["step"] == 1
+    write_jsonl(tmp_path / "pairs.jsonl", ROWS)
+    other, _, data = job(trainer=dict(trainer))
+    with pytest.raises(InputError, match=r"these are others \(train, held_out, train_probe\): make a new"):
+        other.fit(module, data)
 
 
 def auto(estimator, **options):
