@@ -153,10 +153,12 @@ def page(command: str) -> str:
         lines += ["", f"{heading}:"]
         for option in options:
             lines += entry(option)
-    lines += [
-        "",
-        "--help_all lists every option, --print_config their values, and --model.loss.help LOSS the options of a loss.",
-    ]
+    more = (
+        "--judge.help NAME the options of a judge"
+        if command == "evaluate"
+        else "--model.loss.help LOSS the options of a loss"
+    )
+    lines += ["", f"--help_all lists every option, --print_config their values, and {more}."]
     return "\n".join(lines)
 
 
