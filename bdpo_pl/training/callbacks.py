@@ -140,7 +140,7 @@ class SaveOnNonFinite(L.Callback):
     """
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Write `last-good.ckpt` beside the other checkpoints, and name it in the error. All ranks raise it and save."""
+        """Write `last-good.ckpt`, and name it in the error. All ranks raise the error, so all of them save."""
         if isinstance(exception, NonFiniteError) and pl_module.trainer.optimizers:
             path = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints" / "last-good.ckpt"
             with _before_the_step(trainer):
