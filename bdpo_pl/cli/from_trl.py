@@ -311,7 +311,9 @@ def table() -> str:
         lines += [f"### {topic}", "", "| TRL | | here | |", "|---|---|---|---|"]
         for name, row in rows.items():
             ours = f"`{here(name)}`" if here(name) else ""
-            remark = re.sub(r"(?<![`\w])(--[\w.]+)", r"`\1`", row.remark).replace("|", "\\|")
+            # An option is code, unless it is in code already.
+            remark = re.sub(r"(`[^`]*`)|(?<!\w)(--[\w.]+\*?)", lambda m: m[1] or f"`{m[2]}`", row.remark)
+            remark = remark.replace("|", "\\|")
             lines.append(f"| `{name}` | {_KINDS[row.kind]} | {ours} | {remark} |")
         lines.append("")
     return "\n".join(lines)
