@@ -56,8 +56,8 @@ _JOB = {
             "trainer.max_steps",
             "max_steps",
             "-1",
-            "maximum number of optimiser steps; -1: no limit but the epochs. The short spelling also lifts the limit of "
-            "epochs, unless an option sets it",
+            "maximum number of optimiser steps; -1: no limit but the epochs. The short spelling also lifts that of "
+            "the epochs, unless an option sets it",
         ),
         Option("data.batch_size", "per_device_train_batch_size", "8", "pairs in a micro-batch on each device"),
         Option("trainer.accumulate_grad_batches", "gradient_accumulation_steps", "1", "micro-batches in a step"),
