@@ -125,7 +125,7 @@ GROUPS: dict[str, dict[str, Row]] = {
         "dataloader_prefetch_factor": _unneeded(_ANY_LOADER),
         "dataloader_multiprocessing_context": _unneeded(_ANY_LOADER),
         "dataloader_in_order": _unneeded("the order of batches is part of an exact resume"),
-        "accelerator_config": _unneeded("Lightning needs no Accelerate: --trainer.* has what it configures"),
+        "accelerator_config": _unneeded("Lightning needs no Accelerate: options that begin with `--trainer.` do it"),
     },
     "Loss": {
         "beta": _same(),
@@ -311,7 +311,9 @@ def table() -> str:
         lines += [f"### {topic}", "", "| TRL | | here | |", "|---|---|---|---|"]
         for name, row in rows.items():
             ours = f"`{here(name)}`" if here(name) else ""
-            remark = re.sub(r"(?<![`\w])(--[\w.]+)", r"`\1`", row.remark).replace("|", "\\|")
+            # An option is code, unless it is in code already.
+            remark = re.sub(r"(`[^`]*`)|(?<!\w)(--[\w.]+)", lambda m: m[1] or f"`{m[2]}`", row.remark)
+            remark = remark.replace("|", "\\|")
             lines.append(f"| `{name}` | {_KINDS[row.kind]} | {ours} | {remark} |")
         lines.append("")
     return "\n".join(lines)

@@ -29,6 +29,7 @@ from bdpo_pl.training.run_progress import RunProgress
 from bdpo_pl.training.safety_probe import SafetyProbe
 
 _NAMES_A_JOB = {"--config", "-c", "--model", "--model.policy", "--data", "--data.train"}
+_SHOWS_OPTIONS = {"-h", "--help", "--print_config"}
 
 _MONITOR = "held_out/loss"
 _RUNS = "runs"
@@ -190,8 +191,8 @@ def parse_options(cli_class: type[FitCLI], args: list[str] | None, description: 
         description: first text of the help.
     """
     given = sys.argv[1:] if args is None else args
-    # The embedded run has its own settings, which must not affect other runs.
-    is_embedded = _NAMES_A_JOB.isdisjoint(argument.split("=")[0] for argument in given)
+    # The embedded run has its own settings, which must not affect other runs. Printed options are a start for those.
+    is_embedded = (_NAMES_A_JOB | _SHOWS_OPTIONS).isdisjoint(argument.split("=")[0] for argument in given)
     try:
         return cli_class(args=args, **_settings(description, is_embedded))
     except ValueError as error:

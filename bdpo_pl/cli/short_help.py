@@ -53,7 +53,11 @@ _JOB = {
         ),
         Option("trainer.max_epochs", "num_train_epochs", "1", "passes over the data"),
         Option(
-            "trainer.max_steps", "max_steps", "-1", "maximum number of optimiser steps; -1: no limit but the epochs"
+            "trainer.max_steps",
+            "max_steps",
+            "-1",
+            "maximum number of optimiser steps; -1: no limit but the epochs. The short spelling also lifts that of "
+            "the epochs, unless an option sets it",
         ),
         Option("data.batch_size", "per_device_train_batch_size", "8", "pairs in a micro-batch on each device"),
         Option("trainer.accumulate_grad_batches", "gradient_accumulation_steps", "1", "micro-batches in a step"),
@@ -153,10 +157,12 @@ def page(command: str) -> str:
         lines += ["", f"{heading}:"]
         for option in options:
             lines += entry(option)
-    lines += [
-        "",
-        "--help_all lists every option, --print_config their values, and --model.loss.help LOSS the options of a loss.",
-    ]
+    more = (
+        "--judge.help NAME the options of a judge"
+        if command == "evaluate"
+        else "--model.loss.help LOSS the options of a loss"
+    )
+    lines += ["", f"--help_all lists every option, --print_config their values, and {more}."]
     return "\n".join(lines)
 
 

@@ -60,9 +60,9 @@ def _names(parser: ArgumentParser) -> dict[str, list[str]]:
 
 
 def _options_class(hint: object) -> Any:
-    """Return the dataclass in the type of an option, ignoring None; None if there is none."""
-    kinds = [kind for kind in (typing.get_args(hint) or (hint,)) if dataclasses.is_dataclass(kind)]
-    return kinds[0] if len(kinds) == 1 else None
+    """Return the dataclass that is the only type of an option, apart from None; otherwise None."""
+    kinds = [kind for kind in (typing.get_args(hint) or (hint,)) if kind is not type(None)]
+    return kinds[0] if len(kinds) == 1 and dataclasses.is_dataclass(kinds[0]) else None
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Full spellings pass unchanged. The parser's own types determine which options ar
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
@@ -16,7 +17,7 @@ from jsonargparse import ArgumentParser, Namespace
 from bdpo_pl.evaluation.attacks import choice
 from bdpo_pl.evaluation.judges import registry
 
-_JUDGE, _KIND, _CONFIG = "--judge", "--judge.kind", "--config"
+_JUDGE, _KIND, _HELP, _CONFIG = "--judge", "--judge.kind", "--judge.help", "--config"
 # Name of the parser's argument for the text, which differs between releases.
 _TEXT = ("cfg_str", "content", "config")
 _ALONE = ("-h", "--help", "--print_config")
@@ -26,8 +27,14 @@ class EvaluationParser(ArgumentParser):
     """Parser of jsonargparse, for the command line and files of an evaluation."""
 
     def parse_args(self, args: Sequence[str] = (), *rest: object, **kwargs: object) -> Namespace:
-        """Parse `args`, which may contain short spellings."""
-        return super().parse_args(_in_order(self, list(args)), *rest, **kwargs)
+        """Parse `args`, which may contain short spellings; `--judge.help NAME` prints a judge's options and exits."""
+        ordered = _in_order(self, list(args))
+        for arg in ordered:
+            name, _, judge = arg.partition("=")
+            if name == _HELP and judge in registry.ALIASES:
+                _parser_of(judge).print_help()
+                self.exit()
+        return super().parse_args(ordered, *rest, **kwargs)
 
     def parse_string(self, *args: str, **kwargs: Any) -> Namespace:
         """Parse the text of a file, in which a judge may be a name or a mapping with a `kind`."""
@@ -89,6 +96,8 @@ def _in_order(parser: ArgumentParser, args: list[str]) -> list[str]:
         if not name.startswith("-"):
             models.append(name + has_value + value)
             continue
+        if name == _HELP and not has_value and rest and not rest[0].startswith("-"):
+            has_value, value = "=", rest.pop(0)
         if name in _ALONE or name.endswith(".help"):
             options.append(name + has_value + value)
             continue
@@ -104,6 +113,17 @@ def _in_order(parser: ArgumentParser, args: list[str]) -> list[str]:
         else:
             (files if name == _CONFIG else options).append(f"{name}={value}")
     return files + models + judge + options
+
+
+def _parser_of(judge: str) -> ArgumentParser:
+    """Return a parser with the options of the judge of this short name; jsonargparse shows those of classes only."""
+    parser = ArgumentParser(add_help=False)
+    module, _, name = registry.ALIASES[judge].rpartition(".")
+    kind = getattr(importlib.import_module(module), name)
+    add = parser.add_class_arguments if isinstance(kind, type) else parser.add_function_arguments
+    options = add(kind, "judge", as_group=False)
+    parser.usage = f"{_KIND} {judge} " + ("[--judge.OPTION VALUE ...]" if options else "(it has no options)")
+    return parser
 
 
 def _judge(value: str) -> str:

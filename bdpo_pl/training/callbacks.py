@@ -140,12 +140,14 @@ class SaveOnNonFinite(L.Callback):
     """
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Write `last-good.ckpt` beside the other checkpoints. All ranks raise the error, so all of them save."""
+        """Write `last-good.ckpt`, and name it in the error. All ranks raise the error, so all of them save."""
         if isinstance(exception, NonFiniteError) and pl_module.trainer.optimizers:
             path = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints" / "last-good.ckpt"
             with _before_the_step(trainer):
                 trainer.save_checkpoint(path)
             rank_zero_info(f"Saved the last good state to {path}")
+            # `last` would be the checkpoint of the last validation.
+            exception.args = (f"{exception}; then resume with --ckpt_path {path}",)
 
 
 @contextmanager

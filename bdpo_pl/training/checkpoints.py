@@ -138,11 +138,11 @@ def require_same_checkpoint(trainer: L.Trainer, path: str | None, identity: str)
     mine = _what_it_is(path, identity)
     first, named = trainer.strategy.broadcast((mine, path))
     if trainer.strategy.reduce_boolean_decision(differs := mine != first, all=False):
-        other = f"process {trainer.global_rank} from {path or 'none'}" if differs else "another, as it says, does not"
+        other = f"process {trainer.global_rank} from {path or 'none'}" if differs else "another process names its own"
         raise InputError(
-            f"processes would resume from different checkpoints: the first from {named or 'none'}, {other}; give "
-            "all of them, on every machine, one checkpoint by its path with --ckpt_path: last and auto take the newest "
-            "that each process finds"
+            f"processes would resume from different checkpoints: the first from {named or 'none'}, {other}. Give "
+            "all processes, on every machine, the same path with --ckpt_path: last and auto take the newest checkpoint "
+            "that each of them finds"
         )
 
 

@@ -45,9 +45,9 @@ class PreferenceDataModule(L.LightningDataModule):
     Args:
         train: a file (JSON Lines, JSON, CSV or Parquet, gzipped or not), a folder of them, a hub dataset, or `embedded`
             for the set shipped with bdpo_pl; or several: `[{source: a.jsonl, weight: 2}, {source: b.jsonl}]`.
-        held_out: source of the held-out pairs, in the same forms. Default: a part of `train` (see `held_out_fraction`).
-            Several sets by name: `{hh: a.jsonl, pku: {source: b.jsonl, limit: 500}}`, each with its own metrics
-            (`held_out/pku/loss`). The first is the monitored one, `held_out/loss`.
+        held_out: one source of held-out pairs: `a.jsonl`, or `{source: a.jsonl, limit: 500}`; or several by name:
+            `{hh: a.jsonl, pku: {source: b.jsonl, limit: 500}}`, each with its own metrics (`held_out/pku/loss`). The
+            first is the monitored one, `held_out/loss`. Default: a part of `train` (see `held_out_fraction`).
         held_out_fraction: share of `train` that is held out if `held_out` is not given, split by prompt; 0: none.
         split: split of a hub dataset that is trained on.
         held_out_split: split of a hub dataset that is held out; requires `held_out`.

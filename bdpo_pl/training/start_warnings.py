@@ -46,7 +46,7 @@ def _warn_of_fewer_steps(trainer: L.Trainer) -> None:
         if asked > steps:
             rank_zero_warn(
                 f"trainer.{option} is {whole(asked)}, but trainer.max_epochs {trainer.max_epochs} ends the run after "
-                f"{whole(steps)}: raise it, or set it to -1 with trainer.max_steps for as many epochs as those take"
+                f"{whole(steps)}: raise trainer.max_epochs, or set it to -1 and let trainer.max_steps end the run"
             )
     every = int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
     if trainer.loggers and every > steps:

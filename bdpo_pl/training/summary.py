@@ -190,8 +190,9 @@ def not_all_measured(measured: int, pairs: int, unit: str) -> tuple[str, str]:
 
 def not_all_trained(share: float, subject: str = "The run") -> tuple[str, str]:
     """Return the remark about the gap of a run, or of other weights, that trained on a `share` of an epoch only."""
-    sentence = f"{subject} trained on {percent(share, 0)} of an epoch, and the gap is measured on all its pairs. "
-    return "notice", sentence + "On those trained on it is larger: give the run these alone (data.train, limit)."
+    sentence = f"{subject} trained on only {percent(share, 0)} of the training data, but the gap is measured on all, "
+    remedy = "which makes it too small. To avoid this, train on a smaller set: --data.train '{source: FILE, limit: N}'."
+    return "notice", sentence + remedy
 
 
 def of_another_step(weights: str, measured: bool) -> tuple[str, str]:

@@ -99,12 +99,15 @@ def test_printed_configuration_gives_the_same_run(base, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_help_names_every_group():
-    result = run(["--help_all"])
-    assert result.returncode == 0
+def test_help_names_every_group_with_the_defaults_of_a_users_own_run(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help_all"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
     for option in ("--config", "--ckpt_path", "--model.policy", "--model.loss", "--data.train", "--safety.harmful",
                    "--trainer.strategy", "--trainer.precision", "--checkpoint.monitor"):  # fmt: skip
-        assert option in result.stdout
+        assert option in printed
+    assert re.search(r"--data\.batch_size \w+ [^(]*\(type: int, default: 8\)", " ".join(printed.split()))
 
 
 def test_embedded_run_is_the_default_and_its_options_can_be_changed(capsys, fewer_pairs):
@@ -126,8 +129,12 @@ def test_embedded_run_is_the_default_and_its_options_can_be_changed(capsys, fewe
     assert "aligned model" not in printed
 
 
-def test_settings_of_the_embedded_run_do_not_leak_into_others(base):
-    options = yaml.safe_load(run([*base[:2], "--print_config"]).stdout)
+@pytest.mark.parametrize("named", [2, 0])
+def test_settings_of_the_embedded_run_do_not_leak_into_others(base, named, capsys):
+    """Printed options are a start for a user's own run, also where no model is named yet."""
+    with pytest.raises(SystemExit):
+        main([*base[:named], "--print_config"])
+    options = yaml.safe_load(capsys.readouterr().out)
     assert options["model"]["optimizer"]["init_args"]["lr"] == 1e-6
     assert options["safety"]["harmful"] is None
 

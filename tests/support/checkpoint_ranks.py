@@ -109,7 +109,7 @@ def unlike_checkpoints(rank, folder):
         torch.save(content, mine / f"{number}.ckpt")
     for paths in ((0, 1), (1, 0), (0, 2), (0, None), (None, 0)):
         path = None if paths[rank] is None else mine / f"{paths[rank]}.ckpt"
-        said = f"process 1 from {path or 'none'}; give all" if rank else f"the first from {path or 'none'}, another"
+        said = f"process 1 from {path or 'none'}. Give all" if rank else f"the first from {path or 'none'}, another"
         with pytest.raises(InputError, match=f"from different checkpoints: .*{said}"):
             resumes(rank, path)
     for number in (0, None):

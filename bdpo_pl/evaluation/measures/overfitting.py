@@ -40,7 +40,7 @@ class PairsOptions:
     """Preference pairs to measure overfitting.
 
     Args:
-        train: pairs that the models were trained on, as in `data.train` of `fit`; `embedded` for the set of bdpo_pl.
+        train: file, folder or hub dataset of pairs that the models were trained on; `embedded` for the set of bdpo_pl.
         held_out: pairs of the same kind that the models were not trained on.
         out_of_distribution: pairs of another kind, such as other categories or framings.
         max_pairs: maximum number of pairs of each set, drawn at random; 0 uses all.

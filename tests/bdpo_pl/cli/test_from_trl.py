@@ -52,6 +52,8 @@ def test_every_option_of_trl_has_a_row_and_no_other(peer):
 
 def test_the_page_has_the_table():
     assert from_trl.written(PAGE) == PAGE, "python -m bdpo_pl.cli.from_trl writes it again"
+    for row in from_trl.table().splitlines():
+        assert "--" not in re.sub("`[^`]*`", "", row).replace("|---", ""), "an option outside code"
 
 
 @pytest.mark.parametrize("name", from_trl.ROWS)

@@ -1,5 +1,6 @@
 """Help and wrong options, before torch is imported."""
 
+import re
 import subprocess
 import sys
 
@@ -76,6 +77,10 @@ def test_help_and_short_spellings_name_options_that_there_are():
     for option in (*aliases.SHORT.values(), *(option for option, _ in aliases.CHOSEN.values())):
         assert option in fit["options"] or option.startswith(tuple(fit["open"])), option
     assert 20 <= sum(map(len, short_help.SHORT_HELP["fit"].values())) <= 32
+    # The options that pages name for more are those of their commands.
+    for command in short_help.SHORT_HELP:
+        for name in re.findall(r"--([a-z_.]+)", short_help.page(command).splitlines()[-1]):
+            assert name in {*known.read()[command]["options"], "help_all", "print_config"}
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 from makers import preference_rows, write_jsonl
 from training import fit
 
+from bdpo_pl.cli.job import FitCLI, parse_options
 from bdpo_pl.data.held_out import held_out_sources
 from bdpo_pl.data.loading import LoadOptions
 from bdpo_pl.data.mixture import DataSource
@@ -97,12 +98,25 @@ def test_weight_and_limit_draw_a_part_of_a_set(files, model_dir):
         ({}, "no set is named"),
         ({"a.b": "x.jsonl"}, r"a set is named 'a\.b'"),
         ({"a/b": "x.jsonl"}, "letters, digits"),
-        ({"a": DataSource("x.jsonl", weight=2.0)}, "at most 1"),
+        ({"": "x.jsonl"}, "a set is named ''"),
+        ({"a": DataSource("x.jsonl", weight=2.0)}, "the weight of a is 2; .* at most 1"),
+        (DataSource("x.jsonl", weight=2.0), r"the weight of x\.jsonl is 2; .* at most 1"),
+        ("{sorce: x.jsonl}", r"not understood: \{sorce: x\.jsonl\}; write '\{source: a\.jsonl, limit: 500\}' for"),
+        ("[{source: x.jsonl}]", "each has source, weight, split, revision, subset, limit and nothing else"),
+        ({"source": "x.jsonl", "limit": "5"}, "for one set"),
     ],
 )
 def test_sets_that_cannot_be_are_refused_by_name(given, named):
     with pytest.raises(InputError, match=named):
         held_out_sources(given)
+
+
+@pytest.mark.parametrize("options", [{"limit": 5}, {}])
+def test_a_single_set_has_options_of_its_own(options, files):
+    """They were taken for sets called `source` and `limit`."""
+    given = json.dumps({"source": files["far"], **options})
+    cli = parse_options(FitCLI, [f"--data.train={files['pairs']}", f"--data.held_out={given}"], None)
+    assert cli.datamodule.held_out_sources == {"": DataSource(files["far"], **options)}
 
 
 def test_a_limit_below_one_is_refused():

@@ -208,6 +208,24 @@ def test_help_is_readable_and_every_switch_and_list_has_its_short_form(capsys):
     assert "--attacks.gcg.steps" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("judge", "shown"),
+    [
+        ("shieldgemma", ("--judge.policies", "--judge.max_new_tokens")),
+        ("classifier", ("--judge.refused_labels", "--judge.unsafe_labels")),
+        ("phrases", ("it has no options",)),
+        ("bdpo_pl.evaluation.judges.learned.refusal_model.LearnedJudge", ("--judge.threshold",)),
+    ],
+)
+@pytest.mark.parametrize("joined", [True, False])
+def test_options_of_a_judge_are_listed(judge, shown, joined, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([f"--judge.help={judge}"] if joined else ["--judge.help", judge])
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(part in printed for part in shown)
+
+
 def test_suites_are_listed(capsys):
     main(["--list_suites"])
     printed = " ".join(capsys.readouterr().out.replace("│", " ").split())

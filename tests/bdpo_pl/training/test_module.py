@@ -183,9 +183,14 @@ def test_nan_loss_stops_names_the_batch_and_keeps_the_last_good_state(job, tmp_p
 
     good = weights(fit(job("good", loss=DPOLoss(), **options(3))))
     trainer, module, data = job("bad", loss=NaNAfter(3), **options(6))
-    with pytest.raises(NonFiniteError, match=r"epoch 0, batch 3 \(after 3 optimiser steps\).*pairs\.jsonl, line \d+"):
+    with pytest.raises(
+        NonFiniteError, match=r"epoch 0, batch 3 \(after 3 optimiser steps\).*pairs\.jsonl, line \d+"
+    ) as stopped:
         trainer.fit(module, data)
-    checkpoint = torch.load(tmp_path / "bad" / "checkpoints" / "last-good.ckpt", weights_only=True)
+    last = tmp_path / "bad" / "checkpoints" / "last-good.ckpt"
+    # `last` is an older one.
+    assert str(stopped.value).endswith(f"; then resume with --ckpt_path {last}")
+    checkpoint = torch.load(last, weights_only=True)
     for name, value in good.items():
         assert torch.equal(checkpoint["state_dict"][f"policy.{name}"], value)
 

@@ -63,8 +63,9 @@ def test_pairs_that_a_limit_leaves_out_are_not_counted(command):
 def test_a_gap_of_pairs_that_were_not_all_trained_on_says_so(command, options, share):
     """Of eight batches."""
     summary, _ = command(*options, "--export=false")
-    remarks = [text for _, text in summary["said"] if "of an epoch" in text]
-    assert [text.split(" of an epoch")[0] for text in remarks] == ([f"The run trained on {share}"] if share else [])
+    remarks = [text for _, text in summary["said"] if "of the training data" in text]
+    said = [text.split(" of the training data")[0] for text in remarks]
+    assert said == ([f"The run trained on only {share}"] if share else [])
 
 
 def test_the_best_checkpoint_is_that_of_the_command(command):
