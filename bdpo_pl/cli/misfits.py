@@ -45,6 +45,8 @@ def refuse_misfit(error: ValueError) -> NoReturn:
     if isinstance(error, InputError) or isinstance(error.__cause__, InputError):
         raise error
     reasons = [line.strip(" -") for line in str(error).splitlines() if line.startswith("  - ")]
+    # A class that refuses its values says why; that they are not of another type, such as a text, says nothing.
+    reasons.sort(key=lambda reason: reason.startswith("Expected a "))
     given = [line for line in str(error).splitlines() if line.startswith("Given value: ")]
     raise InputError("; ".join([f"these options do not fit: {(reasons or [first_line(error)])[0]}", *given])) from error
 

@@ -95,6 +95,7 @@ RANGES: dict[str, Range] = {
     "data.held_out_fraction": BELOW_ONE, "data.max_length": Range(2, _MOST), "data.max_prompt_length": COUNT,
     "data.batch_size": COUNT, "data.eval_batch_size": COUNT, "data.max_tokens_per_batch": COUNT,
     "data.num_workers": Range(0, 1024), "data.seed": SEED,
+    "data.held_out.limit": COUNT, "data.held_out.weight": Range(0, 1, open_low=True),
     "data.load.safe_rlhf.num_safe": SOME, "data.load.safe_rlhf.num_unsafe": SOME,
     # What is written, measured and stopped at.
     "stop_at_gap": POSITIVE,
