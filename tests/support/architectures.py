@@ -65,7 +65,7 @@ ARCHITECTURES = {
         "gemma4_text",
         {
             "head_dim": 8,
-            "global_head_dim": 8,
+            "global_head_dim": 16,
             "hidden_size_per_layer_input": 8,
             "vocab_size_per_layer_input": 400,
             **MIXED,
@@ -139,7 +139,7 @@ ARCHITECTURES = {
             "text_config": {
                 **SIZES,
                 "head_dim": 8,
-                "global_head_dim": 8,
+                "global_head_dim": 16,
                 "hidden_size_per_layer_input": 8,
                 "vocab_size_per_layer_input": 400,
                 **MIXED,
