@@ -184,7 +184,7 @@ def _of_layer(config: ModelConfig, number: int) -> ModelConfig:
     """Return the configuration of one layer, which has sizes of its own where the heads of layers differ (Gemma 4)."""
     if not getattr(config, "is_heterogeneous", False):
         return config
-    layer: ModelConfig = config.per_layer_config[number]
+    layer: ModelConfig = getattr(config, "per_layer_config", {})[number]
     return layer
 
 
