@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 
 from bdpo_pl.errors import InputError
 from bdpo_pl.parallel.fsdp2 import ShardedStrategy
-from bdpo_pl.training.optimizers import chosen_name, mark_tables
+from bdpo_pl.training.optimizers import chosen_name, is_vector, mark_kinds
 from bdpo_pl.training.schedule_free import ScheduleFreeAdamW
 
 LRSchedule = Literal["cosine", "linear", "constant"]
@@ -34,13 +34,13 @@ def parameter_groups(model: nn.Module, lr_ratio: float = 1.0) -> list[dict[str, 
         lr_ratio: learning rate of adapters' B matrices, divided by that of the rest (LoRA+). Unless it is 1, they form
             a third group. `scale_rates` applies it.
     """
-    mark_tables(model)
+    mark_kinds(model)
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     second = {name for name, _ in trainable if lr_ratio != 1.0 and (".lora_B." in name or ".lora_embedding_B." in name)}
     groups: list[dict[str, Any]] = [
-        {"params": [p for name, p in trainable if p.ndim >= 2 and name not in second]},
+        {"params": [p for name, p in trainable if not is_vector(p) and name not in second]},
         {"params": [p for name, p in trainable if name in second], "lr_ratio": lr_ratio},
-        {"params": [p for _, p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for _, p in trainable if is_vector(p)], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 

@@ -18,7 +18,7 @@ from bdpo_pl.models.adapters import LoraOptions, add_adapters
 from bdpo_pl.models.architectures import decoder_layers
 from bdpo_pl.models.causal_lm import ModelConfig
 from bdpo_pl.models.loading import ModelSource, model_class
-from bdpo_pl.training.optimizers import is_hidden_matrix, mark_tables
+from bdpo_pl.training.optimizers import is_hidden_matrix, mark_kinds
 from bdpo_pl.training.split_8bit import keeps_blocks
 
 
@@ -140,13 +140,13 @@ class _Sizes:
 
 @lru_cache(maxsize=64)
 def _sizes(described: MetaModel, parts: int) -> _Sizes:
-    mark_tables(described.built)
+    mark_kinds(described.built)
     return _sizes_of(described.built, described.built.get_output_embeddings(), parts)
 
 
 @lru_cache(maxsize=64)
 def _sizes_of_layers(described: MetaModel, parts: int) -> list[_Sizes]:
-    mark_tables(described.built)
+    mark_kinds(described.built)
     return [_sizes_of(layer, None, parts) for layer in decoder_layers(described.built) or ()]
 
 

@@ -1,9 +1,11 @@
 """Parameter groups and schedules."""
 
 import pytest
+from architectures import tiny
 from makers import build_model
 
 from bdpo_pl.training.optim import lr_lambda, parameter_groups
+from bdpo_pl.training.optimizers import is_hidden_matrix
 
 
 def test_norms_and_biases_never_decay():
@@ -17,6 +19,16 @@ def test_norms_and_biases_never_decay():
     assert not any("norm" in names[id(p)] or names[id(p)].endswith("bias") for p in matrices["params"])
     trainable = sum(p.requires_grad for p in model.parameters())
     assert len(matrices["params"]) + len(vectors["params"]) == trainable
+
+
+def test_biases_of_experts_are_vectors_and_no_matrices():
+    """In gpt-oss one parameter holds those of all experts."""
+    model = tiny("gpt-oss")
+    vectors = parameter_groups(model)[1]["params"]
+    biases = {name: p for name, p in model.named_parameters() if name.endswith("_proj_bias")}
+    assert {p.ndim for p in biases.values()} == {2}
+    assert {id(p) for p in biases.values()} <= {id(p) for p in vectors}
+    assert not [name for name, p in biases.items() if is_hidden_matrix(p)]
 
 
 @pytest.mark.parametrize(
