@@ -110,7 +110,11 @@ class AdamW(torch.optim.AdamW):
 
 
 def check_optimizer(
-    make: Callable[[Any], torch.optim.Optimizer], schedule: LRSchedule, strategy: Strategy | None
+    make: Callable[[Any], torch.optim.Optimizer],
+    schedule: LRSchedule,
+    strategy: Strategy | None,
+    *,
+    whole: bool = True,
 ) -> None:
     """Check before anything is scored that the optimiser fits the schedule and the strategy.
 
@@ -118,12 +122,16 @@ def check_optimizer(
         make: function that makes the optimiser.
         schedule: schedule of the learning rate.
         strategy: strategy of the Trainer; None: each device holds whole weights.
+        whole: true if whole models are trained, whose norms and biases are a second group.
 
     Raises:
         InputError: it does not.
     """
+    groups: list[dict[str, Any]] = [{"params": [nn.Parameter(torch.zeros(2, 2))]}]
+    if whole:
+        groups.append({"params": [nn.Parameter(torch.zeros(2))], "weight_decay": 0.0})
     try:
-        made = make([{"params": [nn.Parameter(torch.zeros(2, 2))]}])
+        made = make(groups)
     except (ValueError, TypeError) as error:
         raise error if isinstance(error, InputError) else InputError(f"model.optimizer: {error}") from error
     if isinstance(made, ScheduleFreeAdamW) and schedule != "constant":
