@@ -91,7 +91,7 @@ def plan_disk(trainer: L.Trainer, module: PreferenceModule, export: bool) -> Dis
     """
     parameters = list(module.policy.parameters())
     trained = [p for p in parameters if p.requires_grad]
-    weights = sum(p.numel() * p.element_size() for p in (trained if module.lora is not None else parameters))
+    weights = sum(p.numel() * p.element_size() for p in trained)
     mark_kinds(module.policy)
     hidden, uneven = count_matrices(trained)
     others = sum(p.numel() for p in trained) - hidden
