@@ -139,11 +139,13 @@ def plan_memory(
     counts = count_parameters(source, config, dtype, lora, devices)
     shards = devices.data if devices.sharded else 1
     width = dtype.itemsize
-    trained_width = 4 if lora is not None else width
+    # Adapters are in float32; modules that are trained whole beside them have the model's dtype.
+    wide = counts.trained_wide if lora is not None and width < 4 else 0
+    trained = wide * 4 + (counts.trained - wide) * width
     quantises = lora is not None and lora.quantize == "nf4"
     quantised, block_quantised = (counts.linear, counts.block_linear) if quantises else (0, 0)
     frozen = counts.all - counts.trained - quantised
-    weights = (quantised * _NF4_BYTES + frozen * width + counts.trained * trained_width) / shards
+    weights = (quantised * _NF4_BYTES + frozen * width + trained) / shards
     product = (half_products or dtype).itemsize
     casts = half_products is not None and half_products != dtype
     gathered, moved_casts = 0.0, 0
@@ -157,10 +159,14 @@ def plan_memory(
     elif casts:
         # Quantised layers are multiplied outside of autocast.
         gathered = (counts.all - quantised) * product
-    gradients = counts.trained * trained_width / shards
-    held_in = torch.float32 if lora is not None else dtype
+    gradients = trained / shards
     others = counts.trained - counts.trained_hidden
-    state = state_bytes(optimizer, counts.trained_hidden, others, held_in, counts.trained_uneven) / shards
+    # Such modules are mostly tables.
+    narrow = min(others, counts.trained - wide) if wide else 0
+    held_in = torch.float32 if wide else dtype
+    state = state_bytes(optimizer, counts.trained_hidden, others - narrow, held_in, counts.trained_uneven) / shards
+    if narrow:
+        state += state_bytes(optimizer, 0, narrow, dtype) / shards
     small = copy.deepcopy(config)
     split_config(small, devices.tensor)
     activations = plan_activations(

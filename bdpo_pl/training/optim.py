@@ -22,6 +22,7 @@ LRSchedule = Literal["cosine", "linear", "constant"]
 # In bfloat16, a weight of 0.02, a usual size, is 6e-5 from its next neighbour; a step of Adam is about the learning
 # rate.
 _SMALLEST_HALF_RATE = 1e-5
+_SMALLEST_BESIDE_ADAPTERS = 6e-5
 
 
 def parameter_groups(model: nn.Module, lr_ratio: float = 1.0) -> list[dict[str, Any]]:
@@ -182,7 +183,9 @@ def warn_of_lost_updates(optimizer: torch.optim.Optimizer) -> None:
     """Warn if the learning rate is smaller than the rounding of the weights."""
     rate = max(group["lr"] for group in optimizer.param_groups)
     dtypes = {p.dtype for group in optimizer.param_groups for p in group["params"]}
-    if rate < _SMALLEST_HALF_RATE and (half := dtypes & {torch.bfloat16, torch.float16}):
+    # Rates of adapters, which are in float32, are larger; modules that are trained whole beside them are not.
+    smallest = _SMALLEST_BESIDE_ADAPTERS if torch.float32 in dtypes else _SMALLEST_HALF_RATE
+    if rate < smallest and (half := dtypes & {torch.bfloat16, torch.float16}):
         rank_zero_warn(
             f"a learning rate of {rate:g} changes {half.pop()} weights by less than their rounding, so most "
             "updates are lost; hold the weights in float32 with --trainer.precision bf16-mixed"

@@ -51,7 +51,8 @@ class Counts:
     """Numbers of parameters on one device of a tensor-parallel group; `hidden` ones are in matrices of the layers.
 
     Of these, `uneven` ones are in matrices whose parts on the devices keep no blocks of 8-bit state. `linear` ones are
-    in the frozen matrices that bitsandbytes quantises: those of linear layers, without the LM head.
+    in the frozen matrices that bitsandbytes quantises: those of linear layers, without the LM head. `trained_wide` ones
+    are in float32: adapters always, and modules that are trained whole beside them if the model is.
     """
 
     all: int
@@ -61,6 +62,7 @@ class Counts:
     outside: int
     trained_hidden: int
     trained_uneven: int
+    trained_wide: int
     linear: int
     block_linear: int
 
@@ -95,6 +97,7 @@ def count_parameters(
         outside,
         whole.trained_hidden,
         whole.trained_uneven,
+        whole.trained_wide,
         whole.linear,
         block.linear,
     )
@@ -121,12 +124,13 @@ def _alike(described: MetaModel) -> bool:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Numbers of parameters: of all, of trained ones, of those in matrices (all, uneven), of frozen linear ones."""
+    """Numbers of parameters: of all, of trained ones (in matrices: all, uneven; wide ones), of frozen linear ones."""
 
     all: int
     trained: int
     trained_hidden: int
     trained_uneven: int
+    trained_wide: int
     linear: int
 
     def plus(self, other: _Sizes, times: int) -> _Sizes:
@@ -160,6 +164,7 @@ def _sizes_of(module: nn.Module, head: nn.Module | None, parts: int) -> _Sizes:
         sum(p.numel() for p in module.parameters()),
         sum(p.numel() for p in trained),
         *count_matrices(trained, parts),
+        sum(p.numel() for p in trained if p.dtype == torch.float32),
         sum(weight.numel() for weight in linear if not weight.requires_grad),
     )
 

@@ -149,6 +149,19 @@ def test_models_with_a_state_are_planned_in_rows_of_their_own(job, tmp_path, nam
     assert plan.activations > plan.layer > 0
 
 
+def test_modules_trained_whole_beside_adapters_keep_the_dtype_of_the_model():
+    config, lora = build_model(**SIZES).config, LoraOptions(r=4, modules_to_save=["embed_tokens"])
+    plan = plan_memory(
+        ModelSource("tiny"), config, worst_batch(2, 32, True), torch.bfloat16, adamw, Devices(kind="cpu"), lora=lora
+    )
+    model = add_adapters(build_model(**SIZES).bfloat16(), lora)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert {p.dtype for p in trained} == {torch.float32, torch.bfloat16}
+    assert plan.weights == sum(p.numel() * p.element_size() for p in model.parameters())
+    assert plan.gradients == sum(p.numel() * p.element_size() for p in trained)
+    assert plan.optimizer == 2 * plan.gradients
+
+
 def test_a_group_of_two_holds_half_the_layers_and_of_the_vocabulary():
     """Against the parts that tensor parallelism really makes of the model."""
     config = build_model(**SIZES).config

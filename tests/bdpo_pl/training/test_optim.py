@@ -1,10 +1,11 @@
 """Parameter groups and schedules."""
 
 import pytest
+import torch
 from architectures import tiny
 from makers import build_model
 
-from bdpo_pl.training.optim import lr_lambda, parameter_groups
+from bdpo_pl.training.optim import lr_lambda, parameter_groups, warn_of_lost_updates
 from bdpo_pl.training.optimizers import is_hidden_matrix
 
 
@@ -29,6 +30,14 @@ def test_biases_of_experts_are_vectors_and_no_matrices():
     assert {p.ndim for p in biases.values()} == {2}
     assert {id(p) for p in biases.values()} <= {id(p) for p in vectors}
     assert not [name for name, p in biases.items() if is_hidden_matrix(p)]
+
+
+@pytest.mark.parametrize(("beside", "rate", "warned"), [(False, 2e-5, False), (True, 2e-5, True), (True, 1e-4, False)])
+def test_half_weights_beside_adapters_are_warned_of_at_rates_of_adapters(recwarn, beside, rate, warned):
+    half = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.bfloat16))
+    parameters = [half, *([torch.nn.Parameter(torch.zeros(2, 2))] if beside else [])]
+    warn_of_lost_updates(torch.optim.SGD(parameters, lr=rate))
+    assert any("bfloat16 weights by less" in str(warning.message) for warning in recwarn) == warned
 
 
 @pytest.mark.parametrize(
