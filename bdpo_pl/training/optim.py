@@ -46,6 +46,25 @@ def parameter_groups(model: nn.Module, lr_ratio: float = 1.0) -> list[dict[str, 
     return [group for group in groups if group["params"]]
 
 
+def in_todays_groups(saved: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Return the saved state of an optimiser of all weights of `model` in the groups of `parameter_groups`.
+
+    Earlier versions had biases of all experts among the matrices. A state in other groups is returned as it is.
+    """
+    today = [group["params"] for group in parameter_groups(model)]
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    earlier = [[p for p in trainable if p.ndim >= 2], [p for p in trainable if p.ndim < 2]]
+    if [len(group["params"]) for group in saved["param_groups"]] != [len(members) for members in earlier]:
+        return saved
+    number_of = {id(p): number for p, number in zip([*earlier[0], *earlier[1]], numbers, strict=True)}
+    groups = [
+        {**group, "params": [number_of[id(p)] for p in members]}
+        for group, members in zip(saved["param_groups"], today, strict=True)
+    ]
+    return {**saved, "param_groups": groups}
+
+
 def scale_rates(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """Multiply the learning rate of each group by its `lr_ratio`, once, before a schedule reads the rates."""
     for group in optimizer.param_groups:

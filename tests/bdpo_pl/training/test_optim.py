@@ -5,7 +5,7 @@ import torch
 from architectures import tiny
 from makers import build_model
 
-from bdpo_pl.training.optim import lr_lambda, parameter_groups, warn_of_lost_updates
+from bdpo_pl.training.optim import in_todays_groups, lr_lambda, parameter_groups, warn_of_lost_updates
 from bdpo_pl.training.optimizers import is_hidden_matrix
 
 
@@ -30,6 +30,24 @@ def test_biases_of_experts_are_vectors_and_no_matrices():
     assert {p.ndim for p in biases.values()} == {2}
     assert {id(p) for p in biases.values()} <= {id(p) for p in vectors}
     assert not [name for name, p in biases.items() if is_hidden_matrix(p)]
+
+
+def test_a_state_of_earlier_groups_finds_its_weights():
+    model = tiny("gpt-oss")
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2]},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    earlier, now = torch.optim.AdamW(groups), torch.optim.AdamW(parameter_groups(model))
+    for number, p in enumerate(parameters):
+        p.grad = torch.full_like(p, float(number))
+    earlier.step()
+    now.load_state_dict(in_todays_groups(earlier.state_dict(), model))
+    assert all(torch.equal(now.state[p]["exp_avg"], earlier.state[p]["exp_avg"]) for p in parameters)
+    # One of today's stays as it is.
+    saved = now.state_dict()
+    assert in_todays_groups(saved, model)["param_groups"] == saved["param_groups"]
 
 
 @pytest.mark.parametrize(("beside", "rate", "warned"), [(False, 2e-5, False), (True, 2e-5, True), (True, 1e-4, False)])
