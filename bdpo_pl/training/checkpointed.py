@@ -21,6 +21,7 @@ from bdpo_pl.scoring.reestimation import Reestimation
 from bdpo_pl.scoring.reference import Reference
 from bdpo_pl.scoring.reference_sync import ReferenceSync
 from bdpo_pl.training.checkpoints import keep_epoch_open
+from bdpo_pl.training.optim import in_todays_groups
 from bdpo_pl.training.schedule_free import averaged_weights
 from bdpo_pl.training.watched import WatchedModule
 
@@ -127,6 +128,9 @@ class CheckpointedModule(WatchedModule):
             saved, self.source.name, self.lora, self._trained_names() <= checkpoint["state_dict"].keys()
         )
         self.check_reference_sync(checkpoint)
+        if self.lora is None and "optimizer_states" in checkpoint:
+            states = checkpoint["optimizer_states"]
+            checkpoint["optimizer_states"] = [in_todays_groups(state, self.policy) for state in states]
         self.resumed_at = checkpoint.get("global_step")
         other = self._other_estimator(checkpoint)
         if other is None:

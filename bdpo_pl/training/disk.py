@@ -14,7 +14,7 @@ from bdpo_pl.reporting.format import size
 from bdpo_pl.training.callbacks import LastCheckpoint
 from bdpo_pl.training.module import PreferenceModule
 from bdpo_pl.training.optimizer_state import state_bytes
-from bdpo_pl.training.optimizers import mark_tables
+from bdpo_pl.training.optimizers import mark_kinds
 from bdpo_pl.training.parameter_counts import count_matrices
 
 
@@ -91,8 +91,8 @@ def plan_disk(trainer: L.Trainer, module: PreferenceModule, export: bool) -> Dis
     """
     parameters = list(module.policy.parameters())
     trained = [p for p in parameters if p.requires_grad]
-    weights = sum(p.numel() * p.element_size() for p in (trained if module.lora is not None else parameters))
-    mark_tables(module.policy)
+    weights = sum(p.numel() * p.element_size() for p in trained)
+    mark_kinds(module.policy)
     hidden, uneven = count_matrices(trained)
     others = sum(p.numel() for p in trained) - hidden
     optimizer = state_bytes(module.optimizer, hidden, others, trained[0].dtype, uneven)

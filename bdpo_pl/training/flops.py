@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from bdpo_pl.data.batches import PreferenceBatch
+from bdpo_pl.errors import first_line
 from bdpo_pl.forward.masks import WINDOWS, layer_types
 from bdpo_pl.models.architectures import text_model
 from bdpo_pl.models.causal_lm import CausalLM, ModelConfig
@@ -95,7 +97,21 @@ class TrainingFlops:
 
 
 def training_flops(model: CausalLM) -> TrainingFlops | None:
-    """Count the weights of `model`, whole or split over ranks; None if its share of active experts is not known."""
+    """Count the weights of `model`, whole or split over ranks; None if its FLOPs are not known.
+
+    They are not if the configuration does not say which share of the experts is active, or cannot be read.
+    """
+    try:
+        return _counted(model)
+    except Exception as error:  # a configuration may be of any kind, and a rate must not end a run
+        rank_zero_warn(
+            f"train/tflops and train/mfu are not logged, since the sizes of {type(model).__name__} cannot be read: "
+            f"{type(error).__name__}: {first_line(error)}"
+        )
+        return None
+
+
+def _counted(model: CausalLM) -> TrainingFlops | None:
     config = model.config.get_text_config()
     head = model.get_output_embeddings()
     head_ids = set() if head is None else {id(p) for p in head.parameters()}
@@ -155,19 +171,32 @@ def _active_share(config: ModelConfig) -> float | None:
 
 def _attention(config: ModelConfig) -> tuple[Attention, ...]:
     """Return the layers with attention, by reach."""
+    kinds = layer_types(config)
+    widths = [_width(_of_layer(config, number)) for number in range(len(kinds))]
+    sums = {kind: sum(w for w, k in zip(widths, kinds, strict=True) if k == kind) for kind in set(kinds)}
+    known = [kind for kind in ("full_attention", *WINDOWS) if sums.get(kind)]
+    return tuple(
+        Attention(kind, getattr(config, WINDOWS[kind]) if kind in WINDOWS else 0, sums[kind]) for kind in known
+    )
+
+
+def _of_layer(config: ModelConfig, number: int) -> ModelConfig:
+    """Return the configuration of one layer, which has sizes of its own where the heads of layers differ (Gemma 4)."""
+    if not getattr(config, "is_heterogeneous", False):
+        return config
+    layer: ModelConfig = getattr(config, "per_layer_config", {})[number]
+    return layer
+
+
+def _width(config: ModelConfig) -> int:
+    """Return heads · (size of a key + size of a value) of a layer; 0 without attention."""
     heads = getattr(config, "num_attention_heads", 0) or 0
     size = getattr(config, "head_dim", None) or config.hidden_size // max(1, heads)
     key = size
     if rotated := getattr(config, "qk_rope_head_dim", None):
         # Attention with a latent cache (DeepSeek).
         key = rotated + getattr(config, "qk_nope_head_dim", 0)
-    width = heads * (key + (getattr(config, "v_head_dim", None) or size))
-    kinds = layer_types(config)
-    known = [kind for kind in ("full_attention", *WINDOWS) if heads and kind in kinds]
-    return tuple(
-        Attention(kind, getattr(config, WINDOWS[kind]) if kind in WINDOWS else 0, width * kinds.count(kind))
-        for kind in known
-    )
+    return int(heads * (key + (getattr(config, "v_head_dim", None) or size)))
 
 
 def _reach(positions: Tensor, layers: Attention) -> Tensor:

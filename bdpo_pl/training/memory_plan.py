@@ -1,8 +1,8 @@
 """The memory that a run will need on each device, computed without allocating the model.
 
 Weights, gradients and optimiser state are counted. Activations are recorded: the model's forward pass runs on the meta
-device, where tensors have shapes but no memory, and the tensors that it saves for the backward pass are summed. It is
-recorded with one and with two layers; the difference is the size of every further layer, since all are equally large.
+device, where tensors have shapes but no memory, and the tensors that it saves for the backward pass are summed. If all
+layers are alike, it is recorded with one and with two of them, whose difference is the size of each further layer.
 
 Shapes: R rows; T positions; N scored tokens; D hidden size; V vocabulary. All results are bytes on one device.
 """
@@ -24,6 +24,7 @@ from rich.table import Table
 from bdpo_pl.data.packing import SequenceBatch
 from bdpo_pl.data.stripes import stripe_of
 from bdpo_pl.data.table import PairTable
+from bdpo_pl.forward.masks import why_not_shared
 from bdpo_pl.models.adapters import LoraOptions
 from bdpo_pl.models.causal_lm import ModelConfig
 from bdpo_pl.models.loading import ModelSource, load_config, num_positions
@@ -31,7 +32,7 @@ from bdpo_pl.models.precision import autocast_dtype, resolve_dtype
 from bdpo_pl.training.datamodule import PreferenceDataModule
 from bdpo_pl.training.module import PreferenceModule
 from bdpo_pl.training.optimizer_state import state_bytes
-from bdpo_pl.training.parameter_counts import Devices, count_parameters, split_config
+from bdpo_pl.training.parameter_counts import Devices, MetaModel, count_parameters, split_config
 from bdpo_pl.training.planned_activations import plan_activations, plan_logits
 from bdpo_pl.training.planned_batches import longest_batch, worst_batch
 from bdpo_pl.training.planned_host import HostMemory
@@ -138,11 +139,13 @@ def plan_memory(
     counts = count_parameters(source, config, dtype, lora, devices)
     shards = devices.data if devices.sharded else 1
     width = dtype.itemsize
-    trained_width = 4 if lora is not None else width
+    # Adapters are in float32; modules that are trained whole beside them have the model's dtype.
+    wide = counts.trained_wide if lora is not None and width < 4 else 0
+    trained = wide * 4 + (counts.trained - wide) * width
     quantises = lora is not None and lora.quantize == "nf4"
     quantised, block_quantised = (counts.linear, counts.block_linear) if quantises else (0, 0)
     frozen = counts.all - counts.trained - quantised
-    weights = (quantised * _NF4_BYTES + frozen * width + counts.trained * trained_width) / shards
+    weights = (quantised * _NF4_BYTES + frozen * width + trained) / shards
     product = (half_products or dtype).itemsize
     casts = half_products is not None and half_products != dtype
     gathered, moved_casts = 0.0, 0
@@ -156,10 +159,14 @@ def plan_memory(
     elif casts:
         # Quantised layers are multiplied outside of autocast.
         gathered = (counts.all - quantised) * product
-    gradients = counts.trained * trained_width / shards
-    held_in = torch.float32 if lora is not None else dtype
+    gradients = trained / shards
     others = counts.trained - counts.trained_hidden
-    state = state_bytes(optimizer, counts.trained_hidden, others, held_in, counts.trained_uneven) / shards
+    # Such modules are mostly tables.
+    narrow = min(others, counts.trained - wide) if wide else 0
+    held_in = torch.float32 if wide else dtype
+    state = state_bytes(optimizer, counts.trained_hidden, others - narrow, held_in, counts.trained_uneven) / shards
+    if narrow:
+        state += state_bytes(optimizer, 0, narrow, dtype) / shards
     small = copy.deepcopy(config)
     split_config(small, devices.tensor)
     activations = plan_activations(
@@ -237,7 +244,8 @@ def planned(
     config = load_config(module.source)
     sharing = int(getattr(strategy, "context_parallel_size", 1))
     window = data.max_length or min(data.truncation.max_length, num_positions(config) or data.truncation.max_length)
-    shared = module.prefix_sharing != "never"
+    described = MetaModel(module.source, config, torch.float32, None)
+    shared = module.prefix_sharing != "never" and why_not_shared(described.built) is None
     if pairs is None:
         pairs = data.batch_size
     if data.max_tokens_per_batch is not None:

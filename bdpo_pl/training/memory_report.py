@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Protocol, TypedDict, Unpack
 
@@ -16,7 +16,7 @@ from rich.table import Table
 
 from bdpo_pl.console import get_console
 from bdpo_pl.data.table import PairTable
-from bdpo_pl.errors import InputError
+from bdpo_pl.errors import InputError, first_line
 from bdpo_pl.models.adapters import LoraOptions
 from bdpo_pl.parallel.fsdp2 import ShardedStrategy
 from bdpo_pl.reporting.format import size
@@ -56,14 +56,22 @@ def dry_run(trainer: L.Trainer, module: PreferenceModule, data: PreferenceDataMo
         reads_data: read the pairs, and use their lengths.
 
     Raises:
-        InputError: the run itself would refuse its options at its start.
+        InputError: the run itself would refuse its options at its start, or there is no plan for its architecture.
     """
     check_start(module, trainer, data.max_length)
     longest = None
     if reads_data:
         loss = module.loss
         longest = data.read(module.source, order_by_safety=loss.needs_safety, single=loss.needs_labels).tables["train"]
-    plan = planned(trainer, module, data, longest=longest)
+    try:
+        plan = planned(trainer, module, data, longest=longest)
+    except InputError:
+        raise
+    except Exception as error:  # code of a model, which runs without values here, may fail in any way
+        raise InputError(
+            f"there is no memory plan for {module.source.name}: its forward pass does not run without weights "
+            f"({type(error).__name__}: {first_line(error)}); leave out --dry_run to train it"
+        ) from error
     memory = device_memory(trainer)
     console = get_console()
     console.print(plan.table())
@@ -137,8 +145,8 @@ def options_table(
     for column in ("option", "peak", "fits"):
         table.add_column(column, justify="right" if column == "peak" else "left")
     for option, other in alternatives(trainer, module, data, longest, memory):
-        fits = "" if memory is None else ("yes" if other <= _USABLE * memory else "no")
-        table.add_row(option, f"{size(other)} ({(other - peak) / peak:+.0%})", fits)
+        fits = "" if memory is None or other is None else ("yes" if other <= _USABLE * memory else "no")
+        table.add_row(option, "unknown" if other is None else f"{size(other)} ({(other - peak) / peak:+.0%})", fits)
     return table
 
 
@@ -148,28 +156,58 @@ def alternatives(
     data: PreferenceDataModule,
     longest: PairTable | None,
     memory: int | None,
-) -> Iterator[tuple[str, int]]:
-    """Yield (option, peak in bytes) for options that reduce the peak, and for the largest batch that fits."""
+) -> Iterator[tuple[str, int | None]]:
+    """Yield (option, peak in bytes) for options that reduce the peak, and for the largest batch that fits.
+
+    The peak is None where it is unknown: the forward pass does not run without weights.
+    """
 
     def peak(**options: Unpack[_Changes]) -> int:
         return planned(trainer, module, data, longest=longest, **options).peak
 
     if data.max_tokens_per_batch is None:
-        pairs = data.batch_size
-        if memory is not None:
-            best = largest_batch(lambda n: peak(pairs=n), memory)
-            if best is not None and best != pairs:
-                keep = f" --trainer.accumulate_grad_batches {pairs // best}" if best < pairs else ""
-                yield f"--data.batch_size {best}{keep}: the largest that fits", peak(pairs=best)
-        if pairs > 1:
-            yield f"--data.batch_size {pairs // 2} --trainer.accumulate_grad_batches 2", peak(pairs=pairs // 2)
-    if not module.gradient_checkpointing:
-        yield "--model.gradient_checkpointing true", peak(gradient_checkpointing=True)
-    yield from _on_the_host(trainer, module, peak)
+        yield from _batches(trainer, data.batch_size, peak, memory)
+    for option, changes in _changes(trainer, module):
+        try:
+            found = peak(**changes)
+        except InputError:
+            # The run would refuse the option.
+            continue
+        except Exception:  # as in `dry_run`
+            found = None
+        yield option, found
+
+
+def _batches(trainer: L.Trainer, pairs: int, peak: _Peak, memory: int | None) -> Iterator[tuple[str, int]]:
+    """Yield (option, peak in bytes) for other micro-batches of as many pairs a step, or of more if none are summed."""
+    summed = trainer.accumulate_grad_batches
+    step = pairs * summed
+
+    def option(part: int) -> str:
+        number = max(1, step // part)
+        more = "" if number == summed else f" --trainer.accumulate_grad_batches {number}"
+        return f"--data.batch_size {part}{more}"
+
+    sizes = [part for part in range(1, step + 1) if step % part == 0]
+    if memory is not None:
+        larger = [pairs * 2**k for k in range(1, 7)] if summed == 1 else []
+        best = largest_batch(lambda part: peak(pairs=part), memory, [*sizes, *larger])
+        if best is not None and best != pairs:
+            yield f"{option(best)}: the largest that fits", peak(pairs=best)
+    if smaller := [part for part in sizes if part <= pairs // 2]:
+        yield option(smaller[-1]), peak(pairs=smaller[-1])
+
+
+def _changes(trainer: L.Trainer, module: PreferenceModule) -> Iterator[tuple[str, _Changes]]:
+    """Yield (option, arguments of `planned`) for options that reduce the peak."""
+    recomputes = module.gradient_checkpointing
+    if not recomputes:
+        yield "--model.gradient_checkpointing true", {"gradient_checkpointing": True}
+    yield from _on_the_host(trainer, module)
     if _can_be_adapted(trainer, module):
-        yield "--model.lora.r 16", peak(lora=LoraOptions())
-        if not module.gradient_checkpointing:
-            both = peak(lora=LoraOptions(), gradient_checkpointing=True)
+        yield "--model.lora.r 16", {"lora": LoraOptions()}
+        if not recomputes:
+            both: _Changes = {"lora": LoraOptions(), "gradient_checkpointing": True}
             yield "--model.lora.r 16 --model.gradient_checkpointing true", both
 
 
@@ -186,21 +224,22 @@ def _can_be_adapted(trainer: L.Trainer, module: PreferenceModule) -> bool:
     return True
 
 
-def _on_the_host(trainer: L.Trainer, module: PreferenceModule, peak: _Peak) -> Iterator[tuple[str, int]]:
-    """Yield (option, peak in bytes) for what a GPU can leave to the host's memory."""
+def _on_the_host(trainer: L.Trainer, module: PreferenceModule) -> Iterator[tuple[str, _Changes]]:
+    """Yield (option, arguments of `planned`) for what a GPU can leave to the host's memory."""
     if device_kind(trainer) != "cuda":
         return
     moves = not module.activation_offloading and module.compile_backend is None
     if moves:
-        yield "--model.activation_offloading true", peak(activation_offloading=True)
+        yield "--model.activation_offloading true", {"activation_offloading": True}
         if not module.gradient_checkpointing:
-            both = peak(activation_offloading=True, gradient_checkpointing=True)
+            both: _Changes = {"activation_offloading": True, "gradient_checkpointing": True}
             yield "--model.activation_offloading true --model.gradient_checkpointing true", both
     if _can_be_split(trainer, module):
         strategy = "--trainer.strategy bdpo_pl.parallel.fsdp2.ShardedStrategy --trainer.strategy.cpu_offload true"
-        yield strategy, peak(cpu_offload=True)
+        yield strategy, {"cpu_offload": True}
         if moves:
-            yield f"{strategy} --model.activation_offloading true", peak(cpu_offload=True, activation_offloading=True)
+            held: _Changes = {"cpu_offload": True, "activation_offloading": True}
+            yield f"{strategy} --model.activation_offloading true", held
 
 
 def _can_be_split(trainer: L.Trainer, module: PreferenceModule) -> bool:
@@ -214,13 +253,13 @@ def _can_be_split(trainer: L.Trainer, module: PreferenceModule) -> bool:
     return known and module.quantization is None and not str(trainer.precision).startswith("16")
 
 
-def largest_batch(peak: Callable[[int], int], memory: int, most: int = 64) -> int | None:
-    """Return the largest power of two of pairs whose `peak` fits into `memory`; None if one pair does not fit."""
+def largest_batch(peak: Callable[[int], int], memory: int, sizes: Iterable[int]) -> int | None:
+    """Return the last of the ascending `sizes` before the `peak` outgrows `memory`; None if the first one does."""
     found = None
-    pairs = 1
-    while pairs <= most and peak(pairs) <= _USABLE * memory:
+    for pairs in sizes:
+        if peak(pairs) > _USABLE * memory:
+            break
         found = pairs
-        pairs *= 2
     return found
 
 
@@ -259,8 +298,11 @@ class WarnsOfMemory(L.Callback):
         data, memory = trainer.datamodule, device_memory(trainer)  # type: ignore[attr-defined]
         try:
             plan = planned(trainer, pl_module, data, longest=splits.tables["train"])
-        except (NotImplementedError, RuntimeError, TypeError, AttributeError):
-            # There is no plan for a model whose forward pass does not run on the meta device.
+        except Exception as error:  # a warning must not end a run; other ranks would wait for this one
+            rank_zero_warn(
+                f"whether this run fits into its device is not known beforehand: there is no memory plan for "
+                f"{pl_module.source.name} ({type(error).__name__}: {first_line(error)})"
+            )
             return
         host = machine_memory()
         if plan.offloaded is not None and host is not None and plan.offloaded.total > _USABLE * host:

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from bdpo_pl.files import write_whole
+from bdpo_pl.parallel.saved_parts import META
 
 _KEY = "bdpo_pl_metrics_rows"
 _KEPT = ".metrics.csv.kept"
@@ -45,7 +46,11 @@ def continue_metrics(trainer: L.Trainer, checkpoint: str | None) -> None:
         checkpoint: checkpoint from which the run is resumed, if any.
     """
     loggers = [logger for logger in trainer.loggers if isinstance(logger, CSVLogger)]
-    if checkpoint is None or not loggers or not Path(checkpoint).is_file():
+    if checkpoint is None or not loggers:
+        return
+    # One in parts is a folder.
+    values = Path(checkpoint) / META if Path(checkpoint).is_dir() else Path(checkpoint)
+    if not values.is_file():
         return
     logger = loggers[0]
     folder = Path(logger.log_dir)
@@ -58,7 +63,7 @@ def continue_metrics(trainer: L.Trainer, checkpoint: str | None) -> None:
     if not kept.is_file():
         return
     names, rows = _read(kept)
-    count = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True).get(_KEY)
+    count = torch.load(values, map_location="cpu", mmap=True, weights_only=True).get(_KEY)
     if count is None:
         rank_zero_warn(f"{checkpoint} does not say how many rows of {file} were logged before it; all are kept")
         count = len(rows)

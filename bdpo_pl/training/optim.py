@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 
 from bdpo_pl.errors import InputError
 from bdpo_pl.parallel.fsdp2 import ShardedStrategy
-from bdpo_pl.training.optimizers import chosen_name, mark_tables
+from bdpo_pl.training.optimizers import chosen_name, is_vector, mark_kinds
 from bdpo_pl.training.schedule_free import ScheduleFreeAdamW
 
 LRSchedule = Literal["cosine", "linear", "constant"]
@@ -22,6 +22,7 @@ LRSchedule = Literal["cosine", "linear", "constant"]
 # In bfloat16, a weight of 0.02, a usual size, is 6e-5 from its next neighbour; a step of Adam is about the learning
 # rate.
 _SMALLEST_HALF_RATE = 1e-5
+_SMALLEST_BESIDE_ADAPTERS = 6e-5
 
 
 def parameter_groups(model: nn.Module, lr_ratio: float = 1.0) -> list[dict[str, Any]]:
@@ -34,15 +35,34 @@ def parameter_groups(model: nn.Module, lr_ratio: float = 1.0) -> list[dict[str, 
         lr_ratio: learning rate of adapters' B matrices, divided by that of the rest (LoRA+). Unless it is 1, they form
             a third group. `scale_rates` applies it.
     """
-    mark_tables(model)
+    mark_kinds(model)
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     second = {name for name, _ in trainable if lr_ratio != 1.0 and (".lora_B." in name or ".lora_embedding_B." in name)}
     groups: list[dict[str, Any]] = [
-        {"params": [p for name, p in trainable if p.ndim >= 2 and name not in second]},
+        {"params": [p for name, p in trainable if not is_vector(p) and name not in second]},
         {"params": [p for name, p in trainable if name in second], "lr_ratio": lr_ratio},
-        {"params": [p for _, p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for _, p in trainable if is_vector(p)], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def in_todays_groups(saved: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Return the saved state of an optimiser of all weights of `model` in the groups of `parameter_groups`.
+
+    Earlier versions had biases of all experts among the matrices. A state in other groups is returned as it is.
+    """
+    today = [group["params"] for group in parameter_groups(model)]
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    earlier = [[p for p in trainable if p.ndim >= 2], [p for p in trainable if p.ndim < 2]]
+    if [len(group["params"]) for group in saved["param_groups"]] != [len(members) for members in earlier]:
+        return saved
+    number_of = {id(p): number for p, number in zip([*earlier[0], *earlier[1]], numbers, strict=True)}
+    groups = [
+        {**group, "params": [number_of[id(p)] for p in members]}
+        for group, members in zip(saved["param_groups"], today, strict=True)
+    ]
+    return {**saved, "param_groups": groups}
 
 
 def scale_rates(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -110,7 +130,11 @@ class AdamW(torch.optim.AdamW):
 
 
 def check_optimizer(
-    make: Callable[[Any], torch.optim.Optimizer], schedule: LRSchedule, strategy: Strategy | None
+    make: Callable[[Any], torch.optim.Optimizer],
+    schedule: LRSchedule,
+    strategy: Strategy | None,
+    *,
+    whole: bool = True,
 ) -> None:
     """Check before anything is scored that the optimiser fits the schedule and the strategy.
 
@@ -118,12 +142,16 @@ def check_optimizer(
         make: function that makes the optimiser.
         schedule: schedule of the learning rate.
         strategy: strategy of the Trainer; None: each device holds whole weights.
+        whole: true if whole models are trained, whose norms and biases are a second group.
 
     Raises:
         InputError: it does not.
     """
+    groups: list[dict[str, Any]] = [{"params": [nn.Parameter(torch.zeros(2, 2))]}]
+    if whole:
+        groups.append({"params": [nn.Parameter(torch.zeros(2))], "weight_decay": 0.0})
     try:
-        made = make([{"params": [nn.Parameter(torch.zeros(2, 2))]}])
+        made = make(groups)
     except (ValueError, TypeError) as error:
         raise error if isinstance(error, InputError) else InputError(f"model.optimizer: {error}") from error
     if isinstance(made, ScheduleFreeAdamW) and schedule != "constant":
@@ -174,7 +202,9 @@ def warn_of_lost_updates(optimizer: torch.optim.Optimizer) -> None:
     """Warn if the learning rate is smaller than the rounding of the weights."""
     rate = max(group["lr"] for group in optimizer.param_groups)
     dtypes = {p.dtype for group in optimizer.param_groups for p in group["params"]}
-    if rate < _SMALLEST_HALF_RATE and (half := dtypes & {torch.bfloat16, torch.float16}):
+    # Rates of adapters, which are in float32, are larger; modules that are trained whole beside them are not.
+    smallest = _SMALLEST_BESIDE_ADAPTERS if torch.float32 in dtypes else _SMALLEST_HALF_RATE
+    if rate < smallest and (half := dtypes & {torch.bfloat16, torch.float16}):
         rank_zero_warn(
             f"a learning rate of {rate:g} changes {half.pop()} weights by less than their rounding, so most "
             "updates are lost; hold the weights in float32 with --trainer.precision bf16-mixed"

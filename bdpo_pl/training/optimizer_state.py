@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bdpo_pl.training.optim import is_8bit
-from bdpo_pl.training.optimizers import mark_tables
+from bdpo_pl.training.optimizers import mark_kinds
 
 
 def state_bytes(
@@ -29,7 +29,7 @@ def state_bytes(
     with torch.random.fork_rng(devices=[]):
         # No smaller ones: bitsandbytes holds the state of a small matrix in 32 bits.
         model.hidden, model.table = nn.Linear(64, 64, bias=False), nn.Embedding(64, 64)
-        mark_tables(model)
+        mark_kinds(model)
         parameters = [p.requires_grad_() for p in model.to(dtype).parameters()]
         made = optimizer([{"params": parameters}])
         for parameter in parameters:

@@ -16,6 +16,7 @@ from bdpo_pl.parallel.state import as_part, local_part, local_ranges, parameters
 from bdpo_pl.training.split_8bit import Options, SplitAdamW8bit, plain_adamw
 
 _TABLE = "_bdpo_pl_is_a_table"
+_VECTORS = "_bdpo_pl_is_of_vectors"
 _CHOSEN = "_bdpo_pl_chosen"
 
 
@@ -24,8 +25,12 @@ def chosen_name(optimizer: torch.optim.Optimizer) -> str:
     return str(getattr(optimizer, _CHOSEN, type(optimizer).__name__))
 
 
-def mark_tables(model: nn.Module) -> None:
-    """Mark the weights of embeddings and of the LM head, and their adapters' factors that have an axis of tokens."""
+def mark_kinds(model: nn.Module) -> None:
+    """Mark tables and biases, which `is_hidden_matrix` and `is_vector` tell from matrices between hidden states.
+
+    Tables are the weights of embeddings and of the LM head, and their adapters' factors that have an axis of tokens.
+    Biases may have an axis of experts.
+    """
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     find_head = getattr(model, "get_output_embeddings", None)
     head = find_head() if callable(find_head) else None
@@ -35,11 +40,19 @@ def mark_tables(model: nn.Module) -> None:
     marked += [parameter for name, parameter in model.named_parameters() if ".lora_embedding_A." in name]
     for parameter in marked:
         setattr(parameter, _TABLE, True)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            setattr(parameter, _VECTORS, True)
 
 
 def is_hidden_matrix(parameter: torch.Tensor) -> bool:
-    """Return true for a matrix between hidden states: no embedding, no LM head, no vector."""
-    return parameter.ndim == 2 and not getattr(parameter, _TABLE, False)
+    """Return true for a matrix between hidden states: no embedding, no LM head, no vector, no vectors of experts."""
+    return parameter.ndim == 2 and not getattr(parameter, _TABLE, False) and not is_vector(parameter)
+
+
+def is_vector(parameter: torch.Tensor) -> bool:
+    """Return true for norms and biases, also for those of all experts in one parameter (gpt-oss)."""
+    return parameter.ndim < 2 or getattr(parameter, _VECTORS, False)
 
 
 class Muon(torch.optim.Optimizer):

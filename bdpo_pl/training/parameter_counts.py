@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Iterable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import astuple, dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from bdpo_pl.models.adapters import LoraOptions, add_adapters
-from bdpo_pl.models.causal_lm import CausalLM, ModelConfig
+from bdpo_pl.models.architectures import decoder_layers
+from bdpo_pl.models.causal_lm import ModelConfig
 from bdpo_pl.models.loading import ModelSource, model_class
-from bdpo_pl.training.optimizers import is_hidden_matrix, mark_tables
+from bdpo_pl.training.optimizers import is_hidden_matrix, mark_kinds
 from bdpo_pl.training.split_8bit import keeps_blocks
 
 
@@ -49,7 +51,8 @@ class Counts:
     """Numbers of parameters on one device of a tensor-parallel group; `hidden` ones are in matrices of the layers.
 
     Of these, `uneven` ones are in matrices whose parts on the devices keep no blocks of 8-bit state. `linear` ones are
-    in the frozen matrices that bitsandbytes quantises: those of linear layers, without the LM head.
+    in the frozen matrices that bitsandbytes quantises: those of linear layers, without the LM head. `trained_wide` ones
+    are in float32: adapters always, and modules that are trained whole beside them if the model is.
     """
 
     all: int
@@ -59,6 +62,7 @@ class Counts:
     outside: int
     trained_hidden: int
     trained_uneven: int
+    trained_wide: int
     linear: int
     block_linear: int
 
@@ -66,44 +70,103 @@ class Counts:
 def count_parameters(
     source: ModelSource, config: ModelConfig, dtype: torch.dtype, lora: LoraOptions | None, devices: Devices
 ) -> Counts:
-    """Count the parameters of one device of a group, from models of one and of two layers."""
+    """Count the parameters of one device of a group; a block is the largest layer."""
     config = copy.deepcopy(config)
     layers = config.get_text_config().num_hidden_layers
     split_config(config, devices.tensor)
 
     parts = devices.data if devices.sharded else 1
-    one, two = (_sizes(MetaModel(source, with_layers(config, depth), dtype, lora), parts) for depth in (1, 2))
-    block, trained_block = two[0] - one[0], two[1] - one[1]
+    if layers_are_alike(source, config):
+        one, two = (_sizes(MetaModel(source, with_layers(config, depth), dtype, lora), parts) for depth in (1, 2))
+        every = two.minus(one)
+        whole, block, inside = one.plus(every, layers - 1), every, layers * every.all
+    else:
+        described = MetaModel(source, config, dtype, lora)
+        whole, sizes = _sizes(described, parts), _sizes_of_layers(described, parts)
+        block, inside = max(sizes, key=lambda size: size.all), sum(size.all for size in sizes)
     # The rows of the vocabulary are divided over the group too.
     table = config.get_text_config().vocab_size * config.get_text_config().hidden_size
     tables = table * (1 if config.tie_word_embeddings else 2) if devices.tensor > 1 else 0
-    outside = one[0] - block - tables + tables // devices.tensor
-    trained_outside = one[1] - trained_block if lora is not None else outside
-    trained = trained_outside + layers * trained_block
-    hidden, uneven, linear = (one[i] + (layers - 1) * (two[i] - one[i]) for i in (2, 3, 4))
-    block_linear = two[4] - one[4]
+    outside = whole.all - inside - tables + tables // devices.tensor
+    trained = whole.trained if lora is not None else outside + inside
     return Counts(
-        outside + layers * block, trained, block, trained_block, outside, hidden, uneven, linear, block_linear
+        outside + inside,
+        trained,
+        block.all,
+        block.trained,
+        outside,
+        whole.trained_hidden,
+        whole.trained_uneven,
+        whole.trained_wide,
+        whole.linear,
+        block.linear,
     )
 
 
+def layers_are_alike(source: ModelSource, config: ModelConfig) -> bool:
+    """Return true if a model with fewer layers shows what each layer of `config` takes.
+
+    It does not if layers have weights of different shapes, as in mixtures whose first layers are dense, or share keys
+    and values. Layers that are not recognised are taken to be alike.
+    """
+    return _alike(MetaModel(source, config, torch.float32, None))
+
+
 @lru_cache(maxsize=64)
-def _sizes(described: MetaModel, parts: int) -> tuple[int, int, int, int, int]:
-    """Return the numbers of parameters: of all, of trained ones, of trained matrices (all, uneven), of linear ones."""
-    model = described.built
-    mark_tables(model)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    every = sum(p.numel() for p in model.parameters())
-    return every, sum(p.numel() for p in trained), *count_matrices(trained, parts), _count_linear(model)
+def _alike(described: MetaModel) -> bool:
+    layers = decoder_layers(described.built)
+    if layers is None:
+        return True
+    shared = getattr(described.built.config.get_text_config(), "num_kv_shared_layers", 0)
+    shapes = {tuple((name, p.shape) for name, p in layer.named_parameters()) for layer in layers}
+    return not shared and len(shapes) == 1
 
 
-def _count_linear(model: CausalLM) -> int:
-    """Return the number of frozen weights in linear layers, as bitsandbytes finds them: without the LM head."""
-    head = model.get_output_embeddings()
-    rest = set(model.modules()) - (set() if head is None else set(head.modules()))
+@dataclass(frozen=True)
+class _Sizes:
+    """Numbers of parameters: of all, of trained ones (in matrices: all, uneven; wide ones), of frozen linear ones."""
+
+    all: int
+    trained: int
+    trained_hidden: int
+    trained_uneven: int
+    trained_wide: int
+    linear: int
+
+    def plus(self, other: _Sizes, times: int) -> _Sizes:
+        """Return the sum of these numbers and `times` those of `other`."""
+        return _Sizes(*(a + times * b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def minus(self, other: _Sizes) -> _Sizes:
+        """Return the difference of these numbers and those of `other`."""
+        return self.plus(other, -1)
+
+
+@lru_cache(maxsize=64)
+def _sizes(described: MetaModel, parts: int) -> _Sizes:
+    mark_kinds(described.built)
+    return _sizes_of(described.built, described.built.get_output_embeddings(), parts)
+
+
+@lru_cache(maxsize=64)
+def _sizes_of_layers(described: MetaModel, parts: int) -> list[_Sizes]:
+    mark_kinds(described.built)
+    return [_sizes_of(layer, None, parts) for layer in decoder_layers(described.built) or ()]
+
+
+def _sizes_of(module: nn.Module, head: nn.Module | None, parts: int) -> _Sizes:
+    """Return the numbers of `module`; linear ones are those that bitsandbytes finds: without the LM head."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    rest = set(module.modules()) - (set() if head is None else set(head.modules()))
     # No subclass of them: `replace_with_bnb_linear` of transformers.
     linear = (m.weight for m in rest if isinstance(m, nn.Linear | Conv1D) and type(m) in (nn.Linear, Conv1D))
-    return sum(weight.numel() for weight in linear if not weight.requires_grad)
+    return _Sizes(
+        sum(p.numel() for p in module.parameters()),
+        sum(p.numel() for p in trained),
+        *count_matrices(trained, parts),
+        sum(p.numel() for p in trained if p.dtype == torch.float32),
+        sum(weight.numel() for weight in linear if not weight.requires_grad),
+    )
 
 
 def count_matrices(parameters: Iterable[Tensor], parts: int | None = None) -> tuple[int, int]:
@@ -163,12 +226,14 @@ def _built(described: MetaModel) -> Any:
 
 
 def with_layers(config: ModelConfig, layers: int) -> Any:
-    """Copy `config` for a model with `layers` layers."""
+    """Copy `config`, whose layers are alike, for a model with `layers` layers."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
     text.num_hidden_layers = layers
     if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:layers]
+        # Some configurations compute them from other options, and do not let them be set.
+        with suppress(AttributeError):
+            text.layer_types = text.layer_types[:layers]
     return config
 
 

@@ -20,10 +20,11 @@ from bdpo_pl.forward.responses import head_input
 from bdpo_pl.models import activation_offloading
 from bdpo_pl.models.activation_offloading import moves, storages
 from bdpo_pl.models.adapters import LoraOptions
+from bdpo_pl.models.architectures import decoder_layers
 from bdpo_pl.models.causal_lm import CausalLM, ModelConfig
 from bdpo_pl.models.loading import ModelSource
-from bdpo_pl.training.meta_attention import attention_as_on_devices
-from bdpo_pl.training.parameter_counts import Devices, MetaModel, with_layers
+from bdpo_pl.training.meta_attention import operations_as_on_devices
+from bdpo_pl.training.parameter_counts import Devices, MetaModel, layers_are_alike, with_layers
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,19 @@ def plan_activations(
     """
     layers = config.get_text_config().num_hidden_layers
     shapes, least = _Shapes(batch), activation_offloading.MIN_BYTES
-    one, two = (
-        _kept(MetaModel(source, with_layers(config, depth), dtype, lora), shapes, gradient_checkpointing, least)
-        for depth in (1, 2)
-    )
-    layer = sum(two) - sum(one)
+
+    def kept(config: ModelConfig) -> _Kept:
+        return _kept(MetaModel(source, config, dtype, lora), shapes, gradient_checkpointing, least)
+
+    if layers_are_alike(source, config):
+        one, two = kept(with_layers(config, 1)), kept(with_layers(config, 2))
+        more = two.stays - one.stays, two.moved - one.moved
+        stays, moved = one.stays + (layers - 1) * more[0], one.moved + (layers - 1) * more[1]
+        layer, single = sum(more), one.stays + one.moved
+    else:
+        whole = kept(config)
+        stays, moved, layer = whole.stays, whole.moved, max(whole.layers)
+        single = stays + moved - sum(whole.layers) + layer
     R, T = batch.input_ids.shape
     t = T if batch.stripe is None else T // batch.stripe[1]
     # The hidden states that enter a layer.
@@ -80,11 +89,25 @@ def plan_activations(
         # The input of each layer is saved, and all tensors of one layer at a time.
         if offloading and entering >= activation_offloading.MIN_BYTES:
             return Activations(entering, last + entering, layers * entering)
-        return Activations(sum(one) + layers * entering, last)
+        return Activations(single + layers * entering, last)
     if not offloading:
-        return Activations(sum(one) + (layers - 1) * layer, last)
-    stays, moved = (one[i] + (layers - 1) * (two[i] - one[i]) for i in (0, 1))
+        return Activations(stays + moved, last)
     return Activations(stays, last, moved)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Bytes that a forward pass saves for the backward pass.
+
+    Attributes:
+        stays: memory that is too small to be moved to the host.
+        moved: all other memory.
+        layers: memory of each layer, which one of the two includes; empty if the layers are not recognised.
+    """
+
+    stays: int
+    moved: int
+    layers: tuple[int, ...]
 
 
 class _Shapes:
@@ -103,17 +126,18 @@ class _Shapes:
 
 
 @lru_cache(maxsize=64)
-def _kept(described: MetaModel, shapes: _Shapes, whole: bool, least: int) -> tuple[int, int]:
+def _kept(described: MetaModel, shapes: _Shapes, whole: bool, least: int) -> _Kept:
     """Return the bytes that a forward pass on the meta device saves for backward, without parameters.
 
-    The two numbers are those of memory that is too small to be moved to the host, less than `least` bytes for each
-    tensor, and of all other memory.
+    Memory of less than `least` bytes for each tensor is too small to be moved to the host.
     """
     model: CausalLM = described.built
     batch = shapes.batch
     own = storages(model.parameters())
     kept: dict[int, torch.UntypedStorage] = {}
     large: set[int] = set()
+    # Number of storages at the start and at the end of each layer.
+    ends: list[int] = []
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -128,18 +152,33 @@ def _kept(described: MetaModel, shapes: _Shapes, whole: bool, least: int) -> tup
     if not batch.masked:
         # In the worst case nothing is padded, so no mask is saved; transformers would read the mask to find that out.
         T = batch.input_ids.shape[1]
-        inputs["attention_mask"] = torch.empty(1, 1, T, T, dtype=torch.bool, device="meta")
+        mask = torch.empty(1, 1, T, T, dtype=torch.bool, device="meta")
+        inputs["attention_mask"] = mask if getattr(model.config.get_text_config(), "num_attention_heads", 0) else None
     narrow = nullcontext() if whole else scored_positions_only(model, batch)
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with (
-        attention_as_on_devices(keeps_mask=batch.masked),
-        narrow,
-        head_input(model, lambda hidden: hidden[:, :0]),
-        hooks,
-    ):
-        model.train()(**inputs)
-    moved = sum(storage.nbytes() for key, storage in kept.items() if key in large)
-    return sum(storage.nbytes() for storage in kept.values()) - moved, moved
+    counters = [
+        handle
+        for layer in decoder_layers(model) or ()
+        for handle in (
+            layer.register_forward_pre_hook(lambda *_: ends.append(len(kept))),
+            layer.register_forward_hook(lambda *_: ends.append(len(kept))),
+        )
+    ]
+    try:
+        with (
+            operations_as_on_devices(keeps_mask=batch.masked),
+            narrow,
+            head_input(model, lambda hidden: hidden[:, :0]),
+            hooks,
+        ):
+            model.train()(**inputs)
+    finally:
+        for handle in counters:
+            handle.remove()
+    sizes = [storage.nbytes() for storage in kept.values()]
+    moved = sum(size for key, size in zip(kept, sizes, strict=True) if key in large)
+    layers = tuple(sum(sizes[start:end]) for start, end in zip(ends[::2], ends[1::2], strict=True))
+    return _Kept(sum(sizes) - moved, moved, layers)
 
 
 def plan_logits(

@@ -98,7 +98,7 @@ def check_start(module: Options, trainer: L.Trainer, max_length: int | None) -> 
     if module.activation_offloading:
         check_activation_offloading(device_kind(trainer), module.compile_backend is not None)
     check_parallel(module, trainer)
-    check_optimizer(module.optimizer, module.lr_schedule, trainer.strategy)
+    check_optimizer(module.optimizer, module.lr_schedule, trainer.strategy, whole=module.lora is None)
     machine = Machine.of(trainer)
     reference = module.make_reference(module.reference_mode, machine.precision)
     reference.check_machine(machine)

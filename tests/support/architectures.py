@@ -65,7 +65,7 @@ ARCHITECTURES = {
         "gemma4_text",
         {
             "head_dim": 8,
-            "global_head_dim": 8,
+            "global_head_dim": 16,
             "hidden_size_per_layer_input": 8,
             "vocab_size_per_layer_input": 400,
             **MIXED,
@@ -139,7 +139,7 @@ ARCHITECTURES = {
             "text_config": {
                 **SIZES,
                 "head_dim": 8,
-                "global_head_dim": 8,
+                "global_head_dim": 16,
                 "hidden_size_per_layer_input": 8,
                 "vocab_size_per_layer_input": 400,
                 **MIXED,
@@ -234,12 +234,11 @@ VISION_PARTS = {
 """What text never reaches."""
 
 
-def tiny(name):
-    """A model of the architecture of this name with random weights, as its whole class."""
+def tiny_config(name, **changes):
+    """The configuration of a tiny model of the architecture of this name."""
     from transformers import AutoConfig
 
-    from bdpo_pl.models.architectures import auto_class
-    from bdpo_pl.models.noise import silence_modules, without_noise
+    from bdpo_pl.models.noise import without_noise
 
     model_type, options = ARCHITECTURES[name]
     sizes = SIZES
@@ -249,7 +248,15 @@ def tiny(name):
         from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as CLASSES
 
         sizes = {"architectures": [CLASSES[model_type]]}
-    config = without_noise(AutoConfig.for_model(model_type, **{**sizes, **options}))
+    return without_noise(AutoConfig.for_model(model_type, **{**sizes, **options, **changes}))
+
+
+def tiny(name):
+    """A model of the architecture of this name with random weights, as its whole class."""
+    from bdpo_pl.models.architectures import auto_class
+    from bdpo_pl.models.noise import silence_modules
+
+    config = tiny_config(name)
     torch.manual_seed(0)
     return silence_modules(auto_class(config).from_config(config, dtype=torch.float32))
 

@@ -4,6 +4,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from makers import build_model
 
 from bdpo_pl.losses import DPOLoss
 from bdpo_pl.scoring.reference_sync import SyncOptions
@@ -86,6 +87,16 @@ def test_sizes_are_said_before_the_run_and_true(job, tmp_path, caplog):
     assert plan.best * 3 == plan.last
     assert "exported model" in said
     assert "are free" in said
+
+
+def test_frozen_weights_are_exported_but_in_no_checkpoint(job):
+    built, module, _ = job(trainer={"callbacks": [ModelCheckpoint(save_weights_only=True)]})
+    module.policy = build_model()
+    module.policy.model.embed_tokens.requires_grad_(False)
+    frozen = sum(p.numel() for p in module.policy.model.embed_tokens.parameters())
+    plan = plan_disk(built, module, export=True)
+    assert plan.export - plan.best == 4 * frozen
+    assert plan.last == 3 * plan.best
 
 
 def test_a_reference_that_follows_the_policy_takes_space_too(job, tmp_path):

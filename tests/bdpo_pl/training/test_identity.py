@@ -297,6 +297,20 @@ def test_a_process_killed_while_the_rows_are_taken_over_loses_none(folder, check
     assert (mine / "metrics.csv").read_text().splitlines() == before.splitlines()
 
 
+def test_rows_are_kept_where_the_checkpoint_is_a_folder_of_parts(folder, checkpoint):
+    mine = folder / "parts"
+    shutil.copytree(checkpoint.parents[1], mine)
+    last = mine / "checkpoints" / "last.ckpt"
+    # As Lightning leaves it: plain values in a file of their own, beside the parts of weights.
+    values = torch.load(last, weights_only=True)
+    last.unlink()
+    last.mkdir()
+    torch.save({**values, "bdpo_pl_metrics_rows": 1}, last / "meta.pt")
+    before = list(csv.DictReader((mine / "metrics.csv").open()))
+    continue_metrics(Trainer(CSVLogger(mine, name="", version="")), str(last))
+    assert list(csv.DictReader((mine / "metrics.csv").open())) == before[:1]
+
+
 def test_a_row_after_those_of_a_finished_run_stands_under_its_own_columns(folder, checkpoint):
     """A finished run's file begins with `step` and `epoch`, and the logger writes in the order of names."""
     mine = folder / "longer"

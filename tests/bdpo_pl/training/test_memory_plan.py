@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from architectures import tiny_config
 from makers import build_model
 from torch.distributed._tools.mem_tracker import MemTracker
 from training import adamw
@@ -14,14 +15,18 @@ from bdpo_pl.models.adapters import LoraOptions, add_adapters
 from bdpo_pl.models.loading import ModelSource, enable_activation_checkpointing, hold_products_in, load_model
 from bdpo_pl.parallel.from_files import mapped_model
 from bdpo_pl.training import parameter_counts
-from bdpo_pl.training.memory_plan import MemoryPlan, plan_memory
+from bdpo_pl.training.memory_plan import MemoryPlan, plan_memory, planned
 from bdpo_pl.training.optim import parameter_groups
-from bdpo_pl.training.parameter_counts import Devices
+from bdpo_pl.training.parameter_counts import Devices, MetaModel, count_parameters
 from bdpo_pl.training.planned_batches import worst_batch
 from bdpo_pl.training.planned_reference import plan_host, plan_reference
 
 TOLERANCE = 0.15
 SIZES = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 4, "vocab_size": 800}
+MIXTURE = {
+    "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 64,
+    "first_k_dense_replace": 2, "head_dim": 16,
+}  # fmt: skip
 CASES = {
     "plain": ({}, {}, 4, 128),
     "wide": ({"num_hidden_layers": 8, "intermediate_size": 352}, {}, 8, 192),
@@ -31,6 +36,7 @@ CASES = {
     "lora": ({}, {"lora": LoraOptions(r=4, alpha=8)}, 4, 128),
     "sgd": ({"hidden_size": 256, "intermediate_size": 704}, {"optimizer": torch.optim.SGD}, 1, 32),
     "llama": ({"architecture": "llama"}, {}, 4, 128),
+    "mixture": ({"architecture": "glm4_moe", **MIXTURE}, {}, 4, 128),
 }
 
 
@@ -102,6 +108,60 @@ def test_counts_are_exact():
     assert copies == 2 * (numel - layers + adapters) < plan(lora=lora, half_products=torch.bfloat16).gathered
 
 
+SHARES = {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 3}
+DIFFER = {
+    "dense layers before mixtures": ("DeepSeek-V3", {"first_k_dense_replace": 3}),
+    "a mixture in every second layer": ("Jamba", {"expert_layer_period": 2, "num_experts": 8}),
+    "keys of other layers": ("Gemma 4 (text)", SHARES),
+}
+
+
+@pytest.mark.parametrize("lora", [None, LoraOptions(r=4)], ids=["whole", "lora"])
+@pytest.mark.parametrize("case", DIFFER)
+def test_each_layer_counts_where_layers_differ(case, lora):
+    name, options = DIFFER[case]
+    config = tiny_config(name, num_hidden_layers=6, **options)
+    source = ModelSource("tiny")
+    model = MetaModel(source, config, torch.float32, lora).built
+    counted = count_parameters(source, config, torch.float32, lora, Devices())
+    parameters = list(model.parameters())
+    assert counted.all == sum(p.numel() for p in parameters)
+    assert counted.trained == sum(p.numel() for p in parameters if p.requires_grad)
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
+    assert (counted.block, counted.outside) == (max(layers), counted.all - sum(layers))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["Qwen3-MoE", "DeepSeek-V3"])
+def test_mixtures_and_latent_attention_have_a_plan_with_and_without_adapters(name, dtype):
+    config, batch = tiny_config(name), worst_batch(2, 32, True)
+    sizes = [
+        plan_memory(ModelSource("tiny"), config, batch, dtype, adamw, Devices(kind="cpu"), lora=lora)
+        for lora in (None, LoraOptions(r=4))
+    ]
+    assert all(plan.activations > plan.layer > 0 for plan in sizes)
+
+
+@pytest.mark.parametrize("name", ["Jamba", "Falcon-H1"])
+def test_models_with_a_state_are_planned_in_rows_of_their_own(job, tmp_path, name):
+    tiny_config(name).save_pretrained(tmp_path / "model")
+    plan = planned(*job(policy=str(tmp_path / "model")))
+    assert plan.activations > plan.layer > 0
+
+
+def test_modules_trained_whole_beside_adapters_keep_the_dtype_of_the_model():
+    config, lora = build_model(**SIZES).config, LoraOptions(r=4, modules_to_save=["embed_tokens"])
+    plan = plan_memory(
+        ModelSource("tiny"), config, worst_batch(2, 32, True), torch.bfloat16, adamw, Devices(kind="cpu"), lora=lora
+    )
+    model = add_adapters(build_model(**SIZES).bfloat16(), lora)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert {p.dtype for p in trained} == {torch.float32, torch.bfloat16}
+    assert plan.weights == sum(p.numel() * p.element_size() for p in model.parameters())
+    assert plan.gradients == sum(p.numel() * p.element_size() for p in trained)
+    assert plan.optimizer == 2 * plan.gradients
+
+
 def test_a_group_of_two_holds_half_the_layers_and_of_the_vocabulary():
     """Against the parts that tensor parallelism really makes of the model."""
     config = build_model(**SIZES).config
@@ -168,10 +228,10 @@ def test_equal_models_are_built_once_and_others_are_not_taken_for_them(monkeypat
         return plan_memory(ModelSource("tiny"), config, batch, torch.float32, adamw, devices, lora=lora)
 
     first = plan()
-    assert len(built) == 2
+    assert len(built) == 3
     larger = plan(pairs=4)
     assert plan() == first
-    assert len(built) == 2
+    assert len(built) == 3
     assert larger.weights == first.weights
     assert larger.activations > 1.9 * first.activations
     wider = plan(intermediate_size=200)
@@ -179,11 +239,11 @@ def test_equal_models_are_built_once_and_others_are_not_taken_for_them(monkeypat
     assert wider.activations > first.activations
     ranks = [plan(lora=LoraOptions(r=r)).optimizer for r in (4, 8)]
     assert ranks[1] == 2 * ranks[0]
-    assert len(built) == 8
+    assert len(built) == 10
     # What cannot be compared is built each time.
     strange = [("of_a_users_code", lambda: None)]
     assert plan(changes=strange) == plan(changes=strange) == first
-    assert len(built) > 11
+    assert len(built) > 13
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -271,6 +271,14 @@ def test_8_bits_are_refused_where_state_is_on_the_host(kind, strategy, said):
         check_optimizer(kind, "constant", strategy)
 
 
+@pytest.mark.parametrize("kind", [torch.optim.LBFGS, torch.optim.Muon])
+def test_an_optimiser_that_refuses_groups_or_vectors_is_refused_before_anything_is_scored(kind):
+    with pytest.raises(InputError, match=r"model\.optimizer: "):
+        check_optimizer(kind, "constant", None)
+    # Adapters are matrices of one group.
+    check_optimizer(kind, "constant", None, whole=False)
+
+
 def test_schedule_free_with_a_falling_rate_is_refused():
     with pytest.raises(InputError, match="set it to constant"):
         check_optimizer(ScheduleFreeAdamW, "cosine", None)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from architectures import tiny
 from makers import build_model
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -87,6 +88,24 @@ def test_windows_limit_what_a_token_sees():
     assert wide.counts(batch).tolist() == [11, *[sum(range(1, 41)) + sum(range(1, 32))] * 2]
     windowed = sum(min(t, 16) for t in range(1, 41)) + sum(min(t, 16) for t in range(1, 32))
     assert narrow.counts(batch).tolist()[2] == windowed
+
+
+def test_each_layer_counts_heads_of_its_own_size():
+    """As in Gemma 4, whose configuration does not tell one size for all layers."""
+    model = tiny("Gemma 4 (text)")
+    sizes = [layer.self_attn.head_dim for layer in model.model.layers]
+    assert sizes == [8, 16]
+    widths = {"sliding_attention": 4 * 2 * 8, "full_attention": 4 * 2 * 16}
+    assert {layers.kind: layers.width for layers in training_flops(model).attention} == widths
+
+
+def test_a_model_whose_sizes_cannot_be_read_has_no_flops_and_a_warning(monkeypatch, recwarn):
+    def refuse(config):
+        raise RuntimeError("each layer has its own")
+
+    monkeypatch.setattr(flops, "layer_types", refuse)
+    assert training_flops(build_model()) is None
+    assert any("RuntimeError: each layer has its own" in str(warning.message) for warning in recwarn)
 
 
 def test_only_the_experts_of_a_token_count():
