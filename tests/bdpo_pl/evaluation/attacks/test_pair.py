@@ -128,13 +128,9 @@ def test_answers_that_cannot_be_read_are_asked_for_again_and_counted():
     def answer(stream, turn, goal):
         calls.append(stream)
         draft = "<think>" + say("a draft")
-        return (
-            draft
-            if calls == [0]
-            else "I would rather not."
-            if stream == 0 and calls.count(0) < 3
-            else say(f"{stream}/{turn} {goal}")
-        )
+        if stream == 0 and calls.count(0) < 3:
+            return draft if calls == [0] else "I would rather not."
+        return say(f"{stream}/{turn} {goal}")
 
     attacker = Attacker(answer)
     attack = refinement(attacker, streams=2, steps=1, retries=2)
