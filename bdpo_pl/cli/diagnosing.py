@@ -173,10 +173,11 @@ def _diagnose(
             options.strong_ratio,
         )
     shown = splits.tokenizer if options.show_texts else None
-    strong = tau = None
+    strong = tau = most = None
     if isinstance(balance, BalancedDPOLoss) and balance.weighting == "softmax":
-        strong = balance.temperature() * float(np.log(options.strong_ratio))
-        tau = balance.temperature()
+        tau, most = balance.temperature(), balance.max_weight_ratio
+        if most is None or most >= options.strong_ratio:
+            strong = tau * float(np.log(options.strong_ratio))
     facts, notes = _facts(module, data, precision)
     facts["re-weighted strongly"] = f"one response has at least {options.strong_ratio:g} times the other's weight" + (
         f": an imbalance of {strong:.2f} {UNITS[balance.estimator]}".rstrip() if strong is not None else ""
@@ -197,7 +198,8 @@ def _diagnose(
         shows_texts=options.show_texts,
         tau=tau,
         suggested_tau=None if tau is None else suggested_tau(measured["train"]),
-        temperatures=[] if tau is None else temperatures(measured["train"], tau),
+        temperatures=[] if tau is None else temperatures(measured["train"], tau, most),
+        max_weight_ratio=most,
     )
     return diagnosis, measured
 

@@ -291,6 +291,10 @@ def test_sum_of_losses_without_weights_and_duplicates_of_every_source_are_told(b
 
 
 def test_weights_by_ratio_have_no_threshold_of_the_imbalance(base):
+    main([*base, "--model.loss=BalancedDPOLoss", "--model.loss.max_weight_ratio=1.2"])
+    report, _ = results()
+    assert (report["strong_imbalance"], report["splits"]["train"]["overall"]["strong"]) == (None, 0)
+    assert max(row["largest"] for row in report["temperatures"]) <= 1.2
     main([*base, "--model.loss=BalancedDPOLoss", "--model.loss.estimator=ifd", "--model.loss.weighting=ratio"])
     report, pairs = results()
     assert (report["strong_imbalance"], report["unit"], report["weights_of"]) == (None, "", None)
