@@ -128,6 +128,7 @@ class Diagnosis:
         suggested_tau: spread of the training pairs' imbalance, rounded.
         temperatures: effects of several values of τ on the training pairs.
         max_weight_ratio: the loss's bound on the ratio of a pair's weights; None if it has none.
+        estimator: estimator of comprehension, by name.
     """
 
     facts: dict[str, str]
@@ -144,6 +145,7 @@ class Diagnosis:
     suggested_tau: float | None = None
     temperatures: list[Temperature] = field(default_factory=list)
     max_weight_ratio: float | None = None
+    estimator: str = "pmi"
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values, null where a number is not available; texts and their warning only if requested."""

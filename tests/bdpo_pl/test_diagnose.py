@@ -298,6 +298,10 @@ def test_weights_by_ratio_have_no_threshold_of_the_imbalance(base):
     main([*base, "--model.loss=BalancedDPOLoss", "--model.loss.estimator=ifd", "--model.loss.weighting=ratio"])
     report, pairs = results()
     assert (report["strong_imbalance"], report["unit"], report["weights_of"]) == (None, "", None)
+    page = Path("runs/diagnosis/report.html").read_text(encoding="utf-8")
+    assert "ratio of losses, null prompt over prompt" in page
+    assert "mutual information" not in page
+    assert "outer lines" not in page
     for line in pairs:
         share = line["comprehension_rejected"] / (line["comprehension_chosen"] + line["comprehension_rejected"])
         assert line["weight_chosen"] == pytest.approx(share, abs=1e-5)
