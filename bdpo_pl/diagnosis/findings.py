@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from bdpo_pl.data.held_out import called
 from bdpo_pl.diagnosis.results import Diagnosis, SplitDiagnosis
@@ -156,7 +156,7 @@ def _temperature(diagnosis: Diagnosis) -> Iterator[Finding]:
         exact = [row for row in diagnosis.temperatures if bound is None or row.p95 < bound]
         if exact:
             row = then if then in exact else exact[-1]
-            suits = advised = _rounded_up(row.tau * math.log(row.p95) / math.log(EXTREME_RATIO))
+            suits = advised = rounded_up(row.tau * math.log(row.p95) / math.log(EXTREME_RATIO))
         else:
             advised = None
         within = ratio(EXTREME_RATIO)
@@ -185,10 +185,19 @@ def _temperature(diagnosis: Diagnosis) -> Iterator[Finding]:
     )
 
 
-def _rounded_up(value: float) -> float:
-    """Round up to two digits, so that a limit which holds at `value` holds at the result."""
-    step = 10.0 ** (math.floor(math.log10(value)) - 1)
-    return float(f"{math.ceil(value / step) * step:.2g}")
+def rounded_up(value: float, digits: int = 2) -> float:
+    """Round up to some digits, so that a limit which holds at `value` holds at the result."""
+    return _rounded(math.ceil, value, digits)
+
+
+def rounded_down(value: float, digits: int = 2) -> float:
+    """Round down to some digits; see `rounded_up`."""
+    return _rounded(math.floor, value, digits)
+
+
+def _rounded(to_whole: Callable[[float], int], value: float, digits: int) -> float:
+    step = 10.0 ** (math.floor(math.log10(value)) - digits + 1)
+    return float(f"{to_whole(value / step) * step:.{digits}g}")
 
 
 def _length(split: SplitDiagnosis) -> Iterator[Finding]:

@@ -7,6 +7,7 @@ from rich.text import Text
 
 from bdpo_pl.data.held_out import called
 from bdpo_pl.diagnosis.estimators import MEANINGS
+from bdpo_pl.diagnosis.findings import rounded_down, rounded_up
 from bdpo_pl.diagnosis.single import LARGEST_BALANCE, MEASURES, LabelBalance, SingleDiagnosis
 from bdpo_pl.reporting import Cell, Finding, Page, Table
 from bdpo_pl.reporting.format import fixed, general, number, percent, whole
@@ -101,5 +102,6 @@ def _balance(balance: LabelBalance) -> Finding:
         "notice",
         f"The labels are not balanced: {numbers}.",
         f"λ_D·n_D / (λ_U·n_U) is {fixed(balance.value, 2)}, and KTO's paper asks for 1 to {fixed(LARGEST_BALANCE, 2)}: "
-        f"set --model.loss.{balance.option} to a value from {general(low, 3)} to {general(high, 3)}.",
+        f"set --model.loss.{balance.option} to a value from {general(rounded_up(low, 3))} to "
+        f"{general(rounded_down(high, 3))}.",
     )
