@@ -21,6 +21,8 @@ CORRELATED = 0.30
 """Spearman's correlation from which a notice is given."""
 UNEVEN = 1.5
 """Mean absolute imbalance of a category or of held-out pairs, over the training pairs', that leads to a notice."""
+LEAST_OF_CATEGORY = 10
+"""Number of pairs below which a category is not compared with the whole."""
 FEW_PAIRS = 50
 SPREADS_APART = 1.5
 """Ratio between τ and the spread of the imbalance, larger over smaller, from which a notice is given."""
@@ -120,7 +122,7 @@ def _balance(diagnosis: Diagnosis) -> Iterator[Finding]:
         yield Finding("fine", "Neither side is the better comprehended one on average.")
     uneven = [
         g for g in diagnosis.splits["train"].categories
-        if g.size >= UNEVEN * overall.size and g.pairs < overall.pairs and overall.size > 0
+        if g.size >= UNEVEN * overall.size > 0 and LEAST_OF_CATEGORY <= g.pairs < overall.pairs
     ]  # fmt: skip
     if uneven:
         named = ", ".join(f"{g.name} ({fixed(g.size / overall.size, 1)}×)" for g in uneven[:5])

@@ -154,6 +154,14 @@ def test_notices_of_strength_direction_and_missing_weights():
     assert any("applies no weights: these are what Balanced DPO would do" in f.detail for f in found)
 
 
+@pytest.mark.parametrize(("num", "named"), [(9, False), (10, True)])
+def test_uneven_categories_have_enough_pairs(num, named):
+    d = np.array([9.0] * num + [0.1] * (60 - num))
+    m = measured(comprehension=np.stack([d, np.zeros(60)]))
+    m = dataclasses.replace(m, table=dataclasses.replace(m.table, categories=["far"] * num + ["near"] * (60 - num)))
+    assert ("whole: far (" in titles(find(diagnosis(m)), "notice")) == named
+
+
 def test_held_out_pairs_of_another_kind_are_noticed():
     near = measured(num=60)
     far = dataclasses.replace(near, comprehension=3 * near.comprehension)
