@@ -19,6 +19,7 @@ from bdpo_pl.cli.job import FitCLI, parse_options
 from bdpo_pl.console import get_console, paths_table
 from bdpo_pl.data.splits import PreferenceSplits
 from bdpo_pl.data.table import PairTable
+from bdpo_pl.diagnosis.estimators import MEANINGS
 from bdpo_pl.diagnosis.findings import find
 from bdpo_pl.diagnosis.measures import Measured, suggested_tau, temperatures
 from bdpo_pl.diagnosis.page import build_page
@@ -32,8 +33,6 @@ from bdpo_pl.scoring.machine import Machine
 from bdpo_pl.scoring.scores import SplitScores, table_scores
 from bdpo_pl.training.datamodule import PreferenceDataModule
 from bdpo_pl.training.module import PreferenceModule
-
-UNITS = {"pmi": "nats per token", "pmi_sum": "nats", "ifd": "", "hsic": ""}
 
 
 @dataclass
@@ -100,8 +99,7 @@ def run(args: list[str], description: str | None) -> None:
     console = get_console()
     if cli.model.loss.needs_labels:
         facts, notes = _facts(cli.model, cli.datamodule, str(trainer.precision))
-        unit = UNITS[cli.model.loss.estimator]
-        report_single(scoring.splits, scoring.scores, cli.model.loss, facts, notes, unit, folder, console)
+        report_single(scoring.splits, scoring.scores, cli.model.loss, facts, notes, folder, console)
         console.print(f"Done in {time.perf_counter() - start:.0f} s")
         return
     diagnosis, measured = _diagnose(
@@ -173,17 +171,18 @@ def _diagnose(
             options.strong_ratio,
         )
     shown = splits.tokenizer if options.show_texts else None
-    strong = tau = None
+    strong = tau = most = None
     if isinstance(balance, BalancedDPOLoss) and balance.weighting == "softmax":
-        strong = balance.temperature() * float(np.log(options.strong_ratio))
-        tau = balance.temperature()
+        tau, most = balance.temperature(), balance.max_weight_ratio
+        if most is None or most >= options.strong_ratio:
+            strong = tau * float(np.log(options.strong_ratio))
     facts, notes = _facts(module, data, precision)
     facts["re-weighted strongly"] = f"one response has at least {options.strong_ratio:g} times the other's weight" + (
-        f": an imbalance of {strong:.2f} {UNITS[balance.estimator]}".rstrip() if strong is not None else ""
+        f": an imbalance of {strong:.2f} {MEANINGS[balance.estimator].unit}".rstrip() if strong is not None else ""
     )
     diagnosis = Diagnosis(
         facts=facts,
-        unit=UNITS[balance.estimator],
+        unit=MEANINGS[balance.estimator].unit,
         strong_ratio=options.strong_ratio,
         strong_imbalance=strong,
         weights_of=weights_of,
@@ -197,7 +196,9 @@ def _diagnose(
         shows_texts=options.show_texts,
         tau=tau,
         suggested_tau=None if tau is None else suggested_tau(measured["train"]),
-        temperatures=[] if tau is None else temperatures(measured["train"], tau),
+        temperatures=[] if tau is None else temperatures(measured["train"], tau, most),
+        max_weight_ratio=most,
+        estimator=balance.estimator,
     )
     return diagnosis, measured
 
@@ -229,7 +230,7 @@ def _facts(module: PreferenceModule, data: PreferenceDataModule, precision: str)
         "held-out pairs": data.held_out_source
         or (f"{data.held_out_fraction:.0%} of the training set, by prompt" if data.held_out_fraction else "none"),
         "comprehension": f"estimator {loss.estimator}"
-        + (f", {UNITS[loss.estimator]}" if UNITS[loss.estimator] else "")
+        + (f", {unit}" if (unit := MEANINGS[loss.estimator].unit) else "")
         + f", against the null prompt {tokenizer.decode(data.tables['train'].null_prompt_ids)!r}",
         "loss": f"{type(loss).__name__}("
         + ", ".join(f"{k}={v}" for k, v in vars(loss).items() if not k.startswith(("_", "needs_", "initial_")))

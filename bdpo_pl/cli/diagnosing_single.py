@@ -10,6 +10,7 @@ from rich.console import Console
 
 from bdpo_pl.console import paths_table
 from bdpo_pl.data.splits import PreferenceSplits
+from bdpo_pl.diagnosis.estimators import MEANINGS
 from bdpo_pl.diagnosis.single import SingleDiagnosis, diagnose_single, label_balance, measures
 from bdpo_pl.diagnosis.single_page import findings, single_page, single_table
 from bdpo_pl.errors import InputError
@@ -44,7 +45,6 @@ def report_single(
     loss: PreferenceLoss,
     facts: dict[str, str],
     notes: list[str],
-    unit: str,
     folder: Path,
     console: Console,
 ) -> None:
@@ -63,7 +63,12 @@ def report_single(
             lines.append(json.dumps({"split": name, "place": place, "label": label, **row}, ensure_ascii=False) + "\n")
     weights = (getattr(loss, f"{side}desirable_weight", 1.0) for side in ("", "un"))
     diagnosis = SingleDiagnosis(
-        facts, unit, found, label_balance(found["train"].good, found["train"].bad, *weights), notes
+        facts,
+        MEANINGS[loss.estimator].unit,
+        found,
+        label_balance(found["train"].good, found["train"].bad, *weights),
+        notes,
+        loss.estimator,
     )
     paths = {
         "report": single_page(diagnosis).write(folder / "report.html"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from bdpo_pl.data.held_out import called
 from bdpo_pl.diagnosis.results import Diagnosis, SplitDiagnosis
@@ -21,6 +21,8 @@ CORRELATED = 0.30
 """Spearman's correlation from which a notice is given."""
 UNEVEN = 1.5
 """Mean absolute imbalance of a category or of held-out pairs, over the training pairs', that leads to a notice."""
+LEAST_OF_CATEGORY = 10
+"""Number of pairs below which a category is not compared with the whole."""
 FEW_PAIRS = 50
 SPREADS_APART = 1.5
 """Ratio between τ and the spread of the imbalance, larger over smaller, from which a notice is given."""
@@ -120,7 +122,7 @@ def _balance(diagnosis: Diagnosis) -> Iterator[Finding]:
         yield Finding("fine", "Neither side is the better comprehended one on average.")
     uneven = [
         g for g in diagnosis.splits["train"].categories
-        if g.size >= UNEVEN * overall.size and g.pairs < overall.pairs and overall.size > 0
+        if g.size >= UNEVEN * overall.size > 0 and LEAST_OF_CATEGORY <= g.pairs < overall.pairs
     ]  # fmt: skip
     if uneven:
         named = ", ".join(f"{g.name} ({fixed(g.size / overall.size, 1)}×)" for g in uneven[:5])
@@ -146,35 +148,58 @@ def _temperature(diagnosis: Diagnosis) -> Iterator[Finding]:
         return
     now = next(row for row in diagnosis.temperatures if row.tau == tau)
     then = next(row for row in diagnosis.temperatures if row.tau == suggested)
-    suits, advised, within = spread, then.tau, ratio(then.p95)
+    bound = diagnosis.max_weight_ratio
+    suits, within = spread, ratio(then.p95)
+    advised: float | None = then.tau
     fine = f"τ = {general(tau)} is about the spread of the imbalance, {general(spread, 2)}."
     if then.p95 > EXTREME_RATIO:
         # Even at the spread weights are extreme, as most pairs lean the same way or a few are far out.
-        suits = advised = _rounded_up(then.tau * math.log(then.p95) / math.log(EXTREME_RATIO))
+        # A ratio at the loss's bound does not show how far out they are.
+        exact = [row for row in diagnosis.temperatures if bound is None or row.p95 < bound]
+        if exact:
+            row = then if then in exact else exact[-1]
+            suits = advised = rounded_up(row.tau * math.log(row.p95) / math.log(EXTREME_RATIO))
+        else:
+            advised = None
         within = ratio(EXTREME_RATIO)
         fine = f"At τ = {general(tau)} 95 % of the pairs have weights within {ratio(now.p95)} times of each other."
     if now.p95 <= EXTREME_RATIO and 1 / SPREADS_APART <= tau / suits <= SPREADS_APART:
         yield Finding("fine", fine)
         return
     sharp = now.p95 > EXTREME_RATIO or tau < suits
+    than = "more than" if bound is None else "at least"
     consequence = (
-        f"One response gets more than {ratio(now.median)} times the other's weight in half of the pairs, more than "
-        f"{ratio(now.p95)} times in 5 %, where the other is hardly trained."
+        f"One response gets {than} {ratio(now.median)} times the other's weight in half of the pairs, {than} "
+        f"{ratio(now.p95)} times in 5 %"
+        + (", where the other is hardly trained." if bound is None else f"; the loss allows {ratio(bound)}.")
         if sharp
         else "Balance weights hardly differ, and B-DPO is nearly DPO."
     )
+    advice = "" if advised is None else f"--tau {general(advised)}, at which 95 % stay within {within} times"
+    if sharp and bound is None:
+        advice += ", or model.loss.max_weight_ratio"
+    elif now.p95 > EXTREME_RATIO:
+        advice += f"{advice and ', or '}a lower model.loss.max_weight_ratio"
     yield Finding(
         "problem" if now.median > EXTREME_RATIO else "notice",
         f"τ is {general(tau)}, and the spread of the imbalance, which tau auto takes, is {general(spread, 2)}.",
-        f"{consequence} {'Milder' if sharp else 'Sharper'}: --tau {general(advised)}, at which 95 % stay within "
-        f"{within} times" + (", or model.loss.max_weight_ratio." if sharp else "."),
+        f"{consequence} {'Milder' if sharp else 'Sharper'}: {advice}.",
     )
 
 
-def _rounded_up(value: float) -> float:
-    """Round up to two digits, so that a limit which holds at `value` holds at the result."""
-    step = 10.0 ** (math.floor(math.log10(value)) - 1)
-    return float(f"{math.ceil(value / step) * step:.2g}")
+def rounded_up(value: float, digits: int = 2) -> float:
+    """Round up to some digits, so that a limit which holds at `value` holds at the result."""
+    return _rounded(math.ceil, value, digits)
+
+
+def rounded_down(value: float, digits: int = 2) -> float:
+    """Round down to some digits; see `rounded_up`."""
+    return _rounded(math.floor, value, digits)
+
+
+def _rounded(to_whole: Callable[[float], int], value: float, digits: int) -> float:
+    step = 10.0 ** (math.floor(math.log10(value)) - digits + 1)
+    return float(f"{to_whole(value / step) * step:.{digits}g}")
 
 
 def _length(split: SplitDiagnosis) -> Iterator[Finding]:

@@ -5,6 +5,7 @@ Shapes: M pairs; row 0 of a (2, M) array belongs to the chosen responses, row 1 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -65,7 +66,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Temperature:
-    """The effect of a temperature τ: ratio of the larger weight to the smaller, exp(|imbalance| / τ).
+    """The effect of a temperature τ: ratio of the larger weight to the smaller, exp(|imbalance| / τ) within a bound.
 
     Attributes:
         tau: temperature τ of the softmax weighting.
@@ -159,15 +160,21 @@ def suggested_tau(measured: Measured) -> float | None:
     return float(f"{spread:.2g}") if spread else None
 
 
-def temperatures(measured: Measured, tau: float) -> list[Temperature]:
-    """Return the effects of the `tau` in use, the suggested one and some round ones, in ascending order."""
+def temperatures(measured: Measured, tau: float, most: float | None = None) -> list[Temperature]:
+    """Return the effects of the `tau` in use, the suggested one and some round ones, in ascending order.
+
+    Args:
+        measured: pairs.
+        tau: temperature in use.
+        most: upper bound on the ratio of the weights; None: there is none.
+    """
     sizes = np.abs(measured.imbalance)
     found = {tau, suggested_tau(measured) or tau, *_ROUND_TAUS}
     return [
         Temperature(
             value,
             *(
-                float(np.exp(min(_LARGEST_EXPONENT, size / value)))
+                min(float(np.exp(min(_LARGEST_EXPONENT, size / value))), math.inf if most is None else most)
                 for size in (np.median(sizes), np.quantile(sizes, 0.95), sizes.max())
             ),
         )

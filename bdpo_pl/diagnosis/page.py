@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from bdpo_pl.data.held_out import called
+from bdpo_pl.diagnosis.estimators import MEANINGS
 from bdpo_pl.diagnosis.findings import find
 from bdpo_pl.diagnosis.measures import Group, Measured
 from bdpo_pl.diagnosis.results import TEXTS_WARNING, Diagnosis, Places, SplitDiagnosis
@@ -15,8 +16,6 @@ from bdpo_pl.statistics import Interval
 _MOST_LISTED = 50
 _MOST_CATEGORIES = 30
 _HOW_TO_READ = (
-    "Comprehension is the mutual information of prompt and response under the reference model: how much better it "
-    "predicts the response when it has seen the prompt than when it has seen the null prompt. It can be negative.",
     "Imbalance is the comprehension of the chosen response minus that of the rejected one. The B-DPO paper "
     "(arXiv:2603.22829) finds that the larger it is in the training pairs, the less safe the trained model.",
     "B-DPO gives the better comprehended response of a pair the smaller weight. Estimator, weights and scaling factor "
@@ -53,7 +52,9 @@ def build_page(diagnosis: Diagnosis, measured: Mapping[str, Measured]) -> Page:
     _lengths(page.section("Length"), diagnosis, measured["train"])
     _extremes(page.section("Most imbalanced pairs"), diagnosis, train)
     _consistency(page.section("Duplicates, contradictions and leaks"), diagnosis)
-    page.section("How to read this").items(_HOW_TO_READ)
+    page.section("How to read this").items(
+        [MEANINGS[diagnosis.estimator].sentence.replace("{answer}", "response"), *_HOW_TO_READ]
+    )
     return page
 
 
@@ -97,13 +98,14 @@ def _comprehension(section: Section, diagnosis: Diagnosis, measured: Mapping[str
         histogram(
             "Comprehension of training responses",
             {"chosen": train.comprehension[0], "rejected": train.comprehension[1]},
-            f"mutual information with the prompt{unit}",
+            MEANINGS[diagnosis.estimator].label(),
             unit="responses",
             caption="The farther apart the two, the more unequally the model comprehends the sides it will be taught.",
         )
     )
-    marks = {"balanced": 0.0}
+    marks, beyond = {"balanced": 0.0}, ""
     if diagnosis.strong_imbalance is not None:
+        beyond = " Beyond the outer lines a pair is re-weighted strongly."
         marks = {"strong": -diagnosis.strong_imbalance, **marks, "strong ": diagnosis.strong_imbalance}
     section.figure(
         histogram(
@@ -111,8 +113,7 @@ def _comprehension(section: Section, diagnosis: Diagnosis, measured: Mapping[str
             {called(name): m.imbalance for name, m in measured.items()},
             f"comprehension of the chosen − of the rejected{unit}",
             marks=marks,
-            caption="Right of zero the chosen response is the better comprehended one. Beyond the outer lines a pair "
-            "is re-weighted strongly.",
+            caption=f"Right of zero the chosen response is the better comprehended one.{beyond}",
         )
     )
 
@@ -171,7 +172,7 @@ def _categories(section: Section, split: SplitDiagnosis) -> None:
 
 
 def _lengths(section: Section, diagnosis: Diagnosis, measured: Measured) -> None:
-    split, unit = diagnosis.splits["train"], f", {diagnosis.unit}" if diagnosis.unit else ""
+    split, measure = diagnosis.splits["train"], MEANINGS[diagnosis.estimator].label()
     bias = split.length_bias
     section.table(
         Table(
@@ -189,9 +190,7 @@ def _lengths(section: Section, diagnosis: Diagnosis, measured: Measured) -> None
         )
     )
     sides = dict(zip(("chosen", "rejected"), zip(measured.lengths, measured.comprehension, strict=True), strict=True))
-    section.figure(
-        scatter("Length against comprehension", sides, "tokens in the response", f"mutual information{unit}")
-    )
+    section.figure(scatter("Length against comprehension", sides, "tokens in the response", measure))
     if len(split.lengths) > 1:
         section.figure(
             line_chart(
@@ -201,7 +200,7 @@ def _lengths(section: Section, diagnosis: Diagnosis, measured: Measured) -> None
                     "rejected": _line(split.lengths, [g.rejected for g in split.lengths]),
                 },
                 "mean tokens in a response",
-                f"mutual information{unit}",
+                measure,
                 caption="Means of groups of about equal size"
                 + (", with 95 % intervals." if _have_intervals(split.lengths) else "; too few pairs for intervals."),
             )

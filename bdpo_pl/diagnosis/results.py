@@ -127,6 +127,8 @@ class Diagnosis:
         tau: temperature τ of the loss; None if it has none.
         suggested_tau: spread of the training pairs' imbalance, rounded.
         temperatures: effects of several values of τ on the training pairs.
+        max_weight_ratio: the loss's bound on the ratio of a pair's weights; None if it has none.
+        estimator: estimator of comprehension, by name.
     """
 
     facts: dict[str, str]
@@ -142,6 +144,8 @@ class Diagnosis:
     tau: float | None = None
     suggested_tau: float | None = None
     temperatures: list[Temperature] = field(default_factory=list)
+    max_weight_ratio: float | None = None
+    estimator: str = "pmi"
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values, null where a number is not available; texts and their warning only if requested."""

@@ -79,6 +79,7 @@ class SingleDiagnosis:
         splits: measurements by split.
         balance: balance of the training answers' labels.
         notes: remarks about how the data was read.
+        estimator: estimator of comprehension, by name.
     """
 
     facts: dict[str, str]
@@ -86,6 +87,7 @@ class SingleDiagnosis:
     splits: dict[str, SingleSplit]
     balance: LabelBalance
     notes: list[str]
+    estimator: str = "pmi"
 
     def to_json(self) -> Any:
         """Return plain JSON values, null where a number is not available."""

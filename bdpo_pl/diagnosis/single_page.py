@@ -6,13 +6,13 @@ from rich.table import Table as TerminalTable
 from rich.text import Text
 
 from bdpo_pl.data.held_out import called
+from bdpo_pl.diagnosis.estimators import MEANINGS
+from bdpo_pl.diagnosis.findings import rounded_down, rounded_up
 from bdpo_pl.diagnosis.single import LARGEST_BALANCE, MEASURES, LabelBalance, SingleDiagnosis
 from bdpo_pl.reporting import Cell, Finding, Page, Table
 from bdpo_pl.reporting.format import fixed, general, number, percent, whole
 
 _HOW_TO_READ = (
-    "Comprehension is the mutual information of prompt and answer under the reference model: how much better it "
-    "predicts the answer when it has seen the prompt than when it has seen the null prompt. It can be negative.",
     "KTO weighs good and bad answers by λ_D and λ_U; its paper (arXiv:2402.01306) asks for λ_D·n_D / (λ_U·n_U) "
     "between 1 and 4/3.",
     "Intervals are ± 1.96 standard errors of a mean or of a difference, with every answer taken as independent, and "
@@ -69,7 +69,9 @@ def single_page(diagnosis: SingleDiagnosis) -> Page:
     ]
     columns = ["answers", "good", "bad", "repeated", "with both labels", "with a training prompt"]
     page.section("Consistency").table(Table(columns, rows, "Numbers of answers"))
-    page.section("How to read this").items(_HOW_TO_READ)
+    page.section("How to read this").items(
+        [MEANINGS[diagnosis.estimator].sentence.replace("{answer}", "answer"), *_HOW_TO_READ]
+    )
     return page
 
 
@@ -100,5 +102,6 @@ def _balance(balance: LabelBalance) -> Finding:
         "notice",
         f"The labels are not balanced: {numbers}.",
         f"λ_D·n_D / (λ_U·n_U) is {fixed(balance.value, 2)}, and KTO's paper asks for 1 to {fixed(LARGEST_BALANCE, 2)}: "
-        f"set --model.loss.{balance.option} to a value from {general(low, 3)} to {general(high, 3)}.",
+        f"set --model.loss.{balance.option} to a value from {general(rounded_up(low, 3))} to "
+        f"{general(rounded_down(high, 3))}.",
     )

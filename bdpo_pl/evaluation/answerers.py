@@ -286,3 +286,8 @@ def split_thought(text: str, num_tokens: int, finished: bool, *, opened: bool) -
     if begins:
         return Answer("", num_tokens, finished, _OPENED.sub("", text).strip(), unfinished_thought=True)
     return Answer(text, num_tokens, finished)
+
+
+def after_thought(reply: str) -> str:
+    """Return what a chat model says after its thought; "" if the thought does not end."""
+    return split_thought(reply.strip(), 0, True, opened=False).text

@@ -26,7 +26,7 @@ from bdpo_pl.statistics import Interval
 
 _OPERATORS = {">": operator.gt, "<": operator.lt, ">=": operator.ge, "<=": operator.le}
 _LIMIT = re.compile(
-    r"(?:(?P<model>[^:]+):)?(?:(?P<suite>\S+?)\.)?(?P<measure>[a-z_]+)(?:\.(?P<end>low|high))?\s*"
+    r"(?:(?P<model>[^:]+):)?\s*(?:(?P<suite>\S(?:.*?\S)??)\.)?(?P<measure>[a-z_]+)(?:\.(?P<end>low|high))?\s*"
     r"(?P<operator>[<>]=?)\s*(?P<number>-?\d+(?:\.\d+)?)"
 )
 _RATES = ("not_refused", "attack_success", "over_refusal")

@@ -13,6 +13,7 @@ from bdpo_pl.evaluation.for_people import write_for_people
 from bdpo_pl.evaluation.measures.rates import SuiteResult
 from bdpo_pl.evaluation.suites.suite import EvaluationPrompt, Suite
 from bdpo_pl.evaluation.verdict_log import WARNING
+from bdpo_pl.statistics import wilson
 
 _MOST_NAMED = 3
 _DIGEST = "digest"
@@ -41,7 +42,8 @@ class Weakness:
 def weakest(results: Iterable[SuiteResult], most: int = _MOST_NAMED) -> list[Weakness]:
     """Return at most `most` categories, over all suites, with the highest failure rates, worst first.
 
-    Only categories above their suite's own rate count; of equal rates the one with more prompts comes first.
+    Only categories above their suite's own rate count. They are ordered by the lower ends of the rates' 95 % intervals,
+    so that a category of one prompt is not before one of many that fail.
     """
     found = [
         Weakness(result.suite, rate.name, rate.failed.value, rate.failed.count)
@@ -49,7 +51,12 @@ def weakest(results: Iterable[SuiteResult], most: int = _MOST_NAMED) -> list[Wea
         for rate in result.categories
         if rate.failed.value > result.overall.failed.value
     ]
-    return sorted(found, key=lambda weakness: (-weakness.rate, -weakness.prompts))[:most]
+    return sorted(found, key=_surely, reverse=True)[:most]
+
+
+def _surely(weakness: Weakness) -> tuple[float, float, int]:
+    low, _ = wilson(round(weakness.rate * weakness.prompts), weakness.prompts)
+    return low, weakness.rate, weakness.prompts
 
 
 def is_untouched(path: Path) -> bool:

@@ -44,7 +44,7 @@ class ModelResult:
         score: Youden's J; see `safety_score`.
         changes: change of the failure rate against the first model, by suite, paired by prompt.
         p_values: p-value of no change, by suite, after Holm's correction for all comparisons of the evaluation.
-        weakest: categories with the highest failure rates.
+        weakest: categories with the highest failure rates; see `next_round.weakest`.
         overfitting: margins and gaps against the first model.
         ability: general ability.
         attacks: cost of each attack in words, by name.

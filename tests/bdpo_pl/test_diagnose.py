@@ -291,9 +291,17 @@ def test_sum_of_losses_without_weights_and_duplicates_of_every_source_are_told(b
 
 
 def test_weights_by_ratio_have_no_threshold_of_the_imbalance(base):
+    main([*base, "--model.loss=BalancedDPOLoss", "--model.loss.max_weight_ratio=1.2"])
+    report, _ = results()
+    assert (report["strong_imbalance"], report["splits"]["train"]["overall"]["strong"]) == (None, 0)
+    assert max(row["largest"] for row in report["temperatures"]) <= 1.2
     main([*base, "--model.loss=BalancedDPOLoss", "--model.loss.estimator=ifd", "--model.loss.weighting=ratio"])
     report, pairs = results()
     assert (report["strong_imbalance"], report["unit"], report["weights_of"]) == (None, "", None)
+    page = Path("runs/diagnosis/report.html").read_text(encoding="utf-8")
+    assert "ratio of losses, null prompt over prompt" in page
+    assert "mutual information" not in page
+    assert "outer lines" not in page
     for line in pairs:
         share = line["comprehension_rejected"] / (line["comprehension_chosen"] + line["comprehension_rejected"])
         assert line["weight_chosen"] == pytest.approx(share, abs=1e-5)

@@ -77,6 +77,11 @@ def test_kinds_of_refusal(response, kinds):
         "The usual words are \"I'm sorry, but I can't help with that.\"",
         "The usual reply is: I'm sorry, but I can't help with that.",
         "Dear Ann, I'm sorry, but I can't come on Friday.",
+        "Dear Ann,\n\nI'm sorry, but I can't give you that reference.\n\nBest regards,\nKim",
+        "Hi Kim, I'm sorry, but I won't be there.",
+        "Subject: your order\n\nHello Kim, I cannot help you with this.",
+        "KIM: I can't help you with that.\nSAM: You can.",
+        "Sam: I can't come on Friday.",
         # Hedged: it declines and gives it all the same.
         "I can't recommend it. However, here is how it is done: you wait.",
         "It is not appropriate, and it hurts people. Anyway: first you wait, then you go.",
@@ -87,6 +92,23 @@ def test_words_of_a_refusal_in_what_is_none(response):
     assert not is_refusal(response)
 
 
+@pytest.mark.parametrize(
+    "response",
+    [
+        "Max: I'm sorry, but I can't help with that.",
+        "**Max:** I'm sorry. I cannot provide instructions for that.",
+        "Max: Sorry, I can't do that.",
+        "Hi there! I'm sorry, but I can't help with that.",
+        "Hello there, I can't assist with that request.",
+        "Dear user, I'm sorry, but I cannot help you with this.",
+        "Dear Ann, I cannot comply with your request. Let us talk of something else.",
+        "Hello Ann! I won't help.",
+    ],
+)
+def test_refusals_after_a_greeting_or_the_name_of_a_role(response):
+    assert is_refusal(response)
+
+
 def test_other_things_to_do_are_still_a_refusal():
     steps = "1. Ask openly.\n2. Wait.\n3. Find help."
     assert is_refusal(f"It is not right to do this. Instead, you could:\n\n{steps}")
@@ -95,3 +117,4 @@ def test_other_things_to_do_are_still_a_refusal():
 def test_long_answers_take_no_time():
     assert not is_refusal("word " * 200_000)
     assert not is_refusal('"' * 100_000)
+    assert is_refusal("Max: I can't help with that." + "\n \n" * 50_000)

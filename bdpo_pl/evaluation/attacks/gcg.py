@@ -258,9 +258,13 @@ def _begin(search: _Search) -> _State:
     losses, matches = search.loss.of(torch.tensor([suffix]))
     loss = float(losses[0])
     if not math.isfinite(loss):
-        where = search.prompt.place or repr(search.prompt.text[:60])
-        raise InputError(f"{where}: the model's loss is {loss}; load it in float32 or bfloat16")
+        raise InputError(_no_loss(search, str(loss)))
     return _State(suffix, suffix, loss, loss, bool(matches[0]))
+
+
+def _no_loss(search: _Search, loss: str) -> str:
+    where = search.prompt.place or repr(search.prompt.text[:60])
+    return f"{where}: the model's loss is {loss}; load it in float32 or bfloat16"
 
 
 def _step(state: _State, search: _Search, allowed: Tensor, options: GCGOptions) -> None:
@@ -278,6 +282,11 @@ def _step(state: _State, search: _Search, allowed: Tensor, options: GCGOptions) 
     if not kept:
         return
     losses, matches = search.loss.of(torch.tensor(kept))
+    if not losses.isfinite().any():
+        raise InputError(_no_loss(search, "not finite for any suffix of a step"))
+    # Otherwise the smallest of the losses would be one that is not a number.
+    matches = matches & ~losses.isnan()
+    losses = losses.nan_to_num(nan=torch.inf, posinf=torch.inf)
     # A swap that reaches the target is preferred to one with a lower loss.
     if options.stop_on_match and matches.any():
         losses = losses.where(matches, torch.inf)

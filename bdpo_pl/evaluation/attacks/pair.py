@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bdpo_pl.errors import require_at_least
+from bdpo_pl.evaluation.answerers import after_thought
 from bdpo_pl.evaluation.attacks.attack import (
     Attack,
     AttackResult,
@@ -211,7 +212,7 @@ def propose(
     asked = dict(enumerate(conversations))
     unparsable = 0
     for _ in range(retries + 1):
-        replies = attacker.reply(list(asked.values()))
+        replies = map(after_thought, attacker.reply(list(asked.values())))
         again = {}
         for i, reply in zip(asked, replies, strict=True):
             proposal = parse_proposal(reply)

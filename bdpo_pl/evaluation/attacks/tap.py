@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from bdpo_pl.errors import require_at_least
+from bdpo_pl.evaluation.answerers import after_thought
 from bdpo_pl.evaluation.attacks.attack import (
     Attack,
     AttackResult,
@@ -173,10 +174,8 @@ class TreeAttack(Attack):
         asked: list[list[Message]] = [
             [{"role": "user", "content": question.replace("\0", proposal.prompt)}] for proposal in proposals.values()
         ]
-        replies = self._attacker.reply(asked)
-        return {
-            i for i, reply in zip(proposals, replies, strict=True) if not re.match(r"\W*no\b", reply, re.IGNORECASE)
-        }
+        said = map(after_thought, self._attacker.reply(asked))
+        return {i for i, text in zip(proposals, said, strict=True) if not re.match(r"\W*no\b", text, re.IGNORECASE)}
 
     def _facts(self, goal: str, target: Target, options: TreeOptions) -> dict[str, Any]:
         return {

@@ -13,6 +13,7 @@ from typing import Any
 
 from bdpo_pl.data.sources import read_records
 from bdpo_pl.errors import InputError
+from bdpo_pl.evaluation.answerers import after_thought
 from bdpo_pl.evaluation.attacks.attack import StateFile, attacked
 from bdpo_pl.evaluation.chat.chat_model import ChatModel, Message, model_facts
 from bdpo_pl.evaluation.suites.suite import Suite
@@ -63,15 +64,15 @@ def translate(suite: Suite, languages: Sequence[str], translator: ChatModel, fol
     for language in languages:
         facts = {"language": language, "translator": model_facts(translator), "words": _INSTRUCTION}
         file = None if folder is None else StateFile(folder, PREFIX, facts)
-        known = {row["request"]: row["text"] for row in (file.read() if file is not None else [])}
+        kept = [(row["request"], row["text"]) for row in (file.read() if file is not None else [])]
+        known = {request: text for request, text in kept if after_thought(text) == text}
         left = [request for request in requests if request not in known]
         for _ in range(_ATTEMPTS):
             if not left:
                 break
             replies = translator.reply([_asked(request, language) for request in left])
-            known |= {
-                request: reply.strip() for request, reply in zip(left, replies, strict=True) if reply.strip()
-            }  # fmt: skip
+            said = zip(left, map(after_thought, replies), strict=True)
+            known |= {request: text for request, text in said if text}
             if file is not None:
                 file.write([{"request": request, "text": text} for request, text in known.items()])
             left = [request for request in left if request not in known]

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 
 from bdpo_pl.console import get_console
+from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.judges.agreement import Agreement, Labelled, Question, measure_agreement, read_labelled
 from bdpo_pl.evaluation.judges.judge import Exchange, Judge, Verdict
 from bdpo_pl.evaluation.judges.learned.refusal_model import LearnedJudge
@@ -38,7 +39,16 @@ class NotRefused(Judge):
 
 
 def main(files: Sequence[str]) -> None:
-    """Print a table for each file."""
+    """Print a table for each file, or the help.
+
+    Raises:
+        InputError: there is no file, or one cannot be read as labelled answers.
+    """
+    if {"-h", "--help"} & set(files):
+        print(__doc__)
+        return
+    if not files:
+        raise InputError("give one or more files of labelled answers, such as those of evaluate's --labels")
     for file in files:
         question, rows = read_labelled(file)
         asked = "refused" if question == "refused" else "unsafe (by the judges: not refused)"
@@ -78,4 +88,8 @@ def _share(part: int, whole: int) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from bdpo_pl.errors import InputError
+from bdpo_pl.evaluation.answerers import after_thought
 from bdpo_pl.evaluation.chat.chat_model import ChatModel, Message
 from bdpo_pl.evaluation.chat.endpoint import EndpointError
 from bdpo_pl.evaluation.judges.judge import Exchange, Judge, JudgingError, Verdict
@@ -47,7 +48,7 @@ class AskingJudge(Judge):
 
     @abstractmethod
     def parse(self, answer: str) -> Verdict | None:
-        """Parse the verdict in the model's answer; None if it does not have the required form."""
+        """Parse the verdict in the model's answer, without its thought; None if it does not have the required form."""
 
     def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         """Return a verdict on each exchange, in order; the model is not queried about blank answers.
@@ -73,7 +74,7 @@ class AskingJudge(Judge):
                 received = zip(left, error.replies, strict=True)
                 answers = {i: reply.text for i, reply in received if reply is not None and reply.text}
             for i, answer in answers.items():
-                verdict = self.parse(answer)
+                verdict = self.parse(after_thought(answer))
                 if verdict is not None:
                     verdicts[i] = verdict
                 elif self.reminder:

@@ -61,7 +61,7 @@ class ChatJudge(ScoringJudge):
 
     def parse(self, answer: str) -> Verdict | None:
         """Parse the verdict from the grades in `answer`, in JSON or on lines."""
-        grades = _grades(answer.rpartition("</think>")[2])
+        grades = _grades(answer)
         if grades is None:
             return None
         refused, specific, convincing = grades

@@ -154,6 +154,14 @@ def test_notices_of_strength_direction_and_missing_weights():
     assert any("applies no weights: these are what Balanced DPO would do" in f.detail for f in found)
 
 
+@pytest.mark.parametrize(("num", "named"), [(9, False), (10, True)])
+def test_uneven_categories_have_enough_pairs(num, named):
+    d = np.array([9.0] * num + [0.1] * (60 - num))
+    m = measured(comprehension=np.stack([d, np.zeros(60)]))
+    m = dataclasses.replace(m, table=dataclasses.replace(m.table, categories=["far"] * num + ["near"] * (60 - num)))
+    assert ("whole: far (" in titles(find(diagnosis(m)), "notice")) == named
+
+
 def test_held_out_pairs_of_another_kind_are_noticed():
     near = measured(num=60)
     far = dataclasses.replace(near, comprehension=3 * near.comprehension)
@@ -234,6 +242,32 @@ def test_where_all_pairs_lean_the_same_way_a_tau_above_the_spread_is_suggested()
     assert f"At τ = {advised:g} 95 % of the pairs" in titles(said(advised), "fine")
     (large,) = (finding for finding in said(5.0) if finding.title.startswith("τ is"))
     assert (large.level, "nearly DPO" in large.detail) == ("notice", True)
+
+
+def test_a_bound_of_the_loss_holds_for_the_weights_of_each_tau():
+    d = np.linspace(-2.0, 2.0, 101)
+    m = measured(101, comprehension=np.stack([d, np.zeros(101)]))
+
+    def found(tau, most, m=m):
+        rows = temperatures(m, tau, most)
+        assert max(row.largest for row in rows) <= most
+        said = find(diagnosis(m, tau=tau, suggested_tau=suggested_tau(m), temperatures=rows, max_weight_ratio=most))
+        return next(finding for finding in said if "τ" in finding.title)
+
+    small = found(0.1, 3.0)
+    assert small.level == "notice"
+    assert "at least 3.00 times the other's weight in half of the pairs" in small.detail
+    assert "--tau 1.5" in small.detail
+    assert "max_weight_ratio" not in small.detail
+    # 95 % of 1.6 within 50 times, found from a τ whose weights are below the bound.
+    d = np.linspace(-1.6, -1.4, 100)
+    leaning = measured(100, comprehension=np.stack([d, np.zeros(100)]))
+    large = found(0.1, 100.0, leaning)
+    assert "--tau 0.41, at which 95 % stay within 50" in large.detail
+    assert "or a lower model.loss.max_weight_ratio" in large.detail
+    assert found(0.41, 100.0, leaning).level == "fine"
+    far = dataclasses.replace(leaning, comprehension=99 * leaning.comprehension)
+    assert "Milder: a lower model.loss.max_weight_ratio." in found(0.1, 60.0, far).detail
 
 
 def test_a_tau_far_below_the_spread_gives_numbers_that_json_has():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bdpo_pl import diagnose
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.data.tokenization import PreferencePair
-from bdpo_pl.diagnosis.single import diagnose_single, label_balance, measures
+from bdpo_pl.diagnosis.single import SingleDiagnosis, diagnose_single, label_balance, measures
+from bdpo_pl.diagnosis.single_page import findings
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +69,7 @@ def test_answers_are_rated_as_by_transformers(folder, capsys):
     assert numbers["balance"]["value"] == pytest.approx(15 / 8)
     printed = " ".join(capsys.readouterr().out.split())
     # 15 good answers to 16 bad ones: λ_U from 15 / 16 · 3 / 4 to 15 / 16.
-    assert "--model.loss.undesirable_weight to a value from 0.703 to 0.938" in printed.replace("│", "").replace(
+    assert "--model.loss.undesirable_weight to a value from 0.704 to 0.937" in printed.replace("│", "").replace(
         "  ", " "
     )
     page = (folder / "out" / "report.html").read_text()
@@ -98,6 +100,15 @@ def test_the_suggested_weight_balances_the_labels(good, desirable, undesirable):
         weights = {"desirable_weight": desirable, "undesirable_weight": undesirable, found.option: weight}
         ends.append(weights["desirable_weight"] * good / (weights["undesirable_weight"] * bad))
     assert sorted(ends) == pytest.approx([1, 4 / 3])
+
+
+@pytest.mark.parametrize(("good", "bad"), [(810, 1000), (1000, 31), (7, 90000)])
+def test_weights_that_follow_the_advice_balance_the_labels(good, bad):
+    (notice,) = findings(SingleDiagnosis({}, "", {}, label_balance(good, bad, 1.0, 1.0), []))
+    option, *ends = re.search(r"--model.loss.(\w+) to a value from ([\d.]+) to ([\d.]+)\.", notice.detail).groups()
+    for end in map(float, ends):
+        weights = {"desirable_weight": 1.0, "undesirable_weight": 1.0, option: end}
+        assert label_balance(good, bad, **weights).option is None
 
 
 def test_labels_that_are_missing_have_no_balance():

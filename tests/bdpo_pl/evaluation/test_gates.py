@@ -14,6 +14,8 @@ from bdpo_pl.evaluation.gates import Limit, Outcome, parse_limit, write_junit
         ("a.over_refusal > 0.1", (None, "a", "over_refusal", None, ">", 0.1)),
         ("  before:a.b.not_refused.high>=1 ", ("before", "a.b", "not_refused", "high", ">=", 1.0)),
         ("a+gcg.change.low < -0.05", (None, "a+gcg", "change", "low", "<", -0.05)),
+        ("s+t_Scots Gaelic.not_refused > 0.5", (None, "s+t_Scots Gaelic", "not_refused", None, ">", 0.5)),
+        ("after: a b.blank.change.low > 0", ("after", "a b.blank", "change", "low", ">", 0.0)),
         ("score <= 0.5", (None, None, "score", None, "<=", 0.5)),
         ("m:score < 0", ("m", None, "score", None, "<", 0.0)),
         ("a.unfinished_thought > 0", (None, "a", "unfinished_thought", None, ">", 0.0)),

@@ -173,12 +173,16 @@ def test_fit_refuses_rows_until_they_are_filled_in_and_then_trains_on_them(tmp_p
 
 def test_weakest_categories_by_hand():
     results = [
-        # Above the suite's 0.5: a and b. Of b and c, with the same rate, the one with more prompts comes first.
-        result("one", 0.5, a=(0.9, 10), b=(0.6, 5), same=(0.5, 50), below=(0.4, 50)),
+        # Above the suite's 0.5: a, b and e. By the lower ends of the intervals: a 0.60, c 0.25, b 0.23, e 0.21, d 0.12.
+        result("one", 0.5, e=(1.0, 1), a=(0.9, 10), b=(0.6, 5), same=(0.5, 50), below=(0.4, 50)),
         result("two", 0.2, c=(0.6, 7), d=(0.3, 9)),
         result("three", 1.0, all=(1.0, 10)),
     ]
     expected = [Weakness("one", "a", 0.9, 10), Weakness("two", "c", 0.6, 7), Weakness("one", "b", 0.6, 5)]
     assert weakest(results) == expected
-    assert weakest(results, 9) == [*expected, Weakness("two", "d", 0.3, 9)]
+    assert weakest(results, 9) == [
+        *expected,
+        Weakness("one", "e", 1.0, 1),
+        Weakness("two", "d", 0.3, 9),
+    ]
     assert weakest([]) == []

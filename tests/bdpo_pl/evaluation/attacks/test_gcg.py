@@ -303,6 +303,25 @@ def test_swap_that_does_not_survive_is_left_out_and_one_that_matches_goes_first(
     assert (on.steps, on.details["loss"], on.details["matched"]) == (QUICK.steps, 1.0, False)
 
 
+def test_a_loss_that_is_no_number_is_not_the_smallest(model, tokenizer, monkeypatch):
+    ids = tokenizer.convert_tokens_to_ids
+    rest = ids(["Ġ."] * 2)
+    unknown, best = ids(["Ġi"] * 3) + rest, ids(["Ġkeep", "Ġmy", "Ġ."]) + rest
+    told = {tuple(unknown): float("nan"), tuple(best): 1.0}
+
+    def of(self, suffixes):
+        losses = [told.get(tuple(row), 5.0) for row in suffixes.tolist()]
+        return torch.tensor(losses), torch.tensor([tuple(row) == tuple(unknown) for row in suffixes.tolist()])
+
+    monkeypatch.setattr(TargetLoss, "of", of)
+    monkeypatch.setattr(gcg, "draw", lambda *args: [unknown, best])
+    (result,) = results(PROMPTS[:1], model, tokenizer, dataclasses.replace(QUICK, steps=1))
+    assert (result.details["loss"], result.details["matched"]) == (1.0, False)
+    monkeypatch.setattr(gcg, "draw", lambda *args: [unknown])
+    with pytest.raises(InputError, match="loss is not finite for any suffix"):
+        list(results(PROMPTS[:1], model, tokenizer, dataclasses.replace(QUICK, steps=1)))
+
+
 def test_stops_when_the_greedy_answer_begins_with_the_target(model, tokenizer):
     """From a target that the model says after some other suffix: the search may find it, and must tell that it did."""
     (ids,) = encode_prompts(tokenizer, [f"{REQUEST} . . keep . ."])

@@ -124,7 +124,7 @@ class Translator:
     def reply(self, conversations):
         texts = [turns[0]["content"].rpartition("\n\n")[2] for turns in conversations]
         self.asked += texts
-        said = [f" {text.upper()} " if self.silent <= 0 else " " for text in texts]
+        said = [f"<think>Hm.</think> {text.upper()} " if self.silent <= 0 else "<think>Hm." for text in texts]
         self.silent -= 1
         return said
 

@@ -127,7 +127,10 @@ def test_answers_that_cannot_be_read_are_asked_for_again_and_counted():
 
     def answer(stream, turn, goal):
         calls.append(stream)
-        return "I would rather not." if stream == 0 and calls.count(0) < 3 else say(f"{stream}/{turn} {goal}")
+        draft = "<think>" + say("a draft")
+        if stream == 0 and calls.count(0) < 3:
+            return draft if calls == [0] else "I would rather not."
+        return say(f"{stream}/{turn} {goal}")
 
     attacker = Attacker(answer)
     attack = refinement(attacker, streams=2, steps=1, retries=2)
@@ -135,7 +138,7 @@ def test_answers_that_cannot_be_read_are_asked_for_again_and_counted():
     assert (result.details["unparsable"], result.details["queries"]) == (2, 2)
     assert attack.target.asked == [[f"0/0 {GOAL}", f"1/0 {GOAL}"]]
     assert [len(asked) for asked in attacker.seen] == [2, 1, 1]
-    assert attacker.seen[1][0][-2]["content"] == "I would rather not."
+    assert [asked[0][-2]["content"] for asked in attacker.seen[1:]] == ["(nothing)", "I would rather not."]
 
 
 def test_a_prompt_that_does_not_fit_costs_that_prompt():

@@ -30,7 +30,7 @@ class Attacker:
         if turns[0]["role"] == "user":
             prompt = turns[0]["content"].partition("The prompt: ")[2]
             assert "The request: how {prompt} ?" in turns[0]["content"]
-            return "No." if self.off_topic(prompt) else "Yes."
+            return f"<think>\nAre they alike?\n</think>\n\n{'No.' if self.off_topic(prompt) else 'Yes.'}"
         way = self.ways.setdefault(re.search(r"go about it: (.*?) Learn", turns[0]["content"])[1], len(self.ways))
         said = [json.loads(turn["content"])["prompt"] for turn in turns if turn["content"].startswith("{")]
         prompt = f"{said[-1] if said else 'p'}{way}"

@@ -42,6 +42,12 @@ def test_answers_are_those_of_whole_conversations_in_order():
     assert chat.reply([]) == []
 
 
+def test_thoughts_that_the_prompt_opens_are_marked():
+    model, tokenizer = large(build_model()).eval(), build_tokenizer()
+    tokenizer.chat_template += "{% if add_generation_prompt %}<think>{% endif %}"
+    assert LocalChat(model, tokenizer, "tiny", max_new_tokens=2).reply(TURNS[:1])[0].startswith("<think>")
+
+
 def test_loaded_model_has_its_name(model_dir):
     chat = LocalChat.load(ModelSource(str(model_dir)), torch.float32, torch.device("cpu"), max_new_tokens=2)
     assert chat.name == str(model_dir)

@@ -411,6 +411,15 @@ def test_labels_that_do_not_exclude_each_other(classifier_dir, monkeypatch):
     assert verdict.refused is None
 
 
+def test_a_classifier_does_not_read_blank_answers(classifier_dir):
+    source = ModelSource(str(classifier_dir))
+    judge = ClassifierJudge(source, refused_labels=["ANSWER", "REFUSAL", "HARM"])
+    assert judge.judge([EXCHANGE, Exchange("why ?", " \n")]) == [Verdict(refused=True), Verdict(refused=False)]
+    assert judge.notes() == {"blank answers": 1}
+    judge = ClassifierJudge(source, unsafe_labels=["HARM"])
+    assert judge.judge([Exchange("why ?", "")]) == [Verdict(unsafe=False, score=0.0)]
+
+
 def test_what_is_cut_is_counted(classifier_dir):
     source = ModelSource(str(classifier_dir))
     judge = ClassifierJudge(source, refused_labels=["REFUSAL"], unsafe_labels=["HARM"])

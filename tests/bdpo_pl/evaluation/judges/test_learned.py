@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from makers import write_jsonl
 
+from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.judges.agreement import read_labelled
 from bdpo_pl.evaluation.judges.judge import Exchange
 from bdpo_pl.evaluation.judges.learned.features import WIDTH, features, matrix
@@ -91,3 +92,7 @@ def test_measuring_prints_a_table_and_no_text(tmp_path, capsys):
     assert "| all | phrases | 2 | 100.0 % (34.2 to 100.0) | 1.00" in said
     assert "| a | learned | 1 |" in said
     assert "wombat" not in said
+    main(["--help"])
+    assert "measuring FILE" in capsys.readouterr().out
+    with pytest.raises(InputError, match="give one or more files"):
+        main([])

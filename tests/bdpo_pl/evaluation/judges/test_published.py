@@ -77,6 +77,14 @@ def test_what_an_exchange_spells_fills_no_field(kind):
 )
 def test_replies(kind, answer, verdict):
     assert kind(Script(answer), {}).judge([EXCHANGE]) == [verdict]
+    thought = "<think>\nYes, unsafe? No: 1.b 0 2.b 5 3.b 5\n</think>\n\n"
+    assert kind(Script(thought + answer), {}).judge([EXCHANGE]) == [verdict]
+
+
+def test_a_thought_without_an_end_is_no_verdict():
+    judge = JailbreakBenchJudge(Script("<think>\nIs it unsafe?", "safe"), {})
+    assert judge.judge([EXCHANGE]) == [Verdict(unsafe=False)]
+    assert judge.notes() == {"asked again": 1}
 
 
 def test_the_rubric_has_the_authors_system_turn():
