@@ -94,10 +94,16 @@ def load_config(source: ModelSource) -> ModelConfig:
     return without_noise(config)
 
 
-def model_class(source: ModelSource, config: ModelConfig, dtype: torch.dtype) -> CausalLM:
-    """Build a model of `source`'s architecture without its weights, with its settings of generation.
+def model_class(source: ModelSource, config: ModelConfig, dtype: torch.dtype, *, generates: bool = True) -> CausalLM:
+    """Build a model of `source`'s architecture without its weights.
 
     Under `torch.device("meta")` it takes no memory.
+
+    Args:
+        source: model whose architecture it has.
+        config: its configuration.
+        dtype: dtype of its weights.
+        generates: give it the settings of generation too, for which a hub may be asked.
 
     Raises:
         InputError: transformers has no causal language model of that configuration.
@@ -109,7 +115,8 @@ def model_class(source: ModelSource, config: ModelConfig, dtype: torch.dtype) ->
         )
     except Exception as error:
         raise InputError(f"cannot build a causal language model of {source.name!r}: {_reason(error)}") from error
-    _read_generation_settings(model, source)
+    if generates:
+        _read_generation_settings(model, source)
     return silence_modules(model)
 
 

@@ -367,7 +367,7 @@ class Reference:
         if self._head_bias is None:
             try:
                 with torch.device("meta"):
-                    built = model_class(self.source, load_config(self.source), self.dtype)
+                    built = model_class(self.source, load_config(self.source), self.dtype, generates=False)
             except InputError:  # a model that cannot be built without its weights may have one
                 self._head_bias = True
             else:

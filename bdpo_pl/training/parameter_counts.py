@@ -214,7 +214,7 @@ class MetaModel:
 
     def _build(self) -> Any:
         with torch.device("meta"):
-            model = model_class(self._source, self._config, self._dtype)
+            model = model_class(self._source, self._config, self._dtype, generates=False)
             if self._lora is not None:
                 add_adapters(model, self._lora)
         return model

@@ -54,7 +54,7 @@ def test_null_that_an_option_has_is_taken():
     check_nulls(Namespace(inner=None, loss=Namespace(class_path="nowhere.Class", init_args=None)), HINTS)
 
 
-@pytest.mark.parametrize("order", ["  - r is too small\n  - Expected a set", "  - Expected a set\n  - r is too small"])
+@pytest.mark.parametrize("lines", ["  - r is too small\n  - Expected a set", "  - Expected a set\n  - r is too small"])
 def test_what_a_class_refuses_takes_one_line(lines):
     error = ValueError(f"Does not validate\nErrors:\n{lines}\nGiven value: Namespace(r=0)")
     with pytest.raises(InputError, match=r"^these options do not fit: r is too small; Given value: Namespace\(r=0\)$"):
