@@ -218,7 +218,9 @@ def test_nothing_is_allocated(monkeypatch):
 def test_equal_models_are_built_once_and_others_are_not_taken_for_them(monkeypatch):
     built = []
     build = parameter_counts.model_class
-    monkeypatch.setattr(parameter_counts, "model_class", lambda *given: built.append(given) or build(*given))
+    monkeypatch.setattr(
+        parameter_counts, "model_class", lambda *given, **more: built.append(given) or build(*given, **more)
+    )
 
     def plan(pairs=2, lora=None, changes=(), **sizes):
         config = build_model(**{**SIZES, "vocab_size": 801, **sizes}).config
