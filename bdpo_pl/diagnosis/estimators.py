@@ -24,6 +24,10 @@ class Meaning:
         """Return the label of an axis, with the unit."""
         return f"{self.axis}, {self.unit}" if self.unit else self.axis
 
+    def explained(self, answer: str) -> str:
+        """Return the explanation, in which what is comprehended is called `answer`."""
+        return self.sentence.replace("{answer}", answer)
+
 
 _INFORMATION = (
     "Comprehension is the mutual information of prompt and {answer} under the reference model: how much better "

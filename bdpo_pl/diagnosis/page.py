@@ -52,9 +52,7 @@ def build_page(diagnosis: Diagnosis, measured: Mapping[str, Measured]) -> Page:
     _lengths(page.section("Length"), diagnosis, measured["train"])
     _extremes(page.section("Most imbalanced pairs"), diagnosis, train)
     _consistency(page.section("Duplicates, contradictions and leaks"), diagnosis)
-    page.section("How to read this").items(
-        [MEANINGS[diagnosis.estimator].sentence.replace("{answer}", "response"), *_HOW_TO_READ]
-    )
+    page.section("How to read this").items([MEANINGS[diagnosis.estimator].explained("response"), *_HOW_TO_READ])
     return page
 
 

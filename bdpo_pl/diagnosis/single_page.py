@@ -69,9 +69,7 @@ def single_page(diagnosis: SingleDiagnosis) -> Page:
     ]
     columns = ["answers", "good", "bad", "repeated", "with both labels", "with a training prompt"]
     page.section("Consistency").table(Table(columns, rows, "Numbers of answers"))
-    page.section("How to read this").items(
-        [MEANINGS[diagnosis.estimator].sentence.replace("{answer}", "answer"), *_HOW_TO_READ]
-    )
+    page.section("How to read this").items([MEANINGS[diagnosis.estimator].explained("answer"), *_HOW_TO_READ])
     return page
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from bdpo_pl.data.chat_template import chat_encoder, opens_thought
+from bdpo_pl.data.chat_template import chat_encoder
 from bdpo_pl.data.tokenizer_like import TokenizerLike
 from bdpo_pl.errors import InputError, MachineError, is_out_of_memory, require_at_least
 from bdpo_pl.evaluation.chat.completions import Completion
@@ -18,11 +18,11 @@ from bdpo_pl.evaluation.chat.endpoint import Endpoint, EndpointError, EndpointOp
 from bdpo_pl.evaluation.suites.suite import EvaluationPrompt
 from bdpo_pl.evaluation.verdict_log import Answer
 from bdpo_pl.forward.generation import Response, encode_prompts, generate
+from bdpo_pl.forward.response_text import begins_in_thought
 from bdpo_pl.models.causal_lm import CausalLM
 
 _OPENED = re.compile(r"^\s*<think(?:ing)?>")
 _CLOSED = re.compile(r"</think(?:ing)?>")
-_LAST_TOKENS = 8
 
 
 @dataclass
@@ -177,7 +177,7 @@ class LocalAnswerer(Answerer):
                 f"{prefill} {response.text}".strip() if prefill else response.text,
                 response.num_tokens,
                 response.finished,
-                opened=self._opens(questions[number].asked),
+                opened=begins_in_thought(self._tokenizer, questions[number].asked),
             )
             on_answer(number, answers[number])
 
@@ -205,9 +205,6 @@ class LocalAnswerer(Answerer):
         if note not in self.notes:
             self.notes.append(note)
             rank_zero_info(note)
-
-    def _opens(self, ids: list[int]) -> bool:
-        return opens_thought(self._tokenizer.decode(ids[-_LAST_TOKENS:]))
 
 
 class ServedAnswerer(Answerer):

@@ -7,12 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from bdpo_pl.data.chat_template import THOUGHT_MARK
+from bdpo_pl.data.chat_template import THOUGHT_MARK, opens_thought
 from bdpo_pl.data.tokenizer_like import TokenizerLike
 
 _CHANNEL, _MESSAGE = "<|channel|>", "<|message|>"
 # The channel of gpt-oss for what the user sees; the others are for thoughts and calls of tools.
 _ANSWER = "final"
+_LAST_TOKENS = 8
+
+
+def begins_in_thought(tokenizer: TokenizerLike, prompt: Sequence[int]) -> bool:
+    """Return true if what is generated after the tokens of `prompt` begins within a thought, without its mark."""
+    return opens_thought(tokenizer.decode(list(prompt[-_LAST_TOKENS:])))
 
 
 class ResponseText:

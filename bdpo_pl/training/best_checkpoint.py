@@ -26,30 +26,32 @@ class KeepsBest(L.Callback):
         assert isinstance(pl_module, WatchedModule)
         saved = checkpoint.get("callbacks", {})
         suites = _other_suites(trainer, saved)
+
+        def changed(monitor: str) -> str:
+            found = [*pl_module.changed_measures, *suites.get(monitor, [])]
+            return f"was measured on something else ({', '.join(found)})" if found else ""
+
         for callback in trainer.checkpoint_callbacks:
             state = saved.get(callback.state_key)
             if not isinstance(callback, ModelCheckpoint) or callback.monitor is None or callback.save_top_k == 0:
                 continue
             if not state or not (before := state["best_model_path"]):
                 continue
-            changed = [*pl_module.changed_measures, *suites.get(callback.monitor, [])]
-            kept = {} if changed else _still_there(trainer, state["best_k_models"])
+            other = changed(callback.monitor)
+            kept = {} if other else _still_there(trainer, state["best_k_models"])
             state |= _state(callback, kept)
             if kept:
                 score = f"{callback.monitor} {float(state['best_model_score']):.4f}"
                 said = f"is {state['best_model_path']} ({score}); it stays the best one until a validation is better"
             else:
-                why = f"was measured on something else ({', '.join(changed)})" if changed else "is no longer there"
+                why = other or "is no longer there"
                 said = f"is {before}, which {why}: the best one is chosen from the validations that follow"
             rank_zero_info(f"The best checkpoint before the stop {said}")
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         for stops in callbacks:
-            if not isinstance(stops, EarlyStopping) or stops.state_key not in saved:
-                continue
-            if changed := [*pl_module.changed_measures, *suites.get(stops.monitor, [])]:
+            if isinstance(stops, EarlyStopping) and stops.state_key in saved and (other := changed(stops.monitor)):
                 del saved[stops.state_key]
-                why = f"was measured on something else ({', '.join(changed)})"
-                rank_zero_info(f"EarlyStopping begins again: its best {stops.monitor} before the stop {why}")
+                rank_zero_info(f"EarlyStopping begins again: its best {stops.monitor} before the stop {other}")
 
 
 def _other_suites(trainer: L.Trainer, saved: Mapping[str, Any]) -> dict[str, list[str]]:

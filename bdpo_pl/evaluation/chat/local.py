@@ -7,15 +7,13 @@ from collections.abc import Sequence
 import jinja2
 import torch
 
-from bdpo_pl.data.chat_template import opens_thought
 from bdpo_pl.data.tokenizer_like import TokenizerLike
 from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.chat.chat_model import Message
 from bdpo_pl.forward.generation import encode_conversations, generate
+from bdpo_pl.forward.response_text import begins_in_thought
 from bdpo_pl.models.causal_lm import CausalLM
 from bdpo_pl.models.loading import ModelSource, frozen, load_model, load_tokenizer
-
-_LAST_TOKENS = 8
 
 
 class LocalChat:
@@ -81,5 +79,5 @@ class LocalChat:
             self._model, self._tokenizer, ids, max_new_tokens=self._max_new_tokens, batch_size=self._batch_size
         )
         # A thought that the prompt opens would look like words of the answer.
-        opened = (opens_thought(self._tokenizer.decode(row[-_LAST_TOKENS:])) for row in ids)
+        opened = (begins_in_thought(self._tokenizer, row) for row in ids)
         return [f"<think>{r.text}" if opens else r.text for opens, r in zip(opened, responses, strict=True)]
