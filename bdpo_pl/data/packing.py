@@ -61,6 +61,8 @@ class RowLayout(Enum):
     """
     ONE_ROW = "one_row"
     """All documents in one row: for block-sparse attention, which skips masked blocks."""
+    UNPADDED = "unpadded"
+    """All documents in one row without padding: for attention of one document at a time."""
 
 
 @dataclass
@@ -165,9 +167,10 @@ def lay_out(documents: Sequence[Document], layout: RowLayout, pad_id: int) -> Se
         parts = [part for document in documents for part in document.split()]
         rows = [[part] for part in sorted(parts, key=lambda part: part.responses[0][0])]
         T = max(row[0].num_tokens for row in rows)
-    elif layout is RowLayout.ONE_ROW:
+    elif layout is not RowLayout.SHARED:
         rows = [list(documents)]
-        T = _row_length(sum(document.num_tokens for document in documents))
+        T = sum(document.num_tokens for document in documents)
+        T = T if layout is RowLayout.UNPADDED else _row_length(T)
     else:
         T = max(document.num_tokens for document in documents)
         rows = _first_fit(documents, T)

@@ -18,7 +18,7 @@ from bdpo_pl.errors import InputError
 from bdpo_pl.forward.decoding import Decoder, longest_first
 from bdpo_pl.forward.decoding_trial import why_not_continuous
 from bdpo_pl.forward.equivalence import evaluating
-from bdpo_pl.forward.masks import set_attention
+from bdpo_pl.forward.masks import TRAINING_ONLY, set_attention
 from bdpo_pl.forward.response_text import ResponseText
 from bdpo_pl.models.causal_lm import CausalLM
 from bdpo_pl.models.loading import num_positions
@@ -291,8 +291,8 @@ def _generating(model: CausalLM) -> Iterator[None]:
     """
     attention = model.config._attn_implementation
     try:
-        # Block masks and compiled layers are for the shapes of training; here shapes change with every token.
-        if attention == "flex_attention":
+        # Masks of blocks or documents and compiled layers are for training; here shapes change with every token.
+        if attention in TRAINING_ONLY:
             set_attention(model, "sdpa")
         with evaluating(model), torch.compiler.set_stance("force_eager"):
             yield

@@ -17,10 +17,14 @@ import torch
 from torch import Tensor
 
 from bdpo_pl.data.packing import SequenceBatch
+from bdpo_pl.forward.document_attention import DOCUMENTS, DocumentMasks, register
 from bdpo_pl.models.causal_lm import CausalLM, ModelConfig
 
 KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 """Kinds of layers for which there are masks, by transformers' names."""
+
+TRAINING_ONLY = frozenset({"flex_attention", DOCUMENTS})
+"""Attention implementations for the rows of training, which generation does not use."""
 
 WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 """Kinds of attention that do not see all earlier tokens, and the option of a configuration that says how many."""
@@ -92,6 +96,8 @@ def set_attention(model: CausalLM, implementation: str) -> None:
     """Switch the attention implementation of all layers of `model`."""
     if implementation == "flex_attention":
         allow_recompilation()
+    elif implementation == DOCUMENTS:
+        register()
     if model.config._attn_implementation != implementation:
         model.set_attn_implementation(implementation)
 
@@ -165,6 +171,18 @@ def _blocks(sees: Sees, batch: SequenceBatch, dtype: torch.dtype) -> Any:
     return make(lambda row, _, query, key: sees(row, query, key), R, None, T, T, str(device))
 
 
+def _each_document(sees: Sees, batch: SequenceBatch, dtype: torch.dtype) -> DocumentMasks:
+    """Return the mask of each document of a single row without padding."""
+    row = torch.zeros(1, 1, dtype=torch.int64, device=batch.documents.device)
+    sizes = torch.bincount(batch.documents[0]).tolist()
+    documents, start = [], 0
+    for size in sizes:
+        place = torch.arange(start, start + size, device=row.device)
+        documents.append((start, start + size, sees(row, place.view(-1, 1), place.view(1, -1)).view(1, 1, size, size)))
+        start += size
+    return DocumentMasks.of(documents)
+
+
 @cache
 def _compiled_block_mask() -> Callable[..., Any]:
     """Return PyTorch's `create_block_mask`, compiled once: compiled, it never stores a mask of all places."""
@@ -190,5 +208,6 @@ _FORMS: dict[str, Callable[[Sees, SequenceBatch, torch.dtype], Any]] = {
     "sdpa": _dense,
     "eager": _additive,
     "flex_attention": _blocks,
+    DOCUMENTS: _each_document,
 }
 """Functions that build masks, by the name of the attention implementation."""

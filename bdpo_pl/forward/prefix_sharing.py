@@ -23,6 +23,7 @@ from bdpo_pl.data.packing import Document, RowLayout, SequenceBatch, lay_out
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.errors import InputError, first_line, is_out_of_memory
 from bdpo_pl.forward.agreement import largest, recovers
+from bdpo_pl.forward.document_attention import DOCUMENTS
 from bdpo_pl.forward.equivalence import (
     compute_dtype,
     evaluating,
@@ -36,18 +37,21 @@ from bdpo_pl.forward.responses import response_logps
 from bdpo_pl.forward.soundness import check_sound
 from bdpo_pl.models.causal_lm import CausalLM
 from bdpo_pl.models.precision import device_of
+from bdpo_pl.parallel.context_parallel import shares_attention
 
 PrefixSharing = Literal["auto", "always", "never"]
 
 # A correct mask contributes exact zeros, so a change of one response must not change another at all. Only in a mixture
 # may rounding differ, because its experts then get other tokens, so the bound is a share of the rounding tolerance.
-_LEAK_SHARE = 0.25
+_LEAK_SHARE = 0.125
 # Tokens of a pair beyond which a longer one shows nothing new, if nothing in the model depends on length.
 _ENOUGH_TOKENS = 256
 # Maximum number of pairs in a timed batch, and number of runs after the first one, which compiles.
 _TIMED_PAIRS, _TIMED_RUNS = 16, 3
 # Dense masks must be faster by this factor, so that the choice does not change from run to run.
 _CLEARLY = 0.85
+# Operations of a document in one layer, on a CPU, beyond which less padding saves more than a call of attention costs.
+_PAYS = 2e8
 
 
 def choose_layout(
@@ -64,7 +68,8 @@ def choose_layout(
 
     A notice is logged if a more efficient layout fails. On a GPU, if the user has not named an implementation,
     block-sparse attention is tried first, with a backward pass. It is kept if its results agree and dense masks are not
-    clearly faster. Ranks that hold parts of `model` choose together.
+    clearly faster. On a CPU, attention of one document at a time is tried first, if documents and layers are large
+    enough. Ranks that hold parts of `model` choose together.
 
     Args:
         model: causal language model, on the device that it will run on.
@@ -108,9 +113,19 @@ def choose_layout(
             set_attention(model, "flex_attention")
             return RowLayout.ONE_ROW
         rank_zero_info(f"Block-sparse attention is not used: {objection}")
+    padded = None
+    if attention is None and _unpadded_pays(model, table):
+        before = model.config._attn_implementation
+        set_attention(model, DOCUMENTS)
+        padded = objection_to(RowLayout.UNPADDED, reference=before)
+        if padded is None:
+            return RowLayout.UNPADDED
+        set_attention(model, before)
     layout = RowLayout.ONE_ROW if attention == "flex_attention" and on_gpu else RowLayout.SHARED
     objection = objection_to(layout)
     if objection is None:
+        if padded is not None:
+            rank_zero_info(f"Documents are not read one at a time, rows are padded: {padded}")
         return layout
     if option == "always":
         raise _cannot_share(name, objection)
@@ -127,6 +142,17 @@ def probe_documents(table: PairTable, model: CausalLM) -> list[Document]:
     sizes = table.num_tokens(shared=True)
     long = sizes if depends_on_length(model) else np.where(sizes <= _ENOUGH_TOKENS, sizes, -sizes)
     return pair_documents([table[i] for i in dict.fromkeys((int(long.argmax()), int(sizes.argmin())))])
+
+
+def _unpadded_pays(model: CausalLM, table: PairTable) -> bool:
+    """Return true if attention of one document at a time can be tried, and documents are large enough for it to pay."""
+    if device_of(model).type != "cpu" or model.config._attn_implementation != "sdpa":
+        return False
+    if shares_attention() or why_not_shared(model):
+        return False
+    # The products of a layer whose MLP is four times as wide as its hidden states.
+    D = getattr(model.config.get_text_config(), "hidden_size", 0)
+    return float(table.num_tokens(shared=True).mean()) * 24 * D**2 >= _PAYS
 
 
 def _cannot_share(name: str, objection: str) -> InputError:

@@ -25,7 +25,7 @@ from bdpo_pl.parallel.tensor_parallel import VocabParallelHead, head_weight
 # Number of tokens whose log-probabilities are compared with those of the model's own logits, at the first such reading.
 # A different soft-cap or scale causes an error far larger than rounding, whatever the order in which products are
 # summed.
-_COMPARED, _LENIENCE = 64, 4.0
+_COMPARED, _LENIENCE = 64, 2.0
 _plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 """Results of the comparison: true for a model whose logits are only those of its LM head, soft-cap and scale."""
 

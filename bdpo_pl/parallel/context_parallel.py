@@ -155,6 +155,14 @@ def share_attention(context: ContextGroup) -> None:
         AttentionInterface.register(name, SharedAttention(known[name], context))
 
 
+def shares_attention() -> bool:
+    """Return true if attention is registered for rows that ranks share."""
+    from transformers import AttentionInterface
+
+    known = AttentionInterface()
+    return any(isinstance(known[name], SharedAttention) for name in REPLACED)
+
+
 def stop_sharing_attention() -> None:
     """Register the functions again that `share_attention` has replaced, if it has."""
     from transformers import AttentionInterface

@@ -8,14 +8,18 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
+from bdpo_pl.data.packing import RowLayout
 from bdpo_pl.data.splits import PreferenceSplits
 from bdpo_pl.errors import InputError
+from bdpo_pl.forward.masks import set_attention
+from bdpo_pl.forward.prefix_sharing import PrefixSharing
 from bdpo_pl.losses import PreferenceLoss
 from bdpo_pl.models.adapters import LoraOptions, is_adapter
 from bdpo_pl.models.checkpoint import RUN
 from bdpo_pl.models.loading import ModelSource
 from bdpo_pl.models.reach import frozen_names
 from bdpo_pl.models.tied import parameters_with_names
+from bdpo_pl.parallel.context_parallel import shares_attention
 from bdpo_pl.parallel.state import reshard, whole
 from bdpo_pl.scoring.reestimation import Reestimation
 from bdpo_pl.scoring.reference import Reference
@@ -38,7 +42,10 @@ class CheckpointedModule(WatchedModule):
         sync: updates of the reference from the policy.
         reference: reference; None until it is made.
         resumed_at: optimiser step of the checkpoint from which the run is resumed; None if it is not.
+        prefix_sharing: choice to read a prompt once for all responses that follow it.
     """
+
+    prefix_sharing: PrefixSharing
 
     def __init__(
         self,
@@ -57,6 +64,7 @@ class CheckpointedModule(WatchedModule):
         self.resumed_at: int | None = None
         self._splits: PreferenceSplits | None = None
         self._digests: dict[str, str] = {}
+        self._layout: RowLayout | None = None
         if lora is not None:
             # Checkpoints hold the adapters alone; on_load_checkpoint makes sure that they hold all of them.
             self.strict_loading = False
@@ -96,6 +104,7 @@ class CheckpointedModule(WatchedModule):
             | ({} if self.reestimation.every_n_steps is None else {"pairs": self._pairs_digests()}),
             "loss": self.loss.state_dict(),
             "estimator": self._estimator,
+            "layout": self._layout_chosen(),
             **({"lora": None} if self.lora is None else self.lora.to_saved()),
             # Joined over all ranks, because the next line of the log shows their mean.
             "train_means": self.train_means.joined(self.trainer.strategy.reduce),
@@ -131,6 +140,7 @@ class CheckpointedModule(WatchedModule):
         if self.lora is None and "optimizer_states" in checkpoint:
             states = checkpoint["optimizer_states"]
             checkpoint["optimizer_states"] = [in_todays_groups(state, self.policy) for state in states]
+        self._take_up_layout(saved.get("layout"))
         self.resumed_at = checkpoint.get("global_step")
         other = self._other_estimator(checkpoint)
         if other is None:
@@ -157,6 +167,34 @@ class CheckpointedModule(WatchedModule):
                 "it would be lost for the one of the start: set model.reference_sync.every as it was, or, to keep the "
                 "reference where it is, to more steps than the run has"
             )
+
+    def _layout_chosen(self) -> dict[str, str | None] | None:
+        """Return the layout of rows, the attention that reads them, and what they were chosen for; None: not yet."""
+        if self._layout is None:
+            return None
+        return {"rows": self._layout.value, "attention": self.policy.config._attn_implementation, **self._layout_needs}
+
+    @property
+    def _layout_needs(self) -> dict[str, str | None]:
+        """What a choice of the layout depends on, beside the model and its pairs."""
+        return {
+            "device": self.trainer.strategy.root_device.type,
+            "prefix_sharing": self.prefix_sharing,
+            "attn_implementation": self.source.attn_implementation,
+            "together": str(shares_attention()),
+        }
+
+    def _take_up_layout(self, saved: Mapping[str, str | None] | None) -> None:
+        """Take up the layout of a checkpoint, so that a resumed run rounds as the run before; it is not tried again.
+
+        A trial on other weights, or on another day's clock, could choose another layout.
+        """
+        if saved is None or {name: saved.get(name) for name in self._layout_needs} != self._layout_needs:
+            return
+        attention = saved["attention"]
+        assert attention is not None
+        set_attention(self.policy, attention)
+        self._layout = RowLayout(saved["rows"])
 
     def _pairs_digests(self) -> dict[str, str]:
         """Return a digest of the pairs of each split, which do not change in a run."""

@@ -72,7 +72,8 @@ class PreferenceModule(CheckpointedModule):
         dtype: dtype of the policy's weights; `auto`: as the Trainer's precision requires (float32 unless it ends in
             `-true`).
         revision: git revision of a hub policy.
-        attn_implementation: attention implementation, as in transformers. Default: transformers chooses.
+        attn_implementation: attention implementation, as in transformers. Default: the fastest for whole pairs that a
+            comparison admits, otherwise transformers chooses.
         prefix_sharing: read each pair as one row [prompt | chosen | rejected], so that the prompt is read once. `auto`:
             if a comparison on real pairs shows no difference from two rows; `always`: stop with an error otherwise;
             `never`: a row for each response.
@@ -148,7 +149,6 @@ class PreferenceModule(CheckpointedModule):
         self.router_aux_loss = router_aux_loss
         self.quantization = None if lora is None or lora.quantize == "none" else lora.quantize
         self._reader = PolicyReader(lm_head, self.source.name)
-        self._layout: RowLayout | None = None
         self._machine: Machine | None = None
         self._trained = False
         # Kept in a list so that `nn.Module` does not register it as a submodule before it becomes the policy.

@@ -6,7 +6,7 @@ import torch
 from bdpo_pl.forward.equivalence import evaluating, gradient_error, rounding_of_logps
 
 
-@pytest.mark.parametrize(("dtype", "nats"), [(torch.float32, 1e-3), (torch.bfloat16, 3.0), (torch.float64, 1e-11)])
+@pytest.mark.parametrize(("dtype", "nats"), [(torch.float32, 1e-3), (torch.bfloat16, 5.0), (torch.float64, 1e-11)])
 def test_what_rounding_explains_of_a_long_response(dtype, nats):
     bound = rounding_of_logps(torch.tensor([-300.0, -3.0]), torch.tensor([300, 3]), dtype)
     assert bound[0] < nats

@@ -16,7 +16,9 @@ from bdpo_pl.data.packing import RowLayout, lay_out
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.data.tokenization import PreferencePair
 from bdpo_pl.forward import prefix_sharing, responses
+from bdpo_pl.forward.document_attention import DOCUMENTS
 from bdpo_pl.forward.fused_loss import fused_preference_loss, why_not_fused
+from bdpo_pl.forward.masks import set_attention
 from bdpo_pl.forward.prefix_sharing import choose_layout
 from bdpo_pl.forward.responses import response_logps
 from bdpo_pl.models.reach import freeze_unreached, unreached
@@ -75,6 +77,22 @@ def test_log_probabilities_are_those_of_plain_transformers_and_the_first_loss_is
     loss, _ = fused_preference_loss(model.train(), batch, dpo)
     model.eval()
     assert loss.item() / len(PAIRS) == pytest.approx(0.6931472, abs=1e-6)
+
+
+def test_documents_read_one_at_a_time_give_the_same_or_are_padded(named, monkeypatch):
+    name, model = named
+    monkeypatch.setattr(prefix_sharing, "_PAYS", 0.0)
+    before = model.config._attn_implementation
+    layout = choose_layout(model, TABLE)
+    used = model.config._attn_implementation
+    try:
+        assert (layout is RowLayout.UNPADDED) == (used == DOCUMENTS) == (name not in SPLIT and before == "sdpa")
+        batch = lay_out(pair_documents(PAIRS), layout, 0)
+        assert layout is not RowLayout.UNPADDED or (batch.documents >= 0).all()
+        ours = response_logps(model, batch).view(2, -1)
+        torch.testing.assert_close(ours.double(), alone(model), rtol=1e-5, atol=2e-5)
+    finally:
+        set_attention(model, before)
 
 
 def test_what_text_never_reaches_is_frozen_and_nothing_else(named):

@@ -9,7 +9,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from makers import preference_rows, write_jsonl
 from training import fit
 
+from bdpo_pl.data.packing import RowLayout
 from bdpo_pl.errors import InputError
+from bdpo_pl.forward import prefix_sharing
 from bdpo_pl.losses import BalancedDPOLoss, DPOLoss
 from bdpo_pl.losses.balanced_dpo import imbalance_spread
 from bdpo_pl.scoring.reference_sync import SyncOptions
@@ -47,6 +49,20 @@ def test_comprehension_under_the_policy_is_taken_up_for_the_pairs_it_was_measure
     write_jsonl(tmp_path / "pairs.jsonl", preference_rows(40)[::-1])
     other = at_once(job, checkpoint, reestimate_every=2, data=held_out)
     assert other.reestimation.state_dict()["values"].keys() == {"held_out"}
+
+
+def test_a_resumed_run_reads_rows_as_the_run_before_did(job, begun, monkeypatch):
+    """Other weights, or another day's clock, could make a trial choose another layout, and other last bits."""
+    monkeypatch.setattr(prefix_sharing, "_PAYS", 0.0)
+    checkpoint = begun()
+    monkeypatch.setattr(prefix_sharing, "_PAYS", float("inf"))
+    resumed = at_once(job, checkpoint)
+    assert resumed.row_layout is RowLayout.UNPADDED
+    assert resumed.policy.config._attn_implementation == "bdpo_documents"
+    # What the user asks for since then is tried again.
+    for options in ({"prefix_sharing": "always"}, {"attn_implementation": "sdpa"}):
+        assert at_once(job, checkpoint, **options).row_layout is RowLayout.SHARED
+    assert at_once(job, checkpoint, prefix_sharing="never").row_layout is RowLayout.SPLIT
 
 
 def test_a_second_fit_goes_on_with_its_pairs_and_refuses_others(job, tmp_path):
