@@ -172,7 +172,13 @@ def _blocks(sees: Sees, batch: SequenceBatch, dtype: torch.dtype) -> Any:
 
 
 def _each_document(sees: Sees, batch: SequenceBatch, dtype: torch.dtype) -> DocumentMasks:
-    """Return the mask of each document of a single row without padding."""
+    """Return the mask of each document of a single row without padding.
+
+    Raises:
+        ValueError: there are several rows, or padding.
+    """
+    if len(batch.documents) > 1 or (batch.documents < 0).any():
+        raise ValueError(f"{DOCUMENTS} attention reads a single row without padding")
     row = torch.zeros(1, 1, dtype=torch.int64, device=batch.documents.device)
     sizes = torch.bincount(batch.documents[0]).tolist()
     documents, start = [], 0

@@ -31,7 +31,7 @@ from bdpo_pl.forward.equivalence import (
     rounding_of_gradients,
     rounding_of_logps,
 )
-from bdpo_pl.forward.masks import depends_on_length, set_attention, why_not_shared
+from bdpo_pl.forward.masks import TRAINING_ONLY, depends_on_length, set_attention, why_not_shared
 from bdpo_pl.forward.reading import Reading, read, weighted
 from bdpo_pl.forward.responses import response_logps
 from bdpo_pl.forward.soundness import check_sound
@@ -84,6 +84,8 @@ def choose_layout(
         InputError: the option is `always`, and the model cannot share rows; or log-probabilities cannot be computed
             with it (`check_sound`).
     """
+    if attention is None and model.config._attn_implementation in TRAINING_ONLY:
+        set_attention(model, "sdpa")  # an earlier choice, for other pairs
     documents = probe_documents(table, model)
     if option == "always" and (known := why_not_shared(model)):
         raise _cannot_share(name, known)

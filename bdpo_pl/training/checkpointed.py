@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from bdpo_pl.data.packing import RowLayout
@@ -43,9 +45,11 @@ class CheckpointedModule(WatchedModule):
         reference: reference; None until it is made.
         resumed_at: optimiser step of the checkpoint from which the run is resumed; None if it is not.
         prefix_sharing: choice to read a prompt once for all responses that follow it.
+        compile_backend: backend for `torch.compile` of the layers; None: not compiled.
     """
 
     prefix_sharing: PrefixSharing
+    compile_backend: str | None
 
     def __init__(
         self,
@@ -177,8 +181,13 @@ class CheckpointedModule(WatchedModule):
     @property
     def _layout_needs(self) -> dict[str, str | None]:
         """What a choice of the layout depends on, beside the model and its pairs."""
+        strategy, device = self.trainer.strategy, self.trainer.strategy.root_device
         return {
-            "device": self.trainer.strategy.root_device.type,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "versions": f"torch {torch.__version__}, transformers {version('transformers')}",
+            "strategy": type(strategy).__name__,
+            "precision": str(self.trainer.precision),
+            "compile": self.compile_backend,
             "prefix_sharing": self.prefix_sharing,
             "attn_implementation": self.source.attn_implementation,
             "together": str(shares_attention()),
@@ -187,9 +196,12 @@ class CheckpointedModule(WatchedModule):
     def _take_up_layout(self, saved: Mapping[str, str | None] | None) -> None:
         """Take up the layout of a checkpoint, so that a resumed run rounds as the run before; it is not tried again.
 
-        A trial on other weights, or on another day's clock, could choose another layout.
+        A trial on other weights, or on another day's clock, could choose another layout. Strategies that split the
+        model read the checkpoint after the loader of the pairs has a layout: that one stays.
         """
-        if saved is None or {name: saved.get(name) for name in self._layout_needs} != self._layout_needs:
+        if saved is None or self._layout is not None:
+            return
+        if {name: saved.get(name) for name in self._layout_needs} != self._layout_needs:
             return
         attention = saved["attention"]
         assert attention is not None

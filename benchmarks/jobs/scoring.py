@@ -23,6 +23,7 @@ from bdpo_pl.data.batches import pair_documents
 from bdpo_pl.data.packing import RowLayout, lay_out
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.data.tokenization import PreferencePair
+from bdpo_pl.forward.masks import set_attention
 from bdpo_pl.forward.prefix_sharing import choose_layout
 from bdpo_pl.forward.responses import response_logps
 from bdpo_pl.models.loading import ModelSource, load_model
@@ -54,11 +55,21 @@ def epoch_forward(model: torch.nn.Module, table: PairTable, batch_size: int) -> 
         response_logps(model, lay_out(pair_documents(pairs), RowLayout.SPLIT, 0).to(device), whole=True)
 
 
-def timed(functions: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, float]:
-    """Return the median seconds of each function, in alternating rounds, after an uncounted one."""
+def timed(
+    functions: dict[str, Callable[[], Any]], rounds: int, device: str, prepare: Callable[[str], None]
+) -> dict[str, float]:
+    """Return the median seconds of each function, in alternating rounds, after an uncounted one.
+
+    Args:
+        functions: functions by their names.
+        rounds: number of counted rounds.
+        device: `cpu` or `cuda`.
+        prepare: function that is called with the name before each run, outside the measured time.
+    """
     times: dict[str, list[float]] = {name: [] for name in functions}
     for number in range(rounds + 1):
         for name, function in functions.items():
+            prepare(name)
             if device == "cuda":
                 torch.cuda.synchronize()
             begin = time.perf_counter()
@@ -86,10 +97,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         build(DPOProblem(model=options.model, precision=str(dtype).removeprefix("torch."), num_pairs=1), Path(folder))
         model = load_model(ModelSource(f"{folder}/model"), dtype).to(options.device)
+    plain = model.config._attn_implementation
     rows = []
     for mix in options.mixes:
         table = random_table(mix, options.pairs, MODELS[options.model]["vocab_size"])
         layout = choose_layout(model, table)
+        chosen = model.config._attn_implementation
         seconds = timed(
             {
                 "four scorings, shared": lambda t=table, kind=layout: score_pairs(model, t, range(len(t)), layout=kind),
@@ -98,6 +111,8 @@ def main() -> None:
             },
             options.rounds,
             options.device,
+            # Without sharing, a trainer has plain attention.
+            lambda name, use=chosen: set_attention(model, use if name == "four scorings, shared" else plain),
         )
         rows.append({"mix": mix, "layout": layout.value, "pairs": len(table), "seconds": seconds})
         ratio = seconds["four scorings, shared"] / seconds["epoch's forward, rows of their own"]

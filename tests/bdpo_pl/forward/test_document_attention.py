@@ -122,6 +122,23 @@ def test_it_is_chosen_where_documents_and_layers_are_large(model, pays, monkeypa
         assert choose_layout(model, TABLE) is layout
 
 
+def test_a_second_choice_begins_with_plain_attention(pays, monkeypatch):
+    model = build_model("llama")
+    assert choose_layout(model, TABLE) is RowLayout.UNPADDED
+    assert choose_layout(model, TABLE) is RowLayout.UNPADDED
+    monkeypatch.setattr(prefix_sharing, "_PAYS", float("inf"))
+    assert choose_layout(model, TABLE) is RowLayout.SHARED
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("layout", [RowLayout.SHARED, RowLayout.ONE_ROW])
+def test_rows_with_padding_are_refused(layout):
+    model = build_model("llama")
+    set_attention(model, DOCUMENTS)
+    with pytest.raises(ValueError, match="a single row without padding"):
+        model_inputs(model, lay_out(pair_documents(PAIRS), layout, 0))
+
+
 def test_it_is_left_out_where_ranks_share_rows(pays, monkeypatch):
     from transformers import AttentionInterface
 
