@@ -1,6 +1,8 @@
-"""Doubles of what judges and attacks talk to."""
+"""Doubles of what judges and attacks talk to, and an exchange to judge."""
 
-from bdpo_pl.evaluation.judges.judge import Judge, Verdict
+from bdpo_pl.evaluation.judges.judge import Exchange, Judge, Verdict
+
+EXCHANGE = Exchange("how ?", "first water it")
 
 
 class Script:

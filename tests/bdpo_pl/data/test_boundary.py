@@ -1,16 +1,12 @@
-"""The boundary, proven for each row: over templates that do what published ones do, and over those that TRL ships."""
-
-import importlib.util
-import re
-from pathlib import Path
+"""The boundary, proven for each row: over templates that do what published ones do."""
 
 import chat_templates as T
 import pytest
 import torch
 from chat_templates import tokenizer_for
+from encoded_rows import HERE, SYSTEM, TURNS, USER, check, encode, say, trained
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from jinja2 import UndefinedError
 from makers import build_model, build_tokenizer
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
@@ -18,57 +14,12 @@ from transformers import PreTrainedTokenizerFast
 from bdpo_pl.data.batches import pair_documents
 from bdpo_pl.data.packing import RowLayout, lay_out
 from bdpo_pl.data.rows import PreferenceRow, RowError
-from bdpo_pl.data.sources import Record
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.data.tokenization import PairTokenizer, PreferencePair
 from bdpo_pl.data.truncation import Truncation
-from bdpo_pl.forward.generation import encode_conversations, stop_ids
+from bdpo_pl.forward.generation import encode_conversations
 
 MERGES = [("b", "c"), ("a", "b")]
-HERE = Record("file.jsonl", 1, {"prompt": ""})
-USER = {"role": "user", "content": "how do i water it ?"}
-SYSTEM = {"role": "system", "content": "answer briefly ."}
-TURNS = [
-    {"role": "assistant", "content": "why ?"},
-    {"role": "user", "content": "slugs ."},
-    {"role": "assistant", "content": "set traps ."},
-]
-ENDS = {"generation_config": type("G", (), {"eos_token_id": None})()}
-
-
-def say(text, **more):
-    return [{"role": "assistant", "content": text, **more}]
-
-
-def encode(tokenizer, prompt, chosen, rejected, tools=None, template_kwargs=None, **options):
-    row = PreferenceRow(prompt, chosen, rejected, HERE, tools=tools, template_kwargs=template_kwargs or {})
-    pairs = PairTokenizer(tokenizer, **options)
-    return pairs.encode([row])[0], pairs.read_as
-
-
-def trained(ids, flags):
-    return ids if flags is None else [i for i, flag in zip(ids, flags, strict=True) if flag]
-
-
-def check(tokenizer, prompt, pair, chosen, rejected, merged=False):
-    """What must hold of a row whose response is a single answer."""
-    (opened,) = encode_conversations(tokenizer, [prompt])
-    assert pair.prompt_ids == (opened[: len(pair.prompt_ids)] if merged else opened)
-    assert pair.merged is merged
-    stops = stop_ids(type("M", (), ENDS), tokenizer)
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    for ids, flags, said in (
-        (pair.chosen_ids, pair.chosen_trained, chosen),
-        (pair.rejected_ids, pair.rejected_trained, rejected),
-    ):
-        *words, last = trained(ids, flags)
-        assert last in stops
-        assert ids[-1] == last
-        assert not special & set(words), "a marker of another turn is trained on"
-        assert tokenizer.decode(words).strip().endswith(said.strip())
-        assert tokenizer.decode(words).strip() == said.strip() or merged
-
-
 TEMPLATES = {
     name: getattr(T, name)
     for name in (
@@ -407,65 +358,3 @@ def test_masked_tokens_are_not_scored_in_any_layout():
                 model(whole).logits[0, :-1].double(), torch.tensor(labels[1:]), reduction="sum"
             )
         assert ours[s].item() == pytest.approx(-loss.item(), abs=1e-4)
-
-
-_trl = importlib.util.find_spec("trl")
-_FOLDER = Path(_trl.origin if _trl and _trl.origin else "absent").parent / "chat_templates"
-_needs_trl = pytest.mark.skipif(_trl is None, reason="TRL, whose chat templates these are, is not installed")
-
-
-@_needs_trl
-def test_every_template_of_trl_is_cut_exactly_or_refused_by_name():
-    silent, refused, exact = [], {}, 0
-    for path in sorted(_FOLDER.glob("*.jinja")):
-        template = path.read_text(encoding="utf-8")
-        tokenizer = tokenizer_for(template)
-        for prompt in ([USER], [SYSTEM, USER], [USER, *say("why ?"), {"role": "user", "content": "slugs ."}]):
-            pair, _ = encode(tokenizer, prompt, say("in the morning ."), say("i cannot help ."))
-            if isinstance(pair, RowError):
-                refused[path.stem] = pair.reason
-                continue
-            try:
-                check(tokenizer, prompt, pair, "in the morning .", "i cannot help .")
-                exact += 1
-            except AssertionError as error:
-                silent.append((path.stem, str(error)))
-        several, _ = encode(tokenizer, [USER], TURNS, say("no ."))
-        if not isinstance(several, RowError):
-            learnt = tokenizer.decode(trained(several.chosen_ids, several.chosen_trained))
-            if "slugs" in learnt or "why" not in learnt or "traps" not in learnt:
-                silent.append((path.stem, learnt))
-    assert not silent
-    assert exact > 100
-    assert set(refused.values()) <= {"the generation prompt opens a thought", "refused by the template"}, refused
-
-
-@_needs_trl
-def test_generation_marks_of_trls_templates_hold_every_token_that_is_trained_on():
-    """The oracle: transformers' mask by the marks of TRL's own training templates, for a response of two answers.
-
-    The marks hold more: line breaks and second markers behind an answer, and empty thoughts before it, none of which
-    generation has to write. Words are trained on by both alike.
-    """
-    compared = []
-    for path in sorted(_FOLDER.glob("*.jinja")):
-        template = path.read_text(encoding="utf-8")
-        tokenizer = tokenizer_for(template)
-        pair, _ = encode(tokenizer, [USER], TURNS, say("no ."))
-        if "generation" not in re.findall(r"{%-?\s*(\w+)\s*-?%}", template) or isinstance(pair, RowError):
-            continue
-        try:
-            said = tokenizer.apply_chat_template([USER, *TURNS], return_dict=True, return_assistant_tokens_mask=True)
-        except UndefinedError:
-            continue  # a template for contents in parts alone, which transformers renders as they are
-        ids = pair.prompt_ids + pair.chosen_ids
-        if said["input_ids"][: len(ids)] != ids:
-            continue  # the template writes a last answer otherwise than an earlier one
-        ours = [False] * len(pair.prompt_ids) + list(pair.chosen_trained)
-        theirs = [bool(flag) for flag in said["assistant_masks"]]
-        assert all(theirs[k] for k, flag in enumerate(ours) if flag), path.stem
-        ours += [False] * (len(theirs) - len(ours))
-        more = [token for token, mine, flag in zip(said["input_ids"], ours, theirs, strict=True) if flag and not mine]
-        assert not re.sub(r"</?think>", "", tokenizer.decode(more, skip_special_tokens=True)).strip(), path.stem
-        compared.append(path.stem)
-    assert len(compared) >= 20, compared

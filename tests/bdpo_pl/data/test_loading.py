@@ -9,43 +9,17 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from makers import build_tokenizer, messy_safe_rlhf_rows, preference_rows, safe_rlhf_row, write_jsonl
+from makers import build_tokenizer, preference_rows, write_jsonl
+from table_texts import texts
 
 from bdpo_pl.data.consistency import Match, count_shared_prompts, first_of_prompt, leaks
 from bdpo_pl.data.loading import LoadOptions, load_pairs
 from bdpo_pl.data.report import report_table
-from bdpo_pl.data.schemas.safe_rlhf import REQUIRED_COLUMNS, SAFE_RLHF, SafeRLHFOptions
-from bdpo_pl.data.schemas.schema import SchemaContext
-from bdpo_pl.data.sources import read_records
 from bdpo_pl.data.splits import split_by_prompt
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.data.tokenization import PairTokenizer
 from bdpo_pl.data.truncation import Truncation
 from bdpo_pl.errors import InputError
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return PairTokenizer(build_tokenizer())
-
-
-@pytest.fixture
-def load(tokenizer):
-    def run(path, max_length=256, truncation="drop", seed=0, **options):
-        window = Truncation(max_length, truncation)
-        return load_pairs("train", str(path), tokenizer, window, LoadOptions(**options), seed=seed)
-
-    return run
-
-
-def texts(table, tokenizer):
-    return [
-        tuple(
-            tokenizer.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in (p.chosen_ids, p.rejected_ids)
-        )
-        for p in (table[i] for i in range(len(table)))
-    ]
-
 
 GOOD = {"prompt": "how ?", "chosen": "so .", "rejected": "no ."}
 
@@ -209,49 +183,6 @@ def test_duplicates_are_dropped_or_kept_and_counted(load, tmp_path):
     assert (len(table), report.notes["duplicates kept"]) == (3, "1")
 
 
-@pytest.fixture
-def messy_safe_rlhf(tmp_path):
-    return write_jsonl(tmp_path / "safe_rlhf.jsonl", messy_safe_rlhf_rows())
-
-
-def test_safe_rlhf_keeps_and_drops_what_it_should(load, messy_safe_rlhf, tokenizer):
-    table, report = load(messy_safe_rlhf)
-    # The safe response is chosen though `better_response_id` names the unsafe one; between safe ones it decides.
-    assert texts(table, tokenizer) == [("second .", "first ."), ("good .", "bad ."), ("gut 🌱", "schlecht 🌧")]
-    assert table.categories[1] == "Privacy Violation"
-    assert {reason: len(places) for reason, places in report.dropped.items()} == {
-        "both responses unsafe": 1,
-        "missing prompt": 1,
-        "empty response": 1,
-        "missing is_response_0_safe": 1,
-        "wrong type": 1,
-        "chosen = rejected": 1,
-        "longer than 256 tokens": 1,
-        "duplicate of an earlier pair": 1,
-    }
-    assert report.read == 11 == report.kept + report.num_dropped
-
-
-def test_safe_rlhf_can_take_the_safer_of_two_unsafe(load, messy_safe_rlhf, tokenizer):
-    table, _ = load(messy_safe_rlhf, safe_rlhf=SafeRLHFOptions(both_unsafe="safer"))
-    assert ("bad .", "worse .") in texts(table, tokenizer)
-
-
-def test_safe_rlhf_reads_the_columns_that_all_layouts_share(load, tmp_path):
-    shared = {"chat_template_kwargs": {"custom": "x"}, "system": "be kind ."}
-    rows = [
-        {**safe_rlhf_row(f"q{i} ?", ["so .", "no ."], [True, False], better=0), "weight": 0.5 + i, **shared}
-        for i in range(2)
-    ]
-    path = write_jsonl(tmp_path / "weighted.jsonl", rows)
-    for options in ({}, {"safe_rlhf": SafeRLHFOptions(num_unsafe=2)}):
-        table, report = load(path, **options)
-        assert table.weights.tolist() == [0.5, 1.5]
-        assert report.notes["with a system message"] == "2"
-    context = SchemaContext(report, None, 0, SafeRLHFOptions())
-    assert all(row.template_kwargs == {"custom": "x"} for row in SAFE_RLHF.rows(read_records(str(path)), context))
-
-
 def test_a_row_without_a_renamed_column_does_not_lend_its_own_one(load, tokenizer, tmp_path):
     rows = [{"prompt": f"q{i} ?", "good": f"g{i} .", "rejected": "no .", "chosen": f"other{i} ."} for i in range(3)]
     del rows[1]["good"]
@@ -289,49 +220,11 @@ def test_columns_that_the_data_do_not_have_are_refused(load, tmp_path):
     assert len(load(path, ignore=[*ignore, "source"])[0]) == 4
 
 
-def test_a_draw_from_safe_rlhf_is_refused_of_other_layouts(load, tmp_path):
-    path = write_jsonl(tmp_path / "rows.jsonl", preference_rows(4))
-    with pytest.raises(InputError, match=r"data\.load\.safe_rlhf .*rows\.jsonl is read as preference"):
-        load(path, safe_rlhf=SafeRLHFOptions(num_safe=2))
-
-
 def test_thoughts_are_refused_where_they_are_not_looked_for(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [{**GOOD, "chosen": "<think>t</think>so ."}])
     plain = PairTokenizer(build_tokenizer(chat=False), thoughts="strip")
     with pytest.raises(InputError, match=r"rows\.jsonl, line 1: data\.thoughts is strip"):
         load_pairs("train", str(path), plain, Truncation(64))
-
-
-def test_safe_rlhf_strict_names_the_fault(load, messy_safe_rlhf):
-    with pytest.raises(InputError, match=r"safe_rlhf\.jsonl, line 4: field 'prompt' is missing"):
-        load(messy_safe_rlhf, bad_rows="error")
-
-
-def test_safe_rlhf_draw_is_seeded_one_pair_a_query(load, tmp_path):
-    rows = [
-        safe_rlhf_row(f"q{i // 2} ?", [f"yes {i}", f"no {i}"], [True, i % 4 < 2], better=0) for i in range(80)
-    ]  # each query twice, half of the queries unsafe
-    path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    options = SafeRLHFOptions(num_safe=5, num_unsafe=7)
-    table, report = load(path, safe_rlhf=options, seed=1)
-    assert len(table) == 12
-    assert len(set(table.prompt_digests())) == 12
-    assert report.notes["safe queries"] == "5 of 5 asked"
-    assert report.notes["not drawn (safe_rlhf.num_safe, num_unsafe)"] == "68"
-    assert load(path, safe_rlhf=options, seed=1)[0].content_digest() == table.content_digest()
-    assert load(path, safe_rlhf=options, seed=2)[0].content_digest() != table.content_digest()
-    _, report = load(path, safe_rlhf=SafeRLHFOptions(num_safe=1000))
-    assert report.notes["safe queries"] == "20 of 1,000 asked"
-
-
-@pytest.mark.parametrize("column", REQUIRED_COLUMNS)
-def test_safe_rlhf_missing_column_is_named(load, tmp_path, column):
-    row = safe_rlhf_row("q ?", ["a", "b"], [True, True], better=0)
-    del row[column]
-    with pytest.raises(InputError, match=f"missing column '{column}' of the safe_rlhf schema"):
-        load(write_jsonl(tmp_path / "rows.jsonl", [row]), format="safe_rlhf")
-    with pytest.raises(InputError, match=f"missing column '{column}'"):
-        load(write_jsonl(tmp_path / "rows.jsonl", [row]))
 
 
 def test_held_out_split_shares_no_prompt(load, tmp_path):

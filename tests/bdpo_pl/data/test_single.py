@@ -1,20 +1,14 @@
 """Single answers with a label: the answer to another prompt beside one decides nothing about it."""
 
 import pytest
-from makers import build_tokenizer, write_jsonl
+from makers import write_jsonl
 
 from bdpo_pl.data.consistency import Match, contradictions
 from bdpo_pl.data.loading import LoadOptions, load_pairs
-from bdpo_pl.data.tokenization import PairTokenizer
 from bdpo_pl.data.truncation import Truncation
 from bdpo_pl.errors import InputError
 
 LONG = " ".join(["garden safe"] * 40)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return PairTokenizer(build_tokenizer())
 
 
 @pytest.fixture

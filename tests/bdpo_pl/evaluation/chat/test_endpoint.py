@@ -1,7 +1,6 @@
 """The endpoint against a server on this machine that plays out a script of answers."""
 
 import itertools
-import json
 import os
 import signal
 import socket
@@ -9,97 +8,15 @@ import threading
 import time
 from contextlib import suppress
 from email.utils import formatdate
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from scripted_server import answer, chat, endpoint
 
 from bdpo_pl.errors import InputError
-from bdpo_pl.evaluation.answerers import GenerationOptions, ServedAnswerer
-from bdpo_pl.evaluation.chat.completions import Completion, retry_after
+from bdpo_pl.evaluation.chat.completions import retry_after
 from bdpo_pl.evaluation.chat.endpoint import Endpoint, EndpointError, EndpointOptions
-from bdpo_pl.evaluation.oddities import oddities
-from bdpo_pl.evaluation.suites.suite import EvaluationPrompt
-from bdpo_pl.evaluation.verdict_log import Answer
 
 KEY = "sk-very-secret-0123"
-
-
-def chat(*texts):
-    return [[{"role": "user", "content": text}] for text in texts]
-
-
-def answer(text, **message):
-    return 200, {"choices": [{"message": {"role": "assistant", "content": text, **message}, "finish_reason": "stop"}]}
-
-
-class Scripted(ThreadingHTTPServer):
-    """Answers its n-th request with `script(n, request)`: (status, JSON value or bytes, headers), or None: nothing."""
-
-    daemon_threads = True
-
-    def __init__(self, script):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.script, self.seen, self.lock = script, [], threading.Lock()
-        self.closing = threading.Event()
-        self.options = {"url": f"http://127.0.0.1:{self.server_port}/v1", "model": "some-model"}
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            self.server.seen.append((self.path, dict(self.headers), body))
-            n = len(self.server.seen)
-        said = self.server.script(n, body)
-        if said is None:
-            self.server.closing.wait(20)
-            return
-        status, content, *headers = said
-        streamed = isinstance(content, list) and content and not isinstance(content[0], dict)
-        content = content if streamed or isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(status)
-        length = {} if streamed else {"Content-Length": str(len(content))}
-        for name, value in {**length, **(headers[0] if headers else {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if isinstance(content, list):  # piece by piece, as long as somebody reads
-            with suppress(OSError):
-                for piece in content[0]:
-                    self.wfile.write(piece)
-                    self.wfile.flush()
-                    if self.server.closing.wait(0.01):
-                        break
-            return
-        self.wfile.write(content)
-
-    do_GET = do_POST  # noqa: N815
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def serve(monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "*")
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    servers = []
-
-    def start(script):
-        server = Scripted(script)
-        servers.append(server)
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        return server
-
-    yield start
-    for server in servers:
-        server.closing.set()
-        server.shutdown()
-        server.server_close()
-
-
-def endpoint(server, waits=None, **options):
-    waits = [] if waits is None else waits
-    return Endpoint(EndpointOptions(**{**server.options, **options}), sleep=waits.append)
 
 
 def test_request_is_what_the_protocol_asks_and_answers_keep_their_order(serve, monkeypatch):
@@ -400,85 +317,3 @@ def test_signal_ends_the_waiting_at_once(serve):
             endpoint(server, timeout=15.0).reply(chat("a"))
     finally:
         signal.signal(signal.SIGUSR1, before)
-
-
-def choice(text, finish_reason="stop", usage=None, **message):
-    return 200, {
-        "choices": [{"message": {"role": "assistant", "content": text, **message}, "finish_reason": finish_reason}],
-        "usage": usage,
-    }
-
-
-@pytest.mark.parametrize(
-    ("said", "completion"),
-    [
-        (choice("whole", usage={"completion_tokens": 7}), Completion("whole", True, 7)),
-        (choice("cut", "length", {"completion_tokens": 64}), Completion("cut", False, 64)),
-        (choice("withheld from here", "content_filter"), Completion("withheld from here", False)),
-        (choice("", "stop", {"completion_tokens": True}), Completion("")),
-        (choice("yes", None, "many"), Completion("yes")),
-        (choice("yes", reasoning_content="hm"), Completion("yes", thought="hm")),
-        (choice("yes", reasoning="hm", reasoning_content=None), Completion("yes", thought="hm")),
-        (choice(None, "length", reasoning_content="hm"), Completion("", False, thought="hm")),
-    ],
-)
-def test_what_a_server_says_of_its_answer(serve, said, completion):
-    server = serve(lambda n, body: said)
-    assert Endpoint(EndpointOptions(**server.options)).completions(chat("a")) == [completion]
-
-
-def test_judge_that_only_thought_is_told_to_have_more_tokens(serve):
-    server = serve(lambda n, body: choice(None, "length", reasoning_content="hm"))
-    with pytest.raises(EndpointError, match=r"only a thought; .* raise endpoint\.max_tokens"):
-        Endpoint(EndpointOptions(**server.options)).reply(chat("a"))
-
-
-def test_served_model_says_which_answers_it_cut_and_what_it_thought(serve):
-    said = {
-        "whole": choice("Sure.", usage={"completion_tokens": 2}),
-        "cut": choice("Sure, fir", "length", {"completion_tokens": 3}),
-        "thinks": choice(None, "length", {"completion_tokens": 9}, reasoning_content="Hm."),
-        "thought": choice("<think>Well.</think>Sure.", reasoning_content="Hm."),
-        "silent": choice(" ", reasoning_content="Hm."),
-    }
-    server = serve(lambda n, body: said[body["messages"][0]["content"]])
-    answerer = ServedAnswerer(EndpointOptions(**server.options), GenerationOptions())
-    answers = answerer.answer(answerer.questions([EvaluationPrompt(text, text) for text in said]))
-    assert answers == [
-        Answer("Sure.", 2, True),
-        Answer("Sure, fir", 3, False),
-        Answer("", 9, False, "Hm.", unfinished_thought=True),
-        Answer("Sure.", 0, True, "Hm.\nWell."),
-        Answer("", 0, True, "Hm."),
-    ]
-    found = [oddities("why ?", a.text, a.finished, a.unfinished_thought) for a in answers]
-    assert found == [(), ("cut off",), ("unfinished thought",), (), ("blank",)]
-
-
-def test_several_servers_share_the_questions(serve):
-    """The first request to each waits for one to the other."""
-    both = threading.Barrier(2, timeout=60)
-
-    def slow(name):
-        def script(n, body):
-            if n == 1:
-                both.wait()
-            return answer(f"{name}: " + body["messages"][-1]["content"])
-
-        return script
-
-    servers = [serve(slow("a")), serve(slow("b"))]
-    url = ",".join(server.options["url"] for server in servers)
-    texts = [f"question {i}" for i in range(6)]
-    replies = endpoint(servers[0], url=url, parallel=1).reply(chat(*texts))
-    assert [reply.partition(": ")[2] for reply in replies] == texts
-    assert {reply[0] for reply in replies} == {"a", "b"}
-
-
-def test_error_names_the_server_that_failed(serve):
-    sound, broken = serve(lambda n, body: answer("yes")), serve(lambda n, body: (200, b"no JSON"))
-    url = f"{sound.options['url']},{broken.options['url']}"
-    with pytest.raises(EndpointError, match=f"{broken.options['url']}/chat/completions: the answer is not JSON"):
-        endpoint(sound, url=url, parallel=1).reply(chat(*"abcd"))
-    with pytest.raises(InputError, match="must be an address"):
-        endpoint(sound, url=sound.options["url"] + ",")

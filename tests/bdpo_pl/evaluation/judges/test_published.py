@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 import torch
-from judging import Script
+from judging import EXCHANGE, Script
 from makers import build_model, build_tokenizer, large
 
 from bdpo_pl.errors import InputError
@@ -20,8 +20,6 @@ from bdpo_pl.evaluation.judges.published.strongreject import (
     encode_strongreject,
 )
 from bdpo_pl.evaluation.judges.published.whole_prompt import encode_whole
-
-EXCHANGE = Exchange("how ?", "first water it")
 
 
 def asked(kind, exchange=EXCHANGE):
