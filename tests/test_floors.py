@@ -46,6 +46,11 @@ def graph(package: str) -> dict[str, set[str]]:
     return {name: set(imports(path, set(found))) - {name} for name, path in found.items()}
 
 
+def test_no_test_file_is_larger_than_a_module_may_be():
+    sizes = {f.relative_to(ROOT): len(f.read_text().splitlines()) for f in (ROOT / "tests").rglob("*.py")}
+    assert not {str(name): size for name, size in sizes.items() if size > _LARGEST}
+
+
 def test_every_wing_stands_on_a_floor():
     wings = {name.split(".")[1] for name in modules("bdpo_pl") if "." in name}
     assert wings <= set(FLOORS), "give the new folder or file its place in FLOORS"
