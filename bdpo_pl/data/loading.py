@@ -257,7 +257,7 @@ def _tokenize(
             single = row.desirable is not None
             cut = truncation.apply(pair, bos, single)
             if cut is None:
-                report.drop(_too_long(truncation, truncation.fits(pair, single)), row.record.place)
+                report.drop(_too_long(truncation, pair, single), row.record.place)
                 continue
             counts["merged"] += pair.merged
             counts["truncated"] += not truncation.fits(pair, single)
@@ -293,8 +293,12 @@ def _tokenize(
     return _deduplicate(table, options.duplicates, report)
 
 
-def _too_long(truncation: Truncation, fits: bool) -> str:
-    if fits:
+def _too_long(truncation: Truncation, pair: PreferencePair, single: bool) -> str:
+    if truncation.loses_opening(pair, single):
+        return (
+            f"longer than {truncation.max_length} tokens, and keep_start does not find what opens the assistant's turn"
+        )
+    if truncation.fits(pair, single):
         return "the answer to another prompt beside it has nothing of its own once it is cut"
     if truncation.mode == "drop":
         return f"longer than {truncation.max_length} tokens"
