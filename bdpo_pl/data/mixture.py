@@ -81,11 +81,10 @@ def join(
         duplicates: treatment of such pairs: leave out (`drop`) or `keep`.
 
     Raises:
-        InputError: the sources are read in different ways, so their null prompts differ.
+        InputError: some sources are read with the chat template, and others as plain text.
     """
-    null_prompt = tables[0].null_prompt_ids
-    for table, report in zip(tables, reports, strict=True):
-        if table.null_prompt_ids != null_prompt:
+    for report in reports:
+        if bool(report.templated) is not bool(reports[0].templated):
             raise InputError(
                 f"{report.source}: its rows are read as plain text and those of {reports[0].source} with the chat "
                 "template, or the other way round; bring them into one form, or set data.dialogues"

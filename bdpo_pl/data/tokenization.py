@@ -104,14 +104,15 @@ class PairTokenizer:
         self.read_as = ReadAs()
         self._added: dict[str, Ids] = {}
 
-    def null_prompt_ids(self, rendered: bool = False) -> Ids:
+    def null_prompt_ids(self, rendered: bool = False, template_kwargs: Mapping[str, Any] | None = None) -> Ids:
         """Return the token ids of the null prompt x₀, at least one.
 
-        With a template, an empty user turn; without one (or for rows that are read as plain text), the BOS token alone,
-        or the EOS token for tokenizers without BOS.
+        With a template, an empty user turn under the variables of rows; without one (or for rows that are read as plain
+        text), the BOS token alone, or the EOS token for tokenizers without BOS.
         """
         if self.uses_template and not rendered:
-            return self.encoder.prompts([Conversation([{"role": "user", "content": self.null_prompt}])])[0]
+            turns: list[Message] = [{"role": "user", "content": self.null_prompt}]
+            return self.encoder.prompts([Conversation(turns, None, template_kwargs or {})])[0]
         ids = self._plain([self.null_prompt], [None])[0] if self.null_prompt else []
         bos = self.tokenizer.bos_token_id
         return ids or [bos if bos is not None else self._eos]
