@@ -238,22 +238,24 @@ class PreferenceDataModule(L.LightningDataModule):
         for split, (label, given) in zip(
             split_names(self.held_out_sources), self.held_out_sources.items(), strict=True
         ):
-            pairs_held, report_held = load(split, given, self.held_out_split)
-            pairs_held = repeat(pairs_held, np.full(len(pairs_held), given.weight), self.seed, of=label or split)
+            all_held, report_held = load(split, given, self.held_out_split)
+            pairs_held = repeat(all_held, np.full(len(all_held), given.weight), self.seed, of=label or split)
             report_held.label = label
             if given.weight != 1.0:
+                report_held.note("left out by the weight of the source", len(all_held) - len(pairs_held))
                 report_held.describe(pairs_held)
             report_held.note("prompts that are also in train (a leak)", count_shared_prompts(train, pairs_held))
             self.reports.append(report_held)
             held_out[split] = pairs_held
         check_used(self.load_options, self.reports)
+        of_all = " (of all sources)" if len(self.train_sources) > 1 else ""
         if not held_out and self.held_out_fraction > 0:
             rest, held = split_by_prompt(train, self.held_out_fraction, self.seed)
             train, weights, held_out[HELD_OUT] = train.select(rest), weights[rest], train.select(held)
-            report.note("held out for validation, by prompt", len(held_out[HELD_OUT]))
+            report.note(f"held out for validation, by prompt{of_all}", len(held_out[HELD_OUT]))
         train = repeat(train, weights, self.seed)
         if any(given.weight != 1.0 for given in self.train_sources):
-            report.note("pairs in an epoch, by the weights of the sources", len(train))
+            report.note(f"pairs in an epoch, by weight{of_all}", len(train))
         tables, probe = {"train": train, **held_out}, None
         if held_out and self.train_probe:
             size = min(len(train), len(held_out[HELD_OUT]))

@@ -150,7 +150,8 @@ def test_data_module_mixes_holds_out_and_shows(tmp_path, model_dir, capsys):
     assert len(held_out) == 10
     assert "a.jsonl (weight 2)" in data.train_source
     shown = " ".join(capsys.readouterr().out.split())
-    assert data.reports[-1].notes["pairs in an epoch, by the weights of the sources"] == str(len(train))
+    assert data.reports[-1].notes["pairs in an epoch, by weight (of all sources)"] == str(len(train))
+    assert data.reports[-1].notes["held out for validation, by prompt (of all sources)"] == "10"
     assert "▌" in shown
     assert "<|im_start|>assistant" in shown
 
