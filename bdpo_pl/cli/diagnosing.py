@@ -231,7 +231,8 @@ def _facts(module: PreferenceModule, data: PreferenceDataModule, precision: str)
         or (f"{data.held_out_fraction:.0%} of the training set, by prompt" if data.held_out_fraction else "none"),
         "comprehension": f"estimator {loss.estimator}"
         + (f", {unit}" if (unit := MEANINGS[loss.estimator].unit) else "")
-        + f", against the null prompt {tokenizer.decode(data.tables['train'].null_prompt_ids)!r}",
+        + ", against the null prompt "
+        + " or ".join(repr(tokenizer.decode(ids)) for ids in data.tables["train"].null_prompts),
         "loss": f"{type(loss).__name__}("
         + ", ".join(f"{k}={v}" for k, v in vars(loss).items() if not k.startswith(("_", "needs_", "initial_")))
         + ")"

@@ -12,6 +12,7 @@ import numpy as np
 
 from bdpo_pl.data.consistency import repeats
 from bdpo_pl.data.encoding import encoded
+from bdpo_pl.data.null_prompt import NullPrompts
 from bdpo_pl.data.report import DUPLICATE, LABELS_DIFFER, DataReport
 from bdpo_pl.data.rows import BOTH_UNSAFE, PreferenceRow, RowError, order_by_safety
 from bdpo_pl.data.schemas import SCHEMAS
@@ -236,6 +237,7 @@ def _tokenize(
     as_text: list[bool] = []
     bos = tokenizer.tokenizer.bos_token_id
     tokenizer.read_as = ReadAs()
+    null_prompts = NullPrompts(tokenizer)
 
     def kept() -> Iterator[PreferencePair]:
         for row, pair in encoded(rows, tokenizer):
@@ -257,7 +259,7 @@ def _tokenize(
             single = row.desirable is not None
             cut = truncation.apply(pair, bos, single)
             if cut is None:
-                report.drop(_too_long(truncation, truncation.fits(pair, single)), row.record.place)
+                report.drop(_too_long(truncation, pair, single), row.record.place)
                 continue
             counts["merged"] += pair.merged
             counts["truncated"] += not truncation.fits(pair, single)
@@ -266,6 +268,7 @@ def _tokenize(
             counts["beside"] += beside and single
             if len(cut.prompt_ids) < len(pair.prompt_ids):
                 whole_prompts[len(places)] = prompt_digest(pair.prompt_ids)
+            null_prompts.add(row)
             places.append(row.record.place)
             categories.append(row.category)
             safe.append((row.chosen_safe, row.rejected_safe))
@@ -278,13 +281,13 @@ def _tokenize(
     table = PairTable.from_pairs(kept(), [])
     table = replace(
         table,
-        null_prompt_ids=tokenizer.null_prompt_ids(bool(as_text and as_text[0])),
         places=places,
         categories=categories,
         safe=_safety(safe),
         weights=_weights(weights, places),
         desirable=np.array(desirable) if desirable else None,
-    ).with_whole_prompts(whole_prompts)
+    )
+    table = table.with_null_prompts(null_prompts.of_rows()).with_whole_prompts(whole_prompts)
     report.note(f"truncated to {truncation.max_length} tokens ({truncation.mode})", counts["truncated"])
     report.note("of these, a response was cut and has no end", counts["without an end"])
     report.note("answers to another prompt, beside an answer, that were cut", counts["beside"])
@@ -293,8 +296,12 @@ def _tokenize(
     return _deduplicate(table, options.duplicates, report)
 
 
-def _too_long(truncation: Truncation, fits: bool) -> str:
-    if fits:
+def _too_long(truncation: Truncation, pair: PreferencePair, single: bool) -> str:
+    if truncation.loses_opening(pair, single):
+        return (
+            f"longer than {truncation.max_length} tokens, and keep_start does not find what opens the assistant's turn"
+        )
+    if truncation.fits(pair, single):
         return "the answer to another prompt beside it has nothing of its own once it is cut"
     if truncation.mode == "drop":
         return f"longer than {truncation.max_length} tokens"

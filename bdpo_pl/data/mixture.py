@@ -81,11 +81,10 @@ def join(
         duplicates: treatment of such pairs: leave out (`drop`) or `keep`.
 
     Raises:
-        InputError: the sources are read in different ways, so their null prompts differ.
+        InputError: some sources are read with the chat template, and others as plain text.
     """
-    null_prompt = tables[0].null_prompt_ids
-    for table, report in zip(tables, reports, strict=True):
-        if table.null_prompt_ids != null_prompt:
+    for report in reports:
+        if bool(report.templated) is not bool(reports[0].templated):
             raise InputError(
                 f"{report.source}: its rows are read as plain text and those of {reports[0].source} with the chat "
                 "template, or the other way round; bring them into one form, or set data.dialogues"
@@ -113,12 +112,20 @@ def join(
 
 
 def repeat(table: PairTable, weights: np.ndarray, seed: int, of: str = "data.train") -> PairTable:
-    """Return `table` with each pair repeated by its weight, fractions drawn by `seed`, in the same order.
+    """Return `table` with each pair repeated by its weight, as in `occurrences`."""
+    return table if np.all(weights == 1.0) else table.select(occurrences(table, weights, seed, of))
+
+
+def occurrences(table: PairTable, weights: np.ndarray, seed: int, of: str = "data.train") -> np.ndarray:
+    """Return the indices of the pairs of `table`, each repeated by its weight, fractions drawn by `seed`, in order.
 
     The fraction gives a number of each file's pairs, exact but for rounding, not a chance for each pair.
+
+    Raises:
+        InputError: the weights leave no pair; `of` names what they are of.
     """
     if np.all(weights == 1.0):
-        return table
+        return np.arange(len(table))
     whole = np.floor(weights)
     times = whole.astype(np.int64)
     generator = np.random.default_rng(seed)
@@ -135,4 +142,4 @@ def repeat(table: PairTable, weights: np.ndarray, seed: int, of: str = "data.tra
         done[weight] = pairs, drawn + extra
     if not times.any():
         raise InputError(f"{of}: the weights leave no pair; raise them")
-    return table.select(np.repeat(np.arange(len(table)), times))
+    return np.repeat(np.arange(len(table)), times)

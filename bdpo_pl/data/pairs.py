@@ -20,7 +20,7 @@ class PreferencePair:
             token.
         chosen_trained: flag for each token of the chosen response, true if it is trained on; None: all are.
         rejected_trained: flags of the rejected response, likewise.
-        header: number of final prompt tokens that open the assistant's turn.
+        header: number of final prompt tokens that open the assistant's turn; None if they were not found.
     """
 
     prompt_ids: Ids
@@ -29,7 +29,7 @@ class PreferencePair:
     merged: bool = False
     chosen_trained: tuple[bool, ...] | None = None
     rejected_trained: tuple[bool, ...] | None = None
-    header: int = 0
+    header: int | None = 0
 
 
 @dataclass

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bdpo_pl.data.class_labels import class_names, with_names
 from bdpo_pl.data.files import READERS, list_folder, read_file, suffix_of
 from bdpo_pl.errors import InputError
 
@@ -104,8 +105,9 @@ def _saved_dataset(path: Path, split: str) -> Iterator[Record]:
         if split not in data:
             raise InputError(f"{path}: no split {split!r}; it has {', '.join(data)}")
         data = data[split]
+    names = class_names(getattr(data, "features", {}))
     for number, fields in enumerate(data):
-        yield Record(str(path), number, dict(fields))
+        yield Record(str(path), number, with_names(fields, names))
 
 
 def _require_inside(path: Path) -> None:
@@ -127,5 +129,6 @@ def _hub_dataset(name: str, split: str, revision: str | None, subset: str | None
             f"{name}: neither a file here nor a dataset that could be loaded from the Hugging Face hub "
             f"(split {split!r}, revision {revision or 'newest'}): {type(error).__name__}: {error}"
         ) from error
+    names = class_names(getattr(data, "features", {}))
     for number, fields in enumerate(data):
-        yield Record(name, number, dict(fields))
+        yield Record(name, number, with_names(fields, names))

@@ -25,7 +25,8 @@ class PairTable:
         prompt_lengths: (M,) int32, number of tokens in each prompt.
         chosen_lengths: (M,) int32, number of tokens in each chosen response.
         rejected_lengths: (M,) int32, number of tokens in each rejected response.
-        null_prompt_ids: token ids of the null prompt x₀ against which comprehension is measured.
+        null_prompt_ids: token ids of the null prompt x₀ against which comprehension is measured; of several, of the
+            first pair's.
         places: file and row of each pair, for messages.
         categories: label of each pair, "" without one.
         safe: (2, M) bool, safety of the chosen and of the rejected responses; None unless all are labelled.
@@ -33,6 +34,7 @@ class PairTable:
         weights: (M,) float32, factor of each pair's loss; None: all are 1.
         desirable: (M,) bool, whether each single answer is good; None for pairs.
         whole_prompts: (M, 16) uint8, digest of each prompt before truncation; None: no prompt was cut.
+        own_null_prompts: token ids of each pair's null prompt; None: all have `null_prompt_ids`.
     """
 
     tokens: np.ndarray
@@ -48,6 +50,7 @@ class PairTable:
     weights: np.ndarray | None = None
     desirable: np.ndarray | None = None
     whole_prompts: np.ndarray | None = None
+    own_null_prompts: list[Ids] | None = None
 
     @classmethod
     def from_pairs(
@@ -140,11 +143,11 @@ class PairTable:
             None if self.weights is None else self.weights[indices],
             None if self.desirable is None else self.desirable[indices],
             None if self.whole_prompts is None else self.whole_prompts[indices],
-        )
+        ).with_null_prompts([self.own_null_prompts[i] for i in indices.tolist()] if self.own_null_prompts else [])
 
     @classmethod
     def concatenate(cls, tables: Sequence[PairTable]) -> PairTable:
-        """Return the pairs of all `tables`, which have one null prompt, one after the other."""
+        """Return the pairs of all `tables`, one after the other."""
         starts = np.concatenate([[0], *(np.diff(table.starts) for table in tables)]).cumsum()
         safe = [table.safe for table in tables if table.safe is not None]
         labels = [table.desirable for table in tables if table.desirable is not None]
@@ -165,12 +168,31 @@ class PairTable:
             _joined_weights(tables),
             np.concatenate(labels) if len(labels) == len(tables) else None,
             _joined_whole_prompts(tables),
-        )
+        ).with_null_prompts(_joined_null_prompts(tables))
 
     @property
     def largest_id(self) -> int:
-        """Largest token id in the pairs and the null prompt."""
-        return max([*self.null_prompt_ids, int(self.tokens.max(initial=0))])
+        """Largest token id in the pairs and the null prompts."""
+        return max([int(self.tokens.max(initial=0)), *(token for ids in self.null_prompts for token in ids)])
+
+    @property
+    def null_prompts(self) -> list[Ids]:
+        """Token ids of each different null prompt."""
+        if self.own_null_prompts is None:
+            return [self.null_prompt_ids]
+        return list(map(list, dict.fromkeys(map(tuple, self.own_null_prompts))))
+
+    def null_prompt_of(self, index: int) -> Ids:
+        """Return the token ids of the null prompt of the pair at `index`."""
+        return self.null_prompt_ids if self.own_null_prompts is None else self.own_null_prompts[index]
+
+    def with_null_prompts(self, of_pairs: list[Ids]) -> PairTable:
+        """Return the table with the null prompt of each pair; of no pair: itself."""
+        if not of_pairs:
+            return self
+        first = of_pairs[0]
+        own = None if all(ids == first for ids in of_pairs) else of_pairs
+        return replace(self, null_prompt_ids=first, own_null_prompts=own)
 
     def num_tokens(self, shared: bool) -> np.ndarray:
         """Return each pair's tokens in a batch, (M,); the prompt counts once if `shared`, else once per response."""
@@ -254,7 +276,7 @@ class PairTable:
         return bool((self.safe[:, index] != other.safe[:, at]).any())
 
     def content_digest(self) -> str:
-        """Return the SHA-256 of all that a model would read: token ids, boundaries and null prompt."""
+        """Return the SHA-256 of all that a model would read: token ids, boundaries and null prompts."""
         digest = hashlib.sha256()
         for part in (
             self.tokens,
@@ -263,6 +285,7 @@ class PairTable:
             self.rejected_lengths,
             np.array(self.null_prompt_ids, dtype=np.int32),
             *(() if self.trained is None else (self.trained,)),
+            *(np.array(ids, dtype=np.int32) for ids in self.own_null_prompts or ()),
         ):
             digest.update(len(part).to_bytes(8, "little"))
             digest.update(np.ascontiguousarray(part).tobytes())
@@ -281,6 +304,14 @@ def _joined_weights(tables: Sequence[PairTable]) -> np.ndarray | None:
     return np.concatenate(
         [np.ones(len(table), dtype=np.float32) if table.weights is None else table.weights for table in tables]
     )
+
+
+def _joined_null_prompts(tables: Sequence[PairTable]) -> list[Ids]:
+    """Return the null prompt of each pair of all `tables`; none if that of the first table is that of all pairs."""
+    first = tables[0].null_prompt_ids
+    if all(table.own_null_prompts is None and table.null_prompt_ids == first for table in tables):
+        return []
+    return [table.null_prompt_of(i) for table in tables for i in range(len(table))]
 
 
 def _joined_whole_prompts(tables: Sequence[PairTable]) -> np.ndarray | None:

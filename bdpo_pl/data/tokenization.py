@@ -17,6 +17,7 @@ from jinja2 import TemplateError
 from bdpo_pl.data.boundary import Cutter, Response, Thoughts
 from bdpo_pl.data.chat_template import Conversation, chat_encoder
 from bdpo_pl.data.control_tokens import Ids, Spelled
+from bdpo_pl.data.opening import opening_of
 from bdpo_pl.data.pairs import PreferencePair, ReadAs, padding_id
 from bdpo_pl.data.rows import Content, Message, PreferenceRow, RowError, check_size, common_prefix_length
 from bdpo_pl.data.tokenizer_like import TokenizerLike
@@ -31,12 +32,13 @@ _ASSISTANT_MARK = "\n\nAssistant:"
 
 @dataclass
 class _Texts:
-    """The texts of a row: the prompt, and each response behind it."""
+    """The texts of a row: the prompt, each response behind it, and the end of the prompt that opens a turn."""
 
     prompt: str
     responses: tuple[Response, Response]
     spelled: Spelled | None
     templated: bool
+    opening: str | None
 
 
 class PairTokenizer:
@@ -100,15 +102,17 @@ class PairTokenizer:
         self.dialogues = dialogues
         self.control_tokens = control_tokens
         self.read_as = ReadAs()
+        self._added: dict[str, Ids] = {}
 
-    def null_prompt_ids(self, rendered: bool = False) -> Ids:
+    def null_prompt_ids(self, rendered: bool = False, template_kwargs: Mapping[str, Any] | None = None) -> Ids:
         """Return the token ids of the null prompt x₀, at least one.
 
-        With a template, an empty user turn; without one (or for rows that are read as plain text), the BOS token alone,
-        or the EOS token for tokenizers without BOS.
+        With a template, an empty user turn under the variables of rows; without one (or for rows that are read as plain
+        text), the BOS token alone, or the EOS token for tokenizers without BOS.
         """
         if self.uses_template and not rendered:
-            return self.encoder.prompts([Conversation([{"role": "user", "content": self.null_prompt}])])[0]
+            turns: list[Message] = [{"role": "user", "content": self.null_prompt}]
+            return self.encoder.prompts([Conversation(turns, None, template_kwargs or {})])[0]
         ids = self._plain([self.null_prompt], [None])[0] if self.null_prompt else []
         bos = self.tokenizer.bos_token_id
         return ids or [bos if bos is not None else self._eos]
@@ -192,6 +196,7 @@ class PairTokenizer:
         responses = []
         try:
             opened = self._cutter.prompt(record, protected)
+            opening = opening_of(self.encoder.template, protected, opened)
             for content in (source.chosen, source.rejected):
                 turns, _ = self.encoder.protect(Conversation(_messages(content, "assistant")), spelled)
                 responses.append(self._cutter.response(record, protected, opened, list(turns.messages)))
@@ -204,7 +209,7 @@ class PairTokenizer:
                 record, "refused by the template", f"the chat template fails on it ({type(error).__name__}: {error})"
             ) from None
         self.read_as.dialogues += row.turns is not None
-        return _Texts(opened, (responses[0], responses[1]), spelled, True)
+        return _Texts(opened, (responses[0], responses[1]), spelled, True, opening)
 
     def _plain_texts(self, row: PreferenceRow) -> _Texts:
         """Return prompt and responses unchanged, without the final EOS."""
@@ -243,7 +248,8 @@ class PairTokenizer:
             )
             for answer in answers
         )
-        return _Texts(prompt, (first, second), spelled, False)
+        opening = _ASSISTANT_MARK if prompt.endswith(_ASSISTANT_MARK) else ""
+        return _Texts(prompt, (first, second), spelled, False, opening)
 
     def _plain(self, texts: list[str], spelled: Sequence[Spelled | None]) -> list[Ids]:
         """Return ids with the tokens that the tokenizer adds around a text, but no doubled BOS and no added EOS."""
@@ -364,18 +370,11 @@ class PairTokenizer:
             self._added[added] = self.encoder.control.encode([added])[0] if added else []
         return self._added[added]
 
-    @cached_property
-    def _added(self) -> dict[str, Ids]:
-        return {}
-
-    def _header(self, texts: _Texts, prompt: Ids, cut: int) -> int:
-        """Return the number of final prompt tokens that open the assistant's turn."""
-        facts = self.encoder.template.facts(Conversation([])) if texts.templated else None
-        text = facts.after_user if facts is not None else _ASSISTANT_MARK
-        if not texts.prompt.endswith(text):
-            return 0
-        size = len(self._added_ids(text))
-        return max(0, size - (len(prompt) - cut))
+    def _header(self, texts: _Texts, prompt: Ids, cut: int) -> int | None:
+        """Return the number of final prompt tokens that open the assistant's turn; None if they are not found."""
+        if texts.opening is None:
+            return None
+        return max(0, len(self._added_ids(texts.opening)) - (len(prompt) - cut))
 
     def _count(self, row: PreferenceRow, texts: _Texts) -> None:
         read = self.read_as

@@ -18,7 +18,8 @@ class Truncation:
     `drop` leaves the pair out. `keep_start` and `keep_end` first shorten the prompt, from its end (the tokens that open
     the assistant's turn remain) or from its start (a leading BOS remains, unless the prompt holds that token again: it
     opens turns then), to no fewer than `max_prompt_length` tokens. If the pair still does not fit, the ends of the
-    responses are cut off, which then have no EOS. A response never becomes empty.
+    responses are cut off, which then have no EOS. A response never becomes empty. `keep_start` leaves out a long prompt
+    in which the tokens that open the assistant's turn were not found.
 
     Of a single answer, only the answer itself counts: the answer to another prompt beside it is cut to what is left.
 
@@ -48,6 +49,12 @@ class Truncation:
         """Return true if both sequences of `pair` (of a `single` answer, its own) fit into the window unchanged."""
         return len(pair.prompt_ids) + _longest(pair, single) <= self.max_length
 
+    def loses_opening(self, pair: PreferencePair, single: bool = False) -> bool:
+        """Return true if `keep_start` cannot keep what opens the assistant's turn, because it was not found."""
+        return (
+            self.mode == "keep_start" and pair.header is None and len(pair.prompt_ids) > self._prompt_room(pair, single)
+        )
+
     def apply(self, pair: PreferencePair, bos_token_id: int | None, single: bool = False) -> PreferencePair | None:
         """Return `pair` cut to the window; None if the policy drops it or the cut leaves two equal responses.
 
@@ -60,9 +67,9 @@ class Truncation:
             return pair
         if self.mode == "drop" and not (single and self.fits(pair, single)):
             return None
-        longest = _longest(pair, single)
-        allowance = self.max_prompt_length or max(1, self.max_length // 2)
-        prompt = self._shorten(pair.prompt_ids, max(allowance, self.max_length - longest), bos_token_id, pair.header)
+        if self.loses_opening(pair, single):
+            return None
+        prompt = self._shorten(pair.prompt_ids, self._prompt_room(pair, single), bos_token_id, pair.header or 0)
         room = self.max_length - len(prompt)
         cut = replace(
             pair,
@@ -75,6 +82,10 @@ class Truncation:
         if any(flags is not None and not any(flags) for flags in (cut.chosen_trained, cut.rejected_trained)):
             return None
         return None if cut.chosen_ids == cut.rejected_ids else cut
+
+    def _prompt_room(self, pair: PreferencePair, single: bool) -> int:
+        """Return the number of tokens that the prompt may keep."""
+        return max(self.max_prompt_length or max(1, self.max_length // 2), self.max_length - _longest(pair, single))
 
     def _shorten(self, prompt: list[int], length: int, bos_token_id: int | None, header: int) -> list[int]:
         if len(prompt) <= length:

@@ -291,7 +291,7 @@ def _plan(
     documents: list[Document] = []
     for position, index in enumerate(indices):
         pair = table[int(index)]
-        prompts = {"reference": pair.prompt_ids} | ({"null": table.null_prompt_ids} if comprehension else {})
+        prompts = {"reference": pair.prompt_ids} | ({"null": table.null_prompt_of(int(index))} if comprehension else {})
         for column, prompt in prompts.items():
             documents.append(pair_document(pair, len(places), len(places) + 1, prompt))
             places += [_Place(column, side, position) for side in range(2)]

@@ -20,7 +20,7 @@ from bdpo_pl.data.consistency import count_shared_prompts
 from bdpo_pl.data.example import example_table
 from bdpo_pl.data.held_out import HELD_OUT, HeldOut, held_out_sources, split_names
 from bdpo_pl.data.loading import LoadOptions, check_used, load_pairs
-from bdpo_pl.data.mixture import DataSource, join, limited, repeat
+from bdpo_pl.data.mixture import DataSource, join, limited, occurrences, repeat
 from bdpo_pl.data.packing import RowLayout
 from bdpo_pl.data.report import DataReport, report_table
 from bdpo_pl.data.samplers import PairBatchSampler, StepSampler, TokenBatchSampler, check_budget
@@ -73,8 +73,8 @@ class PreferenceDataModule(L.LightningDataModule):
         eval_batch_size: number of pairs in a validation batch on each device. Default: `batch_size`.
         max_tokens_per_batch: number of tokens in a micro-batch on each device, for training and validation, instead of
             the two options above: a batch has as many pairs of similar length as fit. A shared prompt counts once.
-        train_probe: validate on a sample of the training pairs too, as many as are held out. The gap between the two
-            measures overfitting.
+        train_probe: validate on a sample of the training pairs too, as many as are held out, each once. The gap between
+            the two measures overfitting.
         num_workers: number of processes that build batches.
         seed: seed of the held-out split, the probe and the draw; `seed_everything` seeds the order of training.
     """
@@ -238,26 +238,31 @@ class PreferenceDataModule(L.LightningDataModule):
         for split, (label, given) in zip(
             split_names(self.held_out_sources), self.held_out_sources.items(), strict=True
         ):
-            pairs_held, report_held = load(split, given, self.held_out_split)
-            pairs_held = repeat(pairs_held, np.full(len(pairs_held), given.weight), self.seed, of=label or split)
+            all_held, report_held = load(split, given, self.held_out_split)
+            pairs_held = repeat(all_held, np.full(len(all_held), given.weight), self.seed, of=label or split)
             report_held.label = label
             if given.weight != 1.0:
+                report_held.note("left out by the weight of the source", len(all_held) - len(pairs_held))
                 report_held.describe(pairs_held)
             report_held.note("prompts that are also in train (a leak)", count_shared_prompts(train, pairs_held))
             self.reports.append(report_held)
             held_out[split] = pairs_held
         check_used(self.load_options, self.reports)
+        of_all = " (of all sources)" if len(self.train_sources) > 1 else ""
         if not held_out and self.held_out_fraction > 0:
             rest, held = split_by_prompt(train, self.held_out_fraction, self.seed)
             train, weights, held_out[HELD_OUT] = train.select(rest), weights[rest], train.select(held)
-            report.note("held out for validation, by prompt", len(held_out[HELD_OUT]))
-        train = repeat(train, weights, self.seed)
+            report.note(f"held out for validation, by prompt{of_all}", len(held_out[HELD_OUT]))
+        taken = occurrences(train, weights, self.seed)
+        train = train if np.all(weights == 1.0) else train.select(taken)
         if any(given.weight != 1.0 for given in self.train_sources):
-            report.note("pairs in an epoch, by the weights of the sources", len(train))
+            report.note(f"pairs in an epoch, by weight{of_all}", len(train))
         tables, probe = {"train": train, **held_out}, None
         if held_out and self.train_probe:
-            size = min(len(train), len(held_out[HELD_OUT]))
-            probe = np.sort(np.random.default_rng(self.seed).choice(len(train), size, replace=False))
+            # Each pair once: repeated ones would make intervals look narrower.
+            _, first = np.unique(taken, return_index=True)
+            size = min(len(first), len(held_out[HELD_OUT]))
+            probe = np.sort(np.random.default_rng(self.seed).choice(first, size, replace=False))
             tables["train_probe"] = train.select(probe)
         monitored = next(iter(self.held_out_sources), "")
         self.splits = PreferenceSplits(tables, tokenizer, self.truncation, self.chat_template, probe, monitored)

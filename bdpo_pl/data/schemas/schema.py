@@ -205,10 +205,9 @@ def make_row(
     Raises:
         RowError: one of them contains an invalid value.
     """
-    category = record.fields.get("category")
     chosen_safe, rejected_safe = (parse_flag(record, name) for name in SAFETY_COLUMNS)
     fields: dict[str, Any] = {
-        "category": category if isinstance(category, str) else "",
+        "category": _category(record),
         "chosen_safe": chosen_safe,
         "rejected_safe": rejected_safe,
         "tools": _tools(record, record.fields.get("tools")),
@@ -272,6 +271,19 @@ def split_conversations(
     if cut == 0:
         raise RowError(record, "no prompt", "'chosen' and 'rejected' begin with the assistant; add a 'prompt' column")
     return chosen[:cut], chosen[cut:], rejected[cut:]
+
+
+def _category(record: Record) -> str:
+    value = record.fields.get("category")
+    labels = value if isinstance(value, list | tuple) else [] if value is None else [value]
+    if not all(isinstance(label, str | int) and not isinstance(label, bool) for label in labels):
+        raise RowError(
+            record,
+            "wrong type",
+            "field 'category' must be text, a whole number or a list of such, the label of the pair in reports; got "
+            f"{value!r:.40}. If the column means something else, --data.load.ignore '[category]' leaves it out",
+        )
+    return ", ".join(filter(None, map(str, labels)))
 
 
 def _tools(record: Record, value: object) -> list[Any] | None:

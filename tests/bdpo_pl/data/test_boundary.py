@@ -315,6 +315,33 @@ def test_keep_start_keeps_what_opens_the_assistants_turn():
     assert len(cut.prompt_ids) + max(len(cut.chosen_ids), len(cut.rejected_ids)) == 32
 
 
+def test_keep_start_keeps_what_opens_the_turn_under_a_rows_own_variables_and_behind_a_tool():
+    asked = [{**USER, "content": "w " * 60}]
+    pair, _ = encode(
+        tokenizer_for(T.QWEN3), asked, say("yes ."), say("no ."), template_kwargs={"enable_thinking": False}
+    )
+    opening = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    assert kept(tokenizer_for(T.QWEN3), pair).endswith(f" w{opening}")
+    # A tool's turn is closed by another text than a user's.
+    template = T.CHATML.replace("<|im_end|>", "{{ '<|im_out|>' if m.role == 'tool' else '<|im_end|>' }}")
+    template = template.replace("{{ m.content }}", "{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}")
+    asked = [USER, *say("", tool_calls=[CALL]), {"role": "tool", "content": "w " * 60}]
+    pair, _ = encode(tokenizer_for(template), asked, say("yes ."), say("no ."))
+    assert kept(tokenizer_for(template), pair).endswith("<|im_out|>\n<|im_start|>assistant\n")
+    # A template that takes no other words of a tool shows nowhere what closes its turn: the pair is left out.
+    picky = template.replace(
+        "{% for m in messages %}",
+        "{% for m in messages %}{% if m.role == 'tool' and 'w' not in m.content %}{{ 1 / 0 }}{% endif %}",
+    )
+    pair, _ = encode(tokenizer_for(picky), asked, say("yes ."), say("no ."))
+    assert (pair.header, Truncation(48, "keep_start").apply(pair, None)) == (None, None)
+    assert Truncation(48, "keep_end").apply(pair, None) is not None
+
+
+def kept(tokenizer, pair):
+    return tokenizer.decode(Truncation(48, "keep_start").apply(pair, None).prompt_ids)
+
+
 def test_masks_are_cut_with_their_responses():
     pair = PreferencePair([1] * 4, [5] * 6, [6] * 3, chosen_trained=(False, False, True, True, True, True))
     cut = Truncation(7, "keep_end", max_prompt_length=3).apply(pair, None)

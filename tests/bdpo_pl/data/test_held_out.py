@@ -80,6 +80,7 @@ def test_weight_and_limit_draw_a_part_of_a_set(files, model_dir):
     assert splits.held_out_pairs == {"near": 4, "far": 5}
     assert [report.kept for report in data.reports] == [24, 4, 5]
     assert data.reports[1].notes["left out by the limit of the source"] == "2"
+    assert data.reports[2].notes["left out by the weight of the source"] == "5"
     said, lengths = "prompt tokens: median / 95 % / max", splits.tables["held_out/far"].prompt_lengths
     assert (
         data.reports[2].notes[said] == f"{np.median(lengths):.0f} / {np.percentile(lengths, 95):.0f} / {lengths.max()}"

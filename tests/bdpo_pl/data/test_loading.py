@@ -47,6 +47,28 @@ def test_byte_order_mark_and_blank_lines_are_no_rows(load, tmp_path):
     assert (len(table), report.read) == (1, 1)
 
 
+def test_categories_are_labels_whatever_their_type(load, tmp_path):
+    """Numbers and lists were silently no category."""
+    import datasets
+
+    rows = preference_rows(4)
+    given = [3, ["a", "b"], None, "x"]
+    table, _ = load(write_jsonl(tmp_path / "a.jsonl", [{**r, "category": c} for r, c in zip(rows, given, strict=True)]))
+    assert table.categories == ["3", "a, b", "", "x"]
+    for wrong in (True, 1.5, {"a": True}, ["a", None]):
+        path = write_jsonl(tmp_path / "b.jsonl", [{**rows[0], "category": wrong}])
+        with pytest.raises(InputError, match=r"line 1: field 'category' must be text.*ignore '\[category\]'"):
+            load(path)
+    label = datasets.ClassLabel(names=["fraud", "theft"])
+    for kinds, feature, named in (
+        ([1, 0, -1, None], label, ["theft", "fraud", "", ""]),
+        ([[1, 0], [0], [], None], datasets.List(label), ["theft, fraud", "fraud", "", ""]),
+    ):
+        data = datasets.Dataset.from_list([{**r, "kind": kind} for r, kind in zip(rows, kinds, strict=True)])
+        data.cast_column("kind", feature).save_to_disk(str(tmp_path / feature._type))
+        assert load(tmp_path / feature._type, columns={"category": "kind"})[0].categories == named
+
+
 def test_implicit_prompts_in_text_and_messages(load, tmp_path, tokenizer):
     hh = {
         "chosen": "\n\nHuman: how ?\n\nAssistant: I water it .",

@@ -150,9 +150,22 @@ def test_data_module_mixes_holds_out_and_shows(tmp_path, model_dir, capsys):
     assert len(held_out) == 10
     assert "a.jsonl (weight 2)" in data.train_source
     shown = " ".join(capsys.readouterr().out.split())
-    assert data.reports[-1].notes["pairs in an epoch, by the weights of the sources"] == str(len(train))
+    assert data.reports[-1].notes["pairs in an epoch, by weight (of all sources)"] == str(len(train))
+    assert data.reports[-1].notes["held out for validation, by prompt (of all sources)"] == "10"
     assert "▌" in shown
     assert "<|im_start|>assistant" in shown
+
+
+def test_the_probe_measures_each_pair_once(tmp_path, model_dir):
+    """It was drawn from the repeated pairs, so intervals were too narrow."""
+    rows = preference_rows(16)
+    train, held_out = (
+        str(write_jsonl(tmp_path / f"{n}.jsonl", part)) for n, part in (("a", rows[:6]), ("b", rows[6:]))
+    )
+    splits = PreferenceDataModule([DataSource(train, 3.0)], held_out).read(ModelSource(str(model_dir)))
+    probe = splits.tables["train_probe"]
+    assert (len(splits.tables["train"]), len(probe), len(set(probe.places))) == (18, 6, 6)
+    assert probe.places == [splits.tables["train"].places[i] for i in splits.probe_indices]
 
 
 @pytest.mark.parametrize("apart", [True, False])

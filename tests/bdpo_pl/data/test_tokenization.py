@@ -1,11 +1,18 @@
 """The prompt/response boundary, BOS and EOS, null prompts."""
 
-import pytest
-from makers import build_tokenizer
+from dataclasses import replace
 
+import numpy as np
+import pytest
+from chat_templates import QWEN3, tokenizer_for
+from makers import build_tokenizer, preference_rows, write_jsonl
+
+from bdpo_pl.data.loading import load_pairs
+from bdpo_pl.data.mixture import join
 from bdpo_pl.data.rows import PreferenceRow, RowError
 from bdpo_pl.data.sources import Record
 from bdpo_pl.data.tokenization import PairTokenizer
+from bdpo_pl.data.truncation import Truncation
 from bdpo_pl.errors import InputError
 
 HERE = Record("file.jsonl", 1, {})
@@ -180,3 +187,40 @@ def test_all_tokens_of_an_answers_last_character_are_trained(emoji):
     trained = [i for i, flag in zip(pair.chosen_ids, pair.chosen_trained, strict=True) if flag]
     assert tokenizer.decode(trained).count(emoji) == 2
     assert "why" not in tokenizer.decode(trained)
+
+
+THINKING, SILENT = {"enable_thinking": True}, {"enable_thinking": False}
+
+
+def load_asked(path, tokenizer, variables):
+    rows = [
+        {**row, "chat_template_kwargs": v} for row, v in zip(preference_rows(len(variables)), variables, strict=True)
+    ]
+    return load_pairs("train", str(write_jsonl(path, rows)), PairTokenizer(tokenizer), Truncation(256))
+
+
+def test_null_prompt_ends_like_the_prompts_of_rows_with_variables_of_their_own(tmp_path):
+    """The prompt ended with an empty thought and the null prompt did not, so the first token bore the difference."""
+    tokenizer = tokenizer_for(QWEN3)
+    plain = "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n"
+    closed = plain + "<think>\n\n</think>\n\n"
+    table, _ = load_asked(tmp_path / "a.jsonl", tokenizer, [SILENT, SILENT])
+    assert list(map(tokenizer.decode, table.null_prompts)) == [closed]
+    # Of rows that differ, each has the null prompt that ends like its prompt.
+    mixed, report = load_asked(tmp_path / "b.jsonl", tokenizer, [THINKING, SILENT, {**SILENT, "a": 1}, {}])
+    assert [tokenizer.decode(mixed.null_prompt_of(i)) for i in range(4)] == [plain, closed, closed, plain]
+    assert mixed.content_digest() != replace(mixed, own_null_prompts=None).content_digest()
+    part = mixed.select(np.array([2, 1]))
+    assert (part.null_prompt_ids, part.own_null_prompts) == (mixed.null_prompt_of(1), None)
+    joined, _ = join([part, table], [1.0, 1.0], [report, report], "keep")
+    assert joined.null_prompts == table.null_prompts
+    joined, _ = join([table, mixed], [1.0, 1.0], [report, report], "keep")
+    found = [tokenizer.decode(joined.null_prompt_of(i)) for i in range(6)]
+    assert found == [closed, closed, plain, closed, closed, plain]
+
+
+def test_null_prompt_has_the_variables_that_all_rows_have(tmp_path):
+    tokenizer = tokenizer_for("{{ a }}{{ b }}" + QWEN3)
+    for variables, shown in (([{"a": "x", "b": "y"}] * 2, "xy"), ([{"a": "x", "b": "y"}, {"a": "x", "b": "z"}], "x")):
+        table, _ = load_asked(tmp_path / "a.jsonl", tokenizer, variables)
+        assert [tokenizer.decode(ids).partition("<")[0] for ids in table.null_prompts] == [shown]

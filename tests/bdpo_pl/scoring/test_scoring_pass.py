@@ -58,6 +58,13 @@ def test_four_scorings_of_every_pair(model, table, batch_tokens):
     assert scores.hsic is None
 
 
+def test_each_pair_is_scored_against_its_own_null_prompt(model, table):
+    other = [5, 6, 7]
+    scores = score_pairs(model, table.with_null_prompts([*[NULL] * 4, *[other] * 7]), [3, 4])
+    for at, (i, null) in enumerate(((3, NULL), (4, other))):
+        assert scores.null[0, at] == pytest.approx(logp_alone(model, null, table[i].chosen_ids), abs=1e-4)
+
+
 def test_without_comprehension_there_are_no_null_scores(model, table):
     assert score_pairs(model, table, [0, 1], comprehension=False).null is None
 
