@@ -275,7 +275,9 @@ class StopSignals(L.Callback):
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # At the end of a fit the Trainer has restored the handlers itself, and the one from before was its own.
+            if signal.getsignal(number) == self._receive:
+                signal.signal(number, handler)
         self._before.clear()
 
 

@@ -52,6 +52,10 @@ def same(result, expected):
     assert max(evaluations) == max(expected[1])
 
 
+def handlers():
+    return signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+
+
 def logged(folder, name):
     """What was logged, by row; the clock aside."""
     return training.rows(folder / name / "metrics.csv")
@@ -65,12 +69,14 @@ def logged(folder, name):
 )
 def test_signal_finishes_the_step_and_the_run_goes_on_exactly(folder, whole, number, step):
     name = f"{int(number)}-{step}"
-    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    before = handlers()
     with pytest.raises(StoppedError, match=rf"stopped by {number.name} after {step + 1} optimiser steps") as stopped:
         stopped_ranks.run(folder, f"one-{name}", 1, stopped_ranks.SignalAt(number, 0, step))
     assert stopped.value.signal == number
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    assert handlers() == before
     same(stopped_ranks.resume(folder, name, 1, "one")[:2], whole)
+    # After a run that ends by itself, too.
+    assert handlers() == before
     # Row by row, and the window of a log line that began before the stop.
     rows = logged(folder, f"one-{name}")
     if step < 7:
