@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from bdpo_pl.errors import InputError, NonFiniteError
-from bdpo_pl.training.checkpoints import before_the_batch, is_amid_accumulation
+from bdpo_pl.training.checkpoints import before_the_batch, checkpoint_folder, is_amid_accumulation
 from bdpo_pl.training.one_file import link, link_best_to_last, written_now
 from bdpo_pl.training.safety_probe import _GAP
 
@@ -142,7 +142,7 @@ class SaveOnNonFinite(L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Write `last-good.ckpt`, and name it in the error. All ranks raise the error, so all of them save."""
         if isinstance(exception, NonFiniteError) and pl_module.trainer.optimizers:
-            path = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints" / "last-good.ckpt"
+            path = checkpoint_folder(trainer) / "last-good.ckpt"
             with _before_the_step(trainer):
                 trainer.save_checkpoint(path)
             rank_zero_info(f"Saved the last good state to {path}")

@@ -15,9 +15,11 @@ from makers import build_model, build_tokenizer, preference_rows, write_jsonl
 from ranks import run_ranks
 from sharded_jobs import spawn
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+from trackers import Wandb
 
 from bdpo_pl.errors import InputError, MachineError, StoppedError
-from bdpo_pl.training.checkpoints import AtomicCheckpointIO, find_checkpoint, is_whole
+from bdpo_pl.training.callbacks import LastCheckpoint
+from bdpo_pl.training.checkpoints import AtomicCheckpointIO, StopSignals, find_checkpoint, is_whole
 
 
 @pytest.fixture(scope="module")
@@ -220,3 +222,13 @@ def test_checkpoint_that_would_run_code_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"bomb\.ckpt does not load as a checkpoint"):
         AtomicCheckpointIO().load_checkpoint(tmp_path / "bomb.ckpt", weights_only=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_all_checkpoints_of_a_run_are_in_its_own_folder(tmp_path):
+    """W&B has one folder for all runs, in which Lightning gives each its own: what a stop saves belongs there too."""
+    logger = Wandb([])
+    vars(logger).update(_save_dir=str(tmp_path), _project="aligned", _experiment=None, _id="run7")
+    last = LastCheckpoint()
+    trainer = stopped_ranks.L.Trainer(accelerator="cpu", logger=logger, callbacks=[last], enable_progress_bar=False)
+    last.setup(trainer, None, "fit")
+    assert StopSignals._path(trainer) == tmp_path / "aligned" / "run7" / "checkpoints" / "last.ckpt"
