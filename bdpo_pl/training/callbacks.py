@@ -175,7 +175,8 @@ class RandomState(L.Callback):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Collect the states of all ranks' generators. All ranks call this method."""
         state = {"cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
+        # Asked for in a run on the CPU, it would take up the GPU.
+        if trainer.strategy.root_device.type == "cuda":
             state["cuda"] = torch.cuda.get_rng_state()
         checkpoint["random_state"] = {name: _of_all_ranks(trainer, value) for name, value in state.items()}
 
@@ -188,7 +189,7 @@ class RandomState(L.Callback):
                 rank_zero_info(f"The random state is not restored: it was saved on {ranks} ranks")
             return
         torch.set_rng_state(state["cpu"][trainer.global_rank].clone())
-        if "cuda" in state and torch.cuda.is_available():
+        if "cuda" in state and trainer.strategy.root_device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda"][trainer.global_rank].clone())
 
 

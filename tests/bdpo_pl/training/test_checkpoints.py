@@ -18,7 +18,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from trackers import Wandb
 
 from bdpo_pl.errors import InputError, MachineError, StoppedError
-from bdpo_pl.training.callbacks import LastCheckpoint
+from bdpo_pl.training.callbacks import LastCheckpoint, RandomState
 from bdpo_pl.training.checkpoints import AtomicCheckpointIO, StopSignals, find_checkpoint, is_whole
 
 
@@ -232,3 +232,16 @@ def test_all_checkpoints_of_a_run_are_in_its_own_folder(tmp_path):
     trainer = stopped_ranks.L.Trainer(accelerator="cpu", logger=logger, callbacks=[last], enable_progress_bar=False)
     last.setup(trainer, None, "fit")
     assert StopSignals._path(trainer) == tmp_path / "aligned" / "run7" / "checkpoints" / "last.ckpt"
+
+
+def test_a_run_on_the_cpu_leaves_the_gpu_alone(monkeypatch):
+    trainer = stopped_ranks.L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("get_rng_state", "set_rng_state"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: pytest.fail("initialised"))
+    checkpoint = {}
+    RandomState().on_save_checkpoint(trainer, None, checkpoint)
+    assert checkpoint["random_state"].keys() == {"cpu"}
+    # One of a run on a GPU.
+    checkpoint["random_state"]["cuda"] = torch.zeros(1, 16, dtype=torch.uint8)
+    RandomState().on_load_checkpoint(trainer, None, checkpoint)
