@@ -25,7 +25,7 @@ from bdpo_pl.models.checkpoint import read_checkpoint
 from bdpo_pl.parallel.state import whole_state
 from bdpo_pl.reporting.format import plural, seconds
 from bdpo_pl.training.callbacks import LastCheckpoint
-from bdpo_pl.training.checkpoints import find_checkpoint, what_is_saved
+from bdpo_pl.training.checkpoints import find_checkpoint, known_folder, what_is_saved
 from bdpo_pl.training.completions import LogCompletions
 from bdpo_pl.training.completions_file import CompletionsFile, read_rows
 from bdpo_pl.training.disk import SaysDisk
@@ -73,13 +73,15 @@ def run(args: list[str], description: str | None) -> None:
     upload = HubUpload(named, cli.config.hub_private_repo) if named is not None and first else None
     if upload is not None:
         upload.make_repository()
-    with RunFolder(Path(trainer.log_dir or trainer.default_root_dir)) if first else nullcontext():
+    folder = Path(trainer.log_dir or trainer.default_root_dir) if first else None
+    with nullcontext() if folder is None else RunFolder(folder):
         try:
             _align(cli, checkpoint, start, upload)
         except StoppedError as stopped:
-            if stopped.saved:
+            # The other processes may go on, so this one must not ask them for anything.
+            if stopped.saved or folder is None:
                 raise
-            saved = what_is_saved(Path(trainer.log_dir or trainer.default_root_dir), checkpoint)
+            saved = what_is_saved(known_folder(trainer) or folder / "checkpoints", checkpoint)
             raise StoppedError(f"{stopped}; {saved}", stopped.signal, saved=True) from None
 
 

@@ -6,7 +6,8 @@ Shapes: B pairs; sequences 0 … B−1 are the chosen responses, B … 2B−1 th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,6 +61,13 @@ class PreferenceBatch:
     def loss_weight(self) -> Tensor:
         """Factor of each pair's loss, (B,) float32: `pair_weight` times the data's own."""
         return self.pair_weight if self.given_weight is None else self.pair_weight * self.given_weight
+
+    def pin_memory(self) -> PreferenceBatch:
+        """Return the batch in pinned memory, from which a GPU copies while the host goes on; the loader calls this."""
+        pinned: dict[str, Any] = {
+            name: value.pin_memory() for name, value in vars(self).items() if isinstance(value, Tensor | SequenceBatch)
+        }
+        return replace(self, **pinned)
 
 
 def bits_of(weights: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ Shapes: R rows; T positions; S sequences, one per response; N scored tokens.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from types import MappingProxyType
@@ -123,12 +123,17 @@ class SequenceBatch:
 
     def to(self, device: torch.device) -> SequenceBatch:
         """Return the batch on `device`."""
-        moved: dict[str, Any] = {
-            f.name: value.to(device, non_blocking=True)
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> SequenceBatch:
+        """Return the batch in pinned memory, from which a GPU copies while the host goes on."""
+        return self._with(lambda tensor: tensor.pin_memory())
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> SequenceBatch:
+        changed: dict[str, Any] = {
+            f.name: change(value) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
         }
-        return replace(self, **moved)
+        return replace(self, **changed)
 
 
 def parts_of(batch: SequenceBatch, lengths: Tensor) -> SequenceBatch:

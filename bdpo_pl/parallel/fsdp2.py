@@ -8,6 +8,7 @@ wrote them.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -210,7 +211,7 @@ class ShardedStrategy(ModelParallelStrategy):
         self.barrier()
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load a checkpoint. Every rank maps the file and reads its own part."""
+        """Load a checkpoint. Every rank maps the file and reads its own part; the optimisers' state follows later."""
         path = Path(self.broadcast(checkpoint_path))
         if path.is_dir():
             assert self.lightning_module is not None
@@ -218,9 +219,17 @@ class ShardedStrategy(ModelParallelStrategy):
         checkpoint = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
         assert self.lightning_module is not None
         load_state(self.lightning_module, checkpoint["state_dict"])
-        for optimizer, state in zip(self.optimizers, checkpoint.get("optimizer_states", ()), strict=False):
-            load_optimizer_state(getattr(optimizer, "_optimizer", optimizer), state)
         return checkpoint
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """True: Lightning calls `load_optimizer_state_dict`, after the module has adapted an older checkpoint."""
+        return True
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Load this rank's part of the optimisers' state; of a checkpoint in parts nothing is left to load."""
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
+            load_optimizer_state(getattr(optimizer, "_optimizer", optimizer), state)
 
 
 StrategyRegistry.register("fsdp2", ShardedStrategy, description="FSDP2, with tensor or context parallelism")

@@ -149,8 +149,9 @@ def say(line: str) -> None:
 def memory_used() -> int:
     """Return this process's peak memory in bytes: of the GPU if it uses one, else of main memory; 0 if unknown."""
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        return int(torch.cuda.max_memory_allocated())
+    # A run on the CPU may have initialised the GPU without using it.
+    if torch is not None and torch.cuda.is_initialized() and (peak := int(torch.cuda.max_memory_allocated())):
+        return peak
     try:
         import resource
     except ImportError:

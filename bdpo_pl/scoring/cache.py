@@ -10,7 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
+import time
 import warnings
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,9 @@ from safetensors.numpy import save
 from bdpo_pl.errors import InputError
 from bdpo_pl.files import write_whole
 from bdpo_pl.scoring.scores import ScoreTable
+
+_PAUSES_S = (0.0, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
+"""Pauses before a process looks again for chunks that others have written."""
 
 
 def default_cache_dir() -> Path:
@@ -78,6 +85,22 @@ class ScoreCache:
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             warnings.warn(f"score cache: {path} is not used and will be scored again: {error}", stacklevel=2)
             return None
+
+    def load_late(self, chunks: Sequence[ScoreTable | None]) -> list[ScoreTable | None]:
+        """Return `chunks`, with those that other processes have just written and this machine did not find yet.
+
+        A client of NFS remembers for up to a minute that a file was not there, unless it changes the folder, as by the
+        temporary file here.
+        """
+        found = list(chunks)
+        for pause in _PAUSES_S:
+            if all(scores is not None for scores in found):
+                break
+            with suppress(OSError), tempfile.NamedTemporaryFile(dir=self.folder):
+                pass
+            time.sleep(pause)
+            found = [self.load(number) if scores is None else scores for number, scores in enumerate(found)]
+        return found
 
     def save(self, chunk: int, scores: ScoreTable) -> None:
         """Write the scores of `chunk`, completely or not at all."""

@@ -231,7 +231,7 @@ def score_table(
                 if machine.rank < len(turn):
                     cache.save(turn[machine.rank], found)
         machine.barrier()
-        chunks = [scores or cache.load(chunk) for chunk, scores in enumerate(chunks)]
+        chunks = cache.load_late([scores or cache.load(chunk) for chunk, scores in enumerate(chunks)])
     complete = [scores for scores in chunks if scores is not None]
     if len(complete) < len(chunks):
         raise InputError(

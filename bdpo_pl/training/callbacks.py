@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from bdpo_pl.errors import InputError, NonFiniteError
-from bdpo_pl.training.checkpoints import before_the_batch, is_amid_accumulation
+from bdpo_pl.training.checkpoints import before_the_batch, checkpoint_folder, is_amid_accumulation
 from bdpo_pl.training.one_file import link, link_best_to_last, written_now
 from bdpo_pl.training.safety_probe import _GAP
 
@@ -142,7 +142,7 @@ class SaveOnNonFinite(L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Write `last-good.ckpt`, and name it in the error. All ranks raise the error, so all of them save."""
         if isinstance(exception, NonFiniteError) and pl_module.trainer.optimizers:
-            path = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints" / "last-good.ckpt"
+            path = checkpoint_folder(trainer) / "last-good.ckpt"
             with _before_the_step(trainer):
                 trainer.save_checkpoint(path)
             rank_zero_info(f"Saved the last good state to {path}")
@@ -175,7 +175,8 @@ class RandomState(L.Callback):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Collect the states of all ranks' generators. All ranks call this method."""
         state = {"cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
+        # Asked for in a run on the CPU, it would take up the GPU.
+        if trainer.strategy.root_device.type == "cuda":
             state["cuda"] = torch.cuda.get_rng_state()
         checkpoint["random_state"] = {name: _of_all_ranks(trainer, value) for name, value in state.items()}
 
@@ -188,7 +189,7 @@ class RandomState(L.Callback):
                 rank_zero_info(f"The random state is not restored: it was saved on {ranks} ranks")
             return
         torch.set_rng_state(state["cpu"][trainer.global_rank].clone())
-        if "cuda" in state and torch.cuda.is_available():
+        if "cuda" in state and trainer.strategy.root_device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda"][trainer.global_rank].clone())
 
 

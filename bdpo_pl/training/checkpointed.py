@@ -127,8 +127,9 @@ class CheckpointedModule(WatchedModule):
             for number, (names, _) in parameters_with_names(self).items():
                 if number in wanted:
                     value = whole(wanted[number])
-                    held = [name for name in names if name in checkpoint["state_dict"]]
-                    checkpoint["state_dict"].update(dict.fromkeys(held, value))
+                    if held := [name for name in names if name in checkpoint["state_dict"]]:
+                        # The device needs memory for a whole weight, so they are kept on the CPU.
+                        checkpoint["state_dict"].update(dict.fromkeys(held, value.cpu()))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the measurements; refuse the checkpoint of another model.

@@ -254,7 +254,7 @@ class StopSignals(L.Callback):
 
     @staticmethod
     def _path(trainer: L.Trainer) -> Path:
-        return Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints" / LAST
+        return checkpoint_folder(trainer) / LAST
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
@@ -275,7 +275,9 @@ class StopSignals(L.Callback):
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # At the end of a fit the Trainer has restored the handlers itself, and the one from before was its own.
+            if signal.getsignal(number) == self._receive:
+                signal.signal(number, handler)
         self._before.clear()
 
 
@@ -328,14 +330,30 @@ def is_amid_accumulation(trainer: L.Trainer) -> bool:
     return under_way and trainer.fit_loop.epoch_loop._should_accumulate()
 
 
+def known_folder(trainer: L.Trainer) -> Path | None:
+    """Return the folder in which `last.ckpt` is written at validations; None before Lightning has chosen it."""
+    for callback in trainer.checkpoint_callbacks:
+        if hasattr(callback, "write_now") and (folder := getattr(callback, "dirpath", None)) is not None:
+            return Path(folder)
+    return None
+
+
+def checkpoint_folder(trainer: L.Trainer) -> Path:
+    """Return the folder of the run's checkpoints. All ranks call this.
+
+    Loggers such as that of W&B keep all runs in one folder, in which Lightning gives each run its own checkpoints.
+    """
+    return known_folder(trainer) or Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
+
+
 def what_is_saved(folder: Path, resumed_from: str | None) -> str:
     """Describe what a stopped run has saved in `folder`, and how to resume it.
 
     Args:
-        folder: folder of the run.
+        folder: folder of the run's checkpoints.
         resumed_from: checkpoint from which the run was resumed, if any.
     """
-    path = folder / "checkpoints" / LAST
+    path = folder / LAST
     if is_whole(path):
         return f"{path} is written; resume with the same command and --ckpt_path {path}"
     if resumed_from is not None:

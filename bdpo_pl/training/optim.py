@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -58,11 +59,14 @@ def in_todays_groups(saved: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     if [len(group["params"]) for group in saved["param_groups"]] != [len(members) for members in earlier]:
         return saved
     number_of = {id(p): number for p, number in zip([*earlier[0], *earlier[1]], numbers, strict=True)}
+    order = [number_of[id(p)] for members in today for p in members]
+    state = {place: saved["state"][number] for place, number in enumerate(order) if number in saved["state"]}
+    places = itertools.count()
     groups = [
-        {**group, "params": [number_of[id(p)] for p in members]}
+        {**group, "params": [next(places) for _ in members]}
         for group, members in zip(saved["param_groups"], today, strict=True)
     ]
-    return {**saved, "param_groups": groups}
+    return {**saved, "state": state, "param_groups": groups}
 
 
 def scale_rates(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

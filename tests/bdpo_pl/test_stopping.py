@@ -4,12 +4,17 @@ import os
 import re
 import signal
 
+import lightning as L
 import pytest
 import torch
 from makers import preference_rows, write_jsonl
 from training import rows
 
+from bdpo_pl.cli import aligning
+from bdpo_pl.errors import StoppedError
 from bdpo_pl.fit import main
+from bdpo_pl.training.callbacks import LastCheckpoint
+from bdpo_pl.training.checkpoints import LAST, AtomicCheckpointIO
 from bdpo_pl.training.module import PreferenceModule
 
 STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
@@ -147,6 +152,28 @@ def test_in_training_and_after_it(runs, whole, monkeypatch, capfd, request, plac
     table = said[said.index("What changed") :]
     assert "–" not in table[: table.index("Written")]
     assert (folder / "model").is_dir()
+
+
+def test_what_is_saved_is_said_without_asking_another_process(runs, monkeypatch, tmp_path, capfd):
+    """The others may train on, and would never answer."""
+
+    def stopped(cli, *_):
+        last = next(callback for callback in cli.trainer.callbacks if isinstance(callback, LastCheckpoint))
+        # As with W&B, not in the folder of the logger.
+        last.dirpath = str(tmp_path)
+        AtomicCheckpointIO().save_checkpoint({}, tmp_path / LAST)
+        monkeypatch.setattr(L.Trainer, "log_dir", property(lambda _: pytest.fail("asked")))
+        raise StoppedError("stopped by SIGTERM", signal.SIGTERM)
+
+    monkeypatch.setattr(aligning, "_align", stopped)
+    assert runs("--trainer.logger.init_args.version=asked") == 143
+    assert f"stopped by SIGTERM; {tmp_path / LAST} is written; resume with the same command" in printed(capfd)
+    monkeypatch.undo()
+    # Another process than the first has no folder.
+    monkeypatch.setattr(aligning, "_align", stopped)
+    monkeypatch.setattr(aligning.rank_zero_only, "rank", 1)
+    assert runs() == 143
+    assert printed(capfd).endswith("error: stopped by SIGTERM")
 
 
 def test_dropout_after_a_stop_is_that_of_a_run_that_nothing_stops(runs, monkeypatch):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.plugins.precision import HalfPrecision
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from bdpo_pl.data.batches import PairDataset
 from bdpo_pl.data.packing import RowLayout
@@ -45,6 +46,20 @@ def test_half_precision_rounds_no_weight(precision):
     for name in ("pair_weight", "given_weight", "loss_weight"):
         assert torch.equal(getattr(given, name), getattr(batch, name))
     assert given.loss_weight.tolist() == pytest.approx([1.7 / 3, 0.6 / 3], rel=1e-6)
+
+
+def test_the_loader_pins_every_tensor_of_a_batch(monkeypatch):
+    pairs = [PreferencePair([1], [2, 3], [4]), PreferencePair([1, 1], [5], [6, 7, 8])]
+    table = PairTable.from_pairs(pairs, [1], weights=np.array([0.3, 1.7], dtype=np.float32))
+    batch = PairDataset(table, 0).collate([(1, 0.5), (0, 0.5)])
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.to("meta"))
+    pinned = pin_memory(batch)
+    for before, after in ((batch, pinned), (batch.sequences, pinned.sequences)):
+        for name, value in vars(before).items():
+            if isinstance(value, torch.Tensor):
+                assert getattr(after, name).is_meta
+                assert not value.is_meta
+    assert pinned.num_tokens == batch.num_tokens
 
 
 def test_shared_batch_reads_each_prompt_once():

@@ -1,5 +1,7 @@
 """Long work, seen in a log file."""
 
+import torch
+
 from bdpo_pl.reporting import progress
 from bdpo_pl.reporting.progress import Lines
 
@@ -51,6 +53,14 @@ def test_without_a_terminal_lines_are_printed_at_once(capsys):
     with progress.progress("prompts", enabled=False) as silent:
         silent.advance(silent.add_task("", total=1), 1)
     assert capsys.readouterr().out == ""
+
+
+def test_a_gpu_that_nothing_is_on_is_not_the_memory_of_a_run_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
+    assert progress.memory_used() > 1e6
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7)
+    assert progress.memory_used() == 7
 
 
 def test_bars_fit_80_columns(monkeypatch):

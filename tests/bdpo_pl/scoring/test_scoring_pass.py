@@ -3,8 +3,10 @@
 import contextlib
 import json
 import re
+import tempfile
 import warnings
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +24,11 @@ from bdpo_pl.scoring.machine import Machine
 from bdpo_pl.scoring.scoring_pass import ScoringOptions, score_pairs, score_table
 
 NULL = [3, 8]
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    monkeypatch.setattr("bdpo_pl.scoring.cache._PAUSES_S", (0.0,))
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +192,19 @@ def test_damaged_and_foreign_chunks_are_refused_and_scored_again(model, table, t
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run(table, Counter(model), tmp_path)
+
+
+def test_chunks_that_this_machine_remembers_as_missing_are_found(model, table, tmp_path, monkeypatch):
+    """A client of NFS answers from memory until it changes the folder; of four ranks the last one has no chunk."""
+    expected, cache = run(table, Counter(model), tmp_path)
+    missing = {chunk(cache, number) for number in range(cache.num_chunks)}
+    exists, create = Path.exists, tempfile.NamedTemporaryFile
+    monkeypatch.setattr(Path, "exists", lambda path: path not in missing and exists(path))
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", lambda **options: (missing.clear(), create(**options))[1])
+    files = sorted(cache.folder.iterdir())
+    found, _ = run(table, Counter(model, fail_after=0), tmp_path, machine=Machine(rank=3, world_size=4))
+    np.testing.assert_array_equal(found.reference, expected.reference)
+    assert sorted(cache.folder.iterdir()) == files
 
 
 def test_two_ranks_give_the_cache_of_one(model, table, tmp_path):

@@ -16,6 +16,7 @@ from bdpo_pl.losses import BalancedDPOLoss, DPOLoss
 from bdpo_pl.losses.balanced_dpo import imbalance_spread
 from bdpo_pl.scoring.reference_sync import SyncOptions
 from bdpo_pl.training.identity import RunIdentity
+from bdpo_pl.training.schedule_free import ScheduleFreeAdamW
 
 ROWS = preference_rows(60)[40:]
 
@@ -110,6 +111,22 @@ def test_tau_is_measured_where_the_checkpoint_has_none_of_the_estimator(job, beg
     with caplog.at_level(logging.INFO):
         resumed = at_once(job, checkpoint, loss=auto("ifd"))
     assert f"whose estimator is {was}; by ifd: tau {resumed.loss.temperature():.4g}" in caplog.text
+
+
+class OnDevice:
+    """A whole weight in the memory of a device."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def cpu(self):
+        return self.value
+
+
+def test_a_checkpoint_keeps_no_whole_average_on_the_device(begun, monkeypatch):
+    monkeypatch.setattr("bdpo_pl.training.checkpointed.whole", OnDevice)
+    saved = torch.load(begun(optimizer=ScheduleFreeAdamW, lr_schedule="constant"), weights_only=True)
+    assert all(isinstance(value, torch.Tensor) for value in saved["state_dict"].values())
 
 
 def test_comprehension_under_the_policy_is_left_out_where_it_is_not_measured(job, begun):

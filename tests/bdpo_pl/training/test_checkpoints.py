@@ -15,9 +15,11 @@ from makers import build_model, build_tokenizer, preference_rows, write_jsonl
 from ranks import run_ranks
 from sharded_jobs import spawn
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+from trackers import Wandb
 
 from bdpo_pl.errors import InputError, MachineError, StoppedError
-from bdpo_pl.training.checkpoints import AtomicCheckpointIO, find_checkpoint, is_whole
+from bdpo_pl.training.callbacks import LastCheckpoint, RandomState
+from bdpo_pl.training.checkpoints import AtomicCheckpointIO, StopSignals, find_checkpoint, is_whole
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +54,10 @@ def same(result, expected):
     assert max(evaluations) == max(expected[1])
 
 
+def handlers():
+    return signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+
+
 def logged(folder, name):
     """What was logged, by row; the clock aside."""
     return training.rows(folder / name / "metrics.csv")
@@ -65,12 +71,14 @@ def logged(folder, name):
 )
 def test_signal_finishes_the_step_and_the_run_goes_on_exactly(folder, whole, number, step):
     name = f"{int(number)}-{step}"
-    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    before = handlers()
     with pytest.raises(StoppedError, match=rf"stopped by {number.name} after {step + 1} optimiser steps") as stopped:
         stopped_ranks.run(folder, f"one-{name}", 1, stopped_ranks.SignalAt(number, 0, step))
     assert stopped.value.signal == number
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    assert handlers() == before
     same(stopped_ranks.resume(folder, name, 1, "one")[:2], whole)
+    # After a run that ends by itself, too.
+    assert handlers() == before
     # Row by row, and the window of a log line that began before the stop.
     rows = logged(folder, f"one-{name}")
     if step < 7:
@@ -214,3 +222,26 @@ def test_checkpoint_that_would_run_code_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"bomb\.ckpt does not load as a checkpoint"):
         AtomicCheckpointIO().load_checkpoint(tmp_path / "bomb.ckpt", weights_only=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_all_checkpoints_of_a_run_are_in_its_own_folder(tmp_path):
+    """W&B has one folder for all runs, in which Lightning gives each its own: what a stop saves belongs there too."""
+    logger = Wandb([])
+    vars(logger).update(_save_dir=str(tmp_path), _project="aligned", _experiment=None, _id="run7")
+    last = LastCheckpoint()
+    trainer = stopped_ranks.L.Trainer(accelerator="cpu", logger=logger, callbacks=[last], enable_progress_bar=False)
+    last.setup(trainer, None, "fit")
+    assert StopSignals._path(trainer) == tmp_path / "aligned" / "run7" / "checkpoints" / "last.ckpt"
+
+
+def test_a_run_on_the_cpu_leaves_the_gpu_alone(monkeypatch):
+    trainer = stopped_ranks.L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("get_rng_state", "set_rng_state"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: pytest.fail("initialised"))
+    checkpoint = {}
+    RandomState().on_save_checkpoint(trainer, None, checkpoint)
+    assert checkpoint["random_state"].keys() == {"cpu"}
+    # One of a run on a GPU.
+    checkpoint["random_state"]["cuda"] = torch.zeros(1, 16, dtype=torch.uint8)
+    RandomState().on_load_checkpoint(trainer, None, checkpoint)

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from architectures import tiny
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from makers import build_model
 
+from bdpo_pl.parallel.fsdp2 import ShardedStrategy
 from bdpo_pl.training.optim import in_todays_groups, lr_lambda, parameter_groups, warn_of_lost_updates
 from bdpo_pl.training.optimizers import is_hidden_matrix
 
@@ -32,7 +34,8 @@ def test_biases_of_experts_are_vectors_and_no_matrices():
     assert not [name for name, p in biases.items() if is_hidden_matrix(p)]
 
 
-def test_a_state_of_earlier_groups_finds_its_weights():
+@pytest.mark.parametrize("kind", [SingleDeviceStrategy, ShardedStrategy])
+def test_a_state_of_earlier_groups_finds_its_weights(kind):
     model = tiny("gpt-oss")
     parameters = list(model.parameters())
     groups = [
@@ -43,7 +46,11 @@ def test_a_state_of_earlier_groups_finds_its_weights():
     for number, p in enumerate(parameters):
         p.grad = torch.full_like(p, float(number))
     earlier.step()
-    now.load_state_dict(in_todays_groups(earlier.state_dict(), model))
+    strategy = kind()
+    strategy.optimizers = [now]
+    # Lightning calls it after the module has adapted the checkpoint.
+    assert strategy.lightning_restore_optimizer
+    strategy.load_optimizer_state_dict({"optimizer_states": [in_todays_groups(earlier.state_dict(), model)]})
     assert all(torch.equal(now.state[p]["exp_avg"], earlier.state[p]["exp_avg"]) for p in parameters)
     # One of today's stays as it is.
     saved = now.state_dict()
