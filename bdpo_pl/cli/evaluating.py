@@ -101,7 +101,7 @@ def run(args: list[str], description: str | None) -> None:
     bare = [load_suite(spec, options.max_prompts) for spec in options.suites or OWN_SUITES]
     _check_served(subjects, options)
     devices = choose_devices(options.device, options.devices)
-    framed, attacks = choose_attacks(options.attacks, bare)
+    framed, attacks = choose_attacks(options.attacks, bare, options.max_prompts)
     _check_budget(options.budget, attacks)
     suites = fit_suites([*bare, *framed], subjects, options.generation)
     gates.check_names(limits, [suite.name for suite in suites], [one.label for one in subjects])
