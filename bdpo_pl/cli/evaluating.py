@@ -101,9 +101,11 @@ def run(args: list[str], description: str | None) -> None:
     bare = [load_suite(spec, options.max_prompts) for spec in options.suites or OWN_SUITES]
     _check_served(subjects, options)
     devices = choose_devices(options.device, options.devices)
+    # Attacks start from the prompts that fit.
+    bare = fit_suites(bare, subjects, options.generation)
     framed, attacks = choose_attacks(options.attacks, bare, options.max_prompts)
     _check_budget(options.budget, attacks)
-    suites = fit_suites([*bare, *framed], subjects, options.generation)
+    suites = [*bare, *fit_suites(framed, subjects, options.generation)]
     gates.check_names(limits, [suite.name for suite in suites], [one.label for one in subjects])
     with RunFolder(folder, "folder"):
         evaluation, runner = _evaluate(options, subjects, suites, attacks, folder, notes, devices)
