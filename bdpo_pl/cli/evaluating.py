@@ -24,10 +24,9 @@ from bdpo_pl.evaluation.answering import Asker
 from bdpo_pl.evaluation.attacks.budget import Budget, BudgetOptions
 from bdpo_pl.evaluation.attacks.choice import Attacks, choose_attacks
 from bdpo_pl.evaluation.exported import check_export, write_answers
-from bdpo_pl.evaluation.judges.agreement import LABELLED_FILE, Agreement, measure_agreement, read_labelled
 from bdpo_pl.evaluation.judges.judge import Judge
-from bdpo_pl.evaluation.judges.learned.refusal_model import LearnedJudge
 from bdpo_pl.evaluation.judges.phrases import PhraseJudge
+from bdpo_pl.evaluation.labels import Labels
 from bdpo_pl.evaluation.measures import ability
 from bdpo_pl.evaluation.next_round import write_rows
 from bdpo_pl.evaluation.options import EvaluateOptions, parse
@@ -210,22 +209,6 @@ def _embedded_job(options: EvaluateOptions) -> tuple[list[str], EvaluateOptions,
     )
 
 
-def _agreement(options: EvaluateOptions) -> tuple[Agreement | None, list[str]]:
-    """Return (the judge's agreement with labels, notes on the labels left out)."""
-    labels = options.labels or (EMBEDDED if isinstance(options.judge, PhraseJudge | LearnedJudge) else None)
-    if labels is None:
-        return None, []
-    left_out: Counter[str] = Counter()
-    if labels == EMBEDDED:
-        rows = read_labelled(LABELLED_FILE, None, left_out)
-        whose = "answers written and labelled by this project, most of them hard on purpose"
-    else:
-        rows = read_labelled(labels, options.labels_columns, left_out)
-        whose = f"labels {f'by {options.labels_by} ' if options.labels_by else ''}in {labels}"
-    notes = [f"Left out of {labels}: {count:,} {why}." for why, count in left_out.items()]
-    return measure_agreement(options.judge, *rows, source=whose), notes
-
-
 def _evaluate(
     options: EvaluateOptions,
     subjects: list[Subject | ServedSubject],
@@ -236,9 +219,7 @@ def _evaluate(
     devices: list[torch.device],
 ) -> tuple[Evaluation, Runner]:
     judge = options.judge
-    agreement, left_out = _agreement(options)
-    # What happened on the labelled answers says nothing of the models' answers.
-    on_labels = Counter(judge.notes())
+    labels = Labels.read(options)
     keep_texts = options.show_texts or options.refine is not None or options.export_answers is not None
     with (
         RecordFile(folder / "verdicts.jsonl", options.keep_answers) as records,
@@ -248,6 +229,9 @@ def _evaluate(
         attacked = 2 * len(attacks.chosen) * len(attacks.suite.prompts) if attacks.suite is not None else 0
         total = (sum(len(suite.prompts) for suite in suites) + attacked) * len(subjects)
         task = reporter.add_task("", total=total)
+        agreement = None if labels is None else labels.measure(judge, records)
+        # What happened on the labelled answers says nothing of the models' answers.
+        on_labels = Counter(judge.notes())
         stage = ""
 
         def begin(text: str) -> None:
@@ -284,7 +268,7 @@ def _evaluate(
             suites=[SuiteFacts(s.name, s.kind, s.source, len(s.prompts), s.digest, dict(s.dropped)) for s in suites],
             models=models,
             failures=runner.failures,
-            notes=[*notes, *left_out, *runner.notes],
+            notes=[*notes, *(() if labels is None else labels.notes()), *runner.notes],
             shows_texts=options.show_texts,
             over_refusal_judge={"judge": PhraseJudge.name, **PhraseJudge().facts()} if runner.by_phrases else {},
             judge_notes=Counter(judge.notes()) - on_labels,

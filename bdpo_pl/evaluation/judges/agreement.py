@@ -17,7 +17,7 @@ import numpy as np
 
 from bdpo_pl.data.sources import Record, read_records
 from bdpo_pl.errors import InputError
-from bdpo_pl.evaluation.judges.judge import Exchange, Judge
+from bdpo_pl.evaluation.judges.judge import Exchange, Judge, Verdict
 from bdpo_pl.evaluation.suites.layouts import rename
 from bdpo_pl.reporting.format import fixed, percent, whole
 from bdpo_pl.statistics import wilson
@@ -178,7 +178,12 @@ def _said(record: Record, column: str) -> str:
 
 
 def measure_agreement(
-    judge: Judge, question: Question, rows: Sequence[Labelled], seed: int = 0, source: str = "labelled answers"
+    judge: Judge,
+    question: Question,
+    rows: Sequence[Labelled],
+    seed: int = 0,
+    source: str = "labelled answers",
+    verdicts: Sequence[Verdict] | None = None,
 ) -> Agreement:
     """Compare the verdicts of `judge` on `rows` with their labels.
 
@@ -188,13 +193,16 @@ def measure_agreement(
         rows: labelled rows, at least one.
         seed: seed of the bootstrap.
         source: origin of the labels, as a noun phrase for reports.
+        verdicts: verdicts of the judge on `rows`, if it has judged them.
 
     Raises:
         InputError: the judge does not answer the question, or fails.
     """
-    verdicts = judge.judge([row.exchange for row in rows])
+    if verdicts is None:
+        verdicts = judge.judge([row.exchange for row in rows])
     said = [getattr(verdict, question) for verdict in verdicts]
     if any(value is None for value in said):
+        kind = "'label' (refusal or compliance)" if question == "unsafe" else "'unsafe' (true or false), and no 'label'"
         raise InputError(
             f"judge {judge.name} does not recognise whether an answer is {question}; give labels of its kind: {kind}"
         )
@@ -202,7 +210,6 @@ def measure_agreement(
     agree: Counter[str] = Counter()
     for row, value in zip(rows, said, strict=True):
         cells[row.positive, value] += 1
-        kind = "'label' (refusal or compliance)" if question == "unsafe" else "'unsafe' (true or false), and no 'label'"
         agree[row.case] += row.positive == value
     counts = [cells[True, True], cells[True, False], cells[False, True], cells[False, False]]
     sizes = Counter(row.case for row in rows)

@@ -187,6 +187,24 @@ def test_model_behind_a_server(base, answers, serve, capsys):
     assert len(server.seen) == 10
 
 
+def test_labelled_answers_are_judged_once_and_one_without_a_verdict_costs_no_other(base, answers, serve):
+    texts = ("bad", "fine", "odd")
+    write_jsonl(
+        Path("labels.jsonl"), [{"prompt": "why ?", "response": text, "unsafe": text == "bad"} for text in texts]
+    )
+    said = {"bad": "unsafe", "odd": "hm"}
+    server = serve(lambda n, body: said.get(body["messages"][-1]["content"], "safe"))
+    command = [*base, *judged_by(server), "--labels=labels.jsonl"]
+    main(command)
+    report = results()
+    assert (report["agreement"]["hits"], report["agreement"]["rejections"]) == (1, 1)
+    assert "Left out of labels.jsonl: 1 without a verdict of the judge." in report["notes"]
+    before = len(server.seen)
+    main(command)
+    assert [messages[-1]["content"] for messages in server.seen[before:]] == ["odd"] * 3
+    assert results() == report
+
+
 def test_counts_are_those_of_the_models_answers_and_settings_are_told(base, answers, serve):
     write_jsonl(Path("labels.jsonl"), [{"prompt": "why ?", "response": text, "unsafe": "false"} for text in ("", "so")])
     server = serve(lambda n, body: "safe")
