@@ -128,6 +128,10 @@ def run(args: list[str], description: str | None) -> None:
 
 def _check_served(subjects: list[Subject | ServedSubject], options: EvaluateOptions) -> None:
     """Raise `InputError` for options that need the weights of a model behind a server, or a model behind one."""
+    for one in subjects:
+        if isinstance(one, ServedSubject):
+            # Reports a missing key, or an option that servers do not take, before another model answers.
+            one.answerer(torch.float32, one.never, options.generation)
     served = [one.label for one in subjects if isinstance(one, ServedSubject)]
     if not served and options.server != ServerOptions():
         raise InputError("server is for models behind a server, and none is named: leave it out")
@@ -225,13 +229,13 @@ def _evaluate(
         RecordFile(folder / "verdicts.jsonl", options.keep_answers) as records,
         progress("prompts") as reporter,
     ):
+        agreement = None if labels is None else labels.measure(judge, records)
+        # What happened on the labelled answers says nothing of the models' answers.
+        on_labels = Counter(judge.notes())
         # An attack first creates each of its prompts and then sends it.
         attacked = 2 * len(attacks.chosen) * len(attacks.suite.prompts) if attacks.suite is not None else 0
         total = (sum(len(suite.prompts) for suite in suites) + attacked) * len(subjects)
         task = reporter.add_task("", total=total)
-        agreement = None if labels is None else labels.measure(judge, records)
-        # What happened on the labelled answers says nothing of the models' answers.
-        on_labels = Counter(judge.notes())
         stage = ""
 
         def begin(text: str) -> None:
@@ -280,13 +284,15 @@ def _evaluate(
 def _facts(
     options: EvaluateOptions, subjects: list[Subject | ServedSubject], judge: Judge, runner: Runner
 ) -> dict[str, str]:
-    generation = options.generation
+    generation, temperature = options.generation, _temperature(options.server, subjects)
     return {
         "models": ", ".join(f"{one.label}: {one.place}" for one in subjects),
         "judge": judge.name,
-        "responses": f"greedy, up to {generation.max_new_tokens} tokens, "
+        "responses": f"greedy{' except behind servers' if temperature else ''}, "
+        f"up to {generation.max_new_tokens} tokens, "
         + ("in the chat template" if generation.use_template else "without chat template"),
         **_varied(generation),
+        **temperature,
         "weights": str(runner.dtype).removeprefix("torch."),
         "device": ", ".join(map(str, (runner.device, *runner.further))),
     }
@@ -300,6 +306,13 @@ def _varied(generation: GenerationOptions) -> dict[str, str]:
     if generation.chat_template_kwargs:
         found["chat template's variables"] = json.dumps(generation.chat_template_kwargs, sort_keys=True, default=str)
     return found
+
+
+def _temperature(server: ServerOptions, subjects: list[Subject | ServedSubject]) -> dict[str, str]:
+    """Return at which temperature servers answer, if that is not greedily."""
+    if server.temperature == 0.0 or not any(isinstance(one, ServedSubject) for one in subjects):
+        return {}
+    return {"temperature of servers": "their own" if server.temperature is None else general(server.temperature, 3)}
 
 
 def _speed(asker: Asker) -> str:

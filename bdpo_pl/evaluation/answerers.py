@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from bdpo_pl.data.chat_template import ChatTemplate, Conversation, chat_encoder
 from bdpo_pl.data.tokenizer_like import TokenizerLike
 from bdpo_pl.errors import InputError, MachineError, is_out_of_memory, require_at_least
-from bdpo_pl.evaluation.chat.completions import Completion
+from bdpo_pl.evaluation.chat.completions import Completion, OptionNames
 from bdpo_pl.evaluation.chat.endpoint import Endpoint, EndpointError, EndpointOptions
 from bdpo_pl.evaluation.suites.suite import EvaluationPrompt
 from bdpo_pl.evaluation.verdict_log import Answer
@@ -221,6 +221,17 @@ class LocalAnswerer(Answerer):
             rank_zero_info(note)
 
 
+SERVER_NAMES = OptionNames(
+    "server",
+    {
+        "url": "the address in models",
+        "model": "the model's name (#NAME in models, or server.model)",
+        "max_tokens": "generation.max_new_tokens",
+    },
+)
+"""Names of the options of requests to evaluated models, for messages."""
+
+
 class ServedAnswerer(Answerer):
     """A model behind an OpenAI-compatible server.
 
@@ -230,8 +241,9 @@ class ServedAnswerer(Answerer):
     """
 
     def __init__(self, options: EndpointOptions, generation: GenerationOptions) -> None:
-        self._endpoint = Endpoint(options)
-        self.facts = {"model": f"{options.model} at {self._endpoint.url}", "temperature": str(options.temperature)}
+        self._endpoint = Endpoint(options, names=SERVER_NAMES)
+        there = self._endpoint.facts()
+        self.facts = {"model": f"{options.model} at {there['endpoint']}", "temperature": there["temperature"]}
         # Several prompts for every worker, so that few wait for the slowest one, and few answers are lost if the server
         # fails.
         self.batch = 4 * options.parallel * len(self._endpoint.urls)
@@ -279,6 +291,14 @@ def _served(reply: Completion) -> Answer:
     return replace(answer, thought=thought, unfinished_thought=unfinished)
 
 
+def _to_answer(template: ChatTemplate, prompt: str) -> str:
+    """Return what `template` writes between a generation prompt and an answer; it closes a thought that is opened."""
+    facts = template.facts(Conversation([]))
+    extra = facts.extra if facts is not None and facts.plain else ""
+    mark = _LAST_MARK.search(prompt + extra)
+    return f"{extra}\n</{mark[1]}>\n\n" if mark else extra
+
+
 def split_thought(text: str, num_tokens: int, finished: bool, *, opened: bool) -> Answer:
     """Separate the answer in a model's text from its thought.
 
@@ -291,14 +311,6 @@ def split_thought(text: str, num_tokens: int, finished: bool, *, opened: bool) -
     closings = list(_CLOSED.finditer(text))
     begins = opened or _OPENED.match(text) is not None
     if closings and (begins or not _OPENED.search(text)):
-def _to_answer(template: ChatTemplate, prompt: str) -> str:
-    """Return what `template` writes between a generation prompt and an answer; it closes a thought that is opened."""
-    facts = template.facts(Conversation([]))
-    extra = facts.extra if facts is not None and facts.plain else ""
-    mark = _LAST_MARK.search(prompt + extra)
-    return f"{extra}\n</{mark[1]}>\n\n" if mark else extra
-
-
         last = closings[-1]
         thought = _OPENED.sub("", text[: last.start()]).strip()
         return Answer(text[last.end() :].strip(), num_tokens, finished, thought)

@@ -15,6 +15,7 @@ from bdpo_pl.evaluation.attacks.genetic import GeneticAttack, GeneticOptions
 from bdpo_pl.evaluation.attacks.pair import PairAttack, RefinementOptions
 from bdpo_pl.evaluation.attacks.tap import TreeAttack, TreeOptions
 from bdpo_pl.evaluation.attacks.translations import read_translations, translate, translated
+from bdpo_pl.evaluation.chat.completions import OptionNames
 from bdpo_pl.evaluation.chat.endpoint import Endpoint, EndpointOptions
 from bdpo_pl.evaluation.suites.suite import Suite, spread
 
@@ -170,7 +171,7 @@ def choose_attacks(
     if options.translations:
         framed += [one for suite in harmful for one in translated(suite, read_translations(options.translations))]
     if options.translator is not None:
-        translator = Endpoint(options.translator)
+        translator = Endpoint(options.translator, names=OptionNames("attacks.translator"))
         for suite in harmful:
             texts = translate(suite, options.languages, translator, options.state_folder)
             framed += translated(suite, texts)

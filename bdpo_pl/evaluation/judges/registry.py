@@ -15,6 +15,7 @@ import torch
 
 from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.chat.chat_model import ChatModel, Message
+from bdpo_pl.evaluation.chat.completions import OptionNames
 from bdpo_pl.evaluation.chat.endpoint import Endpoint, EndpointOptions
 from bdpo_pl.evaluation.chat.local import LocalChat
 from bdpo_pl.evaluation.judges.classifier import ClassifierJudge, Reads
@@ -248,7 +249,7 @@ def _asking(
                 f"judge.endpoint is elsewhere, and only a model that is loaded here reads {', '.join(unread)}: leave "
                 "out one or the other (an endpoint has judge.endpoint.max_tokens and .parallel)"
             )
-        there = Endpoint(endpoint)
+        there = Endpoint(endpoint, names=OptionNames("judge.endpoint"))
         return kind(there, there.facts(), attempts)
     if encode is not None and attempts not in (1, _default("attempts")):
         raise InputError(

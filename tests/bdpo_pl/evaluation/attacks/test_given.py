@@ -150,7 +150,7 @@ def test_translations_by_a_model_are_made_once(tmp_path):
 
 
 def test_translator_by_option(monkeypatch):
-    monkeypatch.setattr(choice, "Endpoint", lambda options: Translator())
+    monkeypatch.setattr(choice, "Endpoint", lambda options, names: Translator())
     there = EndpointOptions("http://127.0.0.1:1/v1", "m")
     framed, _ = choose_attacks(AttackOptions(languages="Zulu,Gaelic", translator=there), [SUITE])
     assert [suite.name for suite in framed] == ["harm+translation_Zulu", "harm+translation_Gaelic"]
