@@ -24,10 +24,9 @@ from bdpo_pl.evaluation.answering import Asker
 from bdpo_pl.evaluation.attacks.budget import Budget, BudgetOptions
 from bdpo_pl.evaluation.attacks.choice import Attacks, choose_attacks
 from bdpo_pl.evaluation.exported import check_export, write_answers
-from bdpo_pl.evaluation.judges.agreement import LABELLED_FILE, Agreement, measure_agreement, read_labelled
 from bdpo_pl.evaluation.judges.judge import Judge
-from bdpo_pl.evaluation.judges.learned.refusal_model import LearnedJudge
 from bdpo_pl.evaluation.judges.phrases import PhraseJudge
+from bdpo_pl.evaluation.labels import Labels
 from bdpo_pl.evaluation.measures import ability
 from bdpo_pl.evaluation.next_round import write_rows
 from bdpo_pl.evaluation.options import EvaluateOptions, parse
@@ -101,9 +100,11 @@ def run(args: list[str], description: str | None) -> None:
     bare = [load_suite(spec, options.max_prompts) for spec in options.suites or OWN_SUITES]
     _check_served(subjects, options)
     devices = choose_devices(options.device, options.devices)
-    framed, attacks = choose_attacks(options.attacks, bare)
+    # Attacks start from the prompts that fit.
+    bare = fit_suites(bare, subjects, options.generation)
+    framed, attacks = choose_attacks(options.attacks, bare, options.max_prompts)
     _check_budget(options.budget, attacks)
-    suites = fit_suites([*bare, *framed], subjects, options.generation)
+    suites = [*bare, *fit_suites(framed, subjects, options.generation)]
     gates.check_names(limits, [suite.name for suite in suites], [one.label for one in subjects])
     with RunFolder(folder, "folder"):
         evaluation, runner = _evaluate(options, subjects, suites, attacks, folder, notes, devices)
@@ -127,6 +128,10 @@ def run(args: list[str], description: str | None) -> None:
 
 def _check_served(subjects: list[Subject | ServedSubject], options: EvaluateOptions) -> None:
     """Raise `InputError` for options that need the weights of a model behind a server, or a model behind one."""
+    for one in subjects:
+        if isinstance(one, ServedSubject):
+            # Reports a missing key, or an option that servers do not take, before another model answers.
+            one.answerer(torch.float32, one.never, options.generation)
     served = [one.label for one in subjects if isinstance(one, ServedSubject)]
     if not served and options.server != ServerOptions():
         raise InputError("server is for models behind a server, and none is named: leave it out")
@@ -208,22 +213,6 @@ def _embedded_job(options: EvaluateOptions) -> tuple[list[str], EvaluateOptions,
     )
 
 
-def _agreement(options: EvaluateOptions) -> tuple[Agreement | None, list[str]]:
-    """Return (the judge's agreement with labels, notes on the labels left out)."""
-    labels = options.labels or (EMBEDDED if isinstance(options.judge, PhraseJudge | LearnedJudge) else None)
-    if labels is None:
-        return None, []
-    left_out: Counter[str] = Counter()
-    if labels == EMBEDDED:
-        rows = read_labelled(LABELLED_FILE, None, left_out)
-        whose = "answers written and labelled by this project, most of them hard on purpose"
-    else:
-        rows = read_labelled(labels, options.labels_columns, left_out)
-        whose = f"labels {f'by {options.labels_by} ' if options.labels_by else ''}in {labels}"
-    notes = [f"Left out of {labels}: {count:,} {why}." for why, count in left_out.items()]
-    return measure_agreement(options.judge, *rows, source=whose), notes
-
-
 def _evaluate(
     options: EvaluateOptions,
     subjects: list[Subject | ServedSubject],
@@ -234,14 +223,15 @@ def _evaluate(
     devices: list[torch.device],
 ) -> tuple[Evaluation, Runner]:
     judge = options.judge
-    agreement, left_out = _agreement(options)
-    # What happened on the labelled answers says nothing of the models' answers.
-    on_labels = Counter(judge.notes())
+    labels = Labels.read(options)
     keep_texts = options.show_texts or options.refine is not None or options.export_answers is not None
     with (
         RecordFile(folder / "verdicts.jsonl", options.keep_answers) as records,
         progress("prompts") as reporter,
     ):
+        agreement = None if labels is None else labels.measure(judge, records)
+        # What happened on the labelled answers says nothing of the models' answers.
+        on_labels = Counter(judge.notes())
         # An attack first creates each of its prompts and then sends it.
         attacked = 2 * len(attacks.chosen) * len(attacks.suite.prompts) if attacks.suite is not None else 0
         total = (sum(len(suite.prompts) for suite in suites) + attacked) * len(subjects)
@@ -282,7 +272,7 @@ def _evaluate(
             suites=[SuiteFacts(s.name, s.kind, s.source, len(s.prompts), s.digest, dict(s.dropped)) for s in suites],
             models=models,
             failures=runner.failures,
-            notes=[*notes, *left_out, *runner.notes],
+            notes=[*notes, *(() if labels is None else labels.notes()), *runner.notes],
             shows_texts=options.show_texts,
             over_refusal_judge={"judge": PhraseJudge.name, **PhraseJudge().facts()} if runner.by_phrases else {},
             judge_notes=Counter(judge.notes()) - on_labels,
@@ -294,13 +284,15 @@ def _evaluate(
 def _facts(
     options: EvaluateOptions, subjects: list[Subject | ServedSubject], judge: Judge, runner: Runner
 ) -> dict[str, str]:
-    generation = options.generation
+    generation, temperature = options.generation, _temperature(options.server, subjects)
     return {
         "models": ", ".join(f"{one.label}: {one.place}" for one in subjects),
         "judge": judge.name,
-        "responses": f"greedy, up to {generation.max_new_tokens} tokens, "
+        "responses": f"greedy{' except behind servers' if temperature else ''}, "
+        f"up to {generation.max_new_tokens} tokens, "
         + ("in the chat template" if generation.use_template else "without chat template"),
         **_varied(generation),
+        **temperature,
         "weights": str(runner.dtype).removeprefix("torch."),
         "device": ", ".join(map(str, (runner.device, *runner.further))),
     }
@@ -314,6 +306,13 @@ def _varied(generation: GenerationOptions) -> dict[str, str]:
     if generation.chat_template_kwargs:
         found["chat template's variables"] = json.dumps(generation.chat_template_kwargs, sort_keys=True, default=str)
     return found
+
+
+def _temperature(server: ServerOptions, subjects: list[Subject | ServedSubject]) -> dict[str, str]:
+    """Return at which temperature servers answer, if that is not greedily."""
+    if server.temperature == 0.0 or not any(isinstance(one, ServedSubject) for one in subjects):
+        return {}
+    return {"temperature of servers": "their own" if server.temperature is None else general(server.temperature, 3)}
 
 
 def _speed(asker: Asker) -> str:

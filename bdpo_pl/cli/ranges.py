@@ -106,7 +106,7 @@ RANGES: dict[str, Range] = {
     # `evaluate`.
     "max_prompts": COUNT, "devices": Range(1, 1024), "generation.max_new_tokens": COUNT, "generation.batch_size": COUNT,
     "generation.max_thought_tokens": SOME,
-    "server.timeout": POSITIVE, "server.retries": SOME, "server.parallel": Range(1, 1024),
+    **{f"server.{name}": allowed for name, allowed in _ENDPOINT.items() if name != "max_tokens"},
     "judge.batch_size": COUNT, "judge.max_new_tokens": COUNT, "judge.max_length": COUNT, "judge.attempts": COUNT,
     "judge.unsafe_from": Range(0, 1, open_low=True), "judge.threshold": Range(0, 1, open_low=True),
     **{f"judge.endpoint.{name}": allowed for name, allowed in _ENDPOINT.items()},

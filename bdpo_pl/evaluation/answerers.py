@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from bdpo_pl.data.chat_template import chat_encoder
+from bdpo_pl.data.chat_template import ChatTemplate, Conversation, chat_encoder
 from bdpo_pl.data.tokenizer_like import TokenizerLike
 from bdpo_pl.errors import InputError, MachineError, is_out_of_memory, require_at_least
-from bdpo_pl.evaluation.chat.completions import Completion
+from bdpo_pl.evaluation.chat.completions import Completion, OptionNames
 from bdpo_pl.evaluation.chat.endpoint import Endpoint, EndpointError, EndpointOptions
 from bdpo_pl.evaluation.suites.suite import EvaluationPrompt
 from bdpo_pl.evaluation.verdict_log import Answer
@@ -23,6 +23,7 @@ from bdpo_pl.models.causal_lm import CausalLM
 
 _OPENED = re.compile(r"^\s*<think(?:ing)?>")
 _CLOSED = re.compile(r"</think(?:ing)?>")
+_LAST_MARK = re.compile(r"<(think(?:ing)?)>\s*$")
 
 
 @dataclass
@@ -68,11 +69,13 @@ class Question:
         asked: token ids, or the messages that are sent to a server; the answer depends on nothing else.
         length: length by which questions are grouped into batches, longest first.
         prefill: prescribed beginning of the answer, which the model did not generate.
+        opened: true if the answer begins within a thought, which the prompt opens.
     """
 
     asked: Any
     length: int
     prefill: str = ""
+    opened: bool = False
 
 
 OnAnswer = Callable[[int, Answer], None]
@@ -150,13 +153,24 @@ class LocalAnswerer(Answerer):
             chat_encoder(self._tokenizer, self._options.chat_template_kwargs)
         texts = [prompt.text for prompt in prompts]
         ids = encode_prompts(self._tokenizer, texts, use_template=self._options.use_template)
-        begun = [
-            [*row, *(chat_encoder(self._tokenizer).texts([prompt.prefill], add_special_tokens=False)[0])]
-            if prompt.prefill
-            else list(row)
-            for row, prompt in zip(ids, prompts, strict=True)
-        ]
-        return [Question(row, len(row), prompt.prefill) for row, prompt in zip(begun, prompts, strict=True)]
+        return [self._question(list(row), prompt) for row, prompt in zip(ids, prompts, strict=True)]
+
+    def _question(self, row: list[int], prompt: EvaluationPrompt) -> Question:
+        if not prompt.prefill:
+            return Question(row, len(row), opened=begins_in_thought(self._tokenizer, row))
+        if self._options.use_template and self._tokenizer.chat_template:
+            begun = self._begun(prompt)
+            return Question(begun, len(begun), prompt.prefill)
+        begun = [*row, *chat_encoder(self._tokenizer).texts([prompt.prefill], add_special_tokens=False)[0]]
+        return Question(begun, len(begun), prompt.prefill, begins_in_thought(self._tokenizer, row))
+
+    def _begun(self, prompt: EvaluationPrompt) -> list[int]:
+        """Return the token ids of a prompt in the chat template, and of its prefill where the template puts answers."""
+        encoder = chat_encoder(self._tokenizer)
+        asked, spelled = encoder.protect(Conversation([{"role": "user", "content": prompt.text}]))
+        opened = encoder.template.prompt(asked)
+        prefill = encoder.control.protect(prompt.prefill, spelled)
+        return encoder.control.encode([opened + _to_answer(encoder.template, opened) + prefill], [spelled])[0]
 
     def prepare(self) -> None:
         """Load the model."""
@@ -177,7 +191,7 @@ class LocalAnswerer(Answerer):
                 f"{prefill} {response.text}".strip() if prefill else response.text,
                 response.num_tokens,
                 response.finished,
-                opened=begins_in_thought(self._tokenizer, questions[number].asked),
+                opened=questions[number].opened,
             )
             on_answer(number, answers[number])
 
@@ -207,6 +221,17 @@ class LocalAnswerer(Answerer):
             rank_zero_info(note)
 
 
+SERVER_NAMES = OptionNames(
+    "server",
+    {
+        "url": "the address in models",
+        "model": "the model's name (#NAME in models, or server.model)",
+        "max_tokens": "generation.max_new_tokens",
+    },
+)
+"""Names of the options of requests to evaluated models, for messages."""
+
+
 class ServedAnswerer(Answerer):
     """A model behind an OpenAI-compatible server.
 
@@ -216,8 +241,9 @@ class ServedAnswerer(Answerer):
     """
 
     def __init__(self, options: EndpointOptions, generation: GenerationOptions) -> None:
-        self._endpoint = Endpoint(options)
-        self.facts = {"model": f"{options.model} at {self._endpoint.url}", "temperature": str(options.temperature)}
+        self._endpoint = Endpoint(options, names=SERVER_NAMES)
+        there = self._endpoint.facts()
+        self.facts = {"model": f"{options.model} at {there['endpoint']}", "temperature": there["temperature"]}
         # Several prompts for every worker, so that few wait for the slowest one, and few answers are lost if the server
         # fails.
         self.batch = 4 * options.parallel * len(self._endpoint.urls)
@@ -263,6 +289,14 @@ def _served(reply: Completion) -> Answer:
     thought = "\n".join(text for text in (reply.thought.strip(), answer.thought) if text)
     unfinished = answer.unfinished_thought or not (answer.text or reply.finished)
     return replace(answer, thought=thought, unfinished_thought=unfinished)
+
+
+def _to_answer(template: ChatTemplate, prompt: str) -> str:
+    """Return what `template` writes between a generation prompt and an answer; it closes a thought that is opened."""
+    facts = template.facts(Conversation([]))
+    extra = facts.extra if facts is not None and facts.plain else ""
+    mark = _LAST_MARK.search(prompt + extra)
+    return f"{extra}\n</{mark[1]}>\n\n" if mark else extra
 
 
 def split_thought(text: str, num_tokens: int, finished: bool, *, opened: bool) -> Answer:

@@ -16,6 +16,9 @@ from bdpo_pl.evaluation.suites.suite import Suite
 from bdpo_pl.evaluation.verdict_log import Answer, Judged, RecordFile, key_of
 from bdpo_pl.refusals import is_refusal, rules_sha256
 
+_LABELLED = 64
+"""Number of labelled answers that are judged at a time, and then recorded."""
+
 
 class _JudgeError(InputError):
     """A failure of the judge."""
@@ -45,7 +48,7 @@ class Asker:
     seconds: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
-        self.judge_key = key_of({"judge": self.judge.name, **self.judge.facts()})
+        self.judge_key = _key_of_judge(self.judge)
         self._phrases = rules_sha256()
         self._deferred: list[tuple[JudgingError, str]] = []
         self._has_judged = False
@@ -144,9 +147,7 @@ class Asker:
         except (InputError, MachineError) as error:
             judge()
             raised = MachineError if isinstance(error, MachineError) else InputError
-            raise raised(
-                f"{error}. The verdicts so far are in {self.records.path}: the same command continues from there"
-            ) from error
+            raise raised(f"{error}. {_kept(self.records)}") from error
         judge()
 
     def _judge(self, suite: Suite, keys: list[str], positions: Sequence[int]) -> None:
@@ -156,12 +157,7 @@ class Asker:
             for i, answer in zip(positions, answers, strict=True)
             if answer is not None
         ]
-        failure: InputError | None = None
-        try:
-            verdicts: Sequence[Verdict | None] = self.judge.judge(exchanges)
-        except InputError as error:
-            failure = error
-            verdicts = error.verdicts if isinstance(error, JudgingError) else [None] * len(exchanges)
+        verdicts, failure = _verdicts(self.judge, exchanges)
         for i, verdict, answer in zip(positions, verdicts, answers, strict=True):
             if verdict is not None:
                 assert answer is not None
@@ -187,10 +183,50 @@ class Asker:
         return Judged(verdict, answer.num_tokens, answer.finished, odd, phrases)
 
     def _judge_error(self, failure: InputError, what: str = "") -> _JudgeError:
-        kept = f"The verdicts so far are in {self.records.path}: the same command continues from there"
-        return _JudgeError(f"{failure}.{what} {kept}")
+        return _JudgeError(f"{failure}.{what} {_kept(self.records)}")
 
 
 def _is_of_some(failure: InputError) -> TypeGuard[JudgingError]:
     """Return true if others can still be judged: the judge was reached, and had no verdict on some exchanges."""
     return isinstance(failure, JudgingError) and not isinstance(failure.__cause__, EndpointError)
+
+
+def judge_labelled(judge: Judge, exchanges: Sequence[Exchange], records: RecordFile) -> list[Verdict | None]:
+    """Return the verdict of `judge` on each exchange of a labelled file, on record or new; None where it has none.
+
+    Raises:
+        InputError: the judge cannot be reached, or has no verdict on any of the first exchanges. Verdicts before the
+            failure are recorded.
+    """
+    judge_key = _key_of_judge(judge)
+    keys = [key_of({"prompt": one.prompt, "labelled response": one.response}) for one in exchanges]
+    known = [records.verdict(key, judge_key) is not None for key in keys]
+    left = list({key: one for key, one, is_known in zip(keys, exchanges, known, strict=True) if not is_known}.items())
+    has_judged = any(known)
+    for start in range(0, len(left), _LABELLED):
+        some = left[start : start + _LABELLED]
+        verdicts, failure = _verdicts(judge, [one for _, one in some])
+        for (key, _), verdict in zip(some, verdicts, strict=True):
+            if verdict is not None:
+                records.add_verdict(key, judge_key, Judged(verdict, num_tokens=0, finished=True))
+                has_judged = True
+        if failure is not None and not (has_judged and _is_of_some(failure)):
+            raise InputError(f"{failure}. {_kept(records)}") from failure
+    found = [records.verdict(key, judge_key) for key in keys]
+    return [None if judged is None else judged.verdict for judged in found]
+
+
+def _key_of_judge(judge: Judge) -> str:
+    return key_of({"judge": judge.name, **judge.facts()})
+
+
+def _verdicts(judge: Judge, exchanges: Sequence[Exchange]) -> tuple[Sequence[Verdict | None], InputError | None]:
+    """Return the judge's verdicts, None for an exchange without one, and its failure, if it failed."""
+    try:
+        return judge.judge(exchanges), None
+    except InputError as error:
+        return error.verdicts if isinstance(error, JudgingError) else [None] * len(exchanges), error
+
+
+def _kept(records: RecordFile) -> str:
+    return f"The verdicts so far are in {records.path}: the same command continues from there"

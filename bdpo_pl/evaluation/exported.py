@@ -62,8 +62,9 @@ def write_answers(rows: Iterable[Exported], judge: str, path: Path) -> Path:
     """Write a JSONL row for each answer, and return the path of the file.
 
     It is another name beside `path` if people have labelled that file since `check_export`, or review it now. `label`
-    is null, for people to fill in with `refusal` or `compliance`: `--labels` then measures any judge on the file; rows
-    without a label are left out and counted. `prompt` is the bare request, as judges get it.
+    is null, for people to fill in with `refusal` or `compliance`: `--labels` then measures a judge of refusals on the
+    file. For a judge of harm, they add `unsafe` (true or false) and leave `label` empty. Rows without either are left
+    out and counted. `prompt` is the bare request, as judges get it.
     """
     lines = []
     for row in rows:

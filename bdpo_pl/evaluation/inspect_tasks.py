@@ -139,15 +139,17 @@ def make_judge(name: str, options: Mapping[str, Any]) -> Judge:
         InputError: there is no such judge, or it does not take these options.
     """
     module, _, attribute = registry.ALIASES.get(name, name).rpartition(".")
-    given = dict(options)
-    if isinstance(given.get("endpoint"), Mapping):
-        given["endpoint"] = EndpointOptions(**given["endpoint"])
     try:
-        made = getattr(importlib.import_module(module), attribute)(**given)
+        build = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError):
         raise InputError(f"there is no judge {name!r}; choose from {', '.join(registry.ALIASES)}") from None
+    given = dict(options)
+    try:
+        if isinstance(given.get("endpoint"), Mapping):
+            given["endpoint"] = EndpointOptions(**given["endpoint"])
+        made = build(**given)
     except TypeError as error:
-        raise InputError(f"judge {name}: {error}") from None
+        raise InputError(f"judge {name}: these options do not fit: {error}") from None
     if not isinstance(made, Judge):
         raise InputError(f"{name} is not a judge, but a {type(made).__name__}")
     return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -253,7 +254,10 @@ def _fitting(suite: Suite, subjects: Sequence[Subject | ServedSubject], options:
     if len(over) == len(texts):
         raise InputError(f"{message}: none is left; leave the suite out")
     kept = [prompt for i, prompt in enumerate(suite.prompts) if i not in over]
-    return replace(suite, prompts=kept, dropped={**suite.dropped, "too long for a model": len(over)})
+    dropped = Counter(suite.dropped)
+    # Those of the suite that an attack started from are among them.
+    dropped["too long for a model"] += len(over)
+    return replace(suite, prompts=kept, dropped=dict(dropped))
 
 
 def check_labels(subjects: Sequence[Subject | ServedSubject]) -> None:

@@ -16,8 +16,14 @@ from bdpo_pl import embedded
 from bdpo_pl.data.tokenizer_like import TokenizerLike
 from bdpo_pl.embedded import EMBEDDED
 from bdpo_pl.errors import InputError
-from bdpo_pl.evaluation.answerers import Answerer, GenerationOptions, LocalAnswerer, ServedAnswerer
-from bdpo_pl.evaluation.chat.endpoint import EndpointOptions
+from bdpo_pl.evaluation.answerers import (
+    SERVER_NAMES,
+    Answerer,
+    GenerationOptions,
+    LocalAnswerer,
+    ServedAnswerer,
+)
+from bdpo_pl.evaluation.chat.endpoint import EndpointOptions, MaxTokensName, check_urls
 from bdpo_pl.evaluation.spread import SpreadAnswerer
 from bdpo_pl.forward.response_text import ResponseText
 from bdpo_pl.models.causal_lm import CausalLM
@@ -152,6 +158,11 @@ class ServerOptions:
         timeout: seconds to wait for data in each attempt.
         retries: number of further attempts after a temporary failure.
         parallel: number of simultaneous requests to each server.
+        temperature: sampling temperature, 0 for greedy decoding; null omits it from the request.
+        deadline: seconds to wait for a whole answer, in each attempt.
+        max_bytes: maximum number of bytes of a whole answer; a longer one is an error, and reading stops.
+        max_tokens_name: name of the maximum number of tokens in a request; OpenAI's reasoning models take only
+            `max_completion_tokens`.
     """
 
     model: str = ""
@@ -159,6 +170,10 @@ class ServerOptions:
     timeout: float = EndpointOptions.timeout
     retries: int = EndpointOptions.retries
     parallel: int = EndpointOptions.parallel
+    temperature: float | None = EndpointOptions.temperature
+    deadline: float = EndpointOptions.deadline
+    max_bytes: int = EndpointOptions.max_bytes
+    max_tokens_name: MaxTokensName = EndpointOptions.max_tokens_name
 
 
 @dataclass(frozen=True)
@@ -209,6 +224,10 @@ class ServedSubject:
             timeout=self.server.timeout,
             retries=self.server.retries,
             parallel=self.server.parallel,
+            temperature=self.server.temperature,
+            deadline=self.server.deadline,
+            max_bytes=self.server.max_bytes,
+            max_tokens_name=self.server.max_tokens_name,
         )
         return ServedAnswerer(there, options)
 
@@ -271,6 +290,7 @@ _SERVED = re.compile(r"(?:(?P<label>[^=/]+)=)?(?P<url>https?://[^#]+)(?:#(?P<mod
 
 
 def _served(label: str | None, url: str, model: str | None, server: ServerOptions) -> ServedSubject:
+    check_urls(url, SERVER_NAMES)
     model = model or server.model
     if not model:
         raise InputError(

@@ -20,7 +20,7 @@ from bdpo_pl.reporting.format import fixed, share
 
 _SETTINGS = ("responses", "weights")
 # Written only if they are not as by default; files of earlier versions have none of them.
-_VARIED = ("thoughts", "chat template's variables")
+_VARIED = ("thoughts", "chat template's variables", "temperature of servers")
 # Earlier versions counted these among the judge's facts.
 _COUNTED = ("blank answers", "asked again", "cut to the judge's length")
 

@@ -15,6 +15,7 @@ from bdpo_pl.evaluation.attacks.genetic import GeneticAttack, GeneticOptions
 from bdpo_pl.evaluation.attacks.pair import PairAttack, RefinementOptions
 from bdpo_pl.evaluation.attacks.tap import TreeAttack, TreeOptions
 from bdpo_pl.evaluation.attacks.translations import read_translations, translate, translated
+from bdpo_pl.evaluation.chat.completions import OptionNames
 from bdpo_pl.evaluation.chat.endpoint import Endpoint, EndpointOptions
 from bdpo_pl.evaluation.suites.suite import Suite, spread
 
@@ -125,8 +126,15 @@ class Attacks:
     suite: Suite | None
 
 
-def choose_attacks(options: AttackOptions, suites: Sequence[Suite]) -> tuple[list[Suite], Attacks]:
+def choose_attacks(
+    options: AttackOptions, suites: Sequence[Suite], max_prompts: int | None = None
+) -> tuple[list[Suite], Attacks]:
     """Return (suites under each framing, attacks that are made against each model).
+
+    Args:
+        options: options of the attacks.
+        suites: suites that attacks start from.
+        max_prompts: maximum number of prompts of each suite that is read here, spread evenly over it.
 
     Raises:
         InputError: there is no harmful suite to start from, two attacks or suites have the same name, a framing is
@@ -148,7 +156,7 @@ def choose_attacks(options: AttackOptions, suites: Sequence[Suite]) -> tuple[lis
         assert options.attacker is not None
         attacks.append(TreeAttack(options.attacker, options.tree))
     attacks += options.more
-    given = [read_artifact(path) for path in options.artifacts]
+    given = [_some(read_artifact(path), max_prompts, "max_prompts") for path in options.artifacts]
     rewritten = bool(names or options.prefill or options.translations or options.languages)
     if not rewritten and not attacks:
         _check_names([*suites, *given])
@@ -163,13 +171,13 @@ def choose_attacks(options: AttackOptions, suites: Sequence[Suite]) -> tuple[lis
     if options.translations:
         framed += [one for suite in harmful for one in translated(suite, read_translations(options.translations))]
     if options.translator is not None:
-        translator = Endpoint(options.translator)
+        translator = Endpoint(options.translator, names=OptionNames("attacks.translator"))
         for suite in harmful:
             texts = translate(suite, options.languages, translator, options.state_folder)
             framed += translated(suite, texts)
     framed += given
     _check_names([*suites, *framed])
-    return framed, Attacks(attacks, _some(harmful[0], options.max_prompts) if attacks else None)
+    return framed, Attacks(attacks, _some(harmful[0], options.max_prompts, "attacks.max_prompts") if attacks else None)
 
 
 def _check_names(suites: Sequence[Suite]) -> None:
@@ -188,9 +196,8 @@ def _attacked(name: str | None, suites: Sequence[Suite]) -> list[Suite]:
     return harmful
 
 
-def _some(suite: Suite, most: int) -> Suite:
-    left_out = len(suite.prompts) - most
-    if left_out <= 0:
+def _some(suite: Suite, most: int | None, option: str) -> Suite:
+    if most is None or len(suite.prompts) <= most:
         return suite
-    dropped = {**suite.dropped, "beyond attacks.max_prompts": left_out}
+    dropped = {**suite.dropped, f"beyond {option}": len(suite.prompts) - most}
     return replace(suite, prompts=spread(suite.prompts, most), dropped=dropped)

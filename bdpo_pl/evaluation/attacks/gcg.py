@@ -118,6 +118,7 @@ class GCGAttack(Attack):
                 folder=target.folder,
                 on_progress=lambda done, total: step(),
                 over=target.budget.over,
+                fits=target.fits,
             )
         )
         matched = sum(bool(result.details["matched"]) for result in found)
@@ -166,6 +167,7 @@ def results(
     folder: Path | None = None,
     on_progress: Progress | None = None,
     over: Callable[[], bool] = lambda: False,
+    fits: Callable[[str], bool] = lambda prompt: True,
 ) -> Iterator[AttackResult]:
     """Attack one prompt after the other.
 
@@ -179,6 +181,7 @@ def results(
             reaches the same result, if the device is deterministic. None: no state is saved.
         on_progress: function called after each prompt.
         over: function that returns whether the attack must end now.
+        fits: function that returns whether a prompt and an answer fit into the model's window.
 
     Yields:
         The result of each prompt, in order, until the attack must end: `details` has `suffix`, `target`, `loss`,
@@ -192,6 +195,8 @@ def results(
     weights = None if folder is None else _weights_digest(model)
     # All prompts are prepared first, so that one that cannot be attacked is reported before hours of work.
     searches = [_Search.of(prompt, model, tokenizer, options, use_template) for prompt in prompts]
+    for search in searches:
+        search.check_room(fits)
     with evaluating(model):
         for done, search in enumerate(searches, start=1):
             if over():
@@ -230,6 +235,19 @@ class _Search:
             raise InputError(f"{prompt.place or repr(prompt.text[:60])}: {error}") from None
         return cls(prompt, target, place, loss)
 
+    def check_room(self, fits: Callable[[str], bool]) -> None:
+        """Raise `InputError` if the prompt with its suffix, which keeps its length, leaves no room for an answer."""
+        if not fits(self.place.text(self.place.initial)):
+            raise InputError(
+                f"{self.where}: with its suffix and an answer it does not fit into the model's window; lower "
+                "generation.max_new_tokens, shorten gcg.suffix, or leave the prompt out"
+            )
+
+    @property
+    def where(self) -> str:
+        """Place of the prompt, for messages."""
+        return self.prompt.place or repr(self.prompt.text[:60])
+
 
 def _run(
     search: _Search, options: GCGOptions, allowed: Tensor, file: StateFile | None, over: Callable[[], bool]
@@ -263,8 +281,7 @@ def _begin(search: _Search) -> _State:
 
 
 def _no_loss(search: _Search, loss: str) -> str:
-    where = search.prompt.place or repr(search.prompt.text[:60])
-    return f"{where}: the model's loss is {loss}; load it in float32 or bfloat16"
+    return f"{search.where}: the model's loss is {loss}; load it in float32 or bfloat16"
 
 
 def _step(state: _State, search: _Search, allowed: Tensor, options: GCGOptions) -> None:

@@ -29,11 +29,15 @@ from bdpo_pl.evaluation.attacks.attack import Target as AttackedModel
 from bdpo_pl.evaluation.attacks.budget import Budget, success_curve
 from bdpo_pl.evaluation.attacks.pair_prompts import Proposal, feedback, once_more, opening, parse_proposal, words
 from bdpo_pl.evaluation.chat.chat_model import ChatModel, Message, model_facts
+from bdpo_pl.evaluation.chat.completions import OptionNames
 from bdpo_pl.evaluation.chat.endpoint import Endpoint, EndpointOptions
 from bdpo_pl.evaluation.judges.judge import Exchange, Judge, Verdict
 from bdpo_pl.evaluation.suites.suite import EvaluationPrompt
 
 NAME = "pair"
+
+ATTACKER_NAMES = OptionNames("attacks.attacker")
+"""Names of the options of requests to the attacking model, for messages."""
 
 Target = Callable[[Sequence[str]], list[str]]
 """The attacked model: a function from prompts to its responses, in order."""
@@ -238,7 +242,8 @@ class PairAttack(Attack):
     name = NAME
 
     def __init__(self, attacker: EndpointOptions, options: RefinementOptions | None = None) -> None:
-        self._attacker, self._options = Endpoint(attacker), options or RefinementOptions()
+        self._attacker = Endpoint(attacker, names=ATTACKER_NAMES)
+        self._options = options or RefinementOptions()
 
     def check(self, budget: Budget) -> None:
         """Raise `InputError` if `budget` does not suffice for one attempt of every stream."""

@@ -26,7 +26,7 @@ from bdpo_pl.evaluation.attacks.attack import (
     steps_of,
 )
 from bdpo_pl.evaluation.attacks.budget import Budget
-from bdpo_pl.evaluation.attacks.pair import Attempt, attempted, outcome, propose, rank
+from bdpo_pl.evaluation.attacks.pair import ATTACKER_NAMES, Attempt, attempted, outcome, propose, rank
 from bdpo_pl.evaluation.attacks.pair_prompts import Proposal, feedback, opening, words
 from bdpo_pl.evaluation.chat.chat_model import ChatModel, Message, model_facts
 from bdpo_pl.evaluation.chat.endpoint import Endpoint, EndpointOptions
@@ -95,7 +95,9 @@ class TreeAttack(Attack):
     name = NAME
 
     def __init__(self, attacker: EndpointOptions | ChatModel, options: TreeOptions | None = None) -> None:
-        self._attacker: ChatModel = Endpoint(attacker) if isinstance(attacker, EndpointOptions) else attacker
+        self._attacker: ChatModel = (
+            Endpoint(attacker, names=ATTACKER_NAMES) if isinstance(attacker, EndpointOptions) else attacker
+        )
         self._options = options or TreeOptions()
 
     def check(self, budget: Budget) -> None:

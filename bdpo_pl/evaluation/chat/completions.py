@@ -11,7 +11,7 @@ import os
 import re
 import ssl
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, NoReturn
@@ -24,8 +24,6 @@ from bdpo_pl.errors import InputError
 _LONGEST_RETRY_AFTER = 300.0
 _EXCERPT = 300
 _REFUSAL_BYTES = 65536
-MORE_TOKENS = "the model ran out of tokens before it answered: raise endpoint.max_tokens"
-_FORM = "is it an OpenAI-compatible chat endpoint? Check endpoint.url"
 
 
 class PassingError(Exception):
@@ -40,6 +38,32 @@ class PassingError(Exception):
         super().__init__(message)
         self.remedy = remedy
         self.retry_after = retry_after
+
+
+@dataclass(frozen=True)
+class OptionNames:
+    """Names of an endpoint's options on the command line, for messages.
+
+    Attributes:
+        group: Group of the options, such as `judge.endpoint`.
+        others: Names of the options that are elsewhere, by the endpoint's own name.
+    """
+
+    group: str = "endpoint"
+    others: Mapping[str, str] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> str:
+        return self.others.get(name, f"{self.group}.{name}")
+
+    @property
+    def more_tokens(self) -> str:
+        """Advice for an answer that was cut off before it began."""
+        return f"the model ran out of tokens before it answered: raise {self['max_tokens']}"
+
+    @property
+    def form(self) -> str:
+        """Advice for an answer of another form."""
+        return f"is it an OpenAI-compatible chat endpoint? Check {self['url']}"
 
 
 @dataclass(frozen=True)
@@ -107,7 +131,9 @@ class Completion:
     thought: str = ""
 
 
-async def complete(client: httpx.AsyncClient, url: str, body: dict[str, Any], key: Key, limits: Limits) -> Completion:
+async def complete(
+    client: httpx.AsyncClient, url: str, body: dict[str, Any], key: Key, limits: Limits, names: OptionNames
+) -> Completion:
     """Request a completion and return it.
 
     Args:
@@ -116,6 +142,7 @@ async def complete(client: httpx.AsyncClient, url: str, body: dict[str, Any], ke
         body: The request, as JSON values.
         key: The API key.
         limits: Limits on the answer.
+        names: Names of the options, for messages.
 
     Raises:
         InputError: The endpoint refuses, or its answer has another form or is too long; a retry would not help.
@@ -124,13 +151,13 @@ async def complete(client: httpx.AsyncClient, url: str, body: dict[str, Any], ke
     headers = {"Content-Type": "application/json", "Accept": "application/json", "Accept-Encoding": "identity"}
     if key.value:
         headers["Authorization"] = f"Bearer {key.value}"
-    remedy = "is it up, and are endpoint.url, endpoint.timeout and endpoint.deadline right?"
+    remedy = f"is it up, and are {names['url']}, {names['timeout']} and {names['deadline']} right?"
     try:
         async with asyncio.timeout(limits.deadline):
             async with client.stream("POST", url, content=json.dumps(body).encode(), headers=headers) as response:
                 if response.status_code != 200:
                     said, _ = await _read(response, _REFUSAL_BYTES)
-                    _refused(response, said, url, key)
+                    _refused(response, said, url, key, names)
                 answer, whole = await _read(response, limits.max_bytes)
     except TimeoutError:
         raise PassingError(f"no whole answer within {limits.deadline:g} s", remedy) from None
@@ -142,7 +169,7 @@ async def complete(client: httpx.AsyncClient, url: str, body: dict[str, Any], ke
         if untrusted:
             raise InputError(
                 f"{url}: its certificate is not trusted ({untrusted[0].verify_message}); set SSL_CERT_FILE to the "
-                "authority's certificates, or correct endpoint.url"
+                f"authority's certificates, or correct {names['url']}"
             ) from None
         # The last error of the chain is the one from the operating system.
         system = [cause for cause in causes if isinstance(cause, OSError) and cause.errno is not None]
@@ -151,10 +178,10 @@ async def complete(client: httpx.AsyncClient, url: str, body: dict[str, Any], ke
         raise PassingError(f"no connection, or it broke ({text})", remedy) from None
     if not whole:
         raise InputError(
-            f"{url}: the answer is longer than {limits.max_bytes} bytes and was cut off; {_FORM}, or raise "
-            "endpoint.max_bytes"
+            f"{url}: the answer is longer than {limits.max_bytes} bytes and was cut off; {names.form}, or raise "
+            f"{names['max_bytes']}"
         )
-    return _completion(answer, url, key)
+    return _completion(answer, url, key, names)
 
 
 async def _read(response: httpx.Response, most: int) -> tuple[bytes, bool]:
@@ -177,24 +204,25 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _refused(response: httpx.Response, body: bytes, url: str, key: Key) -> NoReturn:
+def _refused(response: httpx.Response, body: bytes, url: str, key: Key, names: OptionNames) -> NoReturn:
     status = response.status_code
     said = _shown(body.decode("utf-8", "replace"), key)
     failure = f"status {status}" + (f": {said}" if said else "")
     if status in (408, 429) or status >= 500:
-        remedy = "send fewer requests at a time with endpoint.parallel, or wait longer with endpoint.retries"
+        remedy = f"send fewer requests at a time with {names['parallel']}, or wait longer with {names['retries']}"
         raise PassingError(failure, remedy, retry_after(response.headers.get("Retry-After"))) from None
     if status in (401, 403):
         sent = f"the key in ${key.env} was sent" if key.value else "no key was sent"
-        remedy = f"{sent}; put a valid one into an environment variable and name it in endpoint.api_key_env"
+        remedy = f"{sent}; put a valid one into an environment variable and name it in {names['api_key_env']}"
     elif status in (404, 405):
-        remedy = "check endpoint.url (it mostly ends with /v1) and endpoint.model"
+        remedy = f"check {names['url']} (it mostly ends with /v1) and {names['model']}"
     elif 300 <= status < 400:
-        remedy = "it redirects elsewhere, where no key is sent; set endpoint.url to the address that it moved to"
+        remedy = f"it redirects elsewhere, where no key is sent; set {names['url']} to the address that it moved to"
     else:
         remedy = (
-            "it refuses the request: check endpoint.model, and set endpoint.max_tokens and endpoint.temperature "
-            "to values that it accepts (null omits one)"
+            f"it refuses the request: check {names['model']}; set {names['max_tokens']} and {names['temperature']} to "
+            f"values that it accepts (null omits the temperature), or {names['max_tokens_name']} to "
+            "max_completion_tokens"
         )
     raise InputError(f"{url}: {failure}; {remedy}") from None
 
@@ -213,7 +241,7 @@ def retry_after(value: str | None) -> float:
     return min(max(0.0, seconds), _LONGEST_RETRY_AFTER)
 
 
-def _completion(body: bytes, url: str, key: Key) -> Completion:
+def _completion(body: bytes, url: str, key: Key, names: OptionNames) -> Completion:
     """Return the first choice.
 
     Raises:
@@ -223,14 +251,14 @@ def _completion(body: bytes, url: str, key: Key) -> Completion:
         answer = json.loads(body)
     except (ValueError, RecursionError):  # not JSON, or not UTF-8
         said = _shown(body[: 4 * _EXCERPT].decode("utf-8", "replace"), key)
-        raise InputError(f"{url}: the answer is not JSON: '{said}'; {_FORM}") from None
+        raise InputError(f"{url}: the answer is not JSON: '{said}'; {names.form}") from None
     try:
         choice = answer["choices"][0]
         message = choice["message"]
         content = message["content"]
     except (TypeError, KeyError, IndexError):
         said = _shown(json.dumps(answer, ensure_ascii=False), key)
-        raise InputError(f"{url}: the answer has no 'choices[0].message.content': {said}; {_FORM}") from None
+        raise InputError(f"{url}: the answer has no 'choices[0].message.content': {said}; {names.form}") from None
     # Servers that return thoughts separately use one of these names.
     thought = _first_text(message, "reasoning_content", "reasoning")
     # Some services put refusals into a separate field, and null into the content.
@@ -238,11 +266,11 @@ def _completion(body: bytes, url: str, key: Key) -> Completion:
     if not isinstance(text, str) and not (thought and choice.get("finish_reason") == "length"):
         reason = _shown(str(choice.get("finish_reason")), key)
         remedy = {
-            "length": MORE_TOKENS,
+            "length": names.more_tokens,
             "content_filter": (
                 "the service's own filter withheld it, so the model's answer is unknown: turn the filter off"
             ),
-        }.get(reason, _FORM)
+        }.get(reason, names.form)
         raise InputError(
             f"{url}: 'choices[0].message.content' is a {type(content).__name__}, no text (finish_reason {reason}); "
             f"{remedy}"

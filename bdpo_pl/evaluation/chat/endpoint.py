@@ -9,14 +9,22 @@ from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import httpx2 as httpx
 
 from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.chat.chat_model import Message
-from bdpo_pl.evaluation.chat.completions import MORE_TOKENS, Completion, Key, Limits, PassingError, complete, new_client
+from bdpo_pl.evaluation.chat.completions import (
+    Completion,
+    Key,
+    Limits,
+    OptionNames,
+    PassingError,
+    complete,
+    new_client,
+)
 
 _LONGEST_BACKOFF = 60.0
 _PATH = "/chat/completions"
@@ -24,6 +32,9 @@ _PATH = "/chat/completions"
 _TURN = 0.2
 
 _T = TypeVar("_T")
+
+MaxTokensName = Literal["max_tokens", "max_completion_tokens"]
+"""Name of the maximum number of tokens in a request."""
 
 
 @dataclass
@@ -43,6 +54,7 @@ class EndpointOptions:
         max_bytes: maximum number of bytes of a whole answer; a longer one is an error, and reading stops.
         retries: number of further attempts after a temporary failure: no connection, status 408, 429 or 5xx.
         parallel: number of simultaneous requests to each server.
+        max_tokens_name: name of `max_tokens` in a request; OpenAI's reasoning models take only `max_completion_tokens`.
 
     Raises:
         InputError: a value is out of range, or the URL is invalid.
@@ -58,10 +70,10 @@ class EndpointOptions:
     max_bytes: int = 4_000_000
     retries: int = 5
     parallel: int = 8
+    max_tokens_name: MaxTokensName = "max_tokens"
 
     def __post_init__(self) -> None:
-        for url in self.url.split(","):
-            _check_url(url)
+        check_urls(self.url, OptionNames())
         if not self.model:
             raise InputError("endpoint.model is empty; give the name by which the endpoint knows the model")
         if self.max_tokens is not None and self.max_tokens < 1:
@@ -98,6 +110,7 @@ class Endpoint:
         options: address of the endpoint, and the options of requests to it.
         sleep: function that waits for a number of seconds between attempts. By default the wait ends early if another
             request fails permanently.
+        names: names of the options, for messages.
 
     Attributes:
         name: name of the model.
@@ -108,14 +121,20 @@ class Endpoint:
         InputError: the key is missing or malformed.
     """
 
-    def __init__(self, options: EndpointOptions, sleep: Callable[[float], object] | None = None) -> None:
+    def __init__(
+        self,
+        options: EndpointOptions,
+        sleep: Callable[[float], object] | None = None,
+        names: OptionNames | None = None,
+    ) -> None:
         self.options = options
         self.name = options.model
         bases = [url.rstrip("/") for url in options.url.split(",")]
         self.urls = [base if base.endswith(_PATH) else base + _PATH for base in bases]
         self.url = self.urls[0]
         self._sleep = sleep
-        self._key = Key(_read_key(options.api_key_env), options.api_key_env)
+        self._names = names or OptionNames()
+        self._key = Key(_read_key(options.api_key_env, self._names), options.api_key_env)
         self._limits = Limits(options.timeout, options.deadline, options.max_bytes)
 
     def facts(self) -> dict[str, str]:
@@ -134,7 +153,7 @@ class Endpoint:
         """
         replies = self.completions(conversations)
         if any(not reply.text and reply.thought for reply in replies):
-            raise EndpointError(f"{self.url}: an answer contains only a thought; {MORE_TOKENS}", replies)
+            raise EndpointError(f"{self.url}: an answer contains only a thought; {self._names.more_tokens}", replies)
         return [reply.text for reply in replies]
 
     def completions(self, conversations: Sequence[Sequence[Message]]) -> list[Completion]:
@@ -182,13 +201,13 @@ class Endpoint:
         """Return the answer to one conversation; None if another request has failed permanently meanwhile."""
         body: dict[str, Any] = {"model": self.name, "messages": [dict(message) for message in conversation]}
         if self.options.max_tokens is not None:
-            body["max_tokens"] = self.options.max_tokens
+            body[self.options.max_tokens_name] = self.options.max_tokens
         if self.options.temperature is not None:
             body["temperature"] = self.options.temperature
         tries = 0
         while not stop.is_set():
             try:
-                return await complete(client, url, body, self._key, self._limits)
+                return await complete(client, url, body, self._key, self._limits, self._names)
             except PassingError as failure:
                 tries += 1
                 if tries > self.options.retries:
@@ -236,26 +255,32 @@ def _aside(work: Coroutine[Any, Any, _T]) -> _T:
         raise
 
 
-def _check_url(url: str) -> None:
+def check_urls(urls: str, names: OptionNames) -> None:
+    """Raise `InputError` if one of `urls`, separated by commas, is not the address of a server or may hold a key."""
+    for url in urls.split(","):
+        _check_url(url, names)
+
+
+def _check_url(url: str, names: OptionNames) -> None:
     try:
         parts = urlsplit(url)
         sound = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
     except ValueError:
         sound = False
     if not sound or not url.isascii() or not url.isprintable() or " " in url:
-        raise InputError("endpoint.url must be an address such as http://localhost:8000/v1")
+        raise InputError(f"{names['url']} must be an address such as http://localhost:8000/v1")
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise InputError(
-            "endpoint.url holds more than an address, and may hold a key, which would be written into files: leave out "
-            "the part before an @ and the parts after a ? or a #, and put the key into the variable that "
-            "endpoint.api_key_env names"
+            f"{names['url']} holds more than an address, and may hold a key, which would be written into files: leave "
+            "out the part before an @ and the parts after a ? or a #, and put the key into the variable that "
+            f"{names['api_key_env']} names"
         )
 
 
-def _read_key(env: str) -> str:
+def _read_key(env: str, names: OptionNames) -> str:
     key = os.environ.get(env, "").strip() if env else ""
     if env and env != EndpointOptions.api_key_env and not key:
-        raise InputError(f"endpoint.api_key_env names ${env}, which is not set; export it, or set the option to ''")
+        raise InputError(f"{names['api_key_env']} names ${env}, which is not set; export it, or set the option to ''")
     if not (key.isascii() and key.isprintable()):
         raise InputError(f"the key in ${env} holds characters that no key has; is it whole, and on one line?")
     return key

@@ -15,9 +15,9 @@ from typing import Literal
 
 import numpy as np
 
-from bdpo_pl.data.sources import read_records
+from bdpo_pl.data.sources import Record, read_records
 from bdpo_pl.errors import InputError
-from bdpo_pl.evaluation.judges.judge import Exchange, Judge
+from bdpo_pl.evaluation.judges.judge import Exchange, Judge, Verdict
 from bdpo_pl.evaluation.suites.layouts import rename
 from bdpo_pl.reporting.format import fixed, percent, whole
 from bdpo_pl.statistics import wilson
@@ -130,8 +130,8 @@ def read_labelled(
 
     Args:
         source: CSV, JSONL or Parquet file with `prompt`, `response`, and `label` (refusal or compliance, or XSTest's
-            words for them) or `unsafe` (true or false); `case` or otherwise `model` groups the rows. If both are
-            present, `label` is used.
+            words for them) or `unsafe` (true or false); `case` or otherwise `model` groups the rows. `unsafe` is used
+            only if no row has a `label`.
         columns: mapping from our column names to yours, such as `{response: completion, label: final_label}`.
         left_out: counter of the rows that are left out: partial refusals, which belong to neither class, and rows
             without a label.
@@ -140,19 +140,17 @@ def read_labelled(
         InputError: a column is missing, a value is none of these, or there are no rows.
     """
     rows: list[Labelled] = []
-    question: Question | None = None
     left_out = Counter() if left_out is None else left_out
-    for raw in read_records(str(source)):
-        record = rename(raw, columns or {})
-        if question is None:
-            question = "refused" if "label" in record.fields else "unsafe"
-        column, meanings = ("label", _REFUSED) if question == "refused" else ("unsafe", _UNSAFE)
+    records = [rename(raw, columns or {}) for raw in read_records(str(source))]
+    by_label = any(_said(record, "label") for record in records)
+    question: Question = "refused" if by_label else "unsafe"
+    column, meanings = ("label", _REFUSED) if by_label else ("unsafe", _UNSAFE)
+    for record in records:
         prompt, response = record.fields.get("prompt"), record.fields.get("response")
         if not isinstance(prompt, str) or not isinstance(response, str):
             raise InputError(f"{record.place}: a labelled row needs texts in 'prompt' and 'response'; correct the row")
-        said = record.fields.get(column)
-        value = "" if said is None else str(said).strip().lower()
-        if column in record.fields and not value:
+        value = _said(record, column)
+        if not value and {"label", "unsafe"} & record.fields.keys():
             left_out[UNLABELLED] += 1
             continue
         if value in _PARTLY:
@@ -162,19 +160,30 @@ def read_labelled(
         if positive is None:
             raise InputError(
                 f"{record.place}: column {column!r} must be {' or '.join(list(meanings)[:2])}, not "
-                f"{said!r}. A labelled file has 'label' (refusal or compliance) or 'unsafe' (true "
+                f"{record.fields.get(column)!r}. A labelled file has 'label' (refusal or compliance) or 'unsafe' (true "
                 "or false)"
             )
         case = record.fields.get("case") or record.fields.get("model")
         rows.append(Labelled(Exchange(prompt, response), positive, str(case or ""), record.place))
-    if question is None or not rows:
+    if not rows:
         why = f" with a label ({left_out[UNLABELLED]} without one)" if left_out[UNLABELLED] else ""
-        raise InputError(f"{source}: no rows{why}")
+        raise InputError(f"{source}: no rows{why}; give rows with 'label' (refusal or compliance) or 'unsafe'")
     return question, rows
 
 
+def _said(record: Record, column: str) -> str:
+    """Return the value of a column in small letters; "" if there is none."""
+    value = record.fields.get(column)
+    return "" if value is None else str(value).strip().lower()
+
+
 def measure_agreement(
-    judge: Judge, question: Question, rows: Sequence[Labelled], seed: int = 0, source: str = "labelled answers"
+    judge: Judge,
+    question: Question,
+    rows: Sequence[Labelled],
+    seed: int = 0,
+    source: str = "labelled answers",
+    verdicts: Sequence[Verdict] | None = None,
 ) -> Agreement:
     """Compare the verdicts of `judge` on `rows` with their labels.
 
@@ -184,15 +193,18 @@ def measure_agreement(
         rows: labelled rows, at least one.
         seed: seed of the bootstrap.
         source: origin of the labels, as a noun phrase for reports.
+        verdicts: verdicts of the judge on `rows`, if it has judged them.
 
     Raises:
         InputError: the judge does not answer the question, or fails.
     """
-    verdicts = judge.judge([row.exchange for row in rows])
+    if verdicts is None:
+        verdicts = judge.judge([row.exchange for row in rows])
     said = [getattr(verdict, question) for verdict in verdicts]
     if any(value is None for value in said):
+        kind = "'label' (refusal or compliance)" if question == "unsafe" else "'unsafe' (true or false), and no 'label'"
         raise InputError(
-            f"judge {judge.name} does not recognise whether an answer is {question}; give labels of its kind"
+            f"judge {judge.name} does not recognise whether an answer is {question}; give labels of its kind: {kind}"
         )
     cells: Counter[tuple[bool, bool]] = Counter()
     agree: Counter[str] = Counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -152,13 +153,39 @@ class ClassifierJudge(Judge):
         )
 
     def _room(self) -> int:
-        limits = (self._tokenizer.model_max_length, getattr(self._config, "max_position_embeddings", None))
+        limits = (self._tokenizer.model_max_length, self._num_positions())
         known = [limit for limit in limits if limit is not None and 0 < limit < _NO_LIMIT]
         if not known:
             raise InputError(
                 f"judge: {self._source.name} does not state how many tokens it reads; set judge.max_length"
             )
         return min(known)
+
+    def _num_positions(self) -> int | None:
+        """Return how many tokens have a position; None if the configuration does not state it.
+
+        In RoBERTa and its relatives, positions begin after that of padding: of 514, 512 are for tokens.
+        """
+        stated: int | None = getattr(self._config, "max_position_embeddings", None)
+        if stated is None:
+            return None
+        from transformers import AutoModelForSequenceClassification
+
+        config = copy.deepcopy(self._config)
+        config.pad_token_id = self._tokenizer.pad_token_id
+        try:
+            with torch.device("meta"):
+                model = AutoModelForSequenceClassification.from_config(
+                    config, trust_remote_code=self._source.trust_remote_code
+                )
+        except Exception:  # loading the weights reports it
+            return stated
+        padding: list[int] = [
+            module.padding_idx
+            for name, module in model.named_modules()
+            if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+        ]
+        return stated - padding[0] - 1 if padding else stated
 
 
 def load_classifier(source: ModelSource, dtype: torch.dtype, tokenizer: TokenizerLike) -> Any:

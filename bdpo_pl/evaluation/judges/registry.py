@@ -7,6 +7,7 @@ query.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from bdpo_pl.errors import InputError
 from bdpo_pl.evaluation.chat.chat_model import ChatModel, Message
+from bdpo_pl.evaluation.chat.completions import OptionNames
 from bdpo_pl.evaluation.chat.endpoint import Endpoint, EndpointOptions
 from bdpo_pl.evaluation.chat.local import LocalChat
 from bdpo_pl.evaluation.judges.classifier import ClassifierJudge, Reads
@@ -227,7 +229,8 @@ def _asking(
             is asked for, otherwise 512.
         trust_remote_code: run Python code that comes with the model. Off by default, because it runs with your
             permissions.
-        attempts: maximum number of queries about one exchange, until an answer has the required form.
+        attempts: maximum number of queries about one exchange, until an answer has the required form. A guard or
+            classifier that is loaded here is asked once, because it would repeat its answer.
 
     Raises:
         InputError: options contradict each other, or the model is not available.
@@ -237,8 +240,22 @@ def _asking(
     if endpoint is not None:
         if model:
             raise InputError("judge.model is loaded here and judge.endpoint is elsewhere: leave out one of them")
-        there = Endpoint(endpoint)
+        loaded = {
+            "revision": revision, "dtype": dtype, "device": device, "batch_size": batch_size,
+            "max_new_tokens": max_new_tokens, "trust_remote_code": trust_remote_code,
+        }  # fmt: skip
+        if unread := [f"judge.{option}" for option, value in loaded.items() if value != _default(option)]:
+            raise InputError(
+                f"judge.endpoint is elsewhere, and only a model that is loaded here reads {', '.join(unread)}: leave "
+                "out one or the other (an endpoint has judge.endpoint.max_tokens and .parallel)"
+            )
+        there = Endpoint(endpoint, names=OptionNames("judge.endpoint"))
         return kind(there, there.facts(), attempts)
+    if encode is not None and attempts not in (1, _default("attempts")):
+        raise InputError(
+            f"judge.attempts is {attempts}, but judge {name} is asked once if it is loaded here: decoding is greedy, "
+            "so it would repeat its answer; leave it out"
+        )
     source = _source(model, revision, trust_remote_code, name, example, " or judge.endpoint")
     chosen, place = _dtype_and_device(dtype, device)
     tokens = max_new_tokens or kind.new_tokens
@@ -247,12 +264,16 @@ def _asking(
         guard = LocalGuard(
             source, encode, dtype=chosen, device=place, batch_size=batch_size, max_new_tokens=tokens
         )  # fmt: skip
-        # One attempt: decoding is greedy, so repeating the question would give the same answer.
         return kind(guard, facts, 1)
     later = _Later(
         source.name, lambda: LocalChat.load(source, chosen, place, max_new_tokens=tokens, batch_size=batch_size)
     )
     return kind(later, facts, attempts)
+
+
+def _default(option: str) -> object:
+    """Return the default of an option of `_asking`."""
+    return inspect.signature(_asking).parameters[option].default
 
 
 def _check(**numbers: int | None) -> None:

@@ -272,3 +272,12 @@ def test_prompts_that_do_not_fit_stop_at_the_start_or_are_left_out_and_counted(b
     main([*base, "--generation.too_long=leave_out"])
     assert results()["suites"][0]["prompts"] == 2
     assert results()["suites"][0]["dropped"] == {"too long for a model": 1}
+    search = ["--attacks.gcg.steps=1", "--attacks.gcg.search_width=2", "--attacks.gcg.suffix=! !"]
+    main([*base, "--generation.too_long=leave_out", "--attacks.framings=fiction", *search])
+    assert [suite["dropped"] for suite in results()["suites"]] == [
+        {"too long for a model": 1},
+        {},
+        {"too long for a model": 1},
+    ]
+    attacked = results()["models"][0]["suites"][3]
+    assert (attacked["suite"], attacked["overall"]["failed"]["count"]) == ("harm+gcg", 2)

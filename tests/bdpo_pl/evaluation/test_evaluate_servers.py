@@ -136,7 +136,7 @@ def test_judge_that_was_never_there(base, answers, monkeypatch, capsys):
     server.server_close()
     said = fails([*base, *judged_by(server)], capsys)
     assert f"{server.url}/chat/completions: no connection" in said
-    assert "is it up, and are endpoint.url, endpoint.timeout and endpoint.deadline right?" in said
+    assert "is it up, and are judge.endpoint.url, judge.endpoint.timeout and judge.endpoint.deadline right?" in said
 
 
 def test_killed_evaluation_goes_on_where_it_was(base, serve, monkeypatch):
@@ -185,6 +185,58 @@ def test_model_behind_a_server(base, answers, serve, capsys):
     # Again: from what is on record.
     main(command)
     assert len(server.seen) == 10
+
+
+def test_server_that_takes_neither_temperature_nor_max_tokens(base, serve, capsys):
+    bodies = []
+
+    def script(n, body):
+        bodies.append(body)
+        return 400 if "max_tokens" in body or "temperature" in body else REFUSAL
+
+    command = [f"there={serve(script).url}#o", base[1]]
+    said = fails(command, capsys)
+    assert "set generation.max_new_tokens and server.temperature to values that it accepts" in said
+    assert "or server.max_tokens_name to max_completion_tokens" in said
+    assert "endpoint." not in said
+    main([*command, "--server.temperature=null", "--server.max_tokens_name=max_completion_tokens"])
+    assert bodies[-1].keys() == {"model", "messages", "max_completion_tokens"}
+    facts = results()["facts"]
+    assert facts["responses"].startswith("greedy except behind servers, up to 64")
+    assert facts["temperature of servers"] == "their own"
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--server.api_key_env=MY_KEY", "server.api_key_env names $MY_KEY, which is not set"),
+        ("--generation.use_template=false", "a server renders its own chat template"),
+        ("http://me:secret@h/v1#m", "the address in models holds more than an address"),
+    ],
+)
+def test_faults_of_a_server_are_found_before_another_model_answers(base, answers, capsys, monkeypatch, option, said):
+    monkeypatch.delenv("MY_KEY", raising=False)
+    assert said in (found := fails([*base, "http://127.0.0.1:1/v1#m", option], capsys))
+    assert "secret" not in found
+    assert answers.asked == []
+
+
+def test_labelled_answers_are_judged_once_and_one_without_a_verdict_costs_no_other(base, answers, serve):
+    texts = ("bad", "fine", "odd")
+    write_jsonl(
+        Path("labels.jsonl"), [{"prompt": "why ?", "response": text, "unsafe": text == "bad"} for text in texts]
+    )
+    said = {"bad": "unsafe", "odd": "hm"}
+    server = serve(lambda n, body: said.get(body["messages"][-1]["content"], "safe"))
+    command = [*base, *judged_by(server), "--labels=labels.jsonl"]
+    main(command)
+    report = results()
+    assert (report["agreement"]["hits"], report["agreement"]["rejections"]) == (1, 1)
+    assert "Left out of labels.jsonl: 1 without a verdict of the judge." in report["notes"]
+    before = len(server.seen)
+    main(command)
+    assert [messages[-1]["content"] for messages in server.seen[before:]] == ["odd"] * 3
+    assert results() == report
 
 
 def test_counts_are_those_of_the_models_answers_and_settings_are_told(base, answers, serve):

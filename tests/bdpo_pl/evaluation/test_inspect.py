@@ -71,6 +71,13 @@ def test_judges():
     for name in ("nosuch", "no.such.Judge", "json.dumps2"):
         with pytest.raises(InputError, match=f"there is no judge '{name}'"):
             make_judge(name, {})
-    with pytest.raises(InputError, match=r"judge phrases: .*"):
-        make_judge("phrases", {"nosuch": 1})
+    for name, options, fault in (
+        ("phrases", {"nosuch": 1}, "judge phrases: these options do not fit: .*takes no arguments"),
+        ("harmbench", {}, "judge harmbench needs a model"),
+        ("harmbench", {"model": "./none"}, "no model folder at './none'"),
+        ("wildguard", {"endpoint": {**endpoint, "ur": 1}}, "judge wildguard: .*'ur'"),
+        ("wildguard", {"endpoint": {"url": "http://h/v1"}}, "judge wildguard: .*'model'"),
+    ):
+        with pytest.raises(InputError, match=fault):
+            make_judge(name, options)
     assert json.dumps(dict(make_judge("phrases", {}).facts()))

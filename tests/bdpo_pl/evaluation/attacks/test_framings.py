@@ -4,11 +4,16 @@ import base64
 import re
 
 import pytest
+from chat_templates import CHATML, GPT_OSS, QWEN35_THINK, R1_DISTILL, VICUNA, tokenizer_for
 from makers import write_jsonl
 
+import bdpo_pl.evaluation.answerers as asking
 from bdpo_pl.errors import InputError
-from bdpo_pl.evaluation.attacks.framings import BUILT_IN, read_framings, wrap
+from bdpo_pl.evaluation.answerers import GenerationOptions, LocalAnswerer
+from bdpo_pl.evaluation.attacks.framings import BUILT_IN, begin_answers, read_framings, wrap
 from bdpo_pl.evaluation.suites.suite import EvaluationPrompt, Suite
+from bdpo_pl.evaluation.verdict_log import Answer
+from bdpo_pl.forward.generation import Response
 
 REQUEST = 'how do {i} "keep" a {request} dry ?'
 
@@ -101,3 +106,22 @@ def test_unknown_and_repeated_names():
         wrap(suite("a"), ["fictoin"])
     with pytest.raises(InputError, match="named twice"):
         wrap(suite("a"), ["fiction", "fiction"])
+
+
+@pytest.mark.parametrize(
+    ("template", "before"),
+    [
+        (CHATML, "assistant\n"),
+        (VICUNA, "ASSISTANT: "),
+        (QWEN35_THINK, "assistant\n<think>\n\n</think>\n\n"),
+        (R1_DISTILL, "<｜Assistant｜><think>\n\n</think>\n\n"),
+        (GPT_OSS, "assistant<|channel|>final<|message|>"),
+    ],
+)
+def test_prefill_begins_the_answer_and_no_thought(template, before, monkeypatch):
+    tokenizer = tokenizer_for(template)
+    answerer = LocalAnswerer({}, tokenizer, lambda: (None, tokenizer), GenerationOptions())
+    (question,) = answerer.questions(begin_answers(suite("why ?")).prompts)
+    assert tokenizer.decode(question.asked).endswith(f"{before}Sure")
+    monkeypatch.setattr(asking, "generate", lambda *_, on_response, **__: on_response(0, Response("first", 1, False)))
+    assert answerer.answer([question]) == [Answer("Sure first", 1, False)]

@@ -99,6 +99,8 @@ def test_prompts_that_cannot_be_attacked_are_told_before_any_work(model, tokeniz
     long = EvaluationPrompt("why ? " * 300, "why ?", place="line 3", target="set")
     with pytest.raises(InputError, match=r"line 3: .*positions for 512"):
         attack([PROMPTS[0], long], model, tokenizer, QUICK)
+    with pytest.raises(InputError, match="line 1: with its suffix and an answer it does not fit"):
+        next(results(PROMPTS, model, tokenizer, QUICK, fits=lambda text: ". . . . ." not in text))
     deaf = build_tokenizer()
     deaf.chat_template = deaf.chat_template.replace("message['content']", "message['content'][:4]")
     with pytest.raises(InputError, match=r"line 1: gcg.suffix '. . . . .' was not found"):

@@ -70,6 +70,9 @@ def test_artifacts_are_suites_and_need_no_other(tmp_path):
     framed, attacks = choose_attacks(AttackOptions(artifacts=f"{path},{other}"), [benign])
     assert [suite.name for suite in framed] == ["artifact+PAIR_vicuna-13b_v1.5", "artifact+GCG_m"]
     assert attacks.suite is None
+    long = artifact(tmp_path, [row(i, f"x {i}") for i in range(4)], {"method": "P", "model": "m"}, "c.json")
+    ((cut,), _) = choose_attacks(AttackOptions(artifacts=long), [benign], 2)
+    assert ([prompt.text for prompt in cut.prompts], cut.dropped) == (["x 0", "x 2"], {"beyond max_prompts": 2})
     both, _ = choose_attacks(AttackOptions(artifacts=[path], framings="fiction"), [SUITE])
     assert [suite.name for suite in both] == ["harm+fiction", "artifact+PAIR_vicuna-13b_v1.5"]
     with pytest.raises(InputError, match=r"several suites would be called artifact\+PAIR"):
@@ -147,7 +150,7 @@ def test_translations_by_a_model_are_made_once(tmp_path):
 
 
 def test_translator_by_option(monkeypatch):
-    monkeypatch.setattr(choice, "Endpoint", lambda options: Translator())
+    monkeypatch.setattr(choice, "Endpoint", lambda options, names: Translator())
     there = EndpointOptions("http://127.0.0.1:1/v1", "m")
     framed, _ = choose_attacks(AttackOptions(languages="Zulu,Gaelic", translator=there), [SUITE])
     assert [suite.name for suite in framed] == ["harm+translation_Zulu", "harm+translation_Gaelic"]

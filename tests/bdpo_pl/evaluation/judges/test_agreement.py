@@ -136,6 +136,17 @@ def test_file_without_any_label(tmp_path):
         read_labelled(path)
 
 
+def test_labels_of_harm_in_exported_answers(tmp_path):
+    exported = {"prompt": "how ?", "label": None, "judged_unsafe": True, "model": "a"}
+    rows = [{**exported, "response": "bad", "unsafe": True}, {**exported, "response": "fine", "unsafe": False}]
+    left_out = Counter()
+    path = write_jsonl(tmp_path / "x.jsonl", [{**exported, "response": "bad"}, *rows])
+    question, found = read_labelled(path, None, left_out)
+    assert (question, [row.positive for row in found], left_out) == ("unsafe", [True, False], {"no label yet": 1})
+    # As before, where a row has a label.
+    assert labelled(tmp_path, [*rows, {**rows[0], "label": "refusal"}])[0] == "refused"
+
+
 def test_no_labelled_answer_stands_twice():
     rows = [json.loads(line) for line in LABELLED_FILE.read_text(encoding="utf-8").splitlines()]
     assert len({(row["prompt"], row["response"]) for row in rows}) == len(rows)

@@ -98,6 +98,23 @@ def test_what_is_cut_is_counted(classifier_dir):
     assert 0 < cut.score < 1
 
 
+def test_positions_that_begin_after_padding_leave_room_for_fewer_tokens(tmp_path):
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    tokenizer = build_tokenizer(chat=False)
+    tokenizer.pad_token = "</s>"
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    tokenizer.save_pretrained(tmp_path)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    RobertaForSequenceClassification(
+        RobertaConfig(vocab_size=400, pad_token_id=tokenizer.pad_token_id, max_position_embeddings=12, **sizes)
+    ).save_pretrained(tmp_path)
+    judge = ClassifierJudge(ModelSource(str(tmp_path)), refused_labels=["LABEL_1"])
+    assert f"up to {12 - tokenizer.pad_token_id - 1} tokens" in judge.facts()["reads"]
+    assert len(judge.judge([Exchange("", "water " * 30)])) == 1
+    assert judge.notes() == {"cut to the judge's length": 1}
+
+
 def test_faults_of_a_classifier(classifier_dir, model_dir, tmp_path):
     name = str(classifier_dir)
     with pytest.raises(InputError, match=r"name the labels .*ANSWER, REFUSAL, HARM"):

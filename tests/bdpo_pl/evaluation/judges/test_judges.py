@@ -289,6 +289,9 @@ def test_judges_by_options(tmp_path):
         loaded.judge([Exchange("a", "b")])
 
 
+THERE = EndpointOptions("http://x/v1", "m")
+
+
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
@@ -296,8 +299,19 @@ def test_judges_by_options(tmp_path):
         (registry.chat, {"unsafe_from": 0.0}, "judge.unsafe_from"),
         (registry.wildguard, {}, "give judge.model or judge.endpoint, as allenai/wildguard"),
         (registry.classifier, {}, "give judge.model, as a sequence classifier"),
-        (registry.chat, {"model": "x", "endpoint": EndpointOptions("http://x/v1", "m")}, "leave out one"),
+        (registry.chat, {"model": "x", "endpoint": THERE}, "leave out one"),
         (registry.llama_guard, {"model": "./none"}, "no model folder"),
+        (
+            registry.chat,
+            {"device": "cpu", "batch_size": 4, "endpoint": THERE},
+            "reads judge.device, judge.batch_size: leave",
+        ),
+        (
+            registry.wildguard,
+            {"max_new_tokens": 9, "endpoint": THERE},
+            "judge.max_new_tokens: .* judge.endpoint.max_tokens",
+        ),
+        (registry.wildguard, {"model": "x", "attempts": 5}, "judge.attempts is 5, but"),
     ],
 )
 def test_options_that_do_not_go_together(make, options, message):
