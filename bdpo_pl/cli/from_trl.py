@@ -111,7 +111,7 @@ GROUPS: dict[str, dict[str, Row]] = {
     },
     "Batches and steps": {
         "per_device_train_batch_size": _same(),
-        "per_device_eval_batch_size": _same(),
+        "per_device_eval_batch_size": _same("default as for training, with TRL 8; what is measured is the same"),
         "auto_find_batch_size": _other("--dry_run=true", "says the largest batch that fits before anything runs"),
         "gradient_accumulation_steps": _same(),
         "num_train_epochs": _same("whole epochs (`--max_steps` for parts of one); default 1, with TRL 3"),
