@@ -228,7 +228,7 @@ def _facts(module: PreferenceModule, data: PreferenceDataModule, precision: str)
         "reference model": module.reference_source.name,
         "training pairs": data.train_source,
         "held-out pairs": data.held_out_source
-        or (f"{data.held_out_fraction:.0%} of the training set, by prompt" if data.held_out_fraction else "none"),
+        or (f"{100 * data.held_out_fraction:g}% of the training set, by prompt" if data.held_out_fraction else "none"),
         "comprehension": f"estimator {loss.estimator}"
         + (f", {unit}" if (unit := MEANINGS[loss.estimator].unit) else "")
         + f", against the null prompt {tokenizer.decode(data.tables['train'].null_prompt_ids)!r}",
