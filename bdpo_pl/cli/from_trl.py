@@ -218,7 +218,8 @@ GROUPS: dict[str, dict[str, Row]] = {
         "debug": _refused("a loss or gradient that is not finite ends the run and says which rows made it"),
     },
     "Checkpoints and the result": {
-        "output_dir": _same("folder of all runs; each has version_N below it"),
+        "output_dir": _same("folder of all runs, each in `version_N` below it; of one run with `--report_to` none, "
+                            "wandb or mlflow, which have no such folders"),
         "save_strategy": _other(_EVERY, "last.ckpt, from which one resumes, is written at validations, and so are the "
                                 "best weights without these options"),
         "save_steps": _other(_EVERY, "keeps the weights of all these steps; without it, the best of all validations"),
