@@ -60,7 +60,8 @@ GROUPS: dict[str, dict[str, Row]] = {
     "Model": {
         "model_name_or_path": _same(),
         "model_revision": _same(),
-        "dtype": _same("default `auto`: float32 weights, as with TRL, unless the precision ends in -true"),
+        "dtype": _same("default `auto`: float32 weights, as with TRL, unless the precision ends in -true; TRL's "
+                       "`auto`, the checkpoint's own dtype, has its name here: `--dtype bfloat16`"),
         "attn_implementation": _same(),
         "trust_remote_code": _same(),
         "model_init_kwargs": _other("--model.dtype=bfloat16 --model.attn_implementation=sdpa", "each has an option"),
@@ -143,8 +144,8 @@ GROUPS: dict[str, dict[str, Row]] = {
         "f_alpha_divergence_coef": _refused("reverse KL is the only divergence"),
         "discopop_tau": _refused("DiscoPOP is not here"),
         "precompute_ref_log_probs": _same("default true here, and cached between runs"),
-        "precompute_ref_batch_size": _other("--model.scoring.batch_tokens=16384", "in tokens; found from the memory by "
-                                            "default"),
+        "precompute_ref_batch_size": _other("--model.scoring.batch_tokens=16384", "in tokens; default 16,384 on a GPU, "
+                                            "2,048 on a CPU"),
         "sync_ref_model": _other("--model.reference_sync.every=512"),
         "ref_model_sync_steps": _same(),
         "ref_model_mixup_alpha": _same(),
