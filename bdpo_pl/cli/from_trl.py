@@ -65,7 +65,7 @@ GROUPS: dict[str, dict[str, Row]] = {
         "attn_implementation": _same(),
         "trust_remote_code": _same(),
         "model_init_kwargs": _other("--model.dtype=bfloat16 --model.attn_implementation=sdpa", "each has an option"),
-        "router_aux_loss_coef": _same("default 0; TRL takes the model's own value"),
+        "router_aux_loss_coef": _same("default 0, also for mixtures; TRL takes the value in the model's configuration"),
         "disable_dropout": _unneeded("dropout and every other noise is off, in the policy and in the reference"),
         "use_cache": _unneeded("training keeps no cache of keys and values"),
         "neftune_noise_alpha": _refused("noise in the policy and none in its reference distorts the loss's comparison"),
@@ -76,7 +76,8 @@ GROUPS: dict[str, dict[str, Row]] = {
         "lora_r": _same(),
         "lora_alpha": _same("default twice the rank"),
         "lora_dropout": _same("default 0, with TRL 0.05: noise that the reference does not have"),
-        "lora_target_modules": _same("default `all-linear`"),
+        "lora_target_modules": _same("default `all-linear`; TRL takes those that peft has for the model: "
+                                     "`[q_proj,v_proj]` for Llama, Mistral and Qwen2, `[c_attn]` for GPT-2"),
         "lora_target_parameters": _same(),
         "lora_modules_to_save": _same(),
         "lora_task_type": _unneeded("every model here is a causal language model"),
