@@ -69,6 +69,8 @@ class DiagnoseOptions:
 class DiagnoseCLI(FitCLI):
     """The command line of `fit`, with the options of the report."""
 
+    trains = False
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options of the report."""
         super().add_arguments_to_parser(parser)
@@ -228,7 +230,7 @@ def _facts(module: PreferenceModule, data: PreferenceDataModule, precision: str)
         "reference model": module.reference_source.name,
         "training pairs": data.train_source,
         "held-out pairs": data.held_out_source
-        or (f"{data.held_out_fraction:.0%} of the training set, by prompt" if data.held_out_fraction else "none"),
+        or (f"{100 * data.held_out_fraction:g}% of the training set, by prompt" if data.held_out_fraction else "none"),
         "comprehension": f"estimator {loss.estimator}"
         + (f", {unit}" if (unit := MEANINGS[loss.estimator].unit) else "")
         + ", against the null prompt "

@@ -60,11 +60,12 @@ GROUPS: dict[str, dict[str, Row]] = {
     "Model": {
         "model_name_or_path": _same(),
         "model_revision": _same(),
-        "dtype": _same("default `auto`: float32 weights, as with TRL, unless the precision ends in -true"),
+        "dtype": _same("default `auto`: float32 weights, as with TRL, unless the precision ends in -true; TRL's "
+                       "`auto`, the checkpoint's own dtype, has its name here: `--dtype bfloat16`"),
         "attn_implementation": _same(),
         "trust_remote_code": _same(),
         "model_init_kwargs": _other("--model.dtype=bfloat16 --model.attn_implementation=sdpa", "each has an option"),
-        "router_aux_loss_coef": _same("default 0; TRL takes the model's own value"),
+        "router_aux_loss_coef": _same("default 0, also for mixtures; TRL takes the value in the model's configuration"),
         "disable_dropout": _unneeded("dropout and every other noise is off, in the policy and in the reference"),
         "use_cache": _unneeded("training keeps no cache of keys and values"),
         "neftune_noise_alpha": _refused("noise in the policy and none in its reference distorts the loss's comparison"),
@@ -75,7 +76,8 @@ GROUPS: dict[str, dict[str, Row]] = {
         "lora_r": _same(),
         "lora_alpha": _same("default twice the rank"),
         "lora_dropout": _same("default 0, with TRL 0.05: noise that the reference does not have"),
-        "lora_target_modules": _same("default `all-linear`"),
+        "lora_target_modules": _same("default `all-linear`; TRL takes those that peft has for the model: "
+                                     "`[q_proj,v_proj]` for Llama, Mistral and Qwen2, `[c_attn]` for GPT-2"),
         "lora_target_parameters": _same(),
         "lora_modules_to_save": _same(),
         "lora_task_type": _unneeded("every model here is a causal language model"),
@@ -111,7 +113,7 @@ GROUPS: dict[str, dict[str, Row]] = {
     },
     "Batches and steps": {
         "per_device_train_batch_size": _same(),
-        "per_device_eval_batch_size": _same(),
+        "per_device_eval_batch_size": _same("default as for training, with TRL 8; what is measured is the same"),
         "auto_find_batch_size": _other("--dry_run=true", "says the largest batch that fits before anything runs"),
         "gradient_accumulation_steps": _same(),
         "num_train_epochs": _same("whole epochs (`--max_steps` for parts of one); default 1, with TRL 3"),
@@ -143,8 +145,8 @@ GROUPS: dict[str, dict[str, Row]] = {
         "f_alpha_divergence_coef": _refused("reverse KL is the only divergence"),
         "discopop_tau": _refused("DiscoPOP is not here"),
         "precompute_ref_log_probs": _same("default true here, and cached between runs"),
-        "precompute_ref_batch_size": _other("--model.scoring.batch_tokens=16384", "in tokens; found from the memory by "
-                                            "default"),
+        "precompute_ref_batch_size": _other("--model.scoring.batch_tokens=16384", "in tokens; default 16,384 on a GPU, "
+                                            "2,048 on a CPU"),
         "sync_ref_model": _other("--model.reference_sync.every=512"),
         "ref_model_sync_steps": _same(),
         "ref_model_mixup_alpha": _same(),
@@ -218,7 +220,8 @@ GROUPS: dict[str, dict[str, Row]] = {
         "debug": _refused("a loss or gradient that is not finite ends the run and says which rows made it"),
     },
     "Checkpoints and the result": {
-        "output_dir": _same("folder of all runs; each has version_N below it"),
+        "output_dir": _same("folder of all runs, each in `version_N` below it; of one run with `--report_to` none, "
+                            "wandb or mlflow, which have no such folders"),
         "save_strategy": _other(_EVERY, "last.ckpt, from which one resumes, is written at validations, and so are the "
                                 "best weights without these options"),
         "save_steps": _other(_EVERY, "keeps the weights of all these steps; without it, the best of all validations"),

@@ -9,13 +9,14 @@ from pathlib import Path
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 
 from bdpo_pl.reporting.format import size
 from bdpo_pl.training.callbacks import LastCheckpoint
 from bdpo_pl.training.module import PreferenceModule
 from bdpo_pl.training.optimizer_state import state_bytes
 from bdpo_pl.training.optimizers import mark_kinds
-from bdpo_pl.training.parameter_counts import count_matrices
+from bdpo_pl.training.parameter_counts import count_matrices, num_weights
 
 
 @dataclass(frozen=True)
@@ -105,5 +106,11 @@ def plan_disk(trainer: L.Trainer, module: PreferenceModule, export: bool) -> Dis
         if isinstance(callback, ModelCheckpoint) and not isinstance(callback, LastCheckpoint):
             best = weights if callback.save_weights_only else state
             kept = None if callback.save_top_k == -1 else callback.save_top_k
-    whole = sum(p.numel() * p.element_size() for p in parameters)
+    whole = sum(num_weights(p) * _exported_width(p, module) for p in parameters)
     return DiskPlan(state, best, kept, whole if export else 0)
+
+
+def _exported_width(parameter: Tensor, module: PreferenceModule) -> int:
+    """Return the bytes of an exported weight: quantised ones are exported as they were before."""
+    packed = getattr(parameter, "quant_state", None) is not None
+    return module.dtype_used.itemsize if packed else parameter.element_size()

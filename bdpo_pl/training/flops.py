@@ -18,6 +18,7 @@ from bdpo_pl.errors import first_line
 from bdpo_pl.forward.masks import WINDOWS, layer_types
 from bdpo_pl.models.architectures import text_model
 from bdpo_pl.models.causal_lm import CausalLM, ModelConfig
+from bdpo_pl.training.parameter_counts import num_weights
 
 _EXPERTS = re.compile(r"\bexperts\.")
 _NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
@@ -127,15 +128,15 @@ def _counted(model: CausalLM) -> TrainingFlops | None:
             if share is None:
                 return None
             used = share
-        body += used * _numel(parameter)
-        trained_body += used * _numel(parameter) * parameter.requires_grad
+        body += used * num_weights(parameter)
+        trained_body += used * num_weights(parameter) * parameter.requires_grad
     of_head = [] if head is None else [(n, p) for n, p in head.named_parameters() if p.ndim > 1]
     of_head = [(n, p) for n, p in of_head if "original_module." not in n]
     return TrainingFlops(
         round(body),
         round(trained_body),
-        sum(_numel(p) for _, p in of_head),
-        sum(_numel(p) for _, p in of_head if p.requires_grad),
+        sum(num_weights(p) for _, p in of_head),
+        sum(num_weights(p) for _, p in of_head if p.requires_grad),
         _attention(config),
     )
 
@@ -154,12 +155,6 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
         if called in name:
             return peak if dtype in _HALF else None
     return get_available_flops(device, dtype) if _LIKE_THE_VENDOR.search(name) else None
-
-
-def _numel(parameter: Tensor) -> int:
-    """Return the number of weights, which of a quantised parameter is not that of its packed values."""
-    state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else state.shape.numel()
 
 
 def _active_share(config: ModelConfig) -> float | None:

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from rich.table import Table
@@ -34,7 +33,7 @@ from bdpo_pl.training.module import PreferenceModule
 from bdpo_pl.training.optimizer_state import state_bytes
 from bdpo_pl.training.parameter_counts import Devices, MetaModel, count_parameters, split_config
 from bdpo_pl.training.planned_activations import plan_activations, plan_logits
-from bdpo_pl.training.planned_batches import longest_batch, worst_batch
+from bdpo_pl.training.planned_batches import longest_batch, pairs_to_fill, worst_batch
 from bdpo_pl.training.planned_host import HostMemory
 from bdpo_pl.training.planned_reference import HostReference, plan_host, plan_offloaded_reference, plan_reference
 from bdpo_pl.training.start_checks import device_kind
@@ -246,12 +245,10 @@ def planned(
     window = data.max_length or min(data.truncation.max_length, num_positions(config) or data.truncation.max_length)
     described = MetaModel(module.source, config, torch.float32, None)
     shared = module.prefix_sharing != "never" and why_not_shared(described.built) is None
-    if pairs is None:
-        pairs = data.batch_size
     if data.max_tokens_per_batch is not None:
-        if longest is not None:
-            window = int((longest.prompt_lengths + np.maximum(longest.chosen_lengths, longest.rejected_lengths)).max())
-        pairs = max(1, data.max_tokens_per_batch // int(window * (1.5 if shared else 2)))
+        pairs = pairs_to_fill(data.max_tokens_per_batch, longest, window, shared)
+    elif pairs is None:
+        pairs = data.batch_size
     batch = worst_batch(pairs, window, shared) if longest is None else longest_batch(longest, pairs, shared)
     plan = plan_memory(
         module.source,

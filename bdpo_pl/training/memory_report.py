@@ -311,7 +311,8 @@ class WarnsOfMemory(L.Callback):
                 "with --dry_run true what is kept there"
             )
         if memory is not None and plan.peak > _USABLE * memory:
+            option = "batch_size" if data.max_tokens_per_batch is None else "max_tokens_per_batch"
             rank_zero_warn(
-                f"this run will need {size(plan.peak)} on a device of {size(memory)}: lower data.batch_size, or see "
-                "with --dry_run true what each option saves"
+                f"this run will need {size(plan.peak)} on a device of {size(memory)}: lower data.{option}, or see with "
+                "--dry_run true what each option saves"
             )

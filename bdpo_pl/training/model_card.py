@@ -143,7 +143,7 @@ def run_settings(trainer: L.Trainer, module: PreferenceModule, data: PreferenceD
         "loss": settings_of(module.loss),
         "trained": "all weights" if lora is None else f"{lora.described}{_MERGED}",
         "optimiser": f"{chosen_name(optimizer)}, learning rate {group.get('initial_lr', group['lr']):g}, "
-        f"{module.lr_schedule} schedule, warm-up {module.warmup_ratio:.0%}, weight decay "
+        f"{module.lr_schedule} schedule, warm-up {100 * module.warmup_ratio:g}%, weight decay "
         f"{group.get('weight_decay', 0):g}",
         "steps": f"{module.global_step:,}, of {batches} batches of {batch}",
         "window": f"{data.truncation.max_length:,} tokens",

@@ -181,6 +181,12 @@ def count_matrices(parameters: Iterable[Tensor], parts: int | None = None) -> tu
     return sum(p.numel() for p in matrices), sum(p.numel() for p in uneven)
 
 
+def num_weights(parameter: Tensor) -> int:
+    """Return the number of weights, which of a quantised parameter is not that of its packed values."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else state.shape.numel()
+
+
 class MetaModel:
     """A model on the meta device, with its adapters, by what it is built from.
 

@@ -256,8 +256,9 @@ def test_model_without_a_chat_template_is_read_plainly_and_says_so(base, tmp_pat
     build_model().save_pretrained(folder)
     build_tokenizer(chat=False, bos=True).save_pretrained(folder)
     base[0] = f"--model.policy={folder}"
-    main(base)
+    main([*base, "--data.held_out_fraction=0.204"])
     report, _ = results()
+    assert report["facts"]["held-out pairs"] == "20.4% of the training set, by prompt"
     assert report["facts"]["chat template"] == "none"
     assert "'<s>'" in report["facts"]["comprehension"]
     assert "No chat template: the tokenizer has none" in " ".join(report["notes"])

@@ -28,11 +28,13 @@ def test_two_nodes_train_as_one_process(model_dir, tmp_path, monkeypatch):
     # `torchrun` only prints its arguments, a line each.
     (tmp_path / "torchrun").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     (tmp_path / "torchrun").chmod(0o755)
+    # A folder of each node's own, as the configuration names one.
+    of_nodes = "--trainer.strategy=ddp", "--data.batch_size=4", "--model.scoring.cache_dir=runs/score_cache"
     commands = []
     for node in range(TASK["num_nodes"]):
-        environment = {**TASK["envs"], "MODEL": model_dir, "DATA": tmp_path / "pairs.jsonl", "ROOT": tmp_path / "runs"}
-        environment |= {
-            "OPTIONS": " ".join([*options, "--trainer.strategy=ddp", "--data.batch_size=4"]),
+        environment = {
+            **TASK["envs"], "MODEL": model_dir, "DATA": tmp_path / "pairs.jsonl", "ROOT": tmp_path / "runs",
+            "CACHE": tmp_path / "scores", "OPTIONS": " ".join([*options, *of_nodes]),
             "PORT": port, "SKYPILOT_NUM_NODES": TASK["num_nodes"], "SKYPILOT_NUM_GPUS_PER_NODE": 1,
             "SKYPILOT_NODE_RANK": node, "SKYPILOT_NODE_IPS": "127.0.0.1\n127.0.0.1",
             "PATH": f"{tmp_path}:/usr/bin:/bin",

@@ -11,6 +11,7 @@ import torch
 from makers import preference_rows, write_jsonl
 
 from bdpo_pl.cli import aliases, from_trl, known
+from bdpo_pl.cli.combinations import check_combinations
 from bdpo_pl.cli.job import FitCLI, make_parser
 from bdpo_pl.cli.quick import answer_early
 from bdpo_pl.errors import InputError
@@ -91,7 +92,6 @@ VALUES = {
     "num_train_epochs": lambda c: c.trainer.max_epochs,
     "max_steps": lambda c: c.trainer.max_steps,
     "per_device_train_batch_size": lambda c: c.data.batch_size,
-    "per_device_eval_batch_size": lambda c: c.data.eval_batch_size,
     "gradient_accumulation_steps": lambda c: c.trainer.accumulate_grad_batches,
     "max_grad_norm": lambda c: c.trainer.gradient_clip_val,
     "max_length": lambda c: c.data.max_length,
@@ -139,11 +139,28 @@ def test_a_command_of_trl_and_its_translation_say_the_same(pair, parser, peer, m
     if asked.eval_steps:
         assert config.trainer.val_check_interval == asked.eval_steps * asked.gradient_accumulation_steps
     assert (config.model.lora is not None) == asked.use_peft
+    if asked.use_peft:
+        family = "gpt2" if asked.model_name_or_path == "gpt2" else "qwen2"
+        mapping = pytest.importorskip("peft.utils").TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+        assert config.model.lora.target_modules == (asked.lora_target_modules or mapping[family])
     assert config.model.loss.class_path.endswith("CPOLoss" if "cpo.py" in " ".join(theirs) else "DPOLoss")
     assert config.trainer.precision == ("16-mixed" if "fp16" in rest else "bf16-mixed")
     # What TRL's parser leaves over is the program's name and Accelerate's own.
     left = [word for word in rest if word.startswith("--")]
     assert set(left) <= {"--num_processes", "--mixed_precision", "--accelerate_config"}
+
+
+def test_layers_that_peft_has_for_a_model_are_said_as_they_are():
+    mapping = pytest.importorskip("peft.utils").TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    said = (from_trl.ROWS["lora_target_modules"].remark, (ROOT / "configs" / "trl_defaults.yaml").read_text())
+    for family, named in {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "gpt2": "GPT-2"}.items():
+        layers = f"[{','.join(mapping[family])}]"
+        assert all(layers in text and named in text for text in said)
+
+
+def test_the_defaults_of_trl_go_with_batches_by_tokens(parser):
+    given = ["configs/trl_defaults.yaml", "--model.policy=x", "--data.train=y", "--data.max_tokens_per_batch=16384"]
+    check_combinations(ours(parser, given), parser.get_defaults())
 
 
 @pytest.mark.parametrize(("at", "steps"), [(1, 2), (2, 3)])

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 import typing
+from contextlib import nullcontext
 
 import pytest
 from lightning.pytorch.callbacks import LearningRateMonitor
@@ -156,6 +157,29 @@ def test_contradictions_are_refused_before_anything_is_loaded(tmp_path, monkeypa
     with pytest.raises(InputError) as stopped:
         parse_options(FitCLI, args, None)
     assert said in str(stopped.value)
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "refused"),
+    [
+        (FitCLI, [], True),
+        (FitCLI, ["--trainer.default_root_dir=others"], False),
+        (FitCLI, ["--ckpt_path=last"], False),
+        (FitCLI, ["--dry_run=true"], False),
+        (DiagnoseCLI, [], False),
+    ],
+)
+def test_a_run_without_a_logger_does_not_begin_in_the_folder_of_a_finished_one(
+    tmp_path, monkeypatch, command, options, refused
+):
+    """It wrote over last.ckpt, configuration and report."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "summary.json").touch()
+    args = ["--model.policy=nowhere", "--data.train=nowhere.jsonl", "--trainer.accelerator=cpu"]
+    said = r"runs is the folder of a finished run \(it has summary\.json\), and without a logger"
+    with pytest.raises(InputError, match=said) if refused else nullcontext():
+        parse_options(command, [*args, "--trainer.logger=false", *options], None)
 
 
 @pytest.mark.parametrize("callbacks", ["{}", "LearningRateMonitor", "[{class_path: LearningRateMonitor}]"])

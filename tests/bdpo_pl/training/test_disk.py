@@ -1,5 +1,7 @@
 """What a run writes, and what it says of it."""
 
+from types import SimpleNamespace
+
 import lightning as L
 import pytest
 import torch
@@ -97,6 +99,18 @@ def test_frozen_weights_are_exported_but_in_no_checkpoint(job):
     plan = plan_disk(built, module, export=True)
     assert plan.export - plan.best == 4 * frozen
     assert plan.last == 3 * plan.best
+
+
+def test_quantised_weights_are_exported_as_they_were_before(job):
+    built, module, _ = job()
+    module.trainer, module.policy = built, build_model()
+    layer = module.policy.model.layers[0].mlp.gate_proj.requires_grad_(False)
+    whole = plan_disk(built, module, export=True).export
+    state = SimpleNamespace(shape=layer.weight.shape)
+    # Two weights in a byte, as bitsandbytes packs them.
+    layer.weight = torch.nn.Parameter(torch.zeros(layer.weight.numel() // 2, 1, dtype=torch.uint8), requires_grad=False)
+    layer.weight.quant_state = state
+    assert plan_disk(built, module, export=True).export == whole
 
 
 def test_a_reference_that_follows_the_policy_takes_space_too(job, tmp_path):

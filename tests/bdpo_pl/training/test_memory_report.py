@@ -5,10 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from bdpo_pl.data.samplers import TokenBatchSampler
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.data.tokenization import PreferencePair
 from bdpo_pl.errors import InputError
-from bdpo_pl.training import memory_report
+from bdpo_pl.training import memory_plan, memory_report
 from bdpo_pl.training.memory_plan import planned
 from bdpo_pl.training.memory_report import WarnsOfMemory, alternatives, largest_batch, verdict
 from bdpo_pl.training.planned_batches import longest_batch
@@ -71,6 +72,22 @@ def test_longest_pairs_count():
     assert split.input_ids.shape == (2, 9)
 
 
+@pytest.mark.parametrize("sharing", ["auto", "never"])
+@pytest.mark.parametrize(
+    "lengths", [[(90, 10, 10)] * 40, [(5, 90, 80)] * 40, [(600, 90, 10), *[(10, 12, 10)] * 200], [(90, 10, 10)] * 3]
+)
+def test_a_batch_by_tokens_is_planned_as_large_as_the_largest_of_a_run(job, monkeypatch, lengths, sharing):
+    trainer, module, data = job(data={"max_tokens_per_batch": 1640}, prefix_sharing=sharing)
+    table = PairTable.from_pairs([PreferencePair([2] * p, [3] * c, [4] * r) for p, c, r in lengths], [1])
+    batches = []
+    plan = memory_plan.plan_memory
+    monkeypatch.setattr(memory_plan, "plan_memory", lambda *given, **o: batches.append(given[2]) or plan(*given, **o))
+    planned(trainer, module, data, longest=table)
+    sizes = table.num_tokens(shared=sharing == "auto")
+    largest = max(sum(sizes[i] for i, _ in batch) for batch in TokenBatchSampler(sizes, 1640, epoch=lambda: 0))
+    assert largest <= batches[0].num_tokens < 1640 + sizes.max()
+
+
 @pytest.fixture
 def dry_run(model_dir, preference_file, tmp_path, monkeypatch, capsys):
     def run(*options):
@@ -116,7 +133,11 @@ def test_run_that_will_not_fit_warns_before_it_scores(job, monkeypatch, recwarn)
     trainer.fit(module, data)
     warned = [str(warning.message) for warning in recwarn if "this run will need" in str(warning.message)]
     assert len(warned) == 1
-    assert "on a device of 500.0 kB" in warned[0]
+    assert "on a device of 500.0 kB: lower data.batch_size" in warned[0]
+    data.max_tokens_per_batch = 4096
+    trainer.callbacks[-1].setup(trainer, module, "fit")
+    assert "500.0 kB: lower data.max_tokens_per_batch" in str(recwarn.list[-1].message)
+    data.max_tokens_per_batch = None
     monkeypatch.setattr(memory_report, "planned", lambda *_, **__: 1 / 0)
     trainer.callbacks[-1].setup(trainer, module, "fit")
     assert any("there is no memory plan for" in str(warning.message) for warning in recwarn)

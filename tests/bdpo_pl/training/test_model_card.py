@@ -5,11 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from bdpo_pl import losses
 from bdpo_pl.losses import BalancedDPOLoss, BalancedLoss, DPOLoss, IPOLoss, LDLoss, SFTLoss, WeightedSum, WPOLoss
-from bdpo_pl.training.model_card import ModelCard, base_name, settings_of
+from bdpo_pl.training.model_card import ModelCard, base_name, run_settings, settings_of
 
 BDPO, DPO, RPO, IPO = "2603.22829", "2305.18290", "2404.19733", "2310.12036"
 CITATION = Path(__file__).parents[3] / "CITATION.cff"
@@ -145,6 +146,13 @@ def test_the_card_of_adapters_does_not_say_that_they_are_merged():
     merged = ModelCard("it", None, "DPOLoss()", [], facts, [], None, False)
     assert "| trained | LoRA of rank 4, merged |" in merged.text()
     assert "| trained | LoRA of rank 4 |" in merged.of_adapter().text()
+
+
+def test_a_short_warm_up_is_not_rounded_away(job):
+    trainer, module, data = job(warmup_ratio=0.004)
+    module.trainer = trainer
+    trainer.strategy.optimizers = [module.optimizer([torch.nn.Parameter(torch.zeros(2))])]
+    assert "warm-up 0.4%, weight decay" in run_settings(trainer, module, data)["optimiser"]
 
 
 def test_a_folder_called_model_is_named_by_its_parent(tmp_path):
