@@ -3,6 +3,8 @@
 import json
 import math
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from transformers import AutoTokenizer
 
 from bdpo_pl import embedded
 from benchmarks.jobs import __main__ as jobs
+from benchmarks.jobs import problem as problems
 from benchmarks.jobs.__main__ import curve_lines, loss_difference, markdown, seconds_to
 from benchmarks.jobs.problem import DPOProblem, build, read
 from benchmarks.jobs.real import build_real
@@ -109,6 +112,23 @@ def test_problem_has_the_lengths_it_says(tmp_path):
     assert sum(responses) / 600 == pytest.approx(96, rel=0.1)
     assert max(responses) > 2 * 96
     assert max(map(max, zip(prompts, responses, strict=False))) < problem.max_length
+
+
+def test_a_model_of_a_gpu_is_written_by_a_process_of_its_own(tmp_path, monkeypatch):
+    """What it held of the device is free again when it ends. Here a thread takes its place."""
+    begun, threads = [], []
+
+    class Elsewhere(ThreadPoolExecutor):
+        def __init__(self, number, context):
+            super().__init__(number)
+            begun.append(context.get_start_method())
+
+    monkeypatch.setattr(problems, "ProcessPoolExecutor", Elsewhere)
+    monkeypatch.setattr(problems, "_write_model", lambda *arguments: threads.append(threading.current_thread()))
+    for device in ("cpu", "cuda"):
+        build(DPOProblem(model="tiny", num_pairs=1, device=device), tmp_path)
+    assert begun == ["spawn"]
+    assert [thread is threading.current_thread() for thread in threads] == [True, False]
 
 
 def test_time_to_a_loss_is_read_off_the_curve():
