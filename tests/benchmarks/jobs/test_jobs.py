@@ -13,8 +13,12 @@ from children import command
 from transformers import AutoTokenizer
 
 from bdpo_pl import embedded
+from bdpo_pl.data.packing import RowLayout
+from bdpo_pl.forward import prefix_sharing
+from bdpo_pl.forward.document_attention import DOCUMENTS
 from benchmarks.jobs import __main__ as jobs
 from benchmarks.jobs import problem as problems
+from benchmarks.jobs import scoring
 from benchmarks.jobs.__main__ import curve_lines, loss_difference, markdown, seconds_to
 from benchmarks.jobs.problem import DPOProblem, build, read
 from benchmarks.jobs.real import build_real
@@ -68,13 +72,34 @@ def test_dpo_losses_are_trls_over_twenty_steps(tmp_path, monkeypatch):
     assert report["loss_differences"] == [pytest.approx(0, abs=1e-3)]
 
 
-def test_scoring_benchmark_runs(tmp_path):
-    printed = run(
-        "benchmarks.jobs.scoring", "--mixes", "balanced", "--pairs", "2", "--rounds", "1", "--out", str(tmp_path)
-    )
-    assert "× an epoch's forward" in printed
+@pytest.mark.parametrize(
+    ("pays", "layout", "attention"), [(2e8, RowLayout.SHARED, "sdpa"), (0.0, RowLayout.UNPADDED, DOCUMENTS)]
+)
+def test_scoring_benchmark_has_one_layout_for_all_mixes_and_plain_attention_beside_it(
+    tmp_path, monkeypatch, capsys, pays, layout, attention
+):
+    used = []
+
+    def watch(name):
+        function = getattr(scoring, name)
+
+        def watched(model, *args, layout=None):
+            used.append((name, layout, model.config._attn_implementation))
+            return function(model, *args, **({"layout": layout} if layout else {}))
+
+        monkeypatch.setattr(scoring, name, watched)
+
+    watch("score_pairs")
+    watch("epoch_forward")
+    monkeypatch.setattr(prefix_sharing, "_PAYS", pays)
+    sizes = ["--model", "tiny", "--mixes", "balanced", "response-heavy", "--pairs", "2", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", ["benchmarks.jobs.scoring", "--device", "cpu", *sizes, "--out", str(tmp_path)])
+    scoring.main()
+    assert capsys.readouterr().out.count("× an epoch's forward") == 2
     (report,) = (json.loads(path.read_text()) for path in tmp_path.glob("*-cpu-scoring.json"))
-    assert report["rows"][0]["layout"] == "shared"
+    assert [row["layout"] for row in report["rows"]] == [layout.value] * 2
+    turn = [("score_pairs", layout, attention), ("score_pairs", None, "sdpa"), ("epoch_forward", None, "sdpa")]
+    assert used == turn * 4
 
 
 def test_published_pairs_are_messages_that_fit_the_window(tmp_path):
