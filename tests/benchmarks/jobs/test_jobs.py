@@ -170,19 +170,21 @@ def test_time_to_a_loss_is_read_off_the_curve():
     ]
 
 
+RUN = {
+    "scoring_s": 1.0,
+    "training_s": 1.0,
+    "num_pairs": 4,
+    "num_tokens": 40,
+    "peak_bytes": 1,
+    "losses": [],
+    "curve": [],
+}
+
+
 def test_rounds_that_are_over_are_handed_on(monkeypatch):
     seconds = iter([4.0, 9.0, 2.0, 6.0, 3.0, 3.0])
-    run = {
-        "scoring_s": 1.0,
-        "training_s": 1.0,
-        "num_pairs": 4,
-        "num_tokens": 40,
-        "peak_bytes": 1,
-        "losses": [],
-        "curve": [],
-    }
     monkeypatch.setattr(jobs, "build", lambda problem, folder: None)
-    monkeypatch.setattr(jobs, "child", lambda *arguments: run | {"job_s": next(seconds)})
+    monkeypatch.setattr(jobs, "child", lambda *arguments: RUN | {"job_s": next(seconds)})
     seen = []
     rows = jobs.compare(DPOProblem(), ["a", "b"], 3, after_round=seen.append)
     # A whole run needs no more than what is returned; a stop before it loses one round.
@@ -190,6 +192,27 @@ def test_rounds_that_are_over_are_handed_on(monkeypatch):
     assert [(row["contender"], row["job_s"], row["jobs_s"]) for row in rows] == [
         ("a", 3.0, [4.0, 2.0, 3.0]), ("b", 6.0, [9.0, 6.0, 3.0]),
     ]  # fmt: skip
+
+
+def test_a_race_that_is_stopped_has_written_and_shown_its_rounds(monkeypatch, tmp_path, capsys):
+    seconds = iter([4.0, 9.0, 2.0, 6.0])
+
+    def until_it_is_stopped(*arguments):
+        if (job_s := next(seconds, None)) is None:
+            raise KeyboardInterrupt
+        return RUN | {"job_s": job_s}
+
+    monkeypatch.setattr(jobs, "build", lambda problem, folder: None)
+    monkeypatch.setattr(jobs, "child", until_it_is_stopped)
+    what = ["--mixes", "balanced", "--spread", "0", "--only", "ours, DPO", "TRL DPO, live reference", "--rounds", "3"]
+    monkeypatch.setattr(sys, "argv", ["benchmarks.jobs", "--device", "cpu", *what, "--out", str(tmp_path)])
+    with pytest.raises(KeyboardInterrupt):
+        jobs.main()
+    (report,) = (json.loads(path.read_text()) for path in tmp_path.glob("*-cpu-end-to-end.json"))
+    assert report.keys() == {"command", "date", "machine", "rows", "loss_differences"}
+    assert [(row["job_s"], row["jobs_s"]) for row in report["rows"]] == [(3.0, [4.0, 2.0]), (7.5, [9.0, 6.0])]
+    table = [line for line in capsys.readouterr().out.splitlines() if "| ours, DPO |" in line]
+    assert [line.split(" | ")[2:6:3] for line in table] == [["4.0", "2.25"], ["3.0", "2.50"]]
 
 
 def test_table_gives_ratios_and_reasons():
