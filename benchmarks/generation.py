@@ -125,11 +125,15 @@ def main() -> None:
     stops = stop_ids(model, tokenizer)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops)
     given: dict[str, Any] = {"max_new_tokens": options.new_tokens, "stops": stops, "pad_id": pad_id}
+
+    def in_batch(rows: Sequence[list[int]]) -> list[tuple[list[int], bool]]:
+        return padded(model, tokenizer, rows, **given)
+
     handed_back: list[int] = []
 
     def alone_again(rows: Sequence[list[int]]) -> list[tuple[list[int], bool]]:
         handed_back[-1] += len(rows)
-        return padded(model, rows, **given)
+        return in_batch(rows)
 
     def continuous() -> Tokens:
         handed_back.append(0)
@@ -137,7 +141,7 @@ def main() -> None:
         return tokens_of(in_continuous_batches(decoder, alone_again, prompts))
 
     def plain(order: Sequence[int], size: int) -> Tokens:
-        return tokens_of(in_padded_batches(partial(padded, model, **given), prompts, order, size))
+        return tokens_of(in_padded_batches(in_batch, prompts, order, size))
 
     file_order = list(range(len(prompts)))
     by_length = sorted(file_order, key=lambda i: len(prompts[i]))

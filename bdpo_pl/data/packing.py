@@ -10,6 +10,7 @@ Shapes: R rows; T positions; S sequences, one per response; N scored tokens.
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import Enum
@@ -158,6 +159,22 @@ def parts_of(batch: SequenceBatch, lengths: Tensor) -> SequenceBatch:
         known = first + tuple(whole - part for whole, part in zip(batch.scored_lengths, first, strict=True))
     spans = torch.cat([batch.spans, batch.spans])
     return replace(batch, sequence_ids=ids + S * rest, spans=spans, scored_lengths=known)
+
+
+def renumbered(documents: Sequence[Document]) -> list[Document]:
+    """Return `documents` with their sequences numbered from 0, in order."""
+    number = itertools.count()
+    found = []
+    for document in documents:
+        numbers = {old: next(number) for old, _ in document.responses}
+        found.append(
+            Document(
+                document.context,
+                [(numbers[old], ids) for old, ids in document.responses],
+                {numbers[old]: flags for old, flags in document.trained.items() if old in numbers},
+            )
+        )
+    return found
 
 
 def lay_out(documents: Sequence[Document], layout: RowLayout, pad_id: int) -> SequenceBatch:

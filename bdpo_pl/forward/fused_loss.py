@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from bdpo_kernels import linear_preference_loss, linear_sequence_logprob
 from bdpo_pl.data.packing import Document, SequenceBatch
-from bdpo_pl.errors import InputError
+from bdpo_pl.errors import InputError, MachineError, first_line, is_out_of_memory
+from bdpo_pl.forward.agreement import recovers
 from bdpo_pl.forward.equivalence import (
     compute_dtype,
     evaluating,
@@ -29,7 +30,7 @@ from bdpo_pl.forward.equivalence import (
 )
 from bdpo_pl.forward.last_layer import scored_positions_only
 from bdpo_pl.forward.masks import model_inputs
-from bdpo_pl.forward.reading import read
+from bdpo_pl.forward.reading import read, values
 from bdpo_pl.forward.responses import head_input, response_logps
 from bdpo_pl.models.architectures import logit_transform
 from bdpo_pl.models.causal_lm import CausalLM
@@ -101,17 +102,46 @@ def fused_preference_loss(
     return loss, torch.stack([chosen, rejected])
 
 
-def why_not_fused(model: CausalLM, batch: SequenceBatch) -> str | None:
+def why_not_fused(
+    model: CausalLM, batch: SequenceBatch, shorter: SequenceBatch | None = None, *, backward: bool = True
+) -> str | None:
     """Return why `fused_preference_loss` cannot replace `model`'s own logits.
 
-    None means that both agree on `batch`.
+    None means that both agree on `batch`. Without memory for a backward pass over it, gradients are compared on
+    `shorter`: training may have room for such a pass, because it holds no logits, nor, with gradient checkpointing,
+    which is off here, the activations of all layers.
+
+    Args:
+        model: causal language model, on the device that it will run on.
+        batch: sequences for the comparison.
+        shorter: few and short sequences, for gradients if there is no memory for those of `batch`.
+        backward: compare gradients too.
+
+    Raises:
+        MachineError: there is no memory for the comparison.
     """
     head = model.get_output_embeddings()
     if type(head) not in (nn.Linear, VocabParallelHead):
         return f"its LM head is a {type(head).__name__}, not a plain Linear"
-    dtype = compute_dtype(model)
-    if dtype == torch.float16:
+    if compute_dtype(model) == torch.float16:
         return "float16 gradients vanish unless the loss is scaled before they are computed; use bf16"
+    try:
+        return _difference(model, batch, backward)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        if shorter is None or not recovers(model):
+            raise MachineError(
+                f"out of memory in the trial of the fused LM head, with rows of {batch.input_ids.shape[1]} tokens: "
+                f"{first_line(error)}. Lower data.max_length, or leave out the trial: set model.lm_head to logits"
+            ) from error
+    # Not in the handler, because the error holds the memory of the pass that failed.
+    return why_not_fused(model, batch, backward=False) or why_not_fused(model, shorter)
+
+
+def _difference(model: CausalLM, batch: SequenceBatch, backward: bool) -> str | None:
+    """Return in what both differ on `batch`, or None."""
+    dtype = compute_dtype(model)
     # Each sequence is treated as a document of its own, because both sides read the same rows.
     documents = [Document([0], [(number, [0])]) for number in range(batch.num_sequences)]
 
@@ -125,14 +155,16 @@ def why_not_fused(model: CausalLM, batch: SequenceBatch) -> str | None:
         return logps.flatten(), loss
 
     with evaluating(model):
-        expected, found = (read(model, batch, documents, run, head=True) for run in (own, fused))
+        expected, found = (
+            read(model, batch, documents, run, head=True) if backward else values(run) for run in (own, fused)
+        )
     lengths = torch.bincount(batch.sequence_ids, minlength=batch.num_sequences)
     difference = (found.logps - expected.logps).abs()
     if not (difference <= rounding_of_logps(expected.logps, lengths, dtype)).all():
         return (
             f"its logits are not those of its LM head alone (log-probabilities differ by {difference.max():.2g} nats)"
         )
-    pairs = [(found.parts, expected.parts, "hidden states")]
+    pairs = [(found.parts, expected.parts, "hidden states")] if backward else []
     if expected.head is not None and found.head is not None:
         pairs.append(([found.head], [expected.head], "LM head"))
     for ours, own_parts, name in pairs:
@@ -148,7 +180,13 @@ def _trial_loss(chosen: Tensor, rejected: Tensor, index: Tensor) -> Tensor:
 
 
 def choose_head(
-    model: CausalLM, probe: SequenceBatch, option: LMHead, name: str, *, objection: str | None = None
+    model: CausalLM,
+    probe: SequenceBatch,
+    option: LMHead,
+    name: str,
+    *,
+    objection: str | None = None,
+    shorter: SequenceBatch | None = None,
 ) -> bool:
     """Decide whether to fuse LM head and loss, and log the reason if they cannot be fused.
 
@@ -158,13 +196,15 @@ def choose_head(
         option: `auto`, or only `fused` or only `logits`.
         name: name of the model, for messages.
         objection: reason why the loss cannot be fused; None: it can be.
+        shorter: few and short sequences; see `why_not_fused`.
 
     Raises:
         InputError: the option is `fused`, and the model does not support it.
+        MachineError: there is no memory for the comparison.
     """
     if option == "logits":
         return False
-    objection = objection or why_not_fused(model, probe)
+    objection = objection or why_not_fused(model, probe, shorter)
     if objection is None:
         return True
     if option == "fused":

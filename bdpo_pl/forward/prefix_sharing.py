@@ -19,9 +19,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from bdpo_pl.data.batches import pair_documents
-from bdpo_pl.data.packing import Document, RowLayout, SequenceBatch, lay_out
+from bdpo_pl.data.packing import Document, RowLayout, SequenceBatch, lay_out, renumbered
 from bdpo_pl.data.table import PairTable
-from bdpo_pl.errors import InputError, first_line, is_out_of_memory
+from bdpo_pl.errors import InputError, MachineError, first_line, is_out_of_memory
 from bdpo_pl.forward.agreement import largest, recovers
 from bdpo_pl.forward.document_attention import DOCUMENTS
 from bdpo_pl.forward.equivalence import (
@@ -32,7 +32,7 @@ from bdpo_pl.forward.equivalence import (
     rounding_of_logps,
 )
 from bdpo_pl.forward.masks import TRAINING_ONLY, depends_on_length, set_attention, why_not_shared
-from bdpo_pl.forward.reading import Reading, read, weighted
+from bdpo_pl.forward.reading import Reading, read, values, weighted
 from bdpo_pl.forward.responses import response_logps
 from bdpo_pl.forward.soundness import check_sound
 from bdpo_pl.models.causal_lm import CausalLM
@@ -83,6 +83,7 @@ def choose_layout(
     Raises:
         InputError: the option is `always`, and the model cannot share rows; or log-probabilities cannot be computed
             with it (`check_sound`).
+        MachineError: there is no memory for the trial.
     """
     if attention is None and model.config._attn_implementation in TRAINING_ONLY:
         set_attention(model, "sdpa")  # an earlier choice, for other pairs
@@ -183,7 +184,8 @@ def _objection(
 ) -> str | None:
     """Return why `layout` is not valid for `model`, or None.
 
-    A frozen model without memory for a backward pass over the longest pair is tried backwards over the shortest alone.
+    Without memory for a backward pass over all pairs, gradients are compared on the shortest alone: scoring has no such
+    pass, and training may have room for it, with gradient checkpointing, which is off here, or with the fused head.
 
     Args:
         model: model, on the device that it will run on.
@@ -193,31 +195,51 @@ def _objection(
         context: context manager that is entered around each forward pass.
         reference: attention implementation to compare with, if it is another one.
         backward: compare gradients too.
+
+    Raises:
+        MachineError: there is no memory for the trial.
     """
     if known := why_not_shared(model):
         return known
     try:
-        with evaluating(model), context():
-            dtype = compute_dtype(model)
-            shared = _reading(model, documents, layout, pad_id, backward=backward)
-            with torch.no_grad():
-                before, after = (
-                    response_logps(model, _batch(model, some, layout, pad_id), whole=True)
-                    for some in (documents, _with_another_response(documents, model))
-                )
-            with _attention(model, reference):
-                alone = _reading(model, documents, RowLayout.SPLIT, pad_id, whole=True, backward=backward)
+        return _difference(model, documents, layout, pad_id, context, reference, backward)
     except Exception as error:
         if not is_out_of_memory(error):
             recovers(model)
             return f"{type(model).__name__} fails on such rows ({type(error).__name__}: {first_line(error)})"
-        trained = any(p.requires_grad for p in model.parameters())
-        if not backward or len(documents) == 1 or trained or not recovers(model):
-            raise
-        shortest = [Document(documents[-1].context, list(enumerate(ids for _, ids in documents[-1].responses)))]
-        return _objection(model, documents, layout, pad_id, context, reference, backward=False) or _objection(
-            model, shortest, layout, pad_id, context, reference
-        )
+        if not backward or len(documents) == 1 or not recovers(model):
+            longest = max(document.num_tokens for document in documents)
+            raise MachineError(
+                f"out of memory in the trial of shared rows, with a pair of {longest} tokens: {first_line(error)}. "
+                "Lower data.max_length (evaluate: pairs.max_length), or leave out the trial: set "
+                "model.prefix_sharing to never"
+            ) from error
+    # Not in the handler, because the error holds the memory of the pass that failed.
+    return _objection(model, documents, layout, pad_id, context, reference, backward=False) or _objection(
+        model, renumbered(documents[-1:]), layout, pad_id, context, reference
+    )
+
+
+def _difference(
+    model: CausalLM,
+    documents: Sequence[Document],
+    layout: RowLayout,
+    pad_id: int,
+    context: Callable[[], AbstractContextManager[object]],
+    reference: str | None,
+    backward: bool,
+) -> str | None:
+    """Return in what `layout` differs from rows of their own, or None; the arguments are those of `_objection`."""
+    with evaluating(model), context():
+        dtype = compute_dtype(model)
+        shared = _reading(model, documents, layout, pad_id, backward=backward)
+        with torch.no_grad():
+            before, after = (
+                response_logps(model, _batch(model, some, layout, pad_id), whole=True)
+                for some in (documents, _with_another_response(documents, model))
+            )
+        with _attention(model, reference):
+            alone = _reading(model, documents, RowLayout.SPLIT, pad_id, whole=True, backward=backward)
     lengths = torch.tensor([len(ids) for document in documents for _, ids in document.responses])
     bounds = rounding_of_logps(alone.logps, lengths.to(alone.logps.device), dtype)
     # Only the first sequence was changed.
@@ -246,15 +268,12 @@ def _reading(
     backward: bool = True,
 ) -> Reading:
     batch = _batch(model, documents, layout, pad_id)
-    if not backward:
-        with torch.no_grad():
-            return Reading(response_logps(model, batch, whole=whole), [])
 
     def run() -> tuple[Tensor, Tensor]:
         logps = response_logps(model, batch, whole=whole)
         return logps, weighted(logps)
 
-    return read(model, batch, documents, run)
+    return read(model, batch, documents, run) if backward else values(run)
 
 
 def _batch(model: CausalLM, documents: Sequence[Document], layout: RowLayout, pad_id: int) -> SequenceBatch:

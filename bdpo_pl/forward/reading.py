@@ -67,6 +67,12 @@ def read(
     return Reading(logps.detach(), _pieces(by_token, batch, documents), gradients[1] if trained else None)
 
 
+def values(run: Callable[[], tuple[Tensor, Tensor]]) -> Reading:
+    """Return the log-probabilities of `run`, as of `read`, without gradients."""
+    with torch.no_grad():
+        return Reading(run()[0], [])
+
+
 def weighted(logps: Tensor) -> Tensor:
     """Return a weighted sum of `logps`.
 

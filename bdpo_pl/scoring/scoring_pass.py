@@ -7,7 +7,6 @@ once. Training then needs no reference model in memory.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from bdpo_pl.comprehension import normalised_hsic
 from bdpo_pl.data.batches import pair_document
-from bdpo_pl.data.packing import Document, RowLayout, lay_out, parts_of
+from bdpo_pl.data.packing import Document, RowLayout, lay_out, parts_of, renumbered
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.errors import InputError
 from bdpo_pl.forward.equivalence import evaluating
@@ -127,7 +126,7 @@ def score_pairs(
     with evaluating(model):
         for turn, group in enumerate(groups + [groups[-1]] * idle):
             numbers = [number for document in group for number, _ in document.responses]
-            batch = lay_out(_renumbered(group), layout, pad_id)
+            batch = lay_out(renumbered(group), layout, pad_id)
             spans = batch.spans.tolist()
             hidden: list[Tensor] = []
             if first:
@@ -316,22 +315,6 @@ def _groups(documents: list[Document], batch_tokens: int, layout: RowLayout) -> 
         total += size
     if group:
         yield group
-
-
-def _renumbered(documents: list[Document]) -> list[Document]:
-    """Return `documents` with their sequences numbered from 0, in order."""
-    number = itertools.count()
-    renumbered = []
-    for document in documents:
-        numbers = {old: next(number) for old, _ in document.responses}
-        renumbered.append(
-            Document(
-                document.context,
-                [(numbers[old], ids) for old, ids in document.responses],
-                {numbers[old]: flags for old, flags in document.trained.items() if old in numbers},
-            )
-        )
-    return renumbered
 
 
 def _default_batch_tokens(device: torch.device) -> int:

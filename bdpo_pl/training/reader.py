@@ -8,7 +8,7 @@ from functools import partial
 import lightning as L
 
 from bdpo_pl.data.batches import PreferenceBatch
-from bdpo_pl.data.packing import RowLayout, lay_out
+from bdpo_pl.data.packing import RowLayout, lay_out, renumbered
 from bdpo_pl.data.splits import PreferenceSplits
 from bdpo_pl.forward.context_parts import check_reading, logps_together, short_documents
 from bdpo_pl.forward.fused_loss import LMHead, choose_head
@@ -56,10 +56,13 @@ class PolicyReader:
             return
         table = splits.tables["train"]
         documents = probe_documents(table, policy) if self._context is None else short_documents(table)
-        probe = lay_out(documents, layout, splits.pad_id).to(device_of(policy))
+        probe, shorter = (
+            lay_out(some, layout, splits.pad_id).to(device_of(policy))
+            for some in (documents, renumbered(documents[-1:]))
+        )
         # Ranks that share rows sum log-probabilities before they compute the loss, so any loss can be computed so.
         objection = None if self._context is not None else loss.not_fused
-        self._fused = choose_head(policy, probe, self.lm_head, self.name, objection=objection)
+        self._fused = choose_head(policy, probe, self.lm_head, self.name, objection=objection, shorter=shorter)
 
     def losses(
         self, policy: CausalLM, loss: PreferenceLoss, batch: PreferenceBatch, scores: PairScores, *, trained: bool

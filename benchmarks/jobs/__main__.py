@@ -1,9 +1,9 @@
 """A whole alignment job, ours and TRL's: `python -m benchmarks.jobs [--device cpu|cuda] [--mixes NAME ...]`.
 
 All trainers have the same model, pairs, order, precision, batch of pairs and optimiser. Each runs in its own process,
-in alternating rounds, so that a drift of the machine affects all equally. The command writes JSON to
-`benchmarks/results/` and prints Markdown. `--curve K` validates K times during training and compares the time to the
-same held-out loss.
+in alternating rounds, so that a drift of the machine affects all equally. After each round the command writes JSON to
+`benchmarks/results/` and prints Markdown, of all rounds so far. `--curve K` validates K times during training and
+compares the time to the same held-out loss.
 """
 
 from __future__ import annotations
@@ -215,6 +215,8 @@ def main() -> None:
     def save(more: list[dict[str, Any]]) -> None:
         # Saved as it grows, because the slow trainers take long.
         path.write_text(json.dumps(report | {"rows": rows + more}, indent=1) + "\n", encoding="utf-8")
+        if more:
+            print(markdown(more), flush=True)
 
     for each in problems:
         found = compare(each, options.only, options.rounds, options.real, options.prefix, save)

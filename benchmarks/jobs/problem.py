@@ -7,7 +7,9 @@ rejected responses prefer different words, so there is something to learn, and a
 from __future__ import annotations
 
 import json
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +88,12 @@ class DPOProblem:
 def build(problem: DPOProblem, folder: Path) -> None:
     """Write `model/`, `tokenizer/`, `train.jsonl`, `held_out.jsonl` and `problem.json` into `folder`."""
     sizes = MODELS[problem.model]
-    _write_model(sizes, problem, folder / "model")
+    if problem.device == "cpu":
+        _write_model(sizes, problem, folder / "model")
+    else:
+        # In a process of its own: this one would keep the model's memory on the device while the trainers run.
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+            process.submit(_write_model, sizes, problem, folder / "model").result()
     rng = np.random.default_rng(0)
     for name, count in (("train", problem.num_pairs), ("held_out", problem.num_held_out)):
         lines = [json.dumps(_row(rng, problem, sizes["vocab_size"])) for _ in range(count)]

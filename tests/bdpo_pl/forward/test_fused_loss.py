@@ -1,19 +1,26 @@
 """Training with LM head and loss in one operation, against training on the model's own logits."""
 
 import importlib
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 from counting import Operators
 from makers import build_model, large, rows_alone
+from shared_rows import NO_MEMORY, table
 from torch import nn
 from training import fit, same, weights
 
 import bdpo_kernels
 from bdpo_kernels import linear_preference_loss
-from bdpo_pl.errors import InputError
+from bdpo_pl.data.packing import RowLayout
+from bdpo_pl.errors import InputError, MachineError
 from bdpo_pl.forward.fused_loss import fused_preference_loss, why_not_fused
+from bdpo_pl.forward.reading import read
 from bdpo_pl.forward.responses import response_logps
+from bdpo_pl.losses import DPOLoss
+from bdpo_pl.training.reader import PolicyReader
 
 ARCHITECTURES = {
     "qwen2": {},
@@ -109,19 +116,51 @@ def test_no_device_is_waited_for_at_the_head(monkeypatch, pass_):
     assert all(found == (0, set()) for found in waits)
 
 
-def test_unknown_change_of_the_logits_is_noticed():
-    model = large(build_model()).train()
-    forward = type(model).forward
+def doubled(kind):
+    """A class of models whose logits are twice those of their LM heads."""
 
-    class Doubled(type(model)):
+    class Doubled(kind):
         def forward(self, **inputs):
-            output = forward(self, **inputs)
+            output = kind.forward(self, **inputs)
             output.logits = output.logits * 2
             return output
 
-    model.__class__ = Doubled
+    return Doubled
+
+
+def test_unknown_change_of_the_logits_is_noticed():
+    model = large(build_model()).train()
+    model.__class__ = doubled(type(model))
     assert "not those of its LM head alone" in why_not_fused(model, batch())
     assert model.training
+
+
+def test_without_room_for_a_backward_pass_gradients_are_those_of_the_shortest_pair(monkeypatch):
+    """Training may have room for it: it holds no logits, nor, with gradient checkpointing, all activations."""
+    graphs, tried = [], []
+
+    def no_room(model, batch, documents, run, **options):
+        assert not [graph for graph in graphs if graph() is not None]
+        tried.append(len(documents))
+        if len(documents) > 2:
+            logps, _ = run()
+            graphs.append(weakref.ref(logps))
+            raise NO_MEMORY["gpu"]()
+        return read(model, batch, documents, run, **options)
+
+    monkeypatch.setattr("bdpo_pl.forward.fused_loss.read", no_room)
+    model, splits = large(build_model()), SimpleNamespace(tables={"train": table()}, pad_id=0)
+    policy = PolicyReader("fused", "M")
+    policy.choose_head(model, DPOLoss(), splits, RowLayout.SHARED)
+    assert policy._fused
+    assert tried == [4, 2, 2]
+    with pytest.raises(MachineError, match=r"rows of 7 tokens: CUDA.* set model\.lm_head to logits"):
+        why_not_fused(model, batch())
+    # Values are those of all pairs.
+    model.__class__ = doubled(type(model))
+    with pytest.raises(InputError, match="not those of its LM head alone"):
+        PolicyReader("fused", "M").choose_head(model, DPOLoss(), splits, RowLayout.SHARED)
+    assert tried == [4, 2, 2, 4, 4]
 
 
 @pytest.mark.parametrize(

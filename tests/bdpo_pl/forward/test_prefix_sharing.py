@@ -1,6 +1,7 @@
 """Prefix sharing: rows that hold several sequences give what rows of their own give, or are not used."""
 
 import dataclasses
+import weakref
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from bdpo_pl.data.batches import pair_documents
 from bdpo_pl.data.packing import Document, RowLayout, lay_out
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.data.tokenization import PreferencePair
-from bdpo_pl.errors import InputError
+from bdpo_pl.errors import InputError, MachineError
 from bdpo_pl.forward import masks as attention
 from bdpo_pl.forward import prefix_sharing as row_layout
 from bdpo_pl.forward.masks import model_inputs, set_attention
@@ -186,22 +187,41 @@ def test_the_trial_leaves_no_gradient_behind():
     assert choose_layout(model.requires_grad_(False), table(), "always") is RowLayout.SHARED
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("error", NO_MEMORY.values(), ids=NO_MEMORY)
-def test_a_frozen_model_without_room_for_a_backward_pass_is_tried_on_the_shortest_pair(monkeypatch, error):
-    tried = []
+def test_without_room_for_a_backward_pass_gradients_are_those_of_the_shortest_pair(monkeypatch, error, frozen):
+    """Scoring needs no such pass, and training may have room for it with gradient checkpointing, which is off here."""
+    graphs, tried = [], []
 
     def no_room(model, batch, documents, run):
+        assert not [graph for graph in graphs if graph() is not None]
         tried.append(len(documents))
         if len(documents) > 1:
+            logps, _ = run()
+            graphs.append(weakref.ref(logps))
             raise error()
         return read(model, batch, documents, run)
 
     monkeypatch.setattr(row_layout, "read", no_room)
-    model = model_named("qwen2")
-    with pytest.raises(RuntimeError, match="allocate"):
-        choose_layout(model, table())
-    assert choose_layout(model.requires_grad_(False), table(), "always") is RowLayout.SHARED
-    assert tried == [2, 2, 1, 1]
+    model = model_named("mistral").requires_grad_(not frozen)
+    assert choose_layout(model, table(), "always", attention="sdpa") is RowLayout.SHARED
+    assert tried == [2, 1, 1]
+    # Values are those of the longest pair too.
+    ignored_mask(Planted(monkeypatch))
+    with pytest.raises(InputError, match="a response is seen by another"):
+        choose_layout(model, table(), "always", attention="sdpa")
+    assert tried == [2, 1, 1, 2]
+
+
+def test_without_memory_for_any_trial_the_option_that_leaves_it_out_is_named(monkeypatch):
+    def no_room(*args, **options):
+        raise NO_MEMORY["gpu"]()
+
+    monkeypatch.setattr(row_layout, "response_logps", no_room)
+    longest = table().num_tokens(shared=True).max()
+    with pytest.raises(MachineError, match=rf"a pair of {longest} tokens: CUDA.* set model\.prefix_sharing to never"):
+        choose_layout(model_named("mistral"), table())
+    assert choose_layout(model_named("mistral"), table(), "never") is RowLayout.SPLIT
 
 
 def test_padding_gets_no_gradient():

@@ -4,6 +4,7 @@ Whether a GPU has more memory left is tested by a test that needs one; how long 
 """
 
 import dataclasses
+import gc
 from contextlib import nullcontext
 
 import pytest
@@ -23,10 +24,19 @@ from bdpo_pl.models.loading import enable_activation_checkpointing
 from bdpo_pl.training.planned_batches import worst_batch
 
 CPU = torch.device("cpu")
-WORST = worst_batch(2, 64, True)
-IDS = torch.randint(5, 400, WORST.input_ids.shape, generator=torch.Generator().manual_seed(0))
-LABELS = torch.randint(5, 400, WORST.labels.shape, generator=torch.Generator().manual_seed(1))
-BATCH = dataclasses.replace(WORST, input_ids=IDS, labels=LABELS)
+
+
+def filled(pairs, window):
+    """A batch of `pairs` pairs that fill the window, of random tokens."""
+    worst = worst_batch(pairs, window, True)
+    ids, labels = (
+        torch.randint(5, 400, old.shape, generator=torch.Generator().manual_seed(seed))
+        for seed, old in enumerate((worst.input_ids, worst.labels))
+    )
+    return dataclasses.replace(worst, input_ids=ids, labels=labels)
+
+
+BATCH = filled(2, 64)
 R, T, D, LAYERS = 2, 96, 32, 2
 
 
@@ -51,7 +61,7 @@ def losses(chosen, rejected, index):
     return DPOLoss()(chosen, rejected, PairScores(lengths, lengths, zeros, zeros))
 
 
-def step(offloads, checkpointing=False, half=False, fused=True, lora=False, device=CPU, **sizes):
+def step(offloads, checkpointing=False, half=False, fused=True, lora=False, device=CPU, batch=BATCH, **sizes):
     """Loss and gradients of a step of a new model."""
     model = build_model(**sizes).train().to(device)
     model.config.use_cache = False
@@ -61,7 +71,7 @@ def step(offloads, checkpointing=False, half=False, fused=True, lora=False, devi
         add_adapters(model, LoraOptions(r=4))
     if offloads:
         OffloadedActivations(model, device)
-    batch = BATCH.to(device)
+    batch = batch.to(device)
     with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
         if fused:
             loss, _ = fused_preference_loss(model, batch, losses)
@@ -194,15 +204,29 @@ def test_model_whose_layers_are_not_known_is_refused():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_gpu_needs_less_memory_for_the_same_bits(checkpointing):
+def test_gpu_needs_less_memory_for_the_same_gradients(checkpointing):
+    """The input of a layer has 6 MiB, the gradients of its weights 1.5, so the peak is where the backward pass begins.
+
+    The first step is not counted: libraries allocate memory in it that they keep.
+    """
     gpu = torch.device("cuda")
-    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8}
+    batch = filled(16, 256)
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 8}
+    layer_input = batch.input_ids.numel() * 256 * 4
+    assert layer_input > activation_offloading.MIN_BYTES
     found = []
-    for offloads in (False, True):
+    for offloads in (False, False, True):
+        gc.collect()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        found.append((step(offloads, checkpointing, device=gpu, **sizes), torch.cuda.max_memory_allocated()))
-    (expected, most), ((loss, gradients), less) = found[0], found[1]
-    assert less < most
-    assert torch.equal(loss, expected[0])
-    assert all(torch.equal(one, other) for one, other in zip(gradients, expected[1], strict=True))
+        before = torch.cuda.memory_allocated()
+        loss, gradients = step(offloads, checkpointing, device=gpu, batch=batch, **sizes)
+        peak = torch.cuda.max_memory_allocated() - before
+        found.append((peak, [loss.cpu(), *(gradient.cpu() for gradient in gradients)]))
+        del loss, gradients
+    _, (most, expected), (less, values) = found
+    # Of eight inputs one is there at a time, and then the gradients of seven layers, or fewer.
+    assert less < most - 2 * layer_input
+    # Kernels of a GPU may sum in another order each time.
+    for value, wanted in zip(values, expected, strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-3, atol=1e-3 * wanted.abs().max().item())

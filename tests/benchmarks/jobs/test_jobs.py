@@ -3,6 +3,8 @@
 import json
 import math
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,7 +13,12 @@ from children import command
 from transformers import AutoTokenizer
 
 from bdpo_pl import embedded
+from bdpo_pl.data.packing import RowLayout
+from bdpo_pl.forward import prefix_sharing
+from bdpo_pl.forward.document_attention import DOCUMENTS
 from benchmarks.jobs import __main__ as jobs
+from benchmarks.jobs import problem as problems
+from benchmarks.jobs import scoring
 from benchmarks.jobs.__main__ import curve_lines, loss_difference, markdown, seconds_to
 from benchmarks.jobs.problem import DPOProblem, build, read
 from benchmarks.jobs.real import build_real
@@ -65,13 +72,34 @@ def test_dpo_losses_are_trls_over_twenty_steps(tmp_path, monkeypatch):
     assert report["loss_differences"] == [pytest.approx(0, abs=1e-3)]
 
 
-def test_scoring_benchmark_runs(tmp_path):
-    printed = run(
-        "benchmarks.jobs.scoring", "--mixes", "balanced", "--pairs", "2", "--rounds", "1", "--out", str(tmp_path)
-    )
-    assert "× an epoch's forward" in printed
+@pytest.mark.parametrize(
+    ("pays", "layout", "attention"), [(2e8, RowLayout.SHARED, "sdpa"), (0.0, RowLayout.UNPADDED, DOCUMENTS)]
+)
+def test_scoring_benchmark_has_one_layout_for_all_mixes_and_plain_attention_beside_it(
+    tmp_path, monkeypatch, capsys, pays, layout, attention
+):
+    used = []
+
+    def watch(name):
+        function = getattr(scoring, name)
+
+        def watched(model, *args, layout=None):
+            used.append((name, layout, model.config._attn_implementation))
+            return function(model, *args, **({"layout": layout} if layout else {}))
+
+        monkeypatch.setattr(scoring, name, watched)
+
+    watch("score_pairs")
+    watch("epoch_forward")
+    monkeypatch.setattr(prefix_sharing, "_PAYS", pays)
+    sizes = ["--model", "tiny", "--mixes", "balanced", "response-heavy", "--pairs", "2", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", ["benchmarks.jobs.scoring", "--device", "cpu", *sizes, "--out", str(tmp_path)])
+    scoring.main()
+    assert capsys.readouterr().out.count("× an epoch's forward") == 2
     (report,) = (json.loads(path.read_text()) for path in tmp_path.glob("*-cpu-scoring.json"))
-    assert report["rows"][0]["layout"] == "shared"
+    assert [row["layout"] for row in report["rows"]] == [layout.value] * 2
+    turn = [("score_pairs", layout, attention), ("score_pairs", None, "sdpa"), ("epoch_forward", None, "sdpa")]
+    assert used == turn * 4
 
 
 def test_published_pairs_are_messages_that_fit_the_window(tmp_path):
@@ -111,6 +139,23 @@ def test_problem_has_the_lengths_it_says(tmp_path):
     assert max(map(max, zip(prompts, responses, strict=False))) < problem.max_length
 
 
+def test_a_model_of_a_gpu_is_written_by_a_process_of_its_own(tmp_path, monkeypatch):
+    """What it held of the device is free again when it ends. Here a thread takes its place."""
+    begun, threads = [], []
+
+    class Elsewhere(ThreadPoolExecutor):
+        def __init__(self, number, context):
+            super().__init__(number)
+            begun.append(context.get_start_method())
+
+    monkeypatch.setattr(problems, "ProcessPoolExecutor", Elsewhere)
+    monkeypatch.setattr(problems, "_write_model", lambda *arguments: threads.append(threading.current_thread()))
+    for device in ("cpu", "cuda"):
+        build(DPOProblem(model="tiny", num_pairs=1, device=device), tmp_path)
+    assert begun == ["spawn"]
+    assert [thread is threading.current_thread() for thread in threads] == [True, False]
+
+
 def test_time_to_a_loss_is_read_off_the_curve():
     curve = [[1.0, 0.69], [2.0, 0.67], [3.0, 0.63]]
     assert seconds_to(0.65, curve) == pytest.approx(2.5)
@@ -125,19 +170,21 @@ def test_time_to_a_loss_is_read_off_the_curve():
     ]
 
 
+RUN = {
+    "scoring_s": 1.0,
+    "training_s": 1.0,
+    "num_pairs": 4,
+    "num_tokens": 40,
+    "peak_bytes": 1,
+    "losses": [],
+    "curve": [],
+}
+
+
 def test_rounds_that_are_over_are_handed_on(monkeypatch):
     seconds = iter([4.0, 9.0, 2.0, 6.0, 3.0, 3.0])
-    run = {
-        "scoring_s": 1.0,
-        "training_s": 1.0,
-        "num_pairs": 4,
-        "num_tokens": 40,
-        "peak_bytes": 1,
-        "losses": [],
-        "curve": [],
-    }
     monkeypatch.setattr(jobs, "build", lambda problem, folder: None)
-    monkeypatch.setattr(jobs, "child", lambda *arguments: run | {"job_s": next(seconds)})
+    monkeypatch.setattr(jobs, "child", lambda *arguments: RUN | {"job_s": next(seconds)})
     seen = []
     rows = jobs.compare(DPOProblem(), ["a", "b"], 3, after_round=seen.append)
     # A whole run needs no more than what is returned; a stop before it loses one round.
@@ -145,6 +192,27 @@ def test_rounds_that_are_over_are_handed_on(monkeypatch):
     assert [(row["contender"], row["job_s"], row["jobs_s"]) for row in rows] == [
         ("a", 3.0, [4.0, 2.0, 3.0]), ("b", 6.0, [9.0, 6.0, 3.0]),
     ]  # fmt: skip
+
+
+def test_a_race_that_is_stopped_has_written_and_shown_its_rounds(monkeypatch, tmp_path, capsys):
+    seconds = iter([4.0, 9.0, 2.0, 6.0])
+
+    def until_it_is_stopped(*arguments):
+        if (job_s := next(seconds, None)) is None:
+            raise KeyboardInterrupt
+        return RUN | {"job_s": job_s}
+
+    monkeypatch.setattr(jobs, "build", lambda problem, folder: None)
+    monkeypatch.setattr(jobs, "child", until_it_is_stopped)
+    what = ["--mixes", "balanced", "--spread", "0", "--only", "ours, DPO", "TRL DPO, live reference", "--rounds", "3"]
+    monkeypatch.setattr(sys, "argv", ["benchmarks.jobs", "--device", "cpu", *what, "--out", str(tmp_path)])
+    with pytest.raises(KeyboardInterrupt):
+        jobs.main()
+    (report,) = (json.loads(path.read_text()) for path in tmp_path.glob("*-cpu-end-to-end.json"))
+    assert report.keys() == {"command", "date", "machine", "rows", "loss_differences"}
+    assert [(row["job_s"], row["jobs_s"]) for row in report["rows"]] == [(3.0, [4.0, 2.0]), (7.5, [9.0, 6.0])]
+    table = [line for line in capsys.readouterr().out.splitlines() if "| ours, DPO |" in line]
+    assert [line.split(" | ")[2:6:3] for line in table] == [["4.0", "2.25"], ["3.0", "2.50"]]
 
 
 def test_table_gives_ratios_and_reasons():
