@@ -199,12 +199,16 @@ def _rounded_up(sizes: np.ndarray) -> np.ndarray:
 
 
 def _fill(sizes: np.ndarray, max_tokens: int) -> Iterator[list[int]]:
-    """Yield batches of sizes with sums of at most `max_tokens`: pool by pool of `sizes`, each in descending order."""
+    """Yield batches of sizes with sums of at most `max_tokens`, pool by pool of `sizes`.
+
+    Pools descend and ascend in turn, so that a batch which goes on into the next pool has similar sizes too: rows of
+    their own are padded to its longest.
+    """
     pools = np.cumsum(sizes) // (max_tokens * _POOL_BATCHES)
     batch: list[int] = []
     total = 0
-    for pool in np.unique(pools):
-        for size in sorted(sizes[pools == pool].tolist(), reverse=True):
+    for number, pool in enumerate(np.unique(pools)):
+        for size in sorted(sizes[pools == pool].tolist(), reverse=number % 2 == 0):
             if total + size > max_tokens:
                 yield batch
                 batch, total = [], 0

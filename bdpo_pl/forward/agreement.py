@@ -20,11 +20,24 @@ def largest(model: nn.Module, value: float) -> float:
 
     All of these ranks call this.
     """
-    if not isinstance(model, FSDPModule) and not any(isinstance(p, DTensor) for p in model.parameters()):
+    if not _in_parts(model):
         return value
     found = torch.tensor(value, device=device_of(model))
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return float(found)
+
+
+def may_try_less(model: nn.Module) -> bool:
+    """Let `model` be called with fewer tokens after a lack of memory; return false if it cannot be.
+
+    Of ranks that train parts of `model`, one may lack memory alone, and would wait for the others in another pass.
+    """
+    trained = any(p.requires_grad for p in model.parameters())
+    return not (trained and _in_parts(model)) and recovers(model)
+
+
+def _in_parts(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule) or any(isinstance(p, DTensor) for p in model.parameters())
 
 
 def recovers(model: nn.Module) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from bdpo_kernels import linear_preference_loss, linear_sequence_logprob
 from bdpo_pl.data.packing import Document, SequenceBatch
 from bdpo_pl.errors import InputError, MachineError, first_line, is_out_of_memory
-from bdpo_pl.forward.agreement import recovers
+from bdpo_pl.forward.agreement import may_try_less
 from bdpo_pl.forward.equivalence import (
     compute_dtype,
     evaluating,
@@ -130,7 +130,7 @@ def why_not_fused(
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        if shorter is None or not recovers(model):
+        if shorter is None or not may_try_less(model):
             raise MachineError(
                 f"out of memory in the trial of the fused LM head, with rows of {batch.input_ids.shape[1]} tokens: "
                 f"{first_line(error)}. Lower data.max_length, or leave out the trial: set model.lm_head to logits"

@@ -22,7 +22,7 @@ from bdpo_pl.data.batches import pair_documents
 from bdpo_pl.data.packing import Document, RowLayout, SequenceBatch, lay_out, renumbered
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.errors import InputError, MachineError, first_line, is_out_of_memory
-from bdpo_pl.forward.agreement import largest, recovers
+from bdpo_pl.forward.agreement import largest, may_try_less, recovers
 from bdpo_pl.forward.document_attention import DOCUMENTS
 from bdpo_pl.forward.equivalence import (
     compute_dtype,
@@ -207,7 +207,7 @@ def _objection(
         if not is_out_of_memory(error):
             recovers(model)
             return f"{type(model).__name__} fails on such rows ({type(error).__name__}: {first_line(error)})"
-        if not backward or len(documents) == 1 or not recovers(model):
+        if not backward or len(documents) == 1 or not may_try_less(model):
             longest = max(document.num_tokens for document in documents)
             raise MachineError(
                 f"out of memory in the trial of shared rows, with a pair of {longest} tokens: {first_line(error)}. "

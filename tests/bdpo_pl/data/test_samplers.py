@@ -118,6 +118,8 @@ def test_token_batches_are_full_and_of_like_sizes():
     assert np.mean(full) > 0.9
     # Padded to its longest pair, a batch would waste little, where batches of any sizes waste most of it.
     assert padding(sizes, batches) < 0.3
+    # Nor does any of them, those that go on from one pool into the next included.
+    assert max(max(sizes[i] for i, _ in batch) * len(batch) for batch in batches) < 2 * 8192
     anything = PairBatchSampler(len(sizes), len(sizes) // len(batches), epoch=lambda: 0)
     assert padding(sizes, anything) > 0.5
     # And yet a batch's place in the epoch says nothing of its sizes.
@@ -136,7 +138,7 @@ def test_token_batches_are_drawn_anew_each_epoch_and_repeat_by_seed():
     assert batches(0) == batches(0)
     assert batches(0) != batches(0, seed=2)
     # Not only another order: other pairs meet.
-    assert len({frozenset(b) for b in batches(0)} & {frozenset(b) for b in batches(1)}) < 5
+    assert len({frozenset(b) for b in batches(0)} & {frozenset(b) for b in batches(1)}) < len(batches(0)) / 4
     assert batches(0, skip=7) == batches(0)[7:]
     without_order = TokenBatchSampler(sizes, 4096)
     assert list(without_order) == list(without_order)

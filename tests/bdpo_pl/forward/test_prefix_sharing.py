@@ -13,6 +13,7 @@ from bdpo_pl.data.packing import Document, RowLayout, lay_out
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.data.tokenization import PreferencePair
 from bdpo_pl.errors import InputError, MachineError
+from bdpo_pl.forward import agreement
 from bdpo_pl.forward import masks as attention
 from bdpo_pl.forward import prefix_sharing as row_layout
 from bdpo_pl.forward.masks import model_inputs, set_attention
@@ -282,3 +283,12 @@ def test_training_on_shared_rows_is_training_on_two(job):
     for (name, a), b in zip(shared.policy.named_parameters(), split.policy.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
     assert shared.evaluations[8] == pytest.approx(split.evaluations[8], abs=2e-3)
+
+
+def test_ranks_that_train_parts_of_a_model_do_not_try_less(monkeypatch):
+    """One of them may lack memory alone; the others would wait for it in another pass."""
+    model = model_named("qwen2")
+    assert agreement.may_try_less(model)
+    monkeypatch.setattr(agreement, "DTensor", torch.nn.Parameter)
+    assert not agreement.may_try_less(model)
+    assert agreement.may_try_less(model.requires_grad_(False))
