@@ -20,6 +20,7 @@ from bdpo_pl.evaluation.judges.learned.refusal_model import LearnedJudge
 from bdpo_pl.evaluation.judges.phrases import PhraseJudge
 from bdpo_pl.evaluation.options import EvaluateOptions
 from bdpo_pl.evaluation.verdict_log import RecordFile
+from bdpo_pl.reporting.format import whole
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Labels:
 
     def notes(self) -> list[str]:
         """Return what was left out, for reports."""
-        return [f"Left out of {self.file}: {count:,} {why}." for why, count in self.left_out.items()]
+        return [f"Left out of {self.file}: {whole(count)} {why}." for why, count in self.left_out.items()]
 
 
 def _is_offline(judge: Judge) -> bool:
