@@ -86,20 +86,29 @@ def run(args: list[str], description: str | None) -> None:
 
 
 def _refuse_finished(trainer: L.Trainer) -> None:
-    """Refuse to begin a run in the folder of a finished one, whose exported model would lie beside the new results.
+    """Refuse to begin a run in the folder of a finished one, whose files would lie beside the new ones or be replaced.
 
     Raises:
-        InputError: the logger names such a folder.
+        InputError: the logger names such a folder, or there is no logger, and the Trainer's root is such a folder.
     """
-    if not isinstance(trainer.logger, CSVLogger | TensorBoardLogger):
-        # Other loggers give runs no folders of their own.
+    if trainer.logger is None:
+        folder, ckpt_path = Path(trainer.default_root_dir), "--ckpt_path last"
+        remedy = (
+            "without a logger this run has no other: set trainer.default_root_dir to another folder, or leave "
+            "trainer.logger out, which gives each run a folder of its own"
+        )
+    elif isinstance(trainer.logger, CSVLogger | TensorBoardLogger):
+        folder, ckpt_path = Path(trainer.logger.log_dir), "--ckpt_path"
+        remedy = (
+            "this one starts from the beginning: leave trainer.logger.init_args.version out, which gives it a new "
+            "folder, or set it to another name"
+        )
+    else:  # other loggers give runs no folders of their own
         return
-    folder = Path(trainer.logger.log_dir)
     if found := [name for name in ("model", "adapter", "summary.json") if (folder / name).exists()]:
         raise InputError(
-            f"{folder} is the folder of a finished run (it has {', '.join(found)}), and this one starts from the "
-            "beginning: leave trainer.logger.init_args.version out, which gives it a new folder, or set it to "
-            "another name; to train that run on, give --ckpt_path"
+            f"{folder} is the folder of a finished run (it has {', '.join(found)}), and {remedy}; to train that run "
+            f"on, give {ckpt_path}"
         )
 
 

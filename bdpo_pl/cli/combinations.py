@@ -87,23 +87,6 @@ def check_kept(trainer: Namespace) -> None:
         )
 
 
-def check_folder(config: Namespace) -> None:
-    """Refuse to begin a run without a logger, and so without a folder of its own, where a finished one has its files.
-
-    Raises:
-        InputError: `trainer.default_root_dir` is such a folder.
-    """
-    if config.trainer.logger not in (False, []) or config.ckpt_path is not None:
-        return
-    folder = Path(config.trainer.default_root_dir)
-    if found := [name for name in ("model", "adapter", "summary.json") if (folder / name).exists()]:
-        raise InputError(
-            f"{folder} is the folder of a finished run (it has {', '.join(found)}), and without a logger this run has "
-            "no other: set trainer.default_root_dir to another folder, or leave trainer.logger out, which gives each "
-            "run a folder of its own; to train that run on, give --ckpt_path last"
-        )
-
-
 def never_validates(trainer: Namespace) -> str | None:
     """Return why a run with these options of the Trainer ends without a validation; None if it has one."""
     if trainer.limit_val_batches == 0:

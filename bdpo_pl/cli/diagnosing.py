@@ -69,8 +69,6 @@ class DiagnoseOptions:
 class DiagnoseCLI(FitCLI):
     """The command line of `fit`, with the options of the report."""
 
-    trains = False
-
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options of the report."""
         super().add_arguments_to_parser(parser)

@@ -14,14 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgre
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from bdpo_pl import embedded
-from bdpo_pl.cli.combinations import (
-    check_combinations,
-    check_folder,
-    check_kept,
-    check_monitor,
-    never_validates,
-    one_or_more,
-)
+from bdpo_pl.cli.combinations import check_combinations, check_kept, check_monitor, never_validates, one_or_more
 from bdpo_pl.cli.misfits import refuse_misfit
 from bdpo_pl.cli.parser import OptionParser
 from bdpo_pl.embedded import EMBEDDED
@@ -49,8 +42,6 @@ class FitCLI(LightningCLI):
 
     gives_data = True
     """True if there are pairs, or if a memory plan without pairs is requested."""
-    trains = True
-    """True for a command that writes the files of a run."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options of the checkpoint, the safety probe, the completions and resuming."""
@@ -145,8 +136,6 @@ class FitCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: object) -> L.Trainer:
         """Return the Trainer, which stops at a gap if requested."""
         check_kept(self.config.trainer)
-        if self.trains and not self.config.dry_run:
-            check_folder(self.config)
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (TypeError, ValueError, ModuleNotFoundError) as error:
