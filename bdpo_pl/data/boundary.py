@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from bdpo_pl.data.chat_template import ChatTemplate, Conversation, Message, opens_thought
+from bdpo_pl.data.chat_template import ChatTemplate, Conversation, Message, opened_thought
 from bdpo_pl.data.messages import USER_ROLES, RowError, thought_of, with_marks, without_thought
 from bdpo_pl.data.messages import split_thought as split_thought_of
 from bdpo_pl.data.rows import common_prefix_length
@@ -371,7 +371,7 @@ def _otherwise(after: str, template: ChatTemplate, has_thought: bool = False) ->
             "template writes them; take them out with data.thoughts=strip, or give another template "
             "(data.chat_template) or variable (data.chat_template_kwargs='{enable_thinking: true}')",
         )
-    if opens_thought(after):
+    if opened_thought(after):
         switch = next((name for name in ("enable_thinking", "thinking") if template.mentions(name)), None)
         remedy = (
             f"data.chat_template_kwargs='{{{switch}: false}}'"

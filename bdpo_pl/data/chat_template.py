@@ -28,7 +28,7 @@ PINNED_DATE = date(2024, 7, 26)
 
 # Any words will do that occur in no template and that templates leave unchanged.
 _SENTINEL = "zqsentinel{}qz"
-_OPEN_THOUGHT = re.compile(r"<think(?:ing)?>\s*$")
+_OPEN_THOUGHT = re.compile(r"<(think(?:ing)?)>\s*$")
 THOUGHT_MARK = re.compile(r"</?think(?:ing)?>")
 _PLAIN = (str, bool, int, float, type(None))
 _NO_KEY = ""
@@ -313,9 +313,10 @@ def _is_simple(conversation: Conversation) -> bool:
     )
 
 
-def opens_thought(prompt: str) -> bool:
-    """Return true if a generation prompt ends within a thought."""
-    return _OPEN_THOUGHT.search(prompt) is not None
+def opened_thought(prompt: str) -> str | None:
+    """Return the name of the mark, as `think`, if a generation prompt ends within a thought; None if it does not."""
+    mark = _OPEN_THOUGHT.search(prompt)
+    return None if mark is None else mark[1]
 
 
 class ChatEncoder:

@@ -7,7 +7,7 @@ folder of them, a folder written by `Dataset.save_to_disk`, or the name of a dat
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,9 +105,7 @@ def _saved_dataset(path: Path, split: str) -> Iterator[Record]:
         if split not in data:
             raise InputError(f"{path}: no split {split!r}; it has {', '.join(data)}")
         data = data[split]
-    names = class_names(getattr(data, "features", {}))
-    for number, fields in enumerate(data):
-        yield Record(str(path), number, with_names(fields, names))
+    yield from _rows(str(path), data)
 
 
 def _require_inside(path: Path) -> None:
@@ -129,6 +127,10 @@ def _hub_dataset(name: str, split: str, revision: str | None, subset: str | None
             f"{name}: neither a file here nor a dataset that could be loaded from the Hugging Face hub "
             f"(split {split!r}, revision {revision or 'newest'}): {type(error).__name__}: {error}"
         ) from error
+    yield from _rows(name, data)
+
+
+def _rows(name: str, data: Iterable[Mapping[str, Any]]) -> Iterator[Record]:
     names = class_names(getattr(data, "features", {}))
     for number, fields in enumerate(data):
         yield Record(name, number, with_names(fields, names))

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from bdpo_pl.data.chat_template import ChatTemplate, Conversation, chat_encoder
+from bdpo_pl.data.chat_template import ChatTemplate, Conversation, chat_encoder, opened_thought
 from bdpo_pl.data.tokenizer_like import TokenizerLike
 from bdpo_pl.errors import InputError, MachineError, is_out_of_memory, require_at_least
 from bdpo_pl.evaluation.chat.completions import Completion, OptionNames
@@ -23,7 +23,6 @@ from bdpo_pl.models.causal_lm import CausalLM
 
 _OPENED = re.compile(r"^\s*<think(?:ing)?>")
 _CLOSED = re.compile(r"</think(?:ing)?>")
-_LAST_MARK = re.compile(r"<(think(?:ing)?)>\s*$")
 
 
 @dataclass
@@ -295,8 +294,8 @@ def _to_answer(template: ChatTemplate, prompt: str) -> str:
     """Return what `template` writes between a generation prompt and an answer; it closes a thought that is opened."""
     facts = template.facts(Conversation([]))
     extra = facts.extra if facts is not None and facts.plain else ""
-    mark = _LAST_MARK.search(prompt + extra)
-    return f"{extra}\n</{mark[1]}>\n\n" if mark else extra
+    mark = opened_thought(prompt + extra)
+    return f"{extra}\n</{mark}>\n\n" if mark else extra
 
 
 def split_thought(text: str, num_tokens: int, finished: bool, *, opened: bool) -> Answer:

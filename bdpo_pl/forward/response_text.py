@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from bdpo_pl.data.chat_template import THOUGHT_MARK, opens_thought
+from bdpo_pl.data.chat_template import THOUGHT_MARK, opened_thought
 from bdpo_pl.data.tokenizer_like import TokenizerLike
 
 _CHANNEL, _MESSAGE = "<|channel|>", "<|message|>"
@@ -18,7 +18,7 @@ _LAST_TOKENS = 8
 
 def begins_in_thought(tokenizer: TokenizerLike, prompt: Sequence[int]) -> bool:
     """Return true if what is generated after the tokens of `prompt` begins within a thought, without its mark."""
-    return opens_thought(tokenizer.decode(list(prompt[-_LAST_TOKENS:])))
+    return opened_thought(tokenizer.decode(list(prompt[-_LAST_TOKENS:]))) is not None
 
 
 class ResponseText:
