@@ -6,12 +6,15 @@ or take the bytes of one for those of another.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from bdpo_pl.errors import MachineError, first_line, is_out_of_memory
 from bdpo_pl.models.precision import device_of
 
 
@@ -25,6 +28,32 @@ def largest(model: nn.Module, value: float) -> float:
     found = torch.tensor(value, device=device_of(model))
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return float(found)
+
+
+def with_less_memory(
+    model: nn.Module, trial: Callable[[], str | None], less: Callable[[], str | None] | None, what: str, remedy: str
+) -> str | None:
+    """Return what `trial` objects to; without memory for it, what `less` does.
+
+    Args:
+        model: model that both call.
+        trial: comparison that returns an objection, or None.
+        less: the same with less memory; None: there is none.
+        what: what is tried, as a noun phrase for the message.
+        remedy: what to do without memory, as a sentence.
+
+    Raises:
+        MachineError: there is no memory for `trial`, and nothing less to try.
+    """
+    try:
+        return trial()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        if less is None or not may_try_less(model):
+            raise MachineError(f"out of memory in the trial of {what}: {first_line(error)}. {remedy}") from error
+    # Not in the handler, because the error holds the memory of the pass that failed.
+    return less()
 
 
 def may_try_less(model: nn.Module) -> bool:

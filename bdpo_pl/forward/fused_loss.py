@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from bdpo_kernels import linear_preference_loss, linear_sequence_logprob
 from bdpo_pl.data.packing import Document, SequenceBatch
-from bdpo_pl.errors import InputError, MachineError, first_line, is_out_of_memory
-from bdpo_pl.forward.agreement import may_try_less
+from bdpo_pl.errors import InputError
+from bdpo_pl.forward.agreement import with_less_memory
 from bdpo_pl.forward.equivalence import (
     compute_dtype,
     evaluating,
@@ -125,18 +125,18 @@ def why_not_fused(
         return f"its LM head is a {type(head).__name__}, not a plain Linear"
     if compute_dtype(model) == torch.float16:
         return "float16 gradients vanish unless the loss is scaled before they are computed; use bf16"
-    try:
-        return _difference(model, batch, backward)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        if shorter is None or not may_try_less(model):
-            raise MachineError(
-                f"out of memory in the trial of the fused LM head, with rows of {batch.input_ids.shape[1]} tokens: "
-                f"{first_line(error)}. Lower data.max_length, or leave out the trial: set model.lm_head to logits"
-            ) from error
-    # Not in the handler, because the error holds the memory of the pass that failed.
-    return why_not_fused(model, batch, backward=False) or why_not_fused(model, shorter)
+
+    def less() -> str | None:
+        assert shorter is not None
+        return why_not_fused(model, batch, backward=False) or why_not_fused(model, shorter)
+
+    return with_less_memory(
+        model,
+        lambda: _difference(model, batch, backward),
+        None if shorter is None else less,
+        f"the fused LM head, with rows of {batch.input_ids.shape[1]} tokens",
+        "Lower data.max_length, or leave out the trial: set model.lm_head to logits",
+    )
 
 
 def _difference(model: CausalLM, batch: SequenceBatch, backward: bool) -> str | None:

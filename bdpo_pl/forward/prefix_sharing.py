@@ -22,7 +22,7 @@ from bdpo_pl.data.batches import pair_documents
 from bdpo_pl.data.packing import Document, RowLayout, SequenceBatch, lay_out, renumbered
 from bdpo_pl.data.table import PairTable
 from bdpo_pl.errors import InputError, MachineError, first_line, is_out_of_memory
-from bdpo_pl.forward.agreement import largest, may_try_less, recovers
+from bdpo_pl.forward.agreement import largest, recovers, with_less_memory
 from bdpo_pl.forward.document_attention import DOCUMENTS
 from bdpo_pl.forward.equivalence import (
     compute_dtype,
@@ -201,23 +201,27 @@ def _objection(
     """
     if known := why_not_shared(model):
         return known
+
+    def less() -> str | None:
+        shortest = renumbered(documents[-1:])
+        return _objection(model, documents, layout, pad_id, context, reference, backward=False) or _objection(
+            model, shortest, layout, pad_id, context, reference
+        )
+
     try:
-        return _difference(model, documents, layout, pad_id, context, reference, backward)
+        return with_less_memory(
+            model,
+            lambda: _difference(model, documents, layout, pad_id, context, reference, backward),
+            less if backward and len(documents) > 1 else None,
+            f"shared rows, with a pair of {max(document.num_tokens for document in documents)} tokens",
+            "Lower data.max_length (evaluate: pairs.max_length), or leave out the trial: set model.prefix_sharing to "
+            "never",
+        )
+    except MachineError:
+        raise
     except Exception as error:
-        if not is_out_of_memory(error):
-            recovers(model)
-            return f"{type(model).__name__} fails on such rows ({type(error).__name__}: {first_line(error)})"
-        if not backward or len(documents) == 1 or not may_try_less(model):
-            longest = max(document.num_tokens for document in documents)
-            raise MachineError(
-                f"out of memory in the trial of shared rows, with a pair of {longest} tokens: {first_line(error)}. "
-                "Lower data.max_length (evaluate: pairs.max_length), or leave out the trial: set "
-                "model.prefix_sharing to never"
-            ) from error
-    # Not in the handler, because the error holds the memory of the pass that failed.
-    return _objection(model, documents, layout, pad_id, context, reference, backward=False) or _objection(
-        model, renumbered(documents[-1:]), layout, pad_id, context, reference
-    )
+        recovers(model)
+        return f"{type(model).__name__} fails on such rows ({type(error).__name__}: {first_line(error)})"
 
 
 def _difference(
